@@ -1,0 +1,1 @@
+"""Checkpoints: finding them (directory, Hub id, .gguf), reading them, checking every key."""
