@@ -136,7 +136,7 @@ def make_prompt(task: str, rng: random.Random, shots: int, held_out: bool) -> Ta
 
 
 def held_out_prompts(task: str, count: int, shots: int = 4, seed: int = 0) -> Iterator[TaskPrompt]:
-    """The evaluation set of one task: the same `count` prompts for the same seed, with no question of the training split.
+    """The evaluation set of one task: the same `count` prompts for the same seed, none of whose questions were trained.
 
     Prompts have 30 to 130 characters with the default of four solved examples.
     """
