@@ -1,0 +1,280 @@
+"""config.json of the Llama family, read into a dataclass with every default of the family filled in.
+
+Both spellings that transformers has written are understood (`rope_theta` + `rope_scaling`, and `rope_parameters`).
+A field that changes what the model computes and that is not implemented here is an error that names it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from popengine.errors import InputError
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")
+
+# Fields that say nothing about what is computed at inference: provenance, training, token ids (read elsewhere) and
+# switches of transformers' own implementation.
+HARMLESS_FIELDS = frozenset(
+    ["architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "initializer_range", "attention_dropout", "pretraining_tp", "name_or_path", "_name_or_path", "is_llama_config", "transformers.js_config", "auto_map", "task_specific_params", "id2label", "label2id", "gradient_checkpointing", "output_attentions", "output_hidden_states", "return_dict", "is_decoder", "is_encoder_decoder", "_attn_implementation_autoset", "attn_implementation", "torchscript", "problem_type", "finetuning_task", "tokenizer_class", "chunk_size_feed_forward", "prefix", "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder", "tf_legacy_loss", "use_bfloat16", "pruned_heads", "unsloth_version", "unsloth_fixed"]
+)
+
+# Fields that do change what is computed, with the values at which they change nothing.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "rope_interleaved": (None, False),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "attn_logit_softcapping": (None, 0),
+    "final_logit_softcapping": (None, 0),
+    "logit_scale": (None, 1, 1.0),
+    "embedding_multiplier": (None, 1, 1.0),
+    "attention_multiplier": (None,),
+    "residual_multiplier": (None, 1, 1.0),
+    "logits_scaling": (None, 1, 1.0),
+    "use_parallel_residual": (None, False),
+    "no_rope_layers": (None, []),
+    "no_rope_layer_interval": (None, 0),
+    "clip_qkv": (None,),
+    "use_mrope": (None, False),
+    "attention_chunk_size": (None,),
+}
+
+
+class ConfigReader:
+    """Reads typed fields from a config and remembers which, so that none is ignored in silence."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str = "config.json") -> None:
+        self.raw = raw
+        self.where = where
+        self.read: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field as it stands, or `default` where it is absent or null."""
+        self.read.add(name)
+        value = self.raw.get(name)
+        return default if value is None else value
+
+    def integer(self, name: str, default: int, least: int = 1) -> int:
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{self.where}: {name} must be an integer of at least {least}, not {value!r}")
+        return value
+
+    def number(self, name: str, default: float | None, positive: bool = True) -> float:
+        value = self.get(name, default)
+        good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+        if not good or (positive and value <= 0):
+            raise InputError(f"{self.where}: {name} must be a {'positive ' if positive else ''}number, not {value!r}")
+        return float(value)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise InputError(f"{self.where}: {name} must be true or false, not {value!r}")
+        return value
+
+    def section(self, name: str) -> "ConfigReader":
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise InputError(f"{self.where}: {name} must be an object, not {value!r}")
+        return ConfigReader(value, f"{self.where}: {name}")
+
+    def finish(self) -> tuple[str, ...]:
+        """After every field was read: refuse what is not implemented, return the fields nobody knows."""
+        for name, neutral in NEUTRAL_VALUES.items():
+            if name in self.raw and name not in self.read and self.raw[name] not in neutral:
+                raise InputError(f"{self.where}: {name} = {self.raw[name]!r} is not implemented")
+        known = self.read | HARMLESS_FIELDS | NEUTRAL_VALUES.keys()
+        return tuple(name for name in self.raw if name not in known)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: base frequency and how it is stretched for long contexts."""
+
+    theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0        # llama3
+    high_freq_factor: float = 4.0       # llama3
+    beta_fast: float = 32.0             # yarn
+    beta_slow: float = 1.0              # yarn
+    attention_factor: float = 1.0       # yarn: cos and sin are scaled by it
+    truncate: bool = True               # yarn
+    factors: tuple[float, ...] = ()     # factors: one divisor per frequency, as .gguf files store them
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """What a Llama-family forward pass needs to know. Field names are Hugging Face's where they have one."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope: RopeConfig
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    query_key_norm: bool
+    windows: tuple[int | None, ...]     # per layer: tokens a query sees, itself included; None: all before it
+    unknown_fields: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FamilyDefaults:
+    """What config.json may leave out, per family (transformers' documented defaults)."""
+
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_key_value_heads: int | None = None      # None: as many as query heads
+    head_dim: int | None = None                 # None: hidden_size / num_attention_heads
+    vocab_size: int = 32000
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+
+def read_rope(fields: ConfigReader, default_theta: float, max_position_embeddings: int) -> RopeConfig:
+    """RoPE from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`."""
+    section = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
+    fields.read |= {"rope_scaling", "rope_parameters"}
+    rope = fields.section(section)
+    theta = rope.number("rope_theta", fields.number("rope_theta", default_theta))
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    rope.read.add("type")
+    if rope_type not in ROPE_TYPES:
+        raise InputError(
+            f"{rope.where}: RoPE type {rope_type!r} is not implemented; implemented are {', '.join(ROPE_TYPES[:-1])}"
+        )
+    if rope.number("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(f"{rope.where}: partial_rotary_factor = {rope.raw['partial_rotary_factor']} is not implemented")
+    values: dict[str, Any] = {"theta": theta, "rope_type": rope_type}
+    if rope_type == "linear":
+        values["factor"] = rope.number("factor", None)
+    if rope_type in ("llama3", "yarn"):
+        original = fields.get("original_max_position_embeddings") or max_position_embeddings
+        values["original_max_position_embeddings"] = rope.integer("original_max_position_embeddings", original)
+    if rope_type == "llama3":
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            values[name] = rope.number(name, None)
+    if rope_type == "yarn":
+        factor = rope.number("factor", max_position_embeddings / values["original_max_position_embeddings"])
+        values |= {"factor": factor, "beta_fast": rope.number("beta_fast", 32.0)}
+        values |= {"beta_slow": rope.number("beta_slow", 1.0), "truncate": rope.boolean("truncate", True)}
+        values["attention_factor"] = yarn_attention_factor(rope, factor)
+    if rope_type == "factors":
+        values["factors"] = tuple(float(factor) for factor in rope.get("factors", ()))
+    unknown = set(rope.raw) - rope.read
+    if rope_type != "default" and unknown:
+        raise InputError(f"{rope.where}: {', '.join(sorted(unknown))} is not implemented for RoPE type {rope_type!r}")
+    return RopeConfig(**values)
+
+
+def yarn_attention_factor(rope: ConfigReader, factor: float) -> float:
+    """Scale of cos and sin (YaRN, arXiv 2309.00071, Eq. 22; mscale and mscale_all_dim are DeepSeek's addition)."""
+
+    def magnitude(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    inferred = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
+    return rope.number("attention_factor", inferred)
+
+
+def layer_windows(fields: ConfigReader, model_type: str, layers: int) -> tuple[int | None, ...]:
+    """Per layer, how many tokens a query sees (itself included), or None for all."""
+    if model_type in ("llama",):
+        return (None,) * layers
+    if model_type in ("mistral", "mixtral"):
+        default = 4096 if model_type == "mistral" and "sliding_window" not in fields.raw else None
+        window = fields.get("sliding_window", default)
+        return (None if window is None else fields.integer("sliding_window", window),) * layers
+    # Qwen: a switch, and either a list of layer types or a number of full-attention layers at the bottom.
+    use_window = fields.boolean("use_sliding_window", False)
+    window = fields.integer("sliding_window", 4096) if use_window else None
+    full_layers = fields.integer("max_window_layers", 28, least=0)
+    by_depth = ["sliding_attention" if use_window and i >= full_layers else "full_attention" for i in range(layers)]
+    layer_types = fields.get("layer_types", by_depth)
+    if len(layer_types) != layers or set(layer_types) - {"sliding_attention", "full_attention"}:
+        raise InputError(
+            f"{fields.where}: layer_types must name sliding_attention or full_attention for each of the {layers} layers"
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+
+
+FAMILIES = {
+    "llama": FamilyDefaults(),
+    "mistral": FamilyDefaults(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=4096 * 32),
+    "qwen2": FamilyDefaults(
+        intermediate_size=22016, num_key_value_heads=32, vocab_size=151936, max_position_embeddings=32768
+    ),
+    "qwen3": FamilyDefaults(
+        intermediate_size=22016, num_key_value_heads=32, head_dim=128, vocab_size=151936, max_position_embeddings=32768
+    ),
+}
+
+
+def read_decoder_fields(fields: ConfigReader, model_type: str, defaults: FamilyDefaults) -> dict[str, Any]:
+    """The fields of LlamaConfig, from a config of any family that shares Llama's attention."""
+    layers = fields.integer("num_hidden_layers", 32)
+    hidden_size = fields.integer("hidden_size", defaults.hidden_size)
+    heads = fields.integer("num_attention_heads", 32)
+    kv_heads = fields.integer("num_key_value_heads", defaults.num_key_value_heads or heads)
+    if heads % kv_heads:
+        raise InputError(
+            f"{fields.where}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})"
+        )
+    if fields.get("head_dim") is None and defaults.head_dim is None and hidden_size % heads:
+        raise InputError(
+            f"{fields.where}: hidden_size ({hidden_size}) must be a multiple of num_attention_heads ({heads}), "
+            "or head_dim must be given"
+        )
+    head_dim = fields.integer("head_dim", defaults.head_dim or hidden_size // heads)
+    if head_dim % 2:
+        raise InputError(f"{fields.where}: head_dim must be even for rotary embeddings, not {head_dim}")
+    max_positions = fields.integer("max_position_embeddings", defaults.max_position_embeddings)
+    rope = read_rope(fields, defaults.rope_theta, max_positions)
+    if rope.rope_type == "factors" and len(rope.factors) != head_dim // 2:
+        raise InputError(f"{fields.where}: {len(rope.factors)} RoPE factors for {head_dim // 2} frequencies")
+    biased = fields.boolean("attention_bias", False) if model_type in ("llama", "qwen3", "qwen3_moe") else False
+    return {
+        "vocab_size": fields.integer("vocab_size", defaults.vocab_size),
+        "hidden_size": hidden_size,
+        "intermediate_size": fields.integer("intermediate_size", defaults.intermediate_size),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden_act": fields.get("hidden_act", "silu"),
+        "rms_norm_eps": fields.number("rms_norm_eps", defaults.rms_norm_eps),
+        "max_position_embeddings": max_positions,
+        "tie_word_embeddings": fields.boolean("tie_word_embeddings", False),
+        "rope": rope,
+        "qkv_bias": biased or model_type in ("qwen2", "qwen2_moe"),
+        "output_bias": biased,
+        "mlp_bias": fields.boolean("mlp_bias", False) if model_type == "llama" else False,
+        "query_key_norm": model_type in ("qwen3", "qwen3_moe"),
+        "windows": layer_windows(fields, model_type, layers),
+    }
+
+
+def read_llama_config(raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
+    """LlamaConfig from a parsed config.json of Llama, Mistral, Qwen2 or Qwen3.
+
+    Raises InputError for a field of the wrong type and for a feature that is not implemented.
+    """
+    fields = ConfigReader(raw, where)
+    model_type = fields.get("model_type", "llama")
+    if model_type not in FAMILIES:
+        raise InputError(f"{where}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
+    values = read_decoder_fields(fields, model_type, FAMILIES[model_type])
+    return LlamaConfig(**values, unknown_fields=fields.finish())

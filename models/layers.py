@@ -1,0 +1,438 @@
+"""The parts every language model here is made of: RMSNorm, rotary embedding, attention, gated feed-forward network.
+
+Attention and FeedForward each show three ways through: `forward` is the dense network that golden tests hold to
+Hugging Face, `prefill` runs the prompt and decides which channels stay (POP, arXiv 2602.06822, section 3), `decode`
+runs one token on the channels that stayed. Modules carry Hugging Face's names.
+
+B batch, T prompt tokens, S cache slots, H hidden size, I FFN channels, N query heads, K key/value heads, D head size,
+A resident channels (retained, then candidate), G groups of query heads that are cut alike, U heads per group.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import LlamaConfig, RopeConfig
+from popengine.clock import Clock
+from popengine.errors import InputError
+from popengine.partition import (
+    ChannelPartition,
+    PartitionSizes,
+    channel_scores,
+    head_scores,
+    keep_everything,
+    partition_channels,
+)
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def activation_function(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in ACTIVATIONS:
+        raise InputError(f"config.json: hidden_act {name!r} is not implemented; implemented are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+@dataclass
+class PrefillStep:
+    """What every layer needs to run the prompt.
+
+    cos, sin  [B, T, D]  rotary embedding of the positions
+    masks     by attention window: bool [B, 1, T, T], True where a query may look; None means causal and nothing else
+    counted   bool [B, T], tokens that count in the scores; None: all
+    finish_dense  down_proj and o_proj run on all channels (prefill "dense"), not only on the resident ones
+    """
+
+    cos: Tensor
+    sin: Tensor
+    masks: dict[int | None, Tensor | None]
+    counted: Tensor | None
+    finish_dense: bool
+    clock: Clock
+
+
+@dataclass
+class DecodeStep:
+    """What every layer needs to run one more token.
+
+    cos, sin  [B, 1, D]; masks by attention window: float [B, 1, 1, S], 0 where the token may look and -inf elsewhere
+    slot      [1]     int64, the cache slot this token fills
+    live      [B, 1]  bool, False for sequences that have ended: they do not count when candidates are picked
+    """
+
+    cos: Tensor
+    sin: Tensor
+    masks: dict[int | None, Tensor]
+    slot: Tensor
+    live: Tensor
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Angle per position of each of the D/2 pairs of coordinates, float32 [D/2]."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / rope.theta**exponents                                       # [D/2]
+    if rope.rope_type == "linear":
+        return frequencies / rope.factor
+    if rope.rope_type == "factors":
+        return frequencies / torch.tensor(rope.factors)
+    if rope.rope_type == "llama3":
+        # Wavelengths beyond the original context are stretched by `factor`, short ones are left, with a ramp between.
+        turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
+        kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+        return (1 - kept) * frequencies / rope.factor + kept * frequencies
+    if rope.rope_type == "yarn":
+        return yarn_frequencies(rope, head_dim, frequencies)
+    return frequencies
+
+
+def yarn_frequencies(rope: RopeConfig, head_dim: int, frequencies: Tensor) -> Tensor:
+    """YaRN (arXiv 2309.00071, section 3.2): interpolate slow pairs, keep fast ones, with a ramp between."""
+
+    def pair_with(turns: float) -> float:
+        """Index of the pair of coordinates that makes `turns` full turns over the original context."""
+        wavelengths = rope.original_max_position_embeddings / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelengths) / (2 * math.log(rope.theta))
+
+    low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    span = high - low if high != low else 0.001
+    stretched = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    return frequencies / rope.factor * stretched + frequencies * (1 - stretched)
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin for given positions. Its frequencies follow from the config and are no part of a checkpoint."""
+
+    frequencies: Tensor
+
+    def __init__(self, rope: RopeConfig, head_dim: int) -> None:
+        super().__init__()
+        self.scale = rope.attention_factor
+        # On the CPU even while the model is being laid out on the meta device: these are values, not a shape.
+        with torch.device("cpu"):
+            self.register_buffer("frequencies", rotary_frequencies(rope, head_dim), persistent=False)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions [B, T] -> cos, sin [B, T, D], computed in float32."""
+        angles = positions[..., None].float() * self.frequencies                    # [B, T, D/2]
+        angles = torch.cat([angles, angles], dim=-1)                                # [B, T, D]
+        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of coordinates (j, j + D/2) by its angle. x [B, heads, T, D]; cos, sin [B, T, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
+
+
+def attend_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of the prompt to itself. q [B, N, T, D]; k, v [B, K, T, D] -> [B, T, N, D]."""
+    grouped = q.shape[1] != k.shape[1]
+    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return a.transpose(1, 2)                                                        # [B, T, N, D]
+
+
+def attend_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one token to the cache, written out. Slots not filled yet have weight 0.
+
+    q [B, N, 1, D], N a multiple of K; keys, values [B, K, S, D]; mask float [B, 1, 1, S] -> [B, 1, N, D]
+    """
+    batch, heads, _, head_dim = q.shape
+    q = q.view(batch, keys.shape[1], -1, head_dim)                                  # [B, K, N/K, D]
+    scores = q @ keys.transpose(-1, -2) * head_dim**-0.5 + mask                     # [B, K, N/K, S]
+    a = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ values            # [B, K, N/K, D]
+    return a.reshape(batch, 1, heads, head_dim)
+
+
+def column_norms(weight: Tensor) -> Tensor:
+    """l2 norm of each column, float32. weight [rows, columns] -> [columns]"""
+    return torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
+
+
+class ActiveFeedForward:
+    """The weights of one FFN that a decode step reads, in buffers that are filled once per prompt.
+
+    Rows stand in the order retained, candidate. With nothing to prune they are the module's own weights, uncopied.
+    """
+
+    def __init__(self, ffn: "FeedForward", sizes: PartitionSizes) -> None:
+        self.sizes = sizes
+        self.prunes = sizes.retained < sizes.channels
+        self.down_bias = ffn.down_proj.bias
+        self.partition = keep_everything(sizes.channels, device=ffn.down_proj.weight.device)
+        if self.prunes:
+            rows, weight = sizes.resident, ffn.gate_proj.weight
+            self.gate = weight.new_empty(rows, weight.shape[1])                     # [A, H]
+            self.up = torch.empty_like(self.gate)                                   # [A, H]
+            self.down = weight.new_empty(weight.shape[1], rows)                     # [H, A]
+            self.gate_bias = None if ffn.gate_proj.bias is None else weight.new_empty(rows)     # [A]
+            self.up_bias = None if ffn.up_proj.bias is None else weight.new_empty(rows)         # [A]
+            self.candidate_norms = weight.new_empty(sizes.candidate, dtype=torch.float32)       # [C]
+        else:
+            self.gate, self.gate_bias = ffn.gate_proj.weight, ffn.gate_proj.bias
+            self.up, self.up_bias = ffn.up_proj.weight, ffn.up_proj.bias
+            self.down = ffn.down_proj.weight
+
+    def copy_from(self, ffn: "FeedForward", partition: ChannelPartition) -> None:
+        """Fill the buffers with the resident rows (columns of down_proj) that `partition` names."""
+        self.partition = partition
+        resident = partition.resident                                               # [A]
+        torch.index_select(ffn.gate_proj.weight, 0, resident, out=self.gate)
+        torch.index_select(ffn.up_proj.weight, 0, resident, out=self.up)
+        torch.index_select(ffn.down_proj.weight, 1, resident, out=self.down)
+        torch.index_select(ffn.down_norms(), 0, partition.candidate, out=self.candidate_norms)
+        if self.gate_bias is not None:
+            torch.index_select(ffn.gate_proj.bias, 0, resident, out=self.gate_bias)
+        if self.up_bias is not None:
+            torch.index_select(ffn.up_proj.bias, 0, resident, out=self.up_bias)
+
+
+class FeedForward(nn.Module):
+    """down_proj(act(gate_proj x) * up_proj x); channel i is row i of gate and up and column i of down."""
+
+    def __init__(self, hidden_size: int, channels: int, act: str, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, channels, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, channels, bias=bias)
+        self.down_proj = nn.Linear(channels, hidden_size, bias=bias)
+        self.act = activation_function(act)
+        self.norms: Tensor | None = None
+
+    def down_norms(self) -> Tensor:
+        """l2 norm of each column of down_proj, float32 [I]: constants of the weights, computed at first use."""
+        if self.norms is None:
+            self.norms = column_norms(self.down_proj.weight)
+        return self.norms
+
+    def activation(self, x: Tensor) -> Tensor:
+        """x [B, T, H] -> h [B, T, I], what down_proj reads."""
+        return self.act(self.gate_proj(x)) * self.up_proj(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(x))
+
+    def prefill(self, x: Tensor, active: ActiveFeedForward, step: PrefillStep) -> Tensor:
+        """Run the prompt, decide from it which channels stay, and copy their weights. x [B, T, H] -> [B, T, H]"""
+        h = self.activation(x)                                                      # [B, T, I]
+        if not active.prunes:
+            return self.down_proj(h)
+        with step.clock.phase("scores"):
+            scores = channel_scores(h, self.down_norms(), step.counted)             # [I]
+        with step.clock.phase("sort"):
+            partition = partition_channels(scores, active.sizes)
+        with step.clock.phase("copy"):
+            active.copy_from(self, partition)
+        if step.finish_dense:
+            return self.down_proj(h)
+        return F.linear(h.index_select(-1, partition.resident), active.down, active.down_bias)
+
+    def decode(self, x: Tensor, active: ActiveFeedForward, step: DecodeStep) -> Tensor:
+        """Run one token on the resident channels, less the candidates that lose at this step. x [B, 1, H]"""
+        gate = F.linear(x, active.gate, active.gate_bias)                           # [B, 1, A]
+        up = F.linear(x, active.up, active.up_bias)                                 # [B, 1, A]
+        h = self.act(gate) * up                                                     # [B, 1, A]
+        if active.sizes.pick < active.sizes.candidate:
+            retained, candidate = h.split([active.sizes.retained, active.sizes.candidate], dim=-1)
+            scores = channel_scores(candidate, active.candidate_norms, step.live)   # [C]
+            keep = active.partition.pick(scores)                                    # [C]
+            h = torch.cat([retained, candidate.masked_fill(~keep, 0)], dim=-1)      # [B, 1, A]
+        return F.linear(h, active.down, active.down_bias)
+
+    def decode_masked(self, x: Tensor, partition: ChannelPartition, live: Tensor) -> Tensor:
+        """The same step on the full weights, for reading and for tests: channels that are off are set to 0.
+
+        x [B, 1, H]; live [B, 1] bool -> [B, 1, H]
+        """
+        h = self.activation(x)                                                      # [B, 1, I]
+        scores = channel_scores(h, self.down_norms(), live)                         # [I]
+        picked = partition.candidate[partition.pick(scores[partition.candidate])]
+        on = torch.zeros_like(scores, dtype=torch.bool)                             # [I]
+        on[partition.retained] = True
+        on[picked] = True
+        return self.down_proj(h * on)
+
+
+class ActiveHeads:
+    """The rows of q_proj and columns of o_proj that a decode step reads; keys and values are never pruned.
+
+    Heads stand group by group, in each group retained before candidate. With grouped-query attention a group is the
+    query heads of one key/value head; without it all heads form one group, and the cache keeps its heads in the
+    partition's order so that those in use are a contiguous slice.
+    """
+
+    def __init__(self, attention: "Attention", sizes: PartitionSizes) -> None:
+        self.sizes = sizes
+        self.prunes = sizes.retained < sizes.channels
+        self.o_bias = attention.o_proj.bias
+        groups, weight = attention.head_groups, attention.q_proj.weight
+        self.partition = keep_everything(sizes.channels, (groups,), weight.device)
+        self.cache_order: Tensor | None = None                                      # [K] int64
+        if self.prunes:
+            width = groups * sizes.resident * attention.head_dim                    # coordinates of resident heads
+            self.q = weight.new_empty(width, weight.shape[1])                       # [A D, H]
+            self.q_bias = None if attention.q_proj.bias is None else weight.new_empty(width)     # [A D]
+            self.o = weight.new_empty(weight.shape[1], width)                       # [H, A D]
+            self.candidate_norms = weight.new_empty(
+                groups, sizes.candidate, attention.head_dim, dtype=torch.float32
+            )                                                                       # [G, C, D]
+            if groups == 1:
+                self.cache_order = torch.arange(sizes.channels, device=weight.device)
+        else:
+            self.q, self.q_bias = attention.q_proj.weight, attention.q_proj.bias
+            self.o = attention.o_proj.weight
+
+    def copy_from(self, attention: "Attention", partition: ChannelPartition) -> None:
+        self.partition = partition
+        heads, head_dim = attention.heads, attention.head_dim
+        resident = attention.flat_heads(partition.resident)                         # [A]
+        q, o = attention.q_proj, attention.o_proj
+        by_head = self.q.view(-1, head_dim, q.weight.shape[1])
+        torch.index_select(q.weight.view(heads, head_dim, -1), 0, resident, out=by_head)
+        if self.q_bias is not None:
+            torch.index_select(q.bias.view(heads, head_dim), 0, resident, out=self.q_bias.view(-1, head_dim))
+        torch.index_select(
+            o.weight.view(-1, heads, head_dim), 1, resident, out=self.o.view(o.weight.shape[0], -1, head_dim)
+        )
+        candidate = attention.flat_heads(partition.candidate)                       # [G C]
+        torch.index_select(attention.output_norms(), 0, candidate, out=self.candidate_norms.flatten(0, 1))
+        if self.cache_order is not None:
+            self.cache_order.copy_(partition.order[0])
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; optional biases, q/k norms (Qwen3) and a sliding window."""
+
+    def __init__(self, config: LlamaConfig, window: int | None) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.window = config.head_dim, window
+        hidden = config.hidden_size
+        self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=config.output_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.query_key_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.query_key_norm else None
+        # Heads are cut inside the group that shares a key/value head; without sharing, over all heads.
+        self.head_groups = self.kv_heads if self.kv_heads < self.heads else 1
+        self.norms: Tensor | None = None
+
+    def output_norms(self) -> Tensor:
+        """l2 norm of each column of o_proj, float32 [N, D]: constants of the weights, computed at first use."""
+        if self.norms is None:
+            self.norms = column_norms(self.o_proj.weight).view(self.heads, self.head_dim)
+        return self.norms
+
+    def flat_heads(self, in_groups: Tensor) -> Tensor:
+        """Head indices inside each group, [G, n], as indices into all heads, [G n]."""
+        first = torch.arange(self.head_groups, device=in_groups.device) * (self.heads // self.head_groups)
+        return (in_groups + first[:, None]).flatten()
+
+    def rotated(self, projected: Tensor, norm: RMSNorm | None, step: PrefillStep | DecodeStep) -> Tensor:
+        """[B, T, heads * D] -> [B, heads, T, D], normed if the model does so, turned by its position."""
+        x = projected.unflatten(-1, (-1, self.head_dim))                            # [B, T, heads, D]
+        if norm is not None:
+            x = norm(x)
+        return rotate(x.transpose(1, 2), step.cos, step.sin)
+
+    def keys_and_values(self, x: Tensor, step: PrefillStep | DecodeStep) -> tuple[Tensor, Tensor]:
+        """x [B, T, H] -> [B, K, T, D] each."""
+        k = self.rotated(self.k_proj(x), self.k_norm, step)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return k, v
+
+    def forward(self, x: Tensor, step: PrefillStep) -> Tensor:
+        q = self.rotated(self.q_proj(x), self.q_norm, step)                         # [B, N, T, D]
+        k, v = self.keys_and_values(x, step)                                        # [B, K, T, D]
+        a = attend_prompt(q, k, v, step.masks[self.window])                         # [B, T, N, D]
+        return self.o_proj(a.flatten(2))
+
+    def prefill(self, x: Tensor, keys: Tensor, values: Tensor, active: ActiveHeads, step: PrefillStep) -> Tensor:
+        """Run the prompt and write its keys and values to the cache, [B, K, S, D]. x [B, T, H] -> [B, T, H]"""
+        q = self.rotated(self.q_proj(x), self.q_norm, step)                         # [B, N, T, D]
+        k, v = self.keys_and_values(x, step)                                        # [B, K, T, D]
+        a = attend_prompt(q, k, v, step.masks[self.window])                         # [B, T, N, D]
+        if active.prunes:
+            with step.clock.phase("scores"):
+                scores = head_scores(a, self.output_norms(), step.counted)          # [N]
+            with step.clock.phase("sort"):
+                partition = partition_channels(scores.view(self.head_groups, -1), active.sizes)
+            with step.clock.phase("copy"):
+                active.copy_from(self, partition)
+            if active.cache_order is not None:
+                k, v = k[:, active.cache_order], v[:, active.cache_order]
+        prompt = x.shape[1]
+        keys[:, :, :prompt].copy_(k)
+        values[:, :, :prompt].copy_(v)
+        if not active.prunes or step.finish_dense:
+            return self.o_proj(a.flatten(2))
+        resident = a.index_select(2, self.flat_heads(active.partition.resident))    # [B, T, A, D]
+        return F.linear(resident.flatten(2), active.o, active.o_bias)
+
+    def decode(self, x: Tensor, keys: Tensor, values: Tensor, active: ActiveHeads, step: DecodeStep) -> Tensor:
+        """Run one token: add its key and value to the cache, attend with the resident heads. x [B, 1, H]"""
+        q = self.rotated(F.linear(x, active.q, active.q_bias), self.q_norm, step)   # [B, A, 1, D]
+        k, v = self.keys_and_values(x, step)                                        # [B, K, 1, D]
+        if active.cache_order is not None:
+            k, v = k[:, active.cache_order], v[:, active.cache_order]
+        keys.index_copy_(2, step.slot, k)
+        values.index_copy_(2, step.slot, v)
+        if active.cache_order is not None:
+            keys, values = keys[:, : active.sizes.resident], values[:, : active.sizes.resident]
+        a = attend_cache(q, keys, values, step.masks[self.window])                  # [B, 1, A, D]
+        if active.sizes.pick < active.sizes.candidate:
+            a = self.drop_losing_heads(a, active, step.live)
+        return F.linear(a.flatten(2), active.o, active.o_bias)
+
+    def drop_losing_heads(self, a: Tensor, active: ActiveHeads, live: Tensor) -> Tensor:
+        """Zero the candidate heads that are not picked at this step. a [B, 1, A, D] -> the same"""
+        grid = a.unflatten(2, (self.head_groups, -1))                               # [B, 1, G, R + C, D]
+        candidate = grid[..., active.sizes.retained :, :].flatten(2, 3)             # [B, 1, G C, D]
+        scores = head_scores(candidate, active.candidate_norms.flatten(0, 1), live)             # [G C]
+        keep = active.partition.pick(scores.view(self.head_groups, -1))             # [G, C]
+        on = F.pad(keep, (active.sizes.retained, 0), value=True)                    # [G, R + C]
+        return a * on.flatten()[:, None]
+
+    def decode_masked(
+        self, x: Tensor, keys: Tensor, values: Tensor, partition: ChannelPartition, step: DecodeStep
+    ) -> Tensor:
+        """The same step on the full weights, for reading and for tests: heads that are off are set to 0.
+
+        The cache is in the model's own head order here.
+        """
+        q = self.rotated(self.q_proj(x), self.q_norm, step)                         # [B, N, 1, D]
+        k, v = self.keys_and_values(x, step)
+        keys.index_copy_(2, step.slot, k)
+        values.index_copy_(2, step.slot, v)
+        a = attend_cache(q, keys, values, step.masks[self.window])                  # [B, 1, N, D]
+        scores = head_scores(a, self.output_norms(), step.live).view(self.head_groups, -1)      # [G, U]
+        keep = partition.pick(scores.gather(-1, partition.candidate))               # [G, C]
+        on = torch.zeros_like(scores, dtype=torch.bool)                             # [G, U]
+        on.scatter_(-1, partition.retained, True)
+        on.scatter_(-1, partition.candidate, keep)
+        return self.o_proj((a * on.flatten()[:, None]).flatten(2))

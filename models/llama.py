@@ -1,0 +1,202 @@
+"""The Llama family: Llama 1-3, SmolLM2, Mistral, Qwen2/2.5 and Qwen3, told apart by their config alone.
+
+B batch, T prompt tokens, S cache slots, H hidden size, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.config import LlamaConfig
+from models.layers import (
+    ActiveFeedForward,
+    ActiveHeads,
+    Attention,
+    DecodeStep,
+    FeedForward,
+    PrefillStep,
+    RMSNorm,
+    RotaryEmbedding,
+)
+from models.state import DecodeState, LayerState
+from popengine.cache import KVCache
+from popengine.clock import Clock
+from popengine.pruning import LayerWeights, Pruning
+
+
+class LlamaDecoderLayer(nn.Module):
+    def __init__(self, config: LlamaConfig, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, config.windows[index])
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias)
+
+    def new_state(self, keys: Tensor, values: Tensor, pruning: Pruning) -> LayerState:
+        heads = ActiveHeads(self.self_attn, pruning.head_sizes(self.self_attn.heads // self.self_attn.head_groups))
+        ffn = ActiveFeedForward(self.mlp, pruning.sizes(self.mlp.gate_proj.out_features))
+        return LayerState(keys, values, heads, ffn)
+
+    def forward(self, x: Tensor, step: PrefillStep) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), step)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def prefill(self, x: Tensor, state: LayerState, step: PrefillStep) -> Tensor:
+        x = x + self.self_attn.prefill(self.input_layernorm(x), state.keys, state.values, state.heads, step)
+        return x + self.mlp.prefill(self.post_attention_layernorm(x), state.ffn, step)
+
+    def decode(self, x: Tensor, state: LayerState, step: DecodeStep) -> Tensor:
+        x = x + self.self_attn.decode(self.input_layernorm(x), state.keys, state.values, state.heads, step)
+        return x + self.mlp.decode(self.post_attention_layernorm(x), state.ffn, step)
+
+    def weights(self) -> LayerWeights:
+        """What pruning can take from, in weights of the layer's matrices."""
+        attention, ffn = self.self_attn, self.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        return LayerWeights(
+            attention=sum(projection.weight.numel() for projection in projections),
+            ffn=3 * ffn.gate_proj.weight.numel(),
+            head=2 * attention.head_dim * attention.q_proj.in_features,
+            head_groups=attention.head_groups,
+            heads_per_group=attention.heads // attention.head_groups,
+        )
+
+    def weights_read(self, pruning: Pruning) -> int:
+        """Weights (elements, not bytes) that one decode step reads: retained and candidate rows of every matrix."""
+        whole = self.weights()
+        heads = pruning.head_sizes(whole.heads_per_group)
+        unread_heads = heads.pruned * whole.head_groups * whole.head
+        return whole.attention - unread_heads + 3 * self.mlp.gate_proj.in_features * pruning.sizes(
+            self.mlp.gate_proj.out_features
+        ).resident
+
+
+class LlamaModel(nn.Module):
+    """Embedding, decoder layers and final norm: everything below the output projection."""
+
+    def __init__(self, config: LlamaConfig, layer_class: type[LlamaDecoderLayer]) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(layer_class(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim)
+
+
+class LlamaForCausalLM(nn.Module):
+    layer_class = LlamaDecoderLayer
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config, self.layer_class)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens int64 [B, T] -> [B, T, H]"""
+        return self.model.embed_tokens(tokens)
+
+    def forward(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
+        """The dense network without a cache.
+
+        tokens int64 [B, T]; real bool [B, T], False where a token is padding -> logits [B, T, V]
+        """
+        x = self.embed(tokens)                                                      # [B, T, H]
+        step = self.prefill_step(x, real, counted=None, finish_dense=True, clock=Clock(x.device))
+        for layer in self.model.layers:
+            x = layer(x, step)
+        return self.lm_head(self.model.norm(x))
+
+    def new_state(self, batch: int, capacity: int, pruning: Pruning) -> DecodeState:
+        """Cache and buffers for `batch` sequences of up to `capacity` tokens, prompt and new ones together."""
+        config, weight = self.config, self.model.embed_tokens.weight
+        cache = KVCache(
+            config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim, weight.dtype, weight.device
+        )
+        layers = [
+            layer.new_state(keys, values, pruning)
+            for layer, keys, values in zip(self.model.layers, cache.keys, cache.values, strict=True)
+        ]
+        live = torch.ones(batch, 1, dtype=torch.bool, device=weight.device)
+        return DecodeState(cache, layers, pruning, live, Clock(weight.device))
+
+    def prefill(
+        self, x: Tensor, state: DecodeState, real: Tensor | None = None, counted: Tensor | None = None
+    ) -> Tensor:
+        """Run the prompts: fill the cache, decide every layer's partition, copy what stays active.
+
+        x        [B, T, H]  embedded prompts, padded on the left
+        real     [B, T]     bool, False where a slot is padding; None: no padding
+        counted  [B, T]     bool, tokens that count in the scores; None: all real ones
+        returns  [B, V]     logits after the last token
+        """
+        state.start(x.shape[1], real)
+        finish_dense = state.pruning.prefill == "dense"
+        step = self.prefill_step(x, real, real if counted is None else counted, finish_dense, state.clock)
+        for layer, layer_state in zip(self.model.layers, state.layers, strict=True):
+            x = layer.prefill(x, layer_state, step)
+        return self.lm_head(self.model.norm(x[:, -1]))                              # [B, V]
+
+    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
+        """One step: run one token per sequence on the active weights. tokens int64 [B] -> logits [B, V]"""
+        state.cache.make_room()
+        x = self.embed(tokens.unsqueeze(1))                                         # [B, 1, H]
+        step = self.decode_step(x, state)
+        for layer, layer_state in zip(self.model.layers, state.layers, strict=True):
+            x = layer.decode(x, layer_state, step)
+        state.cache.advance()
+        return self.lm_head(self.model.norm(x[:, -1]))                              # [B, V]
+
+    def prefill_step(
+        self, x: Tensor, real: Tensor | None, counted: Tensor | None, finish_dense: bool, clock: Clock
+    ) -> PrefillStep:
+        tokens = x.shape[1]
+        slots = torch.arange(tokens, device=x.device)                               # [T]
+        positions = slots[None]                                                     # [1, T]
+        if real is not None:
+            positions = (positions - (~real).sum(dim=1, keepdim=True)).clamp(min=0)     # [B, T]
+        cos, sin = self.model.rotary(positions, x.dtype)
+        windows = set(self.config.windows)
+        masks = {window: prompt_mask(slots, real, window) for window in windows}
+        return PrefillStep(cos, sin, masks, counted, finish_dense, clock)
+
+    def decode_step(self, x: Tensor, state: DecodeState) -> DecodeStep:
+        cos, sin = self.model.rotary(state.cache.positions(), x.dtype)              # [B, 1, D]
+        masks = {}
+        for window in set(self.config.windows):
+            hidden = ~state.cache.visible(window)                                   # [B, 1, 1, S]
+            masks[window] = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, -torch.inf)
+        return DecodeStep(cos, sin, masks, state.cache.length, state.live)
+
+    def layer_weights(self) -> LayerWeights:
+        """Weights per layer, averaged over layers where they differ."""
+        each = [layer.weights() for layer in self.model.layers]
+        return LayerWeights(
+            attention=sum(layer.attention for layer in each) // len(each),
+            ffn=sum(layer.ffn for layer in each) // len(each),
+            head=each[0].head,
+            head_groups=each[0].head_groups,
+            heads_per_group=each[0].heads_per_group,
+        )
+
+    def weight_bytes_per_token(self, pruning: Pruning) -> int:
+        """Bytes of weights that one decode step reads: attention, feed-forward networks and lm_head."""
+        weight = self.lm_head.weight
+        read = weight.numel() + sum(layer.weights_read(pruning) for layer in self.model.layers)
+        return read * weight.element_size()
+
+
+def prompt_mask(slots: Tensor, real: Tensor | None, window: int | None) -> Tensor | None:
+    """Where a prompt's query may look: bool [B or 1, 1, T, T], or None when causality is all there is to say.
+
+    slots int64 [T]; real bool [B, T]. A padding slot sees itself, so that no row of the softmax is empty.
+    """
+    if real is None and (window is None or window >= len(slots)):
+        return None
+    query, key = slots[:, None], slots[None, :]
+    seen = key <= query                                                             # [T, T]
+    if window is not None:
+        seen = seen & (key > query - window)
+    if real is None:
+        return seen[None, None]
+    return ((seen & real[:, None, :]) | (query == key))[:, None]                    # [B, 1, T, T]

@@ -1,0 +1,54 @@
+"""What prefill leaves behind and decode steps carry on: the cache, and per layer the weights that stay active."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.layers import ActiveHeads
+from popengine.cache import KVCache
+from popengine.clock import Clock
+from popengine.pruning import Pruning
+
+
+@dataclass
+class LayerState:
+    """One layer's share: its slice of the cache, its active heads and its active feed-forward weights.
+
+    ffn is what the layer's own feed-forward network made: ActiveFeedForward, or the experts' of a mixture.
+    """
+
+    keys: Tensor                                                                    # [B, K, S, D]
+    values: Tensor                                                                  # [B, K, S, D]
+    heads: ActiveHeads
+    ffn: Any
+
+
+@dataclass
+class DecodeState:
+    """Allocated once for a batch size, a capacity and a pruning; every prefill starts it anew.
+
+    live  bool [B, 1], False for a sequence that has ended: it no longer counts when candidates are picked
+    """
+
+    cache: KVCache
+    layers: list[LayerState]
+    pruning: Pruning
+    live: Tensor
+    clock: Clock
+
+    def start(self, prompt_slots: int, real: Tensor | None) -> None:
+        """Forget the last prompt. real bool [B, T] is False where a slot is padding."""
+        self.cache.start(prompt_slots, real)
+        self.live.fill_(True)
+        self.clock = Clock(self.live.device)
+
+    def partition_bytes(self) -> int:
+        """Memory that the copies of active weights take, in bytes."""
+        tensors: dict[int, Tensor] = {}
+        for layer in self.layers:
+            for active in (layer.heads, layer.ffn):
+                if active.prunes:
+                    tensors |= {id(t): t for t in vars(active).values() if isinstance(t, torch.Tensor)}
+        return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -1,0 +1,62 @@
+"""The key/value cache: plain preallocated tensors that every forward pass is handed explicitly.
+
+B batch, K key/value heads, S slots (capacity), D head size, T prompt tokens.
+"""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of every layer, `[B, K, S, D]` each, and how many of the S slots are filled.
+
+    Prompts of different lengths are padded on the left, so all sequences of a batch end in the same slot and one
+    length serves them all. That length is kept twice: `length`, a tensor on the device, is what a decode step
+    computes with (nothing in a step depends on a Python number, so its shapes are static); `filled` is the same
+    number for the host.
+    """
+
+    def __init__(
+        self, layers: int, batch: int, heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        def buffers() -> list[Tensor]:
+            # Zeros, not empty: unfilled slots get weight 0 in attention, and 0 * NaN would still be NaN.
+            return [torch.zeros(batch, heads, capacity, head_dim, dtype=dtype, device=device) for _ in range(layers)]
+
+        self.keys = buffers()                                               # per layer [B, K, S, D]
+        self.values = buffers()                                             # per layer [B, K, S, D]
+        self.capacity = capacity
+        self.filled = 0
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)      # [1]
+        self.padding = torch.zeros(batch, 1, dtype=torch.int64, device=device)      # [B, 1] slots on the left
+        self.slots = torch.arange(capacity, device=device)                  # [S]
+
+    def start(self, prompt_slots: int, real: Tensor | None) -> None:
+        """Begin anew with a prompt of `prompt_slots` slots; real [B, T] is False where a slot is padding."""
+        self.filled = prompt_slots
+        self.length.fill_(prompt_slots)
+        if real is None:
+            self.padding.zero_()
+        else:
+            self.padding.copy_((~real).sum(dim=1, keepdim=True))
+
+    def make_room(self) -> None:
+        """Before a decode step, on the host: fail instead of writing past the end."""
+        if self.filled == self.capacity:
+            raise ValueError(f"the cache is full: all {self.capacity} slots are taken")
+
+    def positions(self) -> Tensor:
+        """Position of the token that is decoded now, [B, 1]: its slot less the padding before it."""
+        return self.length - self.padding
+
+    def visible(self, window: int | None) -> Tensor:
+        """Slots that the token decoded now may attend to, itself included: bool [B, 1, 1, S]."""
+        seen = (self.slots <= self.length) & (self.slots >= self.padding)           # [B, S]
+        if window is not None:
+            seen = seen & (self.slots > self.length - window)
+        return seen[:, None, None, :]
+
+    def advance(self) -> None:
+        """After a decode step: its slot is filled."""
+        self.length.add_(1)
+        self.filled += 1

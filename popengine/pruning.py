@@ -1,0 +1,131 @@
+"""What the user asks for (PruningSettings) and what it means for one model (Pruning).
+
+The headline ratio is a share of a decoder layer's parameters, but only the feed-forward network (and, on request, the
+heads) give anything up, so their own ratio is higher (POP, arXiv 2602.06822, Table 8).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from popengine.errors import InputError
+from popengine.partition import PartitionSizes, all_channel_sizes, partition_sizes
+
+PREFILL_MODES = ("pruned", "dense")
+DEFAULT_PRUNE_RATIO = 0.2
+
+
+@dataclass(frozen=True)
+class PruningSettings:
+    """How much to prune, and how.
+
+    prune_ratio      share of a decoder layer's parameters, 0 <= ratio < 1; 0 is the dense model. Default 0.2
+    ffn_ratio        instead of prune_ratio: the share of FFN channels off at a decode step (r), 0 <= r < 1
+    candidate_width  candidates as a share of the channels (the paper's gamma), 0 .. 2; 0 freezes the prefill's mask
+    head_ratio       share of query heads off at a decode step, 0 <= ratio < 1; counts towards prune_ratio
+    prefill          "pruned": the prompt is finished on the channels that stay (the paper);
+                     "dense": on all of them, so that prompt and first token are the dense model's
+    all_channels     the quality ceiling (paper, Table 6): every step chooses among all channels, and nothing is saved
+                     but down_proj
+    """
+
+    prune_ratio: float | None = None
+    ffn_ratio: float | None = None
+    candidate_width: float = 0.1
+    head_ratio: float = 0.0
+    prefill: Literal["pruned", "dense"] = "pruned"
+    all_channels: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prune_ratio is not None and self.ffn_ratio is not None:
+            raise InputError("give a prune ratio or an FFN ratio, not both")
+        for name, below in (("prune_ratio", 1), ("ffn_ratio", 1), ("head_ratio", 1)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < below:
+                raise InputError(f"{name.replace('_', ' ')} must be at least 0 and below {below}, not {value}")
+        if not 0 <= self.candidate_width <= 2:
+            raise InputError(f"candidate width must be between 0 and 2, not {self.candidate_width}")
+        if self.prefill not in PREFILL_MODES:
+            raise InputError(f"prefill must be one of {', '.join(PREFILL_MODES)}, not {self.prefill!r}")
+
+
+DENSE = PruningSettings(prune_ratio=0.0)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Weights of a decoder layer in matrices (norms, biases and embeddings do not count).
+
+    attention  q, k, v and o projections
+    ffn        the feed-forward network; of a mixture of experts, the experts one token is routed to
+    head       what one query head adds to q_proj and o_proj
+    heads      query heads, and the size of the group they are cut in (see head_groups)
+    """
+
+    attention: int
+    ffn: int
+    head: int
+    head_groups: int
+    heads_per_group: int
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """PruningSettings made concrete for one model.
+
+    ratio      share of a decoder layer's parameters that a decode step leaves out (the headline ratio)
+    ffn_ratio  share of FFN channels that do not finish a decode step (r)
+    """
+
+    ratio: float
+    ffn_ratio: float
+    candidate_width: float
+    head_ratio: float
+    prefill: Literal["pruned", "dense"]
+    all_channels: bool
+
+    def sizes(self, channels: int) -> PartitionSizes:
+        """Regions of an FFN of `channels` channels."""
+        if self.all_channels and self.ffn_ratio > 0:
+            return all_channel_sizes(channels, self.ffn_ratio)
+        return partition_sizes(channels, self.ffn_ratio, self.candidate_width)
+
+    def head_sizes(self, heads_per_group: int) -> PartitionSizes:
+        """Regions of one group of query heads."""
+        return partition_sizes(heads_per_group, self.head_ratio, self.candidate_width)
+
+
+def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
+    """r = (ratio * (P_attn + P_ffn) - removed head weights) / P_ffn  (POP, Table 8; heads are our extension).
+
+    Raises InputError when the ratio asks for more than the FFN has (r >= 1), or for less than the heads alone remove.
+    """
+    heads = partition_sizes(layer.heads_per_group, settings.head_ratio, settings.candidate_width)
+    if heads.active == 0:
+        raise InputError(
+            f"head ratio {settings.head_ratio} leaves no query head of {layer.heads_per_group} in a group; lower it"
+        )
+    off_heads = (heads.channels - heads.active) * layer.head_groups * layer.head
+    total = layer.attention + layer.ffn
+    if settings.ffn_ratio is not None:
+        ffn_ratio = settings.ffn_ratio
+    else:
+        wanted = DEFAULT_PRUNE_RATIO if settings.prune_ratio is None else settings.prune_ratio
+        ffn_ratio = (wanted * total - off_heads) / layer.ffn
+        if ffn_ratio >= 1:
+            raise InputError(
+                f"prune ratio {wanted} is more than the feed-forward networks hold: "
+                f"it must stay below {(layer.ffn + off_heads) / total:.3f} for this model"
+            )
+        if ffn_ratio < 0:
+            raise InputError(
+                f"head ratio {settings.head_ratio} alone removes {off_heads / total:.3f} of a layer, "
+                f"more than the prune ratio {wanted}; raise the prune ratio or lower the head ratio"
+            )
+    return Pruning(
+        ratio=(ffn_ratio * layer.ffn + off_heads) / total,
+        ffn_ratio=ffn_ratio,
+        candidate_width=settings.candidate_width,
+        head_ratio=settings.head_ratio,
+        prefill=settings.prefill,
+        all_channels=settings.all_channels,
+    )
