@@ -15,9 +15,16 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")
 
 # Fields that say nothing about what is computed at inference: provenance, training, token ids (read elsewhere) and
 # switches of transformers' own implementation.
-HARMLESS_FIELDS = frozenset(
-    ["architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "initializer_range", "attention_dropout", "pretraining_tp", "name_or_path", "_name_or_path", "is_llama_config", "transformers.js_config", "auto_map", "task_specific_params", "id2label", "label2id", "gradient_checkpointing", "output_attentions", "output_hidden_states", "return_dict", "is_decoder", "is_encoder_decoder", "_attn_implementation_autoset", "attn_implementation", "torchscript", "problem_type", "finetuning_task", "tokenizer_class", "chunk_size_feed_forward", "prefix", "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder", "tf_legacy_loss", "use_bfloat16", "pruned_heads", "unsloth_version", "unsloth_fixed"]
-)
+HARMLESS_FIELDS = frozenset({
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
+    "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "initializer_range",
+    "attention_dropout", "pretraining_tp", "name_or_path", "_name_or_path", "is_llama_config",
+    "transformers.js_config", "auto_map", "task_specific_params", "id2label", "label2id", "gradient_checkpointing",
+    "output_attentions", "output_hidden_states", "return_dict", "is_decoder", "is_encoder_decoder",
+    "_attn_implementation_autoset", "attn_implementation", "torchscript", "problem_type", "finetuning_task",
+    "tokenizer_class", "chunk_size_feed_forward", "prefix", "cross_attention_hidden_size", "add_cross_attention",
+    "tie_encoder_decoder", "tf_legacy_loss", "use_bfloat16", "pruned_heads", "unsloth_version", "unsloth_fixed",
+})
 
 # Fields that do change what is computed, with the values at which they change nothing.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
@@ -155,8 +162,9 @@ def read_rope(fields: ConfigReader, default_theta: float, max_position_embedding
         raise InputError(
             f"{rope.where}: RoPE type {rope_type!r} is not implemented; implemented are {', '.join(ROPE_TYPES[:-1])}"
         )
-    if rope.number("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(f"{rope.where}: partial_rotary_factor = {rope.raw['partial_rotary_factor']} is not implemented")
+    rotated = rope.number("partial_rotary_factor", 1.0)
+    if rotated != 1.0:
+        raise InputError(f"{rope.where}: partial_rotary_factor = {rotated} is not implemented")
     values: dict[str, Any] = {"theta": theta, "rope_type": rope_type}
     if rope_type == "linear":
         values["factor"] = rope.number("factor", None)

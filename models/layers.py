@@ -40,7 +40,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     if name not in ACTIVATIONS:
-        raise InputError(f"config.json: hidden_act {name!r} is not implemented; implemented are {', '.join(ACTIVATIONS)}")
+        known = ", ".join(ACTIVATIONS)
+        raise InputError(f"config.json: hidden_act {name!r} is not implemented; implemented are {known}")
     return ACTIVATIONS[name]
 
 
@@ -184,7 +185,7 @@ class ActiveFeedForward:
         self.sizes = sizes
         self.prunes = sizes.retained < sizes.channels
         self.down_bias = ffn.down_proj.bias
-        self.partition = keep_everything(sizes.channels, device=ffn.down_proj.weight.device)
+        self.partition = keep_everything(sizes.channels, (), ffn.down_proj.weight.device)
         if self.prunes:
             rows, weight = sizes.resident, ffn.gate_proj.weight
             self.gate = weight.new_empty(rows, weight.shape[1])                     # [A, H]

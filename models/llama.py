@@ -3,6 +3,8 @@
 B batch, T prompt tokens, S cache slots, H hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -73,10 +75,13 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Embedding, decoder layers and final norm: everything below the output projection."""
 
+    layers: Sequence[LlamaDecoderLayer]
+
     def __init__(self, config: LlamaConfig, layer_class: type[LlamaDecoderLayer]) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(layer_class(config, index) for index in range(config.num_hidden_layers))
+        layers = (layer_class(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]  # iterates as what it holds
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
 
@@ -111,7 +116,8 @@ class LlamaForCausalLM(nn.Module):
         """Cache and buffers for `batch` sequences of up to `capacity` tokens, prompt and new ones together."""
         config, weight = self.config, self.model.embed_tokens.weight
         cache = KVCache(
-            config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim, weight.dtype, weight.device
+            config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim,
+            weight.dtype, weight.device,
         )
         layers = [
             layer.new_state(keys, values, pruning)

@@ -17,7 +17,8 @@ class KVCache:
     """
 
     def __init__(
-        self, layers: int, batch: int, heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self, layers: int, batch: int, heads: int, capacity: int, head_dim: int,
+        dtype: torch.dtype, device: torch.device,
     ) -> None:
         def buffers() -> list[Tensor]:
             # Zeros, not empty: unfilled slots get weight 0 in attention, and 0 * NaN would still be NaN.

@@ -157,7 +157,7 @@ def partition_channels(scores: Tensor, sizes: PartitionSizes) -> ChannelPartitio
     return ChannelPartition(torch.cat([region.sort(dim=-1).values for region in regions], dim=-1), sizes)
 
 
-def keep_everything(channels: int, groups: tuple[int, ...] = (), device: torch.device | None = None) -> ChannelPartition:
+def keep_everything(channels: int, groups: tuple[int, ...], device: torch.device) -> ChannelPartition:
     """The dense network as a partition: every channel retained, in its own place."""
     order = torch.arange(channels, device=device).expand(*groups, channels)
     return ChannelPartition(order, PartitionSizes(retained=channels, candidate=0, pruned=0, pick=0))
