@@ -1,0 +1,156 @@
+"""Chat templates: finding a checkpoint's template, rendering it safely, and the token that ends an answer."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from popengine.errors import InputError
+from popengine.tokenizer import TextTokenizer, read_json_object, single_line
+
+# {"role": "user", "content": text}; for a model that sees, content may be [{"type": "image"}, {"type": "text", "text": ...}]
+Message = dict[str, Any]
+
+SANDBOX = Path(__file__).resolve().with_name("chat_sandbox.py")
+WALL_SECONDS = 30.0  # the limit on processor time in chat_sandbox.py comes first, except where the system has none
+
+
+def read_chat_template(directory: Path) -> str | None:
+    """The chat template of a checkpoint directory, None if it has none.
+
+    Looked for in chat_template.jinja, chat_template.json (a processor's, so it knows about pictures), and
+    `chat_template` of tokenizer_config.json: a string, or a list of named ones, of which "default" is taken.
+    """
+    path = Path(directory) / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not readable as UTF-8 text ({single_line(str(error))})") from error
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        path = Path(directory) / name
+        template = read_json_object(path).get("chat_template")
+        if isinstance(template, list):
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            if "default" not in named:
+                raise InputError(f'{path}: none of the chat templates is named "default"; use --raw without a template')
+            template = named["default"]
+        if isinstance(template, str):
+            return template
+        if template is not None:
+            raise InputError(f"{path}: chat_template should be a string, found {type(template).__name__}")
+    return None
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Message],
+    *,
+    bos_token: str | None,
+    eos_token: str | None,
+    add_generation_prompt: bool = True,
+) -> str:
+    """The text of one conversation as the template writes it, special tokens included."""
+    return render_chats(
+        template,
+        [messages],
+        bos_token=bos_token,
+        eos_token=eos_token,
+        add_generation_prompt=add_generation_prompt,
+    )[0]
+
+
+def render_chats(
+    template: str,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    bos_token: str | None,
+    eos_token: str | None,
+    add_generation_prompt: bool = True,
+) -> list[str]:
+    """The texts of several conversations, rendered in one short-lived process (about 0.15 s for all of them).
+
+    Templates come with checkpoints and are not trusted: jinja2's sandbox, limits on time and memory, no files.
+    InputError says why a template failed, with the template's own words if it raised them.
+    """
+    variables = {"bos_token": bos_token, "eos_token": eos_token}
+    variables = {name: token for name, token in variables.items() if token is not None}  # undefined, not "None"
+    common = {**variables, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    request = {
+        "template": template,
+        "conversations": [{"messages": list(messages), **common} for messages in conversations],
+        "python_path": jinja2_folders(),
+    }
+    # Of the environment only what Python itself may need to start and to tell the time.
+    kept = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
+    try:
+        process = subprocess.run(
+            [sys.executable, "-I", "-S", str(SANDBOX)],
+            input=json.dumps(request).encode("ascii"),
+            capture_output=True,
+            timeout=WALL_SECONDS,
+            cwd=SANDBOX.parent,
+            env={name: os.environ[name] for name in kept if name in os.environ},
+            check=False,
+        )
+        answer = json.loads(process.stdout)
+    except subprocess.TimeoutExpired as error:
+        raise template_failed(f"it took longer than {WALL_SECONDS:.0f} seconds") from error
+    except OSError as error:
+        raise template_failed(f"Python could not be started for it: {error}") from error
+    except ValueError as error:
+        if process.returncode < 0:
+            reason = f"it was stopped by signal {-process.returncode}, having used too much time or memory"
+        else:
+            last_words = process.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no answer"]
+            reason = f"its process ended with status {process.returncode}: {last_words[0]}"
+        raise template_failed(reason) from error
+    if "error" in answer:
+        raise template_failed(answer["error"])
+    return list(answer["texts"])
+
+
+def template_failed(reason: str) -> InputError:
+    return InputError(f"the chat template failed: {single_line(reason)}; --raw sends the prompt without a template")
+
+
+def jinja2_folders() -> list[str]:
+    """The folders that hold the packages jinja2 and markupsafe, for a Python that starts without site-packages.
+
+    Taken from this process's search path without the current directory, where a file jinja2.py may lie.
+    """
+    try:
+        here = os.path.realpath(os.getcwd())
+    except FileNotFoundError:  # the current directory was deleted
+        here = ""
+    folders = [entry for entry in sys.path if os.path.isabs(entry) and os.path.realpath(entry) != here]
+    found = [
+        next((folder for folder in folders if os.path.isfile(os.path.join(folder, package, "__init__.py"))), None)
+        for package in ("jinja2", "markupsafe")
+    ]
+    return [folder for folder in found if folder is not None]
+
+
+def end_of_turn_token(template: str, tokenizer: TextTokenizer) -> int | None:
+    """The id of the special token that the template writes directly after an assistant's words, such as <|im_end|>.
+
+    None if there is none, if it is not a single special token, or if the template cannot be asked.
+    """
+    marker = "popengine end of turn marker"
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": marker}]
+    try:
+        text = render_chat(
+            template,
+            messages,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            add_generation_prompt=False,
+        )
+        _, found, after = text.rpartition(marker)
+        ids = tokenizer.encode(after.lstrip(), add_special_tokens=False)
+    except InputError:
+        return None
+    return ids[0] if found and ids and ids[0] in tokenizer.special_ids else None

@@ -1,0 +1,127 @@
+"""Renders a chat template as Hugging Face does, in a process of its own that may use little and reach nothing.
+
+A chat template is a program that came with somebody's checkpoint. `popengine.chat` runs this file as a script, isolated
+(`python -I -S`), with one JSON object on stdin and one on stdout. It imports the standard library and jinja2 only.
+"""
+
+import json
+import sys
+import time
+from datetime import datetime
+from typing import Any, NoReturn
+
+CPU_SECONDS = 5  # a render takes a few milliseconds, starting Python and jinja2 about 0.1 s
+MEMORY_BYTES = 1 << 30
+LONGEST_TEXT = 20_000_000  # characters
+
+
+def limit_resources() -> None:
+    """Sets limits on processor time and memory, where the system has them; nothing may be dumped or written."""
+    try:
+        import resource
+    except ImportError:  # not POSIX: the time limit of the parent remains
+        return
+    limits = {
+        resource.RLIMIT_CPU: CPU_SECONDS,
+        resource.RLIMIT_AS: MEMORY_BYTES,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_CORE: 0,
+    }
+    for kind, value in limits.items():
+        try:
+            resource.setrlimit(kind, (value, value))
+        except (ValueError, OSError):  # macOS refuses some
+            continue
+
+
+def close_the_door() -> None:
+    """From here on no file, socket or pipe can be opened, whatever a template manages to call."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+    except (ImportError, ValueError, OSError):
+        return
+
+
+def render_all(template: str, conversations: list[dict[str, Any]]) -> list[str]:
+    """The text of each conversation; each is the dict of variables the template sees."""
+    import jinja2.debug  # jinja2 imports it when a template fails, and then no file can be opened any more
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationTag(jinja2.ext.Extension):
+        """{% generation %}...{% endgeneration %} marks the assistant's words for training; here it is its content."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    class Namespace(jinja2.utils.Namespace):
+        """jinja2's namespace without names that begin with an underscore, which Hugging Face refuses too."""
+
+        def __init__(*arguments: Any, **names: Any) -> None:  # "self" may be among the names
+            for name in dict(*arguments[1:], **names):
+                refuse_underscore(name)
+            jinja2.utils.Namespace.__init__(*arguments, **names)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            refuse_underscore(name)
+            super().__setitem__(name, value)
+
+    def refuse_underscore(name: str) -> None:
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name!r}")
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.exceptions.TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # jinja2's own escapes HTML.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    environment.globals["namespace"] = Namespace
+    time.localtime()  # reads the time zone's file while that can be opened
+    close_the_door()
+
+    compiled = environment.from_string(template)
+    texts = [compiled.render(variables) for variables in conversations]
+    if sum(map(len, texts)) > LONGEST_TEXT:
+        raise MemoryError
+    return texts
+
+
+def main() -> None:
+    limit_resources()
+    try:
+        request = json.load(sys.stdin)
+        sys.path.extend(request["python_path"])
+        answer: dict[str, Any] = {"texts": render_all(request["template"], request["conversations"])}
+    except MemoryError:
+        answer = {"error": "it needs too much memory"}
+    except RecursionError:
+        answer = {"error": "it nests too deeply"}
+    except Exception as error:
+        where = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
+        message = getattr(error, "message", None) or str(error) or type(error).__name__
+        answer = {"error": f"{where}{message}"}
+    sys.stdout.write(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

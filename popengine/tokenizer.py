@@ -1,0 +1,401 @@
+"""Text to token ids and back, for both kinds of tokenizer file a checkpoint brings, and decoding while tokens arrive.
+
+tokenizer.json is read by `tokenizers` (FastTokenizer), tokenizer.model by `sentencepiece` (SentencePieceTokenizer).
+Both decode as Hugging Face does; TextStream works on either.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, Tokenizer
+
+from popengine.errors import InputError
+
+# Names under which tokenizer_config.json and special_tokens_map.json declare special tokens, each a string or a dict.
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPACE_MARK = "▁"  # sentencepiece's visible space
+
+
+class TextTokenizer(Protocol):
+    """What the engine needs from a tokenizer.
+
+    vocabulary_size  the highest id that has a token, plus one
+    bos_token        the text of the beginning-of-sequence token, None if there is none; eos_token likewise
+    special_ids      ids that `decode` leaves out: control tokens, not text
+    byte_ids         ids that stand for one raw byte ("<0x0A>"); empty for byte-level tokenizers, which have none
+    """
+
+    vocabulary_size: int
+    bos_token: str | None
+    eos_token: str | None
+    special_ids: frozenset[int]
+    byte_ids: frozenset[int]
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+    def token_id(self, token: str) -> int | None: ...
+
+
+class FastTokenizer:
+    """A `tokenizers.Tokenizer`, with everything that the tokenizer.json it came from says about spaces and BOS."""
+
+    def __init__(self, backend: Tokenizer, bos_token: str | None = None, eos_token: str | None = None) -> None:
+        # A tokenizer.json may carry the truncation and padding of somebody's training run.
+        backend.no_truncation()
+        backend.no_padding()
+        named = [token for token in (bos_token, eos_token) if token and backend.token_to_id(token) is not None]
+        added = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        backend.add_special_tokens([AddedToken(token, normalized=False) for token in named if token not in added])
+
+        self.backend = backend
+        self.bos_token = bos_token
+        self.eos_token = eos_token
+        added_tokens = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added_tokens.items() if token.special)
+        self.vocabulary_size = max(backend.get_vocab_size(with_added_tokens=False), max(added_tokens, default=-1) + 1)
+        self.byte_ids = frozenset(
+            token_id
+            for byte in range(256 if backend.decoder is not None and backend.decoder.decode(["<0x41>"]) == "A" else 0)
+            if (token_id := backend.token_to_id(f"<0x{byte:02X}>")) is not None
+        )
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of `text`; special tokens written out in it become their ids.
+
+        add_special_tokens  also add what the tokenizer puts around a text (usually BOS in front)
+        """
+        check_unicode(text)
+        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; an id without a token (a padded vocabulary has some) is no text."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def token_id(self, token: str) -> int | None:
+        """The id of the token that is written `token`, None if there is no such token."""
+        return self.backend.token_to_id(token)
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model with the special tokens around it, tokenized as transformers' LlamaTokenizer does.
+
+    Text between special tokens is encoded piece by piece. `prefix_space` says which of those pieces begin with the
+    space mark even if the text has no space there: "always" (the `legacy` behaviour), "first" (only at the very
+    start), "never". A space that is already there counts as the prefix.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        added_tokens: dict[int, AddedToken] | None = None,
+        prefix_space: str = "first",
+        add_bos: bool = True,
+        add_eos: bool = False,
+    ) -> None:
+        # Protobuf merges what is appended: normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}.
+        # Spaces are then all ours; the characters' normalization stays as the model has it.
+        self.backend = SentencePieceProcessor(model_proto=model + b"\x1a\x04\x18\x00\x20\x00")
+        pieces = range(self.backend.get_piece_size())
+        self.prefix_space = prefix_space
+
+        self.tokens = [self.backend.id_to_piece(token_id) for token_id in pieces]
+        controls = [i for i in pieces if self.backend.is_control(i) or self.backend.is_unknown(i)]
+        self.added = {token_id: AddedToken(self.tokens[token_id], special=True) for token_id in controls}
+        self.added.update(added_tokens or {})
+        self.token_ids = {token: token_id for token_id, token in enumerate(self.tokens)}
+        self.token_ids.update({token.content: token_id for token_id, token in self.added.items()})
+
+        self.bos_token = bos_token or self._piece(self.backend.bos_id())
+        self.eos_token = eos_token or self._piece(self.backend.eos_id())
+        self.add_bos = add_bos and self.bos_token in self.token_ids
+        self.add_eos = add_eos and self.eos_token in self.token_ids
+        for name in (self.bos_token, self.eos_token):
+            if name in self.token_ids:
+                self.added[self.token_ids[name]] = AddedToken(name, special=True)
+        self.special_ids = frozenset(token_id for token_id, token in self.added.items() if token.special)
+        self.byte_ids = frozenset(token_id for token_id in pieces if self.backend.is_byte(token_id))
+        self.vocabulary_size = max(len(self.tokens), max(self.added) + 1)
+        self._added_pattern = added_tokens_pattern(self.added.values())
+
+    def _piece(self, token_id: int) -> str | None:
+        return self.tokens[token_id] if token_id >= 0 else None
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of `text`; special and added tokens written out in it become their ids.
+
+        add_special_tokens  also add BOS in front and EOS behind, where the tokenizer's configuration says so
+        """
+        check_unicode(text)
+        ids: list[int] = []
+        if add_special_tokens and self.add_bos and self.bos_token is not None:
+            ids.append(self.token_ids[self.bos_token])
+        position = 0
+        for found in self._added_pattern.finditer(text):
+            token_id = self.token_ids[found.group()]
+            before = text[position : found.start()]
+            ids += self._encode_plain(before.rstrip() if self.added[token_id].lstrip else before, position == 0)
+            ids.append(token_id)
+            position = found.end()
+            if self.added[token_id].rstrip:
+                position += len(text[position:]) - len(text[position:].lstrip())
+        ids += self._encode_plain(text[position:], position == 0)
+        if add_special_tokens and self.add_eos and self.eos_token is not None:
+            ids.append(self.token_ids[self.eos_token])
+        return ids
+
+    def _encode_plain(self, text: str, is_first: bool) -> list[int]:
+        wants_prefix = self.prefix_space == "always" or (self.prefix_space == "first" and is_first)
+        if text and wants_prefix and not text.startswith((" ", SPACE_MARK)):
+            text = " " + text
+        return list(self.backend.encode(text))
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; an id without a token is no text.
+
+        Byte tokens that follow each other are one UTF-8 text; where that is invalid each byte becomes U+FFFD, as in
+        Hugging Face. The space that encoding put in front of the text is taken away.
+        """
+        text: list[str] = []
+        run = bytearray()
+        for token_id in ids:
+            if skip_special_tokens and token_id in self.special_ids:
+                continue
+            if token_id in self.byte_ids:
+                run.append(int(self.tokens[token_id][3:5], 16))
+                continue
+            text.append(decode_bytes(run))
+            run.clear()
+            if token_id in self.added:
+                text.append(self.added[token_id].content.replace(SPACE_MARK, " "))
+            elif token_id < len(self.tokens):
+                text.append(self.tokens[token_id].replace(SPACE_MARK, " "))
+        text.append(decode_bytes(run))
+        joined = "".join(text)
+        return joined if self.prefix_space == "never" else joined.removeprefix(" ")
+
+    def token_id(self, token: str) -> int | None:
+        """The id of the token that is written `token`, None if there is no such token."""
+        return self.token_ids.get(token)
+
+
+class TextStream:
+    """Decodes a sequence of ids while it grows: what `push` and `finish` return joins to `decode` of all of them.
+
+    A piece of text is given out as soon as no later token can change it, so a character whose bytes are spread over
+    several tokens appears whole. The cost of a push does not grow with the length of the text.
+    """
+
+    # Bytes that begin a character are at most 3, so a character that is still open lies within the last few tokens.
+    OVERLAP = 8
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.window: list[int] = []  # the last tokens: enough of them that the newest decode as they do in the whole
+        self.given = 0  # characters of the window's text that were given out
+
+    def push(self, token: int) -> str:
+        """The text that `token` makes certain; "" if there is none yet, and for special tokens."""
+        if token in self.tokenizer.special_ids or token >= self.tokenizer.vocabulary_size:
+            return ""
+        self.window.append(token)
+        if token in self.tokenizer.byte_ids:
+            return ""  # a later byte decides whether the whole run of bytes is text or is invalid
+        certain = self._certain()
+        text = certain[self.given :]
+        self.given = len(certain)
+        if len(self.window) > 2 * self.OVERLAP:
+            start = len(self.window) - self.OVERLAP
+            while self.window[start] in self.tokenizer.byte_ids:  # never cut a run of bytes; the last token is no byte
+                start += 1
+            self.window = self.window[start:]
+            self.given = len(self._certain())
+        return text
+
+    def _certain(self) -> str:
+        text = self.tokenizer.decode(self.window)
+        return text[:-1] if text.endswith("\N{REPLACEMENT CHARACTER}") else text  # perhaps half a character
+
+    def finish(self) -> str:
+        """The text that was held back; the stream is then empty and can be used again."""
+        text = self.tokenizer.decode(self.window)[self.given :]
+        self.window, self.given = [], 0
+        return text
+
+
+def open_tokenizer(directory: Path) -> TextTokenizer:
+    """The tokenizer of a checkpoint directory: tokenizer.json if it is there, else tokenizer.model.
+
+    InputError names the file that is missing or broken.
+    """
+    directory = Path(directory)
+    if (directory / "tokenizer.json").is_file():
+        return _open_fast(directory)
+    if (directory / "tokenizer.model").is_file():
+        return _open_sentencepiece(directory)
+    # vocab.json and merges.txt do not say how text is cut before merging: SmolLM2, GPT-2 and Qwen2 differ there.
+    found = [name for name in ("vocab.json", "tekken.json", "vocab.txt") if (directory / name).is_file()]
+    convert = "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers writes tokenizer.json"
+    hint = f"; {found[0]} alone is not enough: {convert}" if found else ""
+    raise InputError(f"{directory}: no tokenizer: expected tokenizer.json or tokenizer.model there{hint}")
+
+
+def _open_fast(directory: Path) -> FastTokenizer:
+    path = directory / "tokenizer.json"
+    try:
+        backend = Tokenizer.from_buffer(path.read_bytes())
+    except Exception as error:  # tokenizers raises bare Exception for some files
+        reason = single_line(str(error).removeprefix("Cannot instantiate Tokenizer from buffer: "))
+        raise InputError(f"{path}: not a readable tokenizer.json ({reason}){lfs_hint(path)}") from error
+    special = _special_tokens(directory)
+    # What the configuration adds to the file, in the order of the ids it gives.
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    declared = _added_tokens(directory, special)
+    backend.add_tokens([token for _, token in sorted(declared.items()) if token.content not in known])
+    by_content = {token.content: token for token in (*declared.values(), *backend.get_added_tokens_decoder().values())}
+    backend.add_special_tokens([by_content.get(name, AddedToken(name, normalized=False)) for name in special.values()])
+    return FastTokenizer(backend, bos_token=special.get("bos_token"), eos_token=special.get("eos_token"))
+
+
+def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
+    path = directory / "tokenizer.model"
+    config = read_json_object(directory / "tokenizer_config.json")
+    special = _special_tokens(directory)
+    prefix_space = "always" if config.get("legacy") else "first"
+    if config.get("add_prefix_space") is False:
+        prefix_space = "never"
+    try:
+        model = path.read_bytes()
+        if SentencePieceProcessor(model_proto=model or b"\0").get_piece_size() == 0:
+            raise RuntimeError("no pieces")
+    except (RuntimeError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: not a sentencepiece model ({single_line(str(error))}); a checkpoint whose tokenizer.model is "
+            f"in another format needs tokenizer.json beside it{lfs_hint(path)}"
+        ) from error
+    backend = SentencePieceProcessor(model_proto=model)
+    added = _added_tokens(directory, special)
+    next_id = max(backend.get_piece_size(), max(added, default=-1) + 1)
+    placed = {token.content: token_id for token_id, token in added.items()}
+    for name in dict.fromkeys(special.values()):
+        if name not in placed:
+            piece_id = backend.piece_to_id(name)
+            if backend.id_to_piece(piece_id) != name:  # piece_to_id gives the unknown id for what it does not know
+                piece_id, next_id = next_id, next_id + 1
+            added[piece_id] = AddedToken(name, special=True, normalized=False)
+    return SentencePieceTokenizer(
+        model,
+        bos_token=special.get("bos_token"),
+        eos_token=special.get("eos_token"),
+        added_tokens=added,
+        prefix_space=prefix_space,
+        add_bos=config.get("add_bos_token") is not False,
+        add_eos=config.get("add_eos_token") is True,
+    )
+
+
+def _special_tokens(directory: Path) -> dict[str, str]:
+    """The special tokens that the files beside the tokenizer name; additional ones under made-up keys."""
+    declared = dict(read_json_object(directory / "tokenizer_config.json"))
+    if "added_tokens_decoder" not in declared:  # as transformers: only older folders need the second file
+        declared.update(read_json_object(directory / "special_tokens_map.json"))
+    special = {name: text for name in SPECIAL_TOKEN_NAMES if (text := token_text(declared.get(name)))}
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        extra = declared.get(key) or []
+        for index, token in enumerate(extra.values() if isinstance(extra, dict) else extra):
+            if text := token_text(token):
+                special[f"{key}[{index}]"] = text
+    return special
+
+
+def _added_tokens(directory: Path, special: dict[str, str]) -> dict[int, AddedToken]:
+    """Tokens on top of the vocabulary, by id: `added_tokens_decoder` of tokenizer_config.json, or added_tokens.json."""
+    path = directory / "tokenizer_config.json"
+    added: dict[int, AddedToken] = {}
+    try:
+        if declared := read_json_object(path).get("added_tokens_decoder"):
+            for token_id, fields in declared.items():
+                fields = {key: value for key, value in fields.items() if key != "__type"}
+                added[int(token_id)] = AddedToken(**fields)
+        else:
+            path = directory / "added_tokens.json"
+            for content, token_id in read_json_object(path).items():
+                is_special = content in special.values()
+                added[int(token_id)] = AddedToken(content, special=is_special, normalized=not is_special)
+    except (TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = single_line(str(error))
+        raise InputError(f"{path}: added tokens are not in the form that Hugging Face writes ({reason})") from error
+    return added
+
+
+def added_tokens_pattern(tokens: Iterable[AddedToken]) -> re.Pattern[str]:
+    """Finds added tokens in text; where several begin at one place, the longest."""
+    words = []
+    for token in sorted(tokens, key=lambda token: len(token.content), reverse=True):
+        if token.content:
+            word = re.escape(token.content)
+            words.append(rf"(?<!\w){word}(?!\w)" if token.single_word else word)
+    return re.compile("|".join(words) or "(?!)")
+
+
+def decode_bytes(run: bytes | bytearray) -> str:
+    try:
+        return run.decode("utf-8")
+    except UnicodeDecodeError:
+        return "\N{REPLACEMENT CHARACTER}" * len(run)
+
+
+def check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text is not valid Unicode: a lone surrogate at character {error.start}; give it as UTF-8"
+        ) from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} when the file is absent; InputError when it holds something else."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({single_line(str(error))}){lfs_hint(path)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def token_text(token: Any) -> str | None:
+    """A token as configuration files write it: a string, or a dict with its text under "content"."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def lfs_hint(path: Path) -> str:
+    """The commonest reason for a file that is not what its name says."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(24).startswith(b"version https://git-lfs")
+    except OSError:
+        return ""
+    return "; it is a Git LFS pointer, fetch the file itself with `git lfs pull`" if is_pointer else ""
+
+
+def single_line(message: str) -> str:
+    """`message` as one line of printable characters, at most 300 of them."""
+    words = " ".join(message.split())
+    printable = "".join(character if character.isprintable() else "?" for character in words)
+    return printable if len(printable) <= 300 else printable[:297] + "..."
