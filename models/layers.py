@@ -27,6 +27,7 @@ from popengine.partition import (
     keep_everything,
     partition_channels,
 )
+from popengine.pruning import Pruning
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -34,6 +35,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
 }
 
@@ -175,6 +177,11 @@ def column_norms(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
 
 
+def tensor_bytes(holder: object) -> int:
+    """Memory of the tensors that an object has for attributes, in bytes."""
+    return sum(t.numel() * t.element_size() for t in vars(holder).values() if isinstance(t, Tensor))
+
+
 class ActiveFeedForward:
     """The weights of one FFN that a decode step reads, in buffers that are filled once per prompt.
 
@@ -212,6 +219,10 @@ class ActiveFeedForward:
         if self.up_bias is not None:
             torch.index_select(ffn.up_proj.bias, 0, resident, out=self.up_bias)
 
+    def copied_bytes(self) -> int:
+        """Memory that the copies take, in bytes."""
+        return tensor_bytes(self) if self.prunes else 0
+
 
 class FeedForward(nn.Module):
     """down_proj(act(gate_proj x) * up_proj x); channel i is row i of gate and up and column i of down."""
@@ -233,6 +244,18 @@ class FeedForward(nn.Module):
     def activation(self, x: Tensor) -> Tensor:
         """x [B, T, H] -> h [B, T, I], what down_proj reads."""
         return self.act(self.gate_proj(x)) * self.up_proj(x)
+
+    def new_active(self, pruning: Pruning) -> ActiveFeedForward:
+        """Buffers for the weights that decode steps read under this pruning."""
+        return ActiveFeedForward(self, pruning.sizes(self.gate_proj.out_features))
+
+    def weight_count(self) -> int:
+        """Weights in matrices that one token meets."""
+        return 3 * self.gate_proj.weight.numel()
+
+    def resident_weight_count(self, pruning: Pruning) -> int:
+        """Of those, the weights that one decode step reads: retained and candidate rows of every matrix."""
+        return 3 * self.gate_proj.in_features * pruning.sizes(self.gate_proj.out_features).resident
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(x))
@@ -323,6 +346,10 @@ class ActiveHeads:
         torch.index_select(attention.output_norms(), 0, candidate, out=self.candidate_norms.flatten(0, 1))
         if self.cache_order is not None:
             self.cache_order.copy_(partition.order[0])
+
+    def copied_bytes(self) -> int:
+        """Memory that the copies take, in bytes."""
+        return tensor_bytes(self) if self.prunes else 0
 
 
 class Attention(nn.Module):
