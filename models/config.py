@@ -206,11 +206,17 @@ def layer_windows(fields: ConfigReader, model_type: str, layers: int) -> tuple[i
         default = 4096 if model_type == "mistral" and "sliding_window" not in fields.raw else None
         window = fields.get("sliding_window", default)
         return (None if window is None else fields.integer("sliding_window", window),) * layers
-    # Qwen: a switch, and either a list of layer types or a number of full-attention layers at the bottom.
+    # Qwen: a switch, and either a list of layer types or a rule that is each family's own.
     use_window = fields.boolean("use_sliding_window", False)
     window = fields.integer("sliding_window", 4096) if use_window else None
-    full_layers = fields.integer("max_window_layers", 28, least=0)
-    by_depth = ["sliding_attention" if use_window and i >= full_layers else "full_attention" for i in range(layers)]
+    max_layers = fields.integer("max_window_layers", 28, least=0)
+    if model_type == "qwen3_moe":
+        return (window,) * layers
+    if model_type == "qwen2_moe":
+        windowed = [use_window and i % 2 == 0 and i < max_layers for i in range(layers)]
+    else:
+        windowed = [use_window and i >= max_layers for i in range(layers)]
+    by_depth = ["sliding_attention" if with_window else "full_attention" for with_window in windowed]
     layer_types = fields.get("layer_types", by_depth)
     if len(layer_types) != layers or set(layer_types) - {"sliding_attention", "full_attention"}:
         raise InputError(

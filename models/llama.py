@@ -3,14 +3,15 @@
 B batch, T prompt tokens, S cache slots, H hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.config import LlamaConfig
+from models.config import LlamaConfig, read_llama_config
 from models.layers import (
-    ActiveFeedForward,
     ActiveHeads,
     Attention,
     DecodeStep,
@@ -22,10 +23,14 @@ from models.layers import (
 from models.state import DecodeState, LayerState
 from popengine.cache import KVCache
 from popengine.clock import Clock
+from popengine.partition import PartitionSizes
 from popengine.pruning import LayerWeights, Pruning
 
 
 class LlamaDecoderLayer(nn.Module):
+    # Any: a family may put another network in its place that has FeedForward's methods (a mixture of experts).
+    mlp: Any
+
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -35,8 +40,7 @@ class LlamaDecoderLayer(nn.Module):
 
     def new_state(self, keys: Tensor, values: Tensor, pruning: Pruning) -> LayerState:
         heads = ActiveHeads(self.self_attn, pruning.head_sizes(self.self_attn.heads // self.self_attn.head_groups))
-        ffn = ActiveFeedForward(self.mlp, pruning.sizes(self.mlp.gate_proj.out_features))
-        return LayerState(keys, values, heads, ffn)
+        return LayerState(keys, values, heads, self.mlp.new_active(pruning))
 
     def forward(self, x: Tensor, step: PrefillStep) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), step)
@@ -52,11 +56,11 @@ class LlamaDecoderLayer(nn.Module):
 
     def weights(self) -> LayerWeights:
         """What pruning can take from, in weights of the layer's matrices."""
-        attention, ffn = self.self_attn, self.mlp
+        attention = self.self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         return LayerWeights(
             attention=sum(projection.weight.numel() for projection in projections),
-            ffn=3 * ffn.gate_proj.weight.numel(),
+            ffn=self.mlp.weight_count(),
             head=2 * attention.head_dim * attention.q_proj.in_features,
             head_groups=attention.head_groups,
             heads_per_group=attention.heads // attention.head_groups,
@@ -67,9 +71,7 @@ class LlamaDecoderLayer(nn.Module):
         whole = self.weights()
         heads = pruning.head_sizes(whole.heads_per_group)
         unread_heads = heads.pruned * whole.head_groups * whole.head
-        return whole.attention - unread_heads + 3 * self.mlp.gate_proj.in_features * pruning.sizes(
-            self.mlp.gate_proj.out_features
-        ).resident
+        return whole.attention - unread_heads + self.mlp.resident_weight_count(pruning)
 
 
 class LlamaModel(nn.Module):
@@ -96,6 +98,11 @@ class LlamaForCausalLM(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @classmethod
+    def from_config(cls, raw: Mapping[str, Any]) -> "LlamaForCausalLM":
+        """A model of empty weights from a parsed config.json."""
+        return cls(read_llama_config(raw))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens int64 [B, T] -> [B, T, H]"""
@@ -184,6 +191,10 @@ class LlamaForCausalLM(nn.Module):
             head_groups=each[0].head_groups,
             heads_per_group=each[0].heads_per_group,
         )
+
+    def ffn_sizes(self, pruning: Pruning) -> PartitionSizes:
+        """Regions of the feed-forward networks (of the first layer, where layers differ)."""
+        return pruning.sizes(self.config.intermediate_size)
 
     def weight_bytes_per_token(self, pruning: Pruning) -> int:
         """Bytes of weights that one decode step reads: attention, feed-forward networks and lm_head."""

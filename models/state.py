@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from models.layers import ActiveHeads
@@ -44,11 +43,10 @@ class DecodeState:
         self.live.fill_(True)
         self.clock = Clock(self.live.device)
 
+    def fits(self, batch: int, capacity: int, pruning: Pruning) -> bool:
+        """Made for just this: a cache of another capacity would cost attention time, or be too small."""
+        return (len(self.live), self.cache.capacity, self.pruning) == (batch, capacity, pruning)
+
     def partition_bytes(self) -> int:
         """Memory that the copies of active weights take, in bytes."""
-        tensors: dict[int, Tensor] = {}
-        for layer in self.layers:
-            for active in (layer.heads, layer.ffn):
-                if active.prunes:
-                    tensors |= {id(t): t for t in vars(active).values() if isinstance(t, torch.Tensor)}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
+        return sum(layer.heads.copied_bytes() + layer.ffn.copied_bytes() for layer in self.layers)

@@ -11,6 +11,7 @@ from popengine.errors import InputError
 from popengine.partition import PartitionSizes, all_channel_sizes, partition_sizes
 
 PREFILL_MODES = ("pruned", "dense")
+UNSEEN_EXPERT_MODES = ("weights", "dense")
 DEFAULT_PRUNE_RATIO = 0.2
 
 
@@ -26,6 +27,8 @@ class PruningSettings:
                      "dense": on all of them, so that prompt and first token are the dense model's
     all_channels     the quality ceiling (paper, Table 6): every step chooses among all channels, and nothing is saved
                      but down_proj
+    unseen_experts   what becomes of an expert that fewer than min_tokens prompt tokens were routed to: "weights" cuts
+                     it by scores from its weights alone, so that the budget still holds; "dense" leaves it whole
     """
 
     prune_ratio: float | None = None
@@ -34,6 +37,8 @@ class PruningSettings:
     head_ratio: float = 0.0
     prefill: Literal["pruned", "dense"] = "pruned"
     all_channels: bool = False
+    unseen_experts: Literal["weights", "dense"] = "weights"
+    min_tokens: int = 1
 
     def __post_init__(self) -> None:
         if self.prune_ratio is not None and self.ffn_ratio is not None:
@@ -46,6 +51,12 @@ class PruningSettings:
             raise InputError(f"candidate width must be between 0 and 2, not {self.candidate_width}")
         if self.prefill not in PREFILL_MODES:
             raise InputError(f"prefill must be one of {', '.join(PREFILL_MODES)}, not {self.prefill!r}")
+        if self.unseen_experts not in UNSEEN_EXPERT_MODES:
+            raise InputError(
+                f"unseen experts must be one of {', '.join(UNSEEN_EXPERT_MODES)}, not {self.unseen_experts!r}"
+            )
+        if self.min_tokens < 1:
+            raise InputError(f"min tokens must be at least 1, not {self.min_tokens}")
 
 
 DENSE = PruningSettings(prune_ratio=0.0)
@@ -82,6 +93,8 @@ class Pruning:
     head_ratio: float
     prefill: Literal["pruned", "dense"]
     all_channels: bool
+    unseen_experts: Literal["weights", "dense"] = "weights"
+    min_tokens: int = 1
 
     def sizes(self, channels: int) -> PartitionSizes:
         """Regions of an FFN of `channels` channels."""
@@ -128,4 +141,6 @@ def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
         head_ratio=settings.head_ratio,
         prefill=settings.prefill,
         all_channels=settings.all_channels,
+        unseen_experts=settings.unseen_experts,
+        min_tokens=settings.min_tokens,
     )
