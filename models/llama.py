@@ -5,7 +5,6 @@ B batch, T prompt tokens, S cache slots, H hidden size, V vocabulary.
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +89,10 @@ class LlamaModel(nn.Module):
 
 class LlamaForCausalLM(nn.Module):
     layer_class = LlamaDecoderLayer
+    # Where weights.load finds parameters that lie under another name; the Llama family needs no map.
+    locate = None
+    # Buffers that old checkpoints carry and that follow from the config.
+    ignored_keys = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -103,6 +106,12 @@ class LlamaForCausalLM(nn.Module):
     def from_config(cls, raw: Mapping[str, Any]) -> "LlamaForCausalLM":
         """A model of empty weights from a parsed config.json."""
         return cls(read_llama_config(raw))
+
+    def locate(
+        self, parameter_names: list[str], checkpoint_names: list[str]
+    ) -> dict[str, tuple[str, tuple[Any, ...]]]:
+        """Parameters that a checkpoint keeps under another name: to its key and an index into that tensor."""
+        return {}
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens int64 [B, T] -> [B, T, H]"""
