@@ -89,8 +89,6 @@ class LlamaModel(nn.Module):
 
 class LlamaForCausalLM(nn.Module):
     layer_class = LlamaDecoderLayer
-    # Where weights.load finds parameters that lie under another name; the Llama family needs no map.
-    locate = None
     # Buffers that old checkpoints carry and that follow from the config.
     ignored_keys = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
@@ -110,7 +108,10 @@ class LlamaForCausalLM(nn.Module):
     def locate(
         self, parameter_names: list[str], checkpoint_names: list[str]
     ) -> dict[str, tuple[str, tuple[Any, ...]]]:
-        """Parameters that a checkpoint keeps under another name: to its key and an index into that tensor."""
+        """Parameters that a checkpoint keeps under another name: to its key and an index into that tensor.
+
+        The Llama family's modules are named as its checkpoints name them: there are none.
+        """
         return {}
 
     def embed(self, tokens: Tensor) -> Tensor:

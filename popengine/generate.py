@@ -1,0 +1,220 @@
+"""The command: python -m popengine.generate --ckpt ... --prompt ...
+
+Text streams to stdout as it is made, statistics go to stderr; with --json one object on stdout takes the place of
+both. Bad input is one line on stderr and exit status 2.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from popengine.errors import InputError
+
+# PyTorch takes seconds to import: the engine is imported in run(), after the flags have been understood.
+if TYPE_CHECKING:
+    from popengine.engine import Engine, Piece
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Errors as one line, without the usage in front."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = OneLineParser(
+        prog="popengine-generate",
+        description="Generate text with Partition-guided Online Pruning (POP, arXiv 2602.06822).",
+        allow_abbrev=False,
+    )
+    flags.add_argument(
+        "--ckpt", metavar="DIR|HUB_ID|FILE.gguf", help="checkpoint (default: what `make checkpoint` has fetched)"
+    )
+    flags.add_argument("--prompt", required=True, metavar="TEXT|-", help="the prompt; - reads it from standard input")
+    flags.add_argument("-n", "--max-new-tokens", type=int, default=128, metavar="N")
+    sampling = flags.add_argument_group("sampling")
+    sampling.add_argument("--temperature", "--temp", type=float, default=0.0, metavar="T", help="0 is greedy")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest P of probability")
+    sampling.add_argument("--seed", type=int, metavar="N", help="makes sampling reproducible")
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the end of the sequence")
+    prompting = flags.add_argument_group("prompt")
+    prompting.add_argument("--system-prompt", metavar="TEXT")
+    prompting.add_argument("--raw", action="store_true", help="the prompt as it stands, without the chat template")
+    pruning = flags.add_argument_group("pruning")
+    pruning.add_argument(
+        "--prune-ratio", type=float, metavar="R", help="share of a decoder layer's parameters; 0: dense (default: 0.2)"
+    )
+    pruning.add_argument("--ffn-ratio", type=float, metavar="R", help="instead: share of the FFN channels")
+    pruning.add_argument("--candidate-width", type=float, default=0.1, metavar="W", help="candidates, of all channels")
+    pruning.add_argument("--head-ratio", type=float, default=0.0, metavar="R", help="share of the query heads")
+    pruning.add_argument(
+        "--prefill", default="pruned", metavar="pruned|dense", help="finish the prompt on what stays, or on everything"
+    )
+    machine = flags.add_argument_group("machine")
+    machine.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
+    machine.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps")
+    machine.add_argument("--max-seq-len", type=int, metavar="N", help="a shorter context than the model's")
+    machine.add_argument("--compile", action="store_true", help="compile the decode step (slow to start, fast to run)")
+    output = flags.add_argument_group("output")
+    output.add_argument("--quiet", action="store_true", help="neither statistics nor progress bars")
+    output.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text and statistics")
+    return flags
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry of `python -m popengine.generate` and of the console script `popengine-generate`."""
+    try:
+        run(parser().parse_args(arguments))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has gone: nothing is left to say, not even by the interpreter's flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    sys.exit(0)
+
+
+def run(flags: argparse.Namespace) -> None:
+    refuse_shadowed_packages()
+    prompt = read_prompt(flags.prompt)
+    from popengine.engine import load
+    from popengine.pruning import PruningSettings
+    from popengine.sampling import Sampling
+
+    pruning = PruningSettings(
+        prune_ratio=flags.prune_ratio,
+        ffn_ratio=flags.ffn_ratio,
+        candidate_width=flags.candidate_width,
+        head_ratio=flags.head_ratio,
+        prefill=flags.prefill,
+    )
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
+    engine = load(
+        flags.ckpt,
+        dtype=flags.dtype,
+        device=flags.device,
+        max_seq_len=flags.max_seq_len,
+        progress=sys.stderr.isatty() and not flags.quiet,
+    )
+    for field in engine.model.config.unknown_fields:
+        print(f"warning: config.json has a field that popengine does not know and ignores: {field}", file=sys.stderr)
+    pieces = engine.stream(
+        prompt,
+        max_new_tokens=flags.max_new_tokens,
+        pruning=pruning,
+        sampling=sampling,
+        raw=flags.raw,
+        system_prompt=flags.system_prompt,
+        ignore_eos=flags.ignore_eos,
+    )
+    if flags.json:
+        print(json.dumps(report(engine, list(pieces)), ensure_ascii=False))
+        return
+    for piece in pieces:
+        print(piece.text, end="", flush=True)
+    print()
+    if not flags.quiet:
+        print_statistics(engine, piece)
+
+
+def refuse_shadowed_packages() -> None:
+    """`models` and `weights` are common names: say so when another package of that name stands in front of ours."""
+    ours = Path(__file__).resolve().parent.parent
+    for name in ("models", "weights"):
+        spec = importlib.util.find_spec(name)
+        places = [] if spec is None else [*(spec.submodule_search_locations or []), spec.origin or ""]
+        if not any(Path(place).resolve() in (ours / name, ours / name / "__init__.py") for place in places):
+            found = places[0] if places else "nothing"
+            raise InputError(
+                f"the package `{name}` of popengine is hidden by {found}; run from another directory, "
+                "or use the command popengine-generate"
+            )
+
+
+def read_prompt(text: str) -> str:
+    if text != "-":
+        return text
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt on standard input is not UTF-8 (at byte {error.start})") from None
+
+
+def report(engine: "Engine", pieces: "list[Piece]") -> dict[str, Any]:
+    """The object that --json prints."""
+    last = pieces[-1]
+    statistics = last.statistics
+    assert statistics is not None
+    pruning, regions = statistics.pruning, statistics.regions
+    return {
+        "text": "".join(piece.text for piece in pieces),
+        "token_ids": [piece.token_id for piece in pieces if piece.token_id is not None],
+        "prompt_token_ids": last.prompt_token_ids,
+        "finish_reason": last.finish_reason,
+        "pruning": {
+            "ratio": pruning.ratio,
+            "ffn_ratio": pruning.ffn_ratio,
+            "candidate_width": pruning.candidate_width,
+            "head_ratio": pruning.head_ratio,
+            "prefill": pruning.prefill,
+            "retained": regions.retained,
+            "candidate": regions.candidate,
+            "pruned": regions.pruned,
+            "picked": regions.picked,
+        },
+        "timing": {
+            "load_s": engine.load_s,
+            "prefill_ms": statistics.prefill_ms,
+            "partition_ms": statistics.partition_ms,
+            "decode_ms_per_token": or_null(statistics.decode_ms_per_token),
+            "decode_tokens_per_s": or_null(statistics.decode_tokens_per_s),
+        },
+        "weight_bytes_per_token": statistics.weight_bytes_per_token,
+        "dense_weight_bytes_per_token": statistics.dense_weight_bytes_per_token,
+        "peak_memory_bytes": statistics.peak_memory_bytes,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "device": str(engine.device),
+    }
+
+
+def or_null(value: float) -> float | None:
+    """JSON has no NaN; a run of one token has no decode step to time."""
+    return None if math.isnan(value) else value
+
+
+def print_statistics(engine: "Engine", last: "Piece") -> None:
+    statistics = last.statistics
+    assert statistics is not None
+    ended = {"stop": "end of sequence", "length": "as many as asked for"}[last.finish_reason or "length"]
+    regions, share = statistics.regions, statistics.weight_bytes_per_token / statistics.dense_weight_bytes_per_token
+    lines = [
+        f"prompt    {statistics.prompt_tokens} tokens: prefill {statistics.prefill_ms:.0f} ms, "
+        f"partition {statistics.partition_ms:.0f} ms",
+        f"decode    {statistics.new_tokens} tokens ({ended}): {statistics.decode_ms_per_token:.1f} ms/token, "
+        f"{statistics.decode_tokens_per_s:.1f} tokens/s",
+        f"channels  {regions.channels} per FFN: {regions.retained} retained, {regions.candidate} candidate "
+        f"({regions.picked} picked per step), {regions.pruned} pruned",
+        f"weights   {megabytes(statistics.weight_bytes_per_token)} read per token, {share:.1%} of dense "
+        f"({str(engine.dtype).removeprefix('torch.')}, {engine.device})",
+        f"memory    {megabytes(statistics.peak_memory_bytes)} at peak; loaded in {engine.load_s:.1f} s",
+    ]
+    print(*lines, sep="\n", file=sys.stderr)
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.0f} MB"
+
+
+if __name__ == "__main__":
+    main()
