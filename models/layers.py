@@ -257,6 +257,12 @@ class FeedForward(nn.Module):
         """Of those, the weights that one decode step reads: retained and candidate rows of every matrix."""
         return 3 * self.gate_proj.in_features * pruning.sizes(self.gate_proj.out_features).resident
 
+    def copy_bytes(self, pruning: Pruning) -> int:
+        """Memory that the active copies will take, in bytes; with nothing to prune there are none."""
+        sizes = pruning.sizes(self.gate_proj.out_features)
+        copies = self.resident_weight_count(pruning) if sizes.retained < sizes.channels else 0
+        return copies * self.gate_proj.weight.element_size()
+
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(x))
 
