@@ -1,0 +1,77 @@
+"""Open a checkpoint, wherever it is: a Hugging Face directory, a .gguf file, or the id of a Hub repository."""
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from popengine.errors import InputError
+from weights.entries import TensorEntry
+from weights.gguf_file import GGUFCheckpoint
+from weights.hub import download, is_hub_id
+from weights.safetensors_files import SafetensorsCheckpoint
+
+__all__ = ["Checkpoint", "GGUFCheckpoint", "SafetensorsCheckpoint", "TensorEntry", "checkpoint_dtype", "open_checkpoint"]
+
+# Both have: path, config, generation_config, entries, mapped, read(name), release(name), close(), and `with`.
+Checkpoint = SafetensorsCheckpoint | GGUFCheckpoint
+
+COMPUTING_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Read a checkpoint's configuration and the shapes of its tensors; no tensor is read yet.
+
+    source  a directory as `save_pretrained` writes it, a .gguf file, or, when nothing of that name exists, the id
+            (`organisation/name`) of a Hub repository, whose files are downloaded with a progress bar unless they are
+            in the cache
+    errors  InputError: no such path or repository, no network, and everything that is wrong with the files themselves
+    """
+    if os.path.isdir(source):
+        return SafetensorsCheckpoint(Path(source))
+    if os.path.exists(source):
+        return open_file(Path(source))
+    if not isinstance(source, Path) and is_hub_id(source):
+        return SafetensorsCheckpoint(download(source))
+    raise InputError(
+        f"{one_line(str(source))!r}: no such path, and not the id of a Hub repository (organisation/name) either"
+    )
+
+
+def open_file(path: Path) -> GGUFCheckpoint:
+    if path.suffix == ".gguf":
+        return GGUFCheckpoint(path)
+    if path.name.endswith((".safetensors", ".json")):
+        raise InputError(f"{path} is one file of a checkpoint: name its folder, {path.parent}")
+    raise InputError(f"{path} is not a checkpoint: name a Hugging Face directory, a .gguf file or a Hub id")
+
+
+def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What `--dtype auto` means: the config's torch_dtype or dtype, else the dtype most of the tensors have.
+
+    InputError when that is none of float32, bfloat16 and float16.
+    """
+    text_config = checkpoint.config.get("text_config")
+    for config in (checkpoint.config, text_config if isinstance(text_config, dict) else {}):
+        named = config.get("torch_dtype") or config.get("dtype")
+        if named is not None and named != "auto":
+            name = str(named).removeprefix("torch.")
+            break
+    else:
+        elements: Counter[torch.dtype] = Counter()
+        for entry in checkpoint.entries.values():
+            elements[entry.dtype] += entry.elements
+        name = str(elements.most_common(1)[0][0]).removeprefix("torch.") if elements else "float32"
+    if name not in COMPUTING_DTYPES:
+        raise InputError(
+            f"{checkpoint.path} is in the dtype {one_line(name)}; choose one of {', '.join(COMPUTING_DTYPES)} with --dtype"
+        )
+    return COMPUTING_DTYPES[name]
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """Text from outside made fit for a message: white space run together, cut at `limit` characters."""
+    text = re.sub(r"\s+", " ", text)
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -1,0 +1,21 @@
+"""Where the default checkpoint (SmolLM2-135M-Instruct) lies after `make checkpoint` has fetched it."""
+
+from pathlib import Path
+
+from popengine.errors import InputError
+
+DEFAULT_DIRECTORY = Path(__file__).resolve().parent / "default"
+# In order of preference: the Hub's own files, else the same weights quantised to 4 bits in one file.
+FROM_HUB = "SmolLM2-135M-Instruct"
+FROM_PACKAGE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def default_checkpoint(directory: Path = DEFAULT_DIRECTORY) -> Path:
+    """Path of the default checkpoint, a Hugging Face directory or a .gguf file; InputError when it was never fetched."""
+    for path in (directory / FROM_HUB, directory / FROM_PACKAGE):
+        # Both appear by a rename once they are complete, so being there means being whole.
+        if path.exists():
+            return path
+    raise InputError(
+        f"the default checkpoint is not in {directory}: run `make checkpoint`, or name a checkpoint with --ckpt"
+    )

@@ -1,0 +1,84 @@
+"""Download a checkpoint from the Hugging Face Hub, or find it in the Hub client's cache.
+
+The client (huggingface-hub) keeps what it fetched under HF_HOME, resumes a download that was interrupted, asks the
+endpoint in HF_ENDPOINT and goes without the network when HF_HUB_OFFLINE is set. This file chooses what is fetched and
+turns what can go wrong into one line each.
+"""
+
+import re
+from pathlib import Path
+
+from popengine.errors import InputError
+
+# Weights in pickle are never used, so never fetched.
+NEEDED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
+# The same weights a second time in another layout (the client's * also matches a /), which would double the download.
+UNNEEDED_FILES = ("*/*", "consolidated*")
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a string has the form of a repository's id, `organisation/name` or `name`."""
+    part = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}"
+    return re.fullmatch(f"({part}/)?{part}", text) is not None and not text.endswith((".gguf", ".safetensors", ".json"))
+
+
+def download(repository: str) -> Path:
+    """The directory of a repository's files, downloaded when they are not in the cache, with a progress bar on stderr.
+
+    InputError when there is no such repository, it is private or gated, or the network or the disk fails.
+    """
+    # Imported late: the client takes a while to import, and most checkpoints are on disk.
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    neither = f"{repository!r}: no such path, and"
+    try:
+        path = snapshot_download(repository, allow_patterns=list(NEEDED_FILES), ignore_patterns=list(UNNEEDED_FILES))
+    except GatedRepoError as error:
+        raise InputError(
+            f"{neither} the Hub repository of that name is gated: ask for access on its page, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{neither} the Hub has no repository of that name that is open to you: check the spelling; if it is "
+            "private, log in with `hf auth login` or set HF_TOKEN"
+        ) from error
+    except HFValidationError as error:
+        raise InputError(f"{neither} not the id of a Hub repository (organisation/name) either") from error
+    except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise InputError(
+                f"{neither} the Hub repository of that name is not in the cache, while HF_HUB_OFFLINE forbids fetching it"
+            ) from error
+        raise InputError(
+            f"{neither} the Hub cannot be reached to look for a repository of that name ({first_line(error.__cause__ or error)})"
+        ) from error
+    except Exception as error:
+        # Which exceptions a transfer can end in depends on the client's version and on the HTTP library under it;
+        # whatever it is, what was fetched so far stays in the cache and the next run goes on from there.
+        raise InputError(
+            f"the download of {repository} from the Hub failed; run again to resume it ({first_line(error)})"
+        ) from error
+    return Path(path)
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

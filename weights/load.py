@@ -1,0 +1,158 @@
+"""Fill a model that was built on the meta device with the tensors of a checkpoint, every key accounted for."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from popengine.errors import InputError
+from weights.checkpoint import Checkpoint
+from weights.entries import TensorEntry
+from weights.memory import require_memory
+
+# For each parameter, the checkpoint key that holds it and an index into that tensor (() is all of it).
+Locate = Callable[[list[str], list[str]], dict[str, tuple[str, tuple[Any, ...]]]]
+
+NAMES_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One parameter or persistent buffer of the model, all of its names (tied), and where its values come from."""
+
+    names: list[str]
+    target: Tensor
+    key: str
+    index: tuple[Any, ...]
+    dtype: torch.dtype  # in memory
+
+
+def load_weights(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    locate: Locate | None = None,
+    ignored: Iterable[str] = (),
+    progress: bool = False,
+) -> None:
+    """Give every parameter and persistent buffer of `model` its values from `checkpoint`.
+
+    dtype     of the floating-point tensors in memory; integer buffers keep theirs
+    locate    where a parameter lies when that is not under its own name: a function of the parameters' names and the
+              checkpoint's, to {parameter: (key, index)}; one it leaves out lies under its own name. Several parameters
+              may be pieces of one key, and together they must use all of it
+    ignored   regular expressions of whole checkpoint keys that may be there and are not needed
+    progress  a bar on stderr
+
+    Tied parameters (one object under several names) are read once and stay tied; all but one of their names may be
+    absent. InputError, before anything is allocated, when keys are missing, unexpected or of another shape (all in one
+    line) and when the weights will not fit into memory. At its peak loading takes the memory of the weights plus that
+    of the checkpoint's largest tensor.
+    """
+    names = list(model.state_dict())
+    located = {name: (name, ()) for name in names}
+    if locate is not None:
+        located |= locate(names, list(checkpoint.entries))
+    wanted = find_sources(model, located, checkpoint, dtype)
+    check_keys(checkpoint, wanted, {key for key, _ in located.values()}, list(ignored))
+
+    needed = sum(one.target.numel() * one.dtype.itemsize for one in wanted)
+    require_memory(needed, device, f"{checkpoint.path} in {str(dtype).removeprefix('torch.')}")
+
+    by_key: dict[str, list[Wanted]] = {}
+    for one in wanted:
+        by_key.setdefault(one.key, []).append(one)
+    with tqdm(total=needed, desc="loading", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
+        for key in checkpoint.entries:  # in the order of the files, so that a disk reads forwards
+            for one in by_key.get(key, []):
+                put(model, one, read_piece(checkpoint, one, device))
+                bar.update(one.target.numel() * one.dtype.itemsize)
+            checkpoint.release(key)
+
+
+def find_sources(
+    model: nn.Module, located: dict[str, tuple[str, tuple[Any, ...]]], checkpoint: Checkpoint, dtype: torch.dtype
+) -> list[Wanted]:
+    """What the model needs, one item for each tensor object; a tied one comes from the first name that is there."""
+    targets = model.state_dict(keep_vars=True)  # the objects themselves, so that tied names show as one object
+    names_of: dict[int, list[str]] = {}
+    for name, target in targets.items():
+        names_of.setdefault(id(target), []).append(name)
+    wanted = []
+    for names in names_of.values():
+        target = targets[names[0]]
+        sources = [located[name] for name in names]
+        key, index = next((source for source in sources if source[0] in checkpoint.entries), sources[0])
+        wanted.append(Wanted(names, target, key, index, dtype if target.is_floating_point() else target.dtype))
+    return wanted
+
+
+def check_keys(checkpoint: Checkpoint, wanted: list[Wanted], known: set[str], ignored: list[str]) -> None:
+    """InputError with every missing, unexpected and mis-shaped key in one line, at most ten of them by name."""
+    missing = [one.key for one in wanted if one.key not in checkpoint.entries]
+    unexpected = [
+        key
+        for key in checkpoint.entries
+        if key not in known and not any(re.fullmatch(pattern, key) for pattern in ignored)
+    ]
+    misshaped = []
+    used: dict[str, int] = {}  # elements of a key that its pieces take
+    for one in wanted:
+        entry = checkpoint.entries.get(one.key)
+        if entry is None:
+            continue
+        used[one.key] = used.get(one.key, 0) + one.target.numel()
+        shape = piece_shape(entry, one.index)
+        if shape != tuple(one.target.shape):
+            misshaped.append(f"{one.key} {list(entry.shape)} for {one.names[0]} {list(one.target.shape)}")
+        elif entry.dtype.is_floating_point != one.target.is_floating_point():
+            misshaped.append(f"{one.key} is {entry.dtype}, {one.names[0]} is {one.dtype}")
+    if not misshaped:
+        misshaped = [
+            f"{key} {list(checkpoint.entries[key].shape)}, of which the model uses {count} elements"
+            for key, count in used.items()
+            if count != checkpoint.entries[key].elements
+        ]
+
+    kinds = [
+        (what, names)
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
+        if names
+    ]
+    if kinds:
+        share = NAMES_SHOWN // len(kinds)
+        listed = "; ".join(
+            f"{len(names)} {what}: {', '.join(names[:share])}{', ...' if len(names) > share else ''}"
+            for what, names in kinds
+        )
+        raise InputError(f"{checkpoint.path} does not hold the weights that its config describes: {listed}")
+
+
+def piece_shape(entry: TensorEntry, index: tuple[Any, ...]) -> tuple[int, ...] | None:
+    """The shape of a tensor of this entry's shape at `index`, None where it has no such index."""
+    try:
+        return tuple(torch.empty(entry.shape, device="meta")[index].shape) if index else entry.shape
+    except (IndexError, RuntimeError):
+        return None
+
+
+def read_piece(checkpoint: Checkpoint, one: Wanted, device: torch.device) -> Tensor:
+    stored = checkpoint.read(one.key)
+    piece = stored[one.index]
+    # What was read may be kept as it is, unless it is a view of the file or a part of something larger.
+    copy = checkpoint.mapped or piece.numel() < stored.numel()
+    return piece.to(device, one.dtype, copy=copy, memory_format=torch.contiguous_format)
+
+
+def put(model: nn.Module, one: Wanted, value: Tensor) -> None:
+    """Set `value` in the model under each of its names, as one object."""
+    if isinstance(one.target, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=one.target.requires_grad)
+    for name in one.names:
+        module_name, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module_name), attribute, value)

@@ -1,0 +1,44 @@
+"""A file mapped into memory, whose pages are given back as soon as they have been used."""
+
+import mmap
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from popengine.errors import InputError
+
+
+class MappedFile:
+    """The bytes of a file, read from disk when they are touched. Read-only."""
+
+    def __init__(self, path: Path) -> None:
+        with open_binary(path) as file:
+            self.size = file.seek(0, 2)
+            if self.size == 0:
+                raise InputError(f"{path} is empty")
+            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def view(self, begin: int, end: int) -> Tensor:
+        """Bytes `begin` to `end` as a uint8 tensor on the file's own pages, not to be written to."""
+        if begin == end:
+            return torch.empty(0, dtype=torch.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch warns that the buffer is read-only
+            return torch.frombuffer(self.data, dtype=torch.uint8, count=end - begin, offset=begin)
+
+    def release(self, begin: int, end: int) -> None:
+        """Give back the pages that were touched between two bytes: until then they count as this process's memory."""
+        start = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > start and hasattr(mmap, "MADV_DONTNEED"):  # Windows has no such call
+            self.data.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """Open a file for reading, or InputError."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,90 @@
+"""How much memory is free, and the clear word before a checkpoint that will not fit is loaded."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from popengine.errors import InputError
+
+
+def require_memory(needed: int, device: torch.device, what: str) -> None:
+    """InputError when `needed` bytes are more than `device` has free; silent where that cannot be found out."""
+    available = available_memory(device)
+    if available is not None and needed > available:
+        raise InputError(
+            f"{what} needs about {gigabytes(needed)} of memory on {device}, and {gigabytes(available)} is available: "
+            "use a smaller checkpoint, a --dtype with fewer bytes, or a machine with more memory"
+        )
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device, None where nothing says so."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if device.type != "cpu":
+        return None
+    if sys.platform == "darwin":
+        return macos_available(subprocess.run(["vm_stat"], capture_output=True, text=True).stdout)
+    return linux_available()
+
+
+def linux_available(root: Path = Path("/")) -> int | None:
+    """The least of MemAvailable and what each enclosing cgroup (version 1 or 2) leaves; None where there is no /proc."""
+    try:
+        meminfo = (root / "proc/meminfo").read_text()
+    except OSError:
+        return None
+    match = re.search(r"^MemAvailable:\s*(\d+) kB$", meminfo, re.MULTILINE)
+    limits = [int(match[1]) * 1024] if match else []
+
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        # "0::/path" is the one tree of version 2; "5:memory:/path" is the memory controller's of version 1.
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            top, limit_file, usage_file = root / "sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            top, limit_file, usage_file = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        # A limit on any group above holds too. Inside a container the path may not exist; then only the top is seen.
+        here = top / group.lstrip("/")
+        while True:
+            limits += cgroup_available(here, limit_file, usage_file)
+            if here == top or top not in here.parents:
+                break
+            here = here.parent
+    return min(limits) if limits else None
+
+
+def cgroup_available(group: Path, limit_file: str, usage_file: str) -> list[int]:
+    """[bytes left under one group's own limit], or [] when it has none."""
+    try:
+        limit, usage = (group / limit_file).read_text().strip(), int((group / usage_file).read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    if limit == "max":
+        return []
+    # Usage counts cached file pages; the ones not in active use are given up when memory is asked for.
+    reclaimable = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+    return [max(0, int(limit) - usage + reclaimable)]
+
+
+def macos_available(vm_stat: str) -> int | None:
+    """Bytes in pages that `vm_stat` counts as free or as given up on demand."""
+    page_size = re.search(r"page size of (\d+) bytes", vm_stat)
+    counts = re.findall(r"^Pages (?:free|inactive|speculative|purgeable):\s+(\d+)\.", vm_stat, re.MULTILINE)
+    return int(page_size[1]) * sum(map(int, counts)) if page_size and counts else None
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

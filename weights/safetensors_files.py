@@ -1,0 +1,261 @@
+"""A Hugging Face directory: config.json, and weights in model.safetensors or in shards with an index.
+
+The format of a .safetensors file: 8 bytes little-endian N, N bytes of JSON that give each tensor's dtype, shape and
+place (`data_offsets`, counted from the end of the JSON), then the tensors' bytes without holes or overlaps. The header
+is read here by hand because the mapping must be ours: a page of a mapped file counts as this process's memory once it
+has been touched, and `release` gives each tensor's pages back as soon as it has been copied.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from popengine.errors import InputError
+from weights.entries import TensorEntry
+from weights.mapped_file import MappedFile, open_binary
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+# Far above any real header (a million tensors), far below what would hurt; the format's own library has the same limit.
+LARGEST_HEADER = 100_000_000
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor's bytes lie: a shard, and the first byte and the one after the last, from the file's start."""
+
+    shard: str
+    begin: int
+    end: int
+
+
+class SafetensorsCheckpoint:
+    """A Hugging Face directory, opened: configuration read, every shard's header read and checked, no tensor read.
+
+    path               the directory
+    config             config.json
+    generation_config  generation_config.json, {} when there is none
+    entries            every tensor of every shard, in the order of the files
+    mapped             True: `read` returns views of the mapped files, to be copied before they are kept
+    """
+
+    mapped = True
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory
+        self.config: dict[str, Any] = read_config(directory)
+        generation_config = directory / "generation_config.json"
+        self.generation_config: dict[str, Any] = (
+            read_json_object(generation_config) if generation_config.exists() else {}
+        )
+        self.entries: dict[str, TensorEntry] = {}
+        self._places: dict[str, Place] = {}
+        self._files: dict[str, MappedFile] = {}
+        for shard, promised in find_shards(directory).items():
+            self._open_shard(shard, promised)
+
+    def _open_shard(self, shard: str, promised: list[str]) -> None:
+        path = self.path / shard
+        file = MappedFile(path)
+        entries, places = read_header(file, path)
+        absent = [name for name in promised if name not in entries]
+        if absent:
+            raise InputError(f"{path} lacks {some_of(absent)}, which {INDEX_FILE} says it holds")
+        for name, entry in entries.items():
+            if name in self.entries:
+                raise InputError(f"{path}: {name} is also in {self._places[name].shard}; a tensor must be in one shard")
+            self.entries[name] = entry
+            self._places[name] = Place(shard, *places[name])
+        self._files[shard] = file
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as a view of the mapped file: its entry's shape and dtype, on the CPU, not to be written to."""
+        entry, place = self.entries[name], self._places[name]
+        raw = self._files[place.shard].view(place.begin, place.end)         # [bytes]
+        if place.begin % entry.dtype.itemsize:
+            raw = raw.clone()  # a tensor must start at a multiple of its element size
+        return raw.view(entry.dtype).view(entry.shape)
+
+    def release(self, name: str) -> None:
+        """Give back the memory that reading `name` took; the tensor can be read again (from the file)."""
+        place = self._places[name]
+        self._files[place.shard].release(place.begin, place.end)
+
+    def close(self) -> None:
+        """Let go of the mapped files; a tensor that was read and not copied keeps its own file mapped."""
+        self._files.clear()
+
+    def __enter__(self) -> "SafetensorsCheckpoint":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a directory, or InputError that says what the directory lacks."""
+    path = directory / "config.json"
+    if path.exists():
+        return read_json_object(path)
+    try:
+        contents = sorted(item.name for item in directory.iterdir())
+    except OSError as error:
+        raise InputError(f"{directory} cannot be listed: {error.strerror}") from error
+    if not contents:
+        raise InputError(f"{directory} is empty: a checkpoint needs config.json, tokenizer.json and {SINGLE_FILE}")
+    gguf_files = [name for name in contents if name.endswith(".gguf")]
+    if gguf_files:
+        raise InputError(f"{directory} has no config.json; for a .gguf name the file itself: {directory / gguf_files[0]}")
+    raise InputError(f"{directory} has no config.json: it is not the folder of a Hugging Face checkpoint")
+
+
+def find_shards(directory: Path) -> dict[str, list[str]]:
+    """Names of the directory's weight files, each with the tensors that the index says it holds ([] without index)."""
+    if (directory / SINGLE_FILE).exists():
+        return {SINGLE_FILE: []}
+    index_path = directory / INDEX_FILE
+    if not index_path.exists():
+        pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in directory.glob(pattern))
+        if pickles:
+            raise InputError(
+                f"{directory} holds its weights as pickle only ({some_of(pickles)}), which can run code when it is "
+                "read and is refused: convert it with transformers, `AutoModelForCausalLM.from_pretrained(folder)"
+                ".save_pretrained(new_folder)`, which writes safetensors"
+            )
+        raise InputError(f"{directory} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
+
+    weight_map = read_json_object(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index_path} has no weight_map that names a shard for each tensor")
+    shards: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        # The index is data from elsewhere; it must not make us read files outside of its own folder.
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or "/" in shard or "\\" in shard:
+            raise InputError(f"{index_path}: {name} is said to be in {shard!r}, which is not a .safetensors file name")
+        shards.setdefault(shard, []).append(name)
+    absent = [shard for shard in shards if not os.path.exists(directory / shard)]
+    if absent:
+        raise InputError(f"{directory} lacks {some_of(absent)}, named in {INDEX_FILE}: fetch the missing shard again")
+    return {shard: shards[shard] for shard in sorted(shards)}
+
+
+def read_header(file: MappedFile, path: Path) -> tuple[dict[str, TensorEntry], dict[str, tuple[int, int]]]:
+    """Entries of one .safetensors file in the order of their bytes, and each one's [begin, end) from the file's start.
+
+    InputError when anything in the header contradicts itself or the file's size.
+    """
+    size = file.size
+    header_size = int.from_bytes(file.data[:8], "little")
+    if size < 8 or header_size > size - 8:
+        raise InputError(f"{path} is truncated or not safetensors: {size} bytes, and its header alone needs {header_size}")
+    if header_size > LARGEST_HEADER:
+        raise InputError(f"{path} is not safetensors: a header of {header_size} bytes is over {LARGEST_HEADER}")
+    header = parse_json_object(file.data[8 : 8 + header_size], f"the header of {path}", repeats_allowed=False)
+    header.pop("__metadata__", None)
+
+    data_start = 8 + header_size
+    entries: dict[str, TensorEntry] = {}
+    places: dict[str, tuple[int, int]] = {}
+    for name, description in header.items():
+        entries[name], (begin, end) = read_entry(name, description, path)
+        places[name] = (data_start + begin, data_start + end)
+
+    order = sorted(places, key=lambda name: places[name])
+    position = data_start
+    for name in order:
+        begin, end = places[name]
+        if begin != position:
+            what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
+            raise InputError(f"{path} is corrupt: {name} at bytes {begin} to {end} {what} (that ends at {position})")
+        position = end
+    if position != size:
+        what = "truncated" if position > size else "corrupt"
+        raise InputError(f"{path} is {what}: its header describes {position} bytes, the file has {size}")
+    return {name: entries[name] for name in order}, places
+
+
+def read_entry(name: str, description: Any, path: Path) -> tuple[TensorEntry, tuple[int, int]]:
+    """One tensor's line of the header, checked in itself: the entry, and [begin, end) from the start of the data."""
+    if not isinstance(description, dict):
+        raise InputError(f"{path} is corrupt: the header's {name} is not an object")
+    dtype_name, shape, offsets = (description.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
+        raise InputError(f"{path}: {name} has the dtype {dtype_name!r}; known are {', '.join(DTYPES)}")
+    if not is_list_of_sizes(shape):
+        raise InputError(f"{path} is corrupt: the shape of {name} is not a list of sizes")
+    if not is_list_of_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise InputError(f"{path} is corrupt: the data_offsets of {name} are not a begin and an end")
+    entry = TensorEntry(tuple(shape), DTYPES[dtype_name])
+    begin, end = offsets
+    if entry.elements * entry.dtype.itemsize != end - begin:
+        raise InputError(
+            f"{path} is corrupt: {name} {list(shape)} in {dtype_name} needs {entry.elements * entry.dtype.itemsize} "
+            f"bytes, its data_offsets give {end - begin}"
+        )
+    return entry, (begin, end)
+
+
+def is_list_of_sizes(value: Any) -> bool:
+    """Whether a value from JSON is a list of integers that a 64-bit size can hold."""
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file whose top level is an object, or InputError."""
+    with open_binary(path) as file:
+        return parse_json_object(file.read(), str(path))
+
+
+def parse_json_object(data: bytes, where: str, repeats_allowed: bool = True) -> dict[str, Any]:
+    """JSON text whose top level is an object, or InputError that begins with `where`."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=None if repeats_allowed else object_without_repeats)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 text (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, endless nesting
+        raise InputError(f"{where} is not usable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where} is not a JSON object, but {type(value).__name__}")
+    return value
+
+
+def object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key is given twice")
+    return values
+
+
+
+
+def some_of(names: list[str], limit: int = 10) -> str:
+    """Names with commas between, at most `limit` of them."""
+    shown = ", ".join(names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
