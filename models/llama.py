@@ -123,7 +123,10 @@ class LlamaForCausalLM(nn.Module):
 
         tokens int64 [B, T]; real bool [B, T], False where a token is padding -> logits [B, T, V]
         """
-        x = self.embed(tokens)                                                      # [B, T, H]
+        return self.forward_embedded(self.embed(tokens), real)
+
+    def forward_embedded(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """The same, from embedded tokens (which may be features of pictures). x [B, T, H] -> logits [B, T, V]"""
         step = self.prefill_step(x, real, counted=None, finish_dense=True, clock=Clock(x.device))
         for layer in self.model.layers:
             x = layer(x, step)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from models.llama import LlamaForCausalLM
+from models.mixtral import MixtralForCausalLM
 from models.state import DecodeState
 from popengine.chat import end_of_turn_token, read_chat_template, render_chat
 from popengine.errors import InputError
@@ -34,6 +35,9 @@ ARCHITECTURES: dict[str, type[LlamaForCausalLM]] = {
     "MistralForCausalLM": LlamaForCausalLM,
     "Qwen2ForCausalLM": LlamaForCausalLM,
     "Qwen3ForCausalLM": LlamaForCausalLM,
+    "MixtralForCausalLM": MixtralForCausalLM,
+    "Qwen2MoeForCausalLM": MixtralForCausalLM,
+    "Qwen3MoeForCausalLM": MixtralForCausalLM,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -358,20 +362,14 @@ def load(
     began = time.perf_counter()
     where = choose_device(device)
     with open_checkpoint(default_checkpoint() if checkpoint is None else checkpoint) as opened:
-        model_class = architecture(opened)
         kind = choose_dtype(dtype, opened, where)
-        with torch.device("meta"):
-            model = model_class.from_config(opened.config)
+        tokenizer, template = open_text_side(opened)
+        model = load_model(opened, kind, where, progress)
         context = model.config.max_position_embeddings
         if max_seq_len is not None:
             if not 1 <= max_seq_len <= context:
                 raise InputError(f"the context must be between 1 and the model's {context} tokens, not {max_seq_len}")
             context = max_seq_len
-        tokenizer, template = open_text_side(opened)
-        load_weights(
-            model, opened, kind, where, locate=model_class.locate, ignored=model_class.ignored_keys, progress=progress
-        )
-        model.to(where).eval().requires_grad_(False)
         return Engine(
             model,
             tokenizer,
@@ -382,6 +380,18 @@ def load(
             device=where,
             load_s=time.perf_counter() - began,
         )
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: bool = False
+) -> LlamaForCausalLM:
+    """The forward passes with their weights: laid out without memory first, then filled tensor by tensor."""
+    model_class = architecture(checkpoint)
+    with torch.device("meta"):
+        model = model_class.from_config(checkpoint.config)
+    load_weights(model, checkpoint, dtype, device, model.locate, model.ignored_keys, progress)
+    # What is no part of a checkpoint (rotary frequencies) has yet to follow to the device.
+    return model.to(device).eval().requires_grad_(False)
 
 
 def architecture(checkpoint: Checkpoint) -> type[LlamaForCausalLM]:

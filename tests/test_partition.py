@@ -1,0 +1,102 @@
+"""Sizes, scores and regions against the method's formulas, written out naively."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from slow_pop import slow_order, slow_scores, slow_sizes
+
+from popengine.partition import (
+    channel_scores,
+    head_scores,
+    keep_best,
+    keep_everything,
+    partition_channels,
+    partition_sizes,
+)
+
+
+@given(st.integers(1, 5000), st.floats(0, 0.999), st.floats(0, 2))
+def test_sizes_follow_the_formulas(channels: int, ratio: float, width: float) -> None:
+    sizes = partition_sizes(channels, ratio, width)
+    active, pick, retained = slow_sizes(channels, ratio, width)
+    assert (sizes.active, sizes.pick, sizes.retained, sizes.candidate) == (active, pick, retained, 2 * pick)
+    assert sizes.channels == channels
+    assert min(sizes.retained, sizes.candidate, sizes.pruned, sizes.pick) >= 0
+
+
+def test_width_zero_freezes_and_ratio_zero_keeps_everything() -> None:
+    assert partition_sizes(1000, 0.3, 0.0).candidate == 0
+    assert partition_sizes(1000, 0.0, 0.1).retained == 1000
+
+
+def test_widest_width_takes_as_many_candidates_as_the_sizes_allow() -> None:
+    sizes = partition_sizes(1000, 0.3, 2.0)
+    assert (sizes.retained, sizes.candidate, sizes.pruned, sizes.pick) == (400, 600, 0, 300)
+
+
+def test_scores_equal_a_naive_double_loop() -> None:
+    torch.manual_seed(0)
+    h, down = torch.randn(2, 5, 12), torch.randn(7, 12)
+    fast = channel_scores(h, torch.linalg.vector_norm(down, dim=0))
+    torch.testing.assert_close(fast, torch.tensor(slow_scores(h, down)), atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_that_are_not_real_do_not_count() -> None:
+    torch.manual_seed(0)
+    h, norms = torch.randn(2, 5, 12), torch.rand(12)
+    real = torch.tensor([[False, False, True, True, True], [True] * 5])
+    polluted = h.masked_fill(~real.unsqueeze(-1), float("nan"))
+    wanted = (h[0, 2:].square().sum(0) + h[1].square().sum(0)).sqrt() * norms
+    torch.testing.assert_close(channel_scores(polluted, norms, real), wanted)
+
+
+def test_head_scores_equal_a_naive_double_loop() -> None:
+    torch.manual_seed(0)
+    a, output = torch.randn(2, 5, 3, 4), torch.randn(6, 12)
+    coordinates = torch.tensor(slow_scores(a.flatten(2), output)).view(3, 4)
+    wanted = torch.tensor([sum(c * c for c in head) ** 0.5 for head in coordinates.tolist()])
+    fast = head_scores(a, torch.linalg.vector_norm(output, dim=0).view(3, 4))
+    torch.testing.assert_close(fast, wanted, atol=1e-5, rtol=1e-5)
+
+
+@given(st.lists(st.integers(0, 5), min_size=4, max_size=40), st.floats(0, 0.9), st.floats(0, 1))
+def test_regions_are_the_best_then_the_middle_then_the_rest(values: list[int], ratio: float, width: float) -> None:
+    # Few distinct values: most scores tie, and the lower channel must win.
+    scores = torch.tensor(values, dtype=torch.float32)
+    partition = partition_channels(scores, partition_sizes(len(values), ratio, width))
+    order, sizes = slow_order(scores.tolist()), partition.sizes
+    assert partition.retained.tolist() == sorted(order[: sizes.retained])
+    assert partition.candidate.tolist() == sorted(order[sizes.retained : sizes.resident])
+    assert partition.pruned.tolist() == sorted(order[sizes.resident :])
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.data())
+def test_the_pick_is_the_best_and_ties_go_to_the_earlier(values: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, len(values)))
+    kept = keep_best(torch.tensor(values, dtype=torch.float32), count)
+    assert kept.nonzero().flatten().tolist() == sorted(slow_order([float(v) for v in values])[:count])
+
+
+def test_groups_are_cut_independently() -> None:
+    torch.manual_seed(0)
+    scores, sizes = torch.rand(3, 8), partition_sizes(8, 0.5, 0.5)
+    together = partition_channels(scores, sizes)
+    for row in range(3):
+        assert torch.equal(together.order[row], partition_channels(scores[row], sizes).order)
+
+
+def test_a_partition_prints_itself_readably() -> None:
+    partition = partition_channels(torch.rand(10), partition_sizes(10, 0.4, 0.4))
+    assert repr(partition) == "ChannelPartition(10 channels: 4 retained, 4 candidate (pick 2), 2 pruned)"
+
+
+def test_scores_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="7 channels"):
+        partition_channels(torch.rand(7), partition_sizes(8, 0.5, 0.5))
+
+
+def test_keeping_everything_is_the_dense_network() -> None:
+    partition = keep_everything(6, (2,), torch.device("cpu"))
+    assert partition.retained.shape == (2, 6)
+    assert partition.candidate.shape == (2, 0)
