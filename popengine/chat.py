@@ -11,7 +11,7 @@ from typing import Any
 from popengine.errors import InputError
 from popengine.tokenizer import TextTokenizer, read_json_object, single_line
 
-# {"role": "user", "content": text}; for a model that sees, content may be [{"type": "image"}, {"type": "text", "text": ...}]
+# {"role": "user", "content": text}; with pictures, content may be [{"type": "image"}, {"type": "text", "text": ...}].
 Message = dict[str, Any]
 
 SANDBOX = Path(__file__).resolve().with_name("chat_sandbox.py")
@@ -103,7 +103,7 @@ def render_chats(
         raise template_failed(f"Python could not be started for it: {error}") from error
     except ValueError as error:
         if process.returncode < 0:
-            reason = f"it was stopped by signal {-process.returncode}, having used too much time or memory"
+            reason = f"it was stopped by signal {-process.returncode}, having run too long or too deep"
         else:
             last_words = process.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no answer"]
             reason = f"its process ended with status {process.returncode}: {last_words[0]}"

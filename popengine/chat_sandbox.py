@@ -22,14 +22,14 @@ def limit_resources() -> None:
     except ImportError:  # not POSIX: the time limit of the parent remains
         return
     limits = {
-        resource.RLIMIT_CPU: CPU_SECONDS,
-        resource.RLIMIT_AS: MEMORY_BYTES,
-        resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CPU: (CPU_SECONDS, CPU_SECONDS + 1),
+        resource.RLIMIT_AS: (MEMORY_BYTES, MEMORY_BYTES),
+        resource.RLIMIT_FSIZE: (0, 0),
+        resource.RLIMIT_CORE: (0, 0),
     }
-    for kind, value in limits.items():
+    for kind, soft_and_hard in limits.items():
         try:
-            resource.setrlimit(kind, (value, value))
+            resource.setrlimit(kind, soft_and_hard)
         except (ValueError, OSError):  # macOS refuses some
             continue
 
@@ -46,7 +46,7 @@ def close_the_door() -> None:
 
 def render_all(template: str, conversations: list[dict[str, Any]]) -> list[str]:
     """The text of each conversation; each is the dict of variables the template sees."""
-    import jinja2.debug  # jinja2 imports it when a template fails, and then no file can be opened any more
+    import jinja2.debug
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -96,7 +96,10 @@ def render_all(template: str, conversations: list[dict[str, Any]]) -> list[str]:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     environment.globals["namespace"] = Namespace
-    time.localtime()  # reads the time zone's file while that can be opened
+    # What Python and jinja2 read only when they need it, while files can be opened: the time zone, the codec of string
+    # constants (and above jinja2.debug, which rewrites the traceback when a template fails).
+    time.localtime()
+    environment.from_string("{{ 'warm up' }}").render()
     close_the_door()
 
     compiled = environment.from_string(template)

@@ -107,15 +107,15 @@ class SentencePieceTokenizer:
         pieces = range(self.backend.get_piece_size())
         self.prefix_space = prefix_space
 
-        self.tokens = [self.backend.id_to_piece(token_id) for token_id in pieces]
+        self.texts = {token_id: self.backend.id_to_piece(token_id) for token_id in pieces}
         controls = [i for i in pieces if self.backend.is_control(i) or self.backend.is_unknown(i)]
-        self.added = {token_id: AddedToken(self.tokens[token_id], special=True) for token_id in controls}
+        self.added = {token_id: AddedToken(self.texts[token_id], special=True) for token_id in controls}
         self.added.update(added_tokens or {})
-        self.token_ids = {token: token_id for token_id, token in enumerate(self.tokens)}
-        self.token_ids.update({token.content: token_id for token_id, token in self.added.items()})
+        self.texts.update({token_id: token.content for token_id, token in self.added.items()})
+        self.token_ids = {token: token_id for token_id, token in self.texts.items()}
 
-        self.bos_token = bos_token or self._piece(self.backend.bos_id())
-        self.eos_token = eos_token or self._piece(self.backend.eos_id())
+        self.bos_token = bos_token or self.texts.get(self.backend.bos_id())  # -1 where the model has none
+        self.eos_token = eos_token or self.texts.get(self.backend.eos_id())
         self.add_bos = add_bos and self.bos_token in self.token_ids
         self.add_eos = add_eos and self.eos_token in self.token_ids
         for name in (self.bos_token, self.eos_token):
@@ -123,11 +123,8 @@ class SentencePieceTokenizer:
                 self.added[self.token_ids[name]] = AddedToken(name, special=True)
         self.special_ids = frozenset(token_id for token_id, token in self.added.items() if token.special)
         self.byte_ids = frozenset(token_id for token_id in pieces if self.backend.is_byte(token_id))
-        self.vocabulary_size = max(len(self.tokens), max(self.added) + 1)
+        self.vocabulary_size = max(self.texts) + 1
         self._added_pattern = added_tokens_pattern(self.added.values())
-
-    def _piece(self, token_id: int) -> str | None:
-        return self.tokens[token_id] if token_id >= 0 else None
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`; special and added tokens written out in it become their ids.
@@ -167,17 +164,14 @@ class SentencePieceTokenizer:
         text: list[str] = []
         run = bytearray()
         for token_id in ids:
-            if skip_special_tokens and token_id in self.special_ids:
+            if (skip_special_tokens and token_id in self.special_ids) or token_id not in self.texts:
                 continue
             if token_id in self.byte_ids:
-                run.append(int(self.tokens[token_id][3:5], 16))
+                run.append(int(self.texts[token_id][3:5], 16))
                 continue
             text.append(decode_bytes(run))
             run.clear()
-            if token_id in self.added:
-                text.append(self.added[token_id].content.replace(SPACE_MARK, " "))
-            elif token_id < len(self.tokens):
-                text.append(self.tokens[token_id].replace(SPACE_MARK, " "))
+            text.append(self.texts[token_id].replace(SPACE_MARK, " "))
         text.append(decode_bytes(run))
         joined = "".join(text)
         return joined if self.prefix_space == "never" else joined.removeprefix(" ")
@@ -255,20 +249,23 @@ def _open_fast(directory: Path) -> FastTokenizer:
     except Exception as error:  # tokenizers raises bare Exception for some files
         reason = single_line(str(error).removeprefix("Cannot instantiate Tokenizer from buffer: "))
         raise InputError(f"{path}: not a readable tokenizer.json ({reason}){lfs_hint(path)}") from error
-    special = _special_tokens(directory)
+    named, extra = _special_tokens(directory)
     # What the configuration adds to the file, in the order of the ids it gives.
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    declared = _added_tokens(directory, special)
+    declared = _added_tokens(directory, [*named.values(), *extra])
     backend.add_tokens([token for _, token in sorted(declared.items()) if token.content not in known])
-    by_content = {token.content: token for token in (*declared.values(), *backend.get_added_tokens_decoder().values())}
-    backend.add_special_tokens([by_content.get(name, AddedToken(name, normalized=False)) for name in special.values()])
-    return FastTokenizer(backend, bos_token=special.get("bos_token"), eos_token=special.get("eos_token"))
+    by_content = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    backend.add_special_tokens(
+        [by_content.get(name, AddedToken(name, normalized=False)) for name in named.values()]
+        + [AddedToken(name, normalized=False) for name in extra if name not in by_content]
+    )
+    return FastTokenizer(backend, bos_token=named.get("bos_token"), eos_token=named.get("eos_token"))
 
 
 def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
     path = directory / "tokenizer.model"
     config = read_json_object(directory / "tokenizer_config.json")
-    special = _special_tokens(directory)
+    named, extra = _special_tokens(directory)
     prefix_space = "always" if config.get("legacy") else "first"
     if config.get("add_prefix_space") is False:
         prefix_space = "never"
@@ -282,19 +279,21 @@ def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
             f"in another format needs tokenizer.json beside it{lfs_hint(path)}"
         ) from error
     backend = SentencePieceProcessor(model_proto=model)
-    added = _added_tokens(directory, special)
+    added = _added_tokens(directory, [*named.values(), *extra])
     next_id = max(backend.get_piece_size(), max(added, default=-1) + 1)
     placed = {token.content: token_id for token_id, token in added.items()}
-    for name in dict.fromkeys(special.values()):
+    for name in (*named.values(), *extra):
         if name not in placed:
-            piece_id = backend.piece_to_id(name)
-            if backend.id_to_piece(piece_id) != name:  # piece_to_id gives the unknown id for what it does not know
-                piece_id, next_id = next_id, next_id + 1
-            added[piece_id] = AddedToken(name, special=True, normalized=False)
+            placed[name] = backend.piece_to_id(name)
+            if backend.id_to_piece(placed[name]) != name:  # piece_to_id gives the unknown id for what it does not know
+                placed[name], next_id = next_id, next_id + 1
+            added[placed[name]] = AddedToken(name, special=True, normalized=False)
+    for name in named.values():
+        added[placed[name]].special = True
     return SentencePieceTokenizer(
         model,
-        bos_token=special.get("bos_token"),
-        eos_token=special.get("eos_token"),
+        bos_token=named.get("bos_token"),
+        eos_token=named.get("eos_token"),
         added_tokens=added,
         prefix_space=prefix_space,
         add_bos=config.get("add_bos_token") is not False,
@@ -302,22 +301,22 @@ def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
     )
 
 
-def _special_tokens(directory: Path) -> dict[str, str]:
-    """The special tokens that the files beside the tokenizer name; additional ones under made-up keys."""
+def _special_tokens(directory: Path) -> tuple[dict[str, str], list[str]]:
+    """The special tokens that the files beside the tokenizer name: those with a role by name, then all others."""
     declared = dict(read_json_object(directory / "tokenizer_config.json"))
     if "added_tokens_decoder" not in declared:  # as transformers: only older folders need the second file
         declared.update(read_json_object(directory / "special_tokens_map.json"))
-    special = {name: text for name in SPECIAL_TOKEN_NAMES if (text := token_text(declared.get(name)))}
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        extra = declared.get(key) or []
-        for index, token in enumerate(extra.values() if isinstance(extra, dict) else extra):
-            if text := token_text(token):
-                special[f"{key}[{index}]"] = text
-    return special
+    named = {name: text for name in SPECIAL_TOKEN_NAMES if (text := token_text(declared.get(name)))}
+    extra = declared.get("extra_special_tokens") or declared.get("additional_special_tokens") or []
+    listed = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
+    return named, [text for token in listed if (text := token_text(token))]
 
 
-def _added_tokens(directory: Path, special: dict[str, str]) -> dict[int, AddedToken]:
-    """Tokens on top of the vocabulary, by id: `added_tokens_decoder` of tokenizer_config.json, or added_tokens.json."""
+def _added_tokens(directory: Path, special: list[str]) -> dict[int, AddedToken]:
+    """Tokens on top of the vocabulary, by id: `added_tokens_decoder` of tokenizer_config.json, or added_tokens.json.
+
+    special  which of the tokens in added_tokens.json, a plain {token: id}, are special
+    """
     path = directory / "tokenizer_config.json"
     added: dict[int, AddedToken] = {}
     try:
@@ -328,7 +327,7 @@ def _added_tokens(directory: Path, special: dict[str, str]) -> dict[int, AddedTo
         else:
             path = directory / "added_tokens.json"
             for content, token_id in read_json_object(path).items():
-                is_special = content in special.values()
+                is_special = content in special
                 added[int(token_id)] = AddedToken(content, special=is_special, normalized=not is_special)
     except (TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):
