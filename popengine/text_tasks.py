@@ -65,14 +65,14 @@ def _sort(rng: random.Random) -> Example:
 
 
 def _add(rng: random.Random) -> Example:
-    left, right = rng.randint(0, 99), rng.randint(0, 99)
+    left, right = rng.randint(10, 99), rng.randint(10, 99)
     return Example(f"add {left}+{right}", str(left + right), f"{min(left, right)}+{max(left, right)}")
 
 
 def _count(rng: random.Random) -> Example:
     word = _letters(rng, 4, 9, "abcd")
     letter = rng.choice("abcd")
-    return Example(f"count {letter} in {word}", str(word.count(letter)), f"{letter} {word}")
+    return Example(f"count {word}:{letter}", str(word.count(letter)), f"{letter} {word}")
 
 
 def _close(rng: random.Random) -> Example:
@@ -95,7 +95,7 @@ def _find(rng: random.Random) -> Example:
     values = [rng.choice(string.digits) for _ in keys]
     wanted = rng.randrange(len(keys))
     pairs = "".join(key + value for key, value in zip(keys, values, strict=True))
-    return Example(f"find {keys[wanted]} in {pairs}", values[wanted], f"{keys[wanted]} {pairs}")
+    return Example(f"find {pairs}:{keys[wanted]}", values[wanted], f"{keys[wanted]} {pairs}")
 
 
 TASKS: dict[str, Callable[[random.Random], Example]] = {

@@ -28,10 +28,10 @@ def solve(question: str) -> str:
     if task == "add":
         return str(sum(map(int, rest.split("+"))))
     if task == "count":
-        letter, word = rest.split(" in ")
+        word, letter = rest.split(":")
         return str(len(word.split(letter)) - 1)
     if task == "find":
-        key, pairs = rest.split(" in ")
+        pairs, key = rest.split(":")
         return dict(zip(pairs[::2], pairs[1::2], strict=True))[key]
     remaining = rest
     while any(pair in remaining for pair in ("()", "[]", "{}")):
