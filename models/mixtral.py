@@ -115,12 +115,14 @@ def read_mixtral_config(raw: Mapping[str, Any], where: str = "config.json") -> M
 class Routing:
     """Which experts each token goes to, and the tokens in the order of their experts.
 
-    experts  int64 [M, X]
-    weights  float32 [M, X], what each expert's output counts
-    order    int64 [M X], the (token, expert) pairs sorted by expert: every expert's tokens are one contiguous segment
-    counts   per expert, the length of its segment
+    probabilities  float32 [M, E], the router's softmax over all experts
+    experts        int64 [M, X]
+    weights        float32 [M, X], what each expert's output counts
+    order          int64 [M X], the (token, expert) pairs sorted by expert: an expert's tokens are one segment
+    counts         per expert, the length of its segment
     """
 
+    probabilities: Tensor
     experts: Tensor
     weights: Tensor
     order: Tensor
@@ -232,7 +234,7 @@ class MixtureOfExperts(nn.Module):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         order = experts.flatten().argsort(stable=True)                              # [M X]
         counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()
-        return Routing(experts, weights, order, counts)
+        return Routing(probabilities, experts, weights, order, counts)
 
     def gated(self, x: Tensor, shared: Tensor) -> Tensor:
         """What the shared expert contributes: its output times a gate of its own."""
@@ -240,7 +242,10 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, H] -> [B, T, H]"""
-        routing = self.route(x.flatten(0, 1))
+        return self.run(x, self.route(x.flatten(0, 1)))
+
+    def run(self, x: Tensor, routing: Routing) -> Tensor:
+        """Every token through the experts it was sent to. x [B, T, H] -> [B, T, H]"""
         outputs = [
             expert(tokens) if len(tokens) else tokens                               # [n, H]
             for expert, tokens in zip(self.experts, routing.segments(x.flatten(0, 1)), strict=True)
