@@ -1,0 +1,319 @@
+"""Chat templates: the same text as transformers, and no harm from a template that means harm."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import popengine.chat
+from popengine.chat import end_of_turn_token, read_chat_template, render_chat, render_chats
+from popengine.errors import InputError
+from popengine.tokenizer import FastTokenizer
+
+# Written here in the manner of the well-known formats.
+CHATML = """\
+{%- for message in messages %}
+    {%- if loop.first and message['role'] != 'system' %}
+        {{- '<|im_start|>system\\nYou are terse.<|im_end|>\\n' }}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content | trim + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+LLAMA_2 = """\
+{% if messages[0]['role'] == 'system' %}
+    {% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}
+    {% set turns = messages[1:] %}
+{% else %}
+    {% set system = '' %}
+    {% set turns = messages %}
+{% endif %}
+{% for message in turns %}
+    {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{ raise_exception('Roles must take turns: user, assistant, user, ...') }}
+    {% endif %}
+    {% if message['role'] == 'user' %}
+{{ bos_token + '[INST] ' + (system if loop.index0 == 0 else '') + message['content'].strip() + ' [/INST]' }}
+    {%- else %}
+{{ ' ' + message['content'].strip() + ' ' + eos_token }}
+    {%- endif %}
+{% endfor %}
+"""
+LLAMA_3 = """\
+{{- bos_token }}
+{%- set ns = namespace(date=date_string if date_string is defined else 'today', count=0) %}
+{%- for message in messages %}
+    {%- set ns.count = ns.count + 1 %}
+    {{- '<|start_header_id|>' ~ message['role'] ~ '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim }}{{ '<|eot_id|>' }}
+{%- endfor %}
+{%- if tools is not none %}{{ tools | tojson(indent=4) }}{% endif %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}{# {{ ns.count }} turns, {{ ns.date }} #}
+"""
+MISTRAL = """\
+{%- macro instruction(text) -%}[INST] {{ text }} [/INST]{%- endmacro -%}
+{{ bos_token }}
+{%- for message in messages if message.role != 'system' -%}
+    {%- if loop.length > 20 %}{% break %}{% endif -%}
+    {%- if message.role == 'user' %}{{ instruction(message.content) }}
+    {%- else %}{% generation %}{{ ' ' ~ message.content ~ eos_token }}{% endgeneration %}
+    {%- endif -%}
+{%- endfor -%}
+"""
+FILTERS = """\
+{{ messages | map(attribute='role') | join(',') }} {{ pad_token }} {{ messages | tojson }}
+{{ messages | tojson(indent=2, sort_keys=true) }}
+"""
+LLAVA = """\
+{% for message in messages %}
+{{ message['role'] | upper }}: {% for part in message['content'] | selectattr('type', 'equalto', 'image') %}
+{{ '<image>\\n' }}{% endfor %}
+{% if message['content'] is string %}{{ message['content'] }}{% else %}
+{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}
+{% endif %}
+ {% endfor %}
+{% if add_generation_prompt %}ASSISTANT:{% endif %}
+"""
+
+TEXT_CONVERSATIONS = [
+    [{"role": "user", "content": " <b>Hi</b> & 'you' \"there\" "}],
+    [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi 😀 é"},
+        {"role": "assistant", "content": "Hello\n\nyou"},
+        {"role": "user", "content": "{{ 1 + 1 }} {% raw %}"},
+    ],
+]
+PICTURE_CONVERSATIONS = [
+    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}],
+    [{"role": "user", "content": "No picture"}],
+]
+CASES = {
+    "ChatML": (CHATML, TEXT_CONVERSATIONS),
+    "Llama-2": (LLAMA_2, TEXT_CONVERSATIONS),
+    "Llama-3": (LLAMA_3, TEXT_CONVERSATIONS),
+    "Mistral": (MISTRAL, TEXT_CONVERSATIONS),
+    "filters": (FILTERS, TEXT_CONVERSATIONS),
+    "LLaVA": (LLAVA, PICTURE_CONVERSATIONS),
+}
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def render(template: str, messages: list[dict] | None = None) -> str:
+    return render_chat(template, messages or HELLO, bos_token="<s>", eos_token="</s>")
+
+
+def words_of_failure(template: str) -> str:
+    with pytest.raises(InputError) as error:
+        render(template)
+    message = str(error.value)
+    assert message.startswith("the chat template failed: ")
+    assert "--raw" in message
+    assert message.isprintable()
+    assert len(message) < 400
+    return message
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_text_equals_transformers(name: str, add_generation_prompt: bool) -> None:
+    template, conversations = CASES[name]
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    reference = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **tokens)
+    expected = [
+        reference.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        for messages in conversations
+    ]
+    assert expected == render_chats(template, conversations, **tokens, add_generation_prompt=add_generation_prompt)
+
+
+def test_a_token_that_is_absent_renders_as_nothing() -> None:
+    assert render_chat("[{{ bos_token }}|{{ eos_token }}]", HELLO, bos_token=None, eos_token="</s>") == "[|</s>]"
+
+
+def test_the_current_time_can_be_written() -> None:
+    assert render("{{ strftime_now('%Y-%m-%d') }}") in {
+        time.strftime("%Y-%m-%d", time.localtime(time.time() - seconds)) for seconds in (0, 5)
+    }
+
+
+# --- finding the template
+
+
+def test_template_files_in_their_order(tmp_path: Path) -> None:
+    assert read_chat_template(tmp_path) is None
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert read_chat_template(tmp_path) is None
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "from the configuration"}))
+    assert read_chat_template(tmp_path) == "from the configuration"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "from the processor"}))
+    assert read_chat_template(tmp_path) == "from the processor"
+    (tmp_path / "chat_template.jinja").write_text("from jinja é", encoding="utf-8")
+    assert read_chat_template(tmp_path) == "from jinja é"
+
+
+def test_default_of_several_templates(tmp_path: Path) -> None:
+    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    assert read_chat_template(tmp_path) == "plain"
+
+
+@pytest.mark.parametrize(
+    "config", ["{", '{"chat_template": 3}', '{"chat_template": [{"name": "rag", "template": "x"}]}']
+)
+def test_broken_template_declaration_is_one_line(tmp_path: Path, config: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(InputError) as error:
+        read_chat_template(tmp_path)
+    assert "tokenizer_config.json" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_template_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"chat_template\.jinja: not readable as UTF-8"):
+        read_chat_template(tmp_path)
+
+
+# --- templates that fail, or mean harm
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('only\nuser \x1b[2J turns') }}", "only user ?[2J turns"),
+        ("ok\n{% for x in messages %}", "line 2: Unexpected end of template"),
+        ("{{ messages.first.content }}", "no attribute 'first'"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% include 'other' %}", "no loader"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "nests too deeply"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nests too deeply"),
+        ("{{ 'x' * 10 ** 10 }}", "memory"),
+        ("{{ 'x' * 100000000 }}", "memory"),
+        ("{{ messages[0].content * 10 ** 10 }}", "memory"),
+        ("{{ '%10000000000d' % 1 }}", "memory"),
+        ("{{ '{:>10000000000}'.format(1) }}", "memory"),
+        ("{{ 'x' | center(10000000000) }}", "memory"),
+        ("{{ range(10000000) }}", "Range too big"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ '{0.__class__.__init__.__globals__}'.format(messages) }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__.os.system('true') }}", "unsafe"),
+        ("{{ raise_exception.__globals__.sys }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% set names = namespace(__class__=1) %}", "__class__"),
+        ("{% set names = namespace() %}{% set names.__class__ = 1 %}", "__class__"),
+    ],
+)
+def test_failing_template_is_one_line_that_says_why(template: str, words: str) -> None:
+    assert words in words_of_failure(template)
+
+
+def test_endless_template_is_stopped() -> None:
+    start = time.monotonic()
+    rounds = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+    assert "too long" in words_of_failure(rounds)
+    assert time.monotonic() - start < popengine.chat.WALL_SECONDS
+
+
+def test_wall_clock_stops_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(popengine.chat, "WALL_SECONDS", 0.5)
+    assert "longer than" in words_of_failure("{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3)
+
+
+def test_sandbox_process_can_neither_read_nor_write(tmp_path: Path) -> None:
+    """What a template that got out of jinja2's sandbox would find: no file, socket or program can be opened."""
+    target = tmp_path / "written"
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(popengine.chat.SANDBOX).parent)!r})
+import chat_sandbox, socket, subprocess
+chat_sandbox.limit_resources()
+chat_sandbox.close_the_door()
+for attempt in (lambda: open({str(target)!r}, "w"), lambda: open("/etc/hostname"), socket.socket,
+                lambda: subprocess.run(["true"], capture_output=True)):
+    try:
+        attempt()
+    except OSError:
+        continue
+    print("opened")
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not target.exists()
+
+
+def test_environment_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    run = subprocess.run
+    monkeypatch.setenv("SOME_TOKEN", "secret")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: seen.update(kwargs) or run(*args, **kwargs))
+    assert render("ok") == "ok"
+    assert "SOME_TOKEN" not in seen["env"]
+
+
+def test_current_directory_cannot_interfere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("jinja2", "json", "markupsafe", "datetime", "resource", "popengine"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module was imported')")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong module was imported')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m` does
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert render(CHATML).endswith("<|im_start|>assistant\n")
+
+
+def test_deleted_current_directory_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    os.rmdir(gone)
+    assert render("ok") == "ok"
+
+
+def test_missing_interpreter_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert "could not be started" in words_of_failure("ok")
+
+
+# --- the end of a turn
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> FastTokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"])
+    return FastTokenizer(backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    ("template", "token"),
+    [
+        (CHATML, "<|im_end|>"),
+        (LLAMA_3, "<|eot_id|>"),
+        (LLAMA_2, "</s>"),
+        (MISTRAL, "</s>"),
+        (LLAVA, None),
+        ("{% for m in messages %}{{ m.content }}### {% endfor %}", None),
+        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}</s>{% endif %}{% endfor %}", None),
+        ("{{ raise_exception('no') }}", None),
+        ("{% nonsense", None),
+    ],
+)
+def test_end_of_turn_token(tokenizer: FastTokenizer, template: str, token: str | None) -> None:
+    expected = None if token is None else tokenizer.token_id(token)
+    assert end_of_turn_token(template, tokenizer) == expected
