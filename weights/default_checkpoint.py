@@ -11,7 +11,7 @@ FROM_PACKAGE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def default_checkpoint(directory: Path = DEFAULT_DIRECTORY) -> Path:
-    """Path of the default checkpoint, a Hugging Face directory or a .gguf file; InputError when it was never fetched."""
+    """Where the default checkpoint is, a Hugging Face directory or a .gguf file; InputError when it was not fetched."""
     for path in (directory / FROM_HUB, directory / FROM_PACKAGE):
         # Both appear by a rename once they are complete, so being there means being whole.
         if path.exists():

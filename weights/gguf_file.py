@@ -120,14 +120,15 @@ class GGUFCheckpoint:
     def read(self, name: str) -> Tensor:
         """The tensor in its entry's shape and dtype, on the CPU, dequantised and in Hugging Face's order."""
         entry, place = self.entries[name], self._places[name]
-        raw = self._file.view(place.begin, place.end)                       # [bytes]
+        # In numpy, because so many small copies cost more to share out over torch's threads than to make.
+        raw = self._file.view(place.begin, place.end).numpy()               # [bytes]
         if place.heads:
             # A row's bytes stay together, so rows can change places before they are dequantised: within each head
             # row 2 j goes to j, and row 2 j + 1 to head_dim / 2 + j.
-            pairs = raw.view(place.heads, entry.shape[0] // place.heads // 2, 2, -1)
-            raw = pairs.transpose(1, 2).reshape(-1)                         # [bytes]
+            pairs = raw.reshape(place.heads, entry.shape[0] // place.heads // 2, 2, -1)
+            raw = pairs.swapaxes(1, 2).reshape(-1)                          # [bytes]
         if place.type_name in PLAIN_TYPES:
-            return raw.clone().view(entry.dtype).view(entry.shape)
+            return torch.from_numpy(raw.copy()).view(entry.dtype).view(entry.shape)
         return dequantise(raw, place.type_name, entry.elements).view(entry.shape)
 
     def release(self, name: str) -> None:
@@ -162,14 +163,15 @@ def find_places(header: GGUFHeader, file: MappedFile, path: Path) -> dict[str, P
     places: dict[str, Place] = {}
     for name, tensor in header.tensors.items():
         if tensor.type_number not in kinds:
-            raise InputError(f"{path}: {name} is of the type {tensor.type_number}, which the gguf package does not know")
+            raise InputError(f"{path}: {name} is of the type {tensor.type_number}, unknown to the gguf package")
         kind = kinds[tensor.type_number]
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if kind.name not in readable:
             try:  # one block of zeros shows whether there is a way to dequantise this type
                 gguf.dequantize(torch.zeros(1, block_bytes, dtype=torch.uint8).numpy(), kind)
             except NotImplementedError as error:
-                raise InputError(f"{path}: {name} is in {kind.name}, which the gguf package cannot dequantise") from error
+                message = f"{path}: {name} is in {kind.name}, which the gguf package cannot dequantise"
+                raise InputError(message) from error
             readable.add(kind.name)
         elements = math.prod(tensor.shape)
         if elements == 0 or tensor.shape[-1] % block:
@@ -216,7 +218,7 @@ def read_config(metadata: Metadata, header: GGUFHeader) -> dict[str, Any]:
     head_dim = metadata.size("llama.attention.key_length", default=max(1, hidden_size // heads))
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if metadata.size(key, default=head_dim) != head_dim:
-            raise InputError(f"{path}: {key} is {metadata.size(key)}; only heads of one size ({head_dim}) are supported")
+            raise InputError(f"{path}: {key} is {metadata.size(key)}, but heads of {head_dim}; only equal is supported")
     if head_dim % 2:
         raise InputError(f"{path}: heads of {head_dim} dimensions cannot be rotated in pairs")
 
@@ -258,20 +260,21 @@ def read_rope_factors(file: MappedFile, place: Place, config: dict[str, Any], pa
     return {"rope_type": "factors", "factors": factors.tolist()}
 
 
-def dequantise(raw: Tensor, type_name: str, elements: int) -> Tensor:
+def dequantise(raw: Any, type_name: str, elements: int) -> Tensor:
     """The float32 values of a tensor's quantised blocks.
 
-    raw      [bytes]     uint8
+    raw      [bytes]     numpy array, uint8
     returns  [elements]  float32
     """
     gguf = importlib.import_module("gguf")
     kind = gguf.GGMLQuantizationType[type_name]
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     values = torch.empty(elements, dtype=torch.float32)
+    floats = values.numpy()
     blocks_at_once = DEQUANTISED_AT_ONCE // block
     for start in range(0, elements // block, blocks_at_once):
         part = raw[start * block_bytes : (start + blocks_at_once) * block_bytes]
         # Blocks know nothing of rows, so that a stretch of any length can pass as one row.
-        row = torch.from_numpy(gguf.dequantize(part.numpy().reshape(1, -1), kind))  # [1, elements of this part]
-        values[start * block : start * block + row.numel()] = row[0]
+        part_values = gguf.dequantize(part.reshape(1, -1), kind)            # [1, elements of this part]
+        floats[start * block : start * block + part_values.size] = part_values[0]
     return values

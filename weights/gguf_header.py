@@ -138,7 +138,7 @@ class Cursor:
             code = SCALARS[item_kind]
             size = struct.calcsize(code) * count
             begin = self.advance(size)
-            return memoryview(self.data)[begin : begin + size].cast(code)
+            return memoryview(self.data)[begin : begin + size].cast(code)  # type: ignore[call-overload]
         if item_kind == STRING:
             if count > min(MOST_STRINGS, (self.size - self.position) // 8):  # each has a length of 8 bytes
                 raise InputError(f"{self.path} is truncated or corrupt: an array of {count} strings at {self.position}")

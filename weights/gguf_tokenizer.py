@@ -107,9 +107,12 @@ def byte_level_tokenizer(metadata: Metadata, vocabulary: dict[str, int]) -> tupl
             f"{metadata.path}: its tokenizer splits text as {pre!r} (tokenizer.ggml.pre); supported are "
             f"{', '.join(PRE_TOKENIZERS)}"
         )
-    merges = [tuple(merge.split(" ")) for merge in metadata.strings("tokenizer.ggml.merges")]
-    if any(len(merge) != 2 for merge in merges):
-        raise InputError(f"{metadata.path} is corrupt: a merge of its tokenizer is not two tokens with a space between")
+    merges = []
+    for merge in metadata.strings("tokenizer.ggml.merges"):
+        left, _, right = merge.partition(" ")
+        if not left or not right or " " in right:
+            raise InputError(f"{metadata.path} is corrupt: the merge {merge!r} is not two tokens with a space between")
+        merges.append((left, right))
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in WHOLE_WORDS_FIRST))
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()

@@ -41,6 +41,7 @@ def download(repository: str) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -63,18 +64,22 @@ def download(repository: str) -> Path:
         raise InputError(f"{neither} not the id of a Hub repository (organisation/name) either") from error
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
+            why = "the Hub repository of that name is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
+        else:
+            why = f"the Hub cannot be asked for a repository of that name ({first_line(error.__cause__ or error)})"
+        raise InputError(f"{neither} {why}") from error
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
             raise InputError(
-                f"{neither} the Hub repository of that name is not in the cache, while HF_HUB_OFFLINE forbids fetching it"
+                f"{neither} the Hub refuses access to the repository of that name ({error.response.status_code}): log "
+                "in with `hf auth login` or correct HF_TOKEN"
             ) from error
-        raise InputError(
-            f"{neither} the Hub cannot be reached to look for a repository of that name ({first_line(error.__cause__ or error)})"
-        ) from error
+        raise InputError(f"the Hub could not serve {repository}; try again later ({first_line(error)})") from error
     except Exception as error:
         # Which exceptions a transfer can end in depends on the client's version and on the HTTP library under it;
-        # whatever it is, what was fetched so far stays in the cache and the next run goes on from there.
-        raise InputError(
-            f"the download of {repository} from the Hub failed; run again to resume it ({first_line(error)})"
-        ) from error
+        # whatever it is, the files fetched whole stay in the cache and the next run fetches the others.
+        message = f"the download of {repository} from the Hub was interrupted; run again to finish it"
+        raise InputError(f"{message} ({first_line(error)})") from error
     return Path(path)
 
 

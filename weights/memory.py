@@ -34,7 +34,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def linux_available(root: Path = Path("/")) -> int | None:
-    """The least of MemAvailable and what each enclosing cgroup (version 1 or 2) leaves; None where there is no /proc."""
+    """The least of MemAvailable and what each enclosing cgroup (version 1 or 2) leaves; None without a /proc."""
     try:
         meminfo = (root / "proc/meminfo").read_text()
     except OSError:
@@ -50,9 +50,11 @@ def linux_available(root: Path = Path("/")) -> int | None:
         # "0::/path" is the one tree of version 2; "5:memory:/path" is the memory controller's of version 1.
         _, controllers, group = line.split(":", 2)
         if controllers == "":
-            top, limit_file, usage_file = root / "sys/fs/cgroup", "memory.max", "memory.current"
+            top = root / "sys/fs/cgroup"
+            limit_file, usage_file = "memory.max", "memory.current"
         elif "memory" in controllers.split(","):
-            top, limit_file, usage_file = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            top = root / "sys/fs/cgroup/memory"
+            limit_file, usage_file = "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
         # A limit on any group above holds too. Inside a container the path may not exist; then only the top is seen.

@@ -130,7 +130,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise InputError(f"{directory} is empty: a checkpoint needs config.json, tokenizer.json and {SINGLE_FILE}")
     gguf_files = [name for name in contents if name.endswith(".gguf")]
     if gguf_files:
-        raise InputError(f"{directory} has no config.json; for a .gguf name the file itself: {directory / gguf_files[0]}")
+        raise InputError(f"{directory} has no config.json; name the .gguf file itself: {directory / gguf_files[0]}")
     raise InputError(f"{directory} has no config.json: it is not the folder of a Hugging Face checkpoint")
 
 
@@ -172,7 +172,7 @@ def read_header(file: MappedFile, path: Path) -> tuple[dict[str, TensorEntry], d
     size = file.size
     header_size = int.from_bytes(file.data[:8], "little")
     if size < 8 or header_size > size - 8:
-        raise InputError(f"{path} is truncated or not safetensors: {size} bytes, and its header alone needs {header_size}")
+        raise InputError(f"{path} is truncated or not safetensors: {size} bytes, its header alone {header_size}")
     if header_size > LARGEST_HEADER:
         raise InputError(f"{path} is not safetensors: a header of {header_size} bytes is over {LARGEST_HEADER}")
     header = parse_json_object(file.data[8 : 8 + header_size], f"the header of {path}", repeats_allowed=False)
@@ -203,7 +203,9 @@ def read_entry(name: str, description: Any, path: Path) -> tuple[TensorEntry, tu
     """One tensor's line of the header, checked in itself: the entry, and [begin, end) from the start of the data."""
     if not isinstance(description, dict):
         raise InputError(f"{path} is corrupt: the header's {name} is not an object")
-    dtype_name, shape, offsets = (description.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype_name: Any = description.get("dtype")
+    shape: Any = description.get("shape")
+    offsets: Any = description.get("data_offsets")
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise InputError(f"{path}: {name} has the dtype {dtype_name!r}; known are {', '.join(DTYPES)}")
     if not is_list_of_sizes(shape):
@@ -238,7 +240,8 @@ def parse_json_object(data: bytes, where: str, repeats_allowed: bool = True) -> 
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8 text (byte {error.start})") from error
     except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
+        place = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"{where} is not valid JSON: {error.msg} ({place})") from error
     except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, endless nesting
         raise InputError(f"{where} is not usable JSON: {error}") from error
     if not isinstance(value, dict):

@@ -1,0 +1,133 @@
+"""Hub ids, against a Hub-like server on the loopback interface. The client reads its settings when it is imported, so
+that each download runs in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from loopback_hub import LoopbackHub
+from safetensors.torch import save
+
+from weights.hub import is_hub_id
+
+WEIGHTS = save({"model.norm.weight": torch.arange(6_000_000, dtype=torch.float32)})
+
+DOWNLOAD = """
+import sys
+from popengine.errors import InputError
+from weights.hub import download
+try:
+    print(download(sys.argv[1]))
+except InputError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[LoopbackHub]:
+    files = {
+        "config.json": json.dumps({"architectures": ["LlamaForCausalLM"]}).encode(),
+        "tokenizer.json": b"{}",
+        "model.safetensors": WEIGHTS,
+        "pytorch_model.bin": b"never fetched",
+        "consolidated.safetensors": b"never fetched",
+        "onnx/model.safetensors": b"never fetched",
+        "README.md": b"never fetched",
+    }
+    server = LoopbackHub({"someone/model": files}, private={"someone/private"}, gated={"someone/gated"})
+    yield server
+    server.close()
+
+
+def settings(endpoint: str, home: Path, **more: str) -> dict[str, str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    return clean | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)} | more
+
+
+def download(repository: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", DOWNLOAD, repository]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def last_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_only_needed_files_are_fetched_and_the_cache_serves_without_network(hub: LoopbackHub, tmp_path: Path) -> None:
+    first = download("someone/model", settings(hub.url, tmp_path))
+    assert first.returncode == 0, first.stderr
+    directory = Path(first.stdout.strip())
+    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert (directory / "model.safetensors").read_bytes() == WEIGHTS
+    assert "%" in first.stderr  # the progress bar
+
+    asked = len(hub.requests)
+    offline = download("someone/model", settings(hub.url, tmp_path, HF_HUB_OFFLINE="1"))
+    assert offline.stdout == first.stdout, offline.stderr
+    assert len(hub.requests) == asked
+
+    hub.close()
+    unreachable = download("someone/model", settings(hub.url, tmp_path))
+    assert unreachable.stdout == first.stdout, unreachable.stderr
+
+
+def test_missing_private_and_gated_repositories_are_one_line_each(hub: LoopbackHub, tmp_path: Path) -> None:
+    environment = settings(hub.url, tmp_path)
+    missing = last_line(download("someone/missing", environment))
+    assert "'someone/missing': no such path, and the Hub has no repository of that name" in missing
+    private = last_line(download("someone/private", environment))
+    assert "if it is private, log in" in private
+    gated = last_line(download("someone/gated", environment))
+    assert "gated: ask for access" in gated
+    refused = last_line(download("someone/model", environment | {"HF_TOKEN": "wrong"}))
+    assert "refuses access" in refused and "HF_TOKEN" in refused
+
+
+def test_no_network_and_offline_mode_are_one_line_each(tmp_path: Path) -> None:
+    unreachable = last_line(download("someone/model", settings("http://127.0.0.1:9", tmp_path)))
+    assert "no such path, and the Hub cannot be asked" in unreachable
+    offline = last_line(download("someone/model", settings("http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")))
+    assert "not in the cache, and HF_HUB_OFFLINE forbids" in offline
+
+
+def test_an_interrupted_download_is_finished_by_the_next_run(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.stall_after = 15_000_000  # the client writes 10 MB at a time
+    environment = settings(hub.url, tmp_path)
+    command = [sys.executable, "-c", DOWNLOAD, "someone/model"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert hub.stalled.wait(60)
+    incomplete: list[Path] = []
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not any(path.stat().st_size for path in incomplete):
+        time.sleep(0.05)
+        incomplete = list(tmp_path.rglob("*.incomplete"))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    offline = last_line(download("someone/model", environment | {"HF_HUB_OFFLINE": "1"}))
+    assert "HF_HUB_OFFLINE forbids" in offline  # what is half there is not taken for the whole
+
+    hub.stall_after = None
+    second = download("someone/model", environment)
+    assert second.returncode == 0, second.stderr
+    assert (Path(second.stdout.strip()) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("text", ["org/name", "gpt2", "Org-1/name.v2_x"])
+def test_hub_ids_are_recognised(text: str) -> None:
+    assert is_hub_id(text)
+
+
+@pytest.mark.parametrize("text", ["", "a/b/c", "/tmp/x", "./x", "../x", "model.gguf", "a b/c", "org/", "org/x.gguf"])
+def test_paths_are_not_taken_for_hub_ids(text: str) -> None:
+    assert not is_hub_id(text)
