@@ -12,6 +12,7 @@ from popengine.partition import PartitionSizes, all_channel_sizes, partition_siz
 
 PREFILL_MODES = ("pruned", "dense")
 UNSEEN_EXPERT_MODES = ("weights", "dense")
+SCORED_TOKENS = ("all", "text")
 DEFAULT_PRUNE_RATIO = 0.2
 
 
@@ -29,6 +30,7 @@ class PruningSettings:
                      but down_proj
     unseen_experts   what becomes of an expert that fewer than min_tokens prompt tokens were routed to: "weights" cuts
                      it by scores from its weights alone, so that the budget still holds; "dense" leaves it whole
+    scored_tokens    prompt tokens that count in the scores: "all", or "text" without the image tokens
     """
 
     prune_ratio: float | None = None
@@ -39,6 +41,7 @@ class PruningSettings:
     all_channels: bool = False
     unseen_experts: Literal["weights", "dense"] = "weights"
     min_tokens: int = 1
+    scored_tokens: Literal["all", "text"] = "all"
 
     def __post_init__(self) -> None:
         if self.prune_ratio is not None and self.ffn_ratio is not None:
@@ -57,6 +60,8 @@ class PruningSettings:
             )
         if self.min_tokens < 1:
             raise InputError(f"min tokens must be at least 1, not {self.min_tokens}")
+        if self.scored_tokens not in SCORED_TOKENS:
+            raise InputError(f"scored tokens must be one of {', '.join(SCORED_TOKENS)}, not {self.scored_tokens!r}")
 
 
 DENSE = PruningSettings(prune_ratio=0.0)
@@ -95,6 +100,7 @@ class Pruning:
     all_channels: bool
     unseen_experts: Literal["weights", "dense"] = "weights"
     min_tokens: int = 1
+    scored_tokens: Literal["all", "text"] = "all"
 
     def sizes(self, channels: int) -> PartitionSizes:
         """Regions of an FFN of `channels` channels."""
@@ -143,4 +149,5 @@ def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
         all_channels=settings.all_channels,
         unseen_experts=settings.unseen_experts,
         min_tokens=settings.min_tokens,
+        scored_tokens=settings.scored_tokens,
     )
