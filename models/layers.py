@@ -174,7 +174,7 @@ def attend_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
 
 def column_norms(weight: Tensor) -> Tensor:
     """l2 norm of each column, float32. weight [rows, columns] -> [columns]"""
-    return torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
+    return torch.linalg.vector_norm(weight.float(), dim=0)
 
 
 def tensor_bytes(holder: object) -> int:

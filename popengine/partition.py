@@ -24,7 +24,7 @@ def channel_scores(h: Tensor, down_norms: Tensor, real: Tensor | None = None) ->
     """
     if real is not None:
         h = h.masked_fill(~real.unsqueeze(-1), 0)                           # [B, T, I]
-    return torch.linalg.vector_norm(h, dim=(0, 1), dtype=torch.float32) * down_norms
+    return torch.linalg.vector_norm(h.float(), dim=(0, 1)) * down_norms
 
 
 def head_scores(a: Tensor, output_norms: Tensor, real: Tensor | None = None) -> Tensor:
