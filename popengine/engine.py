@@ -10,7 +10,7 @@ B batch, T prompt tokens.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,23 @@ import torch
 from torch import Tensor
 
 from models.llama import LlamaForCausalLM
+from models.llava import LlavaForConditionalGeneration
 from models.mixtral import MixtralForCausalLM
 from models.state import DecodeState
 from popengine.chat import end_of_turn_token, read_chat_template, render_chat
+from popengine.clock import Clock
 from popengine.errors import InputError
+from popengine.images import ImageSource
 from popengine.memory import peak_memory_bytes
 from popengine.pruning import DENSE, Pruning, PruningSettings, resolve
 from popengine.sampling import Sampling, next_tokens
 from popengine.tokenizer import FastTokenizer, TextStream, TextTokenizer, open_tokenizer
+from popengine.vision import Vision
 from weights.checkpoint import Checkpoint, GGUFCheckpoint, checkpoint_dtype, open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.load import load_weights
 
-ARCHITECTURES: dict[str, type[LlamaForCausalLM]] = {
+ARCHITECTURES: dict[str, type[LlamaForCausalLM] | type[LlavaForConditionalGeneration]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
     "MistralForCausalLM": LlamaForCausalLM,
     "Qwen2ForCausalLM": LlamaForCausalLM,
@@ -38,6 +42,7 @@ ARCHITECTURES: dict[str, type[LlamaForCausalLM]] = {
     "MixtralForCausalLM": MixtralForCausalLM,
     "Qwen2MoeForCausalLM": MixtralForCausalLM,
     "Qwen3MoeForCausalLM": MixtralForCausalLM,
+    "LlavaForConditionalGeneration": LlavaForConditionalGeneration,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,13 +68,17 @@ class Regions:
 class Statistics:
     """Measured over one call of generate or stream; the batch is served as one.
 
-    prefill_ms           prompt to first logits, without the partition
+    prompt_tokens        padding not counted; of them, image_tokens stand for pictures
+    image_ms             vision tower and projector
+    prefill_ms           embedded prompt to first logits, without the partition
     partition_ms         scores, sort and copy of the active weights; within them: scores_ms, sort_ms, copy_ms
     decode_ms_per_token  mean over the decode steps; nan when there was none
     """
 
     prompt_tokens: int
+    image_tokens: int
     new_tokens: int
+    image_ms: float
     prefill_ms: float
     partition_ms: float
     scores_ms: float
@@ -124,13 +133,15 @@ class Run:
         pruning: Pruning,
         sampling: Sampling,
         stop_ids: frozenset[int],
+        pixel_values: Tensor | None = None,                                         # [pictures, 3, Y, X]
     ) -> None:
+        self.pixel_values = pixel_values
         self.engine, self.prompts, self.sampling, self.stop_ids = engine, prompts, sampling, stop_ids
         self.max_new_tokens, self.pruning = max_new_tokens, pruning
         self.generator = sampling.generator(engine.device)
         self.finish_reasons: list[str | None] = [None] * len(prompts)
         self.new_tokens = self.decode_steps = 0
-        self.prefill_s = self.decode_s = 0.0
+        self.image_s = self.prefill_s = self.decode_s = 0.0
 
     def __iter__(self) -> Iterator[list[int | None]]:
         engine, model = self.engine, self.engine.model
@@ -139,9 +150,10 @@ class Run:
         self.state = state
         try:
             tokens, real = pad_left(self.prompts, engine.device)
+            x, counted = self.embed(tokens, real)
             began = time.perf_counter()
             with torch.inference_mode():
-                logits = model.prefill(model.embed(tokens), state, real)            # [B, V]
+                logits = model.prefill(x, state, real, counted)                     # [B, V]
                 chosen = next_tokens(logits, self.sampling, self.generator)         # [B]
             new = self.accept(chosen, state)
             self.prefill_s = time.perf_counter() - began
@@ -157,6 +169,24 @@ class Run:
                 yield new
         finally:
             engine.give_back(state)
+
+    @torch.inference_mode()
+    def embed(self, tokens: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The prompts with their pictures in place [B, T, H], and which tokens count in the scores (None: all)."""
+        vision = self.engine.vision
+        if vision is None:
+            return self.engine.model.embed(tokens), None
+        clock = Clock(self.engine.device)
+        features = None
+        if self.pixel_values is not None:
+            with clock.phase("images"):
+                features = vision.model.encode_images(self.pixel_values.to(self.engine.device))   # [pictures, P, H]
+        x = vision.model.embed(tokens, features)
+        self.image_s = clock.milliseconds("images") / 1000
+        if self.pruning.scored_tokens == "all":
+            return x, None
+        text = ~vision.model.is_image(tokens)                                       # [B, T]
+        return x, text if real is None else text & real
 
     def accept(self, chosen: Tensor, state: DecodeState) -> list[int | None]:
         """Take one token per sequence that is still running, and end those that are done."""
@@ -181,7 +211,9 @@ class Run:
         per_token = self.decode_s / self.decode_steps if self.decode_steps else float("nan")
         return Statistics(
             prompt_tokens=sum(map(len, self.prompts)),
+            image_tokens=0 if engine.vision is None else engine.vision.image_tokens(self.prompts),
             new_tokens=self.new_tokens,
+            image_ms=self.image_s * 1000,
             prefill_ms=self.prefill_s * 1000 - partition,
             partition_ms=partition,
             scores_ms=scores,
@@ -198,7 +230,10 @@ class Run:
 
 
 class Engine:
-    """A loaded checkpoint, ready to generate. Made by `load`."""
+    """A loaded checkpoint, ready to generate. Made by `load`.
+
+    model   the language model; vision is what a LLaVA checkpoint has besides, None for the others
+    """
 
     def __init__(
         self,
@@ -211,8 +246,9 @@ class Engine:
         dtype: torch.dtype,
         device: torch.device,
         load_s: float,
+        vision: Vision | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.chat_template = model, tokenizer, chat_template
+        self.model, self.tokenizer, self.chat_template, self.vision = model, tokenizer, chat_template, vision
         self.max_seq_len, self.dtype, self.device, self.load_s = max_seq_len, dtype, device, load_s
         self.end_of_sequence_ids = stop_ids
         self.idle_state: DecodeState | None = None
@@ -227,6 +263,7 @@ class Engine:
         self,
         prompts: Prompt | Sequence[str] | Sequence[list[dict[str, Any]]],
         *,
+        images: Sequence[ImageSource] | Sequence[Sequence[ImageSource]] = (),
         max_new_tokens: int = 128,
         pruning: PruningSettings | None = None,
         sampling: Sampling | None = None,
@@ -237,12 +274,20 @@ class Engine:
         """Generate for a batch of prompts, decided upon together: one partition and one pick serve the whole batch.
 
         prompts        one prompt or a list; a prompt is text, or a conversation as chat templates take it
+        images         paths or Pillow images, for a LLaVA checkpoint: those of the one prompt, or a list for each of
+                       several prompts (see popengine.vision for where they stand in the text)
         raw            encode text as it stands, without the chat template
         system_prompt  put before each text prompt as the system's turn
-        Raises InputError for prompts that are empty or do not fit the context.
+        Raises InputError for prompts that are empty or do not fit the context, and for images that cannot be read.
         """
-        batch = [self.prompt_ids(prompt, raw=raw, system_prompt=system_prompt) for prompt in as_batch(prompts)]
-        run = self.run(batch, max_new_tokens, pruning, sampling, ignore_eos)
+        texts = as_batch(prompts)
+        pictures = images_per_prompt(images, texts, one_prompt=texts[0] is prompts)
+        batch = [
+            self.prompt_ids(prompt, raw=raw, system_prompt=system_prompt, images=len(own))
+            for prompt, own in zip(texts, pictures, strict=True)
+        ]
+        all_images = [image for own in pictures for image in own]
+        run = self.run(batch, max_new_tokens, pruning, sampling, ignore_eos, all_images)
         token_ids: list[list[int]] = [[] for _ in batch]
         for step in run:
             for ids, token in zip(token_ids, step, strict=True):
@@ -258,6 +303,7 @@ class Engine:
         self,
         prompt: Prompt,
         *,
+        images: Sequence[ImageSource] = (),
         max_new_tokens: int = 128,
         pruning: PruningSettings | None = None,
         sampling: Sampling | None = None,
@@ -266,8 +312,8 @@ class Engine:
         ignore_eos: bool = False,
     ) -> Iterator[Piece]:
         """Generate for one prompt, piece by piece. Bad input raises InputError here, before the first piece."""
-        ids = self.prompt_ids(prompt, raw=raw, system_prompt=system_prompt)
-        return self.pieces(self.run([ids], max_new_tokens, pruning, sampling, ignore_eos))
+        ids = self.prompt_ids(prompt, raw=raw, system_prompt=system_prompt, images=len(images))
+        return self.pieces(self.run([ids], max_new_tokens, pruning, sampling, ignore_eos, images))
 
     def pieces(self, run: Run) -> Iterator[Piece]:
         """The tokens of a run of one prompt as text."""
@@ -284,8 +330,12 @@ class Engine:
         pruning: PruningSettings | None = None,
         sampling: Sampling | None = None,
         ignore_eos: bool = False,
+        images: Sequence[ImageSource] = (),
     ) -> Run:
-        """Check everything that can be wrong, then a Run over token ids that has computed nothing yet."""
+        """Check everything that can be wrong, then a Run over token ids that has computed nothing yet.
+
+        images  those of all prompts, in the order of their image tokens
+        """
         if max_new_tokens < 1:
             raise InputError(f"the number of new tokens must be at least 1, not {max_new_tokens}")
         for ids in prompts:
@@ -298,10 +348,23 @@ class Engine:
                 )
         stop_ids = frozenset[int]() if ignore_eos else self.stop_ids
         resolved = self.resolve(pruning or PruningSettings())
-        return Run(self, prompts, max_new_tokens, resolved, sampling or Sampling(), stop_ids)
+        pixel_values = self.vision.pixel_values(images) if self.vision is not None and images else None
+        return Run(self, prompts, max_new_tokens, resolved, sampling or Sampling(), stop_ids, pixel_values)
 
-    def prompt_ids(self, prompt: Prompt, *, raw: bool = False, system_prompt: str | None = None) -> list[int]:
-        """Token ids of a prompt: through the chat template if there is one and `raw` does not forbid it."""
+    def prompt_ids(
+        self, prompt: Prompt, *, raw: bool = False, system_prompt: str | None = None, images: int = 0
+    ) -> list[int]:
+        """Token ids of a prompt: through the chat template if there is one and `raw` does not forbid it.
+
+        images  how many are given with it; each has as many image tokens among the ids as the vision tower makes
+        """
+        if images and self.vision is None:
+            raise InputError("an image was given, and this checkpoint is a text model; a LLaVA checkpoint reads images")
+        ids = self.tokenizer.encode(*self.prompt_text(prompt, raw, system_prompt, images))
+        return ids if self.vision is None else self.vision.expand(ids, images)
+
+    def prompt_text(self, prompt: Prompt, raw: bool, system_prompt: str | None, images: int) -> tuple[str, bool]:
+        """A prompt as it goes to the tokenizer, and whether that still has to add its special tokens."""
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise InputError("the prompt is empty: give at least one token of text")
@@ -309,18 +372,24 @@ class Engine:
         if isinstance(prompt, str) and (raw or self.chat_template is None):
             if system_prompt is not None:
                 raise InputError("a system prompt needs a chat template, and this prompt is encoded without one")
-            return self.tokenizer.encode(prompt, add_special_tokens=True)
+            if self.vision is not None and not raw:
+                prompt = self.vision.plain(self.vision.messages(as_messages(prompt), images)[0]["content"])
+            return prompt, True
         if self.chat_template is None:
             raise InputError("this checkpoint has no chat template: give the prompt as one text")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = as_messages(prompt)
         if system_prompt is not None:
             check_text(system_prompt, "the system prompt")
             messages = [{"role": "system", "content": system_prompt}, *messages]
-        text = render_chat(
-            self.chat_template, messages, bos_token=self.tokenizer.bos_token, eos_token=self.tokenizer.eos_token
+        render = partial(
+            render_chat,
+            self.chat_template,
+            bos_token=self.tokenizer.bos_token,
+            eos_token=self.tokenizer.eos_token,
         )
+        text = render(messages) if self.vision is None else self.vision.render(messages, images, render)
         # The template has written the special tokens itself.
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return text, False
 
     def resolve(self, settings: PruningSettings) -> Pruning:
         return resolve(settings, self.model.layer_weights())
@@ -364,7 +433,12 @@ def load(
     with open_checkpoint(default_checkpoint() if checkpoint is None else checkpoint) as opened:
         kind = choose_dtype(dtype, opened, where)
         tokenizer, template = open_text_side(opened)
-        model = load_model(opened, kind, where, progress)
+        loaded = load_model(opened, kind, where, progress)
+        vision: Vision | None = None
+        if isinstance(loaded, LlavaForConditionalGeneration):
+            model, vision = loaded.language_model, Vision(loaded, tokenizer, opened.path)
+        else:
+            model = loaded
         context = model.config.max_position_embeddings
         if max_seq_len is not None:
             if not 1 <= max_seq_len <= context:
@@ -379,12 +453,13 @@ def load(
             dtype=kind,
             device=where,
             load_s=time.perf_counter() - began,
+            vision=vision,
         )
 
 
 def load_model(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: bool = False
-) -> LlamaForCausalLM:
+) -> LlamaForCausalLM | LlavaForConditionalGeneration:
     """The forward passes with their weights: laid out without memory first, then filled tensor by tensor."""
     model_class = architecture(checkpoint)
     with torch.device("meta"):
@@ -394,7 +469,7 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
-def architecture(checkpoint: Checkpoint) -> type[LlamaForCausalLM]:
+def architecture(checkpoint: Checkpoint) -> type[LlamaForCausalLM] | type[LlavaForConditionalGeneration]:
     names = checkpoint.config.get("architectures") or [None]
     if names[0] not in ARCHITECTURES:
         raise InputError(
@@ -461,6 +536,26 @@ def as_batch(prompts: Prompt | Sequence[str] | Sequence[list[dict[str, Any]]]) -
     if not prompts:
         raise InputError("no prompt was given")
     return list(prompts)  # type: ignore[arg-type]
+
+
+def as_messages(prompt: Prompt) -> list[dict[str, Any]]:
+    """A prompt as a conversation."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def images_per_prompt(
+    images: Sequence[ImageSource] | Sequence[Sequence[ImageSource]], prompts: list[Prompt], one_prompt: bool
+) -> list[Sequence[ImageSource]]:
+    """The images of each prompt. For one prompt they come as a plain list, for several as a list of lists."""
+    if one_prompt:
+        return [images]  # type: ignore[list-item]
+    if not images:
+        return [()] * len(prompts)
+    if len(images) != len(prompts) or not all(isinstance(own, (list, tuple)) for own in images):
+        raise InputError(
+            f"images for {len(prompts)} prompts must be {len(prompts)} lists of images, one list for each prompt"
+        )
+    return list(images)  # type: ignore[arg-type]
 
 
 def check_text(text: str, what: str) -> None:

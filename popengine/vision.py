@@ -1,0 +1,117 @@
+"""The picture side of a LLaVA checkpoint: images to features, and the places of their tokens in a prompt.
+
+Where an image token is put, in this order: where the prompt says `<image>` (or whatever the checkpoint calls it);
+where the chat template puts the image parts of a message; and, for a template that knows no image parts and for a
+checkpoint without a template, at the front of the first user's text, one line per image.
+
+P image tokens per picture, H hidden size of the language model.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.llava import LlavaForConditionalGeneration
+from popengine.errors import InputError
+from popengine.images import ImageProcessing, ImageSource, read_image_processing
+from popengine.tokenizer import TextTokenizer
+
+Messages = list[dict[str, Any]]
+
+
+class Vision:
+    """What the engine asks when a checkpoint can read images. Nothing is read from disk before the first image."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, tokenizer: TextTokenizer, directory: Path) -> None:
+        self.model, self.tokenizer, self.directory = model, tokenizer, directory
+        self.image_token_id = model.config.image_token_index
+        self.tokens_per_image = model.config.tokens_per_image
+
+    @cached_property
+    def image_token(self) -> str:
+        """The image token as it is written in prompts."""
+        token = self.tokenizer.decode([self.image_token_id], skip_special_tokens=False)
+        if not token or self.tokenizer.token_id(token) != self.image_token_id:
+            raise InputError(
+                f"{self.directory}: config.json says that images stand at token {self.image_token_id}, "
+                "and the tokenizer has no such token"
+            )
+        return token
+
+    @cached_property
+    def processing(self) -> ImageProcessing:
+        """How images are prepared. Raises InputError where the configuration is missing, broken or does not fit."""
+        processing, side = read_image_processing(self.directory), self.model.config.vision.image_size
+        size = processing.crop_to or processing.resize_to
+        if size is not None and size != (side, side):
+            raise InputError(
+                f"{self.directory}: the image processor makes pictures of {size[1]} x {size[0]} pixels, "
+                f"and the vision tower reads {side} x {side}"
+            )
+        return processing
+
+    def pixel_values(self, images: Sequence[ImageSource]) -> Tensor:
+        """Images, paths or Pillow's, as the tower reads them: float32 [images, 3, Y, X]. InputError for a bad one."""
+        pictures = [self.processing.pixel_values(image) for image in images]
+        side = self.model.config.vision.image_size
+        for picture in pictures:
+            if picture.shape != (3, side, side):
+                raise InputError(
+                    f"an image is {picture.shape[2]} x {picture.shape[1]} pixels after the image processor, and the "
+                    f"vision tower reads {side} x {side}: give square images of that size, or mend the configuration"
+                )
+        return torch.stack(pictures)
+
+    def messages(self, messages: Messages, images: int) -> Messages:
+        """A conversation with every content as a list of parts, images placed if none of it says where they stand."""
+        parted = [message | {"content": self.parts(message["content"])} for message in messages]
+        parts = [part for message in parted for part in message["content"]]
+        placed = any(part.get("type") == "image" or self.image_token in str(part.get("text")) for part in parts)
+        for message in [] if placed else parted:
+            if message["role"] == "user":
+                message["content"] = [{"type": "image"}] * images + message["content"]
+                break
+        return parted
+
+    def parts(self, content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+    def render(self, messages: Messages, images: int, render: Callable[[Messages], str]) -> str:
+        """The prompt's text; `render` is the chat template. Falls back to plain texts where it knows no image parts."""
+        messages = self.messages(messages, images)
+        texts = [str(part["text"]) for message in messages for part in message["content"] if part.get("type") == "text"]
+        pictures = sum(part.get("type") == "image" for message in messages for part in message["content"])
+        written = sum(text.count(self.image_token) for text in texts)
+        try:
+            text = render(messages)
+        except InputError:
+            text = ""
+        if text.count(self.image_token) == pictures + written and all(piece.strip() in text for piece in texts):
+            return text
+        return render([message | {"content": self.plain(message["content"])} for message in messages])
+
+    def plain(self, parts: list[dict[str, Any]]) -> str:
+        """Parts as one text: images first, one line each."""
+        pictures = sum(part.get("type") == "image" for part in parts)
+        return f"{self.image_token}\n" * pictures + "".join(str(part.get("text", "")) for part in parts)
+
+    def image_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
+        """How many tokens of these prompts stand for pictures."""
+        return sum(token == self.image_token_id for ids in prompts for token in ids)
+
+    def expand(self, ids: list[int], images: int) -> list[int]:
+        """Token ids with P image tokens for each one in the text. InputError where they are not as many as images."""
+        found = ids.count(self.image_token_id)
+        if found != images:
+            raise InputError(
+                f"the prompt has {found} image {'token' if found == 1 else 'tokens'} ({self.image_token}) and "
+                f"{images} {'image was' if images == 1 else 'images were'} given: there must be as many"
+            )
+        expanded: list[int] = []
+        for token in ids:
+            expanded += [token] * (self.tokens_per_image if token == self.image_token_id else 1)
+        return expanded
