@@ -1,0 +1,331 @@
+"""Online pruning of mixtures of experts: a partition per expert, the fallback for unseen ones, bad checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from slow_mixture import SlowMixturePOP
+from tiny_models import SIZES, left_padded, ours, random_reference, saved_pair
+from torch import Tensor, nn
+from transformers import LlamaConfig, MixtralConfig, Qwen2MoeConfig
+
+from models.llama import LlamaForCausalLM
+from models.mixtral import MixtralConfig as OurConfig
+from models.mixtral import MixtralForCausalLM, read_mixtral_config, weight_scores
+from models.state import DecodeState
+from popengine.engine import load
+from popengine.errors import InputError
+from popengine.partition import channel_scores, partition_channels, partition_sizes
+from popengine.pruning import DENSE, PruningSettings, resolve
+
+MIXTRAL = MixtralConfig(**SIZES | {"num_local_experts": 5})
+QWEN2_MOE = Qwen2MoeConfig(
+    **SIZES, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=40, shared_expert_intermediate_size=56
+)
+SETTINGS = PruningSettings(ffn_ratio=0.4, candidate_width=0.3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
+    return saved_pair(tmp_path_factory.mktemp("mixtral"), MIXTRAL)[1]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
+    return saved_pair(tmp_path_factory.mktemp("qwen2_moe"), QWEN2_MOE)[1]
+
+
+def prefilled(
+    model: LlamaForCausalLM, tokens: Tensor, settings: PruningSettings, real: Tensor | None = None
+) -> tuple[Tensor, DecodeState]:
+    state = model.new_state(len(tokens), 128, resolve(settings, model.layer_weights()))
+    return model.prefill(model.embed(tokens), state, real), state
+
+
+def greedy(model: LlamaForCausalLM, prompt: list[int], count: int, settings: PruningSettings) -> list[int]:
+    with torch.inference_mode():
+        logits, state = prefilled(model, torch.tensor([prompt]), settings)
+        new = [int(logits.argmax())]
+        while len(new) < count:
+            new.append(int(model.decode(torch.tensor(new[-1:]), state).argmax()))
+    return new
+
+
+@pytest.mark.parametrize("name", ["model", "shared"])
+@torch.inference_mode()
+def test_masked_and_active_decode_agree_for_every_expert(name: str, request: pytest.FixtureRequest) -> None:
+    """With no room for copies every expert's step masks its full weights: the same logits, over 32 steps."""
+    model = request.getfixturevalue(name)
+    tokens, real = left_padded([12, 7], SIZES["vocab_size"])
+    copied_logits, copied = prefilled(model, tokens, SETTINGS, real)
+    masked = model.new_state(2, 128, copied.pruning)
+    for layer in masked.layers:
+        layer.ffn.copy_limit = 0
+    masked_logits = model.prefill(model.embed(tokens), masked, real)
+    for _ in range(32):
+        torch.testing.assert_close(masked_logits, copied_logits, atol=1e-5, rtol=1e-5)
+        chosen = copied_logits.argmax(-1)
+        copied_logits, masked_logits = model.decode(chosen, copied), model.decode(chosen, masked)
+    assert not any(any(layer.ffn.copied) for layer in masked.layers)
+
+
+@pytest.mark.parametrize("prefill", ["pruned", "dense"])
+@torch.inference_mode()
+def test_one_expert_is_the_dense_llama_layer(prefill: Any, tmp_path: Path) -> None:
+    """With a single expert the router has nothing to say, and POP must be Llama's to the last bit."""
+    llama = saved_pair(tmp_path, LlamaConfig(**SIZES))[1]
+    alike = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "num_local_experts": 1, "num_experts_per_tok": 1}
+    one = MixtralForCausalLM.from_config(SIZES | alike)
+    weights = {name.replace("mlp.", "mlp.experts.0."): value for name, value in llama.state_dict().items()}
+    weights |= {f"model.layers.{i}.mlp.gate.weight": torch.randn(1, SIZES["hidden_size"]) for i in range(3)}
+    one.load_state_dict(weights)
+    tokens, real = left_padded([12, 7], SIZES["vocab_size"])
+    settings = PruningSettings(prune_ratio=0.3, candidate_width=0.3, prefill=prefill)
+    logits, state = prefilled(llama, tokens, settings, real)
+    mixture_logits, mixture_state = prefilled(one, tokens, settings, real)
+    for _ in range(16):
+        assert torch.equal(mixture_logits, logits)
+        chosen = logits.argmax(-1)
+        logits, mixture_logits = llama.decode(chosen, state), one.decode(chosen, mixture_state)
+
+
+@torch.inference_mode()
+def test_an_experts_partition_comes_from_the_tokens_routed_to_it(model: LlamaForCausalLM) -> None:
+    """Checked on the first layer against a loop over tokens; padding is neither scored nor counted."""
+    tokens, real = left_padded([20, 9], SIZES["vocab_size"])
+    _, state = prefilled(model, tokens, SETTINGS, real)
+    layer, active = model.model.layers[0], state.layers[0].ffn
+    step = model.prefill_step(model.embed(tokens), real, real, True, state.clock)
+    x = model.embed(tokens)
+    x = layer.post_attention_layernorm(x + layer.self_attn(layer.input_layernorm(x), step))
+    seen: list[list[Tensor]] = [[] for _ in layer.mlp.experts]
+    for sequence, slot in real.nonzero().tolist():
+        token = x[sequence, slot]
+        for expert in layer.mlp.gate(token).topk(2).indices.tolist():
+            seen[expert].append(layer.mlp.experts[expert].activation(token))
+    assert active.prompt_tokens == [len(hs) for hs in seen]
+    assert sum(active.prompt_tokens) == 2 * 29
+    for index, hs in enumerate(seen):
+        scores = channel_scores(torch.stack(hs)[None], layer.mlp.experts[index].down_norms())
+        expected = partition_channels(scores, partition_sizes(SIZES["intermediate_size"], 0.4, 0.3))
+        assert torch.equal(active.partitions[index].order, expected.order)
+
+
+def one_token_state(model: LlamaForCausalLM, **changes: Any) -> tuple[Tensor, DecodeState]:
+    """After a prompt of one token: two experts of five have seen something."""
+    return prefilled(model, torch.tensor([[7]]), PruningSettings(ffn_ratio=0.4, candidate_width=0.3, **changes))
+
+
+@torch.inference_mode()
+def test_an_unseen_expert_is_cut_by_its_weights_when_it_is_first_needed(model: LlamaForCausalLM) -> None:
+    _, state = one_token_state(model)
+    active = state.layers[0].ffn
+    unseen = [index for index, count in enumerate(active.prompt_tokens) if count == 0]
+    assert len(unseen) == 3
+    assert not any(active.copied[index] or active.buffers[index] for index in unseen)
+    for token in range(40):
+        model.decode(torch.tensor([token]), state)
+    for index in unseen:
+        assert active.picks[index] > 0 and active.copied[index]
+        expert = model.model.layers[0].mlp.experts[index]
+        down, gate, up = expert.down_proj.weight, expert.gate_proj.weight, expert.up_proj.weight
+        scores = down.norm(dim=0) * gate.norm(dim=1) * up.norm(dim=1)
+        assert torch.equal(active.partitions[index].order, partition_channels(scores, active.sizes).order)
+
+
+@torch.inference_mode()
+def test_unseen_experts_can_be_left_dense(model: LlamaForCausalLM) -> None:
+    cut_logits, cut = one_token_state(model)
+    left_logits, left = one_token_state(model, unseen_experts="dense")
+    torch.testing.assert_close(cut_logits, left_logits)                     # the prompt itself saw no unseen expert
+    active, mixture = left.layers[0].ffn, model.model.layers[0].mlp
+    unseen = active.prompt_tokens.index(0)
+    x = torch.randn(1, 1, SIZES["hidden_size"])
+    step = model.decode_step(x, left)
+    assert torch.equal(mixture.decode_expert(unseen, x, active, step), mixture.experts[unseen](x)[:, 0])
+    other = mixture.decode_expert(unseen, x, cut.layers[0].ffn, step)
+    assert (other - mixture.experts[unseen](x)[:, 0]).abs().max() > 1e-4
+
+
+@torch.inference_mode()
+def test_min_tokens_makes_little_evidence_count_as_none(model: LlamaForCausalLM) -> None:
+    """With more asked for than any expert saw, every expert is cut as if it had seen nothing."""
+    tokens, _ = left_padded([12], SIZES["vocab_size"])
+    _, state = prefilled(model, tokens, PruningSettings(ffn_ratio=0.4, candidate_width=0.3, min_tokens=100))
+    for layer, own in zip(state.layers, model.model.layers, strict=True):
+        assert sum(layer.ffn.prompt_tokens) == 24
+        for index, expert in enumerate(own.mlp.experts):
+            expected = partition_channels(weight_scores(expert), layer.ffn.sizes)
+            assert torch.equal(layer.ffn.partition(index, expert).order, expected.order)
+
+
+@torch.inference_mode()
+def test_every_prompt_starts_anew_in_the_same_buffers(model: LlamaForCausalLM) -> None:
+    first, _ = left_padded([12], SIZES["vocab_size"], seed=3)
+    second, _ = left_padded([12], SIZES["vocab_size"], seed=4)
+    _, state = prefilled(model, first, SETTINGS)
+    buffers = [active for active in state.layers[0].ffn.buffers if active is not None]
+    model.decode(torch.tensor([1]), state)
+    reused = model.prefill(model.embed(second), state)
+    fresh, other = prefilled(model, second, SETTINGS)
+    for _ in range(8):
+        assert torch.equal(reused, fresh)
+        chosen = fresh.argmax(-1)
+        reused, fresh = model.decode(chosen, state), model.decode(chosen, other)
+    assert state.layers[0].ffn.picks == other.layers[0].ffn.picks
+    assert {id(active) for active in buffers} <= {id(active) for active in state.layers[0].ffn.buffers}
+
+
+@torch.inference_mode()
+def test_picks_are_counted_and_no_other_expert_is_read(model: LlamaForCausalLM) -> None:
+    tokens, _ = left_padded([12], SIZES["vocab_size"])
+    _, state = prefilled(model, tokens, SETTINGS)
+    chosen: list[int] = []
+    handles = [
+        layer.mlp.gate.register_forward_hook(lambda _, __, out: chosen.extend(out[0].topk(2).indices.tolist()))
+        for layer in model.model.layers[:1]
+    ]
+    for token in range(10):
+        model.decode(torch.tensor([token]), state)
+    for handle in handles:
+        handle.remove()
+    assert state.layers[0].ffn.picks == [chosen.count(expert) for expert in range(5)]
+    # Poison what no step may read: the full weights of all experts, and the copies of those not chosen next.
+    active, mixture = state.layers[0].ffn, model.model.layers[0].mlp
+    x = torch.randn(1, 1, SIZES["hidden_size"])
+    routed = set(mixture.route(x[0]).experts[0].tolist())
+    for index, buffers in enumerate(active.buffers):
+        if index not in routed and buffers is not None:
+            buffers.gate.fill_(torch.nan)
+    assert mixture.decode(x, active, model.decode_step(x, state)).isfinite().all()
+
+
+def test_weight_bytes_count_the_routed_experts_only(model: LlamaForCausalLM, shared: LlamaForCausalLM) -> None:
+    attention, head = 48 * 48 * 2 + 48 * 24 * 2, 96 * 48
+    dense, pruned = (resolve(settings, model.layer_weights()) for settings in (DENSE, SETTINGS))
+    resident = 80 - round(0.4 * 80) + 12
+    assert model.weight_bytes_per_token(dense) == 4 * (head + 3 * (attention + 2 * 3 * 80 * 48))
+    assert model.weight_bytes_per_token(pruned) == 4 * (head + 3 * (attention + 2 * 3 * resident * 48))
+    assert shared.weight_bytes_per_token(dense) == 4 * (head + 3 * (attention + (2 * 40 + 56) * 3 * 48))
+
+
+@torch.inference_mode()
+def test_copies_take_the_memory_that_was_stated_before_they_were_made(model: LlamaForCausalLM) -> None:
+    tokens, _ = left_padded([60], SIZES["vocab_size"])
+    _, state = prefilled(model, tokens, SETTINGS)
+    stated = sum(
+        sum(layer.ffn.copied) * own.mlp.experts[0].copy_bytes(state.pruning)
+        for layer, own in zip(state.layers, model.model.layers, strict=True)
+    )
+    assert 0 < stated <= state.partition_bytes() <= 1.01 * stated          # candidate norms are the difference
+    assert model.model.layers[0].mlp.copy_bytes(state.pruning) == 5 * 4 * 3 * 48 * state.layers[0].ffn.sizes.resident
+    assert model.model.layers[0].mlp.copy_bytes(resolve(DENSE, model.layer_weights())) == 0
+
+
+@pytest.mark.parametrize("prune_ratio", [0.2, 0.4])
+@pytest.mark.parametrize("prefill", ["pruned", "dense"])
+def test_an_independent_slow_implementation_generates_the_same_tokens(
+    prune_ratio: float, prefill: Any, tmp_path: Path
+) -> None:
+    reference, model = saved_pair(tmp_path, MIXTRAL)
+    prompt = left_padded([24], SIZES["vocab_size"], seed=2)[0][0].tolist()
+    slow = SlowMixturePOP(reference, prune_ratio, 0.3, prefill)
+    settings = PruningSettings(prune_ratio=prune_ratio, candidate_width=0.3, prefill=prefill)
+    assert greedy(model, prompt, 48, settings) == slow.generate(prompt, 48)
+
+
+@pytest.fixture(scope="module")
+def smollm2_as_mixtral(default_checkpoint_path: Path) -> tuple[LlamaForCausalLM, MixtralForCausalLM, list[int]]:
+    """SmolLM2, and a mixture of four experts that are all its own feed-forward network (shared, not copied)."""
+    engine = load(default_checkpoint_path, dtype="float32")
+    llama = engine.model
+    with torch.device("meta"):
+        mixture = MixtralForCausalLM(
+            OurConfig(
+                **vars(llama.config),
+                num_experts=4,
+                moe_intermediate_size=llama.config.intermediate_size,
+                sparse_layers=(True,) * llama.config.num_hidden_layers,
+            )
+        )
+    torch.manual_seed(0)
+    for layer, own in zip(mixture.model.layers, llama.model.layers, strict=True):
+        layer.input_layernorm, layer.self_attn = own.input_layernorm, own.self_attn
+        layer.post_attention_layernorm = own.post_attention_layernorm
+        layer.mlp.experts = nn.ModuleList([own.mlp] * 4)
+        layer.mlp.gate.weight = nn.Parameter(torch.randn(4, llama.config.hidden_size))
+    mixture.model.embed_tokens, mixture.model.norm = llama.model.embed_tokens, llama.model.norm
+    mixture.model.rotary, mixture.lm_head = llama.model.rotary, llama.lm_head
+    question = "Explain in three sentences why the sky looks blue at noon and red at sunset."
+    return llama, mixture, engine.prompt_ids(question)
+
+
+@torch.inference_mode()
+def test_smollm2_with_its_network_for_every_expert_is_smollm2(
+    smollm2_as_mixtral: tuple[LlamaForCausalLM, MixtralForCausalLM, list[int]],
+) -> None:
+    llama, mixture, prompt = smollm2_as_mixtral
+    tokens = torch.tensor([prompt])
+    torch.testing.assert_close(mixture(tokens), llama(tokens), atol=2e-3, rtol=0)
+    assert greedy(mixture, prompt, 8, DENSE) == greedy(llama, prompt, 8, DENSE)
+
+
+@torch.inference_mode()
+def test_smollm2_as_a_mixture_generates_under_pruning(
+    smollm2_as_mixtral: tuple[LlamaForCausalLM, MixtralForCausalLM, list[int]],
+) -> None:
+    _, mixture, prompt = smollm2_as_mixtral
+    logits, state = prefilled(mixture, torch.tensor([prompt]), PruningSettings(prune_ratio=0.2))
+    active = state.layers[0].ffn
+    assert sum(active.prompt_tokens) == 2 * len(prompt)
+    orders = {tuple(partition.retained.tolist()) for partition in active.partitions if partition is not None}
+    assert len(orders) > 1                                                  # equal experts, but not equal tokens
+    new = [int(logits.argmax())]
+    for _ in range(7):
+        new.append(int(mixture.decode(torch.tensor(new[-1:]), state).argmax()))
+    assert len(set(new)) > 4                                                # words, not one token over and over
+    assert sum(active.picks) == 2 * 7
+
+
+def damaged(folder: Path, change: Any) -> Path:
+    """A saved mixture whose tensors were changed."""
+    random_reference(MIXTRAL).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_missing_tensor_is_named_with_its_layer_and_expert(tmp_path: Path) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    with pytest.raises(InputError, match=f"1 missing: {name}"):
+        ours(damaged(tmp_path, lambda tensors: tensors.pop(name)))
+
+
+def test_a_router_of_the_wrong_shape_is_named(tmp_path: Path) -> None:
+    name = "model.layers.2.block_sparse_moe.gate.weight"
+    with pytest.raises(InputError, match=rf"of another shape: {name} \[4, 48\].*\[5, 48\]"):
+        ours(damaged(tmp_path, lambda tensors: tensors.update({name: torch.zeros(4, 48)})))
+
+
+def test_one_tensor_for_too_many_experts_is_named(tmp_path: Path) -> None:
+    random_reference(MIXTRAL).save_pretrained(tmp_path, save_original_format=False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj"
+    tensors[name] = torch.zeros(6, 48, 80)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=name):
+        ours(tmp_path)
+
+
+def test_more_experts_per_token_than_experts_is_refused() -> None:
+    with pytest.raises(InputError, match=r"num_experts_per_tok \(9\) must not exceed the number of experts \(8\)"):
+        read_mixtral_config(SIZES | {"num_experts_per_tok": 9})
+
+
+@pytest.mark.parametrize("changes", [{"unseen_experts": "random"}, {"min_tokens": 0}])
+def test_settings_for_unseen_experts_are_checked(changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"unseen experts must be|min tokens must be"):
+        PruningSettings(**changes)
