@@ -253,6 +253,11 @@ class Engine:
         self.end_of_sequence_ids = stop_ids
         self.idle_state: DecodeState | None = None
 
+    @property
+    def unknown_fields(self) -> tuple[str, ...]:
+        """Fields of config.json that nothing here knows, and that are ignored."""
+        return self.model.config.unknown_fields + (() if self.vision is None else self.vision.unknown_fields)
+
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a sequence: what the files call end of sequence, and what the chat template ends a turn with."""

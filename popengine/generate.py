@@ -37,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
         "--ckpt", metavar="DIR|HUB_ID|FILE.gguf", help="checkpoint (default: what `make checkpoint` has fetched)"
     )
     flags.add_argument("--prompt", required=True, metavar="TEXT|-", help="the prompt; - reads it from standard input")
+    flags.add_argument(
+        "--image", action="append", default=[], metavar="PATH", help="an image the prompt is about; may be repeated"
+    )
     flags.add_argument("-n", "--max-new-tokens", type=int, default=128, metavar="N")
     sampling = flags.add_argument_group("sampling")
     sampling.add_argument("--temperature", "--temp", type=float, default=0.0, metavar="T", help="0 is greedy")
@@ -56,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
     pruning.add_argument("--head-ratio", type=float, default=0.0, metavar="R", help="share of the query heads")
     pruning.add_argument(
         "--prefill", default="pruned", metavar="pruned|dense", help="finish the prompt on what stays, or on everything"
+    )
+    pruning.add_argument(
+        "--scored-tokens", default="all", metavar="all|text", help="count image tokens in the scores, or only text"
     )
     machine = flags.add_argument_group("machine")
     machine.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
@@ -98,6 +104,7 @@ def run(flags: argparse.Namespace) -> None:
         candidate_width=flags.candidate_width,
         head_ratio=flags.head_ratio,
         prefill=flags.prefill,
+        scored_tokens=flags.scored_tokens,
     )
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     engine = load(
@@ -107,10 +114,11 @@ def run(flags: argparse.Namespace) -> None:
         max_seq_len=flags.max_seq_len,
         progress=sys.stderr.isatty() and not flags.quiet,
     )
-    for field in engine.model.config.unknown_fields:
+    for field in engine.unknown_fields:
         print(f"warning: config.json has a field that popengine does not know and ignores: {field}", file=sys.stderr)
     pieces = engine.stream(
         prompt,
+        images=flags.image,
         max_new_tokens=flags.max_new_tokens,
         pruning=pruning,
         sampling=sampling,
@@ -161,6 +169,7 @@ def report(engine: "Engine", pieces: "list[Piece]") -> dict[str, Any]:
         "text": "".join(piece.text for piece in pieces),
         "token_ids": [piece.token_id for piece in pieces if piece.token_id is not None],
         "prompt_token_ids": last.prompt_token_ids,
+        "image_tokens": statistics.image_tokens,
         "finish_reason": last.finish_reason,
         "pruning": {
             "ratio": pruning.ratio,
@@ -168,6 +177,7 @@ def report(engine: "Engine", pieces: "list[Piece]") -> dict[str, Any]:
             "candidate_width": pruning.candidate_width,
             "head_ratio": pruning.head_ratio,
             "prefill": pruning.prefill,
+            "scored_tokens": pruning.scored_tokens,
             "retained": regions.retained,
             "candidate": regions.candidate,
             "pruned": regions.pruned,
@@ -175,6 +185,7 @@ def report(engine: "Engine", pieces: "list[Piece]") -> dict[str, Any]:
         },
         "timing": {
             "load_s": engine.load_s,
+            "image_ms": statistics.image_ms,
             "prefill_ms": statistics.prefill_ms,
             "partition_ms": statistics.partition_ms,
             "decode_ms_per_token": or_null(statistics.decode_ms_per_token),
@@ -198,8 +209,12 @@ def print_statistics(engine: "Engine", last: "Piece") -> None:
     assert statistics is not None
     ended = {"stop": "end of sequence", "length": "as many as asked for"}[last.finish_reason or "length"]
     regions, share = statistics.regions, statistics.weight_bytes_per_token / statistics.dense_weight_bytes_per_token
+    prompt = f"{statistics.prompt_tokens} tokens"
+    if statistics.image_tokens:
+        text_tokens = statistics.prompt_tokens - statistics.image_tokens
+        prompt += f" ({statistics.image_tokens} of images, {text_tokens} of text): images {statistics.image_ms:.0f} ms"
     lines = [
-        f"prompt    {statistics.prompt_tokens} tokens: prefill {statistics.prefill_ms:.0f} ms, "
+        f"prompt    {prompt}{',' if statistics.image_tokens else ':'} prefill {statistics.prefill_ms:.0f} ms, "
         f"partition {statistics.partition_ms:.0f} ms",
         f"decode    {statistics.new_tokens} tokens ({ended}): {statistics.decode_ms_per_token:.1f} ms/token, "
         f"{statistics.decode_tokens_per_s:.1f} tokens/s",

@@ -31,6 +31,10 @@ class Vision:
         self.image_token_id = model.config.image_token_index
         self.tokens_per_image = model.config.tokens_per_image
 
+    @property
+    def unknown_fields(self) -> tuple[str, ...]:
+        return self.model.config.unknown_fields + self.model.config.vision.unknown_fields
+
     @cached_property
     def image_token(self) -> str:
         """The image token as it is written in prompts."""
