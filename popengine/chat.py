@@ -92,7 +92,6 @@ def render_chats(
             input=json.dumps(request).encode("ascii"),
             capture_output=True,
             timeout=WALL_SECONDS,
-            cwd=SANDBOX.parent,
             env={name: os.environ[name] for name in kept if name in os.environ},
             check=False,
         )

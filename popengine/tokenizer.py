@@ -207,10 +207,7 @@ class TextStream:
         text = certain[self.given :]
         self.given = len(certain)
         if len(self.window) > 2 * self.OVERLAP:
-            start = len(self.window) - self.OVERLAP
-            while self.window[start] in self.tokenizer.byte_ids:  # never cut a run of bytes; the last token is no byte
-                start += 1
-            self.window = self.window[start:]
+            self.window = self.window[-self.OVERLAP :]  # the last is no byte token, so no run of them is open
             self.given = len(self._certain())
         return text
 

@@ -39,12 +39,13 @@ TEXTS = [
 TEXTS_WITH_ADDED_TOKENS = [
     "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n",
     "hello <|im_end|> \n there",
-    "a<|im|>b <wide>  c <widest> d",
+    "a<|im|>b <wide>  c <widest> d <|im|>+ <|im|>-",
 ]
 ADDED_TOKENS = {
     "<|im_start|>": {"special": True, "normalized": False},
     "<|im_end|>": {"special": True, "normalized": False, "rstrip": True},
     "<|im|>": {"special": False, "normalized": False},
+    "<|im|>+": {"special": False, "normalized": False},
     "<wide>": {"special": False, "normalized": False, "lstrip": True},
     "<widest>": {"special": True, "normalized": False, "single_word": True},
 }
@@ -163,7 +164,7 @@ def test_sentencepiece_added_tokens_agree_with_transformers(
         sentencepiece_model,
         added_tokens_decoder=declared,
         eos_token="<|im|>",
-        pad_token="<pad>",
+        pad_token="<wide>",
         legacy=legacy,
         add_bos_token=True,
     )
