@@ -120,7 +120,7 @@ class SentencePieceTokenizer:
         self.add_eos = add_eos and self.eos_token in self.token_ids
         for name in (self.bos_token, self.eos_token):
             if name in self.token_ids:
-                self.added[self.token_ids[name]] = AddedToken(name, special=True)
+                self.added.setdefault(self.token_ids[name], AddedToken(name)).special = True
         self.special_ids = frozenset(token_id for token_id, token in self.added.items() if token.special)
         self.byte_ids = frozenset(token_id for token_id in pieces if self.backend.is_byte(token_id))
         self.vocabulary_size = max(self.texts) + 1

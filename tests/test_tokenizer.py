@@ -163,6 +163,7 @@ def test_sentencepiece_added_tokens_agree_with_transformers(
         tmp_path,
         sentencepiece_model,
         added_tokens_decoder=declared,
+        bos_token="<|im_end|>",
         eos_token="<|im|>",
         pad_token="<wide>",
         legacy=legacy,
