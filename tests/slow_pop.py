@@ -35,12 +35,17 @@ def slow_scores(h: Tensor, down: Tensor) -> list[float]:
 class SlowPOP:
     """Greedy generation with a Hugging Face Llama whose down_proj inputs are zeroed by forward pre-hooks."""
 
-    def __init__(self, model: Any, ffn_ratio: float, width: float, prefill: str) -> None:
+    def __init__(self, model: Any, ffn_ratio: float, width: float, prefill: str, layers: Any = None) -> None:
         self.model, self.ratio, self.width, self.dense_prefill = model, ffn_ratio, width, prefill == "dense"
-        self.prefilling = True
+        self.prefilling, self.handles = True, []
         self.regions: dict[int, tuple[list[int], list[int]]] = {}
-        for index, layer in enumerate(model.model.layers):
-            layer.mlp.down_proj.register_forward_pre_hook(self.hook(index, layer.mlp.down_proj))
+        for index, layer in enumerate(model.model.layers if layers is None else layers):
+            hook = self.hook(index, layer.mlp.down_proj)
+            self.handles.append(layer.mlp.down_proj.register_forward_pre_hook(hook))
+
+    def remove_hooks(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
     def hook(self, index: int, down_proj: Any) -> Any:
         norms = down_proj.weight.detach().double().norm(dim=0)
@@ -67,9 +72,9 @@ class SlowPOP:
         return mask
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int], count: int) -> list[int]:
+    def generate(self, prompt: list[int], count: int, **prompt_inputs: Any) -> list[int]:
         self.prefilling = True
-        out = self.model(torch.tensor([prompt]), use_cache=True)
+        out = self.model(torch.tensor([prompt]), use_cache=True, **prompt_inputs)
         self.prefilling = False
         new = [int(out.logits[0, -1].argmax())]
         while len(new) < count:

@@ -1,9 +1,14 @@
 """LLaVA held to Hugging Face's, from tiny random models that the real loader reads, and the method with pictures in."""
 
+import re
+from copy import deepcopy
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from slow_pop import SlowPOP
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -18,11 +23,11 @@ from transformers import (
 )
 
 from models.llava import LlavaForConditionalGeneration as OurLlava
-from models.llava import read_llava_config
+from popengine.engine import load_model
 from popengine.errors import InputError
-from popengine.pruning import DENSE, PruningSettings, resolve
+from popengine.partition import channel_scores, partition_channels
+from popengine.pruning import DENSE, Pruning, PruningSettings, resolve
 from weights.checkpoint import open_checkpoint
-from weights.load import load_weights
 
 IMAGE, PADDING = 90, 0
 TEXT = {
@@ -65,23 +70,24 @@ VARIANTS = {
 
 
 def reference_model(config: LlavaConfig) -> LlavaForConditionalGeneration:
+    """Weights large enough that a wrong detail shows: norms, biases and all."""
     torch.manual_seed(0)
     config.text_config._attn_implementation = "eager"
     model = LlavaForConditionalGeneration(config).eval()
-    for name, parameter in model.named_parameters():
-        # Norms and biases start as ones and zeros, and weights so small that the layers hardly matter.
-        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name and "weight" in name else 0.0, std=0.15)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.15)
     return model
 
 
 def load_ours(directory: Path) -> OurLlava:
-    with torch.device("meta"):
-        checkpoint = open_checkpoint(directory)
-        model = OurLlava.from_config(checkpoint.config)
-    load_weights(
-        model, checkpoint, torch.float32, torch.device("cpu"), locate=model.locate, ignored=model.ignored_keys
-    )
-    return model.eval()
+    with open_checkpoint(directory) as checkpoint:
+        model = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    assert isinstance(model, OurLlava)
+    return model
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -96,7 +102,10 @@ def prompt(model: OurLlava, *parts: int) -> list[int]:
     """Text tokens, as many as each number says (0: a picture)."""
     tokens: list[int] = []
     for part in parts:
-        tokens += [(7 * len(tokens) + i) % 80 + 1 for i in range(part)] if part else [IMAGE] * model.config.tokens_per_image
+        if part:
+            tokens += [(7 * len(tokens) + i) % 80 + 1 for i in range(part)]
+        else:
+            tokens += [IMAGE] * model.config.tokens_per_image
     return tokens
 
 
@@ -120,28 +129,214 @@ def batches(model: OurLlava) -> dict[str, tuple[list[list[int]], int]]:
     }
 
 
+def resolved(model: OurLlava, settings: PruningSettings) -> Pruning:
+    return resolve(settings, model.language_model.layer_weights())
+
+
 @torch.no_grad()
 def test_logits_equal_hugging_face_with_and_without_cache(pair: tuple) -> None:
     reference, ours = pair
     for prompts, count in batches(ours).values():
         tokens, real = padded(prompts)
         pixel_values = pictures(count) if count else None
-        expected = reference(tokens, pixel_values=pixel_values, attention_mask=real.long())
-        logits = ours(tokens, pixel_values, real)
-        assert (logits - expected.logits)[real].abs().max() <= 1e-4
+        new = torch.tensor([[5, 1, 7], [1, 2, 3], [9, 9, 0]])[: len(tokens)]
+        all_tokens = torch.cat([tokens, new], dim=1)
+        all_real = torch.cat([real, torch.ones_like(new, dtype=torch.bool)], dim=1)
+        expected = reference(all_tokens, pixel_values=pixel_values, attention_mask=all_real.long()).logits
+        assert (ours(all_tokens, pixel_values, all_real) - expected)[all_real].abs().max() <= 1e-4
 
-        state = ours.language_model.new_state(len(tokens), tokens.shape[1] + 4, resolve_settings(ours, DENSE))
+        state = ours.language_model.new_state(len(tokens), all_tokens.shape[1], resolved(ours, DENSE))
         features = ours.encode_images(pixel_values) if count else None
         logits = ours.language_model.prefill(ours.embed(tokens, features), state, real)
-        assert (logits - expected.logits[:, -1]).abs().max() <= 1e-4
-        for step in range(4):
-            new = torch.arange(len(tokens)) + 5 * step + 1
-            tokens = torch.cat([tokens, new[:, None]], dim=1)
-            real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
-            expected = reference(tokens, pixel_values=pixel_values, attention_mask=real.long())
-            logits = ours.language_model.decode(new, state)
-            assert (logits - expected.logits[:, -1]).abs().max() <= 1e-4
+        for step in range(new.shape[1]):
+            assert (logits - expected[:, tokens.shape[1] - 1 + step]).abs().max() <= 1e-4
+            logits = ours.language_model.decode(new[:, step], state)
 
 
-def resolve_settings(model: OurLlava, settings: PruningSettings):  # noqa: ANN201
-    return resolve(settings, model.language_model.layer_weights())
+HUB_SPELLINGS = {
+    "llava 1.5": [
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^lm_head\.", "language_model.lm_head."),
+        (r"^model\.vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
+        (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
+    ],
+    "transformers 5": [
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
+        (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+    ],
+    "transformers 4.52": [
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower.vision_model."),
+        (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+    ],
+    "no vision_model": [(r"^(model\.)?vision_tower\.(vision_model\.)?", "vision_tower.")],
+}
+
+
+@pytest.mark.parametrize("spelling", HUB_SPELLINGS)
+@pytest.mark.parametrize("variant", ["grouped", "siglip full", "qwen2 tied", "mixtral"])
+def test_every_spelling_of_the_keys_is_read(spelling: str, variant: str, tmp_path: Path) -> None:
+    reference_model(VARIANTS[variant]).save_pretrained(tmp_path)
+    expected = load_ours(tmp_path).state_dict()
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    for pattern, name in HUB_SPELLINGS[spelling]:
+        tensors = {re.sub(pattern, name, key): tensor for key, tensor in tensors.items()}
+    save_file(tensors, path)
+    found = load_ours(tmp_path).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_keys_that_play_no_part_are_let_be_and_others_are_named(tmp_path: Path) -> None:
+    reference_model(VARIANTS["grouped"]).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    assert any("encoder.layers.2." in key for key in tensors)  # above the second to last state, never read
+    assert any("post_layernorm" in key for key in tensors)
+    load_ours(tmp_path)
+    save_file(tensors | {"image_newline": torch.ones(32)}, path)
+    with pytest.raises(InputError, match="1 unexpected: image_newline"):
+        load_ours(tmp_path)
+    key = next(key for key in tensors if key.endswith("multi_modal_projector.linear_1.bias"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != key}, path)
+    with pytest.raises(InputError, match=r"1 missing: .*multi_modal_projector\.linear_1\.bias"):
+        load_ours(tmp_path)
+
+
+def test_a_config_that_says_almost_nothing_takes_the_defaults() -> None:
+    # What llava-1.5-7b-hf has on the Hub, less what says nothing about the computation.
+    raw = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "ignore_index": -100,
+        "image_token_index": 32000,
+        "projector_hidden_act": "gelu",
+        "text_config": {
+            "max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 32064
+        },
+        "vision_config": {
+            "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
+            "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
+            "vocab_size": 32000,
+        },
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "vocab_size": 32064,
+    }  # fmt: skip
+    with torch.device("meta"):
+        full, bare = OurLlava.from_config(raw), OurLlava.from_config({"architectures": raw["architectures"]})
+    assert full.config == bare.config
+    assert not full.config.unknown_fields + full.config.vision.unknown_fields
+    assert full.config.tokens_per_image == 576
+    assert len(full.vision_tower.encoder.layers) == 23
+    text = full.language_model.config
+    assert (text.hidden_size, text.intermediate_size, text.num_hidden_layers) == (4096, 11008, 32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vision_feature_layer": "last"}, "vision_feature_layer must be an integer or a list of integers"),
+        ({"vision_feature_layer": 40}, "vision_feature_layer 40 is outside the vision tower's 24 layers"),
+        ({"vision_feature_select_strategy": "cls"}, "must be default or full, not 'cls'"),
+        ({"text_config": {"model_type": "opt"}}, "text_config: model_type 'opt' is not one of llama, mistral"),
+        ({"text_config": 3}, "text_config must be an object"),
+        ({"vision_config": {"model_type": "pixtral"}}, "'pixtral' is not one of clip_vision_model"),
+        ({"image_token_index": "<image>"}, "image_token_index must be an integer"),
+        ({"projector_hidden_act": "mish"}, "'mish' is not implemented"),
+    ],
+)
+def test_a_config_that_cannot_be_is_one_clear_line(fields: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message), torch.device("meta"):
+        OurLlava.from_config(fields)
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlavaForConditionalGeneration, OurLlava]:
+    reference = reference_model(VARIANTS["grouped"])
+    directory = tmp_path_factory.mktemp("grouped")
+    reference.save_pretrained(directory)
+    return reference, load_ours(directory)
+
+
+def test_features_that_do_not_fit_the_image_tokens_are_an_error(grouped: tuple) -> None:
+    ours = grouped[1]
+    features = ours.encode_images(pictures(2))
+    with pytest.raises(InputError, match="9 image tokens, and the images have 18 feature vectors"):
+        ours.embed(torch.tensor([prompt(ours, 3, 0, 2)]), features)
+    with pytest.raises(InputError, match="9 image tokens, and the images have 0 feature vectors"):
+        ours.embed(torch.tensor([prompt(ours, 3, 0, 2)]))
+
+
+@torch.inference_mode()
+def test_masked_and_active_decode_agree_with_pictures_in_the_prompt(grouped: tuple) -> None:
+    model = deepcopy(grouped[1]).double()  # in float32 two candidates may come within rounding of each other
+    tokens, real = padded([prompt(model, 2, 0, 6), prompt(model, 1, 0, 2, 0, 3)])
+    x = model.embed(tokens, model.encode_images(pictures(3).double()))
+    text = model.language_model
+    for settings in (
+        PruningSettings(ffn_ratio=0.4, candidate_width=0.3),
+        PruningSettings(ffn_ratio=0.4, candidate_width=0.3, prefill="dense"),
+    ):
+        pruned = text.new_state(2, 64, resolved(model, settings))
+        logits = text.prefill(x, pruned, real)
+        masked = text.new_state(2, 64, resolved(model, DENSE))
+        text.prefill(x, masked, real)
+        for own, other in zip(masked.layers, pruned.layers, strict=True):
+            own.keys.copy_(other.keys)
+            own.values.copy_(other.values)
+        for _ in range(32):
+            chosen = logits.argmax(-1)
+            logits = text.decode(chosen, pruned)
+            y = text.embed(chosen.unsqueeze(1))
+            step = text.decode_step(y, masked)
+            for layer, own, other in zip(text.model.layers, masked.layers, pruned.layers, strict=True):
+                y = y + layer.self_attn.decode(layer.input_layernorm(y), own.keys, own.values, own.heads, step)
+                y = y + layer.mlp.decode_masked(layer.post_attention_layernorm(y), other.ffn.partition, step.live)
+            masked.cache.advance()
+            torch.testing.assert_close(text.lm_head(text.model.norm(y[:, -1])), logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prefill", ["pruned", "dense"])
+@pytest.mark.parametrize("ratio", [0.2, 0.4])
+def test_a_slow_implementation_with_hooks_gives_the_same_tokens(
+    ratio: float, prefill: Literal["pruned", "dense"], tmp_path: Path
+) -> None:
+    reference = reference_model(VARIANTS["grouped"])
+    reference.save_pretrained(tmp_path)
+    ours = load_ours(tmp_path)
+    ids, pixel_values = prompt(ours, 2, 0, 3, 0, 8), pictures(2)
+    pruning = resolved(ours, PruningSettings(prune_ratio=ratio, candidate_width=0.3, prefill=prefill))
+    with torch.inference_mode():
+        state = ours.language_model.new_state(1, 128, pruning)
+        x = ours.embed(torch.tensor([ids]), ours.encode_images(pixel_values))
+        tokens = [int(ours.language_model.prefill(x, state).argmax())]
+        while len(tokens) < 30:
+            tokens.append(int(ours.language_model.decode(torch.tensor(tokens[-1:]), state).argmax()))
+    slow = SlowPOP(reference, pruning.ffn_ratio, 0.3, prefill, layers=reference.model.language_model.layers)
+    assert tokens == slow.generate(ids, 30, pixel_values=pixel_values)
+    assert len(set(tokens)) > 5  # a sequence that repeats one token would prove little
+
+
+def test_only_text_tokens_count_in_the_scores_when_asked(grouped: tuple) -> None:
+    """Scores that leave out image tokens are those of channel_scores over the text tokens alone."""
+    model = grouped[1]
+    tokens = torch.tensor([prompt(model, 2, 0, 6)])
+    is_text = ~model.is_image(tokens)
+    with torch.inference_mode():
+        x = model.embed(tokens, model.encode_images(pictures(1)))
+        state = model.language_model.new_state(1, 64, resolved(model, PruningSettings(ffn_ratio=0.4)))
+        orders = []
+        for counted in (None, is_text):
+            model.language_model.prefill(x, state, None, counted)
+            orders.append(state.layers[0].ffn.partition.order.tolist())
+        layer = model.language_model.model.layers[0]
+        step = model.language_model.prefill_step(x, None, None, True, state.clock)
+        after = x + layer.self_attn(layer.input_layernorm(x), step)
+        h = layer.mlp.activation(layer.post_attention_layernorm(after))
+        scores = channel_scores(h[is_text][None], layer.mlp.down_norms())
+        expected = partition_channels(scores, state.layers[0].ffn.sizes)
+    assert orders[1] == expected.order.tolist()
+    assert orders[0] != orders[1]
