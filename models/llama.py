@@ -22,6 +22,7 @@ from models.layers import (
 from models.state import DecodeState, LayerState
 from popengine.cache import KVCache
 from popengine.clock import Clock
+from popengine.errors import InputError
 from popengine.partition import PartitionSizes
 from popengine.pruning import LayerWeights, Pruning
 
@@ -132,8 +133,22 @@ class LlamaForCausalLM(nn.Module):
             x = layer(x, step)
         return self.lm_head(self.model.norm(x))
 
-    def new_state(self, batch: int, capacity: int, pruning: Pruning) -> DecodeState:
-        """Cache and buffers for `batch` sequences of up to `capacity` tokens, prompt and new ones together."""
+    def copy_bytes(self, pruning: Pruning) -> int:
+        """Memory that the active copies of the feed-forward networks will take, in bytes."""
+        return sum(layer.mlp.copy_bytes(pruning) for layer in self.model.layers)
+
+    def new_state(
+        self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None
+    ) -> DecodeState:
+        """Cache and buffers for `batch` sequences of up to `capacity` tokens, prompt and new ones together.
+
+        free_memory  bytes that the copies of active weights may take, InputError when they take more; None: any
+        """
+        if free_memory is not None and self.copy_bytes(pruning) > free_memory:
+            raise InputError(
+                f"the weights that stay active take another {self.copy_bytes(pruning) / 1e9:.1f} GB beside the model, "
+                f"and {free_memory / 1e9:.1f} GB is free: prune more, use a smaller dtype, or run dense (prune ratio 0)"
+            )
         config, weight = self.config, self.model.embed_tokens.weight
         cache = KVCache(
             config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim,

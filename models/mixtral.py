@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from models.config import ConfigReader, FamilyDefaults, LlamaConfig, read_decoder_fields
 from models.layers import ActiveFeedForward, DecodeStep, FeedForward, PrefillStep
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from models.state import DecodeState
 from popengine.errors import InputError
 from popengine.partition import ChannelPartition, PartitionSizes, channel_scores, partition_channels
 from popengine.pruning import Pruning
@@ -143,32 +144,34 @@ class Routing:
 class ActiveExperts:
     """What decode steps read of one mixture of experts, and what was seen of each expert.
 
-    An expert's buffers are made when it is first needed and kept for every later prompt: an expert that no token
-    reaches costs neither memory nor time. `copy_limit` experts per layer get them; a step on any other expert masks
-    its full weights instead, with the same result and nothing saved.
+    An expert gets a copy of its active weights when it is first needed, in buffers that are kept for every later
+    prompt: an expert that no token reaches costs neither memory nor time. With too little memory for all,
+    `copy_limit` experts get one, those with most prompt tokens; a step on any other expert masks its full weights
+    instead, with the same result and nothing saved.
     """
 
-    def __init__(self, mixture: "MixtureOfExperts", pruning: Pruning, copy_limit: int | None = None) -> None:
+    def __init__(self, mixture: "MixtureOfExperts", pruning: Pruning) -> None:
         experts = len(mixture.experts)
         self.pruning = pruning
         self.sizes = pruning.sizes(mixture.channels)
         self.prunes = self.sizes.retained < self.sizes.channels
-        self.copy_limit = experts if copy_limit is None else copy_limit
-        self.partitions: list[ChannelPartition | None] = [None] * experts           # None: not decided yet
-        self.buffers: list[ActiveFeedForward | None] = [None] * experts
-        self.copied = [False] * experts                                             # for this prompt
-        self.prompt_tokens = [0] * experts                                          # that counted in the scores
-        self.picks = [0] * experts                                                  # decoded tokens routed to it
+        self.copy_limit = experts
+        self.spare: list[ActiveFeedForward] = []                                    # buffers of earlier prompts
         self.shared: ActiveFeedForward | None = None
         if mixture.shared_expert is not None:
             self.shared = mixture.shared_expert.new_active(pruning)
+        self.copies: list[ActiveFeedForward | None] = [None] * experts
+        self.start([0] * experts)
 
     def start(self, prompt_tokens: list[int]) -> None:
-        """Forget the last prompt."""
-        self.partitions = [None] * len(prompt_tokens)
-        self.copied = [False] * len(prompt_tokens)
+        """Forget the last prompt. prompt_tokens: per expert, how many of the new one count in its scores."""
+        experts = range(len(prompt_tokens))
+        self.spare += [copy for copy in self.copies if copy is not None]
+        self.copies = [None] * len(prompt_tokens)
+        self.partitions: list[ChannelPartition | None] = [None] * len(prompt_tokens)    # None: not decided yet
         self.prompt_tokens = prompt_tokens
-        self.picks = [0] * len(prompt_tokens)
+        self.picks = [0] * len(prompt_tokens)                                       # decoded tokens routed to each
+        self.may_copy = sorted(experts, key=lambda expert: -prompt_tokens[expert])[: self.copy_limit]
 
     def left_dense(self, expert: int) -> bool:
         """Whether this expert runs on all its channels: nothing is pruned, or it was not seen and is to be spared."""
@@ -183,18 +186,16 @@ class ActiveExperts:
         return partition
 
     def weights(self, expert: int, ffn: FeedForward) -> ActiveFeedForward | None:
-        """The expert's active weights, copied now if this is their first use; None beyond the limit of copies."""
-        if not self.copied[expert]:
-            if sum(self.copied) >= self.copy_limit:
-                return None
-            buffers = self.buffers[expert] or ActiveFeedForward(ffn, self.sizes)
-            buffers.copy_from(ffn, self.partition(expert, ffn))
-            self.buffers[expert], self.copied[expert] = buffers, True
-        return self.buffers[expert]
+        """The expert's active weights, copied now if this is their first use; None for one beyond the limit."""
+        copy = self.copies[expert]
+        if copy is None and expert in self.may_copy:
+            copy = self.copies[expert] = self.spare.pop() if self.spare else ActiveFeedForward(ffn, self.sizes)
+            copy.copy_from(ffn, self.partition(expert, ffn))
+        return copy
 
     def copied_bytes(self) -> int:
         """Memory that copies of weights take so far."""
-        held = [*self.buffers, self.shared]
+        held = [*self.copies, *self.spare, self.shared]
         return sum(active.copied_bytes() for active in held if active is not None)
 
 
@@ -359,6 +360,20 @@ class MixtralForCausalLM(LlamaForCausalLM):
         self, parameter_names: list[str], checkpoint_names: list[str]
     ) -> dict[str, tuple[str, tuple[Any, ...]]]:
         return locate_experts(parameter_names, checkpoint_names, self.config.moe_intermediate_size)
+
+    def new_state(
+        self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None
+    ) -> DecodeState:
+        """As Llama's; with too little memory for all experts' copies, as many experts per layer get one as fit."""
+        state = super().new_state(batch, capacity, pruning)
+        mixtures = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+        one_per_layer = sum(mixture.experts[0].copy_bytes(pruning) for mixture in mixtures)
+        if free_memory is not None and one_per_layer:
+            others = self.copy_bytes(pruning) - self.config.num_experts * one_per_layer
+            for layer in state.layers:
+                if isinstance(layer.ffn, ActiveExperts):
+                    layer.ffn.copy_limit = max(0, free_memory - others) // one_per_layer
+        return state
 
     def ffn_sizes(self, pruning: Pruning) -> PartitionSizes:
         """Regions of one expert."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.llama import LlamaForCausalLM
 from models.llava import LlavaForConditionalGeneration
-from models.mixtral import MixtralForCausalLM
+from models.mixtral import ActiveExperts, MixtralForCausalLM
 from models.state import DecodeState
 from popengine.chat import end_of_turn_token, read_chat_template, render_chat
 from popengine.clock import Clock
@@ -33,6 +33,7 @@ from popengine.vision import Vision
 from weights.checkpoint import Checkpoint, GGUFCheckpoint, checkpoint_dtype, open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.load import load_weights
+from weights.memory import available_memory
 
 ARCHITECTURES: dict[str, type[LlamaForCausalLM] | type[LlavaForConditionalGeneration]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
@@ -65,6 +66,21 @@ class Regions:
 
 
 @dataclass(frozen=True)
+class ExpertUse:
+    """What was seen of the experts of one layer, one number per expert.
+
+    prompt_tokens  that were routed to it and counted in its scores
+    picks          decoded tokens that were routed to it
+    copied         whether it has a copy of its active weights (not before it is needed, nor beyond the free memory)
+    """
+
+    layer: int
+    prompt_tokens: tuple[int, ...]
+    picks: tuple[int, ...]
+    copied: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
 class Statistics:
     """Measured over one call of generate or stream; the batch is served as one.
 
@@ -73,6 +89,7 @@ class Statistics:
     prefill_ms           embedded prompt to first logits, without the partition
     partition_ms         scores, sort and copy of the active weights; within them: scores_ms, sort_ms, copy_ms
     decode_ms_per_token  mean over the decode steps; nan when there was none
+    experts              per layer that is a mixture of experts
     """
 
     prompt_tokens: int
@@ -91,6 +108,7 @@ class Statistics:
     weight_bytes_per_token: int
     dense_weight_bytes_per_token: int
     peak_memory_bytes: int
+    experts: tuple[ExpertUse, ...]
 
 
 @dataclass(frozen=True)
@@ -226,6 +244,7 @@ class Run:
             weight_bytes_per_token=engine.model.weight_bytes_per_token(self.pruning),
             dense_weight_bytes_per_token=engine.model.weight_bytes_per_token(engine.resolve(DENSE)),
             peak_memory_bytes=peak_memory_bytes(engine.device),
+            experts=expert_use(self.state),
         )
 
 
@@ -411,7 +430,7 @@ class Engine:
             return state
         del state                               # before the new one is allocated: never both
         with torch.inference_mode():
-            return self.model.new_state(batch, capacity, pruning)
+            return self.model.new_state(batch, capacity, pruning, available_memory(self.device))
 
     def give_back(self, state: DecodeState) -> None:
         self.idle_state = state
@@ -532,6 +551,15 @@ def end_of_sequence_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> fro
         token = tokenizer.token_id(tokenizer.eos_token)
         ids |= set() if token is None else {token}
     return frozenset(ids)
+
+
+def expert_use(state: DecodeState) -> tuple[ExpertUse, ...]:
+    use = []
+    for index, layer in enumerate(state.layers):
+        if isinstance(layer.ffn, ActiveExperts):
+            copied = tuple(copy is not None for copy in layer.ffn.copies)
+            use.append(ExpertUse(index, tuple(layer.ffn.prompt_tokens), tuple(layer.ffn.picks), copied))
+    return tuple(use)
 
 
 def as_batch(prompts: Prompt | Sequence[str] | Sequence[list[dict[str, Any]]]) -> list[Prompt]:

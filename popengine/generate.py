@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,7 +18,7 @@ from popengine.errors import InputError
 
 # PyTorch takes seconds to import: the engine is imported in run(), after the flags have been understood.
 if TYPE_CHECKING:
-    from popengine.engine import Engine, Piece
+    from popengine.engine import Engine, Piece, Statistics
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -63,6 +64,10 @@ def parser() -> argparse.ArgumentParser:
     pruning.add_argument(
         "--scored-tokens", default="all", metavar="all|text", help="count image tokens in the scores, or only text"
     )
+    pruning.add_argument(
+        "--unseen-experts", default="weights", metavar="weights|dense",
+        help="experts that no prompt token reached: cut by their weights alone, or leave them whole",
+    )
     machine = flags.add_argument_group("machine")
     machine.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
     machine.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps")
@@ -105,6 +110,7 @@ def run(flags: argparse.Namespace) -> None:
         head_ratio=flags.head_ratio,
         prefill=flags.prefill,
         scored_tokens=flags.scored_tokens,
+        unseen_experts=flags.unseen_experts,
     )
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     engine = load(
@@ -191,6 +197,7 @@ def report(engine: "Engine", pieces: "list[Piece]") -> dict[str, Any]:
             "decode_ms_per_token": or_null(statistics.decode_ms_per_token),
             "decode_tokens_per_s": or_null(statistics.decode_tokens_per_s),
         },
+        "experts": [asdict(layer) for layer in statistics.experts],
         "weight_bytes_per_token": statistics.weight_bytes_per_token,
         "dense_weight_bytes_per_token": statistics.dense_weight_bytes_per_token,
         "peak_memory_bytes": statistics.peak_memory_bytes,
@@ -224,7 +231,21 @@ def print_statistics(engine: "Engine", last: "Piece") -> None:
         f"({str(engine.dtype).removeprefix('torch.')}, {engine.device})",
         f"memory    {megabytes(statistics.peak_memory_bytes)} at peak; loaded in {engine.load_s:.1f} s",
     ]
+    if statistics.experts:
+        lines.insert(3, describe_experts(statistics))
     print(*lines, sep="\n", file=sys.stderr)
+
+
+def describe_experts(statistics: "Statistics") -> str:
+    """How the experts of all layers fared, in one line."""
+    layers, pruning = statistics.experts, statistics.pruning
+    unseen = sum(tokens < pruning.min_tokens for layer in layers for tokens in layer.prompt_tokens)
+    used = sum(picks > 0 for layer in layers for picks in layer.picks)
+    fate = "cut by their weights alone" if pruning.unseen_experts == "weights" else "left dense"
+    return (
+        f"experts   {sum(len(layer.picks) for layer in layers)} in {len(layers)} layers: {unseen} unseen in the prompt"
+        f"{f' ({fate})' if unseen and pruning.ffn_ratio > 0 else ''}, {used} used in decode"
+    )
 
 
 def megabytes(count: int) -> str:

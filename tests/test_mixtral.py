@@ -68,7 +68,7 @@ def test_masked_and_active_decode_agree_for_every_expert(name: str, request: pyt
         torch.testing.assert_close(masked_logits, copied_logits, atol=1e-5, rtol=1e-5)
         chosen = copied_logits.argmax(-1)
         copied_logits, masked_logits = model.decode(chosen, copied), model.decode(chosen, masked)
-    assert not any(any(layer.ffn.copied) for layer in masked.layers)
+    assert all(layer.ffn.copies == [None] * 5 for layer in masked.layers)
 
 
 @pytest.mark.parametrize("prefill", ["pruned", "dense"])
@@ -124,11 +124,11 @@ def test_an_unseen_expert_is_cut_by_its_weights_when_it_is_first_needed(model: L
     active = state.layers[0].ffn
     unseen = [index for index, count in enumerate(active.prompt_tokens) if count == 0]
     assert len(unseen) == 3
-    assert not any(active.copied[index] or active.buffers[index] for index in unseen)
+    assert all(active.copies[index] is None for index in unseen)
     for token in range(40):
         model.decode(torch.tensor([token]), state)
     for index in unseen:
-        assert active.picks[index] > 0 and active.copied[index]
+        assert active.picks[index] > 0 and active.copies[index] is not None
         expert = model.model.layers[0].mlp.experts[index]
         down, gate, up = expert.down_proj.weight, expert.gate_proj.weight, expert.up_proj.weight
         scores = down.norm(dim=0) * gate.norm(dim=1) * up.norm(dim=1)
@@ -166,8 +166,8 @@ def test_every_prompt_starts_anew_in_the_same_buffers(model: LlamaForCausalLM) -
     first, _ = left_padded([12], SIZES["vocab_size"], seed=3)
     second, _ = left_padded([12], SIZES["vocab_size"], seed=4)
     _, state = prefilled(model, first, SETTINGS)
-    buffers = [active for active in state.layers[0].ffn.buffers if active is not None]
     model.decode(torch.tensor([1]), state)
+    held = state.partition_bytes()
     reused = model.prefill(model.embed(second), state)
     fresh, other = prefilled(model, second, SETTINGS)
     for _ in range(8):
@@ -175,7 +175,7 @@ def test_every_prompt_starts_anew_in_the_same_buffers(model: LlamaForCausalLM) -
         chosen = fresh.argmax(-1)
         reused, fresh = model.decode(chosen, state), model.decode(chosen, other)
     assert state.layers[0].ffn.picks == other.layers[0].ffn.picks
-    assert {id(active) for active in buffers} <= {id(active) for active in state.layers[0].ffn.buffers}
+    assert state.partition_bytes() <= max(held, other.partition_bytes())
 
 
 @torch.inference_mode()
@@ -196,9 +196,9 @@ def test_picks_are_counted_and_no_other_expert_is_read(model: LlamaForCausalLM) 
     active, mixture = state.layers[0].ffn, model.model.layers[0].mlp
     x = torch.randn(1, 1, SIZES["hidden_size"])
     routed = set(mixture.route(x[0]).experts[0].tolist())
-    for index, buffers in enumerate(active.buffers):
-        if index not in routed and buffers is not None:
-            buffers.gate.fill_(torch.nan)
+    for index, copy in enumerate(active.copies):
+        if index not in routed and copy is not None:
+            copy.gate.fill_(torch.nan)
     assert mixture.decode(x, active, model.decode_step(x, state)).isfinite().all()
 
 
@@ -216,12 +216,40 @@ def test_copies_take_the_memory_that_was_stated_before_they_were_made(model: Lla
     tokens, _ = left_padded([60], SIZES["vocab_size"])
     _, state = prefilled(model, tokens, SETTINGS)
     stated = sum(
-        sum(layer.ffn.copied) * own.mlp.experts[0].copy_bytes(state.pruning)
+        sum(copy is not None for copy in layer.ffn.copies) * own.mlp.experts[0].copy_bytes(state.pruning)
         for layer, own in zip(state.layers, model.model.layers, strict=True)
     )
     assert 0 < stated <= state.partition_bytes() <= 1.01 * stated          # candidate norms are the difference
     assert model.model.layers[0].mlp.copy_bytes(state.pruning) == 5 * 4 * 3 * 48 * state.layers[0].ffn.sizes.resident
     assert model.model.layers[0].mlp.copy_bytes(resolve(DENSE, model.layer_weights())) == 0
+
+
+@torch.inference_mode()
+def test_scarce_memory_limits_the_copies_and_changes_no_token(
+    model: LlamaForCausalLM, shared: LlamaForCausalLM
+) -> None:
+    for mixture in (model, shared):
+        tokens, _ = left_padded([30], SIZES["vocab_size"])
+        logits, state = prefilled(mixture, tokens, SETTINGS)
+        experts_per_layer = sum(layer.mlp.experts[0].copy_bytes(state.pruning) for layer in mixture.model.layers)
+        enough_for_two = mixture.copy_bytes(state.pruning) - 3 * experts_per_layer
+        scarce = mixture.new_state(1, 128, state.pruning, free_memory=enough_for_two)
+        torch.testing.assert_close(mixture.prefill(mixture.embed(tokens), scarce), logits, atol=1e-5, rtol=1e-5)
+        for _ in range(16):
+            chosen = logits.argmax(-1)
+            logits = mixture.decode(chosen, state)
+            torch.testing.assert_close(mixture.decode(chosen, scarce), logits, atol=1e-5, rtol=1e-5)
+        for layer in scarce.layers:
+            most_seen = sorted(range(5), key=lambda expert: -layer.ffn.prompt_tokens[expert])[:2]
+            assert [expert for expert in range(5) if layer.ffn.copies[expert] is not None] == sorted(most_seen)
+        assert scarce.partition_bytes() <= 1.01 * enough_for_two
+
+
+def test_a_dense_network_whose_copies_do_not_fit_is_refused(tmp_path: Path) -> None:
+    llama = saved_pair(tmp_path, LlamaConfig(**SIZES))[1]
+    pruning = resolve(SETTINGS, llama.layer_weights())
+    with pytest.raises(InputError, match=r"stay active take another .* GB"):
+        llama.new_state(1, 64, pruning, free_memory=1000)
 
 
 @pytest.mark.parametrize("prune_ratio", [0.2, 0.4])
