@@ -20,7 +20,6 @@ UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 LONGEST_PIECE = 128
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-# The same for all three: punctuation with the line ends after it, line ends, spaces before a word, other spaces.
 LLAMA3 = (
     CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -50,7 +49,8 @@ def words_by(pattern: str) -> PreTokenizer:
     )
 
 
-# tokenizer.ggml.pre. Each of these was compared with another implementation of the same tokenizer.
+# tokenizer.ggml.pre. Each of these was held to llama.cpp and to transformers; "default" is what the latter takes it for
+# (a file says it when its converter did not know the tokenizer).
 PRE_TOKENIZERS = {
     "default": words_of_gpt2,
     "gpt-2": words_of_gpt2,

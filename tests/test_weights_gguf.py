@@ -1,0 +1,306 @@
+""".gguf files: values, config and tokenizer as transformers reads them from the same file, and hostile files."""
+
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from tiny_gguf import (
+    TEXT,
+    TinyLlama,
+    byte_level_metadata,
+    sentencepiece_metadata,
+    sentencepiece_model,
+    write_gguf,
+)
+from tokenizers import Tokenizer, pre_tokenizers
+
+from popengine.errors import InputError
+from weights.checkpoint import GGUFCheckpoint, checkpoint_dtype, open_checkpoint
+from weights.gguf_tokenizer import PRE_TOKENIZERS
+
+TINY_TOKENS = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": ["<s>", "</s>", "a", "b", "ab"],
+    "tokenizer.ggml.token_type": [3, 3, 1, 1, 1],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.bos_token_id": 0,
+    "tokenizer.ggml.eos_token_id": 1,
+}
+
+
+def tiny_file(path: Path, more: dict[str, Any] | None = None, without: tuple[str, ...] = (), **options: Any) -> Path:
+    """A whole little checkpoint, with metadata added or left out."""
+    model = TinyLlama()
+    metadata = {key: value for key, value in (model.metadata() | TINY_TOKENS).items() if key not in without}
+    return write_gguf(path, metadata | (more or {}), model.gguf_tensors(), **options)
+
+
+def open_gguf(path: Path) -> GGUFCheckpoint:
+    checkpoint = open_checkpoint(path)
+    assert isinstance(checkpoint, GGUFCheckpoint)
+    return checkpoint
+
+
+def message_of(path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        _ = open_gguf(path).tokenizer
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("model", [TinyLlama(), TinyLlama(head_dim=48, tied=False, bias=True)], ids=["tied", "bias"])
+def test_tensors_come_back_under_their_names_and_in_their_order(tmp_path: Path, model: TinyLlama) -> None:
+    checkpoint = open_gguf(write_gguf(tmp_path / "m.gguf", model.metadata() | TINY_TOKENS, model.gguf_tensors()))
+    assert set(checkpoint.entries) == set(model.tensors)
+    for name, tensor in model.tensors.items():
+        assert checkpoint.entries[name].shape == tuple(tensor.shape)
+        assert torch.equal(checkpoint.read(name), tensor)
+        checkpoint.release(name)
+        assert torch.equal(checkpoint.read(name), tensor)
+    config = checkpoint.config
+    assert config["tie_word_embeddings"] == ("lm_head.weight" not in model.tensors)
+    assert (config["head_dim"], config["num_attention_heads"], config["num_key_value_heads"]) == (model.head_dim, 4, 2)
+    assert (config["vocab_size"], config["rope_theta"], config["max_position_embeddings"]) == (260, 50000.0, 128)
+    assert config["attention_bias"] == ("model.layers.0.self_attn.q_proj.bias" in model.tensors)
+
+
+# The largest error as a share of the tensor's largest value: half a step of the quantisation, or the float's precision.
+@pytest.mark.parametrize(
+    ("kind", "dtype", "error"),
+    [
+        ("Q8_0", torch.float32, 0.5 / 127),
+        ("Q5_1", torch.float32, 1 / 31),
+        ("Q4_1", torch.float32, 1 / 15),
+        ("Q4_0", torch.float32, 1 / 8),
+        ("F16", torch.float16, 2**-11),
+        ("BF16", torch.bfloat16, 2**-8),
+    ],
+)
+def test_quantised_tensors_are_close_to_what_was_quantised(
+    tmp_path: Path, kind: str, dtype: torch.dtype, error: float
+) -> None:
+    checkpoint = open_gguf(tiny_file(tmp_path / "m.gguf", kind=gguf.GGMLQuantizationType[kind]))
+    assert checkpoint_dtype(checkpoint) == dtype
+    for name, tensor in TinyLlama().tensors.items():
+        read = checkpoint.read(name)
+        assert read.dtype == checkpoint.entries[name].dtype == (dtype if tensor.dim() > 1 else torch.float32)
+        assert (read.float() - tensor).abs().max() <= 1.02 * error * tensor.abs().max()
+
+
+def test_rope_factors_and_linear_scaling_reach_the_config(tmp_path: Path) -> None:
+    model = TinyLlama()
+    factors = torch.linspace(1, 8, 16)
+    tensors = model.gguf_tensors() | {"rope_freqs.weight": factors}
+    checkpoint = open_gguf(write_gguf(tmp_path / "f.gguf", model.metadata() | TINY_TOKENS, tensors))
+    assert checkpoint.config["rope_scaling"] == {"rope_type": "factors", "factors": factors.tolist()}
+    assert set(checkpoint.entries) == set(model.tensors)
+    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    checkpoint = open_gguf(tiny_file(tmp_path / "l.gguf", linear))
+    assert checkpoint.config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
+def test_every_end_of_sequence_id_is_kept(tmp_path: Path) -> None:
+    more = {"tokenizer.ggml.eot_token_id": 3, "tokenizer.chat_template": "x"}
+    checkpoint = open_gguf(tiny_file(tmp_path / "m.gguf", more))
+    assert checkpoint.generation_config == {"eos_token_id": [1, 3]}
+    assert (checkpoint.bos_token, checkpoint.eos_token, checkpoint.chat_template) == ("<s>", "</s>", "x")
+
+
+@pytest.fixture(scope="module")
+def default_gguf(default_checkpoint_path: Path) -> Path:
+    if default_checkpoint_path.suffix != ".gguf":
+        pytest.skip("the default checkpoint came from the Hub, not as .gguf")
+    return default_checkpoint_path
+
+
+def assert_read_as_by_transformers(path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    checkpoint, state = open_gguf(path), reference.state_dict()
+    assert set(checkpoint.entries) | {"lm_head.weight"} == set(state)
+    for name in checkpoint.entries:
+        if "layers" not in name or ".0." in name or ".17." in name:
+            assert torch.equal(checkpoint.read(name).float(), state[name]), name
+    config = reference.config.to_dict()
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):  # fmt: skip
+        assert checkpoint.config[key] == config[key], key
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q5_1"])
+def test_values_are_those_transformers_reads(tmp_path: Path, kind: str) -> None:
+    model = TinyLlama(tied=False)
+    metadata = model.metadata() | TINY_TOKENS | {"llama.vocab_size": 260}
+    tensors = model.gguf_tensors()
+    path = write_gguf(tmp_path / "m.gguf", metadata, tensors, gguf.GGMLQuantizationType[kind])
+    assert_read_as_by_transformers(path)
+
+
+def test_values_of_the_default_checkpoint_are_those_transformers_reads(default_gguf: Path) -> None:
+    assert_read_as_by_transformers(default_gguf)
+
+
+# Tokenizers
+
+
+def read_by_transformers(path: Path) -> Tokenizer:
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).backend_tokenizer
+
+
+def assert_same_tokens(ours: Tokenizer, reference: Tokenizer) -> None:
+    for text in TEXT:
+        ids = ours.encode(text, add_special_tokens=False).ids
+        assert ids == reference.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("pre", [pre for pre in PRE_TOKENIZERS if pre != "smollm"])
+def test_byte_level_tokens_are_those_of_transformers(tmp_path: Path, pre: str) -> None:
+    path = tiny_file(tmp_path / "m.gguf", byte_level_metadata(pre))
+    assert_same_tokens(open_gguf(path).tokenizer, read_by_transformers(path))
+
+
+def test_tokens_of_the_default_checkpoint_are_those_of_transformers_and_llama_cpp(default_gguf: Path) -> None:
+    ours, reference = open_gguf(default_gguf).tokenizer, read_by_transformers(default_gguf)
+    # transformers 5 does not know this file's pre-tokenizer and takes GPT-2's, which never joins the spaces before a
+    # number. With the one SmolLM2's own tokenizer.json has, all agree.
+    reference.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    assert_same_tokens(ours, reference)
+    assert ours.get_vocab_size() == 49_152
+    # What llama.cpp makes of the same file.
+    for text, ids in {
+        "a  123\n\n45": [81, 256, 33, 34, 35, 1116, 36, 37],
+        "½ x² ٣٤": [16738, 1792, 19133, 216, 164, 113, 164, 114],
+        "<|im_start|>user\n1<|im_end|>\n": [1, 4093, 198, 33, 2, 198],
+    }.items():
+        assert ours.encode(text).ids == ids
+
+
+def test_sentencepiece_tokens_are_those_of_sentencepiece_and_transformers(tmp_path: Path) -> None:
+    model = sentencepiece_model()
+    path = tiny_file(tmp_path / "m.gguf", sentencepiece_metadata(model), without=("tokenizer.ggml.merges",))
+    ours, reference = open_gguf(path).tokenizer, read_by_transformers(path)
+    for text in TEXT[:-1]:
+        ids = ours.encode(text, add_special_tokens=False).ids
+        assert ids == model.encode(text), text
+        assert ours.decode(ids) == text
+        if not text.startswith(" "):  # transformers gives a text that begins with a space no second one
+            assert ids == reference.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text).ids == [model.bos_id(), *ids]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [({}, "ab"), ({"add_bos_token": True}, "<s>ab"), ({"add_bos_token": True, "add_eos_token": True}, "<s>ab</s>")],
+)
+def test_bos_and_eos_are_added_as_the_file_says(tmp_path: Path, flags: dict[str, bool], expected: str) -> None:
+    path = tiny_file(tmp_path / "m.gguf", {f"tokenizer.ggml.{name}": value for name, value in flags.items()})
+    assert "".join(open_gguf(path).tokenizer.encode("ab").tokens) == expected
+
+
+# What is refused
+
+
+def test_files_that_are_not_supported_say_why(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    assert "architecture 'qwen2'; of .gguf files only 'llama'" in message_of(tiny_file(path, architecture="qwen2"))
+    assert "mixture-of-experts" in message_of(tiny_file(path, {"llama.expert_count": 8}))
+    assert "'yarn'" in message_of(tiny_file(path, {"llama.rope.scaling.type": "yarn"}))
+    assert "rope.dimension_count is 16" in message_of(tiny_file(path, {"llama.rope.dimension_count": 16}))
+    assert "sliding_window" in message_of(tiny_file(path, {"llama.attention.sliding_window": 64}))
+    assert "not one whole number" in message_of(tiny_file(path, {"llama.attention.head_count": [4, 2]}))
+    assert "has no llama.block_count" in message_of(tiny_file(path, without=("llama.block_count",)))
+    assert "splits text as 'chatglm-bpe'" in message_of(tiny_file(path, {"tokenizer.ggml.pre": "chatglm-bpe"}))
+    assert "kind 'bert'" in message_of(tiny_file(path, {"tokenizer.ggml.model": "bert"}))
+    assert "is not in its vocabulary" in message_of(tiny_file(path, {"tokenizer.ggml.eos_token_id": 77}))
+    repeated = {"tokenizer.ggml.tokens": ["a", "a", "b", "ab", "c"]}
+    assert "twice in its vocabulary" in message_of(tiny_file(path, repeated))
+    assert "its tokenizer cannot be built" in message_of(tiny_file(path, {"tokenizer.ggml.merges": ["a z"]}))
+    assert "the merge 'ab'" in message_of(tiny_file(path, {"tokenizer.ggml.merges": ["ab"]}))
+
+
+def test_an_unsupported_quantisation_is_named(tmp_path: Path) -> None:
+    path = tiny_file(tmp_path / "m.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
+    data = bytearray(path.read_bytes())
+    name = b"blk.1.ffn_up.weight"
+    place = data.rindex(name) + len(name) + 4 + 16  # after the number of dimensions and two of them
+    for number, said in ((gguf.GGMLQuantizationType.Q8_1.value, "in Q8_1, which"), (4, "type 4"), (999, "type 999")):
+        data[place : place + 4] = struct.pack("<I", number)
+        path.write_bytes(data)
+        assert f"{name.decode()} is" in message_of(path) and said in message_of(path)
+
+
+def test_a_missing_gguf_package_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_file(tmp_path / "m.gguf")
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    assert "needs the gguf package: pip install gguf" in message_of(path)
+
+
+def test_a_truncated_file_is_one_line_wherever_it_ends(tmp_path: Path) -> None:
+    path = tiny_file(tmp_path / "m.gguf")
+    whole = path.read_bytes()
+    for length in [*range(64), *range(64, len(whole) - 1, len(whole) // 60)]:
+        path.write_bytes(whole[:length])
+        assert "m.gguf" in message_of(path)
+
+
+HUGE = 2**62
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"GGUF" + struct.pack("<IQQ", 3, HUGE, 0),
+        b"GGUF" + struct.pack("<IQQ", 3, 0, HUGE),
+        b"GGUF" + struct.pack("<IQQ", 3, 900_000, 900_000),
+        b"GGUF" + struct.pack("<IQQ", 1, 0, 0),
+        b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
+        b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, HUGE),
+        b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 8, HUGE),
+        b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 10, HUGE),
+        b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 9, HUGE),
+        b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"k", 77),
+        b"GGUF" + struct.pack("<IQQQ1sIQQIQ", 3, 1, 0, 1, b"t", 2, HUGE, HUGE, 0, 0),
+        b"GGUF" + struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"t", 2**31),
+        b"GGUF" + struct.pack("<IQQQ1sIB", 3, 0, 1, 1, b"\xff", 0, 0),
+        b"not a gguf file at all, whatever its name says",
+    ],
+)
+def test_hostile_headers_are_one_line_at_once(tmp_path: Path, header: bytes) -> None:
+    (tmp_path / "m.gguf").write_bytes(header + bytes(64))
+    assert "m.gguf" in message_of(tmp_path / "m.gguf")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, on a scale that became infinite
+def test_any_changed_byte_is_an_input_error_or_loads(tmp_path: Path) -> None:
+    path = tiny_file(tmp_path / "m.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
+    whole = path.read_bytes()
+    header_size = whole.rindex(b"weight") + 40  # a change to the tensors' own bytes changes nothing but values
+    source = random.Random(0)
+    refused = 0
+    for _ in range(600):
+        changed = bytearray(whole)
+        for _ in range(source.choice([1, 1, 2, 8])):
+            changed[source.randrange(header_size)] = source.choice([0, 1, 255, source.randrange(256)])
+        path.write_bytes(changed)
+        try:
+            checkpoint = open_gguf(path)
+            checkpoint.tokenizer.encode("ab <s> ba")
+            for name in checkpoint.entries:
+                checkpoint.read(name)
+        except InputError:
+            refused += 1
+    assert 300 < refused < 600
