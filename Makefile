@@ -1,0 +1,42 @@
+# make run    set up, fetch the default checkpoint, generate text with POP and print the statistics
+# make test   set up, then every test
+# make check  ruff and mypy
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Of torch's builds the one for the CPU is wanted: it is pinned and installed first, so that nothing else chooses.
+TORCH ?= torch==2.13.0
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: run test check checkpoint bench clean
+
+run: $(VENV)/run-is-installed checkpoint
+	$(BIN)/python -m popengine.generate --prompt "$$(cat tools/demonstration_prompt.txt)"
+
+test: $(VENV)/dev-is-installed checkpoint
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev-is-installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+checkpoint: $(VENV)/run-is-installed
+	@$(BIN)/python tools/fetch_default.py
+
+$(VENV)/torch-is-installed: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) $(TORCH)
+	@touch $@
+
+$(VENV)/run-is-installed: $(VENV)/torch-is-installed pyproject.toml
+	$(PIP_INSTALL) --editable ".[gguf]"
+	@touch $@
+
+$(VENV)/dev-is-installed: $(VENV)/run-is-installed
+	$(PIP_INSTALL) --editable ".[gguf,dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) weights/default
