@@ -1,5 +1,6 @@
 """Online pruning of mixtures of experts: a partition per expert, the fallback for unseen ones, bad checkpoints."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,20 @@ def test_picks_are_counted_and_no_other_expert_is_read(model: LlamaForCausalLM) 
         if index not in routed and copy is not None:
             copy.gate.fill_(torch.nan)
     assert mixture.decode(x, active, model.decode_step(x, state)).isfinite().all()
+
+
+@torch.inference_mode()
+def test_a_sequence_that_has_ended_does_not_count_in_an_experts_pick(model: LlamaForCausalLM) -> None:
+    tokens, _ = left_padded([12, 12], SIZES["vocab_size"])
+    _, state = prefilled(model, tokens, SETTINGS)
+    active, mixture = state.layers[0].ffn, model.model.layers[0].mlp
+    step = model.decode_step(model.embed(tokens[:, :1]), state)
+    x = torch.randn(32, 2, 1, SIZES["hidden_size"])
+    alone = [mixture.decode(pair[:1], active, replace(step, live=torch.tensor([[True]]))) for pair in x]
+    ended = [mixture.decode(pair, active, replace(step, live=torch.tensor([[True], [False]])))[:1] for pair in x]
+    both = [mixture.decode(pair, active, step)[:1] for pair in x]
+    torch.testing.assert_close(ended, alone, atol=1e-5, rtol=1e-5)
+    assert (torch.stack(both) - torch.stack(alone)).abs().max() > 1e-3
 
 
 def test_weight_bytes_count_the_routed_experts_only(model: LlamaForCausalLM, shared: LlamaForCausalLM) -> None:
