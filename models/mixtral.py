@@ -170,7 +170,7 @@ class ActiveExperts:
         self.copies = [None] * len(prompt_tokens)
         self.partitions: list[ChannelPartition | None] = [None] * len(prompt_tokens)    # None: not decided yet
         self.prompt_tokens = prompt_tokens
-        self.picks = [0] * len(prompt_tokens)                                       # decoded tokens, of ended sequences too
+        self.picks = [0] * len(prompt_tokens)               # decoded tokens, those of ended sequences included
         self.may_copy = sorted(experts, key=lambda expert: -prompt_tokens[expert])[: self.copy_limit]
 
     def left_dense(self, expert: int) -> bool:
