@@ -202,6 +202,16 @@ def test_sentencepiece_tokens_are_those_of_sentencepiece_and_transformers(tmp_pa
         assert ours.encode(text).ids == [model.bos_id(), *ids]
 
 
+def test_sentencepiece_without_a_space_before_the_text(tmp_path: Path) -> None:
+    model = sentencepiece_model(space_prefix=False)
+    more = sentencepiece_metadata(model) | {"tokenizer.ggml.add_space_prefix": False}
+    ours = open_gguf(tiny_file(tmp_path / "m.gguf", more)).tokenizer
+    for text in TEXT:
+        ids = ours.encode(text, add_special_tokens=False).ids
+        assert ids == model.encode(text), text
+        assert ours.decode(ids) == text
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [({}, "ab"), ({"add_bos_token": True}, "<s>ab"), ({"add_bos_token": True, "add_eos_token": True}, "<s>ab</s>")],
@@ -222,6 +232,8 @@ def test_files_that_are_not_supported_say_why(tmp_path: Path) -> None:
     assert "rope.dimension_count is 16" in message_of(tiny_file(path, {"llama.rope.dimension_count": 16}))
     assert "sliding_window" in message_of(tiny_file(path, {"llama.attention.sliding_window": 64}))
     assert "not one whole number" in message_of(tiny_file(path, {"llama.attention.head_count": [4, 2]}))
+    assert "one of 3 parts" in message_of(tiny_file(path, {"split.count": 3}))
+    assert "block_count is 2000000000" in message_of(tiny_file(path, {"llama.block_count": 2_000_000_000}))
     assert "has no llama.block_count" in message_of(tiny_file(path, without=("llama.block_count",)))
     assert "splits text as 'chatglm-bpe'" in message_of(tiny_file(path, {"tokenizer.ggml.pre": "chatglm-bpe"}))
     assert "kind 'bert'" in message_of(tiny_file(path, {"tokenizer.ggml.model": "bert"}))

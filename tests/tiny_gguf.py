@@ -148,7 +148,7 @@ def byte_level_metadata(pre: str) -> dict[str, Any]:
     }
 
 
-def sentencepiece_model() -> sentencepiece.SentencePieceProcessor:
+def sentencepiece_model(space_prefix: bool = True) -> sentencepiece.SentencePieceProcessor:
     """A sentencepiece BPE with byte fallback, trained on TEXT."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -160,6 +160,7 @@ def sentencepiece_model() -> sentencepiece.SentencePieceProcessor:
         character_coverage=0.98,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
+        add_dummy_prefix=space_prefix,
         split_digits=True,
         user_defined_symbols=["<think>"],
         minloglevel=2,

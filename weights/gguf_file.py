@@ -210,8 +210,15 @@ def read_config(metadata: Metadata, header: GGUFHeader) -> dict[str, Any]:
         raise InputError(f"{path} has llama.expert_count: mixture-of-experts is not supported in .gguf files")
     if metadata.whole("llama.attention.sliding_window", default=0):
         raise InputError(f"{path} has llama.attention.sliding_window, which is not supported in .gguf files")
+    if metadata.whole("split.count", default=0) > 1:
+        parts = metadata.whole("split.count")
+        raise InputError(f"{path} is one of {parts} parts: join them with `llama-gguf-split --merge`")
     if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].shape) != 2:
         raise InputError(f"{path} has no token_embd.weight of two dimensions: it is not a whole model")
+
+    layers = metadata.size("llama.block_count")
+    if f"blk.{layers - 1}.attn_norm.weight" not in tensors:  # a model of so many layers must not even be laid out
+        raise InputError(f"{path} is corrupt: llama.block_count is {layers}, but it has no tensors of the last layer")
 
     heads = metadata.size("llama.attention.head_count")
     hidden_size = metadata.size("llama.embedding_length")
@@ -228,7 +235,7 @@ def read_config(metadata: Metadata, header: GGUFHeader) -> dict[str, Any]:
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden_size,
         "intermediate_size": metadata.size("llama.feed_forward_length"),
-        "num_hidden_layers": metadata.size("llama.block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.size("llama.attention.head_count_kv", default=heads),
         "head_dim": head_dim,

@@ -131,10 +131,10 @@ def sentencepiece_tokenizer(
     ordinary = [number not in (UNKNOWN, CONTROL) for number in types] or [True] * len(tokens)
     merges: list[tuple[float, str, str]] = []
     for token, score, may_be_merged in zip(tokens, scores, ordinary, strict=True):
-        if len(token) > LONGEST_PIECE:
-            raise InputError(f"{metadata.path}: its tokenizer has a piece of {len(token)} characters")
         if not may_be_merged:
             continue
+        if len(token) > LONGEST_PIECE:
+            raise InputError(f"{metadata.path}: its tokenizer has a piece of {len(token)} characters")
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in vocabulary and right in vocabulary:
