@@ -173,7 +173,7 @@ class Run:
             with torch.inference_mode():
                 logits = model.prefill(x, state, real, counted)                     # [B, V]
                 chosen = next_tokens(logits, self.sampling, self.generator)         # [B]
-            new = self.accept(chosen, state)
+                new = self.accept(chosen, state)
             self.prefill_s = time.perf_counter() - began
             yield new
             while None in self.finish_reasons:
@@ -181,7 +181,7 @@ class Run:
                 with torch.inference_mode():
                     logits = model.decode(chosen, state)                            # [B, V]
                     chosen = next_tokens(logits, self.sampling, self.generator)     # [B]
-                new = self.accept(chosen, state)
+                    new = self.accept(chosen, state)
                 self.decode_s += time.perf_counter() - began
                 self.decode_steps += 1
                 yield new
@@ -494,12 +494,13 @@ def load_model(
 
 
 def architecture(checkpoint: Checkpoint) -> type[LlamaForCausalLM] | type[LlavaForConditionalGeneration]:
-    names = checkpoint.config.get("architectures") or [None]
-    if names[0] not in ARCHITECTURES:
+    names = checkpoint.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise InputError(
-            f"{checkpoint.path}: architecture {names[0]!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"{checkpoint.path}: architecture {name!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
-    return ARCHITECTURES[names[0]]
+    return ARCHITECTURES[name]
 
 
 def choose_device(name: str) -> torch.device:

@@ -137,7 +137,7 @@ def run(flags: argparse.Namespace) -> None:
         return
     for piece in pieces:
         print(piece.text, end="", flush=True)
-    print()
+    print(flush=True)
     if not flags.quiet:
         print_statistics(engine, piece)
 

@@ -1,10 +1,15 @@
 """Tiny random Hugging Face models, saved by save_pretrained and read back by our own loader."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from models.llama import LlamaForCausalLM
 from popengine.engine import load_model
@@ -53,3 +58,23 @@ def left_padded(lengths: list[int], vocabulary: int, seed: int = 1) -> tuple[tor
     tokens = torch.randint(vocabulary, (len(lengths), longest), generator=generator)
     real = torch.arange(longest) >= (longest - torch.tensor(lengths))[:, None]
     return tokens, real
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def complete_checkpoint(folder: Path, **changes: Any) -> Path:
+    """A folder that the command can run: a tiny random Llama, a byte-level tokenizer and a chat template."""
+    backend = Tokenizer(BPE(vocab={piece: index for index, piece in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = ByteLevelDecoder()
+    backend.add_special_tokens(["<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<eos>"])
+    sizes = SIZES | {"vocab_size": backend.get_vocab_size(), "max_position_embeddings": 256, "eos_token_id": 260}
+    random_reference(LlamaConfig(**sizes | changes)).save_pretrained(folder)
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<eos>", "chat_template": CHAT_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder

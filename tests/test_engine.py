@@ -1,0 +1,159 @@
+"""The Python API: batches, streams, sampling, ends of sequences, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import complete_checkpoint
+
+from popengine.engine import Engine, load
+from popengine.errors import InputError
+from popengine.pruning import DENSE, PruningSettings
+from popengine.sampling import Sampling, next_tokens
+
+HALF = PruningSettings(ffn_ratio=0.5, candidate_width=0.3)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return load(complete_checkpoint(tmp_path_factory.mktemp("tiny")))
+
+
+def test_a_stream_says_what_generate_says(engine: Engine) -> None:
+    (whole,) = engine.generate("What is this?", max_new_tokens=20, pruning=HALF)
+    pieces = list(engine.stream("What is this?", max_new_tokens=20, pruning=HALF))
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert [piece.token_id for piece in pieces[:-1]] == whole.token_ids
+    assert pieces[-1].finish_reason == whole.finish_reason
+    assert pieces[-1].prompt_token_ids == whole.prompt_token_ids
+    assert pieces[-1].statistics is not None
+    assert all(piece.statistics is None for piece in pieces[:-1])
+
+
+def test_a_dense_batch_gives_each_prompt_what_it_gets_alone(engine: Engine) -> None:
+    prompts = ["a", "a much longer prompt than the other two", "bcd"]
+    together = engine.generate(prompts, max_new_tokens=12, pruning=DENSE, raw=True)
+    for prompt, one in zip(prompts, together, strict=True):
+        assert one.token_ids == engine.generate(prompt, max_new_tokens=12, pruning=DENSE, raw=True)[0].token_ids
+
+
+def test_a_batch_of_equal_prompts_is_pruned_like_one(engine: Engine) -> None:
+    alone = engine.generate("the same words", max_new_tokens=12, pruning=HALF)[0]
+    for one in engine.generate(["the same words"] * 3, max_new_tokens=12, pruning=HALF):
+        assert one.token_ids == alone.token_ids
+
+
+def test_prompts_go_through_the_chat_template_unless_raw(engine: Engine) -> None:
+    text = engine.tokenizer.decode(engine.prompt_ids("Hi", system_prompt="Be kind."), skip_special_tokens=False)
+    assert text == "<|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>"
+    assert engine.tokenizer.decode(engine.prompt_ids("Hi", raw=True), skip_special_tokens=False) == "Hi"
+    conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    text = engine.tokenizer.decode(engine.prompt_ids(conversation), skip_special_tokens=False)
+    assert text == "<|user|>Hi<|end|><|assistant|>Yes?<|end|><|assistant|>"
+
+
+def test_every_end_of_sequence_ends_the_sequence(engine: Engine) -> None:
+    # <eos> by config.json and tokenizer_config.json; <|end|> because the chat template ends a turn with it.
+    named = {engine.tokenizer.token_id("<eos>"), engine.tokenizer.token_id("<|end|>")}
+    assert engine.stop_ids == named
+    (whole,) = engine.generate("Go on", max_new_tokens=40, pruning=DENSE, ignore_eos=True)
+    end = whole.token_ids[5]
+    engine.stop_ids = frozenset({end})
+    try:
+        (cut,) = engine.generate("Go on", max_new_tokens=40, pruning=DENSE)
+    finally:
+        engine.stop_ids = frozenset(named)  # type: ignore[arg-type]
+    assert cut.finish_reason == "stop"
+    assert cut.token_ids == whole.token_ids[: whole.token_ids.index(end) + 1]
+    assert len(whole.token_ids) == 40
+    assert whole.finish_reason == "length"
+
+
+def test_sampling_is_reproducible_from_its_seed(engine: Engine) -> None:
+    def ids(seed: int) -> list[int]:
+        return engine.generate("Say", max_new_tokens=20, sampling=Sampling(1.0, seed=seed))[0].token_ids
+
+    assert ids(1) == ids(1)
+    assert ids(1) != ids(2)
+
+
+def test_top_k_and_top_p_leave_only_the_likeliest() -> None:
+    logits = torch.tensor([[0.1, 3.0, 2.0, 1.0]]).log().repeat(2000, 1)             # 1.6, 49, 33, 16 %
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**settings: float) -> set[int]:
+        return set(next_tokens(logits, Sampling(1.0, **settings), generator).tolist())  # type: ignore[arg-type]
+
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(top_k=2) == {1, 2}
+    assert drawn(top_p=0.5) == {1, 2}
+    assert drawn(top_p=0.4) == {1}
+    assert drawn(top_p=0.9, top_k=3) == {1, 2, 3}
+    counts = next_tokens(logits, Sampling(1.0), generator).bincount(minlength=4) / 2000
+    torch.testing.assert_close(counts, logits[0].softmax(0), atol=0.04, rtol=0)
+    hot = next_tokens(logits, Sampling(5.0), generator).bincount(minlength=4) / 2000
+    torch.testing.assert_close(hot, (logits[0] / 5).softmax(0), atol=0.04, rtol=0)
+
+
+def test_interleaved_streams_do_not_disturb_each_other(engine: Engine) -> None:
+    prompts = ["one thing", "or another"]
+    wanted = [engine.generate(prompt, max_new_tokens=10, pruning=HALF)[0].token_ids for prompt in prompts]
+    streams = [engine.stream(prompt, max_new_tokens=10, pruning=HALF) for prompt in prompts]
+    pairs = list(zip(*streams, strict=False))
+    for index in range(2):
+        assert [pair[index].token_id for pair in pairs[:10]] == wanted[index]
+
+
+def test_buffers_are_reused_from_prompt_to_prompt(engine: Engine) -> None:
+    engine.generate("one", max_new_tokens=4, pruning=HALF)
+    state = engine.idle_state
+    engine.generate("two and a bit", max_new_tokens=4, pruning=HALF)
+    assert engine.idle_state is state is not None
+
+
+def test_statistics_add_up(engine: Engine) -> None:
+    (one,) = engine.generate("Count", max_new_tokens=5, pruning=HALF, ignore_eos=True)
+    statistics, regions = one.statistics, one.statistics.regions
+    assert statistics.new_tokens == 5 == len(one.token_ids)
+    assert statistics.prompt_tokens == len(one.prompt_token_ids)
+    assert (regions.channels, regions.retained, regions.candidate, regions.pruned, regions.picked) == (80, 28, 24, 28, 12)
+    hidden, layers, vocabulary, head = 48, 3, 261, 12
+    attention = 2 * hidden * head * (4 + 2)
+    assert statistics.dense_weight_bytes_per_token == 4 * (vocabulary * hidden + layers * (attention + 3 * 80 * hidden))
+    assert statistics.weight_bytes_per_token == 4 * (vocabulary * hidden + layers * (attention + 3 * 52 * hidden))
+    assert statistics.partition_ms == pytest.approx(statistics.scores_ms + statistics.sort_ms + statistics.copy_ms)
+    assert min(statistics.prefill_ms, statistics.partition_ms, statistics.decode_ms_per_token) > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        ({"prompts": ""}, "empty"),
+        ({"prompts": "  \n"}, "empty"),
+        ({"prompts": []}, "no prompt"),
+        ({"prompts": "bad \udce9 byte"}, "UTF-8"),
+        ({"prompts": "x", "max_new_tokens": 0}, "at least 1"),
+        ({"prompts": "x", "raw": True, "system_prompt": "y"}, "chat template"),
+        ({"prompts": "x" * 250, "raw": True, "max_new_tokens": 10}, "250 tokens and 10 new .* 260.* 256"),
+    ],
+)
+def test_bad_prompts_are_refused_before_anything_runs(engine: Engine, call: dict, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        engine.generate(**call)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [((-1.0,), "temperature"), ((float("nan"),), "temperature"), ((1.0, -1), "top-k"), ((1.0, 0, 0.0), "top-p")],
+)
+def test_sampling_out_of_range_is_refused(settings: tuple, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        Sampling(*settings)
+
+
+def test_a_shorter_context_can_be_asked_for(tmp_path: Path) -> None:
+    folder = complete_checkpoint(tmp_path)
+    with pytest.raises(InputError, match="more than the context of 20"):
+        load(folder, max_seq_len=20).generate("a prompt of some length", max_new_tokens=10)
+    with pytest.raises(InputError, match="between 1 and the model's 256"):
+        load(folder, max_seq_len=1000)
