@@ -250,11 +250,11 @@ class FeedForward(nn.Module):
         return ActiveFeedForward(self, pruning.sizes(self.gate_proj.out_features))
 
     def weight_count(self) -> int:
-        """Weights in matrices that one token meets."""
+        """Weights that the prune ratio is a share of."""
         return 3 * self.gate_proj.weight.numel()
 
     def resident_weight_count(self, pruning: Pruning) -> int:
-        """Of those, the weights that one decode step reads: retained and candidate rows of every matrix."""
+        """Weights that one decode step reads: retained and candidate rows of every matrix."""
         return 3 * self.gate_proj.in_features * pruning.sizes(self.gate_proj.out_features).resident
 
     def copy_bytes(self, pruning: Pruning) -> int:

@@ -323,12 +323,14 @@ class MixtureOfExperts(nn.Module):
         return ActiveExperts(self, pruning)
 
     def weight_count(self) -> int:
-        """Weights in matrices that one token meets: those of the experts it is routed to, and of the shared one."""
-        shared = 0 if self.shared_expert is None else self.shared_expert.weight_count()
-        return self.experts_per_token * self.experts[0].weight_count() + shared
+        """Weights that the prune ratio is a share of: those of the experts one token is routed to (POP, Table 8).
+
+        The paper leaves out the shared expert, which is pruned at the same rate as the others all the same.
+        """
+        return self.experts_per_token * self.experts[0].weight_count()
 
     def resident_weight_count(self, pruning: Pruning) -> int:
-        """Of those, the weights that a decode step reads."""
+        """Weights that one decode step of one token reads: of the experts it is routed to, and of the shared one."""
         shared = 0 if self.shared_expert is None else self.shared_expert.resident_weight_count(pruning)
         return self.experts_per_token * self.experts[0].resident_weight_count(pruning) + shared
 

@@ -226,6 +226,28 @@ def test_weight_bytes_count_the_routed_experts_only(model: LlamaForCausalLM, sha
     assert shared.weight_bytes_per_token(dense) == 4 * (head + 3 * (attention + (2 * 40 + 56) * 3 * 48))
 
 
+# Public configs of the paper's mixtures, and its effective FFN ratios in percent at 20 % and 40 % (POP, Table 8).
+QWEN_15_MOE = {
+    "model_type": "qwen2_moe", "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "moe_intermediate_size": 1408, "num_experts": 60, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 5632,
+}  # fmt: skip
+QWEN_3_30B = {
+    "model_type": "qwen3_moe", "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4,
+    "head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "at_20", "at_40"), [(QWEN_15_MOE, 29.7, 59.4), (QWEN_3_30B, 30.0, 60.0)])
+def test_the_prune_ratio_counts_routed_experts_as_the_paper_does(
+    raw: dict[str, Any], at_20: float, at_40: float
+) -> None:
+    with torch.device("meta"):
+        model = MixtralForCausalLM.from_config(raw | {"num_hidden_layers": 2})
+    for ratio, wanted in ((0.2, at_20), (0.4, at_40)):
+        pruning = resolve(PruningSettings(ratio), model.layer_weights())
+        assert 100 * pruning.ffn_ratio == pytest.approx(wanted, abs=0.0501)
+
+
 @torch.inference_mode()
 def test_copies_take_the_memory_that_was_stated_before_they_were_made(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([60], SIZES["vocab_size"])
