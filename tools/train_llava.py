@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
@@ -302,6 +303,16 @@ def save(model: LlavaForConditionalGeneration, tokenizer: Tokenizer, directory: 
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     tokenizer.save(str(directory / "tokenizer.json"))
+    example_picture().save(directory / "example.png")
+
+
+def example_picture() -> Image.Image:
+    """A held-out scene of four different shapes, to show what the checkpoint does."""
+    random = Random("example")
+    while True:
+        scene = random_scene(random, "held-out")
+        if len({shape.kind for shape in scene.shapes}) == len({shape.colour for shape in scene.shapes}) == 4:
+            return draw(scene, 192)
 
 
 def hub_name(name: str) -> str:
@@ -313,10 +324,12 @@ def held_out_accuracy(engine: Engine, pruning: PruningSettings, count: int, seed
     """Share of held-out questions answered to the letter by greedy generation, per kind; each prompt on its own."""
     right = dict.fromkeys(KINDS, 0)
     questions = picture_questions(count, seed)
+    # The template runs in a process of its own: one run serves all questions.
+    frame = engine.prompt_text("QUESTION", False, None, 1)[0].removeprefix("<s>")
     for question in questions:
-        (answer,) = engine.generate(
-            question.question, images=[question.picture(PICTURE_SIZE)], max_new_tokens=64, pruning=pruning
-        )
+        prompt = frame.replace("QUESTION", question.question)
+        picture = question.picture(PICTURE_SIZE)
+        (answer,) = engine.generate(prompt, raw=True, images=[picture], max_new_tokens=64, pruning=pruning)
         right[question.kind] += question.is_right(answer.text)
     return {kind: right[kind] / sum(question.kind == kind for question in questions) for kind in KINDS}
 
@@ -331,6 +344,8 @@ def report(directory: Path, count: int, seed: int) -> None:
         ("prune ratio 0.2, dense prefill", PruningSettings(prune_ratio=0.2, prefill="dense")),
         ("prune ratio 0.4", PruningSettings(prune_ratio=0.4)),
         ("prune ratio 0.4, dense prefill", PruningSettings(prune_ratio=0.4, prefill="dense")),
+        ("prune ratio 0.2, text scores", PruningSettings(prune_ratio=0.2, scored_tokens="text")),
+        ("prune ratio 0.4, text scores", PruningSettings(prune_ratio=0.4, scored_tokens="text")),
     ]:
         accuracy = held_out_accuracy(engine, pruning, count, seed)
         print(f"{name:<34}" + "".join(f"{accuracy[kind]:>10.1%}" for kind in KINDS), flush=True)
