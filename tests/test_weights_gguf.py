@@ -202,6 +202,17 @@ def test_sentencepiece_tokens_are_those_of_sentencepiece_and_transformers(tmp_pa
         assert ours.encode(text).ids == [model.bos_id(), *ids]
 
 
+def test_sentencepiece_merges_follow_the_scores_not_the_ids(tmp_path: Path) -> None:
+    metadata = sentencepiece_metadata(sentencepiece_model())
+    in_order = open_gguf(tiny_file(tmp_path / "m.gguf", metadata)).tokenizer
+    for key in ("tokens", "scores", "token_type"):
+        column = metadata[f"tokenizer.ggml.{key}"]
+        metadata[f"tokenizer.ggml.{key}"] = column[:4] + column[:3:-1]
+    reversed_ids = open_gguf(tiny_file(tmp_path / "r.gguf", metadata)).tokenizer
+    for text in TEXT:
+        assert reversed_ids.encode(text).tokens == in_order.encode(text).tokens
+
+
 def test_sentencepiece_without_a_space_before_the_text(tmp_path: Path) -> None:
     model = sentencepiece_model(space_prefix=False)
     more = sentencepiece_metadata(model) | {"tokenizer.ggml.add_space_prefix": False}

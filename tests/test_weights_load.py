@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import weights.load
 import weights.memory
 from popengine.errors import InputError
 from weights.checkpoint import Checkpoint, open_checkpoint
@@ -74,7 +75,11 @@ def test_values_arrive_in_the_dtype_asked_for(tmp_path: Path, dtype: torch.dtype
         assert not loaded.is_meta and loaded.is_contiguous()
 
 
-def test_what_was_loaded_does_not_hang_on_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("worth_sharing", [1, weights.load.WORTH_SHARING])
+def test_what_was_loaded_does_not_hang_on_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worth_sharing: int
+) -> None:
+    monkeypatch.setattr(weights.load, "WORTH_SHARING", worth_sharing)  # large tensors are copied in another way
     model = tiny()
     load_weights(model, checkpoint_of(tmp_path / "c", tensors()), torch.float32, CPU)
     (tmp_path / "c" / "model.safetensors").write_bytes(b"")
