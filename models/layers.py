@@ -22,6 +22,7 @@ from popengine.errors import InputError
 from popengine.partition import (
     ChannelPartition,
     PartitionSizes,
+    StaticChannels,
     channel_scores,
     head_scores,
     keep_everything,
@@ -186,12 +187,13 @@ class ActiveFeedForward:
     """The weights of one FFN that a decode step reads, in buffers that are filled once per prompt.
 
     Rows stand in the order retained, candidate. With nothing to prune they are the module's own weights, uncopied.
+    With `static` channels they are filled here and now, and prompts change nothing.
     """
 
-    def __init__(self, ffn: "FeedForward", sizes: PartitionSizes) -> None:
-        self.sizes = sizes
+    def __init__(self, ffn: "FeedForward", sizes: PartitionSizes, static: StaticChannels | None = None) -> None:
+        self.sizes, self.static = sizes, static
         self.prunes = sizes.retained < sizes.channels
-        self.down_bias = ffn.down_proj.bias
+        self.down_bias: Tensor | None = ffn.down_proj.bias
         self.partition = keep_everything(sizes.channels, (), ffn.down_proj.weight.device)
         if self.prunes:
             rows, weight = sizes.resident, ffn.gate_proj.weight
@@ -205,6 +207,10 @@ class ActiveFeedForward:
             self.gate, self.gate_bias = ffn.gate_proj.weight, ffn.gate_proj.bias
             self.up, self.up_bias = ffn.up_proj.weight, ffn.up_proj.bias
             self.down = ffn.down_proj.weight
+        if static is not None and self.prunes:
+            self.copy_from(ffn, static.partition)
+            if static.bias is not None:
+                self.down_bias = static.bias if self.down_bias is None else self.down_bias + static.bias
 
     def copy_from(self, ffn: "FeedForward", partition: ChannelPartition) -> None:
         """Fill the buffers with the resident rows (columns of down_proj) that `partition` names."""
@@ -247,7 +253,14 @@ class FeedForward(nn.Module):
 
     def new_active(self, pruning: Pruning) -> ActiveFeedForward:
         """Buffers for the weights that decode steps read under this pruning."""
-        return ActiveFeedForward(self, pruning.sizes(self.gate_proj.out_features))
+        static = None if pruning.static is None else pruning.static.of[self]
+        return ActiveFeedForward(self, self.sizes(pruning), static)
+
+    def sizes(self, pruning: Pruning) -> PartitionSizes:
+        """Regions of this network: alike in all of a model, unless static partitions say otherwise."""
+        if pruning.static is not None:
+            return pruning.static.of[self].partition.sizes
+        return pruning.sizes(self.gate_proj.out_features)
 
     def weight_count(self) -> int:
         """Weights that the prune ratio is a share of."""
@@ -255,11 +268,11 @@ class FeedForward(nn.Module):
 
     def resident_weight_count(self, pruning: Pruning) -> int:
         """Weights that one decode step reads: retained and candidate rows of every matrix."""
-        return 3 * self.gate_proj.in_features * pruning.sizes(self.gate_proj.out_features).resident
+        return 3 * self.gate_proj.in_features * self.sizes(pruning).resident
 
     def copy_bytes(self, pruning: Pruning) -> int:
         """Memory that the active copies will take, in bytes; with nothing to prune there are none."""
-        sizes = pruning.sizes(self.gate_proj.out_features)
+        sizes = self.sizes(pruning)
         copies = self.resident_weight_count(pruning) if sizes.retained < sizes.channels else 0
         return copies * self.gate_proj.weight.element_size()
 
@@ -271,15 +284,16 @@ class FeedForward(nn.Module):
         h = self.activation(x)                                                      # [B, T, I]
         if not active.prunes:
             return self.down_proj(h)
-        with step.clock.phase("scores"):
-            scores = channel_scores(h, self.down_norms(), step.counted)             # [I]
-        with step.clock.phase("sort"):
-            partition = partition_channels(scores, active.sizes)
-        with step.clock.phase("copy"):
-            active.copy_from(self, partition)
+        if active.static is None:
+            with step.clock.phase("scores"):
+                scores = channel_scores(h, self.down_norms(), step.counted)         # [I]
+            with step.clock.phase("sort"):
+                partition = partition_channels(scores, active.sizes)
+            with step.clock.phase("copy"):
+                active.copy_from(self, partition)
         if step.finish_dense:
             return self.down_proj(h)
-        return F.linear(h.index_select(-1, partition.resident), active.down, active.down_bias)
+        return F.linear(h.index_select(-1, active.partition.resident), active.down, active.down_bias)
 
     def decode(self, x: Tensor, active: ActiveFeedForward, step: DecodeStep) -> Tensor:
         """Run one token on the resident channels, less the candidates that lose at this step. x [B, 1, H]"""

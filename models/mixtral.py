@@ -166,8 +166,9 @@ class ActiveExperts:
     def start(self, prompt_tokens: list[int]) -> None:
         """Forget the last prompt. prompt_tokens: per expert, how many of the new one count in its scores."""
         experts = range(len(prompt_tokens))
-        self.spare += [copy for copy in self.copies if copy is not None]
-        self.copies = [None] * len(prompt_tokens)
+        if self.pruning.static is None:
+            self.spare += [copy for copy in self.copies if copy is not None]
+            self.copies = [None] * len(prompt_tokens)
         self.partitions: list[ChannelPartition | None] = [None] * len(prompt_tokens)    # None: not decided yet
         self.prompt_tokens = prompt_tokens
         self.picks = [0] * len(prompt_tokens)               # decoded tokens, those of ended sequences included
@@ -175,11 +176,13 @@ class ActiveExperts:
 
     def left_dense(self, expert: int) -> bool:
         """Whether this expert runs on all its channels: nothing is pruned, or it was not seen and is to be spared."""
-        unseen = self.prompt_tokens[expert] < self.pruning.min_tokens
+        unseen = self.prompt_tokens[expert] < self.pruning.min_tokens and self.pruning.static is None
         return not self.prunes or (unseen and self.pruning.unseen_experts == "dense")
 
     def partition(self, expert: int, ffn: FeedForward) -> ChannelPartition:
         """The expert's partition; of one that was not seen, from its weights alone, decided now."""
+        if self.pruning.static is not None:
+            return self.pruning.static.of[ffn].partition
         partition = self.partitions[expert]
         if partition is None:
             partition = self.partitions[expert] = partition_channels(weight_scores(ffn), self.sizes)
@@ -189,8 +192,9 @@ class ActiveExperts:
         """The expert's active weights, copied now if this is their first use; None for one beyond the limit."""
         copy = self.copies[expert]
         if copy is None and expert in self.may_copy:
-            copy = self.copies[expert] = self.spare.pop() if self.spare else ActiveFeedForward(ffn, self.sizes)
-            copy.copy_from(ffn, self.partition(expert, ffn))
+            copy = self.copies[expert] = self.spare.pop() if self.spare else ffn.new_active(self.pruning)
+            if copy.static is None:
+                copy.copy_from(ffn, self.partition(expert, ffn))
         return copy
 
     def copied_bytes(self) -> int:
@@ -281,7 +285,7 @@ class MixtureOfExperts(nn.Module):
         h = expert.activation(x)                                                    # [n, I]
         if active.left_dense(index):
             return expert.down_proj(h)
-        if active.prompt_tokens[index] >= active.pruning.min_tokens:
+        if active.pruning.static is None and active.prompt_tokens[index] >= active.pruning.min_tokens:
             with step.clock.phase("scores"):
                 counted = None if step.counted is None else step.counted[None]
                 scores = channel_scores(h[None], expert.down_norms(), counted)      # [I]
@@ -293,7 +297,7 @@ class MixtureOfExperts(nn.Module):
             return expert.down_proj(h)
         if weights is None:
             return expert.down_proj(h.index_fill(-1, partition.pruned, 0))
-        return F.linear(h.index_select(-1, partition.resident), weights.down)       # [n, H]
+        return F.linear(h.index_select(-1, partition.resident), weights.down, weights.down_bias)    # [n, H]
 
     def decode(self, x: Tensor, active: ActiveExperts, step: DecodeStep) -> Tensor:
         """Run one token per sequence on the active rows of its experts, and of no others. x [B, 1, H]"""
@@ -332,12 +336,13 @@ class MixtureOfExperts(nn.Module):
     def resident_weight_count(self, pruning: Pruning) -> int:
         """Weights that one decode step of one token reads: of the experts it is routed to, and of the shared one."""
         shared = 0 if self.shared_expert is None else self.shared_expert.resident_weight_count(pruning)
-        return self.experts_per_token * self.experts[0].resident_weight_count(pruning) + shared
+        routed = sum(expert.resident_weight_count(pruning) for expert in self.experts)
+        return self.experts_per_token * routed // len(self.experts) + shared
 
     def copy_bytes(self, pruning: Pruning) -> int:
         """Memory that active copies of all experts take, in bytes."""
         shared = 0 if self.shared_expert is None else self.shared_expert.copy_bytes(pruning)
-        return len(self.experts) * self.experts[0].copy_bytes(pruning) + shared
+        return sum(expert.copy_bytes(pruning) for expert in self.experts) + shared
 
 
 class MixtralDecoderLayer(LlamaDecoderLayer):
@@ -367,6 +372,8 @@ class MixtralForCausalLM(LlamaForCausalLM):
         self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None
     ) -> DecodeState:
         """As Llama's; with too little memory for all experts' copies, as many experts per layer get one as fit."""
+        if pruning.static is not None:
+            return super().new_state(batch, capacity, pruning, free_memory)
         state = super().new_state(batch, capacity, pruning)
         mixtures = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
         one_per_layer = sum(mixture.experts[0].copy_bytes(pruning) for mixture in mixtures)

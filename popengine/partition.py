@@ -157,6 +157,17 @@ def partition_channels(scores: Tensor, sizes: PartitionSizes) -> ChannelPartitio
     return ChannelPartition(torch.cat([region.sort(dim=-1).values for region in regions], dim=-1), sizes)
 
 
+@dataclass(frozen=True, eq=False)
+class StaticChannels:
+    """A partition of one feed-forward network that no prompt has a say in: what static pruning methods make.
+
+    bias  [H] float, added to down_proj's output instead of what the pruned channels gave on average; None: nothing
+    """
+
+    partition: ChannelPartition
+    bias: Tensor | None = None
+
+
 def keep_everything(channels: int, groups: tuple[int, ...], device: torch.device) -> ChannelPartition:
     """The dense network as a partition: every channel retained, in its own place."""
     order = torch.arange(channels, device=device).expand(*groups, channels)

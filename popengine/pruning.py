@@ -4,16 +4,29 @@ The headline ratio is a share of a decoder layer's parameters, but only the feed
 heads) give anything up, so their own ratio is higher (POP, arXiv 2602.06822, Table 8).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
 from popengine.errors import InputError
-from popengine.partition import PartitionSizes, all_channel_sizes, partition_sizes
+from popengine.partition import PartitionSizes, StaticChannels, all_channel_sizes, partition_sizes
 
 PREFILL_MODES = ("pruned", "dense")
 UNSEEN_EXPERT_MODES = ("weights", "dense")
 SCORED_TOKENS = ("all", "text")
 DEFAULT_PRUNE_RATIO = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class StaticPartitions:
+    """Partitions decided before any prompt, for every feed-forward network of one model (in a mixture: every expert).
+
+    Two of them are equal only if they are the same object.
+    """
+
+    of: Mapping[nn.Module, StaticChannels]
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,8 @@ class PruningSettings:
     unseen_experts   what becomes of an expert that fewer than min_tokens prompt tokens were routed to: "weights" cuts
                      it by scores from its weights alone, so that the budget still holds; "dense" leaves it whole
     scored_tokens    prompt tokens that count in the scores: "all", or "text" without the image tokens
+    static           partitions to use instead of those that the prompt would make (see popengine.methods); the ratio
+                     and the width should be those they were made for
     """
 
     prune_ratio: float | None = None
@@ -42,6 +57,7 @@ class PruningSettings:
     unseen_experts: Literal["weights", "dense"] = "weights"
     min_tokens: int = 1
     scored_tokens: Literal["all", "text"] = "all"
+    static: StaticPartitions | None = None
 
     def __post_init__(self) -> None:
         if self.prune_ratio is not None and self.ffn_ratio is not None:
@@ -101,6 +117,7 @@ class Pruning:
     unseen_experts: Literal["weights", "dense"] = "weights"
     min_tokens: int = 1
     scored_tokens: Literal["all", "text"] = "all"
+    static: StaticPartitions | None = None
 
     def sizes(self, channels: int) -> PartitionSizes:
         """Regions of an FFN of `channels` channels."""
@@ -150,4 +167,5 @@ def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
         unseen_experts=settings.unseen_experts,
         min_tokens=settings.min_tokens,
         scored_tokens=settings.scored_tokens,
+        static=settings.static,
     )
