@@ -1,8 +1,10 @@
 """Fixtures that several test files share."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from popengine.errors import InputError
 from weights.default_checkpoint import default_checkpoint
@@ -15,3 +17,15 @@ def default_checkpoint_path() -> Path:
         return default_checkpoint()
     except InputError as error:
         pytest.fail(str(error))
+
+
+@pytest.fixture(scope="session")
+def default_model_of_transformers(default_checkpoint_path: Path) -> Any:
+    """The default checkpoint as transformers loads it, in float32 and in eval mode; reading a .gguf it takes a while."""
+    transformers = pytest.importorskip("transformers")
+    path = default_checkpoint_path
+    if path.suffix == ".gguf":
+        where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    else:
+        where = {"pretrained_model_name_or_path": path}
+    return transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()

@@ -121,11 +121,7 @@ def default_gguf(default_checkpoint_path: Path) -> Path:
     return default_checkpoint_path
 
 
-def assert_read_as_by_transformers(path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
+def assert_read_as_by_transformers(path: Path, reference: Any) -> None:
     checkpoint, state = open_gguf(path), reference.state_dict()
     assert set(checkpoint.entries) | {"lm_head.weight"} == set(state)
     for name in checkpoint.entries:
@@ -143,11 +139,15 @@ def test_values_are_those_transformers_reads(tmp_path: Path, kind: str) -> None:
     metadata = model.metadata() | TINY_TOKENS | {"llama.vocab_size": 260}
     tensors = model.gguf_tensors()
     path = write_gguf(tmp_path / "m.gguf", metadata, tensors, gguf.GGMLQuantizationType[kind])
-    assert_read_as_by_transformers(path)
+    transformers = pytest.importorskip("transformers")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    assert_read_as_by_transformers(path, load(path.parent, gguf_file=path.name, dtype=torch.float32))
 
 
-def test_values_of_the_default_checkpoint_are_those_transformers_reads(default_gguf: Path) -> None:
-    assert_read_as_by_transformers(default_gguf)
+def test_values_of_the_default_checkpoint_are_those_transformers_reads(
+    default_gguf: Path, default_model_of_transformers: Any
+) -> None:
+    assert_read_as_by_transformers(default_gguf, default_model_of_transformers)
 
 
 # Tokenizers
