@@ -21,7 +21,7 @@ def default_checkpoint_path() -> Path:
 
 @pytest.fixture(scope="session")
 def default_model_of_transformers(default_checkpoint_path: Path) -> Any:
-    """The default checkpoint as transformers loads it, in float32 and in eval mode; reading a .gguf it takes a while."""
+    """The default checkpoint as transformers loads it, in float32 and eval mode; it takes a while to read a .gguf."""
     transformers = pytest.importorskip("transformers")
     path = default_checkpoint_path
     if path.suffix == ".gguf":
