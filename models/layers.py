@@ -161,6 +161,24 @@ def attend_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     return a.transpose(1, 2)                                                        # [B, T, N, D]
 
 
+def written_out(x: Tensor) -> bool:
+    """Whether products are written out as multiply and sum: one token, on a CPU, inside torch.compile.
+
+    A library's matrix product of a single row reads weights at a third of the memory's speed, and so it does inside
+    compiled code. The same product written out becomes one loop that Inductor fuses with its neighbours and that reads
+    as fast as memory gives (figures in docs/speed.md). In eager code it would write every product to memory instead.
+    """
+    return torch.compiler.is_compiling() and x.device.type == "cpu" and x.shape[:-1].numel() == 1
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear for decode steps. x [B, 1, in], weight [out, in], bias [out] -> [B, 1, out]"""
+    if not written_out(x):
+        return F.linear(x, weight, bias)
+    y = (weight.float() * x.flatten().float()).sum(dim=-1).to(x.dtype)              # [out]
+    return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+
+
 def attend_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Attention of one token to the cache, written out. Slots not filled yet have weight 0.
 
@@ -168,9 +186,19 @@ def attend_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
     """
     batch, heads, _, head_dim = q.shape
     q = q.view(batch, keys.shape[1], -1, head_dim)                                  # [B, K, N/K, D]
+    if written_out(q[:, 0]):
+        products = q.unsqueeze(3).float() * keys.unsqueeze(2).float()               # [B, K, N/K, S, D]
+        weights = (products.sum(dim=-1) * head_dim**-0.5 + mask).softmax(dim=-1)    # [B, K, N/K, S]
+        a = (weights.unsqueeze(-1) * values.unsqueeze(2).float()).sum(dim=-2)       # [B, K, N/K, D]
+        return a.to(q.dtype).reshape(batch, 1, heads, head_dim)
     scores = q @ keys.transpose(-1, -2) * head_dim**-0.5 + mask                     # [B, K, N/K, S]
     a = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ values            # [B, K, N/K, D]
     return a.reshape(batch, 1, heads, head_dim)
+
+
+def take_channels(h: Tensor, channels: Tensor) -> Tensor:
+    """h [..., I] -> [..., A], the channels named. gather is index_select, but in bfloat16 on a CPU twice as fast."""
+    return h.gather(-1, channels.expand(*h.shape[:-1], -1))
 
 
 def column_norms(weight: Tensor) -> Tensor:
@@ -218,7 +246,7 @@ class ActiveFeedForward:
         resident = partition.resident                                               # [A]
         torch.index_select(ffn.gate_proj.weight, 0, resident, out=self.gate)
         torch.index_select(ffn.up_proj.weight, 0, resident, out=self.up)
-        torch.index_select(ffn.down_proj.weight, 1, resident, out=self.down)
+        torch.gather(ffn.down_proj.weight, 1, resident.expand(len(self.down), -1), out=self.down)
         torch.index_select(ffn.down_norms(), 0, partition.candidate, out=self.candidate_norms)
         if self.gate_bias is not None:
             torch.index_select(ffn.gate_proj.bias, 0, resident, out=self.gate_bias)
@@ -293,19 +321,19 @@ class FeedForward(nn.Module):
                 active.copy_from(self, partition)
         if step.finish_dense:
             return self.down_proj(h)
-        return F.linear(h.index_select(-1, active.partition.resident), active.down, active.down_bias)
+        return F.linear(take_channels(h, active.partition.resident), active.down, active.down_bias)
 
     def decode(self, x: Tensor, active: ActiveFeedForward, step: DecodeStep) -> Tensor:
         """Run one token on the resident channels, less the candidates that lose at this step. x [B, 1, H]"""
-        gate = F.linear(x, active.gate, active.gate_bias)                           # [B, 1, A]
-        up = F.linear(x, active.up, active.up_bias)                                 # [B, 1, A]
+        gate = project(x, active.gate, active.gate_bias)                            # [B, 1, A]
+        up = project(x, active.up, active.up_bias)                                  # [B, 1, A]
         h = self.act(gate) * up                                                     # [B, 1, A]
         if active.sizes.pick < active.sizes.candidate:
             retained, candidate = h.split([active.sizes.retained, active.sizes.candidate], dim=-1)
             scores = channel_scores(candidate, active.candidate_norms, step.live)   # [C]
             keep = active.partition.pick(scores)                                    # [C]
             h = torch.cat([retained, candidate.masked_fill(~keep, 0)], dim=-1)      # [B, 1, A]
-        return F.linear(h, active.down, active.down_bias)
+        return project(h, active.down, active.down_bias)
 
     def decode_masked(self, x: Tensor, partition: ChannelPartition, live: Tensor) -> Tensor:
         """The same step on the full weights, for reading and for tests: channels that are off are set to 0.
@@ -410,8 +438,8 @@ class Attention(nn.Module):
 
     def keys_and_values(self, x: Tensor, step: PrefillStep | DecodeStep) -> tuple[Tensor, Tensor]:
         """x [B, T, H] -> [B, K, T, D] each."""
-        k = self.rotated(self.k_proj(x), self.k_norm, step)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        k = self.rotated(project(x, self.k_proj.weight, self.k_proj.bias), self.k_norm, step)
+        v = project(x, self.v_proj.weight, self.v_proj.bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return k, v
 
     def forward(self, x: Tensor, step: PrefillStep) -> Tensor:
@@ -444,7 +472,7 @@ class Attention(nn.Module):
 
     def decode(self, x: Tensor, keys: Tensor, values: Tensor, active: ActiveHeads, step: DecodeStep) -> Tensor:
         """Run one token: add its key and value to the cache, attend with the resident heads. x [B, 1, H]"""
-        q = self.rotated(F.linear(x, active.q, active.q_bias), self.q_norm, step)   # [B, A, 1, D]
+        q = self.rotated(project(x, active.q, active.q_bias), self.q_norm, step)     # [B, A, 1, D]
         k, v = self.keys_and_values(x, step)                                        # [B, K, 1, D]
         if active.cache_order is not None:
             k, v = k[:, active.cache_order], v[:, active.cache_order]
@@ -455,7 +483,7 @@ class Attention(nn.Module):
         a = attend_cache(q, keys, values, step.masks[self.window])                  # [B, 1, A, D]
         if active.sizes.pick < active.sizes.candidate:
             a = self.drop_losing_heads(a, active, step.live)
-        return F.linear(a.flatten(2), active.o, active.o_bias)
+        return project(a.flatten(2), active.o, active.o_bias)
 
     def drop_losing_heads(self, a: Tensor, active: ActiveHeads, live: Tensor) -> Tensor:
         """Zero the candidate heads that are not picked at this step. a [B, 1, A, D] -> the same"""

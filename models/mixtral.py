@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ConfigReader, FamilyDefaults, LlamaConfig, read_decoder_fields
-from models.layers import ActiveFeedForward, DecodeStep, FeedForward, PrefillStep
+from models.layers import ActiveFeedForward, DecodeStep, FeedForward, PrefillStep, take_channels
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from models.state import DecodeState
 from popengine.errors import InputError
@@ -297,7 +297,7 @@ class MixtureOfExperts(nn.Module):
             return expert.down_proj(h)
         if weights is None:
             return expert.down_proj(h.index_fill(-1, partition.pruned, 0))
-        return F.linear(h.index_select(-1, partition.resident), weights.down, weights.down_bias)    # [n, H]
+        return F.linear(take_channels(h, partition.resident), weights.down, weights.down_bias)      # [n, H]
 
     def decode(self, x: Tensor, active: ActiveExperts, step: DecodeStep) -> Tensor:
         """Run one token per sequence on the active rows of its experts, and of no others. x [B, 1, H]"""

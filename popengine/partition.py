@@ -24,7 +24,8 @@ def channel_scores(h: Tensor, down_norms: Tensor, real: Tensor | None = None) ->
     """
     if real is not None:
         h = h.masked_fill(~real.unsqueeze(-1), 0)                           # [B, T, I]
-    return torch.linalg.vector_norm(h.float(), dim=(0, 1)) * down_norms
+    # Squares, sum and root one by one: on a CPU vector_norm over the leading dimensions is ten times as slow.
+    return h.float().square().sum(dim=(0, 1)).sqrt() * down_norms
 
 
 def head_scores(a: Tensor, output_norms: Tensor, real: Tensor | None = None) -> Tensor:
@@ -90,6 +91,12 @@ def keep_best(scores: Tensor, count: int) -> Tensor:
     scores  [..., C] -> returns bool [..., C]. Static in shape and free of data-dependent branches, so that it can
     stand in a compiled decode step.
     """
+    if torch.compiler.is_compiling():
+        # Rank by comparing every pair: C * C comparisons that fuse into one loop, where a sort would be a call out of it.
+        place = torch.arange(scores.shape[-1], device=scores.device)
+        mine, other = scores.unsqueeze(-1), scores.unsqueeze(-2)                    # [..., C, 1], [..., 1, C]
+        better = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))     # [..., C, C]
+        return better.sum(dim=-1) < count
     order = scores.sort(dim=-1, descending=True, stable=True).indices               # [..., C]
     kept = torch.arange(scores.shape[-1], device=scores.device) < count             # [C], by rank
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, kept.expand_as(order))
