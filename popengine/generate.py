@@ -5,27 +5,25 @@ both. Bad input is one line on stderr and exit status 2.
 """
 
 import argparse
-import importlib.util
 import json
 import math
-import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from popengine.command import (
+    OneLineParser,
+    add_checkpoint_flag,
+    add_machine_flags,
+    add_pruning_flags,
+    pruning_settings,
+    run_as_command,
+)
 from popengine.errors import InputError
 
 # PyTorch takes seconds to import: the engine is imported in run(), after the flags have been understood.
 if TYPE_CHECKING:
     from popengine.engine import Engine, Piece, Statistics
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Errors as one line, without the usage in front."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,9 +32,7 @@ def parser() -> argparse.ArgumentParser:
         description="Generate text with Partition-guided Online Pruning (POP, arXiv 2602.06822).",
         allow_abbrev=False,
     )
-    flags.add_argument(
-        "--ckpt", metavar="DIR|HUB_ID|FILE.gguf", help="checkpoint (default: what `make checkpoint` has fetched)"
-    )
+    add_checkpoint_flag(flags)
     flags.add_argument("--prompt", required=True, metavar="TEXT|-", help="the prompt; - reads it from standard input")
     flags.add_argument(
         "--image", action="append", default=[], metavar="PATH", help="an image the prompt is about; may be repeated"
@@ -51,26 +47,8 @@ def parser() -> argparse.ArgumentParser:
     prompting = flags.add_argument_group("prompt")
     prompting.add_argument("--system-prompt", metavar="TEXT")
     prompting.add_argument("--raw", action="store_true", help="the prompt as it stands, without the chat template")
-    pruning = flags.add_argument_group("pruning")
-    pruning.add_argument(
-        "--prune-ratio", type=float, metavar="R", help="share of a decoder layer's parameters; 0: dense (default: 0.2)"
-    )
-    pruning.add_argument("--ffn-ratio", type=float, metavar="R", help="instead: share of the FFN channels")
-    pruning.add_argument("--candidate-width", type=float, default=0.1, metavar="W", help="candidates, of all channels")
-    pruning.add_argument("--head-ratio", type=float, default=0.0, metavar="R", help="share of the query heads")
-    pruning.add_argument(
-        "--prefill", default="pruned", metavar="pruned|dense", help="finish the prompt on what stays, or on everything"
-    )
-    pruning.add_argument(
-        "--scored-tokens", default="all", metavar="all|text", help="count image tokens in the scores, or only text"
-    )
-    pruning.add_argument(
-        "--unseen-experts", default="weights", metavar="weights|dense",
-        help="experts that no prompt token reached: cut by their weights alone, or leave them whole",
-    )
-    machine = flags.add_argument_group("machine")
-    machine.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
-    machine.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps")
+    add_pruning_flags(flags)
+    machine = add_machine_flags(flags)
     machine.add_argument("--max-seq-len", type=int, metavar="N", help="a shorter context than the model's")
     machine.add_argument("--compile", action="store_true", help="compile the decode step (slow to start, fast to run)")
     output = flags.add_argument_group("output")
@@ -81,37 +59,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry of `python -m popengine.generate` and of the console script `popengine-generate`."""
-    try:
-        run(parser().parse_args(arguments))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read our output has gone: nothing is left to say, not even by the interpreter's flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    sys.exit(0)
+    run_as_command(run, parser(), arguments)
 
 
 def run(flags: argparse.Namespace) -> None:
-    refuse_shadowed_packages()
     prompt = read_prompt(flags.prompt)
     from popengine.engine import load
-    from popengine.pruning import PruningSettings
     from popengine.sampling import Sampling
 
-    pruning = PruningSettings(
-        prune_ratio=flags.prune_ratio,
-        ffn_ratio=flags.ffn_ratio,
-        candidate_width=flags.candidate_width,
-        head_ratio=flags.head_ratio,
-        prefill=flags.prefill,
-        scored_tokens=flags.scored_tokens,
-        unseen_experts=flags.unseen_experts,
-    )
+    pruning = pruning_settings(flags)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     engine = load(
         flags.ckpt,
@@ -140,20 +96,6 @@ def run(flags: argparse.Namespace) -> None:
     print(flush=True)
     if not flags.quiet:
         print_statistics(engine, piece)
-
-
-def refuse_shadowed_packages() -> None:
-    """`models` and `weights` are common names: say so when another package of that name stands in front of ours."""
-    ours = Path(__file__).resolve().parent.parent
-    for name in ("models", "weights"):
-        spec = importlib.util.find_spec(name)
-        places = [] if spec is None else [*(spec.submodule_search_locations or []), spec.origin or ""]
-        if not any(Path(place).resolve() in (ours / name, ours / name / "__init__.py") for place in places):
-            found = places[0] if places else "nothing"
-            raise InputError(
-                f"the package `{name}` of popengine is hidden by {found}; run from another directory, "
-                "or use the command popengine-generate"
-            )
 
 
 def read_prompt(text: str) -> str:
