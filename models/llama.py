@@ -3,7 +3,7 @@
 B batch, T prompt tokens, S cache slots, H hidden size, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from models.layers import (
     PrefillStep,
     RMSNorm,
     RotaryEmbedding,
+    project,
 )
 from models.state import DecodeState, LayerState
 from popengine.cache import KVCache
@@ -100,6 +101,10 @@ class LlamaForCausalLM(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        # The two parts of a decode step that compile_decode replaces.
+        self.decode_layer: Callable[..., Tensor] = self.layer_class.decode
+        self.decode_head: Callable[..., Tensor] = LlamaForCausalLM.head
+        self.compiled = False
 
     @classmethod
     def from_config(cls, raw: Mapping[str, Any]) -> "LlamaForCausalLM":
@@ -154,6 +159,9 @@ class LlamaForCausalLM(nn.Module):
             config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim,
             weight.dtype, weight.device,
         )
+        if self.compiled:
+            for buffer in cache.keys + cache.values:
+                torch._dynamo.mark_dynamic(buffer, 2)       # the capacity: one compiled step serves them all
         layers = [
             layer.new_state(keys, values, pruning)
             for layer, keys, values in zip(self.model.layers, cache.keys, cache.values, strict=True)
@@ -184,9 +192,25 @@ class LlamaForCausalLM(nn.Module):
         x = self.embed(tokens.unsqueeze(1))                                         # [B, 1, H]
         step = self.decode_step(x, state)
         for layer, layer_state in zip(self.model.layers, state.layers, strict=True):
-            x = layer.decode(x, layer_state, step)
+            x = self.decode_layer(layer, x, layer_state, step)
         state.cache.advance()
-        return self.lm_head(self.model.norm(x[:, -1]))                              # [B, V]
+        return self.decode_head(self, x)                                            # [B, V]
+
+    def head(self, x: Tensor) -> Tensor:
+        """The end of a decode step: final norm and output projection. x [B, 1, H] -> logits [B, V]"""
+        return project(self.model.norm(x), self.lm_head.weight, None)[:, 0]
+
+    def compile_decode(self) -> None:
+        """From now on run decode steps through torch.compile: one function for all layers, and one for the head.
+
+        It is compiled at its first step and again for every new shape: another batch size, dtype or set of partition
+        sizes, but not another prompt or length.
+        """
+        # Every shape of the one function counts towards this limit, past which PyTorch would silently run eagerly.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        self.decode_layer = torch.compile(self.layer_class.decode, dynamic=False)
+        self.decode_head = torch.compile(LlamaForCausalLM.head, dynamic=False)
+        self.compiled = True
 
     def prefill_step(
         self, x: Tensor, real: Tensor | None, counted: Tensor | None, finish_dense: bool, clock: Clock
@@ -207,6 +231,8 @@ class LlamaForCausalLM(nn.Module):
         for window in set(self.config.windows):
             hidden = ~state.cache.visible(window)                                   # [B, 1, 1, S]
             masks[window] = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, -torch.inf)
+            if self.compiled:
+                torch._dynamo.mark_dynamic(masks[window], 3)
         return DecodeStep(cos, sin, masks, state.cache.length, state.live)
 
     def layer_weights(self) -> LayerWeights:
