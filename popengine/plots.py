@@ -1,0 +1,164 @@
+"""The pictures of a comparison. Needs matplotlib, which the extra `plots` installs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from popengine.errors import InputError
+from popengine.studies import NetworkPicks, RankDrift
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+except ImportError:
+    raise InputError("plots need matplotlib: pip install 'popengine[plots]', or give --no-plots") from None
+
+STYLES = {
+    "dense": ("black", "*"),
+    "all-channels": ("tab:gray", "D"),
+    "pop": ("tab:blue", "o"),
+    "frozen": ("tab:orange", "s"),
+    "random": ("tab:brown", "x"),
+    "magnitude": ("tab:red", "^"),
+    "wanda-sp": ("tab:green", "v"),
+    "flap": ("tab:purple", "P"),
+}
+REGION_COLOURS = {"retained": "#1f4e79", "candidate": "#f2b134", "pruned": "#e8e8e8"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One line of the table as the plots need it. agreed  share of windows, per scored position."""
+
+    method: str
+    label: str
+    ffn_ratio: float
+    candidate_width: float
+    megabytes: float
+    perplexity: float
+    agreed: list[float]
+
+
+def save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def plot_perplexity(points: Sequence[Point], path: Path) -> None:
+    """Perplexity against weight bytes per token; points of one method and one ratio (POP's widths) are joined."""
+    figure, axes = pyplot.subplots(figsize=(8.5, 5.5))
+    for method in dict.fromkeys(point.method for point in points):
+        colour, marker = STYLES.get(method, ("tab:cyan", "o"))
+        own = [point for point in points if point.method == method]
+        for ratio in sorted({point.ffn_ratio for point in own}):
+            line = sorted((p for p in own if p.ffn_ratio == ratio), key=lambda p: (p.megabytes, p.candidate_width))
+            axes.plot([p.megabytes for p in line], [p.perplexity for p in line], color=colour, linewidth=0.9, alpha=0.6)
+            if method == "pop" and len(line) > 1:
+                for point in line:
+                    axes.annotate(
+                        f"{point.candidate_width:g}", (point.megabytes, point.perplexity), fontsize=7, color=colour,
+                        textcoords="offset points", xytext=(5, 4),
+                    )
+        axes.scatter(
+            [p.megabytes for p in own], [p.perplexity for p in own], color=colour, marker=marker,
+            s=110 if method == "dense" else 42, label=method, zorder=3,
+        )
+    axes.set_yscale("log")
+    ticks = [tick for tick in (5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000, 3000, 10000)
+             if min(p.perplexity for p in points) * 0.8 < tick < max(p.perplexity for p in points) * 1.3]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("weights read per decoded token, MB")
+    axes.set_ylabel("perplexity (lower is better)")
+    axes.set_title("What a decode step reads, and what it costs in quality (numbers: candidate width of pop)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def plot_agreement(points: Sequence[Point], path: Path, bin_size: int = 16) -> None:
+    """Agreement with the dense model's top token by position in the continuation, in bins of positions."""
+    figure, axes = pyplot.subplots(figsize=(8.5, 5))
+    lines = ("-", "--", ":", "-.")
+    used: dict[str, int] = {}
+    for point in points:
+        if point.method == "dense":
+            continue
+        size = min(bin_size, len(point.agreed))
+        bins = torch.tensor(point.agreed[: len(point.agreed) // size * size]).view(-1, size).mean(dim=1)
+        middle = [size * index + size / 2 for index in range(len(bins))]
+        colour = STYLES.get(point.method, ("tab:cyan", "o"))[0]
+        line = lines[used.get(point.method, 0) % len(lines)]
+        used[point.method] = used.get(point.method, 0) + 1
+        axes.plot(middle, bins.tolist(), line, color=colour, marker=".", label=point.label)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel(f"position after the prompt (mean over {bin_size} positions)")
+    axes.set_ylabel("same top token as the dense model")
+    axes.set_title("Agreement with the dense model by position, on the text's own tokens")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
+    save(figure, path)
+
+
+def plot_rank_drift(drifts: Sequence[RankDrift], path: Path) -> None:
+    """Mean rank difference and top-50 % overlap per decode step: median network, and the middle 80 % of them."""
+    figure, both = pyplot.subplots(1, 2, figsize=(11, 4.3))
+    for axes, title, chance, values in (
+        (both[0], "mean rank difference / channels", 1 / 3, torch.stack([d.rank_difference for d in drifts]).mean(0)),
+        (both[1], "overlap of the top 50 %", 0.5, torch.stack([d.overlap for d in drifts]).mean(0)),
+    ):
+        steps = range(1, values.shape[1] + 1)
+        low, middle, high = (values.quantile(q, dim=0).tolist() for q in (0.1, 0.5, 0.9))
+        axes.fill_between(steps, low, high, color="tab:blue", alpha=0.2, label="middle 80 % of the layers")
+        axes.plot(steps, middle, color="tab:blue", label="median layer")
+        axes.axhline(chance, color="black", linestyle=":", label="by chance")
+        axes.set_xlabel("decode step")
+        axes.set_title(title)
+        axes.set_ylim(0, 0.5 if chance < 0.5 else 1)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(f"Dense model: a decode step's ranking of channels against the prompt's, {len(drifts)} windows")
+    save(figure, path)
+
+
+def plot_partition_map(networks: Sequence[NetworkPicks], path: Path, label: str) -> None:
+    """Networks x channels: the region of every channel above, how often each candidate was picked below."""
+    channels = networks[0].partition.sizes.channels
+    regions = torch.zeros(len(networks), channels)
+    candidates = networks[0].partition.sizes.candidate
+    share = torch.zeros(len(networks), candidates)
+    for row, network in enumerate(networks):
+        regions[row, network.partition.candidate] = 1
+        regions[row, network.partition.pruned] = 2
+        share[row] = (network.picked / max(network.steps, 1)).sort(descending=True).values
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(13, 8.5))
+    above.imshow(
+        regions, aspect="auto", interpolation="nearest", cmap=ListedColormap(list(REGION_COLOURS.values())),
+        vmin=0, vmax=2, extent=(0, channels, len(networks), 0),
+    )
+    above.set_title(f"Partition of one prompt, {label}")
+    above.set_xlabel("channel, in the model's order")
+    above.set_ylabel(row_name(networks))
+    above.legend(
+        handles=[Patch(color=colour, label=name) for name, colour in REGION_COLOURS.items()],
+        loc="upper right", ncols=3, fontsize=8, framealpha=0.95,
+    )
+    image = below.imshow(share, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1,
+                         extent=(0, candidates, len(networks), 0))
+    below.set_title("How often decode steps picked each candidate (each row sorted; half are picked at every step)")
+    below.set_xlabel("candidate, from the most to the least picked")
+    below.set_ylabel(row_name(networks))
+    figure.colorbar(image, ax=below, label="share of steps", fraction=0.03, pad=0.01)
+    save(figure, path)
+
+
+def row_name(networks: Sequence[NetworkPicks]) -> str:
+    return "layer and expert" if any("expert" in network.name for network in networks) else "layer"

@@ -1,0 +1,69 @@
+"""What a long comparison has measured so far, one JSON object per line, so that a killed run goes on where it was.
+
+The first line says what is being compared; every later line is one finished measurement. A line is written when it is
+complete, so only the last one of a killed run can be torn.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from popengine.errors import InputError
+
+
+class ProgressFile:
+    """Records by their `key`. notes  what a user should be told about the file that was found."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self.notes: list[str] = []
+        self.records: dict[str, dict[str, Any]] = {}
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        entries = [parsed(line) for line in lines]
+        head = entries[0] if entries else None
+        if head is not None and head.get("comparison", identity) != identity:
+            found = head["comparison"]
+            differs = [name for name in identity if not isinstance(found, dict) or found.get(name) != identity[name]]
+            raise InputError(
+                f"{path.parent} holds another comparison ({', '.join(differs)} differ): give another --out folder"
+            )
+        sound = [entry for entry in entries[1:] if entry is not None and "key" in entry]
+        if lines and (head is None or "comparison" not in head):
+            # Without its first line nobody can say what the others are of.
+            sound = []
+        self.records = {entry["key"]: entry for entry in sound}
+        if lines and len(sound) != len(lines) - 1:
+            aside = free_name(path)
+            path.rename(aside)
+            self.notes.append(
+                f"{path} was damaged: moved to {aside.name}, {len(sound)} of its measurements are kept, "
+                "the others are made again"
+            )
+            lines = []
+        if not lines:
+            self.write({"comparison": identity}, *sound)
+
+    def add(self, key: str, record: dict[str, Any]) -> None:
+        self.records[key] = {"key": key, **record}
+        self.write(self.records[key])
+
+    def write(self, *entries: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
+def parsed(line: str) -> dict[str, Any] | None:
+    """The object on a line, or None where the line is damaged."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def free_name(path: Path) -> Path:
+    """A name beside `path` that nothing has yet."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    return aside
