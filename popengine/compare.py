@@ -200,9 +200,10 @@ class Comparison:
         from popengine import plots
         from popengine.studies import picks, rank_drift
 
-        usual = [(one, point) for one, point in zip(self.prunings, self.points(rows), strict=True)
-                 if one.prefill == next(iter(self.plotted_prefills())) and not one.head_ratio
-                 and one.unseen_experts == "weights"]
+        usual = [
+            (one, point) for one, point in zip(self.prunings, self.points(rows), strict=True)
+            if one.method == "dense" or (one.prefill, one.head_ratio, one.unseen_experts) == self.usual_settings()
+        ]
         names = ["perplexity.png", "agreement.png"]
         plots.plot_perplexity([point for _, point in usual], folder / "perplexity.png")
         plots.plot_agreement(
@@ -220,10 +221,11 @@ class Comparison:
             names.append("partition.png")
         return names
 
-    def plotted_prefills(self) -> list[str]:
-        """How prompts are finished in the configurations other than dense, which has no choice; the plots show the
-        first."""
-        return list(dict.fromkeys(one.prefill for one in self.prunings if one.method != "dense")) or ["pruned"]
+    def usual_settings(self) -> tuple[str, float, str]:
+        """Prefill, heads off and treatment of unseen experts that the plots show: the first of each that was asked
+        for. (dense has no choice, and counts with any.)"""
+        first = next((one for one in self.prunings if one.method != "dense"), Configuration("dense"))
+        return first.prefill, first.head_ratio, first.unseen_experts
 
     def middle_width(self) -> float:
         """The paper's width if it was measured, else the first one."""

@@ -86,7 +86,7 @@ def plot_perplexity(points: Sequence[Point], path: Path) -> None:
 
 def plot_agreement(points: Sequence[Point], path: Path, bin_size: int = 16) -> None:
     """Agreement with the dense model's top token by position in the continuation, in bins of positions."""
-    figure, axes = pyplot.subplots(figsize=(8.5, 5))
+    figure, axes = pyplot.subplots(figsize=(10.5, 5))
     lines = ("-", "--", ":", "-.")
     used: dict[str, int] = {}
     for point in points:
@@ -104,7 +104,7 @@ def plot_agreement(points: Sequence[Point], path: Path, bin_size: int = 16) -> N
     axes.set_ylabel("same top token as the dense model")
     axes.set_title("Agreement with the dense model by position, on the text's own tokens")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     save(figure, path)
 
 
