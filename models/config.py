@@ -11,6 +11,9 @@ from typing import Any
 
 from popengine.errors import InputError
 
+# Layers are laid out one by one before any weight is looked at: a hostile number must not keep us busy.
+MOST_LAYERS = 1024
+
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")
 
 # Fields that say nothing about what is computed at inference: provenance, training, token ids (read elsewhere) and
@@ -240,6 +243,8 @@ FAMILIES = {
 def read_decoder_fields(fields: ConfigReader, model_type: str, defaults: FamilyDefaults) -> dict[str, Any]:
     """The fields of LlamaConfig, from a config of any family that shares Llama's attention."""
     layers = fields.integer("num_hidden_layers", 32)
+    if layers > MOST_LAYERS:
+        raise InputError(f"{fields.where}: num_hidden_layers is {layers}; more than {MOST_LAYERS} is not plausible")
     hidden_size = fields.integer("hidden_size", defaults.hidden_size)
     heads = fields.integer("num_attention_heads", 32)
     kv_heads = fields.integer("num_key_value_heads", defaults.num_key_value_heads or heads)

@@ -196,6 +196,38 @@ def attend_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
     return a.reshape(batch, 1, heads, head_dim)
 
 
+class Linear(nn.Linear):
+    """nn.Linear, without initial values while the model is laid out on the meta device.
+
+    There is nothing to fill there, and PyTorch would import its compiler to find that out: two seconds of loading.
+    """
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+def lay_columns_together(linear: nn.Linear) -> None:
+    """Store a weight [out, in] column by column, in place of row by row; what it computes stays the same.
+
+    An eager float32 product of one row on a CPU reads such a weight 1.2 to 1.7 times as fast (docs/speed.md).
+    """
+    linear.weight.data = linear.weight.data.t().contiguous().t()
+
+
+def empty_like_layout(weight: Tensor, rows: int, columns: int) -> Tensor:
+    """An uninitialised [rows, columns] matrix, stored by columns if `weight` is."""
+    return weight.new_empty(rows, columns) if weight.is_contiguous() else weight.new_empty(columns, rows).t()
+
+
+def select_rows(weight: Tensor, rows: Tensor, out: Tensor) -> None:
+    """out[i] = weight[rows[i]], whichever way the two (alike) are stored."""
+    if weight.is_contiguous():
+        torch.index_select(weight, 0, rows, out=out)
+    else:
+        torch.gather(weight.t(), 1, rows.expand(weight.shape[1], -1), out=out.t())
+
+
 def take_channels(h: Tensor, channels: Tensor) -> Tensor:
     """h [..., I] -> [..., A], the channels named. gather is index_select, but in bfloat16 on a CPU twice as fast."""
     return h.gather(-1, channels.expand(*h.shape[:-1], -1))
@@ -215,19 +247,24 @@ class ActiveFeedForward:
     """The weights of one FFN that a decode step reads, in buffers that are filled once per prompt.
 
     Rows stand in the order retained, candidate. With nothing to prune they are the module's own weights, uncopied.
-    With `static` channels they are filled here and now, and prompts change nothing.
+    With `static` channels they are filled here and now, and prompts change nothing. With `in_place` they are the first
+    rows of the module's own weights, which every prompt puts into a new order.
     """
 
-    def __init__(self, ffn: "FeedForward", sizes: PartitionSizes, static: StaticChannels | None = None) -> None:
-        self.sizes, self.static = sizes, static
+    def __init__(
+        self, ffn: "FeedForward", sizes: PartitionSizes, static: StaticChannels | None = None, in_place: bool = False
+    ) -> None:
+        self.sizes, self.static, self.in_place = sizes, static, in_place
         self.prunes = sizes.retained < sizes.channels
         self.down_bias: Tensor | None = ffn.down_proj.bias
         self.partition = keep_everything(sizes.channels, (), ffn.down_proj.weight.device)
-        if self.prunes:
+        if self.prunes and in_place:
+            self.look_at_first_rows(ffn)
+        elif self.prunes:
             rows, weight = sizes.resident, ffn.gate_proj.weight
-            self.gate = weight.new_empty(rows, weight.shape[1])                     # [A, H]
-            self.up = torch.empty_like(self.gate)                                   # [A, H]
-            self.down = weight.new_empty(weight.shape[1], rows)                     # [H, A]
+            self.gate = empty_like_layout(weight, rows, weight.shape[1])            # [A, H]
+            self.up = empty_like_layout(weight, rows, weight.shape[1])              # [A, H]
+            self.down = empty_like_layout(ffn.down_proj.weight, weight.shape[1], rows)          # [H, A]
             self.gate_bias = None if ffn.gate_proj.bias is None else weight.new_empty(rows)     # [A]
             self.up_bias = None if ffn.up_proj.bias is None else weight.new_empty(rows)         # [A]
             self.candidate_norms = weight.new_empty(sizes.candidate, dtype=torch.float32)       # [C]
@@ -236,17 +273,34 @@ class ActiveFeedForward:
             self.up, self.up_bias = ffn.up_proj.weight, ffn.up_proj.bias
             self.down = ffn.down_proj.weight
         if static is not None and self.prunes:
-            self.copy_from(ffn, static.partition)
+            self.hold(ffn, static.partition)
             if static.bias is not None:
                 self.down_bias = static.bias if self.down_bias is None else self.down_bias + static.bias
+
+    def hold(self, ffn: "FeedForward", partition: ChannelPartition) -> None:
+        """From now on be the weights of the resident channels that `partition` names."""
+        if self.in_place:
+            ffn.reorder(partition.order)
+            self.partition = ChannelPartition(torch.arange(self.sizes.channels, device=self.gate.device), self.sizes)
+            self.look_at_first_rows(ffn)
+        else:
+            self.copy_from(ffn, partition)
+
+    def look_at_first_rows(self, ffn: "FeedForward") -> None:
+        rows = self.sizes.resident
+        self.gate, self.up = ffn.gate_proj.weight[:rows], ffn.up_proj.weight[:rows]             # [A, H]
+        self.down = ffn.down_proj.weight[:, :rows]                                              # [H, A]
+        self.gate_bias = None if ffn.gate_proj.bias is None else ffn.gate_proj.bias[:rows]      # [A]
+        self.up_bias = None if ffn.up_proj.bias is None else ffn.up_proj.bias[:rows]            # [A]
+        self.candidate_norms = ffn.down_norms()[self.sizes.retained : rows]                     # [C]
 
     def copy_from(self, ffn: "FeedForward", partition: ChannelPartition) -> None:
         """Fill the buffers with the resident rows (columns of down_proj) that `partition` names."""
         self.partition = partition
         resident = partition.resident                                               # [A]
-        torch.index_select(ffn.gate_proj.weight, 0, resident, out=self.gate)
-        torch.index_select(ffn.up_proj.weight, 0, resident, out=self.up)
-        torch.gather(ffn.down_proj.weight, 1, resident.expand(len(self.down), -1), out=self.down)
+        select_rows(ffn.gate_proj.weight, resident, out=self.gate)
+        select_rows(ffn.up_proj.weight, resident, out=self.up)
+        select_rows(ffn.down_proj.weight.t(), resident, out=self.down.t())
         torch.index_select(ffn.down_norms(), 0, partition.candidate, out=self.candidate_norms)
         if self.gate_bias is not None:
             torch.index_select(ffn.gate_proj.bias, 0, resident, out=self.gate_bias)
@@ -255,7 +309,7 @@ class ActiveFeedForward:
 
     def copied_bytes(self) -> int:
         """Memory that the copies take, in bytes."""
-        return tensor_bytes(self) if self.prunes else 0
+        return tensor_bytes(self) if self.prunes and not self.in_place else 0
 
 
 class FeedForward(nn.Module):
@@ -263,9 +317,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, channels: int, act: str, bias: bool) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, channels, bias=bias)
-        self.up_proj = nn.Linear(hidden_size, channels, bias=bias)
-        self.down_proj = nn.Linear(channels, hidden_size, bias=bias)
+        self.gate_proj = Linear(hidden_size, channels, bias=bias)
+        self.up_proj = Linear(hidden_size, channels, bias=bias)
+        self.down_proj = Linear(channels, hidden_size, bias=bias)
         self.act = activation_function(act)
         self.norms: Tensor | None = None
 
@@ -282,7 +336,7 @@ class FeedForward(nn.Module):
     def new_active(self, pruning: Pruning) -> ActiveFeedForward:
         """Buffers for the weights that decode steps read under this pruning."""
         static = None if pruning.static is None else pruning.static.of[self]
-        return ActiveFeedForward(self, self.sizes(pruning), static)
+        return ActiveFeedForward(self, self.sizes(pruning), static, pruning.in_place)
 
     def sizes(self, pruning: Pruning) -> PartitionSizes:
         """Regions of this network: alike in all of a model, unless static partitions say otherwise."""
@@ -301,7 +355,8 @@ class FeedForward(nn.Module):
     def copy_bytes(self, pruning: Pruning) -> int:
         """Memory that the active copies will take, in bytes; with nothing to prune there are none."""
         sizes = self.sizes(pruning)
-        copies = self.resident_weight_count(pruning) if sizes.retained < sizes.channels else 0
+        copied = sizes.retained < sizes.channels and not pruning.in_place
+        copies = self.resident_weight_count(pruning) if copied else 0
         return copies * self.gate_proj.weight.element_size()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -312,16 +367,32 @@ class FeedForward(nn.Module):
         h = self.activation(x)                                                      # [B, T, I]
         if not active.prunes:
             return self.down_proj(h)
+        partition = active.partition if active.static is not None else self.partition_by(h, active.sizes, step)
+        # Finished before `hold`, which may put the weights into another order than that of h.
+        dense = self.down_proj(h) if step.finish_dense else None                    # [B, T, H]
         if active.static is None:
-            with step.clock.phase("scores"):
-                scores = channel_scores(h, self.down_norms(), step.counted)         # [I]
-            with step.clock.phase("sort"):
-                partition = partition_channels(scores, active.sizes)
             with step.clock.phase("copy"):
-                active.copy_from(self, partition)
-        if step.finish_dense:
-            return self.down_proj(h)
-        return F.linear(take_channels(h, active.partition.resident), active.down, active.down_bias)
+                active.hold(self, partition)
+        if dense is not None:
+            return dense
+        return F.linear(take_channels(h, partition.resident), active.down, active.down_bias)
+
+    def partition_by(self, h: Tensor, sizes: PartitionSizes, step: PrefillStep) -> ChannelPartition:
+        """Score the prompt's activation and cut the channels. h [B, T, I]"""
+        with step.clock.phase("scores"):
+            scores = channel_scores(h, self.down_norms(), step.counted)             # [I]
+        with step.clock.phase("sort"):
+            return partition_channels(scores, sizes)
+
+    def reorder(self, order: Tensor) -> None:
+        """Put the channels into another order, int64 [I], in place: what the network computes stays the same."""
+        self.gate_proj.weight.copy_(self.gate_proj.weight[order])
+        self.up_proj.weight.copy_(self.up_proj.weight[order])
+        self.down_proj.weight.copy_(self.down_proj.weight[:, order])
+        for linear in (self.gate_proj, self.up_proj):
+            if linear.bias is not None:
+                linear.bias.copy_(linear.bias[order])
+        self.norms = self.down_norms()[order]
 
     def decode(self, x: Tensor, active: ActiveFeedForward, step: DecodeStep) -> Tensor:
         """Run one token on the resident channels, less the candidates that lose at this step. x [B, 1, H]"""
@@ -366,9 +437,9 @@ class ActiveHeads:
         self.cache_order: Tensor | None = None                                      # [K] int64
         if self.prunes:
             width = groups * sizes.resident * attention.head_dim                    # coordinates of resident heads
-            self.q = weight.new_empty(width, weight.shape[1])                       # [A D, H]
+            self.q = empty_like_layout(weight, width, weight.shape[1])              # [A D, H]
             self.q_bias = None if attention.q_proj.bias is None else weight.new_empty(width)     # [A D]
-            self.o = weight.new_empty(weight.shape[1], width)                       # [H, A D]
+            self.o = empty_like_layout(attention.o_proj.weight, weight.shape[1], width)         # [H, A D]
             self.candidate_norms = weight.new_empty(
                 groups, sizes.candidate, attention.head_dim, dtype=torch.float32
             )                                                                       # [G, C, D]
@@ -408,10 +479,10 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.window = config.head_dim, window
         hidden = config.hidden_size
-        self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=config.output_bias)
+        self.q_proj = Linear(hidden, self.heads * self.head_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(hidden, self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.v_proj = Linear(hidden, self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(self.heads * self.head_dim, hidden, bias=config.output_bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.query_key_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.query_key_norm else None
         # Heads are cut inside the group that shares a key/value head; without sharing, over all heads.

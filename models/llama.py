@@ -15,6 +15,7 @@ from models.layers import (
     Attention,
     DecodeStep,
     FeedForward,
+    Linear,
     PrefillStep,
     RMSNorm,
     RotaryEmbedding,
@@ -98,13 +99,15 @@ class LlamaForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = LlamaModel(config, self.layer_class)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         # The two parts of a decode step that compile_decode replaces.
         self.decode_layer: Callable[..., Tensor] = self.layer_class.decode
         self.decode_head: Callable[..., Tensor] = LlamaForCausalLM.head
         self.compiled = False
+        # The state whose prompt the weights were last reordered for (pruning in place).
+        self.reordered_for: DecodeState | None = None
 
     @classmethod
     def from_config(cls, raw: Mapping[str, Any]) -> "LlamaForCausalLM":
@@ -180,6 +183,8 @@ class LlamaForCausalLM(nn.Module):
         returns  [B, V]     logits after the last token
         """
         state.start(x.shape[1], real)
+        if state.pruning.in_place:
+            self.reordered_for = state
         finish_dense = state.pruning.prefill == "dense"
         step = self.prefill_step(x, real, real if counted is None else counted, finish_dense, state.clock)
         for layer, layer_state in zip(self.model.layers, state.layers, strict=True):
@@ -189,6 +194,8 @@ class LlamaForCausalLM(nn.Module):
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
         """One step: run one token per sequence on the active weights. tokens int64 [B] -> logits [B, V]"""
         state.cache.make_room()
+        if state.pruning.in_place and self.reordered_for is not state:
+            raise InputError("pruning in place serves one run at a time, and another prompt has reordered the weights")
         x = self.embed(tokens.unsqueeze(1))                                         # [B, 1, H]
         step = self.decode_step(x, state)
         for layer, layer_state in zip(self.model.layers, state.layers, strict=True):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ConfigReader, FamilyDefaults, LlamaConfig, read_decoder_fields
-from models.layers import ActiveFeedForward, DecodeStep, FeedForward, PrefillStep, take_channels
+from models.layers import ActiveFeedForward, DecodeStep, FeedForward, Linear, PrefillStep, take_channels
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from models.state import DecodeState
 from popengine.errors import InputError
@@ -220,13 +220,13 @@ class MixtureOfExperts(nn.Module):
         hidden, act = config.hidden_size, config.hidden_act
         self.experts_per_token, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
         self.channels = config.moe_intermediate_size
-        self.gate = nn.Linear(hidden, config.num_experts, bias=False)
+        self.gate = Linear(hidden, config.num_experts, bias=False)
         experts = (FeedForward(hidden, self.channels, act, bias=False) for _ in range(config.num_experts))
         self.experts = nn.ModuleList(experts)  # type: ignore[assignment]  # iterates as what it holds
         self.shared_expert: FeedForward | None = None
         if config.shared_expert_intermediate_size:
             self.shared_expert = FeedForward(hidden, config.shared_expert_intermediate_size, act, bias=False)
-            self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
+            self.shared_expert_gate = Linear(hidden, 1, bias=False)
 
     def route(self, x: Tensor) -> Routing:
         """Choose each token's experts: softmax over all of them, the best X, renormalised if the model does so.
@@ -324,6 +324,8 @@ class MixtureOfExperts(nn.Module):
         return expert.decode(x, weights, step)[:, 0]
 
     def new_active(self, pruning: Pruning) -> ActiveExperts:
+        if pruning.in_place:
+            raise InputError("pruning in place is not implemented for mixtures of experts; leave it off")
         return ActiveExperts(self, pruning)
 
     def weight_count(self) -> int:
@@ -362,6 +364,10 @@ class MixtralForCausalLM(LlamaForCausalLM):
     def from_config(cls, raw: Mapping[str, Any]) -> "MixtralForCausalLM":
         """A model of empty weights from a parsed config.json."""
         return cls(read_mixtral_config(raw))
+
+    def compile_decode(self) -> None:
+        """Not for mixtures: which experts run is known only at the step, and each choice would be compiled anew."""
+        raise InputError("compiling the decode step is not implemented for mixtures of experts; leave --compile off")
 
     def locate(
         self, parameter_names: list[str], checkpoint_names: list[str]

@@ -77,6 +77,9 @@ def add_pruning_flags(flags: argparse.ArgumentParser) -> None:
         "--prefill", default="pruned", metavar="pruned|dense", help="finish the prompt on what stays, or on everything"
     )
     pruning.add_argument(
+        "--in-place", action="store_true", help="reorder the loaded weights instead of copying the active ones"
+    )
+    pruning.add_argument(
         "--scored-tokens", default="all", metavar="all|text", help="count image tokens in the scores, or only text"
     )
     pruning.add_argument(
@@ -95,6 +98,7 @@ def pruning_settings(flags: argparse.Namespace) -> "PruningSettings":
         candidate_width=flags.candidate_width,
         head_ratio=flags.head_ratio,
         prefill=flags.prefill,
+        in_place=flags.in_place,
         scored_tokens=flags.scored_tokens,
         unseen_experts=flags.unseen_experts,
     )

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import sys
+import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -69,13 +70,18 @@ def run(flags: argparse.Namespace) -> None:
 
     pruning = pruning_settings(flags)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
-    engine = load(
-        flags.ckpt,
-        dtype=flags.dtype,
-        device=flags.device,
-        max_seq_len=flags.max_seq_len,
-        progress=sys.stderr.isatty() and not flags.quiet,
-    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        engine = load(
+            flags.ckpt,
+            dtype=flags.dtype,
+            device=flags.device,
+            max_seq_len=flags.max_seq_len,
+            compile=flags.compile,
+            progress=sys.stderr.isatty() and not flags.quiet,
+        )
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
     for field in engine.unknown_fields:
         print(f"warning: config.json has a field that popengine does not know and ignores: {field}", file=sys.stderr)
     pieces = engine.stream(
@@ -138,6 +144,7 @@ def report(engine: "Engine", pieces: "list[Piece]") -> dict[str, Any]:
             "partition_ms": statistics.partition_ms,
             "decode_ms_per_token": or_null(statistics.decode_ms_per_token),
             "decode_tokens_per_s": or_null(statistics.decode_tokens_per_s),
+            "compile_s": statistics.compile_s,
         },
         "experts": [asdict(layer) for layer in statistics.experts],
         "weight_bytes_per_token": statistics.weight_bytes_per_token,
@@ -162,11 +169,12 @@ def print_statistics(engine: "Engine", last: "Piece") -> None:
     if statistics.image_tokens:
         text_tokens = statistics.prompt_tokens - statistics.image_tokens
         prompt += f" ({statistics.image_tokens} of images, {text_tokens} of text): images {statistics.image_ms:.0f} ms"
+    compiled = f"; compiled before that in {statistics.compile_s:.1f} s" if statistics.compile_s else ""
     lines = [
         f"prompt    {prompt}{',' if statistics.image_tokens else ':'} prefill {statistics.prefill_ms:.0f} ms, "
         f"partition {statistics.partition_ms:.0f} ms",
         f"decode    {statistics.new_tokens} tokens ({ended}): {statistics.decode_ms_per_token:.1f} ms/token, "
-        f"{statistics.decode_tokens_per_s:.1f} tokens/s",
+        f"{statistics.decode_tokens_per_s:.1f} tokens/s{compiled}",
         f"channels  {regions.channels} per FFN: {regions.retained} retained, {regions.candidate} candidate "
         f"({regions.picked} picked per step), {regions.pruned} pruned",
         f"weights   {megabytes(statistics.weight_bytes_per_token)} read per token, {share:.1%} of dense "

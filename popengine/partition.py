@@ -92,7 +92,7 @@ def keep_best(scores: Tensor, count: int) -> Tensor:
     stand in a compiled decode step.
     """
     if torch.compiler.is_compiling():
-        # Rank by comparing every pair: C * C comparisons that fuse into one loop, where a sort would be a call out of it.
+        # Rank by comparing every pair: C * C comparisons fuse into one loop, where a sort would be a call out of it.
         place = torch.arange(scores.shape[-1], device=scores.device)
         mine, other = scores.unsqueeze(-1), scores.unsqueeze(-2)                    # [..., C, 1], [..., 1, C]
         better = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))     # [..., C, C]

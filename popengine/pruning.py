@@ -41,6 +41,8 @@ class PruningSettings:
                      "dense": on all of them, so that prompt and first token are the dense model's
     all_channels     the quality ceiling (paper, Table 6): every step chooses among all channels, and nothing is saved
                      but down_proj
+    in_place         no copy of the active weights: every prompt reorders the channels of the loaded weights instead,
+                     which leaves what they compute as it is. One run at a time; not for mixtures of experts
     unseen_experts   what becomes of an expert that fewer than min_tokens prompt tokens were routed to: "weights" cuts
                      it by scores from its weights alone, so that the budget still holds; "dense" leaves it whole
     scored_tokens    prompt tokens that count in the scores: "all", or "text" without the image tokens
@@ -54,6 +56,7 @@ class PruningSettings:
     head_ratio: float = 0.0
     prefill: Literal["pruned", "dense"] = "pruned"
     all_channels: bool = False
+    in_place: bool = False
     unseen_experts: Literal["weights", "dense"] = "weights"
     min_tokens: int = 1
     scored_tokens: Literal["all", "text"] = "all"
@@ -114,6 +117,7 @@ class Pruning:
     head_ratio: float
     prefill: Literal["pruned", "dense"]
     all_channels: bool
+    in_place: bool = False
     unseen_experts: Literal["weights", "dense"] = "weights"
     min_tokens: int = 1
     scored_tokens: Literal["all", "text"] = "all"
@@ -164,6 +168,7 @@ def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
         head_ratio=settings.head_ratio,
         prefill=settings.prefill,
         all_channels=settings.all_channels,
+        in_place=settings.in_place,
         unseen_experts=settings.unseen_experts,
         min_tokens=settings.min_tokens,
         scored_tokens=settings.scored_tokens,

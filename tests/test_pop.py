@@ -12,8 +12,10 @@ from tiny_models import SIZES, left_padded, saved_pair
 from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
+from models.layers import Linear, lay_columns_together
 from models.llama import LlamaForCausalLM
 from models.state import DecodeState
+from popengine.errors import InputError
 from popengine.partition import channel_scores, keep_best
 from popengine.pruning import DENSE, Pruning, PruningSettings, resolve
 
@@ -201,3 +203,59 @@ def test_a_slow_implementation_with_hooks_gives_the_same_tokens(tmp_path: Path, 
             tokens.append(int(model.decode(torch.tensor(tokens[-1:]), state).argmax()))
     assert tokens == SlowPOP(reference, 0.4, width, prefill).generate(prompt[0].tolist(), 30)
     assert len(set(tokens)) > 5         # a sequence that repeats one token would prove little
+
+
+@pytest.mark.parametrize("prefill", ["pruned", "dense"])
+def test_reordering_in_place_gives_what_copies_give(model: LlamaForCausalLM, prefill: Any) -> None:
+    tokens, _ = left_padded([12], SIZES["vocab_size"])
+    others, _ = left_padded([9], SIZES["vocab_size"], seed=4)
+    copied = resolve(replace(SETTINGS["both"], prefill=prefill), model.layer_weights())
+    model = deepcopy(model).double()        # in float32 sums in another order may tip a near tie between candidates
+    reordered = deepcopy(model)
+    with torch.inference_mode():
+        state = model.new_state(1, 64, copied)
+        in_place = reordered.new_state(1, 64, replace(copied, in_place=True))
+        for prompt in (tokens, others, tokens):         # each prompt finds the weights as the last one left them
+            logits = model.prefill(model.embed(prompt), state)
+            again = reordered.prefill(reordered.embed(prompt), in_place)
+            for _ in range(8):
+                torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-5)
+                chosen = logits.argmax(-1)
+                logits, again = model.decode(chosen, state), reordered.decode(chosen, in_place)
+        torch.testing.assert_close(reordered(tokens), model(tokens), atol=1e-5, rtol=1e-5)      # still the same model
+        assert all(layer.ffn.copied_bytes() == 0 for layer in in_place.layers)
+
+
+def test_in_place_refuses_a_second_run_instead_of_mixing_them_up(model: LlamaForCausalLM) -> None:
+    tokens, _ = left_padded([9], SIZES["vocab_size"])
+    pruning = replace(resolve(SETTINGS["ffn"], model.layer_weights()), in_place=True)
+    model = deepcopy(model)
+    with torch.inference_mode():
+        _, first = prefilled(model, tokens, pruning)
+        _, second = prefilled(model, tokens, pruning)
+        model.decode(torch.tensor([1]), second)
+        with pytest.raises(InputError, match="one run at a time"):
+            model.decode(torch.tensor([1]), first)
+
+
+def test_storing_weights_by_columns_changes_nothing(model: LlamaForCausalLM) -> None:
+    tokens, _ = left_padded([12], SIZES["vocab_size"])
+    pruning = resolve(SETTINGS["both"], model.layer_weights())
+    by_columns = deepcopy(model)
+    for module in by_columns.modules():
+        if isinstance(module, Linear):
+            lay_columns_together(module)
+    assert not by_columns.lm_head.weight.is_contiguous()
+    with torch.inference_mode():
+        logits, state = prefilled(model, tokens, pruning)
+        again, other = prefilled(by_columns, tokens, pruning)
+        for _ in range(4):
+            torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-5)
+            chosen = logits.argmax(-1)
+            logits, again = model.decode(chosen, state), by_columns.decode(chosen, other)
+        for one, two in zip(state.layers, other.layers, strict=True):
+            for name in ("gate", "up", "down"):
+                assert torch.equal(getattr(one.ffn, name), getattr(two.ffn, name))
+                assert getattr(two.ffn, name).stride() != getattr(one.ffn, name).stride()
+            assert torch.equal(one.heads.q, two.heads.q)
+            assert torch.equal(one.heads.o, two.heads.o)
