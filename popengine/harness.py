@@ -1,0 +1,246 @@
+"""LM-Evaluation-Harness with this engine: python -m popengine.harness --model popengine --model_args ckpt=DIR,...
+
+The arguments are those of `lm_eval`; importing this module is what makes the model name `popengine` known to it. Needs
+the extra `lm-eval`. model_args are ckpt, method, prune_ratio or ffn_ratio, candidate_width, head_ratio, prefill,
+unseen_experts, calibration (a saved file), seed, dtype, device and max_length.
+
+How requests are answered, so that online pruning is what is measured:
+
+loglikelihood          the context is prefilled, which makes the partition, and the continuation goes through decode
+                       steps (evaluated in parallel). One forward pass over both, as other models do, never decodes.
+loglikelihood_rolling  a text has no prompt: the first half of every window serves as one and is scored by the dense
+                       model, the second half goes through decode steps. `popengine.score` reports the latter alone.
+generate_until         prefill and decode steps in batches of --batch_size, up to a stop string. One partition serves a
+                       batch, as everywhere in this engine: with --batch_size 1 every prompt has its own.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from popengine.calibration import load_calibration
+from popengine.chat import render_chat
+from popengine.engine import load
+from popengine.errors import InputError
+from popengine.methods import Request, settings_for
+from popengine.pruning import PruningSettings
+from popengine.sampling import Sampling
+from popengine.score import Window, dense_log_probabilities, log_probabilities
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from tqdm import tqdm
+except ImportError:
+    raise InputError("the evaluation harness needs lm_eval: pip install 'popengine[lm-eval]'") from None
+
+DEFAULT_NEW_TOKENS = 256
+GENERATION_ARGUMENTS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
+
+
+@register_model("popengine")
+class PopengineLM(TemplateLM):
+    """A checkpoint under a pruning method, as the harness sees it."""
+
+    def __init__(
+        self,
+        ckpt: str | None = None,
+        method: str = "pop",
+        prune_ratio: float | None = None,
+        ffn_ratio: float | None = None,
+        candidate_width: float = 0.1,
+        head_ratio: float = 0.0,
+        prefill: Any = "pruned",
+        unseen_experts: Any = "weights",
+        calibration: str | None = None,
+        seed: int = 0,
+        dtype: str = "auto",
+        device: str | None = None,
+        max_length: int | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        settings = PruningSettings(
+            prune_ratio, ffn_ratio, candidate_width, head_ratio, prefill, unseen_experts=unseen_experts
+        )
+        self.batch_size = whole_number("batch_size", batch_size)
+        self.engine = load(ckpt, dtype=dtype, device=device or "auto", max_seq_len=max_length)
+        model = self.engine.model
+        loaded = None if calibration is None else load_calibration(Path(calibration), model)
+        self.settings = settings_for(method, Request(model, settings, loaded, seed))
+        self.pruning = self.engine.resolve(self.settings)
+
+    @property
+    def eot_token_id(self) -> int:
+        """What stands before a text without context when the tokenizer begins none with a token of its own."""
+        ids = self.engine.end_of_sequence_ids or self.engine.stop_ids
+        if not ids:
+            raise InputError("this checkpoint names no end-of-sequence token, and the harness needs one")
+        named = self.engine.tokenizer.token_id(self.engine.tokenizer.eos_token or "")
+        return named if named is not None else min(ids)
+
+    @property
+    def prefix_token_id(self) -> int:
+        begin = self.engine.tokenizer.token_id(self.engine.tokenizer.bos_token or "")
+        return self.eot_token_id if begin is None else begin
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """None: as the tokenizer does, unless the text begins with its token already."""
+        begin = self.engine.tokenizer.bos_token
+        if add_special_tokens is None:
+            add_special_tokens = not (begin and string.startswith(begin))
+        return self.engine.tokenizer.encode(string, add_special_tokens)
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Each request by itself: with others it would share a partition."""
+        results = []
+        for texts, context, continuation in tqdm(requests, desc="loglikelihood", disable=disable_tqdm):
+            window = self.fitting(context, continuation)
+            said = torch.tensor(window.continuation, device=self.engine.device)     # [S]
+            log_p = log_probabilities(self.engine.model, window, self.pruning)      # [S, V]
+            greedy = bool((log_p.argmax(dim=-1) == said).all())
+            results.append((float(log_p.gather(1, said[:, None]).sum()), greedy))
+            self.cache_hook.add_partial("loglikelihood", texts, results[-1])
+        return results
+
+    def fitting(self, context: list[int], continuation: list[int]) -> Window:
+        """Context and continuation, the former cut from the left where both are too long for the model.
+
+        The last token is scored and never run, so that one more fits than the context has positions.
+        """
+        whole = (context + continuation)[-(self.engine.max_seq_len + 1) :]
+        scored = min(len(continuation), len(whole) - 1)
+        return Window(whole[: len(whole) - scored], whole[len(whole) - scored :])
+
+    @torch.inference_mode()
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        results = []
+        for request in tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm):
+            (text,) = request.args
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text, add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.engine.max_seq_len,
+                context_len=1,
+            )
+            total = 0.0
+            for context, continuation in map(make_disjoint_window, windows):
+                total += self.rolling_window(self.fitting(context, continuation))
+            results.append(total)
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+        return results
+
+    def rolling_window(self, window: Window) -> float:
+        """Log-likelihood of a window's continuation: up to the window's middle dense, from there on by decode steps."""
+        middle = max(len(window.prompt), len(window.ids) // 2)
+        first, rest = window.ids[len(window.prompt) : middle], window.ids[middle:]
+        pieces = [dense_log_probabilities(self.engine.model, window)[: len(first)]]
+        if rest:
+            pieces.append(log_probabilities(self.engine.model, Window(window.ids[:middle], rest), self.pruning))
+        log_p = torch.cat(pieces)                                                   # [S, V]
+        said = torch.tensor(window.continuation, device=log_p.device)               # [S]
+        return float(log_p.gather(1, said[:, None]).sum())
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Requests with the same arguments run in batches, the longest prompts first."""
+        results = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
+        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
+            for group in groups.values():
+                encoded = {index: self.tok_encode(requests[index].args[0]) for index in group}
+                group.sort(key=lambda index: -len(encoded[index]))
+                for start in range(0, len(group), self.batch_size):
+                    batch = group[start : start + self.batch_size]
+                    arguments = requests[batch[0]].args[1]
+                    texts = self.generate_batch([encoded[index] for index in batch], arguments)
+                    for index, text in zip(batch, texts, strict=True):
+                        results[index] = text
+                        self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                    bar.update(len(batch))
+        return results
+
+    def generate_batch(self, prompts: list[list[int]], arguments: dict[str, Any]) -> list[str]:
+        """Texts up to the first stop string of each, or the end of sequence."""
+        unknown = sorted(set(arguments) - set(GENERATION_ARGUMENTS))
+        if unknown:
+            raise InputError(
+                f"generation argument {unknown[0]!r} is not implemented; there are {', '.join(GENERATION_ARGUMENTS)}"
+            )
+        until = arguments.get("until") or []
+        stops = [until] if isinstance(until, str) else list(until)
+        new_tokens = whole_number("max_gen_toks", arguments.get("max_gen_toks", DEFAULT_NEW_TOKENS))
+        room = self.engine.max_seq_len - new_tokens
+        if room < 1:
+            raise InputError(f"max_gen_toks {new_tokens} leaves no room in the context of {self.engine.max_seq_len}")
+        samples = arguments.get("do_sample", bool(arguments.get("temperature")))
+        temperature = float(arguments.get("temperature", 1.0)) if samples else 0.0
+        sampling = Sampling(temperature, int(arguments.get("top_k", 0)), float(arguments.get("top_p", 1.0)))
+        run = self.engine.run([ids[-room:] for ids in prompts], new_tokens, self.settings, sampling)
+        token_ids: list[list[int]] = [[] for _ in prompts]
+        for step in run:
+            for index, token in enumerate(step):
+                if token is None:
+                    continue
+                token_ids[index].append(token)
+                if first_stop(self.engine.tokenizer.decode(token_ids[index]), stops) is not None:
+                    run.end(index)
+        texts = [self.engine.tokenizer.decode(ids) for ids in token_ids]
+        return [text[: first_stop(text, stops)] for text in texts]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if self.engine.chat_template is None:
+            raise InputError("this checkpoint has no chat template: leave --apply_chat_template out")
+        tokenizer = self.engine.tokenizer
+        return render_chat(
+            self.engine.chat_template, chat_history, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.engine.chat_template if chat_template else None
+
+    @property
+    def tokenizer_name(self) -> str:
+        return "popengine"
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first of the stop strings begins; None when there is none."""
+    places = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
+    return min(places, default=None)
+
+
+def whole_number(name: str, value: Any) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number < 1:
+        raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return number
+
+
+def main() -> NoReturn:
+    """lm_eval's own command line, with our errors in one line."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
