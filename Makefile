@@ -1,4 +1,5 @@
 # make run    set up, fetch the default checkpoint, generate text with POP and print the statistics
+# make run-vlm  the same with a picture: the small LLaVA of weights/llava-tiny looks at its example.png
 # make test   set up, then every test
 # make check  ruff and mypy
 
@@ -10,13 +11,17 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test check checkpoint bench clean
+.PHONY: run run-vlm test check checkpoint bench clean
 
 run: $(VENV)/run-is-installed checkpoint
 	$(BIN)/python -m popengine.generate --prompt "$$(cat tools/demonstration_prompt.txt)"
 
+run-vlm: $(VENV)/run-is-installed
+	$(BIN)/python -m popengine.generate --ckpt weights/llava-tiny --image weights/llava-tiny/example.png --prompt "What is in the picture?"
+
+# Two processes of one thread: on tiny models threads only wait for each other.
 test: $(VENV)/dev-is-installed checkpoint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/dev-is-installed
 	$(BIN)/ruff check .
