@@ -95,7 +95,8 @@ def _find(rng: random.Random) -> Example:
     values = [rng.choice(string.digits) for _ in keys]
     wanted = rng.randrange(len(keys))
     pairs = "".join(key + value for key, value in zip(keys, values, strict=True))
-    return Example(f"find {pairs}:{keys[wanted]}", values[wanted], f"{keys[wanted]} {pairs}")
+    key = keys[wanted]
+    return Example(f"find {pairs}:{key}", key + values[wanted], f"{key} {pairs}")
 
 
 TASKS: dict[str, Callable[[random.Random], Example]] = {
