@@ -138,10 +138,10 @@ def plot_partition_map(networks: Sequence[NetworkPicks], path: Path, label: str)
     for row, network in enumerate(networks):
         regions[row, network.partition.candidate] = 1
         regions[row, network.partition.pruned] = 2
-        share[row] = (network.picked / max(network.steps, 1)).sort(descending=True).values
+        share[row] = (network.picked / max(network.steps, 1)).sort(descending=True).values.cpu()
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(13, 8.5))
     above.imshow(
-        regions, aspect="auto", interpolation="nearest", cmap=ListedColormap(list(REGION_COLOURS.values())),
+        regions.numpy(), aspect="auto", interpolation="nearest", cmap=ListedColormap(list(REGION_COLOURS.values())),
         vmin=0, vmax=2, extent=(0, channels, len(networks), 0),
     )
     above.set_title(f"Partition of one prompt, {label}")
@@ -151,7 +151,7 @@ def plot_partition_map(networks: Sequence[NetworkPicks], path: Path, label: str)
         handles=[Patch(color=colour, label=name) for name, colour in REGION_COLOURS.items()],
         loc="upper right", ncols=3, fontsize=8, framealpha=0.95,
     )
-    image = below.imshow(share, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1,
+    image = below.imshow(share.numpy(), aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1,
                          extent=(0, candidates, len(networks), 0))
     below.set_title("How often decode steps picked each candidate (each row sorted; half are picked at every step)")
     below.set_xlabel("candidate, from the most to the least picked")

@@ -18,29 +18,25 @@ class ProgressFile:
         self.path = path
         self.notes: list[str] = []
         self.records: dict[str, dict[str, Any]] = {}
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        entries = [parsed(line) for line in lines]
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        entries = [parsed(line) for line in text.splitlines()]
         head = entries[0] if entries else None
-        if head is not None and head.get("comparison", identity) != identity:
-            found = head["comparison"]
-            differs = [name for name in identity if not isinstance(found, dict) or found.get(name) != identity[name]]
-            raise InputError(
-                f"{path.parent} holds another comparison ({', '.join(differs)} differ): give another --out folder"
-            )
-        sound = [entry for entry in entries[1:] if entry is not None and "key" in entry]
-        if lines and (head is None or "comparison" not in head):
-            # Without its first line nobody can say what the others are of.
-            sound = []
+        found = head.get("comparison") if head is not None else None
+        if isinstance(found, dict) and found != identity:
+            differs = ", ".join(name for name in identity if found.get(name) != identity[name])
+            raise InputError(f"{path.parent} holds another comparison ({differs} differ): give another --out folder")
+        # Without its first line nobody can say what the others are of.
+        sound = [entry for entry in entries[1:] if entry is not None and "key" in entry] if found == identity else []
         self.records = {entry["key"]: entry for entry in sound}
-        if lines and len(sound) != len(lines) - 1:
+        damaged = bool(text) and (len(sound) != len(entries) - 1 or found != identity or not text.endswith("\n"))
+        if damaged:
             aside = free_name(path)
             path.rename(aside)
             self.notes.append(
                 f"{path} was damaged: moved to {aside.name}, {len(sound)} of its measurements are kept, "
                 "the others are made again"
             )
-            lines = []
-        if not lines:
+        if damaged or not text:
             self.write({"comparison": identity}, *sound)
 
     def add(self, key: str, record: dict[str, Any]) -> None:

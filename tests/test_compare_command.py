@@ -1,0 +1,197 @@
+"""The compare command: its table and plots, that it goes on where it was killed, and what it says of damage."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import SIZES, complete_checkpoint, saved_pair
+from transformers import LlamaConfig
+
+from popengine import compare
+from popengine.activations import dense_activations, embedded
+from popengine.compare import main
+from popengine.engine import load
+from popengine.errors import InputError
+from popengine.pruning import DENSE, PruningSettings
+from popengine.score import Window
+from popengine.studies import picks, rank_drift
+from popengine.tasks import Question, is_answered, questions_for
+
+METHODS = ["dense", "all-channels", "pop", "frozen", "random", "magnitude", "wanda-sp", "flap"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return complete_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "counting.txt"
+    path.write_text(" ".join(str(number * number) for number in range(300)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def flags(checkpoint: Path, text: Path) -> list[Any]:
+    return [
+        "--ckpt", checkpoint, "--text", text, "--prompt-tokens", 24, "--score-tokens", 16, "--windows", 2,
+        "--ffn-ratio", 0.2, 0.4,
+    ]
+
+
+def status(*arguments: Any) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code  # type: ignore[return-value]
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    capsys.readouterr()
+    assert status(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "table.json").read_text())["rows"]
+
+
+def test_table_and_plots_of_every_method(
+    flags: list[Any], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "new" / "folder"
+    many = ["--methods", *METHODS, "--candidate-width", 0.1, 0.4, "--calibration-text", text, "--head-ratio", 0, 0.5]
+    assert status(*flags, *many, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert printed == (out / "table.md").read_text()
+    table = rows(out)
+    # Per ratio: pop with two widths and frozen and all-channels, heads off and on, and four static methods.
+    assert len(table) == 1 + 2 * (2 * 2 + 2 + 2 + 4)
+    assert {row["method"] for row in table} == set(METHODS)
+    about = json.loads((out / "table.json").read_text())["about"]
+    assert about["machine"]["torch"] == torch.__version__ and about["seed"] == 0
+    for plot in ("perplexity.png", "agreement.png", "rank_drift.png", "partition.png"):
+        assert plot in about["plots"]
+        assert (out / plot).read_bytes().startswith(b"\x89PNG")
+    assert table[0]["method"] == "dense" and table[0]["agreement"] == 1 and table[0]["weight_share"] == 1
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_table(
+    flags: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*flags, "--methods", "pop", "frozen", "--no-plots"]
+    assert status(*flags, "--out", tmp_path / "whole") == 0
+    scored = 0
+    real = compare.text_key
+
+    def killed(one: Any, window: int) -> str:
+        nonlocal scored
+        scored += 1
+        if scored == 13:
+            raise KeyboardInterrupt
+        return real(one, window)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "text_key", killed)
+        assert status(*flags, "--out", tmp_path / "killed") == 130
+    done = (tmp_path / "killed" / "progress.jsonl").read_text()
+    assert 1 < done.count("\n") < 9
+    assert status(*flags, "--out", tmp_path / "killed") == 0
+    assert (tmp_path / "killed" / "progress.jsonl").read_text().startswith(done)
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+def test_a_damaged_record_is_moved_aside_and_sound_lines_are_kept(
+    flags: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*flags, "--methods", "pop", "--no-plots", "--out", tmp_path]
+    assert status(*flags) == 0
+    wanted, file = rows(tmp_path), tmp_path / "progress.jsonl"
+    lines = file.read_text().splitlines()
+    torn = "\n".join([*lines[:2], lines[2][:50], *lines[3:]]) + "\n"
+    file.write_text(torn)
+    capsys.readouterr()
+    assert status(*flags) == 0
+    said = capsys.readouterr().err
+    assert f"{len(lines) - 2} of its measurements are kept" in said and "damaged-1" in said
+    assert (tmp_path / "progress.jsonl.damaged-1").read_text() == torn
+    assert rows(tmp_path) == wanted
+    assert sorted(file.read_text().splitlines()) == sorted(lines)
+    file.write_bytes(b"\xff\x00 not a record")
+    assert status(*flags) == 0
+    assert (tmp_path / "progress.jsonl.damaged-2").read_bytes() == b"\xff\x00 not a record"
+    assert rows(tmp_path) == wanted
+
+
+def test_bad_input_is_one_line(flags: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", tmp_path / "out", "--no-plots"]
+    assert "the methods are dense" in error(capsys, *flags, *out, "--methods", "pop", "popp")
+    assert "there are text, pictures" in error(capsys, *flags, *out, "--tasks", "puzzles")
+    assert "between 0 and 2" in error(capsys, *flags, *out, "--candidate-width", 3)
+    assert "prefill must be one of" in error(capsys, *flags, *out, "--prefill", "sparse")
+    assert "--text" in error(capsys, *flags[:2], *out)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    assert "cannot be made" in error(capsys, *flags, "--out", tmp_path / "file")
+    assert "two" not in error(capsys, *flags, *out, "--windows", 5000)
+    assert status(*flags, *out, "--methods", "frozen") == 0
+    other = [part if part != 24 else 20 for part in flags]
+    assert "prompt_tokens differ" in error(capsys, *other, *out, "--methods", "frozen")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(flags: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.chmod(0o500)
+    assert "cannot be" in error(capsys, *flags, "--out", tmp_path / "inside", "--no-plots")
+
+
+def test_tasks_are_generated_and_compared_exactly(checkpoint: Path, tmp_path: Path) -> None:
+    flags = ["--ckpt", checkpoint, "--tasks", "text", "--questions", 1, "--methods", "dense", "pop"]
+    assert status(*flags, "--out", tmp_path) == 0
+    for row in rows(tmp_path):
+        assert set(row["tasks_text"]["asked"].values()) == {1}
+        assert len(row["tasks_text"]["asked"]) == 7
+    engine = load(checkpoint, device="cpu")
+    made = engine.generate("What now?", max_new_tokens=64, pruning=DENSE)[0].text
+    assert is_answered(engine, Question("any", "What now?", made.strip()), DENSE)
+    assert not is_answered(engine, Question("any", "What now?", made.strip() + "!"), DENSE)
+    assert len(questions_for("pictures", 2, 0)) == 12
+    with pytest.raises(InputError, match="at least 1"):
+        questions_for("text", 0, 0)
+
+
+@torch.inference_mode()
+def test_rank_drift_is_what_its_definition_says(tmp_path: Path) -> None:
+    """Against a loop over channels; and a step that repeats a prompt of one token has not drifted at all."""
+    model = saved_pair(tmp_path, LlamaConfig(**SIZES))[1]
+    window = Window([5, 6, 7, 8], [9, 10, 11])
+    drift = rank_drift(model, window)
+    first = next(iter(dense_activations(model, embedded(model, window.ids))))
+    norms, channels = first.ffn.down_norms(), SIZES["intermediate_size"]
+
+    def order(scores: list[float]) -> list[int]:
+        return sorted(range(channels), key=lambda channel: -scores[channel])
+
+    prompt = order((first.h[:4].square().sum(0).sqrt() * norms).tolist())
+    for step in range(3):
+        now = order((first.h[4 + step].abs() * norms).tolist())
+        difference = sum(abs(now.index(i) - prompt.index(i)) for i in range(channels)) / channels / channels
+        overlap = len(set(now[: channels // 2]) & set(prompt[: channels // 2])) / (channels // 2)
+        assert float(drift.rank_difference[0, step]) == pytest.approx(difference, abs=1e-6)
+        assert float(drift.overlap[0, step]) == pytest.approx(overlap, abs=1e-6)
+
+
+def test_picks_count_what_every_step_kept(checkpoint: Path) -> None:
+    engine = load(checkpoint, device="cpu")
+    pruning = engine.resolve(PruningSettings(ffn_ratio=0.4, candidate_width=0.3))
+    seen = picks(engine.model, Window(list(range(20)), list(range(20, 31))), pruning)
+    assert [network.name for network in seen] == [f"model.layers.{index}.mlp" for index in range(3)]
+    for network in seen:
+        assert network.steps == 10
+        assert int(network.picked.sum()) == 10 * network.partition.sizes.pick

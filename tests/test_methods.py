@@ -1,0 +1,173 @@
+"""Static methods and calibration: what they keep, that they run on the same path, and what they refuse."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_mixtral import MIXTRAL
+from tiny_models import SIZES, saved_pair
+from torch import Tensor
+from transformers import LlamaConfig
+
+from models.layers import FeedForward
+from models.llama import LlamaForCausalLM
+from popengine.activations import dense_activations, embedded, feed_forward_networks
+from popengine.calibration import Calibration, calibrate, load_calibration, save_calibration
+from popengine.errors import InputError
+from popengine.methods import METHODS, Request, settings_for
+from popengine.pruning import DENSE, PruningSettings, resolve
+
+SETTINGS = PruningSettings(ffn_ratio=0.4)
+STATIC = ("random", "magnitude", "wanda-sp", "flap")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
+    return saved_pair(tmp_path_factory.mktemp("llama"), LlamaConfig(**SIZES))[1]
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
+    return saved_pair(tmp_path_factory.mktemp("mixtral"), MIXTRAL)[1]
+
+
+def texts(model: LlamaForCausalLM) -> list[Tensor]:
+    return [embedded(model, list(range(start, start + 40))) for start in (0, 30, 50)]
+
+
+@pytest.fixture(scope="module")
+def calibration(model: LlamaForCausalLM) -> Calibration:
+    return calibrate(model, texts(model), "numbers")
+
+
+@torch.inference_mode()
+def logits_of(model: LlamaForCausalLM, settings: PruningSettings, tokens: Tensor, prompt: int) -> Tensor:
+    """Prefill, then steps: [1 + steps, V]"""
+    state = model.new_state(1, tokens.shape[1], resolve(settings, model.layer_weights()))
+    logits = [model.prefill(model.embed(tokens[:, :prompt]), state)]
+    logits += [model.decode(token, state) for token in tokens[:, prompt:].T]
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("method", STATIC)
+@torch.inference_mode()
+def test_a_static_method_is_the_dense_network_with_channels_cut_out(
+    method: str, model: LlamaForCausalLM, calibration: Calibration, tmp_path: Path
+) -> None:
+    """Prompt and steps: the same logits as a dense model whose down_proj columns were set to 0 and biases added."""
+    settings = settings_for(method, Request(model, SETTINGS, calibration, seed=1))
+    assert settings.static is not None
+    cut = saved_pair(tmp_path, LlamaConfig(**SIZES, mlp_bias=True))[1]
+    cut.load_state_dict(model.state_dict(), strict=False)
+    for name, ffn in feed_forward_networks(model).items():
+        other, static = cut.get_submodule(name), settings.static.of[ffn]
+        assert isinstance(other, FeedForward)
+        other.down_proj.weight[:, static.partition.pruned] = 0
+        for projection in (other.gate_proj, other.up_proj, other.down_proj):
+            projection.bias.zero_()
+        if static.bias is not None:
+            other.down_proj.bias.copy_(static.bias)
+    tokens = torch.randint(SIZES["vocab_size"], (1, 30), generator=torch.Generator().manual_seed(2))
+    wanted = cut(tokens)[0, 19:]
+    torch.testing.assert_close(logits_of(model, settings, tokens, 20), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", STATIC)
+@torch.inference_mode()
+def test_static_methods_keep_the_budget_in_every_model(method: str, model: LlamaForCausalLM,
+                                                       mixture: LlamaForCausalLM) -> None:
+    for one in (model, mixture):
+        made = calibrate(one, texts(one), "numbers")
+        settings = settings_for(method, Request(one, SETTINGS, made))
+        assert settings.static is not None
+        sizes = [static.partition.sizes for static in settings.static.of.values()]
+        assert sum(size.retained for size in sizes) == len(sizes) * round(0.6 * SIZES["intermediate_size"])
+        frozen = resolve(replace(SETTINGS, candidate_width=0.0), one.layer_weights())
+        bytes_read = one.weight_bytes_per_token(resolve(settings, one.layer_weights()))
+        assert bytes_read == pytest.approx(one.weight_bytes_per_token(frozen), rel=1e-3)
+
+
+@torch.inference_mode()
+def test_flap_gives_networks_unequal_shares_and_keeps_the_mean(
+    model: LlamaForCausalLM, calibration: Calibration
+) -> None:
+    settings = settings_for("flap", Request(model, SETTINGS, calibration))
+    assert settings.static is not None
+    assert len({static.partition.sizes.retained for static in settings.static.of.values()}) > 1
+    name, ffn = next(iter(feed_forward_networks(model).items()))
+    static = settings.static.of[ffn]
+    wanted = ffn.down_proj.weight[:, static.partition.pruned] @ calibration.moments[name].mean[static.partition.pruned]
+    assert static.bias is not None
+    torch.testing.assert_close(static.bias, wanted, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_magnitude_keeps_the_channels_with_the_largest_weight(model: LlamaForCausalLM) -> None:
+    settings = settings_for("magnitude", Request(model, SETTINGS))
+    assert settings.static is not None
+    for ffn in feed_forward_networks(model).values():
+        rows = torch.cat([ffn.gate_proj.weight, ffn.up_proj.weight], dim=1).abs().amax(dim=1)
+        partition = settings.static.of[ffn].partition
+        assert rows[partition.retained].min() >= rows[partition.pruned].max()
+
+
+@torch.inference_mode()
+def test_calibration_is_mean_and_variance_over_all_texts(model: LlamaForCausalLM, calibration: Calibration) -> None:
+    h: dict[str, list[Tensor]] = {}
+    for x in texts(model):
+        for activation in dense_activations(model, x):
+            h.setdefault(activation.name, []).append(activation.h)
+    for name, moments in calibration.moments.items():
+        together = torch.cat(h[name])
+        assert moments.tokens == len(together) == 120
+        torch.testing.assert_close(moments.mean, together.mean(dim=0), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(moments.variance, together.var(dim=0), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(moments.mean_square, together.square().mean(dim=0), atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_saved_calibration_is_the_same_and_only_for_its_model(
+    model: LlamaForCausalLM, mixture: LlamaForCausalLM, calibration: Calibration, tmp_path: Path
+) -> None:
+    path = tmp_path / "calibration.safetensors"
+    save_calibration(calibration, path)
+    loaded = load_calibration(path, model)
+    assert loaded.made_from == "numbers"
+    for name, moments in calibration.moments.items():
+        assert loaded.moments[name].tokens == moments.tokens
+        assert torch.equal(loaded.moments[name].variance, moments.variance)
+    other = saved_pair(tmp_path / "other", LlamaConfig(**SIZES))[1]
+    other.model.layers[1].mlp.down_proj.weight[0, 0] += 1
+    for wrong in (mixture, other):
+        with pytest.raises(InputError, match=r"made for another model.*numbers"):
+            load_calibration(path, wrong)
+
+
+def test_what_is_no_calibration_is_refused(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        load_calibration(tmp_path / "none.safetensors", model)
+    (tmp_path / "junk.safetensors").write_bytes(b"junk" * 10)
+    for path in (tmp_path / "junk.safetensors", tmp_path / "other" / "model.safetensors"):
+        saved_pair(tmp_path / "other", LlamaConfig(**SIZES))
+        with pytest.raises(InputError, match="not a calibration of popengine"):
+            load_calibration(path, model)
+
+
+def test_unknown_methods_missing_calibration_and_heads_are_named(model: LlamaForCausalLM) -> None:
+    with pytest.raises(InputError, match=f"unknown method 'wand'.*{', '.join(METHODS)}"):
+        settings_for("wand", Request(model, SETTINGS))
+    for method in ("wanda-sp", "flap"):
+        with pytest.raises(InputError, match=f"{method} is calibrated on a text"):
+            settings_for(method, Request(model, SETTINGS))
+    with pytest.raises(InputError, match="prune no heads"):
+        settings_for("magnitude", Request(model, replace(SETTINGS, head_ratio=0.5)))
+
+
+@torch.inference_mode()
+def test_ratio_zero_is_dense_under_every_method(model: LlamaForCausalLM, calibration: Calibration) -> None:
+    tokens = torch.arange(24)[None]
+    wanted = logits_of(model, DENSE, tokens, 16)
+    for method in METHODS:
+        settings = settings_for(method, Request(model, DENSE, calibration))
+        torch.testing.assert_close(logits_of(model, settings, tokens, 16), wanted, atol=1e-5, rtol=0)
