@@ -9,7 +9,7 @@ A resident channels (retained, then candidate), G groups of query heads that are
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -180,19 +180,20 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def attend_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one token to the cache, written out. Slots not filled yet have weight 0.
+    """Attention of one token to the cache. Slots not filled yet have weight 0.
+
+    The query heads that share a key/value head stand as if they were its queries, so that nothing is repeated.
 
     q [B, N, 1, D], N a multiple of K; keys, values [B, K, S, D]; mask float [B, 1, 1, S] -> [B, 1, N, D]
     """
     batch, heads, _, head_dim = q.shape
-    q = q.view(batch, keys.shape[1], -1, head_dim)                                  # [B, K, N/K, D]
+    q = q.reshape(batch, keys.shape[1], -1, head_dim)                               # [B, K, N/K, D]
     if written_out(q[:, 0]):
         products = q.unsqueeze(3).float() * keys.unsqueeze(2).float()               # [B, K, N/K, S, D]
         weights = (products.sum(dim=-1) * head_dim**-0.5 + mask).softmax(dim=-1)    # [B, K, N/K, S]
         a = (weights.unsqueeze(-1) * values.unsqueeze(2).float()).sum(dim=-2)       # [B, K, N/K, D]
         return a.to(q.dtype).reshape(batch, 1, heads, head_dim)
-    scores = q @ keys.transpose(-1, -2) * head_dim**-0.5 + mask                     # [B, K, N/K, S]
-    a = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ values            # [B, K, N/K, D]
+    a = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)              # [B, K, N/K, D]
     return a.reshape(batch, 1, heads, head_dim)
 
 
@@ -218,6 +219,25 @@ def lay_columns_together(linear: nn.Linear) -> None:
 def empty_like_layout(weight: Tensor, rows: int, columns: int) -> Tensor:
     """An uninitialised [rows, columns] matrix, stored by columns if `weight` is."""
     return weight.new_empty(rows, columns) if weight.is_contiguous() else weight.new_empty(columns, rows).t()
+
+
+def share_storage(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Make matrices [rows, width] (or vectors) parts of one tensor, one below the other, and return it.
+
+    They stay parameters of their own, with the values and the layout they had.
+    """
+    sizes = [len(parameter) for parameter in parameters]
+    first = parameters[0]
+    # Not an inference tensor, even if asked for during inference: training must be able to go on with the parameters.
+    with torch.inference_mode(False), torch.no_grad():
+        if first.dim() == 1:
+            together = first.new_empty(sum(sizes))
+        else:
+            together = empty_like_layout(first, sum(sizes), first.shape[1])
+        for parameter, part in zip(parameters, together.split(sizes), strict=True):
+            part.copy_(parameter)
+            parameter.data = part
+    return together
 
 
 def select_rows(weight: Tensor, rows: Tensor, out: Tensor) -> None:
@@ -425,39 +445,44 @@ class ActiveHeads:
 
     Heads stand group by group, in each group retained before candidate. With grouped-query attention a group is the
     query heads of one key/value head; without it all heads form one group, and the cache keeps its heads in the
-    partition's order so that those in use are a contiguous slice.
+    partition's order so that those in use are a contiguous slice. The rows of k_proj and v_proj follow those of q_proj,
+    so that one product gives all three.
     """
 
     def __init__(self, attention: "Attention", sizes: PartitionSizes) -> None:
         self.sizes = sizes
         self.prunes = sizes.retained < sizes.channels
         self.o_bias = attention.o_proj.bias
-        groups, weight = attention.head_groups, attention.q_proj.weight
+        groups, weight, head_dim = attention.head_groups, attention.q_proj.weight, attention.head_dim
+        self.heads = groups * sizes.resident                                        # A
         self.partition = keep_everything(sizes.channels, (groups,), weight.device)
         self.cache_order: Tensor | None = None                                      # [K] int64
         if self.prunes:
-            width = groups * sizes.resident * attention.head_dim                    # coordinates of resident heads
-            self.q = empty_like_layout(weight, width, weight.shape[1])              # [A D, H]
-            self.q_bias = None if attention.q_proj.bias is None else weight.new_empty(width)     # [A D]
-            self.o = empty_like_layout(attention.o_proj.weight, weight.shape[1], width)         # [H, A D]
-            self.candidate_norms = weight.new_empty(
-                groups, sizes.candidate, attention.head_dim, dtype=torch.float32
-            )                                                                       # [G, C, D]
+            rows, kv_rows = self.heads * head_dim, attention.kv_heads * head_dim
+            self.qkv = empty_like_layout(weight, rows + 2 * kv_rows, weight.shape[1])           # [(A + 2K) D, H]
+            self.qkv[rows:].copy_(torch.cat([attention.k_proj.weight, attention.v_proj.weight]))
+            self.qkv_bias: Tensor | None = None                                     # [(A + 2K) D]
+            if attention.q_proj.bias is not None:
+                self.qkv_bias = weight.new_empty(rows + 2 * kv_rows)
+                self.qkv_bias[rows:].copy_(torch.cat([attention.k_proj.bias, attention.v_proj.bias]))
+            self.o = empty_like_layout(attention.o_proj.weight, weight.shape[1], rows)          # [H, A D]
+            self.candidate_norms = weight.new_empty(groups, sizes.candidate, head_dim, dtype=torch.float32)  # [G, C, D]
             if groups == 1:
                 self.cache_order = torch.arange(sizes.channels, device=weight.device)
         else:
-            self.q, self.q_bias = attention.q_proj.weight, attention.q_proj.bias
+            self.qkv, self.qkv_bias = attention.together()
             self.o = attention.o_proj.weight
 
     def copy_from(self, attention: "Attention", partition: ChannelPartition) -> None:
+        """Fill the buffers with the rows and columns of the resident heads that `partition` names."""
         self.partition = partition
         heads, head_dim = attention.heads, attention.head_dim
         resident = attention.flat_heads(partition.resident)                         # [A]
-        q, o = attention.q_proj, attention.o_proj
-        by_head = self.q.view(-1, head_dim, q.weight.shape[1])
+        q, o, rows = attention.q_proj, attention.o_proj, self.heads * head_dim
+        by_head = self.qkv[:rows].view(self.heads, head_dim, -1)
         torch.index_select(q.weight.view(heads, head_dim, -1), 0, resident, out=by_head)
-        if self.q_bias is not None:
-            torch.index_select(q.bias.view(heads, head_dim), 0, resident, out=self.q_bias.view(-1, head_dim))
+        if self.qkv_bias is not None:
+            torch.index_select(q.bias.view(heads, head_dim), 0, resident, out=self.qkv_bias[:rows].view(-1, head_dim))
         torch.index_select(
             o.weight.view(-1, heads, head_dim), 1, resident, out=self.o.view(o.weight.shape[0], -1, head_dim)
         )
@@ -488,6 +513,17 @@ class Attention(nn.Module):
         # Heads are cut inside the group that shares a key/value head; without sharing, over all heads.
         self.head_groups = self.kv_heads if self.kv_heads < self.heads else 1
         self.norms: Tensor | None = None
+        self.qkv: Tensor | None = None
+
+    def together(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [(N + 2K) D, H] and bias of q_proj, k_proj and v_proj as one, which they become parts of."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if self.qkv is None or self.qkv.data_ptr() != self.q_proj.weight.data_ptr():    # new, or converted since
+            self.qkv = share_storage([projection.weight for projection in projections])
+            self.qkv_bias = None
+            if self.q_proj.bias is not None:
+                self.qkv_bias = share_storage([projection.bias for projection in projections])
+        return self.qkv, self.qkv_bias
 
     def output_norms(self) -> Tensor:
         """l2 norm of each column of o_proj, float32 [N, D]: constants of the weights, computed at first use."""
@@ -509,8 +545,8 @@ class Attention(nn.Module):
 
     def keys_and_values(self, x: Tensor, step: PrefillStep | DecodeStep) -> tuple[Tensor, Tensor]:
         """x [B, T, H] -> [B, K, T, D] each."""
-        k = self.rotated(project(x, self.k_proj.weight, self.k_proj.bias), self.k_norm, step)
-        v = project(x, self.v_proj.weight, self.v_proj.bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        k = self.rotated(self.k_proj(x), self.k_norm, step)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return k, v
 
     def forward(self, x: Tensor, step: PrefillStep) -> Tensor:
@@ -541,10 +577,22 @@ class Attention(nn.Module):
         resident = a.index_select(2, self.flat_heads(active.partition.resident))    # [B, T, A, D]
         return F.linear(resident.flatten(2), active.o, active.o_bias)
 
+    def active_queries_keys_values(
+        self, x: Tensor, active: ActiveHeads, step: DecodeStep
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One product for all three, one rotation for the first two. x [B, T, H] -> [B, A, T, D] and twice [B, K, T, D]"""
+        qkv = project(x, active.qkv, active.qkv_bias).unflatten(-1, (-1, self.head_dim))        # [B, T, A + 2K, D]
+        qk, v = qkv.split([active.heads + self.kv_heads, self.kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split([active.heads, self.kv_heads], dim=2)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
+        turned = rotate(qk.transpose(1, 2), step.cos, step.sin)                     # [B, A + K, T, D]
+        q, k = turned.split([active.heads, self.kv_heads], dim=1)
+        return q, k, v.transpose(1, 2)
+
     def decode(self, x: Tensor, keys: Tensor, values: Tensor, active: ActiveHeads, step: DecodeStep) -> Tensor:
         """Run one token: add its key and value to the cache, attend with the resident heads. x [B, 1, H]"""
-        q = self.rotated(project(x, active.q, active.q_bias), self.q_norm, step)     # [B, A, 1, D]
-        k, v = self.keys_and_values(x, step)                                        # [B, K, 1, D]
+        q, k, v = self.active_queries_keys_values(x, active, step)
         if active.cache_order is not None:
             k, v = k[:, active.cache_order], v[:, active.cache_order]
         keys.index_copy_(2, step.slot, k)

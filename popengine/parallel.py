@@ -67,8 +67,7 @@ def parallel_step(model: LlamaForCausalLM, x: Tensor, state: DecodeState) -> Dec
 def attention_steps(attention: Attention, x: Tensor, state: LayerState, step: DecodeStep) -> Tensor:
     """`Attention.decode`, T times. x [1, T, H] -> [1, T, H]"""
     active = state.heads
-    q = attention.rotated(F.linear(x, active.q, active.q_bias), attention.q_norm, step)     # [1, A, T, D]
-    k, v = attention.keys_and_values(x, step)                                       # [1, K, T, D]
+    q, k, v = attention.active_queries_keys_values(x, active, step)                 # [1, A, T, D], [1, K, T, D] twice
     if active.cache_order is not None:
         k, v = k[:, active.cache_order], v[:, active.cache_order]
     state.keys.index_copy_(2, step.slot, k)

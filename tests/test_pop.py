@@ -257,5 +257,5 @@ def test_storing_weights_by_columns_changes_nothing(model: LlamaForCausalLM) -> 
             for name in ("gate", "up", "down"):
                 assert torch.equal(getattr(one.ffn, name), getattr(two.ffn, name))
                 assert getattr(two.ffn, name).stride() != getattr(one.ffn, name).stride()
-            assert torch.equal(one.heads.q, two.heads.q)
+            assert torch.equal(one.heads.qkv, two.heads.qkv)
             assert torch.equal(one.heads.o, two.heads.o)
