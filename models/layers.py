@@ -221,7 +221,7 @@ def empty_like_layout(weight: Tensor, rows: int, columns: int) -> Tensor:
     return weight.new_empty(rows, columns) if weight.is_contiguous() else weight.new_empty(columns, rows).t()
 
 
-def share_storage(parameters: Sequence[nn.Parameter]) -> Tensor:
+def share_storage(parameters: Sequence[Tensor]) -> Tensor:
     """Make matrices [rows, width] (or vectors) parts of one tensor, one below the other, and return it.
 
     They stay parameters of their own, with the values and the layout they had.
@@ -580,7 +580,10 @@ class Attention(nn.Module):
     def active_queries_keys_values(
         self, x: Tensor, active: ActiveHeads, step: DecodeStep
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One product for all three, one rotation for the first two. x [B, T, H] -> [B, A, T, D] and twice [B, K, T, D]"""
+        """One product for all three, one rotation for the first two.
+
+        x [B, T, H] -> q [B, A, T, D], k and v [B, K, T, D]
+        """
         qkv = project(x, active.qkv, active.qkv_bias).unflatten(-1, (-1, self.head_dim))        # [B, T, A + 2K, D]
         qk, v = qkv.split([active.heads + self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
