@@ -38,7 +38,7 @@ CONFIG = {
     "model_type": "mixtral",
     "vocab_size": 99,
     "hidden_size": 128,
-    "intermediate_size": 128,
+    "intermediate_size": 64,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
