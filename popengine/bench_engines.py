@@ -1,0 +1,247 @@
+"""The engines that a benchmark compares, each behind the same method: generate greedily and say how long it took.
+
+Peers are optional: transformers and llama-cpp-python are imported here and only when asked for, and run on the same
+weights in the same dtype.
+"""
+
+import importlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from models.config import read_llama_config
+from models.layers import rotary_frequencies
+from popengine.engine import Engine
+from popengine.pruning import PruningSettings
+from weights.checkpoint import Checkpoint, open_checkpoint
+from weights.gguf_file import LAYER_NAMES, NAMES, ROPE_FACTORS
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One greedy generation. prefill_ms is without the partition, whose parts are scores, sort and copy.
+
+    compile_s is what compiling took before it began.
+    """
+
+    tokens: list[int]
+    prefill_ms: float
+    step_ms: list[float]
+    scores_ms: float = 0.0
+    sort_ms: float = 0.0
+    copy_ms: float = 0.0
+    compile_s: float = 0.0
+
+    @property
+    def partition_ms(self) -> float:
+        return self.scores_ms + self.sort_ms + self.copy_ms
+
+
+class Contender(Protocol):
+    """name: what the table calls it. generate: all of `new_tokens` tokens, never stopping before."""
+
+    name: str
+
+    def generate(self, prompt: list[int], new_tokens: int, steps: int | None = None) -> Generated:
+        """steps: stop after so many decode steps, with buffers for `new_tokens` all the same (a warm-up)."""
+
+    def drop_buffers(self) -> None:
+        """Give back what generations leave behind to be used again."""
+
+
+class AbsentPeer(Exception):
+    """A peer cannot run, and why."""
+
+
+class OwnEngine:
+    """One setting of popengine. Settings share the weights of an engine and take turns with its buffers."""
+
+    def __init__(self, name: str, engine: Engine, pruning: PruningSettings) -> None:
+        self.name, self.engine, self.pruning = name, engine, pruning
+
+    def generate(self, prompt: list[int], new_tokens: int, steps: int | None = None) -> Generated:
+        run = self.engine.run([prompt], new_tokens, self.pruning, ignore_eos=True)
+        iterator: Iterator[list[int | None]] = iter(run)
+        tokens, times = [], []
+        for _ in range(new_tokens if steps is None else min(new_tokens, 1 + steps)):
+            began = time.perf_counter()
+            (token,) = next(iterator)
+            times.append((time.perf_counter() - began) * 1000)
+            assert token is not None
+            tokens.append(token)
+        iterator.close()  # type: ignore[attr-defined]  # a generator: it gives its buffers back to the engine
+        measured = run.statistics()
+        return Generated(
+            tokens,
+            measured.prefill_ms,
+            times[1:],
+            measured.scores_ms,
+            measured.sort_ms,
+            measured.copy_ms,
+            measured.compile_s,
+        )
+
+    def drop_buffers(self) -> None:
+        self.engine.idle_state = None
+
+
+def import_peer(module: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise AbsentPeer(f"{package} is not installed ({error})") from None
+
+
+class TransformersEngine:
+    """Hugging Face's model as from_pretrained makes it: eager, its default attention, its default cache."""
+
+    name = "transformers"
+
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+        transformers = import_peer("transformers", "transformers")
+        transformers.utils.logging.disable_progress_bar()
+        self.device = device
+        if path.is_dir():
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        else:
+            # Not from the .gguf itself, whose weights transformers may keep packed.
+            with open_checkpoint(path) as checkpoint:
+                config = dict(checkpoint.config)
+                del config["architectures"], config["torch_dtype"]
+                config = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+                weights = {name: checkpoint.read(name).to(dtype) for name in checkpoint.entries}
+            tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+            missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+            if set(missing) - tied or unexpected:
+                raise AbsentPeer(f"it does not take these weights: {[*missing, *unexpected][:3]}")
+            model.tie_weights()
+        self.model = model.eval().to(device)
+
+    @torch.inference_mode()
+    def generate(self, prompt: list[int], new_tokens: int, steps: int | None = None) -> Generated:
+        tokens: list[int] = []
+        times = []
+        ids, cache = torch.tensor([prompt], device=self.device), None
+        for _ in range(new_tokens if steps is None else min(new_tokens, 1 + steps)):
+            began = time.perf_counter()
+            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            tokens.append(int(output.logits[0, -1].argmax()))
+            times.append((time.perf_counter() - began) * 1000)
+            ids, cache = torch.tensor([tokens[-1:]], device=self.device), output.past_key_values
+        return Generated(tokens, times[0], times[1:])
+
+    def drop_buffers(self) -> None:
+        """There are none: its cache ends with each generation."""
+
+
+class LlamaCppEngine:
+    """llama.cpp through llama-cpp-python, on a .gguf of the same weights written for it."""
+
+    name = "llama.cpp"
+
+    def __init__(self, path: Path, dtype: torch.dtype, context: int, threads: int, folder: Path) -> None:
+        self.library = import_peer("llama_cpp", "llama-cpp-python")
+        self.numpy = import_peer("numpy", "numpy")
+        with open_checkpoint(path) as checkpoint:
+            file = write_gguf(checkpoint, dtype, folder / f"{str(dtype).removeprefix('torch.')}.gguf")
+        try:
+            self.model = self.library.Llama(
+                str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
+            )
+        except (ValueError, RuntimeError) as error:
+            raise AbsentPeer(f"it does not load a .gguf of these weights ({error})") from None
+        self.vocabulary = self.model.n_vocab()
+
+    def generate(self, prompt: list[int], new_tokens: int, steps: int | None = None) -> Generated:
+        self.model.reset()
+        tokens: list[int] = []
+        times = []
+        ids = prompt
+        for _ in range(new_tokens if steps is None else min(new_tokens, 1 + steps)):
+            began = time.perf_counter()
+            self.model.eval(ids)
+            logits = self.library.llama_get_logits_ith(self.model.ctx, -1)
+            tokens.append(int(self.numpy.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax()))
+            times.append((time.perf_counter() - began) * 1000)
+            ids = tokens[-1:]
+        return Generated(tokens, times[0], times[1:])
+
+    def drop_buffers(self) -> None:
+        """Its cache belongs to the loaded model."""
+
+
+def write_gguf(checkpoint: Checkpoint, dtype: torch.dtype, path: Path) -> Path:
+    """The weights of a Llama in llama.cpp's names and order, matrices in `dtype` and vectors in float32.
+
+    There is no vocabulary in it: it is fed with token ids. AbsentPeer for what cannot be written.
+    """
+    gguf = import_peer("gguf", "gguf, which writes llama.cpp's weights,")
+    if checkpoint.config.get("architectures") != ["LlamaForCausalLM"] or checkpoint.config.get("attention_bias"):
+        raise AbsentPeer("its weights are written for plain Llama checkpoints only")
+    kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    config = read_llama_config(checkpoint.config)
+    plain_rope = replace(config.rope, rope_type="default")
+    factors = rotary_frequencies(plain_rope, config.head_dim) / rotary_frequencies(config.rope, config.head_dim)
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope.theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+
+    names = {name: gguf_name(name) for name in checkpoint.entries if not name.endswith("rotary_emb.inv_freq")}
+    for name, other in names.items():
+        shape = checkpoint.entries[name].shape
+        add_tensor_info(gguf, writer, other, shape, kind if len(shape) > 1 else "F32")
+    add_tensor_info(gguf, writer, ROPE_FACTORS, tuple(factors.shape), "F32")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name in names:
+        tensor = checkpoint.read(name)
+        if "q_proj" in name or "k_proj" in name:
+            # llama.cpp rotates neighbouring pairs where Hugging Face rotates the two halves of a head.
+            tensor = tensor.view(-1, 2, config.head_dim // 2, config.hidden_size).transpose(1, 2)
+        write_tensor_data(writer, tensor.to(dtype if len(checkpoint.entries[name].shape) > 1 else torch.float32))
+        checkpoint.release(name)
+    write_tensor_data(writer, factors)
+    writer.close()
+    return path
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of one of Hugging Face's tensors."""
+    whole = {hugging_face: gguf for gguf, hugging_face in NAMES.items()}
+    parts = {hugging_face: gguf for gguf, hugging_face in LAYER_NAMES.items()}
+    if name in whole:
+        return whole[name]
+    _, _, layer, *part, suffix = name.split(".")
+    return f"blk.{layer}.{parts['.'.join(part)]}.{suffix}"
+
+
+def add_tensor_info(gguf: ModuleType, writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
+    element = 4 if kind == "F32" else 2
+    byte_shape = (*shape[:-1], shape[-1] * element)
+    numpy = importlib.import_module("numpy")
+    raw = gguf.GGMLQuantizationType[kind]
+    writer.add_tensor_info(name, byte_shape, numpy.dtype("uint8"), numpy.prod(byte_shape).item(), raw_dtype=raw)
+
+
+def write_tensor_data(writer: Any, tensor: Tensor) -> None:
+    writer.write_tensor_data(tensor.contiguous().flatten().view(torch.uint8).numpy())

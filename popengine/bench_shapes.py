@@ -1,0 +1,82 @@
+"""Public model shapes with random weights: enough to time a model whose checkpoint is not at hand, and no more."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+
+from models.llama import LlamaForCausalLM
+from popengine.errors import InputError
+
+# What each model's config.json says about its size.
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 49152, "hidden_size": 576,
+        "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "max_position_embeddings": 8192, "rope_theta": 100000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    },
+    "qwen2.5-0.5b": {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896,
+        "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "max_position_embeddings": 32768, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    },
+    "llama-3.2-1b": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048,
+        "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 64, "max_position_embeddings": 131072, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 131072, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}  # fmt: skip
+
+
+def write_random_checkpoint(shape: str, folder: Path) -> Path:
+    """A checkpoint of a named shape in bfloat16, written layer by layer so that it never is in memory as a whole.
+
+    Its tokenizer knows one word: prompts for it are made of token ids.
+    """
+    if shape not in SHAPES:
+        raise InputError(f"there is no shape named {shape!r}; shapes are {', '.join(SHAPES)}")
+    config = SHAPES[shape] | {"torch_dtype": "bfloat16"}
+    with torch.device("meta"):
+        model = LlamaForCausalLM.from_config(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+
+    layer_of = {name: name.split(".layers.")[1].split(".")[0] if ".layers." in name else "rest" for name in shapes}
+    noise = (torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    files: dict[str, str] = {}
+    for layer in dict.fromkeys(layer_of.values()):
+        names = [name for name in shapes if layer_of[name] == layer]
+        file = f"model-{layer}.safetensors"
+        save_file({name: random_weight(name, shapes[name], noise) for name in names}, folder / file)
+        files |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / "config.json").write_text(json.dumps(config))
+    Tokenizer(WordLevel({"word": 0}, unk_token="word")).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def random_weight(name: str, shape: torch.Size, noise: Tensor) -> Tensor:
+    """Ones for norms; for all else the same million random numbers over and over: their speed is what counts."""
+    if "norm" in name:
+        return torch.ones(shape, dtype=noise.dtype)
+    return noise.repeat(-(-shape.numel() // len(noise)))[: shape.numel()].view(shape).clone()

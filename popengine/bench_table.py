@@ -1,0 +1,97 @@
+"""The tables of a benchmark, as text."""
+
+from typing import Any
+
+
+def describe(result: dict[str, Any], summed_bytes: int) -> str:
+    """The tables, as text."""
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {number or 'absent'}" for name, number in result["versions"].items())
+    where = machine["card"] or f"{machine['processor']}, {machine['cores']} cores"
+    what = "random weights of the shape " if result["random_weights"] else ""
+    lines = [
+        f"machine   {where}; {machine['system']}",
+        f"versions  {versions}",
+        f"command   {' '.join(result['command'])}",
+        f"model     {what}{result['model']} on {result['device']}, batch 1, {result['prompt_tokens']} prompt tokens "
+        f"and {result['new_tokens']} new ones",
+        f"measured  {result['rounds']} rounds in turns, {result['threads']} threads for every engine; medians, and in "
+        "brackets the quartiles",
+    ]
+    for group in result["dtypes"]:
+        lines += ["", *describe_dtype(group, result["threads"], summed_bytes)]
+    return "\n".join(lines)
+
+
+def describe_dtype(group: dict[str, Any], threads: int, summed_bytes: int) -> list[str]:
+    reads, compiles = group["bandwidth_gb_per_s"], group["compile"]
+    others = [line["engine"] for line in group["rows"] if line["mode"] is None]
+    times, costs = [], []
+    ratios = [["time over that of", *(f"{other}: step" for other in others), *(f"{other}: prompt" for other in others)]]
+    for line in group["rows"]:
+        decode = line["decode_ms_per_token"]
+        times.append([
+            line["engine"],
+            with_spread(line["prefill_ms"], 0),
+            number(line["partition_ms"], 1),
+            *(number(line[part], 1) for part in ("scores_ms", "sort_ms", "copy_ms")),
+            with_spread(decode, 1),
+        ])
+        if others and line["mode"] is not None:
+            ratios.append([
+                line["engine"],
+                *(number(line["step_time_over"][other], 2) for other in others),
+                *(number(line["prefill_time_over"][other], 2) for other in others),
+            ])
+        costs.append([
+            line["engine"],
+            number(line["weight_bytes_per_token"] / 1e6, 0),
+            number(line["gb_per_s"], 1),
+            f"{line['bandwidth_share']:.0%}",
+            number(line["speedup"], 2),
+            number(line["ideal_speedup"], 2),
+            number(line["break_even_tokens"], 0),
+            number(None if line["peak_memory_bytes"] is None else line["peak_memory_bytes"] / 1e6, 0),
+            number(line["load_s"], 1),
+            number(line["first_use_s"] or None, 1),
+            number(line["tokens_as_first_row"], 0),
+        ])
+    time_heads = ["", "prefill ms", "partition ms", "scores", "sort", "copy", "decode ms/token"]
+    cost_heads = [
+        "", "MB/token", "GB/s", "of memory", "speed-up", "ideal", "break-even", "peak MB", "load s", "compile s",
+        "same tokens",
+    ]  # fmt: skip
+    lines = [
+        f"{group['dtype']}: this memory gives {with_spread(reads, 1)} GB/s (a sum over {summed_bytes >> 20} MiB, "
+        f"{threads} threads)",
+        *align([time_heads, *times]),
+        "",
+        *align([cost_heads, *costs]),
+    ]
+    if len(ratios) > 1:
+        lines += ["", *align(ratios)]
+    if compiles["graphs"]:
+        lines.append(
+            f"compiled {compiles['graphs']} graphs, {compiles['from_cache']} of them from the cache on disk; "
+            f"{compiles['graphs_after_warm_up']} more after the first use of each setting"
+        )
+    return lines + [f"absent: {name}: {reason}" for name, reason in group["absent"].items()]
+
+
+def number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def with_spread(values: dict[str, float], digits: int) -> str:
+    first, third = values["first_quartile"], values["third_quartile"]
+    return f"{values['median']:.{digits}f} ({first:.{digits}f}-{third:.{digits}f})"
+
+
+def align(table: list[list[str]]) -> list[str]:
+    """Columns as wide as their widest cell; the first to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for first, *others in table:
+        figures = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *figures]))
+    return lines
