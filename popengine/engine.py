@@ -226,6 +226,7 @@ class Run:
                 self.finish_reasons[index] = "length"
         return new
 
+    @torch.inference_mode()
     def end(self, index: int) -> None:
         """One sequence is done: it yields no more tokens and no longer counts when candidates are picked."""
         self.finish_reasons[index] = "stop"

@@ -31,6 +31,7 @@ from popengine.sampling import Sampling
 from popengine.score import Window, dense_log_probabilities, log_probabilities
 
 try:
+    import lm_eval.models  # noqa: F401  # its own models: it registers them by itself only while there are no others
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
