@@ -34,7 +34,8 @@ VARIANTS: dict[str, Any] = {
     "rope_llama3": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
     "rope_yarn": LlamaConfig(**SIZES, rope_parameters=YARN_ROPE),
     "rope_yarn_mscale": LlamaConfig(
-        **SIZES, rope_parameters=YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 1.1, "beta_fast": 16.0, "truncate": False}
+        **SIZES,
+        rope_parameters=YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 1.1, "beta_fast": 16.0, "truncate": False},
     ),
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "mistral_window": MistralConfig(**SIZES, sliding_window=5),

@@ -68,7 +68,8 @@ CHAT_TEMPLATE = (
 
 def complete_checkpoint(folder: Path, **changes: Any) -> Path:
     """A folder that the command can run: a tiny random Llama, a byte-level tokenizer and a chat template."""
-    backend = Tokenizer(BPE(vocab={piece: index for index, piece in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    vocabulary = {piece: index for index, piece in enumerate(sorted(ByteLevel.alphabet()))}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
     backend.decoder = ByteLevelDecoder()
     backend.add_special_tokens(["<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<eos>"])
