@@ -16,10 +16,10 @@ the roof and the rain reached the paper. By then his daughter knew most of it by
 """
 
 CHAT_PROMPT = (
-    "I keep a small vegetable garden behind my house. It gets about six hours of sun a day, the soil is heavy clay, "
-    "and last summer the tomatoes split, the lettuce went to seed in June and the carrots came out short and forked. "
-    "I have a heap of old leaves, two bags of compost and some straw, and I can spend an hour or two each weekend. I would "
-    "rather grow a few things well than many things badly. Please explain, step by step, what I should do this autumn "
-    "and next spring so that the soil gets lighter and the harvest gets better, and say which three vegetables you "
-    "would choose for such a place and why."
+    "I keep a small vegetable garden behind my house. It gets about six hours of sun a day, the soil is heavy "
+    "clay, and last summer the tomatoes split, the lettuce went to seed in June and the carrots came out short "
+    "and forked. I have a heap of old leaves, two bags of compost and some straw, and I can spend an hour or two "
+    "each weekend. I would rather grow a few things well than many things badly. Please explain, step by step, "
+    "what I should do this autumn and next spring so that the soil gets lighter and the harvest gets better, and "
+    "say which three vegetables you would choose for such a place and why."
 )
