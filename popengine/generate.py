@@ -183,7 +183,7 @@ def print_statistics(engine: "Engine", last: "Piece") -> None:
     ]
     if statistics.experts:
         lines.insert(3, describe_experts(statistics))
-    print(*lines, sep="\n", file=sys.stderr)
+    print("", *lines, sep="\n", file=sys.stderr)
 
 
 def describe_experts(statistics: "Statistics") -> str:
