@@ -53,34 +53,47 @@ def save(figure: Any, path: Path) -> None:
 
 
 def plot_perplexity(points: Sequence[Point], path: Path) -> None:
-    """Perplexity against weight bytes per token; points of one method and one ratio (POP's widths) are joined."""
-    figure, axes = pyplot.subplots(figsize=(8.5, 5.5))
+    """Perplexity against weight bytes per token; POP's widths at one ratio are joined.
+
+    What is more than ten times the best stands on the upper edge with its number, so that the others can be told
+    apart.
+    """
+    figure, axes = pyplot.subplots(figsize=(10, 5.5))
+    best = min(point.perplexity for point in points)
+    top = min(10 * best, 1.25 * max(point.perplexity for point in points))
     for method in dict.fromkeys(point.method for point in points):
         colour, marker = STYLES.get(method, ("tab:cyan", "o"))
         own = [point for point in points if point.method == method]
         for ratio in sorted({point.ffn_ratio for point in own}):
-            line = sorted((p for p in own if p.ffn_ratio == ratio), key=lambda p: (p.megabytes, p.candidate_width))
+            line = sorted((p for p in own if p.ffn_ratio == ratio), key=lambda p: p.candidate_width)
             axes.plot([p.megabytes for p in line], [p.perplexity for p in line], color=colour, linewidth=0.9, alpha=0.6)
-            if method == "pop" and len(line) > 1:
+            if method == "pop":
                 for point in line:
                     axes.annotate(
-                        f"{point.candidate_width:g}", (point.megabytes, point.perplexity), fontsize=7, color=colour,
-                        textcoords="offset points", xytext=(5, 4),
+                        f"{point.candidate_width:g}", (point.megabytes, point.perplexity), fontsize=8, color=colour,
+                        textcoords="offset points", xytext=(5, 5),
                     )
+        for point in own:
+            if point.perplexity > top:
+                axes.annotate(
+                    f"{point.perplexity:.0f}", (point.megabytes, top), fontsize=7, color=colour, ha="left",
+                    textcoords="offset points", xytext=(5, -9 if method == "random" else -20), annotation_clip=False,
+                )
         axes.scatter(
-            [p.megabytes for p in own], [p.perplexity for p in own], color=colour, marker=marker,
-            s=110 if method == "dense" else 42, label=method, zorder=3,
+            [p.megabytes for p in own], [min(p.perplexity, top) for p in own], color=colour, marker=marker,
+            s=140 if method == "dense" else 42, label=method, zorder=3, clip_on=False,
         )
     axes.set_yscale("log")
-    ticks = [tick for tick in (5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000, 3000, 10000)
-             if min(p.perplexity for p in points) * 0.8 < tick < max(p.perplexity for p in points) * 1.3]
-    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.set_ylim(best * 0.9, top)
+    steps = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 5000)
+    ticks = [tick for tick in steps if best * 0.9 <= tick <= top]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("weights read per decoded token, MB")
     axes.set_ylabel("perplexity (lower is better)")
     axes.set_title("What a decode step reads, and what it costs in quality (numbers: candidate width of pop)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
     save(figure, path)
 
 
@@ -104,7 +117,7 @@ def plot_agreement(points: Sequence[Point], path: Path, bin_size: int = 16) -> N
     axes.set_ylabel("same top token as the dense model")
     axes.set_title("Agreement with the dense model by position, on the text's own tokens")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), handlelength=3.5)
     save(figure, path)
 
 
