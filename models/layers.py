@@ -208,6 +208,14 @@ class Linear(nn.Linear):
             super().reset_parameters()
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding, without initial values on the meta device, as Linear."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 def lay_columns_together(linear: nn.Linear) -> None:
     """Store a weight [out, in] column by column, in place of row by row; what it computes stays the same.
 

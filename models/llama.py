@@ -14,6 +14,7 @@ from models.layers import (
     ActiveHeads,
     Attention,
     DecodeStep,
+    Embedding,
     FeedForward,
     Linear,
     PrefillStep,
@@ -83,7 +84,7 @@ class LlamaModel(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer_class: type[LlamaDecoderLayer]) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         layers = (layer_class(config, index) for index in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]  # iterates as what it holds
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
