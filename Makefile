@@ -2,6 +2,7 @@
 # make run-vlm  the same with a picture: the small LLaVA of weights/llava-tiny looks at its example.png
 # make test   set up, then every test
 # make check  ruff and mypy
+# make bench  time POP, dense and the peers that are installed; more flags: make bench BENCH="--shape llama-3.2-1b"
 
 PYTHON ?= python3
 VENV := .venv
@@ -26,6 +27,9 @@ test: $(VENV)/dev-is-installed checkpoint
 check: $(VENV)/dev-is-installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: $(VENV)/dev-is-installed checkpoint
+	$(BIN)/python -m popengine.bench --compile --against transformers,llama.cpp $(BENCH)
 
 checkpoint: $(VENV)/run-is-installed
 	@$(BIN)/python tools/fetch_default.py

@@ -1,0 +1,218 @@
+"""The bench command: what it reports, the arithmetic behind its columns, and one clear line for what is wrong."""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_gguf import TinyLlama
+from tiny_models import SIZES, complete_checkpoint
+
+from popengine import bench, bench_shapes
+from popengine.bench import Entry, main, rows
+from popengine.bench_engines import Generated, write_gguf
+from popengine.bench_table import describe
+from popengine.engine import load
+from popengine.pruning import PruningSettings
+from weights.checkpoint import open_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return complete_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_array() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "SUMMED_BYTES", 1 << 22)
+        yield
+
+
+def status(*arguments: Any) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def result(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One run against a peer that is installed and one that is not."""
+    file = tmp_path_factory.mktemp("report") / "bench.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "llama_cpp", None)
+        arguments = ["--ckpt", checkpoint, "-p", 20, "-n", 8, "--prune-ratio", 0.4, "--dtype", "float32"]
+        arguments += ["--rounds", 3, "--in-place", "--against", "transformers,llama.cpp", "--json", file]
+        assert status(*arguments) == 0
+    return json.loads(file.read_text())
+
+
+def test_every_setting_and_peer_has_a_row_and_an_absent_peer_is_named(result: dict[str, Any]) -> None:
+    (group,) = result["dtypes"]
+    assert [row["engine"] for row in group["rows"]] == [
+        "popengine eager, dense", "popengine eager, POP 0.4", "popengine eager, POP 0.4 in place", "transformers",
+    ]  # fmt: skip
+    assert list(group["absent"]) == ["llama.cpp"]
+    assert "not installed" in group["absent"]["llama.cpp"]
+    text = describe(result, bench.SUMMED_BYTES)
+    assert "absent: llama.cpp: llama-cpp-python is not installed" in text
+    assert f"{result['threads']} threads for every engine" in text
+    assert " ".join(result["command"]) in text
+    assert torch.__version__ in text
+
+
+def test_rows_hold_together(result: dict[str, Any], checkpoint: Path) -> None:
+    (group,) = result["dtypes"]
+    dense, pop, _, transformers = group["rows"]
+    for row in group["rows"]:
+        times = row["decode_ms_per_token"]
+        assert 0 < times["first_quartile"] <= times["median"] <= times["third_quartile"]
+        assert row["gb_per_s"] == pytest.approx(row["weight_bytes_per_token"] / times["median"] / 1e6)
+        assert row["bandwidth_share"] == pytest.approx(row["gb_per_s"] / group["bandwidth_gb_per_s"]["median"])
+    # Attention and lm_head whole, and 3 H of each channel that is retained or a candidate (the method's cost model).
+    engine = load(checkpoint, dtype="float32")
+    regions = engine.regions(engine.resolve(PruningSettings(prune_ratio=0.4)))
+    hidden, layers = SIZES["hidden_size"], SIZES["num_hidden_layers"]
+    attention = layers * hidden * 2 * (hidden + hidden // 2) + 261 * hidden
+    assert dense["weight_bytes_per_token"] == 4 * (attention + layers * 3 * hidden * SIZES["intermediate_size"])
+    resident = regions.retained + regions.candidate
+    assert pop["weight_bytes_per_token"] == 4 * (attention + layers * 3 * hidden * resident)
+    assert transformers["weight_bytes_per_token"] == dense["weight_bytes_per_token"]
+    assert pop["partition_ms"] > 0
+    assert dense["partition_ms"] == 0
+    assert transformers["partition_ms"] is None
+
+
+def test_peer_decodes_the_same_tokens(result: dict[str, Any]) -> None:
+    dense, *_, transformers = result["dtypes"][0]["rows"]
+    assert dense["tokens_as_first_row"] == transformers["tokens_as_first_row"] == 8
+
+
+class Silent:
+    """A contender that is never asked to do anything."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def made_up(name: str, ratio: float | None, step_ms: float, weight_bytes: int | None, tokens: list[int]) -> Entry:
+    mode, settings = (None, None) if ratio is None else ("eager", PruningSettings(prune_ratio=ratio))
+    entry = Entry(Silent(name), mode, settings, load_s=1.0, weight_bytes_per_token=weight_bytes)  # type: ignore[arg-type]
+    partition = {"scores_ms": 2.0, "sort_ms": 3.0, "copy_ms": 6.0} if ratio else {}
+    # One step in three is slow: a median does not mind.
+    entry.turns = [Generated(tokens, 100.0, [step_ms, step_ms, 9 * step_ms], **partition) for _ in range(3)]
+    entry.held_bytes, entry.turn_bytes = 1000, 200
+    return entry
+
+
+def test_arithmetic_of_the_columns() -> None:
+    entries = [
+        made_up("dense", 0.0, 20.0, 400_000_000, [1, 2, 3]),
+        made_up("POP", 0.4, 16.0, 250_000_000, [1, 2, 3]),
+        made_up("peer", None, 40.0, None, [1, 2, 4]),
+    ]
+    dense, pop, peer = rows(entries, bandwidth_gb_per_s=25.0)
+    assert dense["gb_per_s"] == pytest.approx(20.0)
+    assert dense["bandwidth_share"] == pytest.approx(0.8)
+    assert (dense["speedup"], dense["ideal_speedup"]) == (1.0, 1.0)
+    assert dense["break_even_tokens"] is None
+    assert pop["speedup"] == pytest.approx(20 / 16)
+    assert pop["ideal_speedup"] == pytest.approx(400 / 250)
+    assert pop["partition_ms"] == pytest.approx(11.0)
+    assert pop["break_even_tokens"] == math.ceil(11 / 4)
+    assert pop["step_time_over"] == {"peer": pytest.approx(0.4)}
+    assert pop["prefill_time_over"] == {"peer": pytest.approx(1.11)}
+    assert pop["peak_memory_bytes"] == 1200
+    assert peer["gb_per_s"] == pytest.approx(10.0)
+    assert (peer["speedup"], peer["step_time_over"]) == (None, {})
+    assert (dense["tokens_as_first_row"], pop["tokens_as_first_row"], peer["tokens_as_first_row"]) == (3, None, 2)
+
+
+def test_a_partition_that_never_pays_has_no_break_even() -> None:
+    entries = [made_up("dense", 0.0, 20.0, 400, [1]), made_up("POP", 0.4, 21.0, 250, [1])]
+    assert rows(entries, bandwidth_gb_per_s=25.0)[1]["break_even_tokens"] is None
+
+
+def test_a_shape_is_timed_on_random_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 99, "max_position_embeddings": 4096}
+    monkeypatch.setitem(bench_shapes.SHAPES, "small", bench_shapes.SHAPES["llama-3.2-1b"] | small)
+    shape = ["--shape", "small", "-p", 12, "-n", 4, "--rounds", 1]
+    assert status(*shape, "--prune-ratio", 0.2, 0.4, "--dtype", "bfloat16") == 0
+    out = capsys.readouterr().out
+    assert "random weights of the shape small" in out
+    assert "POP 0.2" in out
+    assert "POP 0.4" in out
+
+
+@pytest.mark.parametrize("name", sorted(bench_shapes.SHAPES))
+def test_shapes_are_readable_configs(name: str) -> None:
+    from models.llama import LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM.from_config(bench_shapes.SHAPES[name])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = float(name.split("-")[-1].removesuffix("b").removesuffix("m")) / (1000 if name.endswith("m") else 1)
+    assert 0.95 * size < parameters / 1e9 < 1.25 * size
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_for_llama_cpp_are_in_its_order(tmp_path: Path, tied: bool) -> None:
+    source = TinyLlama(tied=tied)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 260, "hidden_size": 64,
+        "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": source.head_dim, "rms_norm_eps": 1e-5, "rope_theta": 50000.0, "max_position_embeddings": 128,
+        "tie_word_embeddings": tied,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(source.tensors, tmp_path / "model.safetensors")
+    with open_checkpoint(tmp_path) as opened:
+        file = write_gguf(opened, torch.float32, tmp_path / "model.gguf")
+    written = {tensor.name: torch.tensor(tensor.data) for tensor in gguf.GGUFReader(file).tensors}
+    torch.testing.assert_close(written.pop("rope_freqs.weight"), torch.ones(16))
+    expected = source.gguf_tensors()
+    assert written.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(written[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prune-ratio", 0.99], "prune ratio 0.99 is more than the feed-forward networks hold"),
+        (["--dtype", "float8"], "dtype must be one of float32, bfloat16, float16, not 'float8'"),
+        (["--against", "tensorrt"], "there is no peer named 'tensorrt'; peers are transformers, llama.cpp"),
+        (["--shape", "llama"], "give a checkpoint or a shape, not both"),
+        (["-n", 1], "new tokens must be at least 2, not 1"),
+        (["-p", 0], "prompt tokens must be at least 1, not 0"),
+        (["-p", 250, "-n", 64], "more than the context of 256"),
+        (["--rounds", 0], "rounds must be at least 1, not 0"),
+        (["--threads", 0], "threads must be at least 1, not 0"),
+        (["--device", "tpu"], "device must be"),
+        (["--json", "/nowhere/bench.json"], "cannot write /nowhere/bench.json"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_bad_input_ends_in_one_line(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], arguments: list[Any], message: str
+) -> None:
+    assert status("--ckpt", checkpoint, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert message in err
+
+
+def test_an_unknown_shape_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("--shape", "llama-9000") == 2
+    assert "there is no shape named 'llama-9000'; shapes are" in capsys.readouterr().err

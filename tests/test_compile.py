@@ -1,0 +1,121 @@
+"""The compiled decode step: it computes what the eager one does, and it is compiled once, not once per prompt."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import complete_checkpoint
+from torch import Tensor
+
+from popengine.engine import Engine, load
+from popengine.pruning import DENSE, PruningSettings
+
+POP = PruningSettings(prune_ratio=0.4)
+TEXT = (
+    "When the last ferry had gone, the keeper closed the gate, counted the tickets and walked up the hill with his "
+    "lamp. From the top he could see both shores, the lights of the town on one side and nothing on the other."
+)
+
+
+def graphs_compiled() -> int:
+    """How many times PyTorch has captured a graph in this process: once per first use, and again per recompilation."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(scope="module")
+def eager(default_checkpoint_path: Path) -> Engine:
+    return load(default_checkpoint_path, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def compiled(default_checkpoint_path: Path) -> Engine:
+    return load(default_checkpoint_path, dtype="float32", compile=True)
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return complete_checkpoint(tmp_path_factory.mktemp("tiny"), max_position_embeddings=1024)
+
+
+def greedy(engine: Engine, prompts: list[list[int]], new_tokens: int, pruning: PruningSettings) -> list[tuple]:
+    return [tuple(step) for step in engine.run(prompts, new_tokens, pruning, ignore_eos=True)]
+
+
+@pytest.mark.parametrize("pruning", [DENSE, POP], ids=["dense", "POP"])
+def test_compiled_and_eager_give_the_same_64_tokens(eager: Engine, compiled: Engine, pruning: PruningSettings) -> None:
+    assert compiled.model.compiled
+    assert not eager.model.compiled
+    prompt = eager.prompt_ids(TEXT, raw=True)
+    assert greedy(compiled, [prompt], 64, pruning) == greedy(eager, [prompt], 64, pruning)
+
+
+def decode_logits(engine: Engine, prompt: list[int], continuation: list[int]) -> Tensor:
+    """Logits of decode steps over given tokens, float32 [steps, V]."""
+    with torch.inference_mode():
+        state = engine.model.new_state(1, 128, engine.resolve(DENSE))
+        engine.model.prefill(engine.model.embed(torch.tensor([prompt])), state)
+        return torch.cat([engine.model.decode(torch.tensor([token]), state) for token in continuation]).float()
+
+
+def distance(logits: Tensor, reference: Tensor) -> float:
+    return float((logits - reference).norm() / reference.norm())
+
+
+def test_compiled_bfloat16_is_as_near_to_float32_as_eager_bfloat16(
+    eager: Engine, default_checkpoint_path: Path
+) -> None:
+    # Each operation of bfloat16 rounds to 8 bits, and fused code rounds in fewer places: the two cannot be equal, but
+    # neither may be further from the same weights in float32 than the other.
+    ids = eager.prompt_ids(TEXT, raw=True)
+    prompt, continuation = ids[:-10], ids[-10:]
+    reference = decode_logits(eager, prompt, continuation)
+    plain = decode_logits(load(default_checkpoint_path, dtype="bfloat16"), prompt, continuation)
+    fast = decode_logits(load(default_checkpoint_path, dtype="bfloat16", compile=True), prompt, continuation)
+    assert distance(fast, plain) < 0.03
+    assert distance(fast, reference) < 1.25 * distance(plain, reference)
+
+
+def test_neither_another_prompt_nor_a_longer_one_compiles_again(tiny_checkpoint: Path) -> None:
+    engine = load(tiny_checkpoint, compile=True)
+    first = engine.run([[5, 6, 7]], 20, POP, ignore_eos=True)
+    list(first)
+    assert first.statistics().compile_s > 0
+    before = graphs_compiled()
+    assert before > 0
+    # Other tokens, then lengths that grow past the capacity of the first run's cache, and past twice that.
+    for length, new_tokens in ((3, 20), (100, 60), (300, 200)):
+        run = engine.run([[(length + 7 * place) % 250 for place in range(length)]], new_tokens, POP, ignore_eos=True)
+        list(run)
+        assert graphs_compiled() == before, length
+        assert run.statistics().compile_s == 0
+
+
+def test_one_compiled_function_serves_every_layer(tiny_checkpoint: Path) -> None:
+    engine = load(tiny_checkpoint, compile=True)
+    before = graphs_compiled()
+    greedy(engine, [[1, 2, 3]], 4, PruningSettings(prune_ratio=0.3))
+    assert engine.model.config.num_hidden_layers == 3
+    assert graphs_compiled() - before <= 2      # the layer, and the head where it has not been compiled before
+
+
+def test_a_batch_of_two_compiles_and_gives_the_eager_tokens(tiny_checkpoint: Path) -> None:
+    prompts = [list(range(30)), list(range(40, 50))]
+    tokens = greedy(load(tiny_checkpoint), prompts, 16, POP)
+    assert greedy(load(tiny_checkpoint, compile=True), prompts, 16, POP) == tokens
+
+
+def test_without_a_compiler_a_warning_says_so_and_steps_run_eagerly(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "popengine.generate", "--ckpt", str(tiny_checkpoint), "--prompt", "Hello"]
+    environment = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    run = subprocess.run([*command, "-n", "8", "--quiet", "--compile"], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.startswith("warning: torch.compile does not work here")
+    assert run.stderr.count("\n") == 1, run.stderr
+    engine = load(tiny_checkpoint)
+    expected = engine.generate("Hello", max_new_tokens=8)[0].text
+    assert run.stdout == expected + "\n"
