@@ -236,8 +236,9 @@ def share_storage(parameters: Sequence[Tensor]) -> Tensor:
     """
     sizes = [len(parameter) for parameter in parameters]
     first = parameters[0]
-    # Not an inference tensor, even if asked for during inference: training must be able to go on with the parameters.
-    with torch.inference_mode(False), torch.no_grad():
+    # An inference tensor only if the parameters are (a model loaded during inference): training must be able to go on
+    # with those that are not, and the two kinds do not mix.
+    with torch.inference_mode(first.is_inference()), torch.no_grad():
         if first.dim() == 1:
             together = first.new_empty(sum(sizes))
         else:
