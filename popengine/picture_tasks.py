@@ -169,33 +169,24 @@ def ask_count(scene: Scene, random: Random) -> tuple[str, str]:
 
 
 def ask_place(scene: Scene, random: Random) -> tuple[str, str] | None:
-    names = [name for shape in scene.shapes for name in described(shape)]
-    alone = [(shape, name) for shape in scene.shapes for name in described(shape) if names.count(name) == 1]
+    alone = [shape for shape in scene.shapes if sum(other.name == shape.name for other in scene.shapes) == 1]
     if not alone:
         return None
-    shape, name = random.choice(alone)
+    shape = random.choice(alone)
     question = random.choice(["Where is the {}?", "Where do you see the {}?", "Where in the picture is the {}?"])
-    return question.format(name), f"The {name} is {PLACES[shape.row][shape.column]}."
+    return question.format(shape.name), f"The {shape.name} is {PLACES[shape.row][shape.column]}."
 
 
 def ask_presence(scene: Scene, random: Random) -> tuple[str, str]:
-    # By kind, by colour, or most often by both, where something else may have the one or the other.
-    way = random.choice([0, 1, 2, 2])
-    all_names = [described(Shape(kind, colour, 0, 0))[way] for colour in COLOURS for kind in SHAPES]
-    present = sorted({described(shape)[way] for shape in scene.shapes})
-    absent = sorted(set(all_names) - set(present))
-    words = {word for name in present for word in name.split()}
-    near = [name for name in absent if way == 2 and words & set(name.split())]
-    there = not absent or random.random() < 0.5
-    name = random.choice(present) if there else random.choice(near if near and random.random() < 0.5 else absent)
+    names = {shape.name for shape in scene.shapes}
+    absent = [f"{colour} {kind}" for colour in COLOURS for kind in SHAPES if f"{colour} {kind}" not in names]
+    # Half of the absent ones share a shape or a colour with something present, so that neither alone gives it away.
+    near = [name for name in absent if any(set(name.split()) & set(there.split()) for there in names)]
+    there = random.random() < 0.5
+    name = random.choice(sorted(names)) if there else random.choice(near if near and random.random() < 0.5 else absent)
     question = random.choice(["Is there {}?", "Do you see {}?", "Is {} in the picture?"])
     answer = f"Yes, there is {with_article(name)}." if there else f"No, there is no {name}."
     return question.format(with_article(name)), answer
-
-
-def described(shape: Shape) -> tuple[str, str, str]:
-    """What a shape may be called: by its kind, by its colour, by both."""
-    return shape.kind, f"{shape.colour} shape", shape.name
 
 
 def ask_list(scene: Scene, random: Random) -> tuple[str, str]:
