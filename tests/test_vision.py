@@ -1,0 +1,263 @@
+"""Images from the prompt to the answer: the shipped LLaVA through the engine and the command, and what goes wrong."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from PIL import Image
+from slow_pop import SlowPOP
+from transformers import AutoProcessor
+from transformers import LlavaForConditionalGeneration as HuggingFaceLlava
+
+from popengine.chat import render_chat
+from popengine.engine import Engine, load
+from popengine.errors import InputError
+from popengine.generate import main
+from popengine.picture_tasks import picture_questions
+from popengine.pruning import DENSE, PruningSettings
+
+LLAVA_TINY = Path(__file__).resolve().parents[1] / "weights" / "llava-tiny"
+QUESTIONS = picture_questions(12, seed=1)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return load(LLAVA_TINY)
+
+
+@pytest.fixture(scope="module")
+def reference() -> HuggingFaceLlava:
+    return HuggingFaceLlava.from_pretrained(LLAVA_TINY).eval()
+
+
+@pytest.fixture
+def altered(tmp_path: Path) -> Path:
+    """A copy of the checkpoint to break."""
+    return Path(shutil.copytree(LLAVA_TINY, tmp_path / "checkpoint"))
+
+
+@pytest.mark.parametrize("asked", [[0], [1, 2], [], "batch"])
+@torch.inference_mode()
+def test_the_shipped_checkpoint_equals_hugging_face(engine: Engine, reference: HuggingFaceLlava, asked: object) -> None:
+    """Pictures, texts, token ids and logits, all by way of transformers' own processor."""
+    processor = AutoProcessor.from_pretrained(LLAVA_TINY)
+    processor.tokenizer.padding_side = "left"
+    prompts = [[0], [], [3, 4]] if asked == "batch" else [asked]
+    texts = [
+        [{"role": "user", "content": [{"type": "image"}] * len(own) + [{"type": "text", "text": "What do you see?"}]}]
+        for own in prompts
+    ]
+    images = [QUESTIONS[index].picture() for own in prompts for index in own]
+    inputs = processor(
+        text=[processor.apply_chat_template(text, add_generation_prompt=True) for text in texts],
+        images=images or None,
+        padding=True,
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
+    assert engine.vision is not None
+    real = inputs["attention_mask"].bool()
+    ids = [engine.prompt_ids("What do you see?", images=len(own)) for own in prompts]
+    assert ids == [row[mask].tolist() for row, mask in zip(inputs["input_ids"], real, strict=True)]
+    pixel_values = engine.vision.pixel_values(images) if images else None
+    if pixel_values is not None:
+        assert (pixel_values - inputs["pixel_values"]).abs().max() <= 1e-3
+    expected = reference(**inputs).logits
+    logits = engine.vision.model(inputs["input_ids"], pixel_values, real)
+    assert (logits - expected)[real].abs().max() <= 1e-4
+
+    # With the cache: the same greedy tokens, whatever the end-of-sequence token has to say.
+    run = engine.run(ids, 12, DENSE, ignore_eos=True, images=images)
+    tokens = torch.tensor(list(run)).T
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(~real, 0)
+    generated = reference.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False, eos_token_id=[])
+    assert torch.equal(tokens, generated[:, real.shape[1] :])
+
+
+@pytest.mark.parametrize("prefill", ["pruned", "dense"])
+@pytest.mark.parametrize("ratio", [0.2, 0.4])
+def test_a_slow_implementation_with_hooks_gives_the_same_answers(
+    engine: Engine, ratio: float, prefill: Literal["pruned", "dense"]
+) -> None:
+    settings = PruningSettings(prune_ratio=ratio, prefill=prefill)
+    reference = HuggingFaceLlava.from_pretrained(LLAVA_TINY).eval()
+    layers = reference.model.language_model.layers
+    slow = SlowPOP(reference, engine.resolve(settings).ffn_ratio, settings.candidate_width, prefill, layers)
+    assert engine.vision is not None
+    for question in (QUESTIONS[2], QUESTIONS[5]):
+        picture = question.picture()
+        ids = engine.prompt_ids(question.question, images=1)
+        (run,) = zip(*engine.run([ids], 24, settings, ignore_eos=True, images=[picture]), strict=True)
+        assert list(run) == slow.generate(ids, 24, pixel_values=engine.vision.pixel_values([picture]))
+
+
+@pytest.mark.parametrize("pruning", [DENSE, PruningSettings(prune_ratio=0.2), PruningSettings(prune_ratio=0.4)])
+def test_the_shipped_checkpoint_answers_held_out_questions(engine: Engine, pruning: PruningSettings) -> None:
+    """The kinds it has learnt, with a floor under what was measured, so that only something broken falls through."""
+    frame = engine.prompt_text("QUESTION", False, None, 1)[0].removeprefix("<s>")  # one template run serves all
+    right = 0
+    for question in picture_questions(30, seed=7, kinds=["colour", "shape", "list"]):
+        prompt = frame.replace("QUESTION", question.question)
+        answer = engine.generate(prompt, raw=True, images=[question.picture()], pruning=pruning)[0]
+        right += question.is_right(answer.text)
+    assert right >= (25 if pruning.prune_ratio == 0.4 else 28)
+
+
+def test_a_picture_is_encoded_once_and_counted_apart(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine.vision is not None
+    encoded: list[int] = []
+    encode = engine.vision.model.encode_images
+    monkeypatch.setattr(
+        engine.vision.model, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode(pixels)
+    )
+    (answer,) = engine.generate(
+        "What do you see?", images=[QUESTIONS[0].picture()] * 2, max_new_tokens=8, ignore_eos=True
+    )
+    assert encoded == [2]
+    statistics = answer.statistics
+    assert statistics.image_tokens == 2 * engine.vision.tokens_per_image == 72
+    assert statistics.prompt_tokens == len(answer.prompt_token_ids) > 72
+    assert statistics.image_ms > 0
+    assert engine.generate("What do you see?", max_new_tokens=2)[0].statistics.image_tokens == 0
+
+
+def test_each_prompt_of_a_batch_has_images_of_its_own(engine: Engine) -> None:
+    prompts = [question.question for question in QUESTIONS[:3]]
+    images = [[QUESTIONS[0].picture()], [], [QUESTIONS[2].picture()]]
+    together = engine.generate(prompts, images=images, pruning=DENSE, max_new_tokens=24)
+    for prompt, own, answer in zip(prompts, images, together, strict=True):
+        alone = engine.generate(prompt, images=own, pruning=DENSE, max_new_tokens=24)[0]
+        assert alone.token_ids == answer.token_ids
+    with pytest.raises(InputError, match="images for 3 prompts must be 3 lists of images"):
+        engine.generate(prompts, images=[QUESTIONS[0].picture()])
+
+
+def test_images_stand_where_the_prompt_or_the_template_or_the_rule_puts_them(engine: Engine) -> None:
+    def text(prompt: object, images: int, raw: bool = False) -> str:
+        return engine.prompt_text(prompt, raw, None, images)[0]  # type: ignore[arg-type]
+
+    assert text("Which?", 2) == "<s>USER:\n<image>\n<image>\nWhich?\nASSISTANT:\n"
+    assert text("In <image> and in <image>?", 2) == "<s>USER:\nIn <image> and in <image>?\nASSISTANT:\n"
+    assert text("Is <image> it?", 1, raw=True) == "Is <image> it?"
+    talk = [
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+    ]
+    written = "<s>USER:\nHello.\nASSISTANT:\nYes?</s>\nUSER:\n<image>\nWhat is it?\nASSISTANT:\n"
+    assert text(talk, 1) == written
+
+    assert engine.vision is not None
+    knows_texts_only = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+    messages = [{"role": "user", "content": "Which?"}]
+
+    def render(messages: list) -> str:
+        return render_chat(knows_texts_only, messages, bos_token=None, eos_token=None)
+
+    assert engine.vision.render(messages, 2, render) == "[user] <image>\n<image>\nWhich?"
+
+
+def test_without_a_template_images_stand_before_the_text(altered: Path) -> None:
+    (altered / "chat_template.jinja").unlink()
+    bare = load(altered)
+    assert bare.prompt_text("Which?", False, None, 1) == ("<image>\nWhich?", True)
+    assert bare.prompt_text("Which?", False, None, 0) == ("Which?", True)
+    assert bare.prompt_text("Is it <image>?", False, None, 1) == ("Is it <image>?", True)
+
+
+def test_scores_of_text_tokens_only_make_another_partition(engine: Engine) -> None:
+    picture = QUESTIONS[5].picture()
+    orders = []
+    for scored in ("all", "text"):
+        settings = PruningSettings(prune_ratio=0.4, scored_tokens=scored)  # type: ignore[arg-type]
+        engine.generate("What do you see?", images=[picture], max_new_tokens=2, pruning=settings)
+        assert engine.idle_state is not None
+        orders.append(engine.idle_state.layers[0].ffn.partition.order.tolist())
+    assert orders[0] != orders[1]
+
+
+def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return int(str(ended.value.code)), captured.out, captured.err
+
+
+def test_the_command_reads_images_and_tells_their_tokens_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in (0, 1):
+        QUESTIONS[index].picture().save(tmp_path / f"{index}.png")
+    shared = ("--ckpt", LLAVA_TINY, "--prompt", "What do you see?", "-n", 4)
+    status, _, errors = run_command(capsys, *shared, "--image", tmp_path / "0.png")
+    assert status == 0
+    assert "(36 of images, " in errors
+    assert " of text): images " in errors
+    both = ("--image", tmp_path / "0.png", "--image", tmp_path / "1.png")
+    status, printed, errors = run_command(capsys, *shared, *both, "--scored-tokens", "text", "--json")
+    answer = json.loads(printed)
+    assert (status, errors) == (0, "")
+    assert answer["image_tokens"] == 72
+    assert answer["pruning"]["scored_tokens"] == "text"
+    assert answer["timing"]["image_ms"] > 0
+    assert run_command(capsys, *shared)[0] == 0  # text only
+
+
+def test_bad_images_end_the_command_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = tmp_path / "good.png"
+    QUESTIONS[0].picture().save(good)
+    (tmp_path / "text.png").write_text("not a picture", encoding="utf-8")
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:200])
+    raw = ("--prompt", "See <image> here", "--raw")
+    for arguments, message in [
+        (("--prompt", "Hi", "--image", tmp_path / "none.png"), "no such image"),
+        (("--prompt", "Hi", "--image", tmp_path), "is not a file"),
+        (("--prompt", "Hi", "--image", tmp_path / "text.png"), "not an image"),
+        (("--prompt", "Hi", "--image", tmp_path / "cut.png"), "damaged or truncated image"),
+        (raw, "the prompt has 1 image token (<image>) and 0 images were given"),
+        ((*raw, "--image", good, "--image", good), "1 image token (<image>) and 2 images were given"),
+        (("--prompt", "Hi", "--raw", "--image", good), "0 image tokens (<image>) and 1 image was given"),
+        (("--prompt", "Hi", "--image", good, "-n", 1000), "more than the context of 1024"),
+        (("--prompt", "Hi", "--scored-tokens", "some"), "scored tokens must be one of all, text"),
+    ]:
+        status, printed, errors = run_command(capsys, "--ckpt", LLAVA_TINY, *arguments)
+        assert (status, printed) == (2, "")
+        assert message in errors
+        assert errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_an_image_for_a_text_model_is_an_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "vision", None)
+    with pytest.raises(InputError, match="this checkpoint is a text model"):
+        engine.generate("Hi", images=[QUESTIONS[0].picture()])
+
+
+def test_a_broken_image_processor_matters_only_when_there_is_an_image(altered: Path) -> None:
+    path = altered / "processor_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for content, message in [
+        (None, "no image processor configuration"),
+        ("{", "broken image processor configuration"),
+        (config["image_processor"] | {"crop_size": 32}, "32 x 32 pixels, and the vision tower reads 48 x 48"),
+        (config["image_processor"] | {"do_center_crop": False}, "48 x 49 pixels after the image processor"),
+    ]:
+        if content is None:
+            path.unlink()
+        else:
+            written = content if isinstance(content, str) else json.dumps({"image_processor": content})
+            path.write_text(written, encoding="utf-8")
+        broken = load(altered)
+        assert broken.generate("Hello", max_new_tokens=1)
+        with pytest.raises(InputError, match=message):
+            broken.generate("Hello", images=[Image.new("RGB", (50, 52))])
+
+
+def test_a_tokenizer_without_the_image_token_is_an_error(altered: Path) -> None:
+    path = altered / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"image_token_index": 4000}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(InputError, match="images stand at token 4000, and the tokenizer has no such token"):
+        load(altered).generate("Hello", images=[Image.new("RGB", (50, 50))], max_new_tokens=1)
