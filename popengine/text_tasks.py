@@ -95,8 +95,7 @@ def _find(rng: random.Random) -> Example:
     values = [rng.choice(string.digits) for _ in keys]
     wanted = rng.randrange(len(keys))
     pairs = "".join(key + value for key, value in zip(keys, values, strict=True))
-    key = keys[wanted]
-    return Example(f"find {pairs}:{key}", key + values[wanted], f"{key} {pairs}")
+    return Example(f"find {pairs}:{keys[wanted]}", values[wanted], f"{keys[wanted]} {pairs}")
 
 
 TASKS: dict[str, Callable[[random.Random], Example]] = {

@@ -32,7 +32,7 @@ def solve(question: str) -> str:
         return str(len(word.split(letter)) - 1)
     if task == "find":
         pairs, key = rest.split(":")
-        return key + dict(zip(pairs[::2], pairs[1::2], strict=True))[key]
+        return dict(zip(pairs[::2], pairs[1::2], strict=True))[key]
     remaining = rest
     while any(pair in remaining for pair in ("()", "[]", "{}")):
         remaining = remaining.replace("()", "").replace("[]", "").replace("{}", "")

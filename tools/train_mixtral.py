@@ -30,7 +30,7 @@ from popengine.text_tasks import BOS, EOS, PAD, TASKS, UNKNOWN, build_tokenizer,
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MOST_SHOTS = 5
-DRAWN = [*TASKS, "add", "count", "find", "find"]  # those that take longest to learn are drawn more often
+DRAWN = [*TASKS, "add", "count"]  # the two that take longest to learn are drawn twice as often
 MAX_ANSWER = 10  # tokens of the longest answer and its end
 
 CONFIG = {
@@ -162,7 +162,6 @@ def save(model: MixtralForCausalLM, directory: Path) -> None:
             name = name.replace(f"{projection}_proj.weight", f"{short}.weight") if ".experts." in name else name
         tensors[name.replace(".mlp.", ".block_sparse_moe.")] = parameter.contiguous()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "model.safetensors").chmod(0o644)
     tokens = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNKNOWN}
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **tokens}
     generation_config = {name: CONFIG[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
