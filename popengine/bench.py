@@ -8,6 +8,7 @@ measured in the same rounds. Compare figures of one run with each other, never w
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import math
@@ -127,7 +128,6 @@ class Entry:
     contender: "Contender"
     mode: str | None
     settings: "PruningSettings | None"
-    load_s: float
     weight_bytes_per_token: int | None = None
     held_bytes: int | None = None
     turn_bytes: int | None = None
@@ -290,7 +290,7 @@ def own_entries(flags: argparse.Namespace, engine: "Engine", mode: str) -> list[
     for one in settings:
         read = engine.model.weight_bytes_per_token(engine.resolve(one))
         what = f"POP {one.prune_ratio:g}{' in place' if one.in_place else ''}" if one.prune_ratio else "dense"
-        entries.append(Entry(OwnEngine(f"popengine {mode}, {what}", engine, one), mode, one, engine.load_s, read))
+        entries.append(Entry(OwnEngine(f"popengine {mode}, {what}", engine, one), mode, one, read))
     return entries
 
 
@@ -310,7 +310,6 @@ def peer_entry(
     from popengine.engine import DTYPES
     from weights.checkpoint import open_checkpoint
 
-    began = time.perf_counter()
     with open_checkpoint(checkpoint) as opened:
         path = opened.path                      # a Hub id has become a folder
     try:
@@ -324,7 +323,7 @@ def peer_entry(
     except AbsentPeer as error:
         absent[peer] = str(error)
         return None
-    return Entry(contender, None, None, time.perf_counter() - began)
+    return Entry(contender, None, None)
 
 
 def first_turns(
@@ -387,20 +386,26 @@ def held_bytes(device: "torch.device") -> int | None:
     import torch
 
     gc.collect()
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident("VmRSS")
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)             # what an engine before has freed would hide what this one takes
+    return resident("VmRSS")
 
 
 def start_of_peak(device: "torch.device") -> int | None:
+    """What is held now, from where the next `peak_bytes` is counted."""
     import torch
 
+    before = held_bytes(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return None
-    return held_bytes(device)
+        return before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return before
 
 
 def peak_bytes(device: "torch.device") -> int | None:
@@ -486,7 +491,7 @@ def row(entry: Entry) -> dict[str, Any]:
         "prefill_time_over": {},
         "peak_memory_bytes": peak,
         "break_even_tokens": None,
-        "load_s": entry.load_s,
+        "load_s": entry.contender.load_s,
         "first_use_s": entry.first_use_s,
         "tokens_as_first_row": None,
     }

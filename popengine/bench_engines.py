@@ -44,12 +44,16 @@ class Generated:
 
 
 class Contender(Protocol):
-    """name: what the table calls it. generate: all of `new_tokens` tokens, never stopping before."""
+    """name: what the table calls it; load_s: seconds from files to weights in memory, imports not counted."""
 
     name: str
+    load_s: float
 
     def generate(self, prompt: list[int], new_tokens: int, steps: int | None = None) -> Generated:
-        """steps: stop after so many decode steps, with buffers for `new_tokens` all the same (a warm-up)."""
+        """All of `new_tokens` tokens, greedily, whatever they are.
+
+        steps  stop after so many decode steps, with buffers for `new_tokens` all the same (a warm-up)
+        """
 
     def drop_buffers(self) -> None:
         """Give back what generations leave behind to be used again."""
@@ -63,7 +67,7 @@ class OwnEngine:
     """One setting of popengine. Settings share the weights of an engine and take turns with its buffers."""
 
     def __init__(self, name: str, engine: Engine, pruning: PruningSettings) -> None:
-        self.name, self.engine, self.pruning = name, engine, pruning
+        self.name, self.engine, self.pruning, self.load_s = name, engine, pruning, engine.load_s
 
     def generate(self, prompt: list[int], new_tokens: int, steps: int | None = None) -> Generated:
         run = self.engine.run([prompt], new_tokens, self.pruning, ignore_eos=True)
@@ -107,6 +111,8 @@ class TransformersEngine:
         transformers = import_peer("transformers", "transformers")
         transformers.utils.logging.disable_progress_bar()
         self.device = device
+        importlib.import_module("transformers.models.llama.modeling_llama")     # seconds, not counted as loading
+        began = time.perf_counter()
         if path.is_dir():
             model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         else:
@@ -123,6 +129,7 @@ class TransformersEngine:
                 raise AbsentPeer(f"it does not take these weights: {[*missing, *unexpected][:3]}")
             model.tie_weights()
         self.model = model.eval().to(device)
+        self.load_s = time.perf_counter() - began
 
     @torch.inference_mode()
     def generate(self, prompt: list[int], new_tokens: int, steps: int | None = None) -> Generated:
@@ -151,12 +158,14 @@ class LlamaCppEngine:
         self.numpy = import_peer("numpy", "numpy")
         with open_checkpoint(path) as checkpoint:
             file = write_gguf(checkpoint, dtype, folder / f"{str(dtype).removeprefix('torch.')}.gguf")
+        began = time.perf_counter()
         try:
             self.model = self.library.Llama(
                 str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
             )
         except (ValueError, RuntimeError) as error:
             raise AbsentPeer(f"it does not load a .gguf of these weights ({error})") from None
+        self.load_s = time.perf_counter() - began
         self.vocabulary = self.model.n_vocab()
 
     def generate(self, prompt: list[int], new_tokens: int, steps: int | None = None) -> Generated:

@@ -97,13 +97,15 @@ def test_peer_decodes_the_same_tokens(result: dict[str, Any]) -> None:
 class Silent:
     """A contender that is never asked to do anything."""
 
+    load_s = 1.0
+
     def __init__(self, name: str) -> None:
         self.name = name
 
 
 def made_up(name: str, ratio: float | None, step_ms: float, weight_bytes: int | None, tokens: list[int]) -> Entry:
     mode, settings = (None, None) if ratio is None else ("eager", PruningSettings(prune_ratio=ratio))
-    entry = Entry(Silent(name), mode, settings, load_s=1.0, weight_bytes_per_token=weight_bytes)  # type: ignore[arg-type]
+    entry = Entry(Silent(name), mode, settings, weight_bytes_per_token=weight_bytes)  # type: ignore[arg-type]
     partition = {"scores_ms": 2.0, "sort_ms": 3.0, "copy_ms": 6.0} if ratio else {}
     # One step in three is slow: a median does not mind.
     entry.turns = [Generated(tokens, 100.0, [step_ms, step_ms, 9 * step_ms], **partition) for _ in range(3)]
