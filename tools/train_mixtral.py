@@ -38,7 +38,7 @@ CONFIG = {
     "model_type": "mixtral",
     "vocab_size": 99,
     "hidden_size": 128,
-    "intermediate_size": 64,
+    "intermediate_size": 128,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -162,6 +162,7 @@ def save(model: MixtralForCausalLM, directory: Path) -> None:
             name = name.replace(f"{projection}_proj.weight", f"{short}.weight") if ".experts." in name else name
         tensors[name.replace(".mlp.", ".block_sparse_moe.")] = parameter.contiguous()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)
     tokens = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNKNOWN}
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **tokens}
     generation_config = {name: CONFIG[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
