@@ -29,6 +29,8 @@ class Sampling:
             raise InputError(f"top-k must be 0 (all tokens) or a positive integer, not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top-p must be above 0 and at most 1, not {self.top_p}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be at least 0 and below 2**63, not {self.seed}")
 
     def generator(self, device: torch.device) -> torch.Generator | None:
         if self.temperature == 0:

@@ -145,7 +145,10 @@ def test_bad_prompts_are_refused_before_anything_runs(engine: Engine, call: dict
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [((-1.0,), "temperature"), ((float("nan"),), "temperature"), ((1.0, -1), "top-k"), ((1.0, 0, 0.0), "top-p")],
+    [
+        ((-1.0,), "temperature"), ((float("nan"),), "temperature"), ((1.0, -1), "top-k"), ((1.0, 0, 0.0), "top-p"),
+        ((1.0, 0, 1.0, 10**30), "seed"), ((1.0, 0, 1.0, -1), "seed"),
+    ],
 )
 def test_sampling_out_of_range_is_refused(settings: tuple, named: str) -> None:
     with pytest.raises(InputError, match=named):

@@ -60,38 +60,29 @@ def test_pop_tokens_equal_those_kept(engine: Engine, goldens: dict[str, Any], ra
     assert greedy(engine, goldens["prompt"].tolist(), 48, settings) == goldens[f"pop_{ratio}_{prefill}"].tolist()
 
 
-@pytest.fixture(scope="module")
-def reference(default_checkpoint_path: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
-    path = default_checkpoint_path
-    if path.suffix == ".gguf":
-        where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    else:
-        where = {"pretrained_model_name_or_path": path}
-    return transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
-
-
-def test_logits_equal_transformers(engine: Engine, reference: Any) -> None:
+def test_logits_equal_transformers(engine: Engine, default_model_of_transformers: Any) -> None:
     tokens = torch.tensor([engine.prompt_ids(TEXT, raw=True)[:256]])
     assert tokens.shape[1] == 256
     with torch.inference_mode():
-        wanted, logits = reference(tokens).logits, engine.model(tokens)
+        wanted, logits = default_model_of_transformers(tokens).logits, engine.model(tokens)
     assert torch.equal(logits.argmax(-1), wanted.argmax(-1))
     torch.testing.assert_close(logits, wanted, atol=2e-3, rtol=0)
 
 
-def test_greedy_tokens_equal_transformers(engine: Engine, reference: Any) -> None:
+def test_greedy_tokens_equal_transformers(engine: Engine, default_model_of_transformers: Any) -> None:
     prompt = engine.prompt_ids(CHAT_PROMPT)
     with torch.inference_mode():
-        wanted = reference.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)
+        wanted = default_model_of_transformers.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)
     assert greedy(engine, prompt, 64, DENSE) == wanted[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(("ratio", "prefill"), POP_RUNS)
-def test_pop_tokens_equal_transformers(engine: Engine, reference: Any, ratio: float, prefill: Any) -> None:
+def test_pop_tokens_equal_transformers(
+    engine: Engine, default_model_of_transformers: Any, ratio: float, prefill: Any
+) -> None:
     prompt = engine.prompt_ids(CHAT_PROMPT)
     settings = PruningSettings(ratio, prefill=prefill)
-    slow = SlowPOP(reference, engine.resolve(settings).ffn_ratio, 0.1, prefill)
+    slow = SlowPOP(default_model_of_transformers, engine.resolve(settings).ffn_ratio, 0.1, prefill)
     wanted = slow.generate(prompt, 48)
     slow.remove_hooks()
     assert greedy(engine, prompt, 48, settings) == wanted
