@@ -29,6 +29,9 @@ from popengine.errors import InputError
 from popengine.partition import PartitionSizes
 from popengine.pruning import LayerWeights, Pruning
 
+# Layers that one call of compiled code runs at most.
+MOST_LAYERS_PER_CALL = 4
+
 
 class LlamaDecoderLayer(nn.Module):
     # Any: a family may put another network in its place that has FeedForward's methods (a mixture of experts).
@@ -77,6 +80,15 @@ class LlamaDecoderLayer(nn.Module):
         return whole.attention - unread_heads + self.mlp.resident_weight_count(pruning)
 
 
+def run_layers(
+    layers: Sequence[LlamaDecoderLayer], x: Tensor, states: Sequence[LayerState], step: DecodeStep
+) -> Tensor:
+    """One token through some layers, one after the other. x [B, 1, H] -> [B, 1, H]"""
+    for layer, state in zip(layers, states, strict=True):
+        x = layer.decode(x, state, step)
+    return x
+
+
 class LlamaModel(nn.Module):
     """Embedding, decoder layers and final norm: everything below the output projection."""
 
@@ -103,8 +115,9 @@ class LlamaForCausalLM(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        # The two parts of a decode step that compile_decode replaces.
-        self.decode_layer: Callable[..., Tensor] = self.layer_class.decode
+        # What compile_decode replaces: how layers are grouped (by the index of the first), how they run, and the head.
+        self.decode_groups = {0: tuple(self.model.layers)}
+        self.decode_layers: Callable[..., Tensor] = run_layers
         self.decode_head: Callable[..., Tensor] = LlamaForCausalLM.head
         self.compiled = False
         # The state whose prompt the weights were last reordered for (pruning in place).
@@ -199,8 +212,8 @@ class LlamaForCausalLM(nn.Module):
             raise InputError("pruning in place serves one run at a time, and another prompt has reordered the weights")
         x = self.embed(tokens.unsqueeze(1))                                         # [B, 1, H]
         step = self.decode_step(x, state)
-        for layer, layer_state in zip(self.model.layers, state.layers, strict=True):
-            x = self.decode_layer(layer, x, layer_state, step)
+        for first, layers in self.decode_groups.items():
+            x = self.decode_layers(layers, x, state.layers[first : first + len(layers)], step)
         state.cache.advance()
         return self.decode_head(self, x)                                            # [B, V]
 
@@ -209,14 +222,19 @@ class LlamaForCausalLM(nn.Module):
         return project(self.model.norm(x), self.lm_head.weight, None)[:, 0]
 
     def compile_decode(self) -> None:
-        """From now on run decode steps through torch.compile: one function for all layers, and one for the head.
+        """From now on run decode steps through torch.compile: one function for every few layers, and one for the head.
 
+        A call of a compiled function costs some 60 microseconds whatever it computes, and compiling takes time for
+        each layer in it. Groups are of one size, so that they share one compiled function.
         It is compiled at its first step and again for every new shape: another batch size, dtype or set of partition
         sizes, but not another prompt or length.
         """
         # Every shape of the one function counts towards this limit, past which PyTorch would silently run eagerly.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        self.decode_layer = torch.compile(self.layer_class.decode, dynamic=False)
+        layers = tuple(self.model.layers)
+        size = max(size for size in range(1, MOST_LAYERS_PER_CALL + 1) if len(layers) % size == 0)
+        self.decode_groups = {first: layers[first : first + size] for first in range(0, len(layers), size)}
+        self.decode_layers = torch.compile(run_layers, dynamic=False)
         self.decode_head = torch.compile(LlamaForCausalLM.head, dynamic=False)
         self.compiled = True
 
