@@ -142,7 +142,7 @@ class Generation:
 
 
 class Run:
-    """One batch on its way: prefill on construction, then one token per sequence and step by iterating.
+    """One batch on its way: nothing is computed before it is iterated, the prompt at the first step.
 
     Iterating yields, per step, the new token of each sequence, or None for sequences that had ended before.
     """

@@ -170,7 +170,6 @@ METHODS: dict[str, Callable[[Request], PruningSettings]] = {
     "wanda-sp": wanda_sp,
     "flap": flap,
 }
-CALIBRATED = ("wanda-sp", "flap")
 
 
 def settings_for(method: str, request: Request) -> PruningSettings:

@@ -8,7 +8,6 @@ B batch, T tokens, I channels, R retained, C candidate, P pruned channels, N hea
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -137,11 +136,6 @@ class ChannelPartition:
         candidate_scores [..., C] float32, in the order of `candidate` -> bool [..., C] with `sizes.pick` True.
         """
         return keep_best(candidate_scores, self.sizes.pick)
-
-    @cached_property
-    def is_everything(self) -> bool:
-        """Nothing is pruned and nothing is chosen: the dense network."""
-        return self.sizes.retained == self.sizes.channels
 
     def __repr__(self) -> str:
         groups = "x".join(map(str, self.order.shape[:-1]))
