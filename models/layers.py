@@ -187,8 +187,9 @@ def attend_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
     q [B, N, 1, D], N a multiple of K; keys, values [B, K, S, D]; mask float [B, 1, 1, S] -> [B, 1, N, D]
     """
     batch, heads, _, head_dim = q.shape
+    alone = written_out(q[:, 0])
     q = q.reshape(batch, keys.shape[1], -1, head_dim)                               # [B, K, N/K, D]
-    if written_out(q[:, 0]):
+    if alone:
         products = q.unsqueeze(3).float() * keys.unsqueeze(2).float()               # [B, K, N/K, S, D]
         weights = (products.sum(dim=-1) * head_dim**-0.5 + mask).softmax(dim=-1)    # [B, K, N/K, S]
         a = (weights.unsqueeze(-1) * values.unsqueeze(2).float()).sum(dim=-2)       # [B, K, N/K, D]
@@ -249,8 +250,14 @@ def share_storage(parameters: Sequence[Tensor]) -> Tensor:
     return together
 
 
+def bits(x: Tensor) -> Tensor:
+    """Half-precision numbers as the integers with the same bits: on a CPU they are gathered 1.6 times as fast."""
+    return x.view(torch.int16) if x.element_size() == 2 else x
+
+
 def select_rows(weight: Tensor, rows: Tensor, out: Tensor) -> None:
     """out[i] = weight[rows[i]], whichever way the two (alike) are stored."""
+    weight, out = bits(weight), bits(out)
     if weight.is_contiguous():
         torch.index_select(weight, 0, rows, out=out)
     else:
@@ -258,8 +265,8 @@ def select_rows(weight: Tensor, rows: Tensor, out: Tensor) -> None:
 
 
 def take_channels(h: Tensor, channels: Tensor) -> Tensor:
-    """h [..., I] -> [..., A], the channels named. gather is index_select, but in bfloat16 on a CPU twice as fast."""
-    return h.gather(-1, channels.expand(*h.shape[:-1], -1))
+    """h [..., I] -> [..., A], the channels named. gather is index_select, but faster along the last dimension."""
+    return bits(h).gather(-1, channels.expand(*h.shape[:-1], -1)).view(h.dtype)
 
 
 def column_norms(weight: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ B batch, T prompt tokens, S cache slots, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,6 +118,7 @@ class LlamaForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         # What compile_decode replaces: how layers are grouped (by the index of the first), how they run, and the head.
         self.decode_groups = {0: tuple(self.model.layers)}
+        self.decode_begin: Callable[..., tuple[Tensor, DecodeStep]] = LlamaForCausalLM.begin
         self.decode_layers: Callable[..., Tensor] = run_layers
         self.decode_head: Callable[..., Tensor] = LlamaForCausalLM.head
         self.compiled = False
@@ -177,8 +179,9 @@ class LlamaForCausalLM(nn.Module):
             weight.dtype, weight.device,
         )
         if self.compiled:
+            torch._dynamo.mark_dynamic(cache.slots, 0)      # the capacity: one compiled step serves them all
             for buffer in cache.keys + cache.values:
-                torch._dynamo.mark_dynamic(buffer, 2)       # the capacity: one compiled step serves them all
+                torch._dynamo.mark_dynamic(buffer, 2)
         layers = [
             layer.new_state(keys, values, pruning)
             for layer, keys, values in zip(self.model.layers, cache.keys, cache.values, strict=True)
@@ -210,12 +213,19 @@ class LlamaForCausalLM(nn.Module):
         state.cache.make_room()
         if state.pruning.in_place and self.reordered_for is not state:
             raise InputError("pruning in place serves one run at a time, and another prompt has reordered the weights")
-        x = self.embed(tokens.unsqueeze(1))                                         # [B, 1, H]
-        step = self.decode_step(x, state)
+        x, step = self.decode_begin(self, tokens, state)                            # [B, 1, H]
+        if self.compiled:
+            for mask in step.masks.values():
+                torch._dynamo.mark_dynamic(mask, 3)
         for first, layers in self.decode_groups.items():
             x = self.decode_layers(layers, x, state.layers[first : first + len(layers)], step)
         state.cache.advance()
         return self.decode_head(self, x)                                            # [B, V]
+
+    def begin(self, tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodeStep]:
+        """The beginning of a decode step: what every layer needs. tokens int64 [B] -> x [B, 1, H]"""
+        x = self.embed(tokens.unsqueeze(1))                                         # [B, 1, H]
+        return x, self.decode_step(x, state)
 
     def head(self, x: Tensor) -> Tensor:
         """The end of a decode step: final norm and output projection. x [B, 1, H] -> logits [B, V]"""
@@ -234,8 +244,11 @@ class LlamaForCausalLM(nn.Module):
         layers = tuple(self.model.layers)
         size = max(size for size in range(1, MOST_LAYERS_PER_CALL + 1) if len(layers) % size == 0)
         self.decode_groups = {first: layers[first : first + size] for first in range(0, len(layers), size)}
-        self.decode_layers = torch.compile(run_layers, dynamic=False)
-        self.decode_head = torch.compile(LlamaForCausalLM.head, dynamic=False)
+        # Checking again that inputs have the shapes compiled for takes 4 % of a step: the guards have seen to that.
+        compile = partial(torch.compile, dynamic=False, options={"size_asserts": False})
+        self.decode_begin = compile(LlamaForCausalLM.begin)
+        self.decode_layers = compile(run_layers)
+        self.decode_head = compile(LlamaForCausalLM.head)
         self.compiled = True
 
     def prefill_step(
@@ -257,8 +270,6 @@ class LlamaForCausalLM(nn.Module):
         for window in set(self.config.windows):
             hidden = ~state.cache.visible(window)                                   # [B, 1, 1, S]
             masks[window] = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, -torch.inf)
-            if self.compiled:
-                torch._dynamo.mark_dynamic(masks[window], 3)
         return DecodeStep(cos, sin, masks, state.cache.length, state.live)
 
     def layer_weights(self) -> LayerWeights:

@@ -153,9 +153,11 @@ def partition_channels(scores: Tensor, sizes: PartitionSizes) -> ChannelPartitio
     """
     if scores.shape[-1] != sizes.channels:
         raise ValueError(f"scores of {scores.shape[-1]} channels cannot be cut into regions of {sizes.channels}")
-    order = scores.sort(dim=-1, descending=True, stable=True).indices               # [..., I]
-    regions = order.split([sizes.retained, sizes.candidate, sizes.pruned], dim=-1)
-    return ChannelPartition(torch.cat([region.sort(dim=-1).values for region in regions], dim=-1), sizes)
+    by_score = scores.sort(dim=-1, descending=True, stable=True).indices            # [..., I]
+    region = torch.zeros_like(by_score, dtype=torch.int8)                           # [..., I], 0 retained
+    region.scatter_(-1, by_score[..., sizes.retained : sizes.resident], 1)          # candidate
+    region.scatter_(-1, by_score[..., sizes.resident :], 2)                         # pruned
+    return ChannelPartition(region.sort(dim=-1, stable=True).indices, sizes)
 
 
 @dataclass(frozen=True, eq=False)
