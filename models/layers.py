@@ -150,8 +150,10 @@ class RotaryEmbedding(nn.Module):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of coordinates (j, j + D/2) by its angle. x [B, heads, T, D]; cos, sin [B, T, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
+    first, second = x.chunk(2, dim=-1)                                              # [B, heads, T, D/2] each
+    first_cos, second_cos = cos.unsqueeze(1).chunk(2, dim=-1)                       # [B, 1, T, D/2] each
+    first_sin, second_sin = sin.unsqueeze(1).chunk(2, dim=-1)
+    return torch.cat([first * first_cos - second * first_sin, second * second_cos + first * second_sin], dim=-1)
 
 
 def attend_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
