@@ -11,6 +11,7 @@ A resident channels (retained, then candidate), G groups of query heads that are
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from popengine.partition import (
     ChannelPartition,
     PartitionSizes,
     StaticChannels,
+    best,
     channel_scores,
     head_scores,
     keep_everything,
@@ -173,11 +175,45 @@ def written_out(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.device.type == "cpu" and x.shape[:-1].numel() == 1
 
 
+def stored_by_columns(weight: Tensor) -> bool:
+    """Whether a matrix [out, in] lies in memory column by column, as lay_columns_together leaves it."""
+    return weight.stride(0) == 1 < weight.stride(1)
+
+
+def adds_up_columns(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product is computed column by column: one token, on a CPU, eagerly, weights stored that way."""
+    return x.device.type == "cpu" and x.shape[:-1].numel() == 1 and stored_by_columns(weight)
+
+
+@lru_cache(maxsize=64)
+def stretches(count: int, parts: int) -> tuple[Tensor, Tensor]:
+    """The indices below `count`, and where each of `parts` stretches of them begins: int64, on the CPU."""
+    with torch.inference_mode(False):       # they outlive this call, and may next be needed outside inference
+        return torch.arange(count), torch.arange(parts) * count // parts
+
+
+def add_up_columns(weight: Tensor, columns: Tensor, factors: Tensor) -> Tensor:
+    """sum over k of factors[k] * weight[:, columns[k]]: one token's product that reads the columns named and no others.
+
+    That is what embedding_bag computes from a table of the columns. Each thread adds up a stretch of them, and so one
+    token's product takes half the time of F.linear's (figures in docs/speed.md).
+
+    weight [out, in], stored by columns, on the CPU; columns int64 [K]; factors [K] -> [out]
+    """
+    _, begins = stretches(len(columns), torch.get_num_threads())
+    sums = F.embedding_bag(columns, weight.t(), offsets=begins, per_sample_weights=factors, mode="sum")
+    return sums.sum(dim=0)
+
+
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear for decode steps. x [B, 1, in], weight [out, in], bias [out] -> [B, 1, out]"""
-    if not written_out(x):
+    """F.linear for decode steps, whichever way is fastest. x [B, 1, in], weight [out, in], bias [out] -> [B, 1, out]"""
+    if written_out(x):
+        y = (weight.float() * x.flatten().float()).sum(dim=-1).to(x.dtype)          # [out]
+    elif adds_up_columns(x, weight):
+        columns, _ = stretches(weight.shape[1], 1)
+        y = add_up_columns(weight, columns, x.flatten())                            # [out]
+    else:
         return F.linear(x, weight, bias)
-    y = (weight.float() * x.flatten().float()).sum(dim=-1).to(x.dtype)              # [out]
     return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
@@ -220,10 +256,7 @@ class Embedding(nn.Embedding):
 
 
 def lay_columns_together(linear: nn.Linear) -> None:
-    """Store a weight [out, in] column by column, in place of row by row; what it computes stays the same.
-
-    An eager float32 product of one row on a CPU reads such a weight 1.2 to 1.7 times as fast (docs/speed.md).
-    """
+    """Store a weight [out, in] column by column instead of row by row, for add_up_columns; its values stay the same."""
     linear.weight.data = linear.weight.data.t().contiguous().t()
 
 
@@ -260,10 +293,10 @@ def bits(x: Tensor) -> Tensor:
 def select_rows(weight: Tensor, rows: Tensor, out: Tensor) -> None:
     """out[i] = weight[rows[i]], whichever way the two (alike) are stored."""
     weight, out = bits(weight), bits(out)
-    if weight.is_contiguous():
-        torch.index_select(weight, 0, rows, out=out)
-    else:
+    if stored_by_columns(weight):
         torch.gather(weight.t(), 1, rows.expand(weight.shape[1], -1), out=out.t())
+    else:
+        torch.index_select(weight, 0, rows, out=out)
 
 
 def take_channels(h: Tensor, channels: Tensor) -> Tensor:
@@ -387,14 +420,19 @@ class FeedForward(nn.Module):
         return 3 * self.gate_proj.weight.numel()
 
     def resident_weight_count(self, pruning: Pruning) -> int:
-        """Weights that one decode step reads: retained and candidate rows of every matrix."""
-        return 3 * self.gate_proj.in_features * self.sizes(pruning).resident
+        """Weights that one token's decode step reads: retained and candidate channels of every matrix.
+
+        Where products add up columns, down_proj's of the candidates that lose are left out.
+        """
+        sizes = self.sizes(pruning)
+        finishing = sizes.active if stored_by_columns(self.down_proj.weight) else sizes.resident
+        return self.gate_proj.in_features * (2 * sizes.resident + finishing)
 
     def copy_bytes(self, pruning: Pruning) -> int:
         """Memory that the active copies will take, in bytes; with nothing to prune there are none."""
         sizes = self.sizes(pruning)
         copied = sizes.retained < sizes.channels and not pruning.in_place
-        copies = self.resident_weight_count(pruning) if copied else 0
+        copies = 3 * self.gate_proj.in_features * sizes.resident if copied else 0
         return copies * self.gate_proj.weight.element_size()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -424,9 +462,10 @@ class FeedForward(nn.Module):
 
     def reorder(self, order: Tensor) -> None:
         """Put the channels into another order, int64 [I], in place: what the network computes stays the same."""
-        self.gate_proj.weight.copy_(self.gate_proj.weight[order])
-        self.up_proj.weight.copy_(self.up_proj.weight[order])
-        self.down_proj.weight.copy_(self.down_proj.weight[:, order])
+        for rows in (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight.t()):
+            reordered = torch.empty_like(rows)
+            select_rows(rows, order, out=reordered)
+            rows.copy_(reordered)
         for linear in (self.gate_proj, self.up_proj):
             if linear.bias is not None:
                 linear.bias.copy_(linear.bias[order])
@@ -440,9 +479,22 @@ class FeedForward(nn.Module):
         if active.sizes.pick < active.sizes.candidate:
             retained, candidate = h.split([active.sizes.retained, active.sizes.candidate], dim=-1)
             scores = channel_scores(candidate, active.candidate_norms, step.live)   # [C]
+            if adds_up_columns(h, active.down):
+                return self.finish_gathered(h, scores, active)
             keep = active.partition.pick(scores)                                    # [C]
             h = torch.cat([retained, candidate.masked_fill(~keep, 0)], dim=-1)      # [B, 1, A]
         return project(h, active.down, active.down_bias)
+
+    def finish_gathered(self, h: Tensor, scores: Tensor, active: ActiveFeedForward) -> Tensor:
+        """down_proj on the retained and the picked channels alone: columns of the losing ones are not even read.
+
+        h [1, 1, A]; scores of the candidates, [C] -> [1, 1, H]
+        """
+        retained, _ = stretches(active.sizes.retained, 1)                           # [R]
+        picked = active.sizes.retained + best(scores, active.sizes.pick)            # [K]
+        channels = torch.cat([retained, picked])                                    # [R + K]
+        y = add_up_columns(active.down, channels, h.flatten()[channels])            # [H]
+        return (y if active.down_bias is None else y + active.down_bias).view(1, 1, -1)
 
     def decode_masked(self, x: Tensor, partition: ChannelPartition, live: Tensor) -> Tensor:
         """The same step on the full weights, for reading and for tests: channels that are off are set to 0.
@@ -494,16 +546,14 @@ class ActiveHeads:
     def copy_from(self, attention: "Attention", partition: ChannelPartition) -> None:
         """Fill the buffers with the rows and columns of the resident heads that `partition` names."""
         self.partition = partition
-        heads, head_dim = attention.heads, attention.head_dim
+        q, o, head_dim = attention.q_proj, attention.o_proj, attention.head_dim
+        rows = self.heads * head_dim
         resident = attention.flat_heads(partition.resident)                         # [A]
-        q, o, rows = attention.q_proj, attention.o_proj, self.heads * head_dim
-        by_head = self.qkv[:rows].view(self.heads, head_dim, -1)
-        torch.index_select(q.weight.view(heads, head_dim, -1), 0, resident, out=by_head)
+        coordinates = (resident[:, None] * head_dim + torch.arange(head_dim, device=resident.device)).flatten()
+        select_rows(q.weight, coordinates, out=self.qkv[:rows])
+        select_rows(o.weight.t(), coordinates, out=self.o.t())
         if self.qkv_bias is not None:
-            torch.index_select(q.bias.view(heads, head_dim), 0, resident, out=self.qkv_bias[:rows].view(-1, head_dim))
-        torch.index_select(
-            o.weight.view(-1, heads, head_dim), 1, resident, out=self.o.view(o.weight.shape[0], -1, head_dim)
-        )
+            torch.index_select(q.bias, 0, coordinates, out=self.qkv_bias[:rows])
         candidate = attention.flat_heads(partition.candidate)                       # [G C]
         torch.index_select(attention.output_norms(), 0, candidate, out=self.candidate_norms.flatten(0, 1))
         if self.cache_order is not None:

@@ -496,7 +496,7 @@ def load(
             warnings.warn(f"torch.compile does not work here, so steps run eagerly: {problem}", stacklevel=2)
         elif compile:
             model.compile_decode()
-        if not model.compiled and (where.type, kind) == ("cpu", torch.float32):
+        if not model.compiled and where.type == "cpu" and kind != torch.float16:    # which PyTorch multiplies slowly so
             for module in model.modules():
                 if isinstance(module, Linear):
                     lay_columns_together(module)

@@ -84,6 +84,14 @@ def all_channel_sizes(channels: int, ratio: float) -> PartitionSizes:
     return PartitionSizes(retained=0, candidate=channels, pruned=0, pick=active)
 
 
+def best(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest scores along the last dimension, best first; of equal scores the earlier one.
+
+    scores  [..., C] -> returns int64 [..., count]
+    """
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
 def keep_best(scores: Tensor, count: int) -> Tensor:
     """True for the `count` highest scores along the last dimension; of equal scores the earlier one.
 
@@ -96,9 +104,7 @@ def keep_best(scores: Tensor, count: int) -> Tensor:
         mine, other = scores.unsqueeze(-1), scores.unsqueeze(-2)                    # [..., C, 1], [..., 1, C]
         better = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))     # [..., C, C]
         return better.sum(dim=-1) < count
-    order = scores.sort(dim=-1, descending=True, stable=True).indices               # [..., C]
-    kept = torch.arange(scores.shape[-1], device=scores.device) < count             # [C], by rank
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, kept.expand_as(order))
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best(scores, count), True)
 
 
 @dataclass(frozen=True)

@@ -75,14 +75,14 @@ def test_rows_hold_together(result: dict[str, Any], checkpoint: Path) -> None:
         assert 0 < times["first_quartile"] <= times["median"] <= times["third_quartile"]
         assert row["gb_per_s"] == pytest.approx(row["weight_bytes_per_token"] / times["median"] / 1e6)
         assert row["bandwidth_share"] == pytest.approx(row["gb_per_s"] / group["bandwidth_gb_per_s"]["median"])
-    # Attention and lm_head whole, and 3 H of each channel that is retained or a candidate (the method's cost model).
+    # Attention and lm_head whole; of gate and up the retained channels and the candidates, of down those that win.
     engine = load(checkpoint, dtype="float32")
     regions = engine.regions(engine.resolve(PruningSettings(prune_ratio=0.4)))
     hidden, layers = SIZES["hidden_size"], SIZES["num_hidden_layers"]
     attention = layers * hidden * 2 * (hidden + hidden // 2) + 261 * hidden
     assert dense["weight_bytes_per_token"] == 4 * (attention + layers * 3 * hidden * SIZES["intermediate_size"])
-    resident = regions.retained + regions.candidate
-    assert pop["weight_bytes_per_token"] == 4 * (attention + layers * 3 * hidden * resident)
+    rows = 2 * (regions.retained + regions.candidate) + regions.retained + regions.picked
+    assert pop["weight_bytes_per_token"] == 4 * (attention + layers * hidden * rows)
     assert transformers["weight_bytes_per_token"] == dense["weight_bytes_per_token"]
     assert pop["partition_ms"] > 0
     assert dense["partition_ms"] == 0

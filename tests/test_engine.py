@@ -121,7 +121,9 @@ def test_statistics_add_up(engine: Engine) -> None:
     hidden, layers, vocabulary, head = 48, 3, 261, 12
     attention = 2 * hidden * head * (4 + 2)
     assert statistics.dense_weight_bytes_per_token == 4 * (vocabulary * hidden + layers * (attention + 3 * 80 * hidden))
-    assert statistics.weight_bytes_per_token == 4 * (vocabulary * hidden + layers * (attention + 3 * 52 * hidden))
+    # Of gate and up retained and candidate channels are read, of down retained and picked ones.
+    read = layers * (attention + (52 + 52 + 40) * hidden)
+    assert statistics.weight_bytes_per_token == 4 * (vocabulary * hidden + read)
     assert statistics.partition_ms == pytest.approx(statistics.scores_ms + statistics.sort_ms + statistics.copy_ms)
     assert min(statistics.prefill_ms, statistics.partition_ms, statistics.decode_ms_per_token) > 0
 

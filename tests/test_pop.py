@@ -206,12 +206,13 @@ def test_a_slow_implementation_with_hooks_gives_the_same_tokens(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("prefill", ["pruned", "dense"])
-def test_reordering_in_place_gives_what_copies_give(model: LlamaForCausalLM, prefill: Any) -> None:
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+def test_reordering_in_place_gives_what_copies_give(model: LlamaForCausalLM, prefill: Any, columns: bool) -> None:
     tokens, _ = left_padded([12], SIZES["vocab_size"])
     others, _ = left_padded([9], SIZES["vocab_size"], seed=4)
     copied = resolve(replace(SETTINGS["both"], prefill=prefill), model.layer_weights())
     model = deepcopy(model).double()        # in float32 sums in another order may tip a near tie between candidates
-    reordered = deepcopy(model)
+    reordered = stored_by_columns(model) if columns else deepcopy(model)
     with torch.inference_mode():
         state = model.new_state(1, 64, copied)
         in_place = reordered.new_state(1, 64, replace(copied, in_place=True))
@@ -238,13 +239,41 @@ def test_in_place_refuses_a_second_run_instead_of_mixing_them_up(model: LlamaFor
             model.decode(torch.tensor([1]), first)
 
 
+def stored_by_columns(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A copy of the model with weights as eager steps on a CPU have them."""
+    model = deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            lay_columns_together(module)
+    return model
+
+
+def test_columns_of_losing_candidates_are_not_read(model: LlamaForCausalLM) -> None:
+    model = stored_by_columns(model)
+    tokens, _ = left_padded([12], SIZES["vocab_size"])
+    pruning = resolve(SETTINGS["ffn"], model.layer_weights())
+    with torch.inference_mode():
+        _, state = prefilled(model, tokens, pruning)
+        layer, active = model.model.layers[0], state.layers[0].ffn
+        step = model.decode_step(model.embed(tokens[:, :1]), state)
+        x = torch.randn(1, 1, model.config.hidden_size)
+        wanted = layer.mlp.decode(x, active, step)
+        torch.testing.assert_close(wanted, layer.mlp.decode_masked(x, active.partition, step.live))
+        h = layer.mlp.activation(x)[0, 0, active.partition.candidate]
+        losing = active.sizes.retained + (~active.partition.pick(h.abs() * active.candidate_norms)).nonzero().flatten()
+        assert len(losing) == active.sizes.candidate - active.sizes.pick > 0
+        active.down[:, losing] = torch.nan
+        assert torch.equal(layer.mlp.decode(x, active, step), wanted)
+        read = model.weight_bytes_per_token(pruning)
+        dense = model.weight_bytes_per_token(resolve(DENSE, model.layer_weights()))
+        unread = 3 * active.sizes.pruned + len(losing)
+        assert dense - read == 4 * len(model.model.layers) * model.config.hidden_size * unread
+
+
 def test_storing_weights_by_columns_changes_nothing(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([12], SIZES["vocab_size"])
     pruning = resolve(SETTINGS["both"], model.layer_weights())
-    by_columns = deepcopy(model)
-    for module in by_columns.modules():
-        if isinstance(module, Linear):
-            lay_columns_together(module)
+    by_columns = stored_by_columns(model)
     assert not by_columns.lm_head.weight.is_contiguous()
     with torch.inference_mode():
         logits, state = prefilled(model, tokens, pruning)
