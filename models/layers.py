@@ -625,8 +625,7 @@ class Attention(nn.Module):
 
     def prefill(self, x: Tensor, keys: Tensor, values: Tensor, active: ActiveHeads, step: PrefillStep) -> Tensor:
         """Run the prompt and write its keys and values to the cache, [B, K, S, D]. x [B, T, H] -> [B, T, H]"""
-        q = self.rotated(self.q_proj(x), self.q_norm, step)                         # [B, N, T, D]
-        k, v = self.keys_and_values(x, step)                                        # [B, K, T, D]
+        q, k, v = self.queries_keys_values(x, *self.together(), step)               # [B, N, T, D], [B, K, T, D]
         a = attend_prompt(q, k, v, step.masks[self.window])                         # [B, T, N, D]
         if active.prunes:
             with step.clock.phase("scores"):
@@ -645,25 +644,26 @@ class Attention(nn.Module):
         resident = a.index_select(2, self.flat_heads(active.partition.resident))    # [B, T, A, D]
         return F.linear(resident.flatten(2), active.o, active.o_bias)
 
-    def active_queries_keys_values(
-        self, x: Tensor, active: ActiveHeads, step: DecodeStep
+    def queries_keys_values(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, step: PrefillStep | DecodeStep
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One product for all three, one rotation for the first two.
 
-        x [B, T, H] -> q [B, A, T, D], k and v [B, K, T, D]
+        x [B, T, H]; weight [(A + 2K) D, H], bias [(A + 2K) D] -> q [B, A, T, D], k and v [B, K, T, D]
         """
-        qkv = project(x, active.qkv, active.qkv_bias).unflatten(-1, (-1, self.head_dim))        # [B, T, A + 2K, D]
-        qk, v = qkv.split([active.heads + self.kv_heads, self.kv_heads], dim=2)
+        qkv = project(x, weight, bias).unflatten(-1, (-1, self.head_dim))           # [B, T, A + 2K, D]
+        q, k, v = qkv.tensor_split([-2 * self.kv_heads, -self.kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk.split([active.heads, self.kv_heads], dim=2)
-            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)                 # [B, T, A + K, D]
+        else:
+            qk = qkv[:, :, : -self.kv_heads]
         turned = rotate(qk.transpose(1, 2), step.cos, step.sin)                     # [B, A + K, T, D]
-        q, k = turned.split([active.heads, self.kv_heads], dim=1)
+        q, k = turned.tensor_split([-self.kv_heads], dim=1)
         return q, k, v.transpose(1, 2)
 
     def decode(self, x: Tensor, keys: Tensor, values: Tensor, active: ActiveHeads, step: DecodeStep) -> Tensor:
         """Run one token: add its key and value to the cache, attend with the resident heads. x [B, 1, H]"""
-        q, k, v = self.active_queries_keys_values(x, active, step)
+        q, k, v = self.queries_keys_values(x, active.qkv, active.qkv_bias, step)
         if active.cache_order is not None:
             k, v = k[:, active.cache_order], v[:, active.cache_order]
         keys.index_copy_(2, step.slot, k)

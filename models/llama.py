@@ -206,7 +206,7 @@ class LlamaForCausalLM(nn.Module):
         step = self.prefill_step(x, real, real if counted is None else counted, finish_dense, state.clock)
         for layer, layer_state in zip(self.model.layers, state.layers, strict=True):
             x = layer.prefill(x, layer_state, step)
-        return self.lm_head(self.model.norm(x[:, -1]))                              # [B, V]
+        return self.head(x[:, -1:])                                                 # [B, V]
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
         """One step: run one token per sequence on the active weights. tokens int64 [B] -> logits [B, V]"""
@@ -228,7 +228,7 @@ class LlamaForCausalLM(nn.Module):
         return x, self.decode_step(x, state)
 
     def head(self, x: Tensor) -> Tensor:
-        """The end of a decode step: final norm and output projection. x [B, 1, H] -> logits [B, V]"""
+        """The end of a prompt or a decode step: final norm and output projection. x [B, 1, H] -> logits [B, V]"""
         return project(self.model.norm(x), self.lm_head.weight, None)[:, 0]
 
     def compile_decode(self) -> None:

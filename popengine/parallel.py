@@ -67,7 +67,7 @@ def parallel_step(model: LlamaForCausalLM, x: Tensor, state: DecodeState) -> Dec
 def attention_steps(attention: Attention, x: Tensor, state: LayerState, step: DecodeStep) -> Tensor:
     """`Attention.decode`, T times. x [1, T, H] -> [1, T, H]"""
     active = state.heads
-    q, k, v = attention.active_queries_keys_values(x, active, step)                 # [1, A, T, D], [1, K, T, D] twice
+    q, k, v = attention.queries_keys_values(x, active.qkv, active.qkv_bias, step)   # [1, A, T, D], [1, K, T, D]
     if active.cache_order is not None:
         k, v = k[:, active.cache_order], v[:, active.cache_order]
     state.keys.index_copy_(2, step.slot, k)
