@@ -1,1 +1,1 @@
-"""Forward passes, one file per model family, and the parts they share in `models.layers`."""
+"""Forward passes, one file per model family, and what they share: layers, attention, feed_forward and products."""

@@ -10,19 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.attention import ActiveHeads, Attention
 from models.config import LlamaConfig, read_llama_config
-from models.layers import (
-    ActiveHeads,
-    Attention,
-    DecodeStep,
-    Embedding,
-    FeedForward,
-    Linear,
-    PrefillStep,
-    RMSNorm,
-    RotaryEmbedding,
-    project,
-)
+from models.feed_forward import FeedForward
+from models.layers import DecodeStep, Embedding, Linear, PrefillStep, RMSNorm, RotaryEmbedding
+from models.products import project
 from models.state import DecodeState, LayerState
 from popengine.cache import KVCache
 from popengine.clock import Clock

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ConfigReader, FamilyDefaults, LlamaConfig, read_decoder_fields
-from models.layers import ActiveFeedForward, DecodeStep, FeedForward, Linear, PrefillStep, take_channels
+from models.feed_forward import ActiveFeedForward, FeedForward
+from models.layers import DecodeStep, Linear, PrefillStep
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from models.products import take_channels
 from models.state import DecodeState
 from popengine.errors import InputError
 from popengine.partition import ChannelPartition, PartitionSizes, channel_scores, partition_channels

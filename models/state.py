@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models.layers import ActiveHeads
+from models.attention import ActiveHeads
 from popengine.cache import KVCache
 from popengine.clock import Clock
 from popengine.pruning import Pruning

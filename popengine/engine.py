@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.layers import Linear, lay_columns_together
+from models.layers import Linear
 from models.llama import LlamaForCausalLM
 from models.llava import LlavaForConditionalGeneration
 from models.mixtral import ActiveExperts, MixtralForCausalLM
+from models.products import lay_columns_together
 from models.state import DecodeState
 from popengine.chat import end_of_turn_token, read_chat_template, render_chat
 from popengine.clock import Clock

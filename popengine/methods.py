@@ -20,7 +20,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from models.layers import FeedForward
+from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.mixtral import weight_scores
 from popengine.activations import feed_forward_networks

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.layers import ActiveFeedForward, ActiveHeads, Attention, DecodeStep, FeedForward
+from models.attention import ActiveHeads, Attention
+from models.feed_forward import ActiveFeedForward, FeedForward
+from models.layers import DecodeStep
 from models.llama import LlamaForCausalLM
 from models.mixtral import ActiveExperts, MixtureOfExperts
 from models.state import DecodeState, LayerState

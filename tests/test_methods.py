@@ -10,7 +10,7 @@ from tiny_models import SIZES, saved_pair
 from torch import Tensor
 from transformers import LlamaConfig
 
-from models.layers import FeedForward
+from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from popengine.activations import dense_activations, embedded, feed_forward_networks
 from popengine.calibration import Calibration, calibrate, load_calibration, save_calibration

@@ -12,8 +12,9 @@ from tiny_models import SIZES, left_padded, saved_pair
 from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from models.layers import Linear, lay_columns_together
+from models.layers import Linear
 from models.llama import LlamaForCausalLM
+from models.products import lay_columns_together
 from models.state import DecodeState
 from popengine.errors import InputError
 from popengine.partition import channel_scores, keep_best
