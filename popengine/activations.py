@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.layers import FeedForward
+from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.mixtral import MixtureOfExperts
 from popengine.clock import Clock
@@ -22,12 +22,14 @@ from popengine.clock import Clock
 class Activation:
     """What one feed-forward network computes.
 
-    name  its place in the model, as checkpoints spell it: model.layers.0.mlp
-    h     [n, I], what down_proj reads, for the tokens that reach this network, in their order
+    name       its place in the model, as checkpoints spell it: model.layers.0.mlp
+    positions  int64 [n], the tokens that reach this network, in their order
+    h          [n, I], what down_proj reads, for these tokens
     """
 
     name: str
     ffn: FeedForward
+    positions: Tensor
     h: Tensor
 
 
@@ -45,21 +47,22 @@ def dense_activations(model: LlamaForCausalLM, x: Tensor) -> Iterator[Activation
     for index, layer in enumerate(model.model.layers):
         x = x + layer.self_attn(layer.input_layernorm(x), step)
         seen = layer.post_attention_layernorm(x)                                    # [1, T, H]
-        for name, ffn, tokens in inputs(f"model.layers.{index}.mlp", layer.mlp, seen[0]):
-            if len(tokens):
-                yield Activation(name, ffn, ffn.activation(tokens))
+        for name, ffn, positions in reached(f"model.layers.{index}.mlp", layer.mlp, seen[0]):
+            if len(positions):
+                yield Activation(name, ffn, positions, ffn.activation(seen[0, positions]))
         x = x + layer.mlp(seen)
 
 
-def inputs(name: str, mlp: FeedForward | MixtureOfExperts, x: Tensor) -> Iterator[tuple[str, FeedForward, Tensor]]:
-    """The networks behind one layer's mlp, and which of its tokens x [T, H] each gets, [n, H]."""
+def reached(name: str, mlp: FeedForward | MixtureOfExperts, x: Tensor) -> Iterator[tuple[str, FeedForward, Tensor]]:
+    """The networks behind one layer's mlp, and which of its tokens x [T, H] reach each: int64 [n]."""
+    everything = torch.arange(len(x), device=x.device)                              # [T]
     if isinstance(mlp, FeedForward):
-        yield name, mlp, x
+        yield name, mlp, everything
         return
-    for index, tokens in enumerate(mlp.route(x).segments(x)):
-        yield f"{name}.experts.{index}", mlp.experts[index], tokens
+    for index, positions in enumerate(mlp.route(x).segments(everything)):
+        yield f"{name}.experts.{index}", mlp.experts[index], positions
     if mlp.shared_expert is not None:
-        yield f"{name}.shared_expert", mlp.shared_expert, x
+        yield f"{name}.shared_expert", mlp.shared_expert, everything
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ Every method with every setting that matters to it, on the same windows of a tex
 import argparse
 import itertools
 import json
+import operator
 import os
 import platform
 import sys
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from popengine.methods import Request
     from popengine.plots import Point
     from popengine.pruning import Pruning, PruningSettings
+    from popengine.studies import NetworkPicks, RankDrift
 
 DRIFT_WINDOWS = 4
 
@@ -133,6 +135,40 @@ class Comparison:
                     self.progress.add(text_key(one, index), asdict(score))
                     bar.update()
 
+    def measure_generated(self) -> None:
+        """Let the dense model go on from every window's prompt, and ask every configuration along the way.
+
+        Up to the first token on which they disagree, that is what the configuration would generate itself.
+        """
+        import torch
+        from tqdm import tqdm
+
+        from popengine.score import log_probabilities
+
+        total = len(self.windows) * (1 + len(self.prunings))
+        bar = tqdm(total=total, desc="generated", unit="window", disable=not self.show_progress)
+        with bar, torch.inference_mode():
+            for index, window in enumerate(self.windows):
+                key = generated_key(None, index)
+                if key not in self.progress.records:
+                    self.progress.add(key, {"ids": self.dense_continuation(window)})
+                bar.update()
+                generated = Window(window.prompt, self.progress.records[key]["ids"])
+                for one, pruning in self.prunings.items():
+                    key = generated_key(one, index)
+                    if key not in self.progress.records:
+                        likeliest = log_probabilities(self.engine.model, generated, pruning).argmax(dim=-1)     # [S]
+                        said = likeliest.new_tensor(generated.continuation)
+                        self.progress.add(key, {"agreed": (likeliest == said).tolist()})
+                    bar.update()
+
+    def dense_continuation(self, window: Window) -> list[int]:
+        """As many tokens as are scored, greedily, beyond an end of sequence too."""
+        from popengine.pruning import DENSE
+
+        run = self.engine.run([window.prompt], len(window.continuation), DENSE, ignore_eos=True)
+        return [token for (token,) in run if token is not None]
+
     def measure_tasks(self, task_sets: Sequence[str], count: int, seed: int) -> None:
         """Ask every question under every configuration; what has been asked is left out."""
         from tqdm import tqdm
@@ -173,6 +209,9 @@ class Comparison:
             if self.windows:
                 summary = summarise([self.window_score(one, index) for index in range(len(self.windows))])
                 row |= {name: value if value == value else None for name, value in asdict(summary).items()}
+                agreed = [self.agreed_on_generated(one, index) for index in range(len(self.windows))]
+                row["generated_agreement"] = sum(map(sum, agreed)) / sum(map(len, agreed))
+                row["identical_tokens"] = sum([*own, False].index(False) for own in agreed) / len(agreed)
             for name in task_sets:
                 found = records[task_key(one, name)]
                 row[f"tasks_{name}"] = {"right": found["right"], "asked": found["asked"]}
@@ -183,43 +222,69 @@ class Comparison:
         record = self.progress.records[text_key(one, index)]
         return WindowScore(record["losses"], record["agreed"], record["divergences"])
 
+    def agreed_on_generated(self, one: Configuration, index: int) -> list[bool]:
+        """Per token that the dense model generated: would this configuration have generated it there?"""
+        return self.progress.records[generated_key(one, index)]["agreed"]
+
     def points(self, rows: Sequence[dict[str, Any]]) -> "Iterator[Point]":
         """The rows as the plots need them."""
         from popengine.plots import Point
 
         for one, row in zip(self.prunings, rows, strict=True):
-            agreed = [self.window_score(one, index).agreed for index in range(len(self.windows))]
+            given = [self.window_score(one, index).agreed for index in range(len(self.windows))]
+            generated = [self.agreed_on_generated(one, index) for index in range(len(self.windows))]
+            still_alike = [list(itertools.accumulate(own, operator.and_)) for own in generated]
             yield Point(
                 one.method, one.label, round(row["ffn_ratio"], 3), one.candidate_width,
                 row["weight_bytes_per_token"] / 1e6, row["perplexity"],
-                [sum(at) / len(at) for at in zip(*agreed, strict=True)],
+                share_by_position(given), share_by_position(generated), share_by_position(still_alike),
             )
 
-    def plot(self, rows: Sequence[dict[str, Any]], folder: Path) -> list[str]:
+    def study_drift(self) -> "list[RankDrift]":
+        """How the dense model's ranking moves, on the first windows."""
+        from popengine.studies import rank_drift
+
+        return [rank_drift(self.engine.model, window) for window in self.windows[:DRIFT_WINDOWS]]
+
+    def study_picks(self) -> "tuple[Configuration, list[NetworkPicks]] | None":
+        """What POP of the usual width decides on the first window, at the highest ratio; None when it was not run."""
+        from popengine.studies import picks
+
+        popped = [
+            one for one, pruning in self.prunings.items()
+            if one.method == "pop" and self.is_usual(one) and one.candidate_width == self.middle_width()
+            and pruning.ffn_ratio > 0
+        ]
+        if not popped:
+            return None
+        return popped[-1], picks(self.engine.model, self.windows[0], self.prunings[popped[-1]])
+
+    def plot(
+        self, rows: Sequence[dict[str, Any]], drifts: "list[RankDrift]",
+        picked: "tuple[Configuration, list[NetworkPicks]] | None", folder: Path,
+    ) -> list[str]:
         """Draw what there is data for; the names of the files."""
         from popengine import plots
-        from popengine.studies import picks, rank_drift
 
         usual = [
-            (one, point) for one, point in zip(self.prunings, self.points(rows), strict=True)
-            if one.method == "dense" or (one.prefill, one.head_ratio, one.unseen_experts) == self.usual_settings()
+            (one, point) for one, point in zip(self.prunings, self.points(rows), strict=True) if self.is_usual(one)
         ]
-        names = ["perplexity.png", "agreement.png"]
         plots.plot_perplexity([point for _, point in usual], folder / "perplexity.png")
         plots.plot_agreement(
             [point for one, point in usual if one.method != "pop" or one.candidate_width == self.middle_width()],
             folder / "agreement.png",
         )
-        drifts = [rank_drift(self.engine.model, window) for window in self.windows[:DRIFT_WINDOWS]]
-        if drifts[0].names:
-            plots.plot_rank_drift(drifts, folder / "rank_drift.png")
-            names.append("rank_drift.png")
-        popped = [one for one, _ in usual if one.method == "pop" and one.candidate_width == self.middle_width()]
-        if popped and self.prunings[popped[-1]].ffn_ratio > 0:
-            seen = picks(self.engine.model, self.windows[0], self.prunings[popped[-1]])
-            plots.plot_partition_map(seen, folder / "partition.png", popped[-1].label)
+        plots.plot_rank_drift(drifts, folder / "rank_drift.png")
+        names = ["perplexity.png", "agreement.png", "rank_drift.png"]
+        if picked is not None:
+            one, networks = picked
+            plots.plot_partition_map(networks, folder / "partition.png", one.label)
             names.append("partition.png")
         return names
+
+    def is_usual(self, one: Configuration) -> bool:
+        """Whether the plots show this one."""
+        return one.method == "dense" or (one.prefill, one.head_ratio, one.unseen_experts) == self.usual_settings()
 
     def usual_settings(self) -> tuple[str, float, str]:
         """Prefill, heads off and treatment of unseen experts that the plots show: the first of each that was asked
@@ -235,6 +300,16 @@ class Comparison:
 
 def text_key(one: Configuration, window: int) -> str:
     return f"window {window}: {json.dumps(asdict(one))}"
+
+
+def generated_key(one: Configuration | None, window: int) -> str:
+    """None: the dense model's own tokens."""
+    return f"generated {window}: {'tokens' if one is None else json.dumps(asdict(one))}"
+
+
+def share_by_position(by_window: Sequence[Sequence[bool]]) -> list[float]:
+    """Over windows, per position."""
+    return [sum(at) / len(at) for at in zip(*by_window, strict=True)]
 
 
 def task_key(one: Configuration, task_set: str) -> str:
@@ -305,12 +380,23 @@ def run(flags: argparse.Namespace) -> None:
         engine, {one: engine.resolve(settings[one]) for one in wanted}, settings, windows, progress, show_progress
     )
     comparison.measure_text()
+    comparison.measure_generated()
     comparison.measure_tasks(flags.tasks, flags.questions, flags.seed)
     rows = comparison.rows(flags.tasks)
-    made = comparison.plot(rows, flags.out) if windows and not flags.no_plots else []
-    about = identity | {"machine": machine(), "plots": made}
-    (flags.out / "table.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    table = markdown(rows, about)
+    about = identity | {"machine": machine(), "plots": []}
+    studies: dict[str, dict[str, float]] = {}
+    if windows:
+        from popengine.studies import drift_figures, pick_figures
+
+        drifts, picked = comparison.study_drift(), comparison.study_picks()
+        studies["ranking of the dense model"] = drift_figures(drifts)
+        if picked is not None:
+            studies[f"share of steps that pick a candidate, {picked[0].label}"] = pick_figures(picked[1])
+        if not flags.no_plots:
+            about["plots"] = comparison.plot(rows, drifts, picked, flags.out)
+    result = {"about": about, "rows": rows, "studies": studies}
+    (flags.out / "table.json").write_text(json.dumps(result, indent=1) + "\n")
+    table = markdown(rows, about, studies)
     (flags.out / "table.md").write_text(table)
     print(table, end="")
 
@@ -362,7 +448,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def markdown(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
+def markdown(
+    rows: Sequence[dict[str, Any]], about: dict[str, Any], studies: dict[str, dict[str, float]]
+) -> str:
     """The table for people. Columns in which every row is alike are left out."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "method": lambda row: row["method"],
@@ -383,6 +471,8 @@ def markdown(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
             "loss": lambda row: f"{row['mean_loss']:.3f} ± {row['standard_error'] or float('nan'):.3f}",
             "same top token": lambda row: f"{row['agreement']:.1%}",
             "KL from dense": lambda row: f"{max(0.0, row['divergence']):.3f}",
+            "same token generated": lambda row: f"{row['generated_agreement']:.1%}",
+            "tokens before the first other": lambda row: f"{row['identical_tokens']:.1f}",
         }
     for name in rows[0]:
         if name.startswith("tasks_"):
@@ -401,7 +491,12 @@ def markdown(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
     machine_words = ", ".join(f"{name} {value}" for name, value in about["machine"].items())
     facts = [f"{name.replace('_', ' ')} {value}" for name, value in about.items()
              if name not in ("machine", "plots") and value is not None]
-    return "\n".join([*lines, "", f"Measured with: {'; '.join(facts)}.", f"Machine: {machine_words}.", ""])
+    studied = []
+    for name, found in studies.items():
+        figures = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in found.items())
+        studied.append(f"{name[0].upper()}{name[1:]}: {figures}.")
+    ending = [*studied, f"Measured with: {'; '.join(facts)}.", f"Machine: {machine_words}."]
+    return "\n".join([*lines, *(line for sentence in ending for line in ("", sentence)), ""])
 
 
 def share_right(task_set: str, tasks: Sequence[str], row: dict[str, Any]) -> str:

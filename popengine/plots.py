@@ -35,7 +35,12 @@ REGION_COLOURS = {"retained": "#1f4e79", "candidate": "#f2b134", "pruned": "#e8e
 
 @dataclass(frozen=True)
 class Point:
-    """One line of the table as the plots need it. agreed  share of windows, per scored position."""
+    """One line of the table as the plots need it.
+
+    agreed            share of windows whose likeliest token is the dense model's, per position of the given text
+    agreed_generated  the same along the text that the dense model generates
+    still_alike       share of windows that have agreed on every token so far, along that text
+    """
 
     method: str
     label: str
@@ -44,6 +49,8 @@ class Point:
     megabytes: float
     perplexity: float
     agreed: list[float]
+    agreed_generated: list[float]
+    still_alike: list[float]
 
 
 def save(figure: Any, path: Path) -> None:
@@ -98,26 +105,31 @@ def plot_perplexity(points: Sequence[Point], path: Path) -> None:
 
 
 def plot_agreement(points: Sequence[Point], path: Path, bin_size: int = 16) -> None:
-    """Agreement with the dense model's top token by position in the continuation, in bins of positions."""
-    figure, axes = pyplot.subplots(figsize=(10.5, 5))
+    """Agreement with the dense model by position: on the given text, along what the dense model generates, and as the
+    share of windows that would have generated just that so far. Positions stand in bins."""
+    figure, panels = pyplot.subplots(1, 3, figsize=(15.5, 4.8), sharey=True)
     lines = ("-", "--", ":", "-.")
-    used: dict[str, int] = {}
-    for point in points:
-        if point.method == "dense":
-            continue
-        size = min(bin_size, len(point.agreed))
-        bins = torch.tensor(point.agreed[: len(point.agreed) // size * size]).view(-1, size).mean(dim=1)
-        middle = [size * index + size / 2 for index in range(len(bins))]
-        colour = STYLES.get(point.method, ("tab:cyan", "o"))[0]
-        line = lines[used.get(point.method, 0) % len(lines)]
-        used[point.method] = used.get(point.method, 0) + 1
-        axes.plot(middle, bins.tolist(), line, color=colour, marker=".", label=point.label)
-    axes.set_ylim(0, 1)
-    axes.set_xlabel(f"position after the prompt (mean over {bin_size} positions)")
-    axes.set_ylabel("same top token as the dense model")
-    axes.set_title("Agreement with the dense model by position, on the text's own tokens")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), handlelength=3.5)
+    shown = [point for point in points if point.method != "dense"]
+    for axes, title, values in (
+        (panels[0], "same top token, given the text", [point.agreed for point in shown]),
+        (panels[1], "same token, along dense generation", [point.agreed_generated for point in shown]),
+        (panels[2], "every token so far the same", [point.still_alike for point in shown]),
+    ):
+        used: dict[str, int] = {}
+        for point, shares in zip(shown, values, strict=True):
+            size = min(bin_size, len(shares))
+            bins = torch.tensor(shares[: len(shares) // size * size]).view(-1, size).mean(dim=1)
+            middle = [size * index + size / 2 for index in range(len(bins))]
+            colour = STYLES.get(point.method, ("tab:cyan", "o"))[0]
+            line = lines[used.get(point.method, 0) % len(lines)]
+            used[point.method] = used.get(point.method, 0) + 1
+            axes.plot(middle, bins.tolist(), line, color=colour, marker=".", label=point.label)
+        axes.set_ylim(0, 1)
+        axes.set_title(title)
+        axes.set_xlabel(f"position after the prompt (mean over {bin_size})")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("agreement with the dense model")
+    panels[2].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), handlelength=3.5)
     save(figure, path)
 
 
@@ -125,13 +137,14 @@ def plot_rank_drift(drifts: Sequence[RankDrift], path: Path) -> None:
     """Mean rank difference and top-50 % overlap per decode step: median network, and the middle 80 % of them."""
     figure, both = pyplot.subplots(1, 2, figsize=(11, 4.3))
     for axes, title, chance, values in (
-        (both[0], "mean rank difference / channels", 1 / 3, torch.stack([d.rank_difference for d in drifts]).mean(0)),
-        (both[1], "overlap of the top 50 %", 0.5, torch.stack([d.overlap for d in drifts]).mean(0)),
+        (both[0], "mean rank difference / channels", 1 / 3, [drift.rank_difference for drift in drifts]),
+        (both[1], "overlap of the top 50 %", 0.5, [drift.overlap for drift in drifts]),
     ):
-        steps = range(1, values.shape[1] + 1)
-        low, middle, high = (values.quantile(q, dim=0).tolist() for q in (0.1, 0.5, 0.9))
-        axes.fill_between(steps, low, high, color="tab:blue", alpha=0.2, label="middle 80 % of the layers")
-        axes.plot(steps, middle, color="tab:blue", label="median layer")
+        over_windows = torch.stack(values).nanmean(dim=0)                           # [networks, S]
+        steps = range(1, over_windows.shape[1] + 1)
+        low, middle, high = (over_windows.nanquantile(q, dim=0).tolist() for q in (0.1, 0.5, 0.9))
+        axes.fill_between(steps, low, high, color="tab:blue", alpha=0.2, label="middle 80 % of the networks")
+        axes.plot(steps, middle, color="tab:blue", label="median network")
         axes.axhline(chance, color="black", linestyle=":", label="by chance")
         axes.set_xlabel("decode step")
         axes.set_title(title)

@@ -3,12 +3,13 @@
 T prompt tokens, S decode steps, I FFN channels, C candidates.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from models.layers import FeedForward
+from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from popengine.activations import dense_activations, embedded, feed_forward_networks
 from popengine.partition import ChannelPartition, channel_scores
@@ -18,9 +19,9 @@ from popengine.score import Window, log_probabilities
 
 @dataclass(frozen=True)
 class RankDrift:
-    """How far each decode step's ranking is from the prompt's, per network that sees every token (no experts).
+    """How far each decode step's ranking is from the prompt's, per network; nan where a step did not reach an expert.
 
-    names            the networks
+    names            the networks, experts that the prompt did not reach among them
     rank_difference  [networks, S]  mean over channels of |rank - rank in the prompt| / I; 1/3 by chance
     overlap          [networks, S]  share of the prompt's top half that is in the step's top half; 1/2 by chance
     """
@@ -33,23 +34,32 @@ class RankDrift:
 @torch.inference_mode()
 def rank_drift(model: LlamaForCausalLM, window: Window) -> RankDrift:
     """Of the dense model, on one window of text (POP, arXiv 2602.06822, Figure 2)."""
-    names, differences, overlaps = [], [], []
-    split = len(window.prompt)
+    names = list(feed_forward_networks(model))
+    split, steps = len(window.prompt), len(window.continuation)
+    differences = torch.full((len(names), steps), torch.nan)
+    overlaps = differences.clone()
     for activation in dense_activations(model, embedded(model, window.ids)):
-        if len(activation.h) < len(window.ids):
+        in_prompt = activation.positions < split                                    # [n]
+        if not in_prompt.any():
             continue
         h, norms = activation.h, activation.ffn.down_norms()
-        prompt = channel_scores(h[None, :split], norms)                             # [I]
-        steps = h[split:].float().abs() * norms                                     # [S, I]
-        before, now = ranks(prompt), ranks(steps)                                   # [I], [S, I]
-        channels = len(prompt)
-        half = channels // 2
-        names.append(activation.name)
-        differences.append((now - before).abs().float().mean(dim=-1) / channels)    # [S]
-        overlaps.append(((now < half) & (before < half)).sum(dim=-1) / half)        # [S]
-    if not names:
-        return RankDrift([], torch.empty(0, 0), torch.empty(0, 0))
-    return RankDrift(names, torch.stack(differences), torch.stack(overlaps))
+        before = ranks(channel_scores(h[None, in_prompt], norms))                   # [I]
+        now = ranks(h[~in_prompt].float().abs() * norms)                            # [n, I]
+        half = len(before) // 2
+        row, reached = names.index(activation.name), activation.positions[~in_prompt].cpu() - split
+        differences[row, reached] = (now - before).abs().float().mean(dim=-1).cpu() / len(before)
+        overlaps[row, reached] = ((now < half) & (before < half)).sum(dim=-1).cpu() / half
+    return RankDrift(names, differences, overlaps)
+
+
+def drift_figures(drifts: Sequence[RankDrift]) -> dict[str, float]:
+    """Means over windows, networks and steps: of all steps, and of the first and the last 16."""
+    figures = {}
+    for name in ("rank_difference", "overlap"):
+        values = torch.stack([getattr(drift, name) for drift in drifts])            # [windows, networks, S]
+        for part, steps in (("", slice(None)), ("_first_16", slice(16)), ("_last_16", slice(-16, None))):
+            figures[name + part] = float(values[..., steps].nanmean())
+    return figures
 
 
 def ranks(scores: Tensor) -> Tensor:
@@ -81,3 +91,16 @@ def picks(model: LlamaForCausalLM, window: Window, pruning: Pruning) -> list[Net
 
     log_probabilities(model, window, pruning, observe=observe)
     return seen
+
+
+def pick_figures(networks: Sequence[NetworkPicks]) -> dict[str, float]:
+    """At which share of its steps a candidate is picked (quantiles over all of them), and how many always or never."""
+    shares = torch.cat([network.picked / network.steps for network in networks if network.steps])
+    low, middle, high = shares.quantile(shares.new_tensor([0.05, 0.5, 0.95])).tolist()
+    return {
+        "quantile_5": low,
+        "median": middle,
+        "quantile_95": high,
+        "always": float((shares == 1).float().mean()),
+        "never": float((shares == 0).float().mean()),
+    }

@@ -16,10 +16,11 @@ from popengine.compare import main
 from popengine.engine import load
 from popengine.errors import InputError
 from popengine.pruning import DENSE, PruningSettings
-from popengine.score import Window
-from popengine.studies import picks, rank_drift
+from popengine.score import Window, cut_windows, read_text
+from popengine.studies import drift_figures, pick_figures, picks, rank_drift
 from popengine.tasks import Question, is_answered, questions_for
 
+MIXTRAL = Path(__file__).parents[1] / "weights" / "mixtral-tiny"
 METHODS = ["dense", "all-channels", "pop", "frozen", "random", "magnitude", "wanda-sp", "flap"]
 
 
@@ -187,6 +188,47 @@ def test_rank_drift_is_what_its_definition_says(tmp_path: Path) -> None:
         assert float(drift.overlap[0, step]) == pytest.approx(overlap, abs=1e-6)
 
 
+@torch.inference_mode()
+def test_rank_drift_of_experts_is_known_where_a_step_reached_them() -> None:
+    engine = load(MIXTRAL, device="cpu")
+    ids = engine.tokenizer.encode("sort 52713=12357; sort 9140=0149; sort 36627=23667", add_special_tokens=False)
+    window = Window(ids[:30], ids[30:])
+    drift = rank_drift(engine.model, window)
+    config = engine.model.config
+    assert len(drift.names) == config.num_hidden_layers * config.num_experts
+    layers = drift.rank_difference.unflatten(0, (config.num_hidden_layers, -1))     # [layers, experts, S]
+    known = ~layers.isnan()
+    assert (known.sum(dim=1) <= config.num_experts_per_tok).all()
+    assert known.float().sum(dim=1).mean() > 0.8 * config.num_experts_per_tok       # most experts were in the prompt
+    assert torch.equal(known.flatten(0, 1), ~drift.overlap.isnan())
+    assert ((layers[known] > 0) & (layers[known] < 0.5)).all()
+    figures = drift_figures([drift])
+    assert figures["rank_difference"] == pytest.approx(float(layers[known].mean()))
+    assert figures["rank_difference_first_16"] == pytest.approx(float(layers[..., :16].nanmean()))
+
+
+def test_agreement_along_dense_generation_is_what_the_method_would_generate(
+    flags: list[Any], checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    assert status(*flags, "--methods", "dense", "pop", "frozen", "--no-plots", "--out", tmp_path) == 0
+    engine = load(checkpoint, device="cpu")
+    whole = read_text(text, engine.tokenizer)
+    windows = cut_windows(whole, engine.tokenizer, 24, 16, 2)
+
+    def generated(prompt: list[int], settings: PruningSettings) -> list[int | None]:
+        return [token for (token,) in engine.run([prompt], 16, settings, ignore_eos=True)]
+
+    for row in rows(tmp_path):
+        settings = PruningSettings(ffn_ratio=row["ffn_ratio"], candidate_width=0 if row["method"] == "frozen" else 0.1)
+        alike = 0
+        for window in windows:
+            dense, own = generated(window.prompt, DENSE), generated(window.prompt, settings)
+            alike += next((at for at in range(16) if dense[at] != own[at]), 16)
+        assert row["identical_tokens"] == alike / 2
+        assert row["identical_tokens"] / 16 <= row["generated_agreement"] <= 1
+    assert rows(tmp_path)[0]["identical_tokens"] == 16
+
+
 def test_picks_count_what_every_step_kept(checkpoint: Path) -> None:
     engine = load(checkpoint, device="cpu")
     pruning = engine.resolve(PruningSettings(ffn_ratio=0.4, candidate_width=0.3))
@@ -195,3 +237,7 @@ def test_picks_count_what_every_step_kept(checkpoint: Path) -> None:
     for network in seen:
         assert network.steps == 10
         assert int(network.picked.sum()) == 10 * network.partition.sizes.pick
+    figures = pick_figures(seen)
+    shares = torch.cat([network.picked for network in seen]) / 10
+    assert figures["median"] == pytest.approx(float(shares.quantile(0.5)))
+    assert figures["always"] == pytest.approx(float((shares == 1).float().mean()))
