@@ -144,6 +144,11 @@ def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
         raise InputError(
             f"head ratio {settings.head_ratio} leaves no query head of {layer.heads_per_group} in a group; lower it"
         )
+    if settings.head_ratio > 0 and heads.active == heads.channels:
+        raise InputError(
+            f"head ratio {settings.head_ratio} turns off none of the {layer.heads_per_group} query heads of a group; "
+            f"raise it above {0.5 / layer.heads_per_group:.2g}, or leave it at 0"
+        )
     off_heads = (heads.channels - heads.active) * layer.head_groups * layer.head
     total = layer.attention + layer.ffn
     if settings.ffn_ratio is not None:

@@ -89,6 +89,7 @@ def test_settings_out_of_range_are_one_line_errors(settings: dict[str, Any], nam
         (PruningSettings(0.9), "must stay below 0.808"),
         (PruningSettings(0.02, head_ratio=0.5), "head ratio 0.5 alone"),
         (PruningSettings(0.4, head_ratio=0.95), "leaves no query head"),
+        (PruningSettings(0.4, head_ratio=0.1), "turns off none of the 4 query heads"),
     ],
 )
 def test_ratios_that_the_model_cannot_give_are_refused(settings: PruningSettings, named: str) -> None:

@@ -1,0 +1,94 @@
+"""Time the product of one token with one weight, every way that was considered, and gathering against masking.
+
+    python tools/measure_products.py [--threads N]
+
+Prints microseconds (median of 9) and GB/s of weights, for products that take turns over enough matrices not to be
+served from the cache. In the second table a down_proj of A active channels keeps K of them at this step: masking reads
+all A columns, gathering only K.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.products import add_up_columns
+
+# out, in: gate and up, down, o of SmolLM2-135M; its lm_head; gate and up of a 1B model.
+SHAPES = [(1536, 576), (576, 1536), (576, 576), (49152, 576), (8192, 2048)]
+GATHERS = [(576, 794, 717), (2048, 4236, 3826)]     # H, A, K: SmolLM2-135M and a 1B model at 40 %
+BYTES = 200_000_000                                 # of matrices to take turns over
+
+
+def masked(down: Tensor, h: Tensor, keep: Tensor) -> Tensor:
+    return (down.float() * (h * keep).float()).sum(-1).to(h.dtype)
+
+
+def gathered(down: Tensor, h: Tensor, winners: Tensor) -> Tensor:
+    return (down[:, winners].float() * h[winners].float()).sum(-1).to(h.dtype)
+
+
+def written_out(weight: Tensor, x: Tensor) -> Tensor:
+    return (weight.float() * x.float()).sum(-1).to(x.dtype)
+
+
+def microseconds(step: Callable[[Tensor], Tensor], weights: list[Tensor]) -> float:
+    times = []
+    for _ in range(9):
+        began = time.perf_counter()
+        for weight in weights:
+            step(weight)
+        times.append((time.perf_counter() - began) / len(weights))
+    return statistics.median(times) * 1e6
+
+
+def report(what: str, took: float, read: int) -> None:
+    print(f"  {what:45} {took:8.0f} us  {read / took / 1e3:6.1f} GB/s")
+
+
+@torch.inference_mode()
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--threads", type=int)
+    threads = flags.parse_args().threads
+    if threads is not None:
+        torch.set_num_threads(threads)
+    fast = {f: torch.compile(f, dynamic=False) for f in (masked, gathered, written_out)}
+    print(f"{torch.get_num_threads()} threads")
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, columns in SHAPES:
+            print(f"{rows} x {columns}, {dtype}")
+            read = rows * columns * dtype.itemsize
+            by_rows = [torch.randn(rows, columns).to(dtype) for _ in range(max(2, BYTES // read))]
+            by_columns = [weight.t().contiguous().t() for weight in by_rows]
+            x, everything = torch.randn(columns).to(dtype), torch.arange(columns)
+            report("F.linear, by rows", microseconds(lambda w: F.linear(x[None], w), by_rows), read)  # noqa: B023
+            report("F.linear, by columns", microseconds(lambda w: F.linear(x[None], w), by_columns), read)  # noqa: B023
+            summed = microseconds(lambda w: add_up_columns(w, everything, x), by_columns)  # noqa: B023
+            report("columns added up (eager steps)", summed, read)
+            report("written out and compiled, by rows (compiled steps)",
+                   microseconds(lambda w: fast[written_out](w, x), by_rows), read)  # noqa: B023
+        for hidden, active, picked in GATHERS:
+            print(f"down_proj {hidden} x {active}, of which {picked} win, {dtype}")
+            read, fewer = (hidden * count * dtype.itemsize for count in (active, picked))
+            by_rows = [torch.randn(hidden, active).to(dtype) for _ in range(max(2, BYTES // read))]
+            by_columns = [weight.t().contiguous().t() for weight in by_rows]
+            h, winners = torch.randn(active).to(dtype), torch.randperm(active)[:picked].sort().values
+            keep = torch.zeros(active, dtype=torch.bool).index_fill(0, winners, True)
+            everything = torch.arange(active)
+            report("columns added up, masked",
+                   microseconds(lambda w: add_up_columns(w, everything, h * keep), by_columns), read)  # noqa: B023
+            report("columns added up, gathered (eager steps)",
+                   microseconds(lambda w: add_up_columns(w, winners, h[winners]), by_columns), fewer)  # noqa: B023
+            report("written out, masked (compiled steps)",
+                   microseconds(lambda w: fast[masked](w, h, keep), by_rows), read)  # noqa: B023
+            report("written out, gathered",
+                   microseconds(lambda w: fast[gathered](w, h, winners), by_rows), fewer)  # noqa: B023
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""How far apart bfloat16 logits lie when the same network is computed in other orders.
+
+    python tools/measure_rounding.py FILE
+
+Decodes 64 tokens of a text (UTF-8) with the default checkpoint after a prompt of 128, and prints the median distance
+between the logits of two ways (l2, relative). Every way starts from one prefill of its own dtype. PyTorch's own library
+kernels, switched off and on, are one of the pairs: they are how close two correct bfloat16 computations come.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from popengine.engine import Engine, load
+from popengine.pruning import DENSE
+
+PROMPT, STEPS = 128, 64
+
+
+@torch.inference_mode()
+def logits(engine: Engine, ids: list[int], during: Callable[[], AbstractContextManager[object]]) -> Tensor:
+    """Of the decode steps, float32 [STEPS, V]."""
+    model = engine.model
+    state = model.new_state(1, PROMPT + STEPS, engine.resolve(DENSE))
+    model.prefill(model.embed(torch.tensor([ids[:PROMPT]])), state)
+    with during():
+        return torch.cat([model.decode(torch.tensor([token]), state) for token in ids[PROMPT:]]).float()
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return float(((one - other).norm(dim=-1) / other.norm(dim=-1)).median())
+
+
+def without_library() -> AbstractContextManager[object]:
+    return torch.backends.mkldnn.flags(enabled=False)  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    eager, compiled = load(dtype="bfloat16"), load(dtype="bfloat16", compile=True)
+    exact, rows = load(dtype="float32"), load(dtype="bfloat16", compile=True)
+    rows.model.decode_begin, rows.model.decode_layers, rows.model.decode_head = (
+        eager.model.decode_begin, eager.model.decode_layers, eager.model.decode_head
+    )                                   # stored by rows, as compiled models are, and run eagerly: F.linear
+    rows.model.compiled = False
+    text = Path(sys.argv[1]).read_text(encoding="utf-8")
+    ids = eager.tokenizer.encode(text, add_special_tokens=False)[: PROMPT + STEPS]
+    found = {
+        "eager": logits(eager, ids, nullcontext),
+        "compiled": logits(compiled, ids, nullcontext),
+        "F.linear": logits(rows, ids, nullcontext),
+        "F.linear without oneDNN": logits(rows, ids, without_library),
+    }
+    truth = logits(exact, ids, nullcontext)
+    for name, values in found.items():
+        apart = distance(values, found["eager"])
+        print(f"{name:24} from eager {apart:.2%}, from float32 {distance(values, truth):.2%}")
+    pair = distance(found["F.linear without oneDNN"], found["F.linear"])
+    print(f"F.linear with and without oneDNN: {pair:.2%}")
+
+
+if __name__ == "__main__":
+    main()
