@@ -10,6 +10,7 @@ import json
 import operator
 import os
 import platform
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -211,7 +212,7 @@ class Comparison:
                 row |= {name: value if value == value else None for name, value in asdict(summary).items()}
                 agreed = [self.agreed_on_generated(one, index) for index in range(len(self.windows))]
                 row["generated_agreement"] = sum(map(sum, agreed)) / sum(map(len, agreed))
-                row["identical_tokens"] = sum([*own, False].index(False) for own in agreed) / len(agreed)
+                row["identical_tokens"] = statistics.median([*own, False].index(False) for own in agreed)
             for name in task_sets:
                 found = records[task_key(one, name)]
                 row[f"tasks_{name}"] = {"right": found["right"], "asked": found["asked"]}
@@ -472,7 +473,7 @@ def markdown(
             "same top token": lambda row: f"{row['agreement']:.1%}",
             "KL from dense": lambda row: f"{max(0.0, row['divergence']):.3f}",
             "same token generated": lambda row: f"{row['generated_agreement']:.1%}",
-            "tokens before the first other": lambda row: f"{row['identical_tokens']:.1f}",
+            "tokens alike (median)": lambda row: f"{row['identical_tokens']:.1f}",
         }
     for name in rows[0]:
         if name.startswith("tasks_"):

@@ -109,6 +109,21 @@ def test_a_batch_of_two_compiles_and_gives_the_eager_tokens(tiny_checkpoint: Pat
     assert greedy(load(tiny_checkpoint, compile=True), prompts, 16, POP) == tokens
 
 
+def test_models_batches_and_settings_in_turn_are_not_mixed_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Steps check little beyond what tells the compiled functions apart; here they differ in a constant, too."""
+    other = complete_checkpoint(tmp_path, max_position_embeddings=1024, rms_norm_eps=0.5)
+    engines = [(load(path), load(path, compile=True)) for path in (tiny_checkpoint, other)]
+    one, two = [list(range(30))], [list(range(30)), list(range(40, 50))]
+    made = []
+    for _ in range(2):
+        for plain, fast in engines:
+            for prompts, pruning in ((one, POP), (two, POP)):
+                tokens = greedy(plain, prompts, 12, pruning)
+                assert greedy(fast, prompts, 12, pruning) == tokens
+                made.append(tokens)
+    assert made[0] != made[2]       # the constant does make a difference
+
+
 def test_without_a_compiler_a_warning_says_so_and_steps_run_eagerly(tiny_checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "popengine.generate", "--ckpt", str(tiny_checkpoint), "--prompt", "Hello"]
     environment = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
