@@ -59,7 +59,9 @@ def add_up_columns(weight: Tensor, columns: Tensor, factors: Tensor) -> Tensor:
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear for decode steps, whichever way is fastest. x [B, 1, in], weight [out, in], bias [out] -> [B, 1, out]"""
     if written_out(x):
-        y = (weight.float() * x.flatten().float()).sum(dim=-1).to(x.dtype)          # [out]
+        row = x.flatten().float()                                                   # [in]
+        # as_strided has Inductor keep the row, instead of computing it (a norm, say) anew for every row of the weight.
+        y = (weight.float() * row.as_strided(row.shape, (1,))).sum(dim=-1).to(x.dtype)      # [out]
     elif adds_up_columns(x, weight):
         columns, _ = stretches(weight.shape[1], 1)
         y = add_up_columns(weight, columns, x.flatten())                            # [out]
