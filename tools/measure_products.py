@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.products import add_up_columns
+from models.products import add_up_columns, project
 
 # out, in: gate and up, down, o of SmolLM2-135M; its lm_head; gate and up of a 1B model.
 SHAPES = [(1536, 576), (576, 1536), (576, 576), (49152, 576), (8192, 2048)]
@@ -25,15 +25,15 @@ BYTES = 200_000_000                                 # of matrices to take turns 
 
 
 def masked(down: Tensor, h: Tensor, keep: Tensor) -> Tensor:
-    return (down.float() * (h * keep).float()).sum(-1).to(h.dtype)
+    return project((h * keep)[None], down, None)
 
 
 def gathered(down: Tensor, h: Tensor, winners: Tensor) -> Tensor:
-    return (down[:, winners].float() * h[winners].float()).sum(-1).to(h.dtype)
+    return project(h[None, winners], down[:, winners], None)
 
 
 def written_out(weight: Tensor, x: Tensor) -> Tensor:
-    return (weight.float() * x.float()).sum(-1).to(x.dtype)
+    return project(x[None], weight, None)
 
 
 def microseconds(step: Callable[[Tensor], Tensor], weights: list[Tensor]) -> float:
@@ -57,6 +57,7 @@ def main() -> None:
     threads = flags.parse_args().threads
     if threads is not None:
         torch.set_num_threads(threads)
+    torch._dynamo.config.recompile_limit = 64           # one for every shape below
     fast = {f: torch.compile(f, dynamic=False) for f in (masked, gathered, written_out)}
     print(f"{torch.get_num_threads()} threads")
     for dtype in (torch.float32, torch.bfloat16):
