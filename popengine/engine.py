@@ -488,7 +488,7 @@ def load(
     dtype        "auto" (the checkpoint's own; float32 for quantised .gguf), "float32", "bfloat16" or "float16"
     device       "auto", "cpu", "cuda", "cuda:1", "mps"
     max_seq_len  a shorter context than the model's own
-    compile      run decode steps through torch.compile: seconds to start, then two to three times as fast on a CPU.
+    compile      run decode steps through torch.compile: seconds to start, then 1.3 to 2 times as fast on a CPU.
                  Where that does not work, a warning says why and steps run as without it
     progress     progress bars on stderr
     Raises InputError, in one line, for anything wrong with what was given.
