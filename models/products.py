@@ -36,7 +36,7 @@ def adds_up_columns(x: Tensor, weight: Tensor) -> bool:
     return x.device.type == "cpu" and x.shape[:-1].numel() == 1 and stored_by_columns(weight)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def stretches(count: int, parts: int) -> tuple[Tensor, Tensor]:
     """The indices below `count`, and where each of `parts` stretches of them begins: int64, on the CPU."""
     with torch.inference_mode(False):       # they outlive this call, and may next be needed outside inference
