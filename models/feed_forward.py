@@ -142,7 +142,7 @@ class FeedForward(nn.Module):
         """Weights that the prune ratio is a share of."""
         return 3 * self.gate_proj.weight.numel()
 
-    def resident_weight_count(self, pruning: Pruning) -> int:
+    def read_weight_count(self, pruning: Pruning) -> int:
         """Weights that one token's decode step reads: retained and candidate channels of every matrix.
 
         Where products add up columns, down_proj's of the candidates that lose are left out.

@@ -66,11 +66,11 @@ class LlamaDecoderLayer(nn.Module):
         )
 
     def weights_read(self, pruning: Pruning) -> int:
-        """Weights (elements, not bytes) that one decode step reads: retained and candidate rows of every matrix."""
+        """Weights (elements, not bytes) that one token's decode step reads."""
         whole = self.weights()
         heads = pruning.head_sizes(whole.heads_per_group)
         unread_heads = heads.pruned * whole.head_groups * whole.head
-        return whole.attention - unread_heads + self.mlp.resident_weight_count(pruning)
+        return whole.attention - unread_heads + self.mlp.read_weight_count(pruning)
 
 
 def run_layers(
@@ -108,7 +108,7 @@ class LlamaForCausalLM(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        # What compile_decode replaces: how layers are grouped (by the index of the first), how they run, and the head.
+        # What compile_decode replaces: how layers are grouped (by the index of the first), and the parts of a step.
         self.decode_groups = {0: tuple(self.model.layers)}
         self.decode_begin: Callable[..., tuple[Tensor, DecodeStep]] = LlamaForCausalLM.begin
         self.decode_layers: Callable[..., Tensor] = run_layers
@@ -224,7 +224,7 @@ class LlamaForCausalLM(nn.Module):
         return project(self.model.norm(x), self.lm_head.weight, None)[:, 0]
 
     def compile_decode(self) -> None:
-        """From now on run decode steps through torch.compile: one function for every few layers, and one for the head.
+        """From now on run decode steps through torch.compile: one function for every few layers, two for the ends.
 
         A call of a compiled function costs some 60 microseconds whatever it computes, and compiling takes time for
         each layer in it. Groups are of one size, so that they share one compiled function.

@@ -337,10 +337,10 @@ class MixtureOfExperts(nn.Module):
         """
         return self.experts_per_token * self.experts[0].weight_count()
 
-    def resident_weight_count(self, pruning: Pruning) -> int:
+    def read_weight_count(self, pruning: Pruning) -> int:
         """Weights that one decode step of one token reads: of the experts it is routed to, and of the shared one."""
-        shared = 0 if self.shared_expert is None else self.shared_expert.resident_weight_count(pruning)
-        routed = sum(expert.resident_weight_count(pruning) for expert in self.experts)
+        shared = 0 if self.shared_expert is None else self.shared_expert.read_weight_count(pruning)
+        routed = sum(expert.read_weight_count(pruning) for expert in self.experts)
         return self.experts_per_token * routed // len(self.experts) + shared
 
     def copy_bytes(self, pruning: Pruning) -> int:

@@ -77,7 +77,7 @@ def lay_columns_together(linear: nn.Linear) -> None:
 
 def empty_like_layout(weight: Tensor, rows: int, columns: int) -> Tensor:
     """An uninitialised [rows, columns] matrix, stored by columns if `weight` is."""
-    return weight.new_empty(rows, columns) if weight.is_contiguous() else weight.new_empty(columns, rows).t()
+    return weight.new_empty(columns, rows).t() if stored_by_columns(weight) else weight.new_empty(rows, columns)
 
 
 def share_storage(parameters: Sequence[Tensor]) -> Tensor:

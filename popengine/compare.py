@@ -373,13 +373,12 @@ def run(flags: argparse.Namespace) -> None:
     request = Request(engine.model, Configuration("dense", 0.0).settings(), calibration_from(flags, engine), flags.seed)
     wanted = configurations(flags, mixture=hasattr(engine.model.config, "num_experts"))
     settings = {one: settings_of(one, request) for one in wanted}
+    prunings = {one: engine.resolve(settings[one]) for one in wanted}       # errors come before anything is written
     identity = identity_of(flags, engine, text, request)
     progress = ProgressFile(flags.out / "progress.jsonl", identity)
     for note in progress.notes:
         print(f"warning: {note}", file=sys.stderr)
-    comparison = Comparison(
-        engine, {one: engine.resolve(settings[one]) for one in wanted}, settings, windows, progress, show_progress
-    )
+    comparison = Comparison(engine, prunings, settings, windows, progress, show_progress)
     comparison.measure_text()
     comparison.measure_generated()
     comparison.measure_tasks(flags.tasks, flags.questions, flags.seed)

@@ -167,6 +167,13 @@ def test_tasks_are_generated_and_compared_exactly(checkpoint: Path, tmp_path: Pa
         questions_for("text", 0, 0)
 
 
+def test_a_setting_that_the_model_cannot_take_leaves_nothing_behind(
+    flags: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "turns off none" in error(capsys, *flags, "--methods", "pop", "--head-ratio", 0.01, "--out", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @torch.inference_mode()
 def test_rank_drift_is_what_its_definition_says(tmp_path: Path) -> None:
     """Against a loop over channels; and a step that repeats a prompt of one token has not drifted at all."""

@@ -95,6 +95,13 @@ def test_neither_another_prompt_nor_a_longer_one_compiles_again(tiny_checkpoint:
         assert run.statistics().compile_s == 0
 
 
+def test_a_context_that_is_no_multiple_of_anything_gives_the_eager_tokens(tiny_checkpoint: Path) -> None:
+    """The second capacity, 203, is served by what was compiled for the first, 128, without its guards being asked."""
+    plain, fast = (load(tiny_checkpoint, max_seq_len=203, compile=compile) for compile in (False, True))
+    for prompt, new_tokens in ([1, 2, 3], 20), (list(range(100)), 103):
+        assert greedy(fast, [prompt], new_tokens, POP) == greedy(plain, [prompt], new_tokens, POP)
+
+
 def test_one_compiled_function_serves_every_layer(tiny_checkpoint: Path) -> None:
     engine = load(tiny_checkpoint, compile=True)
     before = graphs_compiled()

@@ -12,11 +12,15 @@ import math
 from pathlib import Path
 
 from popengine.compare import Configuration
+from popengine.errors import InputError
 
 
 def losses(folder: Path, label: str) -> tuple[object, dict[int, float]]:
     """Which text was scored, and the mean loss of every window under the configuration of that name."""
-    first, *records = map(json.loads, (folder / "progress.jsonl").read_text(encoding="utf-8").splitlines())
+    try:
+        first, *records = map(json.loads, (folder / "progress.jsonl").read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: its progress.jsonl cannot be read: {error}") from None
     found: dict[str, dict[int, float]] = {}
     for record in records:
         kind, _, configuration = record["key"].partition(": ")
@@ -24,7 +28,7 @@ def losses(folder: Path, label: str) -> tuple[object, dict[int, float]]:
             scored = found.setdefault(Configuration(**json.loads(configuration)).label, {})
             scored[int(kind.removeprefix("window "))] = sum(record["losses"]) / len(record["losses"])
     if label not in found:
-        raise SystemExit(f"{folder} has no row {label!r}; it has {', '.join(map(repr, found))}")
+        raise InputError(f"{folder} has no row {label!r}; it has {', '.join(map(repr, found))}")
     same = {name: first["comparison"][name] for name in ("text", "prompt_tokens", "score_tokens", "windows")}
     return same, found[label]
 
@@ -35,10 +39,13 @@ def main() -> None:
         flags.add_argument(f"{name}_folder", type=Path)
         flags.add_argument(name)
     given = flags.parse_args()
-    about, one = losses(given.first_folder, given.first)
-    other_about, other = losses(given.second_folder, given.second)
-    if about != other_about or one.keys() != other.keys():
-        raise SystemExit(f"the two did not score the same windows: {about} and {other_about}")
+    try:
+        about, one = losses(given.first_folder, given.first)
+        other_about, other = losses(given.second_folder, given.second)
+        if about != other_about or one.keys() != other.keys():
+            raise InputError(f"the two did not score the same windows: {about} and {other_about}")
+    except InputError as error:
+        flags.error(str(error))
     differences = [one[window] - other[window] for window in one]
     mean = sum(differences) / len(differences)
     spread = sum((difference - mean) ** 2 for difference in differences)
