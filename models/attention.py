@@ -22,7 +22,7 @@ from models.products import (
     tensor_bytes,
     written_out,
 )
-from popengine.partition import ChannelPartition, PartitionSizes, head_scores, keep_everything, partition_channels
+from models.pruning.partition import ChannelPartition, PartitionSizes, head_scores, keep_everything, partition_channels
 
 
 def attend_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

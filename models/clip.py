@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.config import ConfigReader
 from models.layers import activation_function
-from popengine.errors import InputError
+from weights.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from popengine.errors import InputError
+from weights.errors import InputError
 
 # Layers are laid out one by one before any weight is looked at: a hostile number must not keep us busy.
 MOST_LAYERS = 1024

@@ -25,7 +25,7 @@ from models.products import (
     take_channels,
     tensor_bytes,
 )
-from popengine.partition import (
+from models.pruning.partition import (
     ChannelPartition,
     PartitionSizes,
     StaticChannels,
@@ -34,7 +34,7 @@ from popengine.partition import (
     keep_everything,
     partition_channels,
 )
-from popengine.pruning import Pruning
+from models.pruning.settings import Pruning
 
 
 class ActiveFeedForward:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.clock import Clock
 from models.config import RopeConfig
-from popengine.clock import Clock
-from popengine.errors import InputError
+from weights.errors import InputError
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

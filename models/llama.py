@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import ActiveHeads, Attention
+from models.cache import KVCache
+from models.clock import Clock
 from models.config import LlamaConfig, read_llama_config
 from models.feed_forward import FeedForward
 from models.layers import DecodeStep, Embedding, Linear, PrefillStep, RMSNorm, RotaryEmbedding
 from models.products import project
+from models.pruning.partition import PartitionSizes
+from models.pruning.settings import LayerWeights, Pruning
 from models.state import DecodeState, LayerState
-from popengine.cache import KVCache
-from popengine.clock import Clock
-from popengine.errors import InputError
-from popengine.partition import PartitionSizes
-from popengine.pruning import LayerWeights, Pruning
+from weights.errors import InputError
 
 # Layers that one call of compiled code runs at most.
 MOST_LAYERS_PER_CALL = 4

@@ -19,7 +19,7 @@ from models.config import ConfigReader
 from models.layers import activation_function
 from models.llama import LlamaForCausalLM
 from models.mixtral import MixtralForCausalLM
-from popengine.errors import InputError
+from weights.errors import InputError
 
 LANGUAGE_MODELS: dict[str, type[LlamaForCausalLM]] = {
     "llama": LlamaForCausalLM,

@@ -22,10 +22,10 @@ from models.feed_forward import ActiveFeedForward, FeedForward
 from models.layers import DecodeStep, Linear, PrefillStep
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from models.products import take_channels
+from models.pruning.partition import ChannelPartition, PartitionSizes, channel_scores, partition_channels
+from models.pruning.settings import Pruning
 from models.state import DecodeState
-from popengine.errors import InputError
-from popengine.partition import ChannelPartition, PartitionSizes, channel_scores, partition_channels
-from popengine.pruning import Pruning
+from weights.errors import InputError
 
 
 @dataclass(frozen=True)

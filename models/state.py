@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from models.attention import ActiveHeads
-from popengine.cache import KVCache
-from popengine.clock import Clock
-from popengine.pruning import Pruning
+from models.cache import KVCache
+from models.clock import Clock
+from models.pruning.settings import Pruning
 
 
 @dataclass

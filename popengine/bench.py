@@ -25,16 +25,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from popengine.bench_table import describe
 from popengine.command import OneLineParser, add_checkpoint_flag, run_as_command
-from popengine.errors import InputError
+from popengine.measure.bench_table import describe
+from weights.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-    from popengine.bench_engines import Contender, Generated
+    from models.pruning.settings import PruningSettings
     from popengine.engine import Engine
-    from popengine.pruning import PruningSettings
+    from popengine.measure.bench_engines import Contender, Generated
 
 PEERS = ("transformers", "llama.cpp")
 # The array whose sum shows the memory's speed, in bytes: far larger than any cache.
@@ -145,7 +145,7 @@ def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
         torch.set_num_threads(flags.threads)
     device = choose_device(flags.device)
     if flags.shape:
-        from popengine.bench_shapes import write_random_checkpoint
+        from popengine.measure.bench_shapes import write_random_checkpoint
 
         checkpoint: str | Path = write_random_checkpoint(flags.shape, folder)
     else:
@@ -279,8 +279,8 @@ def make_prompt(flags: argparse.Namespace, engine: "Engine") -> list[int]:
 
 
 def own_entries(flags: argparse.Namespace, engine: "Engine", mode: str) -> list[Entry]:
-    from popengine.bench_engines import OwnEngine
-    from popengine.pruning import PruningSettings
+    from models.pruning.settings import PruningSettings
+    from popengine.measure.bench_engines import OwnEngine
 
     settings = [PruningSettings(prune_ratio=ratio) for ratio in dict.fromkeys([0.0, *flags.prune_ratio])]
     if flags.in_place:
@@ -306,8 +306,8 @@ def peer_entry(
     """Another engine; None and a word in `absent` where it cannot run."""
     import torch
 
-    from popengine.bench_engines import AbsentPeer, Contender, LlamaCppEngine, TransformersEngine
     from popengine.engine import DTYPES
+    from popengine.measure.bench_engines import AbsentPeer, Contender, LlamaCppEngine, TransformersEngine
     from weights.checkpoint import open_checkpoint
 
     with open_checkpoint(checkpoint) as opened:

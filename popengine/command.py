@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from popengine.errors import InputError
+from weights.errors import InputError
 
 if TYPE_CHECKING:
-    from popengine.pruning import PruningSettings
+    from models.pruning.settings import PruningSettings
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -90,7 +90,7 @@ def add_pruning_flags(flags: argparse.ArgumentParser) -> None:
 
 def pruning_settings(flags: argparse.Namespace) -> "PruningSettings":
     """What the flags of `add_pruning_flags` ask for."""
-    from popengine.pruning import PruningSettings
+    from models.pruning.settings import PruningSettings
 
     return PruningSettings(
         prune_ratio=flags.prune_ratio,

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from popengine import __version__
 from popengine.command import OneLineParser, add_checkpoint_flag, add_machine_flags, run_as_command
-from popengine.errors import InputError
-from popengine.progress_file import ProgressFile
+from popengine.measure.progress_file import ProgressFile
 from popengine.score import (
     Text,
     Window,
@@ -33,13 +32,14 @@ from popengine.score import (
     read_text,
     summarise,
 )
+from weights.errors import InputError
 
 if TYPE_CHECKING:
+    from models.pruning.settings import Pruning, PruningSettings
     from popengine.engine import Engine
-    from popengine.methods import Request
-    from popengine.plots import Point
-    from popengine.pruning import Pruning, PruningSettings
-    from popengine.studies import NetworkPicks, RankDrift
+    from popengine.measure.plots import Point
+    from popengine.measure.studies import NetworkPicks, RankDrift
+    from popengine.methods.by_name import Request
 
 DRIFT_WINDOWS = 4
 
@@ -57,7 +57,7 @@ class Configuration:
     unseen_experts: str = "weights"
 
     def settings(self) -> "PruningSettings":
-        from popengine.pruning import PruningSettings
+        from models.pruning.settings import PruningSettings
 
         return PruningSettings(**{name: value for name, value in asdict(self).items() if name != "method"})
 
@@ -165,7 +165,7 @@ class Comparison:
 
     def dense_continuation(self, window: Window) -> list[int]:
         """As many tokens as are scored, greedily, beyond an end of sequence too."""
-        from popengine.pruning import DENSE
+        from models.pruning.settings import DENSE
 
         run = self.engine.run([window.prompt], len(window.continuation), DENSE, ignore_eos=True)
         return [token for (token,) in run if token is not None]
@@ -174,7 +174,7 @@ class Comparison:
         """Ask every question under every configuration; what has been asked is left out."""
         from tqdm import tqdm
 
-        from popengine.tasks import is_answered, questions_for
+        from popengine.measure.tasks import is_answered, questions_for
 
         questions = {name: questions_for(name, count, seed) for name in task_sets}
         total = len(self.settings) * sum(map(len, questions.values()))
@@ -193,7 +193,7 @@ class Comparison:
 
     def rows(self, task_sets: Sequence[str]) -> list[dict[str, Any]]:
         """The table."""
-        from popengine.pruning import DENSE
+        from models.pruning.settings import DENSE
 
         model, records = self.engine.model, self.progress.records
         dense_bytes = model.weight_bytes_per_token(self.engine.resolve(DENSE))
@@ -229,7 +229,7 @@ class Comparison:
 
     def points(self, rows: Sequence[dict[str, Any]]) -> "Iterator[Point]":
         """The rows as the plots need them."""
-        from popengine.plots import Point
+        from popengine.measure.plots import Point
 
         for one, row in zip(self.prunings, rows, strict=True):
             given = [self.window_score(one, index).agreed for index in range(len(self.windows))]
@@ -243,13 +243,13 @@ class Comparison:
 
     def study_drift(self) -> "list[RankDrift]":
         """How the dense model's ranking moves, on the first windows."""
-        from popengine.studies import rank_drift
+        from popengine.measure.studies import rank_drift
 
         return [rank_drift(self.engine.model, window) for window in self.windows[:DRIFT_WINDOWS]]
 
     def study_picks(self) -> "tuple[Configuration, list[NetworkPicks]] | None":
         """What POP of the usual width decides on the first window, at the highest ratio; None when it was not run."""
-        from popengine.studies import picks
+        from popengine.measure.studies import picks
 
         popped = [
             one for one, pruning in self.prunings.items()
@@ -265,7 +265,7 @@ class Comparison:
         picked: "tuple[Configuration, list[NetworkPicks]] | None", folder: Path,
     ) -> list[str]:
         """Draw what there is data for; the names of the files."""
-        from popengine import plots
+        from popengine.measure import plots
 
         usual = [
             (one, point) for one, point in zip(self.prunings, self.points(rows), strict=True) if self.is_usual(one)
@@ -351,8 +351,8 @@ def run(flags: argparse.Namespace) -> None:
     if flags.text is None and not flags.tasks:
         raise InputError("give a text to score (--text), tasks (--tasks), or both")
     from popengine.engine import load
-    from popengine.methods import Request, check_method
-    from popengine.tasks import questions_for
+    from popengine.measure.tasks import questions_for
+    from popengine.methods.by_name import Request, check_method
 
     for method in flags.methods:
         check_method(method)
@@ -361,7 +361,7 @@ def run(flags: argparse.Namespace) -> None:
     for one in configurations(flags, mixture=True):
         one.settings()                          # says what is out of range, before anything is loaded
     if flags.text is not None and not flags.no_plots:
-        import popengine.plots  # noqa: F401  # says so now, not after hours, when matplotlib is missing
+        import popengine.measure.plots  # noqa: F401  # says so now, not after hours, when matplotlib is missing
     make_folder(flags.out)
     show_progress = sys.stderr.isatty() and not flags.quiet
     engine = load(flags.ckpt, dtype=flags.dtype, device=flags.device, progress=show_progress)
@@ -386,7 +386,7 @@ def run(flags: argparse.Namespace) -> None:
     about = identity | {"machine": machine(), "plots": []}
     studies: dict[str, dict[str, float]] = {}
     if windows:
-        from popengine.studies import drift_figures, pick_figures
+        from popengine.measure.studies import drift_figures, pick_figures
 
         drifts, picked = comparison.study_drift(), comparison.study_picks()
         studies["ranking of the dense model"] = drift_figures(drifts)
@@ -402,14 +402,14 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def settings_of(one: Configuration, request: "Request") -> "PruningSettings":
-    from popengine.methods import settings_for
+    from popengine.methods.by_name import settings_for
 
     return settings_for(one.method, replace(request, settings=one.settings()))
 
 
 def identity_of(flags: argparse.Namespace, engine: "Engine", text: Text | None, request: "Request") -> dict[str, Any]:
     """What must be the same for measurements to stand side by side."""
-    from popengine.calibration import fingerprint
+    from popengine.methods.calibration import fingerprint
 
     return {
         "checkpoint": "default" if flags.ckpt is None else Path(flags.ckpt).name,

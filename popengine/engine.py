@@ -19,23 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.clock import Clock
 from models.layers import Linear
 from models.llama import LlamaForCausalLM
 from models.llava import LlavaForConditionalGeneration
 from models.mixtral import ActiveExperts, MixtralForCausalLM
 from models.products import lay_columns_together
+from models.pruning.settings import DENSE, Pruning, PruningSettings, resolve
 from models.state import DecodeState
-from popengine.chat import end_of_turn_token, read_chat_template, render_chat
-from popengine.clock import Clock
-from popengine.errors import InputError
-from popengine.images import ImageSource
 from popengine.memory import peak_memory_bytes
-from popengine.pruning import DENSE, Pruning, PruningSettings, resolve
+from popengine.pictures.images import ImageSource
+from popengine.pictures.vision import Vision
 from popengine.sampling import Sampling, next_tokens
-from popengine.tokenizer import FastTokenizer, TextStream, TextTokenizer, open_tokenizer
-from popengine.vision import Vision
+from popengine.text.chat import end_of_turn_token, read_chat_template, render_chat
+from popengine.text.tokenizer import FastTokenizer, TextStream, TextTokenizer, open_tokenizer
 from weights.checkpoint import Checkpoint, GGUFCheckpoint, checkpoint_dtype, open_checkpoint
 from weights.default_checkpoint import default_checkpoint
+from weights.errors import InputError
 from weights.load import load_weights
 from weights.memory import available_memory
 
@@ -314,7 +314,7 @@ class Engine:
 
         prompts        one prompt or a list; a prompt is text, or a conversation as chat templates take it
         images         paths or Pillow images, for a LLaVA checkpoint: those of the one prompt, or a list for each of
-                       several prompts (see popengine.vision for where they stand in the text)
+                       several prompts (see popengine.pictures.vision for where they stand in the text)
         raw            encode text as it stands, without the chat template
         system_prompt  put before each text prompt as the system's turn
         Raises InputError for prompts that are empty or do not fit the context, and for images that cannot be read.

@@ -20,7 +20,7 @@ from popengine.command import (
     pruning_settings,
     run_as_command,
 )
-from popengine.errors import InputError
+from weights.errors import InputError
 
 # PyTorch takes seconds to import: the engine is imported in run(), after the flags have been understood.
 if TYPE_CHECKING:

@@ -21,14 +21,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from popengine.calibration import load_calibration
-from popengine.chat import render_chat
+from models.pruning.settings import PruningSettings
 from popengine.engine import load
-from popengine.errors import InputError
-from popengine.methods import Request, settings_for
-from popengine.pruning import PruningSettings
+from popengine.methods.by_name import Request, settings_for
+from popengine.methods.calibration import load_calibration
 from popengine.sampling import Sampling
 from popengine.score import Window, dense_log_probabilities, log_probabilities
+from popengine.text.chat import render_chat
+from weights.errors import InputError
 
 try:
     import lm_eval.models  # noqa: F401  # its own models: it registers them by itself only while there are no others

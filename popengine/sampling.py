@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from popengine.errors import InputError
+from weights.errors import InputError
 
 
 @dataclass(frozen=True)

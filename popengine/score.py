@@ -25,18 +25,18 @@ from popengine.command import (
     pruning_settings,
     run_as_command,
 )
-from popengine.errors import InputError
+from weights.errors import InputError
 
 # PyTorch takes seconds to import: it is imported once the flags have been understood.
 if TYPE_CHECKING:
     from torch import Tensor
 
     from models.llama import LlamaForCausalLM
-    from popengine.calibration import Calibration
+    from models.parallel import PickObserver
+    from models.pruning.settings import Pruning
     from popengine.engine import Engine
-    from popengine.parallel import PickObserver
-    from popengine.pruning import Pruning
-    from popengine.tokenizer import TextTokenizer
+    from popengine.methods.calibration import Calibration
+    from popengine.text.tokenizer import TextTokenizer
 
 CALIBRATION_WINDOW = 128
 CALIBRATION_WINDOWS = 64
@@ -151,7 +151,7 @@ def log_probabilities(
     """
     import torch
 
-    from popengine.parallel import decode_in_parallel
+    from models.parallel import decode_in_parallel
 
     device = model.lm_head.weight.device
     prompt = torch.tensor([window.prompt], device=device)                           # [1, T]
@@ -208,8 +208,8 @@ def add_scoring_flags(flags: argparse.ArgumentParser) -> None:
 
 def calibration_from(flags: argparse.Namespace, engine: "Engine") -> "Calibration | None":
     """Made from a text or read from a file, as the flags say; None when they say nothing."""
-    from popengine.activations import embedded
-    from popengine.calibration import calibrate, load_calibration, save_calibration
+    from popengine.methods.activations import embedded
+    from popengine.methods.calibration import calibrate, load_calibration, save_calibration
 
     if flags.calibration_text is not None and flags.calibration is not None:
         raise InputError("give --calibration-text or --calibration, not both")
@@ -265,9 +265,9 @@ def run(flags: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
+    from models.pruning.settings import DENSE
     from popengine.engine import load
-    from popengine.methods import Request, check_method, settings_for
-    from popengine.pruning import DENSE
+    from popengine.methods.by_name import Request, check_method, settings_for
 
     check_method(flags.method)
     progress = sys.stderr.isatty() and not flags.quiet

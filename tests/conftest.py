@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from popengine.errors import InputError
 from weights.default_checkpoint import default_checkpoint
+from weights.errors import InputError
 
 
 @pytest.fixture(scope="session")

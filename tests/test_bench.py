@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from tiny_gguf import TinyLlama
 from tiny_models import SIZES, complete_checkpoint
 
-from popengine import bench, bench_shapes
+from models.pruning.settings import PruningSettings
+from popengine import bench
 from popengine.bench import Entry, main, rows
-from popengine.bench_engines import Generated, write_gguf
-from popengine.bench_table import describe
 from popengine.engine import load
-from popengine.pruning import PruningSettings
+from popengine.measure import bench_shapes
+from popengine.measure.bench_engines import Generated, write_gguf
+from popengine.measure.bench_table import describe
 from weights.checkpoint import open_checkpoint
 
 

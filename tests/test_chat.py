@@ -11,10 +11,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import popengine.chat
-from popengine.chat import end_of_turn_token, read_chat_template, render_chat, render_chats
-from popengine.errors import InputError
-from popengine.tokenizer import FastTokenizer
+import popengine.text.chat
+from popengine.text.chat import end_of_turn_token, read_chat_template, render_chat, render_chats
+from popengine.text.tokenizer import FastTokenizer
+from weights.errors import InputError
 
 # Written here in the manner of the well-known formats.
 CHATML = """\
@@ -224,11 +224,11 @@ def test_endless_template_is_stopped() -> None:
     start = time.monotonic()
     rounds = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
     assert "too long" in words_of_failure(rounds)
-    assert time.monotonic() - start < popengine.chat.WALL_SECONDS
+    assert time.monotonic() - start < popengine.text.chat.WALL_SECONDS
 
 
 def test_wall_clock_stops_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(popengine.chat, "WALL_SECONDS", 0.5)
+    monkeypatch.setattr(popengine.text.chat, "WALL_SECONDS", 0.5)
     assert "longer than" in words_of_failure("{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3)
 
 
@@ -237,7 +237,7 @@ def test_sandbox_process_can_neither_read_nor_write(tmp_path: Path) -> None:
     target = tmp_path / "written"
     program = f"""
 import sys
-sys.path.insert(0, {str(Path(popengine.chat.SANDBOX).parent)!r})
+sys.path.insert(0, {str(Path(popengine.text.chat.SANDBOX).parent)!r})
 import chat_sandbox, socket, subprocess
 chat_sandbox.limit_resources()
 assert chat_sandbox.render_all("ok", [{{}}]) == ["ok"]

@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from models.clip import VisionTower, read_vision_config
-from popengine.errors import InputError
+from weights.errors import InputError
 
 SIZES = {
     "hidden_size": 32,

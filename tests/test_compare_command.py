@@ -10,15 +10,15 @@ import torch
 from tiny_models import SIZES, complete_checkpoint, saved_pair
 from transformers import LlamaConfig
 
+from models.pruning.settings import DENSE, PruningSettings
 from popengine import compare
-from popengine.activations import dense_activations, embedded
 from popengine.compare import main
 from popengine.engine import load
-from popengine.errors import InputError
-from popengine.pruning import DENSE, PruningSettings
+from popengine.measure.studies import drift_figures, pick_figures, picks, rank_drift
+from popengine.measure.tasks import Question, is_answered, questions_for
+from popengine.methods.activations import dense_activations, embedded
 from popengine.score import Window, cut_windows, read_text
-from popengine.studies import drift_figures, pick_figures, picks, rank_drift
-from popengine.tasks import Question, is_answered, questions_for
+from weights.errors import InputError
 
 MIXTRAL = Path(__file__).parents[1] / "weights" / "mixtral-tiny"
 METHODS = ["dense", "all-channels", "pop", "frozen", "random", "magnitude", "wanda-sp", "flap"]

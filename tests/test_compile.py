@@ -10,8 +10,8 @@ import torch
 from tiny_models import complete_checkpoint
 from torch import Tensor
 
+from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import Engine, load
-from popengine.pruning import DENSE, PruningSettings
 
 POP = PruningSettings(prune_ratio=0.4)
 TEXT = (

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_models import complete_checkpoint
 
+from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import Engine, load
-from popengine.errors import InputError
-from popengine.pruning import DENSE, PruningSettings
 from popengine.sampling import Sampling, next_tokens
+from weights.errors import InputError
 
 HALF = PruningSettings(ffn_ratio=0.5, candidate_width=0.3)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from loopback_hub import LoopbackHub
 
-from popengine.errors import InputError
 from weights.default_checkpoint import default_checkpoint
+from weights.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GGUF = b"GGUF, more or less" * 100

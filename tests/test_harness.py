@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tiny_models import complete_checkpoint
 
+from models.pruning.settings import PruningSettings
 from popengine.engine import load
-from popengine.errors import InputError
-from popengine.pruning import PruningSettings
+from weights.errors import InputError
 
 lm_eval = pytest.importorskip("lm_eval")
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks")

@@ -9,9 +9,9 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from popengine.errors import InputError
-from popengine.images import open_image, parse_image_processing, read_image_processing
-from popengine.picture_tasks import picture_questions
+from popengine.measure.picture_tasks import picture_questions
+from popengine.pictures.images import open_image, parse_image_processing, read_image_processing
+from weights.errors import InputError
 
 
 def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:

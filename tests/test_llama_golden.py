@@ -11,8 +11,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from models.config import read_llama_config
 from models.llama import LlamaForCausalLM
-from popengine.errors import InputError
-from popengine.pruning import DENSE, resolve
+from models.pruning.settings import DENSE, resolve
+from weights.errors import InputError
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

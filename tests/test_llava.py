@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from models.llava import LlavaForConditionalGeneration as OurLlava
+from models.pruning.partition import channel_scores, partition_channels
+from models.pruning.settings import DENSE, Pruning, PruningSettings, resolve
 from popengine.engine import load_model
-from popengine.errors import InputError
-from popengine.partition import channel_scores, partition_channels
-from popengine.pruning import DENSE, Pruning, PruningSettings, resolve
 from weights.checkpoint import open_checkpoint
+from weights.errors import InputError
 
 IMAGE, PADDING = 90, 0
 TEXT = {

@@ -12,11 +12,11 @@ from transformers import LlamaConfig
 
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from popengine.activations import dense_activations, embedded, feed_forward_networks
-from popengine.calibration import Calibration, calibrate, load_calibration, save_calibration
-from popengine.errors import InputError
-from popengine.methods import METHODS, Request, settings_for
-from popengine.pruning import DENSE, PruningSettings, resolve
+from models.pruning.settings import DENSE, PruningSettings, resolve
+from popengine.methods.activations import dense_activations, embedded, feed_forward_networks
+from popengine.methods.by_name import METHODS, Request, settings_for
+from popengine.methods.calibration import Calibration, calibrate, load_calibration, save_calibration
+from weights.errors import InputError
 
 SETTINGS = PruningSettings(ffn_ratio=0.4)
 STATIC = ("random", "magnitude", "wanda-sp", "flap")

@@ -15,11 +15,11 @@ from transformers import LlamaConfig, MixtralConfig, Qwen2MoeConfig
 from models.llama import LlamaForCausalLM
 from models.mixtral import MixtralConfig as OurConfig
 from models.mixtral import MixtralForCausalLM, read_mixtral_config, weight_scores
+from models.pruning.partition import channel_scores, partition_channels, partition_sizes
+from models.pruning.settings import DENSE, PruningSettings, resolve
 from models.state import DecodeState
 from popengine.engine import load
-from popengine.errors import InputError
-from popengine.partition import channel_scores, partition_channels, partition_sizes
-from popengine.pruning import DENSE, PruningSettings, resolve
+from weights.errors import InputError
 
 MIXTRAL = MixtralConfig(**SIZES | {"num_local_experts": 5})
 QWEN2_MOE = Qwen2MoeConfig(

@@ -8,7 +8,7 @@ import torch
 from tiny_models import SIZES, left_padded, ours, random_reference, saved_pair
 from transformers import MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-from popengine.pruning import DENSE, resolve
+from models.pruning.settings import DENSE, resolve
 from weights.checkpoint import open_checkpoint
 
 QWEN = SIZES | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}

@@ -9,9 +9,9 @@ import torch
 from slow_mixture import SlowMixturePOP
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from models.pruning.settings import DENSE, PruningSettings, resolve
 from popengine.engine import Engine, load
-from popengine.pruning import DENSE, PruningSettings, resolve
-from popengine.text_tasks import TASKS, held_out_prompts
+from popengine.measure.text_tasks import TASKS, held_out_prompts
 
 # Looking a value up by its key is not learnt: 40 % of 200 held-out questions.
 LEARNT = [task for task in TASKS if task != "find"]

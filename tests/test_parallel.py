@@ -12,11 +12,11 @@ from tiny_models import SIZES, saved_pair
 from transformers import LlamaConfig
 
 from models.llama import LlamaForCausalLM
-from popengine.activations import dense_activations, embedded, feed_forward_networks
-from popengine.calibration import calibrate
-from popengine.methods import METHODS, Request, settings_for
-from popengine.parallel import decode_in_parallel
-from popengine.pruning import PruningSettings, resolve
+from models.parallel import decode_in_parallel
+from models.pruning.settings import PruningSettings, resolve
+from popengine.methods.activations import dense_activations, embedded, feed_forward_networks
+from popengine.methods.by_name import METHODS, Request, settings_for
+from popengine.methods.calibration import calibrate
 
 CONFIGS: dict[str, Any] = MODELS | {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE}
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slow_pop import slow_order, slow_scores, slow_sizes
 
-from popengine.partition import (
+from models.pruning.partition import (
     channel_scores,
     head_scores,
     keep_best,

@@ -4,8 +4,7 @@ from random import Random
 
 import pytest
 
-from popengine.errors import InputError
-from popengine.picture_tasks import (
+from popengine.measure.picture_tasks import (
     COLOURS,
     KINDS,
     Scene,
@@ -18,6 +17,7 @@ from popengine.picture_tasks import (
     picture_questions,
     random_scene,
 )
+from weights.errors import InputError
 
 
 def contents(scene: Scene) -> tuple:

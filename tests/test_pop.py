@@ -15,10 +15,10 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from models.layers import Linear
 from models.llama import LlamaForCausalLM
 from models.products import lay_columns_together
+from models.pruning.partition import channel_scores, keep_best
+from models.pruning.settings import DENSE, Pruning, PruningSettings, resolve
 from models.state import DecodeState
-from popengine.errors import InputError
-from popengine.partition import channel_scores, keep_best
-from popengine.pruning import DENSE, Pruning, PruningSettings, resolve
+from weights.errors import InputError
 
 MODELS: dict[str, Any] = {
     "grouped_query": LlamaConfig(**SIZES | {"num_attention_heads": 8, "hidden_size": 64}),

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from popengine.errors import InputError
-from popengine.pruning import LayerWeights, PruningSettings, resolve
+from models.pruning.settings import LayerWeights, PruningSettings, resolve
+from weights.errors import InputError
 
 # Public shapes: hidden size, FFN channels (of one expert), query heads, key/value heads, head size, experts per token.
 # Attention and FFN sizes in millions of weights and the effective ratios in percent are the paper's (Table 8).

@@ -9,9 +9,8 @@ import pytest
 import torch
 from tiny_models import complete_checkpoint
 
+from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import Engine, load
-from popengine.errors import InputError
-from popengine.pruning import DENSE, PruningSettings
 from popengine.score import (
     Text,
     Window,
@@ -22,6 +21,7 @@ from popengine.score import (
     score_window,
     summarise,
 )
+from weights.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from slow_pop import SlowPOP
 from smollm2_text import CHAT_PROMPT, TEXT
 
+from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import Engine, load
-from popengine.pruning import DENSE, PruningSettings
 from weights.default_checkpoint import FROM_PACKAGE
 
 GOLDENS = Path(__file__).parent / "goldens" / "smollm2.safetensors"

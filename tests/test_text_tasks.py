@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from popengine.errors import InputError
-from popengine.text_tasks import (
+from popengine.measure.text_tasks import (
     BRACKETS,
     TASKS,
     build_tokenizer,
@@ -14,6 +13,7 @@ from popengine.text_tasks import (
     make_example,
     make_prompt,
 )
+from weights.errors import InputError
 
 
 def solve(question: str) -> str:

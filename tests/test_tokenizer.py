@@ -11,8 +11,8 @@ from sentencepiece import SentencePieceTrainer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from popengine.errors import InputError
-from popengine.tokenizer import FastTokenizer, TextStream, TextTokenizer, open_tokenizer
+from popengine.text.tokenizer import FastTokenizer, TextStream, TextTokenizer, open_tokenizer
+from weights.errors import InputError
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and then it sleeps in the sun.",

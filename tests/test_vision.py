@@ -12,12 +12,12 @@ from slow_pop import SlowPOP
 from transformers import AutoProcessor
 from transformers import LlavaForConditionalGeneration as HuggingFaceLlava
 
-from popengine.chat import render_chat
+from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import Engine, load
-from popengine.errors import InputError
 from popengine.generate import main
-from popengine.picture_tasks import picture_questions
-from popengine.pruning import DENSE, PruningSettings
+from popengine.measure.picture_tasks import picture_questions
+from popengine.text.chat import render_chat
+from weights.errors import InputError
 
 LLAVA_TINY = Path(__file__).resolve().parents[1] / "weights" / "llava-tiny"
 QUESTIONS = picture_questions(12, seed=1)

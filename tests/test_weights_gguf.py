@@ -18,8 +18,8 @@ from tiny_gguf import (
 )
 from tokenizers import Tokenizer, pre_tokenizers
 
-from popengine.errors import InputError
 from weights.checkpoint import GGUFCheckpoint, checkpoint_dtype, open_checkpoint
+from weights.errors import InputError
 from weights.gguf_tokenizer import PRE_TOKENIZERS
 
 TINY_TOKENS = {

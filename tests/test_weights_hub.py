@@ -21,7 +21,7 @@ WEIGHTS = save({"model.norm.weight": torch.arange(6_000_000, dtype=torch.float32
 
 DOWNLOAD = """
 import sys
-from popengine.errors import InputError
+from weights.errors import InputError
 from weights.hub import download
 try:
     print(download(sys.argv[1]))

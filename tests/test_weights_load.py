@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import weights.load
 import weights.memory
-from popengine.errors import InputError
 from weights.checkpoint import Checkpoint, open_checkpoint
+from weights.errors import InputError
 from weights.load import load_weights
 
 CPU = torch.device("cpu")

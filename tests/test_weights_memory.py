@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from popengine.errors import InputError
 from weights import memory
+from weights.errors import InputError
 
 GIGABYTE = 10**9
 

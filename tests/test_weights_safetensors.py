@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from popengine.errors import InputError
 from weights.checkpoint import SafetensorsCheckpoint, checkpoint_dtype, open_checkpoint
+from weights.errors import InputError
 from weights.safetensors_files import DTYPES
 
 

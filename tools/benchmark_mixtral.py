@@ -18,7 +18,7 @@ import transformers
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from models.mixtral import MixtralForCausalLM as OurMixtral
-from popengine.pruning import DENSE, PruningSettings, resolve
+from models.pruning.settings import DENSE, PruningSettings, resolve
 
 REFERENCE = "transformers eager"
 

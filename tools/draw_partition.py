@@ -3,7 +3,7 @@
     python tools/draw_partition.py
 
 Small numbers stand for large ones: 24 channels, ratio r = 0.375, width 0.25 (so 15 active, 6 candidates, 3 picked).
-The partition is real: scores from a seed go through popengine.partition. The picks of the three tokens are drawn at
+The partition is real: scores from a seed go through models.pruning.partition. The picks of the three tokens are drawn at
 random, for illustration.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from popengine.partition import partition_channels, partition_sizes
+from models.pruning.partition import partition_channels, partition_sizes
 
 CHANNELS, RATIO, WIDTH = 24, 0.375, 0.25
 COLOURS = {"retained": "#2a6f97", "candidate": "#e9a23b", "pruned": "#c9ccd1"}

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.pruning.settings import DENSE
 from popengine.engine import Engine, load
-from popengine.pruning import DENSE
 
 PROMPT, STEPS = 128, 64
 

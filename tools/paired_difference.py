@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 from popengine.compare import Configuration
-from popengine.errors import InputError
+from weights.errors import InputError
 
 
 def losses(folder: Path, label: str) -> tuple[object, dict[int, float]]:

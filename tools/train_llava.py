@@ -27,10 +27,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor, nn
 
 from models.llava import LlavaForConditionalGeneration
+from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import Engine, load
-from popengine.images import ImageProcessing, parse_image_processing
-from popengine.picture_tasks import COLOURS, KINDS, SHAPES, Scene, ask, draw, picture_questions, random_scene
-from popengine.pruning import DENSE, PruningSettings
+from popengine.measure.picture_tasks import COLOURS, KINDS, SHAPES, Scene, ask, draw, picture_questions, random_scene
+from popengine.pictures.images import ImageProcessing, parse_image_processing
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAD, BOS, EOS, IMAGE = 0, 1, 2, 3

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.clock import Clock
 from models.mixtral import MIXTRAL_NAMES, MixtralForCausalLM, Routing
-from popengine.clock import Clock
+from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import load
-from popengine.pruning import DENSE, PruningSettings
-from popengine.text_tasks import BOS, EOS, PAD, TASKS, UNKNOWN, build_tokenizer, held_out_prompts, make_prompt
+from popengine.measure.text_tasks import BOS, EOS, PAD, TASKS, UNKNOWN, build_tokenizer, held_out_prompts, make_prompt
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MOST_SHOTS = 5

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from popengine.errors import InputError
+from weights.errors import InputError
 from weights.gguf_file import GGUFCheckpoint
 from weights.hub import download, is_hub_id
 from weights.safetensors_files import SafetensorsCheckpoint

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from popengine.errors import InputError
+from weights.errors import InputError
 
 DEFAULT_DIRECTORY = Path(__file__).resolve().parent / "default"
 # In order of preference: the Hub's own files, else the same weights quantised to 4 bits in one file.

@@ -17,8 +17,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from popengine.errors import InputError
 from weights.entries import TensorEntry
+from weights.errors import InputError
 from weights.gguf_header import GGUFHeader, Metadata, read_header
 from weights.gguf_tokenizer import build_tokenizer, special_id
 from weights.mapped_file import MappedFile

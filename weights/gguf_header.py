@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from popengine.errors import InputError
+from weights.errors import InputError
 from weights.mapped_file import MappedFile
 
 STRING, ARRAY = 8, 9

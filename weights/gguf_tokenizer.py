@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
-from popengine.errors import InputError
+from weights.errors import InputError
 from weights.gguf_header import Metadata
 
 # tokenizer.ggml.token_type

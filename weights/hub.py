@@ -8,7 +8,7 @@ turns what can go wrong into one line each.
 import re
 from pathlib import Path
 
-from popengine.errors import InputError
+from weights.errors import InputError
 
 # Weights in pickle are never used, so never fetched.
 NEEDED_FILES = (

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from popengine.errors import InputError
 from weights.checkpoint import Checkpoint
 from weights.entries import TensorEntry
+from weights.errors import InputError
 from weights.memory import require_memory
 
 # For each parameter, the checkpoint key that holds it and an index into that tensor (() is all of it).

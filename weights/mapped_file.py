@@ -8,7 +8,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from popengine.errors import InputError
+from weights.errors import InputError
 
 
 class MappedFile:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from popengine.errors import InputError
+from weights.errors import InputError
 
 
 def require_memory(needed: int, device: torch.device, what: str) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popengine.errors import InputError
 from weights.entries import TensorEntry
+from weights.errors import InputError
 from weights.mapped_file import MappedFile, open_binary
 
 SINGLE_FILE = "model.safetensors"

@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from models.llama import LlamaForCausalLM
-from popengine.errors import InputError
+from weights.errors import InputError
 
 # What each model's config.json says about its size.
 SHAPES: dict[str, dict[str, Any]] = {

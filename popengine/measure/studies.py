@@ -11,9 +11,9 @@ from torch import Tensor
 
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from popengine.activations import dense_activations, embedded, feed_forward_networks
-from popengine.partition import ChannelPartition, channel_scores
-from popengine.pruning import Pruning
+from models.pruning.partition import ChannelPartition, channel_scores
+from models.pruning.settings import Pruning
+from popengine.methods.activations import dense_activations, embedded, feed_forward_networks
 from popengine.score import Window, log_probabilities
 
 

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.mixtral import weight_scores
-from popengine.activations import feed_forward_networks
-from popengine.calibration import Calibration
-from popengine.errors import InputError
-from popengine.partition import PartitionSizes, StaticChannels, partition_channels, partition_sizes
-from popengine.pruning import PruningSettings, StaticPartitions, resolve
+from models.pruning.partition import PartitionSizes, StaticChannels, partition_channels, partition_sizes
+from models.pruning.settings import PruningSettings, StaticPartitions, resolve
+from popengine.methods.activations import feed_forward_networks
+from popengine.methods.calibration import Calibration
+from weights.errors import InputError
 
 
 @dataclass(frozen=True)

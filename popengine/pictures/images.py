@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from popengine.errors import InputError
+from weights.errors import InputError
 
 ImageSource = str | Path | Image.Image
 

@@ -10,8 +10,8 @@ from typing import Literal
 
 from torch import nn
 
-from popengine.errors import InputError
-from popengine.partition import PartitionSizes, StaticChannels, all_channel_sizes, partition_sizes
+from models.pruning.partition import PartitionSizes, StaticChannels, all_channel_sizes, partition_sizes
+from weights.errors import InputError
 
 PREFILL_MODES = ("pruned", "dense")
 UNSEEN_EXPERT_MODES = ("weights", "dense")
@@ -46,7 +46,7 @@ class PruningSettings:
     unseen_experts   what becomes of an expert that fewer than min_tokens prompt tokens were routed to: "weights" cuts
                      it by scores from its weights alone, so that the budget still holds; "dense" leaves it whole
     scored_tokens    prompt tokens that count in the scores: "all", or "text" without the image tokens
-    static           partitions to use instead of those that the prompt would make (see popengine.methods); the ratio
+    static           partitions to use instead of those that the prompt would make (see popengine.methods.by_name); the ratio
                      and the width should be those they were made for
     """
 

@@ -21,8 +21,8 @@ from models.feed_forward import ActiveFeedForward, FeedForward
 from models.layers import DecodeStep
 from models.llama import LlamaForCausalLM
 from models.mixtral import ActiveExperts, MixtureOfExperts
+from models.pruning.partition import ChannelPartition, keep_best
 from models.state import DecodeState, LayerState
-from popengine.partition import ChannelPartition, keep_best
 
 # Called with the network, its partition, and which candidates each of its n tokens picked, bool [n, C].
 PickObserver = Callable[[FeedForward, ChannelPartition, Tensor], None]

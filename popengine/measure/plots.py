@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from popengine.errors import InputError
-from popengine.studies import NetworkPicks, RankDrift
+from popengine.measure.studies import NetworkPicks, RankDrift
+from weights.errors import InputError
 
 try:
     import matplotlib

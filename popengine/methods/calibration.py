@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.llama import LlamaForCausalLM
-from popengine.activations import dense_activations, feed_forward_networks
-from popengine.errors import InputError
+from popengine.methods.activations import dense_activations, feed_forward_networks
+from weights.errors import InputError
 
 FORMAT = "popengine calibration 1"
 

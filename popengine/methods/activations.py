@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.clock import Clock
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.mixtral import MixtureOfExperts
-from popengine.clock import Clock
 
 
 @dataclass(frozen=True)

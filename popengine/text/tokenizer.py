@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer
 
-from popengine.errors import InputError
+from weights.errors import InputError
 
 # Names under which tokenizer_config.json and special_tokens_map.json declare special tokens, each a string or a dict.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from models.config import read_llama_config
 from models.layers import rotary_frequencies
+from models.pruning.settings import PruningSettings
 from popengine.engine import Engine
-from popengine.pruning import PruningSettings
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.gguf_file import LAYER_NAMES, NAMES, ROPE_FACTORS
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import tokenizers
 
-from popengine.errors import InputError
+from weights.errors import InputError
 
 HELD_OUT_SHARE = 10  # one question in ten is held out: it never appears in training, neither asked nor as an example
 BRACKETS = {"(": ")", "[": "]", "{": "}"}

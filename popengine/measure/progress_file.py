@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from popengine.errors import InputError
+from weights.errors import InputError
 
 
 class ProgressFile:

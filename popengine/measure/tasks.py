@@ -1,19 +1,19 @@
 """Questions with exact answers, generated and not teacher-forced: what a pruned model still gets right.
 
-They are the synthetic tasks that the small checkpoints of this project have learnt (popengine.text_tasks,
-popengine.picture_tasks), asked from their held-out splits. Each question is a prompt of its own, with a partition of
+They are the synthetic tasks that the small checkpoints of this project have learnt (popengine.measure.text_tasks,
+popengine.measure.picture_tasks), asked from their held-out splits. Each question is a prompt of its own, with a partition of
 its own.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from models.pruning.settings import PruningSettings
 from popengine.engine import Engine
-from popengine.errors import InputError
-from popengine.images import ImageSource
-from popengine.picture_tasks import picture_questions
-from popengine.pruning import PruningSettings
-from popengine.text_tasks import TASKS, held_out_prompts
+from popengine.measure.picture_tasks import picture_questions
+from popengine.measure.text_tasks import TASKS, held_out_prompts
+from popengine.pictures.images import ImageSource
+from weights.errors import InputError
 
 MAX_ANSWER_TOKENS = 64
 

@@ -13,7 +13,7 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from popengine.errors import InputError
+from weights.errors import InputError
 
 KINDS = ("colour", "shape", "count", "place", "presence", "list")
 SPLITS = ("train", "held-out")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from popengine.errors import InputError
-from popengine.tokenizer import TextTokenizer, read_json_object, single_line
+from popengine.text.tokenizer import TextTokenizer, read_json_object, single_line
+from weights.errors import InputError
 
 # {"role": "user", "content": text}; with pictures, content may be [{"type": "image"}, {"type": "text", "text": ...}].
 Message = dict[str, Any]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from models.llava import LlavaForConditionalGeneration
-from popengine.errors import InputError
-from popengine.images import ImageProcessing, ImageSource, read_image_processing
-from popengine.tokenizer import TextTokenizer
+from popengine.pictures.images import ImageProcessing, ImageSource, read_image_processing
+from popengine.text.tokenizer import TextTokenizer
+from weights.errors import InputError
 
 Messages = list[dict[str, Any]]
 

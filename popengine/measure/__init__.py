@@ -1,0 +1,1 @@
+"""Measuring: quality, tasks, speed, studies, and how they are shown."""
