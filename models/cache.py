@@ -41,23 +41,13 @@ class KVCache:
         else:
             self.padding.copy_((~real).sum(dim=1, keepdim=True))
 
-    def make_room(self) -> None:
-        """Before a decode step, on the host: fail instead of writing past the end."""
-        if self.filled == self.capacity:
-            raise ValueError(f"the cache is full: all {self.capacity} slots are taken")
+    def make_room(self, rows: int = 1) -> None:
+        """Before decode steps, on the host: fail instead of writing past the end."""
+        if self.filled + rows > self.capacity:
+            full = f"all {self.capacity} slots are taken"
+            raise ValueError(f"the cache is full: {full if rows == 1 else f'{rows} more do not fit; {full} or nearly'}")
 
-    def positions(self) -> Tensor:
-        """Position of the token that is decoded now, [B, 1]: its slot less the padding before it."""
-        return self.length - self.padding
-
-    def visible(self, window: int | None) -> Tensor:
-        """Slots that the token decoded now may attend to, itself included: bool [B, 1, 1, S]."""
-        seen = (self.slots <= self.length) & (self.slots >= self.padding)           # [B, S]
-        if window is not None:
-            seen = seen & (self.slots > self.length - window)
-        return seen[:, None, None, :]
-
-    def advance(self) -> None:
-        """After a decode step: its slot is filled."""
-        self.length.add_(1)
-        self.filled += 1
+    def advance(self, rows: int = 1) -> None:
+        """After decode steps: their slots are filled."""
+        self.length.add_(rows)
+        self.filled += rows

@@ -1,10 +1,9 @@
 """The Llama family: Llama 1-3, SmolLM2, Mistral, Qwen2/2.5 and Qwen3, told apart by their config alone.
 
-B batch, T prompt tokens, S cache slots, H hidden size, V vocabulary.
+B batch, T rows (prompt tokens, or what follows them), S cache slots, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +13,15 @@ from models.attention import ActiveHeads, Attention
 from models.cache import KVCache
 from models.clock import Clock
 from models.config import LlamaConfig, read_llama_config
-from models.feed_forward import FeedForward
-from models.layers import DecodeStep, Embedding, Linear, PrefillStep, RMSNorm, RotaryEmbedding
-from models.products import project
+from models.feed_forward import ActiveFeedForward, FeedForward
+from models.layers import Embedding, RMSNorm, RotaryEmbedding
+from models.matrix import Matrix
+from models.passes import DecodePass, Observer, PrefillPass, decode_pass, following_pass, prefill_pass
 from models.pruning.partition import PartitionSizes
-from models.pruning.settings import LayerWeights, Pruning
-from models.state import DecodeState, LayerState
+from models.pruning.resolve import Pruning
+from models.reading import all_copy_bytes
+from models.state import DecodeState, Gathering, LayerState
 from weights.errors import InputError
-
-# Layers that one call of compiled code runs at most.
-MOST_LAYERS_PER_CALL = 4
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -37,46 +35,36 @@ class LlamaDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias)
 
-    def new_state(self, keys: Tensor, values: Tensor, pruning: Pruning) -> LayerState:
-        heads = ActiveHeads(self.self_attn, pruning.head_sizes(self.self_attn.heads // self.self_attn.head_groups))
-        return LayerState(keys, values, heads, self.mlp.new_active(pruning))
+    def new_active(self, pruning: Pruning) -> Any:
+        """What decode steps are to read of the feed-forward network."""
+        return ActiveFeedForward(self.mlp, pruning.rule)
 
-    def forward(self, x: Tensor, step: PrefillStep) -> Tensor:
+    def forward(self, x: Tensor, step: PrefillPass) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), step)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def prefill(self, x: Tensor, state: LayerState, step: PrefillStep) -> Tensor:
+    def prefill(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
         x = x + self.self_attn.prefill(self.input_layernorm(x), state.keys, state.values, state.heads, step)
         return x + self.mlp.prefill(self.post_attention_layernorm(x), state.ffn, step)
 
-    def decode(self, x: Tensor, state: LayerState, step: DecodeStep) -> Tensor:
+    def decode(self, x: Tensor, state: LayerState, step: DecodePass) -> Tensor:
         x = x + self.self_attn.decode(self.input_layernorm(x), state.keys, state.values, state.heads, step)
         return x + self.mlp.decode(self.post_attention_layernorm(x), state.ffn, step)
 
-    def weights(self) -> LayerWeights:
-        """What pruning can take from, in weights of the layer's matrices."""
-        attention = self.self_attn
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        return LayerWeights(
-            attention=sum(projection.weight.numel() for projection in projections),
-            ffn=self.mlp.weight_count(),
-            head=2 * attention.head_dim * attention.q_proj.in_features,
-            head_groups=attention.head_groups,
-            heads_per_group=attention.heads // attention.head_groups,
-        )
 
-    def weights_read(self, pruning: Pruning) -> int:
-        """Weights (elements, not bytes) that one token's decode step reads."""
-        whole = self.weights()
-        heads = pruning.head_sizes(whole.heads_per_group)
-        unread_heads = heads.pruned * whole.head_groups * whole.head
-        return whole.attention - unread_heads + self.mlp.read_weight_count(pruning)
-
-
-def run_layers(
-    layers: Sequence[LlamaDecoderLayer], x: Tensor, states: Sequence[LayerState], step: DecodeStep
+def prefill_layers(
+    layers: Sequence[LlamaDecoderLayer], x: Tensor, states: Sequence[LayerState], step: PrefillPass
 ) -> Tensor:
-    """One token through some layers, one after the other. x [B, 1, H] -> [B, 1, H]"""
+    """A prompt, or rows that add to the evidence, through some layers, one after the other. x [B, T, H]"""
+    for layer, state in zip(layers, states, strict=True):
+        x = layer.prefill(x, state, step)
+    return x
+
+
+def decode_layers(
+    layers: Sequence[LlamaDecoderLayer], x: Tensor, states: Sequence[LayerState], step: DecodePass
+) -> Tensor:
+    """Rows through some layers, one after the other. x [B, T, H] -> [B, T, H]"""
     for layer, state in zip(layers, states, strict=True):
         x = layer.decode(x, state, step)
     return x
@@ -100,22 +88,15 @@ class LlamaForCausalLM(nn.Module):
     layer_class = LlamaDecoderLayer
     # Buffers that old checkpoints carry and that follow from the config.
     ignored_keys = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
+    can_compile = True
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.model = LlamaModel(config, self.layer_class)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Matrix(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        # What compile_decode replaces: how layers are grouped (by the index of the first), and the parts of a step.
-        self.decode_groups = {0: tuple(self.model.layers)}
-        self.decode_begin: Callable[..., tuple[Tensor, DecodeStep]] = LlamaForCausalLM.begin
-        self.decode_layers: Callable[..., Tensor] = run_layers
-        self.decode_head: Callable[..., Tensor] = LlamaForCausalLM.head
-        self.compiled = False
-        # The state whose prompt the weights were last reordered for (pruning in place).
-        self.reordered_for: DecodeState | None = None
 
     @classmethod
     def from_config(cls, raw: Mapping[str, Any]) -> "LlamaForCausalLM":
@@ -131,9 +112,17 @@ class LlamaForCausalLM(nn.Module):
         """
         return {}
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens int64 [B, T] -> [B, T, H]"""
         return self.model.embed_tokens(tokens)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Final norm and output projection. x [B, T, H] -> logits [B, T, V]"""
+        return self.lm_head(self.model.norm(x))
 
     def forward(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
         """The dense network without a cache.
@@ -144,14 +133,10 @@ class LlamaForCausalLM(nn.Module):
 
     def forward_embedded(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """The same, from embedded tokens (which may be features of pictures). x [B, T, H] -> logits [B, T, V]"""
-        step = self.prefill_step(x, real, counted=None, finish_dense=True, clock=Clock(x.device))
+        step = prefill_pass(self.model.rotary, self.config.windows, x, real)
         for layer in self.model.layers:
             x = layer(x, step)
-        return self.lm_head(self.model.norm(x))
-
-    def copy_bytes(self, pruning: Pruning) -> int:
-        """Memory that the active copies of the feed-forward networks will take, in bytes."""
-        return sum(layer.mlp.copy_bytes(pruning) for layer in self.model.layers)
+        return self.head(x)
 
     def new_state(
         self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None
@@ -160,9 +145,10 @@ class LlamaForCausalLM(nn.Module):
 
         free_memory  bytes that the copies of active weights may take, InputError when they take more; None: any
         """
-        if free_memory is not None and self.copy_bytes(pruning) > free_memory:
+        copies = all_copy_bytes(self, pruning)
+        if free_memory is not None and copies > free_memory:
             raise InputError(
-                f"the weights that stay active take another {self.copy_bytes(pruning) / 1e9:.1f} GB beside the model, "
+                f"the weights that stay active take another {copies / 1e9:.1f} GB beside the model, "
                 f"and {free_memory / 1e9:.1f} GB is free: prune more, use a smaller dtype, or run dense (prune ratio 0)"
             )
         config, weight = self.config, self.model.embed_tokens.weight
@@ -170,133 +156,96 @@ class LlamaForCausalLM(nn.Module):
             config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim,
             weight.dtype, weight.device,
         )
-        if self.compiled:
-            torch._dynamo.mark_dynamic(cache.slots, 0)      # the capacity: one compiled step serves them all
-            for buffer in cache.keys + cache.values:
-                torch._dynamo.mark_dynamic(buffer, 2)
         layers = [
-            layer.new_state(keys, values, pruning)
+            LayerState(keys, values, ActiveHeads(layer.self_attn, pruning.rule), layer.new_active(pruning))
             for layer, keys, values in zip(self.model.layers, cache.keys, cache.values, strict=True)
         ]
         live = torch.ones(batch, 1, dtype=torch.bool, device=weight.device)
-        return DecodeState(cache, layers, pruning, live, Clock(weight.device))
+        clocks = Clock(weight.device), Clock(weight.device)
+        return DecodeState(cache, layers, pruning, live, *clocks, Gathering(pruning, batch))
 
     def prefill(
-        self, x: Tensor, state: DecodeState, real: Tensor | None = None, counted: Tensor | None = None
+        self, x: Tensor, state: DecodeState, real: Tensor | None = None, counted: Tensor | None = None,
+        observe: Observer | None = None,
     ) -> Tensor:
         """Run the prompts: fill the cache, decide every layer's partition, copy what stays active.
 
         x        [B, T, H]  embedded prompts, padded on the left
         real     [B, T]     bool, False where a slot is padding; None: no padding
         counted  [B, T]     bool, tokens that count in the scores; None: all real ones
+        observe  is told what every feed-forward network computes
         returns  [B, V]     logits after the last token
         """
         state.start(x.shape[1], real)
-        if state.pruning.in_place:
-            self.reordered_for = state
-        finish_dense = state.pruning.prefill == "dense"
-        step = self.prefill_step(x, real, real if counted is None else counted, finish_dense, state.clock)
-        for layer, layer_state in zip(self.model.layers, state.layers, strict=True):
-            x = layer.prefill(x, layer_state, step)
-        return self.head(x[:, -1:])                                                 # [B, V]
+        step = prefill_pass(self.model.rotary, self.config.windows, x, real, counted, state.clock, observe)
+        step.draws = state.gathering.prompt(step.tokens)
+        step.finish_dense = state.pruning.settings.prefill == "dense" or not step.draws
+        x = prefill_layers(self.model.layers, x, state.layers, step)
+        return self.head(x[:, -1:])[:, 0]                                           # [B, V]
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
-        """One step: run one token per sequence on the active weights. tokens int64 [B] -> logits [B, V]"""
-        state.cache.make_room()
-        if state.pruning.in_place and self.reordered_for is not state:
-            raise InputError("pruning in place serves one run at a time, and another prompt has reordered the weights")
-        x, step = self.decode_begin(self, tokens, state)                            # [B, 1, H]
-        if self.compiled:
-            for mask in step.masks.values():
-                torch._dynamo.mark_dynamic(mask, 3)
-        for first, layers in self.decode_groups.items():
-            x = self.decode_layers(layers, x, state.layers[first : first + len(layers)], step)
-        state.cache.advance()
-        return self.decode_head(self, x)                                            # [B, V]
+        """One step: run one token per sequence on the active weights. tokens int64 [B] -> logits [B, V]
 
-    def begin(self, tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodeStep]:
-        """The beginning of a decode step: what every layer needs. tokens int64 [B] -> x [B, 1, H]"""
-        x = self.embed(tokens.unsqueeze(1))                                         # [B, 1, H]
-        return x, self.decode_step(x, state)
-
-    def head(self, x: Tensor) -> Tensor:
-        """The end of a prompt or a decode step: final norm and output projection. x [B, 1, H] -> logits [B, V]"""
-        return project(self.model.norm(x), self.lm_head.weight, None)[:, 0]
-
-    def compile_decode(self) -> None:
-        """From now on run decode steps through torch.compile: one function for every few layers, two for the ends.
-
-        A call of a compiled function costs some 60 microseconds whatever it computes, and compiling takes time for
-        each layer in it. Groups are of one size, so that they share one compiled function.
-        It is compiled at its first step and again for every new shape: another batch size, dtype or set of partition
-        sizes, but not another prompt or length.
+        Where evidence is still gathered (see Gathering), some steps are the dense model's instead.
         """
-        # Every shape of the one function counts towards this limit, past which PyTorch would silently run eagerly.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        layers = tuple(self.model.layers)
-        size = max(size for size in range(1, MOST_LAYERS_PER_CALL + 1) if len(layers) % size == 0)
-        self.decode_groups = {first: layers[first : first + size] for first in range(0, len(layers), size)}
-        # Checking again that inputs have the shapes compiled for takes 4 % of a step: the guards have seen to that.
-        compile = partial(torch.compile, dynamic=False, options={"size_asserts": False})
-        self.decode_begin = compile(LlamaForCausalLM.begin)
-        self.decode_layers = compile(run_layers)
-        self.decode_head = compile(LlamaForCausalLM.head)
-        self.compiled = True
+        state.cache.make_room()
+        dense, draws = state.gathering.next_step()
+        if dense:
+            return self.dense_step(tokens, state, draws)
+        x, step = self.begin(tokens, state)                                         # [B, 1, H]
+        x = decode_layers(self.model.layers, x, state.layers, step)
+        state.cache.advance()
+        return self.head(x)[:, 0]                                                   # [B, V]
 
-    def prefill_step(
-        self, x: Tensor, real: Tensor | None, counted: Tensor | None, finish_dense: bool, clock: Clock
-    ) -> PrefillStep:
-        tokens = x.shape[1]
-        slots = torch.arange(tokens, device=x.device)                               # [T]
-        positions = slots[None]                                                     # [1, T]
-        if real is not None:
-            positions = (positions - (~real).sum(dim=1, keepdim=True)).clamp(min=0)     # [B, T]
-        cos, sin = self.model.rotary(positions, x.dtype)
-        windows = set(self.config.windows)
-        masks = {window: prompt_mask(slots, real, window) for window in windows}
-        return PrefillStep(cos, sin, masks, counted, finish_dense, clock)
+    def dense_step(self, tokens: Tensor, state: DecodeState, draws: bool) -> Tensor:
+        """A step on all channels, which adds to the evidence and perhaps draws the partitions from all there is."""
+        x, step = self.begin_dense(tokens, state, draws, state.gathering.live)      # [B, 1, H]
+        x = prefill_layers(self.model.layers, x, state.layers, step)
+        state.cache.advance()
+        return self.head(x)[:, 0]                                                   # [B, V]
 
-    def decode_step(self, x: Tensor, state: DecodeState) -> DecodeStep:
-        cos, sin = self.model.rotary(state.cache.positions(), x.dtype)              # [B, 1, D]
-        masks = {}
-        for window in set(self.config.windows):
-            hidden = ~state.cache.visible(window)                                   # [B, 1, 1, S]
-            masks[window] = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, -torch.inf)
-        return DecodeStep(cos, sin, masks, state.cache.length, state.live)
-
-    def layer_weights(self) -> LayerWeights:
-        """Weights per layer, averaged over layers where they differ."""
-        each = [layer.weights() for layer in self.model.layers]
-        return LayerWeights(
-            attention=sum(layer.attention for layer in each) // len(each),
-            ffn=sum(layer.ffn for layer in each) // len(each),
-            head=each[0].head,
-            head_groups=each[0].head_groups,
-            heads_per_group=each[0].heads_per_group,
+    def begin_dense(self, tokens: Tensor, state: DecodeState, draws: bool, live: int) -> tuple[Tensor, PrefillPass]:
+        """The beginning of a step on all channels, whose rows are evidence. tokens int64 [B] -> x [B, 1, H]"""
+        x = self.embed(tokens.unsqueeze(1))
+        windows = self.config.windows
+        return x, following_pass(
+            self.model.rotary, windows, x, state.cache, state.live, live, draws, state.step_clock
         )
+
+    def begin(self, tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodePass]:
+        """The beginning of a decode step. tokens int64 [B] -> x [B, 1, H], and a pass whose rows decide together"""
+        x = self.embed(tokens.unsqueeze(1))
+        return x, decode_pass(self.model.rotary, self.config.windows, x, state.cache, state.live, together=True)
+
+    def evaluate(self, tokens: Tensor, state: DecodeState, observe: Observer | None = None) -> Tensor:
+        """The logits of `decode` of one token after the other, all at once, where the tokens are known in advance.
+
+        Steps depend on each other only through the tokens and the cache: each row decides for itself, as its step would
+        have done, and attends to the rows before it. One sequence only: several would share their decisions.
+
+        tokens   int64 [T]
+        state    of one sequence, prefilled, with room for T more tokens; afterwards as the steps would have left it
+        observe  is told what every feed-forward network keeps
+        returns  [T, V]
+        """
+        state.cache.make_room(len(tokens))
+        logits, waiting = [], tokens[:0]
+        for token in tokens.split(1):
+            dense, draws = state.gathering.next_step()
+            if dense:
+                logits += [self.evaluate_steps(waiting, state, observe), self.dense_step(token, state, draws)]
+            waiting = tokens[:0] if dense else torch.cat([waiting, token])
+        return torch.cat([*logits, self.evaluate_steps(waiting, state, observe)])   # [T, V]
+
+    def evaluate_steps(self, tokens: Tensor, state: DecodeState, observe: Observer | None) -> Tensor:
+        """The same of steps none of which is dense."""
+        x, windows = self.embed(tokens[None]), self.config.windows                  # [1, T, H]
+        if len(tokens):
+            step = decode_pass(self.model.rotary, windows, x, state.cache, state.live, together=False, observe=observe)
+            x = decode_layers(self.model.layers, x, state.layers, step)
+            state.cache.advance(len(tokens))
+        return self.head(x)[0]
 
     def ffn_sizes(self, pruning: Pruning) -> PartitionSizes:
         """Regions of the feed-forward networks (of the first layer, where layers differ)."""
-        return pruning.sizes(self.config.intermediate_size)
-
-    def weight_bytes_per_token(self, pruning: Pruning) -> int:
-        """Bytes of weights that one decode step reads: attention, feed-forward networks and lm_head."""
-        weight = self.lm_head.weight
-        read = weight.numel() + sum(layer.weights_read(pruning) for layer in self.model.layers)
-        return read * weight.element_size()
-
-
-def prompt_mask(slots: Tensor, real: Tensor | None, window: int | None) -> Tensor | None:
-    """Where a prompt's query may look: bool [B or 1, 1, T, T], or None when causality is all there is to say.
-
-    slots int64 [T]; real bool [B, T]. A padding slot sees itself, so that no row of the softmax is empty.
-    """
-    if real is None and (window is None or window >= len(slots)):
-        return None
-    query, key = slots[:, None], slots[None, :]
-    seen = key <= query                                                             # [T, T]
-    if window is not None:
-        seen = seen & (key > query - window)
-    if real is None:
-        return seen[None, None]
-    return ((seen & real[:, None, :]) | (query == key))[:, None]                    # [B, 1, T, T]
+        return pruning.rule.sizes(self.model.layers[0].mlp)

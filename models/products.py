@@ -1,39 +1,39 @@
-"""How weights lie in memory, and how the product of one token with them is computed: where decoding spends its time.
+"""The products of a decode step, and every choice between two ways of computing the same: nobody else chooses.
 
-A step reads every active weight once, so a product is as fast as the memory is read. PyTorch's own product of a single
+A step reads each active weight once, so a product is as fast as the memory is read. PyTorch's own product of a single
 row reads it at a third of its speed on a CPU. Two others take its place, each with a layout of its own: written out
-inside torch.compile (weights stored by rows), and added up column by column in eager code (stored by columns).
+where torch.compile fuses it (weights stored by rows), and added up column by column in eager code (stored by columns).
 docs/speed.md has the figures.
 
-B batch, in and out the sides of a weight [out, in], K columns.
+B batch, T rows, in and out the sides of a weight [out, in], N query heads, K key/value heads, S cache slots, D head
+size, C candidates.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def written_out(x: Tensor) -> bool:
-    """Whether products are written out as multiply and sum: one token, on a CPU, inside torch.compile.
-
-    A library's matrix product of a single row reads weights at a third of the memory's speed, and so it does inside
-    compiled code. The same product written out becomes one loop that Inductor fuses with its neighbours and that reads
-    as fast as memory gives (figures in docs/speed.md). In eager code it would write every product to memory instead.
-    """
-    return torch.compiler.is_compiling() and x.device.type == "cpu" and x.shape[:-1].numel() == 1
+def is_fused(x: Tensor) -> bool:
+    """Whether a compiler makes one loop of what is written out here, on a CPU; in eager code every step is stored."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
-def stored_by_columns(weight: Tensor) -> bool:
-    """Whether a matrix [out, in] lies in memory column by column, as lay_columns_together leaves it."""
-    return weight.stride(0) == 1 < weight.stride(1)
+def row_count(x: Tensor) -> int:
+    return x.shape[:-1].numel()
 
 
-def adds_up_columns(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product is computed column by column: one token, on a CPU, eagerly, weights stored that way."""
-    return x.device.type == "cpu" and x.shape[:-1].numel() == 1 and stored_by_columns(weight)
+def written_out(x: Tensor, weight: Tensor) -> Tensor:
+    """A few rows times a weight as multiply and sum, for a compiler to fuse. x [..., in], weight [out, in]"""
+    rows = x.reshape(-1, x.shape[-1]).float()                                       # [T, in]
+    wide = weight.float()
+    # as_strided has Inductor keep a row, instead of computing it (a norm, say) anew for every row of the weight.
+    # Sums over the same weight become one loop, which reads it once for all rows.
+    sums = [(wide * row.as_strided(row.shape, (1,))).sum(dim=-1) for row in rows.unbind()]      # T times [out]
+    y = sums[0] if len(sums) == 1 else torch.stack(sums)
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 @lru_cache(maxsize=1024)
@@ -43,87 +43,79 @@ def stretches(count: int, parts: int) -> tuple[Tensor, Tensor]:
         return torch.arange(count), torch.arange(parts) * count // parts
 
 
-def add_up_columns(weight: Tensor, columns: Tensor, factors: Tensor) -> Tensor:
-    """sum over k of factors[k] * weight[:, columns[k]]: one token's product that reads the columns named and no others.
+def add_up_columns(columns: Tensor, which: Tensor, factors: Tensor) -> Tensor:
+    """sum over k of factors[k] * columns[which[k]]: one row's product that reads the columns named and no others.
 
     That is what embedding_bag computes from a table of the columns. Each thread adds up a stretch of them, and so one
-    token's product takes half the time of F.linear's (figures in docs/speed.md).
+    row's product takes half the time of F.linear's (figures in docs/speed.md).
 
-    weight [out, in], stored by columns, on the CPU; columns int64 [K]; factors [K] -> [out]
+    columns [in, out], on the CPU; which int64 [k]; factors [k] -> [out]
     """
-    _, begins = stretches(len(columns), torch.get_num_threads())
-    sums = F.embedding_bag(columns, weight.t(), offsets=begins, per_sample_weights=factors, mode="sum")
+    _, begins = stretches(len(which), torch.get_num_threads())
+    sums = F.embedding_bag(which, columns, offsets=begins, per_sample_weights=factors, mode="sum")
     return sums.sum(dim=0)
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear for decode steps, whichever way is fastest. x [B, 1, in], weight [out, in], bias [out] -> [B, 1, out]"""
-    if written_out(x):
-        row = x.flatten().float()                                                   # [in]
-        # as_strided has Inductor keep the row, instead of computing it (a norm, say) anew for every row of the weight.
-        y = (weight.float() * row.as_strided(row.shape, (1,))).sum(dim=-1).to(x.dtype)      # [out]
-    elif adds_up_columns(x, weight):
-        columns, _ = stretches(weight.shape[1], 1)
-        y = add_up_columns(weight, columns, x.flatten())                            # [out]
-    else:
-        return F.linear(x, weight, bias)
-    return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+def add_up_for_each(columns: Tensor, factors: Tensor) -> Tensor:
+    """The same of all columns for several rows, a bag for each. columns [in, out]; factors [T, in] -> [T, out]"""
+    rows, count = factors.shape
+    which, begins = every_column(rows, count)
+    return F.embedding_bag(which, columns, offsets=begins, per_sample_weights=factors.flatten(), mode="sum")
 
 
-def lay_columns_together(linear: nn.Linear) -> None:
-    """Store a weight [out, in] column by column instead of row by row, for add_up_columns; its values stay the same."""
-    linear.weight.data = linear.weight.data.t().contiguous().t()
+@lru_cache(maxsize=64)
+def every_column(rows: int, count: int) -> tuple[Tensor, Tensor]:
+    """The indices below `count`, over again for every row, and where each row's begin: int64, on the CPU."""
+    with torch.inference_mode(False):
+        return torch.arange(count).repeat(rows), torch.arange(rows) * count
 
 
-def empty_like_layout(weight: Tensor, rows: int, columns: int) -> Tensor:
-    """An uninitialised [rows, columns] matrix, stored by columns if `weight` is."""
-    return weight.new_empty(columns, rows).t() if stored_by_columns(weight) else weight.new_empty(rows, columns)
+def attend_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of a prompt to itself. q [B, N, T, D]; k, v [B, K, T, D] -> [B, T, N, D]; no mask: causal."""
+    grouped = q.shape[1] != k.shape[1]
+    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return a.transpose(1, 2)                                                        # [B, T, N, D]
 
 
-def share_storage(parameters: Sequence[Tensor]) -> Tensor:
-    """Make matrices [rows, width] (or vectors) parts of one tensor, one below the other, and return it.
+def attend_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention of rows to the cache. Slots not filled yet have weight 0.
 
-    They stay parameters of their own, with the values and the layout they had.
+    The query heads that share a key/value head stand as if they were its queries, so that nothing is repeated.
+
+    q [B, N, T, D], N a multiple of K; keys, values [B, K, S, D]; mask float [B, 1, T, S] -> [B, T, N, D]
     """
-    sizes = [len(parameter) for parameter in parameters]
-    first = parameters[0]
-    # An inference tensor only if the parameters are (a model loaded during inference): training must be able to go on
-    # with those that are not, and the two kinds do not mix.
-    with torch.inference_mode(first.is_inference()), torch.no_grad():
-        if first.dim() == 1:
-            together = first.new_empty(sum(sizes))
-        else:
-            together = empty_like_layout(first, sum(sizes), first.shape[1])
-        for parameter, part in zip(parameters, together.split(sizes), strict=True):
-            part.copy_(parameter)
-            parameter.data = part
-    return together
+    batch, heads, rows, head_dim = q.shape
+    if rows > 1:
+        grouped = heads != keys.shape[1]
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
+    q = q.reshape(batch, keys.shape[1], -1, head_dim)                               # [B, K, N/K, D]
+    if batch == 1 and is_fused(q):
+        products = q.unsqueeze(3).float() * keys.unsqueeze(2).float()               # [B, K, N/K, S, D]
+        weights = (products.sum(dim=-1) * head_dim**-0.5 + mask).softmax(dim=-1)    # [B, K, N/K, S]
+        a = (weights.unsqueeze(-1) * values.unsqueeze(2).float()).sum(dim=-2)       # [B, K, N/K, D]
+        return a.to(q.dtype).reshape(batch, 1, heads, head_dim)
+    a = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)             # [B, K, N/K, D]
+    return a.reshape(batch, 1, heads, head_dim)
 
 
-def bits(x: Tensor) -> Tensor:
-    """Half-precision numbers as the integers with the same bits: on a CPU they are gathered 1.6 times as fast."""
-    return x.view(torch.int16) if x.element_size() == 2 else x
+def best(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest scores along the last dimension, best first; of equal scores the earlier one.
+
+    scores  [..., C] -> returns int64 [..., count]
+    """
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-def select_rows(weight: Tensor, rows: Tensor, out: Tensor) -> None:
-    """out[i] = weight[rows[i]], whichever way the two (alike) are stored."""
-    weight, out = bits(weight), bits(out)
-    if stored_by_columns(weight):
-        torch.gather(weight.t(), 1, rows.expand(weight.shape[1], -1), out=out.t())
-    else:
-        torch.index_select(weight, 0, rows, out=out)
+def keep_best(scores: Tensor, count: int) -> Tensor:
+    """True at the `count` highest scores along the last dimension, of equal scores the earlier one.
 
-
-def take_channels(h: Tensor, channels: Tensor) -> Tensor:
-    """h [..., I] -> [..., A], the channels named. gather is index_select, but faster along the last dimension."""
-    return bits(h).gather(-1, channels.expand(*h.shape[:-1], -1)).view(h.dtype)
-
-
-def column_norms(weight: Tensor) -> Tensor:
-    """l2 norm of each column, float32. weight [rows, columns] -> [columns]"""
-    return torch.linalg.vector_norm(weight.float(), dim=0)
-
-
-def tensor_bytes(holder: object) -> int:
-    """Memory of the tensors that an object has for attributes, in bytes."""
-    return sum(t.numel() * t.element_size() for t in vars(holder).values() if isinstance(t, Tensor))
+    scores  [..., C] -> returns bool [..., C]. Static in shape and free of data-dependent branches, so that it can
+    stand in a compiled decode step.
+    """
+    if torch.compiler.is_compiling():
+        # Rank by comparing every pair: C * C comparisons fuse into one loop, where a sort would be a call out of it.
+        place = torch.arange(scores.shape[-1], device=scores.device)
+        mine, other = scores.unsqueeze(-1), scores.unsqueeze(-2)                    # [..., C, 1], [..., 1, C]
+        better = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))     # [..., C, C]
+        return better.sum(dim=-1) < count
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best(scores, count), True)

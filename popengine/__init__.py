@@ -1,7 +1,38 @@
 """popengine: Partition-guided Online Pruning (arXiv 2602.06822) in plain PyTorch.
 
-Start reading at `models.pruning.partition`; start using at `popengine.engine.load`. Nothing is imported here, so that
-importing a leaf such as `models.pruning.partition` never pulls in the engine.
+    import popengine
+
+    engine = popengine.load("path/or/hub-id")
+    for piece in engine.stream("Why is the sky blue?", pruning=popengine.PruningSettings(prune_ratio=0.4)):
+        print(piece.text, end="")
+
+Names are looked up when they are first used, so that `import popengine` takes no PyTorch.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.pruning.settings import PruningSettings as PruningSettings
+    from popengine.loading import load as load
+    from popengine.sampling import Sampling as Sampling
+    from weights.errors import InputError as InputError
+
 __version__ = "0.1.0"
+
+PUBLIC = {
+    "load": "popengine.loading",
+    "PruningSettings": "models.pruning.settings",
+    "Sampling": "popengine.sampling",
+    "InputError": "weights.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *PUBLIC])

@@ -2,52 +2,21 @@
 
     python -m popengine.bench -p 128 -n 64 --prune-ratio 0 0.2 0.4 --compile --against transformers,llama.cpp
 
-Within a dtype every setting takes one turn per round, so that a slow minute of the machine falls on all of them. A turn
-is an untimed start, which allocates buffers and wakes caches, and then one timed generation. The memory's speed is
-measured in the same rounds. Compare figures of one run with each other, never with another run's.
+popengine/measure/benchmark.py says how. Compare figures of one run with each other, never with another run's.
 """
 
 import argparse
-import ctypes
-import gc
 import json
-import math
-import os
-import platform
-import statistics
 import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
 from popengine.command import OneLineParser, add_checkpoint_flag, run_as_command
-from popengine.measure.bench_table import describe
 from weights.errors import InputError
 
-if TYPE_CHECKING:
-    import torch
-
-    from models.pruning.settings import PruningSettings
-    from popengine.engine import Engine
-    from popengine.measure.bench_engines import Contender, Generated
-
 PEERS = ("transformers", "llama.cpp")
-# The array whose sum shows the memory's speed, in bytes: far larger than any cache.
-SUMMED_BYTES = 1 << 29
-WARM_UP_STEPS = 4
-
-PROMPT = (
-    "The harbour was built when the river still ran deep enough for ships. Stone by stone the townspeople laid a wall "
-    "against the northern wind, and behind it grew a market, two churches and a school. Grain came down from the "
-    "valley in flat boats and left on larger ones; salt, iron and letters came back. Then the river moved. In three "
-    "winters its mouth silted up, and the ships that had waited outside for the tide went elsewhere. What is left is "
-    "the wall, which children walk along in summer, and a habit of looking at the weather before anything is decided. "
-)
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     add_checkpoint_flag(flags)
     flags.add_argument("--shape", metavar="NAME", help="instead: random weights, for example llama-3.2-1b")
     flags.add_argument("-p", "--prompt-tokens", type=int, default=128, metavar="N", help="(default: 128)")
+    flags.add_argument("-b", "--batch", type=int, default=1, metavar="N", help="sequences at once (default: 1)")
     flags.add_argument("-n", "--new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
     flags.add_argument(
         "--prune-ratio", type=float, nargs="+", default=[0.0, 0.2, 0.4], metavar="R",
@@ -64,7 +34,6 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--device", default="cpu", metavar="cpu|cuda[:i]|mps")
     flags.add_argument("--compile", action="store_true", help="time compiled decode steps beside eager ones")
     flags.add_argument("--compile-only", action="store_true", help="compiled decode steps alone: half the memory")
-    flags.add_argument("--in-place", action="store_true", help="time pruning without a copy of the weights as well")
     flags.add_argument("--against", default="", metavar="PEER,PEER", help=f"other engines: {', '.join(PEERS)}")
     flags.add_argument("--threads", type=int, metavar="N", help="of every engine (default: what PyTorch chooses)")
     flags.add_argument("--rounds", type=int, default=5, metavar="N", help="(default: 5)")
@@ -81,16 +50,19 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def run(flags: argparse.Namespace) -> None:
     check(flags)
+    # PyTorch takes seconds to import: only now that the flags have been understood.
+    from popengine.measure import bench_table, benchmark
+
     with tempfile.TemporaryDirectory(prefix="popengine-bench-") as folder:
-        result = measure(flags, Path(folder))
+        result = benchmark.measure(flags, Path(folder))
     if flags.json:
         Path(flags.json).write_text(json.dumps(result, indent=1) + "\n")
-    print(describe(result, SUMMED_BYTES))
+    print(bench_table.describe(result, benchmark.SUMMED_BYTES))
 
 
 def check(flags: argparse.Namespace) -> None:
     """Refuse before the first engine is loaded what would only show after the last."""
-    for name in ("prompt_tokens", "new_tokens", "rounds"):
+    for name in ("prompt_tokens", "new_tokens", "batch", "rounds"):
         least = 2 if name == "new_tokens" else 1
         if getattr(flags, name) < least:
             raise InputError(f"{name.replace('_', ' ')} must be at least {least}, not {getattr(flags, name)}")
@@ -98,7 +70,8 @@ def check(flags: argparse.Namespace) -> None:
         raise InputError(f"threads must be at least 1, not {flags.threads}")
     if flags.shape and flags.ckpt:
         raise InputError("give a checkpoint or a shape, not both")
-    for peer in peers(flags):
+    flags.peers = peers(flags)
+    for peer in flags.peers:
         if peer not in PEERS:
             raise InputError(f"there is no peer named {peer!r}; peers are {', '.join(PEERS)}")
     if flags.json:
@@ -106,8 +79,6 @@ def check(flags: argparse.Namespace) -> None:
             Path(flags.json).touch()
         except OSError as error:
             raise InputError(f"cannot write {flags.json}: {error.strerror}") from None
-    from popengine.engine import DTYPES
-
     for dtype in flags.dtype:
         if dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -115,397 +86,6 @@ def check(flags: argparse.Namespace) -> None:
 
 def peers(flags: argparse.Namespace) -> list[str]:
     return [name.strip() for name in flags.against.split(",") if name.strip()]
-
-
-@dataclass
-class Entry:
-    """One line of the table in the making: a contender, what is known of it beforehand, and what its turns gave.
-
-    held_bytes  what loading it and its first turn have left in memory, buffers not counted
-    turn_bytes  the most that one turn held beyond that
-    """
-
-    contender: "Contender"
-    mode: str | None
-    settings: "PruningSettings | None"
-    weight_bytes_per_token: int | None = None
-    held_bytes: int | None = None
-    turn_bytes: int | None = None
-    first_use_s: float = 0.0
-    turns: "list[Generated]" = field(default_factory=list)
-
-
-def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    import torch
-
-    from popengine.engine import choose_device
-    from weights.default_checkpoint import default_checkpoint
-
-    if flags.threads is not None:
-        torch.set_num_threads(flags.threads)
-    device = choose_device(flags.device)
-    if flags.shape:
-        from popengine.measure.bench_shapes import write_random_checkpoint
-
-        checkpoint: str | Path = write_random_checkpoint(flags.shape, folder)
-    else:
-        checkpoint = flags.ckpt or default_checkpoint()
-    result: dict[str, Any] = header(flags, checkpoint, device)
-    for dtype in flags.dtype:
-        result["dtypes"].append(measure_dtype(flags, checkpoint, dtype, device, folder))
-        gc.collect()
-    return result
-
-
-def header(flags: argparse.Namespace, checkpoint: "str | Path", device: "torch.device") -> dict[str, Any]:
-    import torch
-
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    packages = ["torch", *(["transformers"] if "transformers" in peers(flags) else [])]
-    packages += ["llama_cpp_python"] if "llama.cpp" in peers(flags) else []
-    return {
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "card": card, "system": platform.platform()},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "command": ["python", "-m", "popengine.bench", *flags.words],
-        "model": flags.shape or Path(checkpoint).name,
-        "random_weights": bool(flags.shape),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "prompt_tokens": flags.prompt_tokens,
-        "new_tokens": flags.new_tokens,
-        "rounds": flags.rounds,
-        "dtypes": [],
-    }
-
-
-def processor() -> str:
-    """The processor's name, and what of its instructions matters here."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = {name.strip(): value.strip() for name, value in lines.items()}
-    flags = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in fields.get("flags", "").split()]
-    return f"{fields.get('model name', platform.machine())} ({', '.join(flags)})" if flags else platform.machine()
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        module = sys.modules.get(package.removesuffix("_python"))
-        return getattr(module, "__version__", None)
-
-
-def measure_dtype(
-    flags: argparse.Namespace, checkpoint: "str | Path", dtype: str, device: "torch.device", folder: Path
-) -> dict[str, Any]:
-    """Every engine and setting in one dtype."""
-    import torch
-
-    absent: dict[str, str] = {}
-    entries: list[Entry] = []
-    note = Progress(f"{dtype}: ")
-    prompt: list[int] = []
-    counters = compile_counters()
-    for compiled in ([] if flags.compile_only else [False]) + ([True] if flags.compile or flags.compile_only else []):
-        mode = "compiled" if compiled else "eager"
-        note(f"loading popengine, {mode}")
-        before = held_bytes(device)
-        engine = load_engine(checkpoint, dtype, device, compiled, absent)
-        if engine is None:
-            continue
-        prompt = prompt or make_prompt(flags, engine)
-        own = own_entries(flags, engine, mode)
-        first_turns(own, prompt, flags.new_tokens, before, device, note)
-        entries += own
-    if not entries:
-        raise InputError(f"nothing to time: {'; '.join(absent.values())}")
-    for peer in peers(flags):
-        note(f"loading {peer}")
-        before = held_bytes(device)
-        entry = peer_entry(peer, flags, checkpoint, dtype, device, folder, absent)
-        if entry is not None:
-            first_turns([entry], prompt, flags.new_tokens, before, device, note)
-            entries.append(entry)
-
-    after_warm_up = compile_counters()
-    array = torch.ones(SUMMED_BYTES // 4, device=device)
-    bandwidths = []
-    for number in range(flags.rounds):
-        note(f"round {number + 1} of {flags.rounds}")
-        # There and back again: what follows what is not always the same.
-        for entry in entries if number % 2 == 0 else reversed(entries):
-            entry.turns.append(turn(entry, prompt, flags.new_tokens, device))
-        bandwidths.append(bandwidth(array))
-    del array
-    note("")
-    reads = spread(bandwidths)
-    compiles = {name: after_warm_up[name] - counters[name] for name in counters}
-    compiles["graphs_after_warm_up"] = compile_counters()["graphs"] - after_warm_up["graphs"]
-    return {
-        "dtype": dtype,
-        "bandwidth_gb_per_s": reads,
-        "absent": absent,
-        "compile": compiles,
-        "rows": rows(entries, reads["median"]),
-    }
-
-
-def load_engine(
-    checkpoint: "str | Path", dtype: str, device: "torch.device", compiled: bool, absent: dict[str, str]
-) -> "Engine | None":
-    """Our engine; None and a word in `absent` where compiling was asked for and does not work."""
-    from popengine.engine import load
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        engine = load(checkpoint, dtype=dtype, device=str(device), compile=compiled)
-    if compiled and not engine.model.compiled:
-        absent["popengine, compiled"] = str(caught[-1].message)
-        return None
-    return engine
-
-
-def make_prompt(flags: argparse.Namespace, engine: "Engine") -> list[int]:
-    """Token ids: of a text, over again until it is long enough, or random ones for random weights."""
-    import torch
-
-    if flags.shape:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(engine.model.config.vocab_size, (flags.prompt_tokens,), generator=generator).tolist()
-    ids = engine.prompt_ids(PROMPT, raw=True)
-    return (ids * -(-flags.prompt_tokens // len(ids)))[: flags.prompt_tokens]
-
-
-def own_entries(flags: argparse.Namespace, engine: "Engine", mode: str) -> list[Entry]:
-    from models.pruning.settings import PruningSettings
-    from popengine.measure.bench_engines import OwnEngine
-
-    settings = [PruningSettings(prune_ratio=ratio) for ratio in dict.fromkeys([0.0, *flags.prune_ratio])]
-    if flags.in_place:
-        pruned = [one.prune_ratio for one in settings if one.prune_ratio]
-        settings += [PruningSettings(prune_ratio=ratio, in_place=True) for ratio in pruned]
-    entries = []
-    for one in settings:
-        read = engine.model.weight_bytes_per_token(engine.resolve(one))
-        what = f"POP {one.prune_ratio:g}{' in place' if one.in_place else ''}" if one.prune_ratio else "dense"
-        entries.append(Entry(OwnEngine(f"popengine {mode}, {what}", engine, one), mode, one, read))
-    return entries
-
-
-def peer_entry(
-    peer: str,
-    flags: argparse.Namespace,
-    checkpoint: "str | Path",
-    dtype: str,
-    device: "torch.device",
-    folder: Path,
-    absent: dict[str, str],
-) -> Entry | None:
-    """Another engine; None and a word in `absent` where it cannot run."""
-    import torch
-
-    from popengine.engine import DTYPES
-    from popengine.measure.bench_engines import AbsentPeer, Contender, LlamaCppEngine, TransformersEngine
-    from weights.checkpoint import open_checkpoint
-
-    with open_checkpoint(checkpoint) as opened:
-        path = opened.path                      # a Hub id has become a folder
-    try:
-        if peer == "transformers":
-            contender: Contender = TransformersEngine(path, DTYPES[dtype], device)
-        elif device.type != "cpu":
-            raise AbsentPeer("it is compared on the CPU only")
-        else:
-            context = flags.prompt_tokens + flags.new_tokens
-            contender = LlamaCppEngine(path, DTYPES[dtype], context, torch.get_num_threads(), folder)
-    except AbsentPeer as error:
-        absent[peer] = str(error)
-        return None
-    return Entry(contender, None, None)
-
-
-def first_turns(
-    entries: list[Entry],
-    prompt: list[int],
-    new_tokens: int,
-    before: int | None,
-    device: "torch.device",
-    note: "Progress",
-) -> None:
-    """Run each once, which compiles what is to be compiled, and see what all of that leaves in memory."""
-    for entry in entries:
-        note(f"starting {entry.contender.name}")
-        entry.first_use_s = entry.contender.generate(prompt, new_tokens, WARM_UP_STEPS).compile_s
-        entry.contender.drop_buffers()
-    after = held_bytes(device)
-    for entry in entries:
-        entry.held_bytes = None if before is None or after is None else after - before
-
-
-def turn(entry: Entry, prompt: list[int], new_tokens: int, device: "torch.device") -> "Generated":
-    before = start_of_peak(device)
-    entry.contender.generate(prompt, new_tokens, WARM_UP_STEPS)
-    generated = entry.contender.generate(prompt, new_tokens)
-    peak = peak_bytes(device)
-    entry.contender.drop_buffers()
-    if before is not None and peak is not None:
-        entry.turn_bytes = max(entry.turn_bytes or 0, peak - before)
-    return generated
-
-
-def bandwidth(array: "torch.Tensor") -> float:
-    """GB/s of a sum over the array by all threads: the best of five, since nothing can make it look too fast."""
-    best = math.inf
-    for _ in range(5):
-        began = time.perf_counter()
-        array.sum().item()
-        best = min(best, time.perf_counter() - began)
-    return array.numel() * array.element_size() / best / 1e9
-
-
-def compile_counters() -> dict[str, int]:
-    """What torch.compile has done in this process: graphs captured, and whether their code was in the cache on disk."""
-    counters = sys.modules.get("torch._dynamo.utils")
-    if counters is None:
-        return {"graphs": 0, "from_cache": 0, "not_from_cache": 0}
-    counts = counters.counters
-    return {
-        "graphs": counts["stats"]["unique_graphs"],
-        "from_cache": counts["inductor"]["fxgraph_cache_hit"],
-        "not_from_cache": counts["inductor"]["fxgraph_cache_miss"],
-    }
-
-
-# Memory of one setting in a process that holds many: how far it pushes the resident set (on CUDA: the allocator) up.
-# Linux keeps a high-water mark that can be set back; where it cannot, the table has no figure.
-
-
-def held_bytes(device: "torch.device") -> int | None:
-    import torch
-
-    gc.collect()
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)             # what an engine before has freed would hide what this one takes
-    return resident("VmRSS")
-
-
-def start_of_peak(device: "torch.device") -> int | None:
-    """What is held now, from where the next `peak_bytes` is counted."""
-    import torch
-
-    before = held_bytes(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return before
-
-
-def peak_bytes(device: "torch.device") -> int | None:
-    import torch
-
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
-
-
-def resident(what: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(what + ":")), None)
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    if len(values) == 1:
-        return {"median": values[0], "first_quartile": values[0], "third_quartile": values[0]}
-    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "first_quartile": first, "third_quartile": third}
-
-
-def rows(entries: list[Entry], bandwidth_gb_per_s: float) -> list[dict[str, Any]]:
-    """The table's lines: medians over the rounds, and what follows from them."""
-    by_name = {entry.contender.name: row(entry) for entry in entries}
-    lines = list(by_name.values())
-    dense = {line["mode"]: line for line in lines if line["prune_ratio"] == 0}
-    others = {line["engine"]: line for line in lines if line["mode"] is None}
-    reference = lines[0]
-    for entry, line in zip(entries, lines, strict=True):
-        own = dense.get(line["mode"], reference)
-        step_ms = line["decode_ms_per_token"]["median"]
-        if line["mode"] is None:
-            line["weight_bytes_per_token"] = own["weight_bytes_per_token"]       # the dense network, whoever runs it
-        else:
-            saved = own["decode_ms_per_token"]["median"] - step_ms
-            line["speedup"] = own["decode_ms_per_token"]["median"] / step_ms
-            line["ideal_speedup"] = own["weight_bytes_per_token"] / line["weight_bytes_per_token"]
-            if line["partition_ms"] and saved > 0:
-                line["break_even_tokens"] = math.ceil(line["partition_ms"] / saved)
-            line["step_time_over"] = {
-                name: step_ms / other["decode_ms_per_token"]["median"] for name, other in others.items()
-            }
-            line["prefill_time_over"] = {
-                name: (line["prefill_ms"]["median"] + line["partition_ms"]) / other["prefill_ms"]["median"]
-                for name, other in others.items()
-            }
-        line["gb_per_s"] = line["weight_bytes_per_token"] / step_ms / 1e6
-        line["bandwidth_share"] = line["gb_per_s"] / bandwidth_gb_per_s
-        if not line["prune_ratio"]:
-            pairs = zip(entry.turns[0].tokens, entries[0].turns[0].tokens, strict=True)
-            line["tokens_as_first_row"] = next(
-                (index for index, (own_token, token) in enumerate(pairs) if own_token != token),
-                len(entry.turns[0].tokens),
-            )
-    return lines
-
-
-def row(entry: Entry) -> dict[str, Any]:
-    """What one entry's turns say by themselves; what needs other entries is None as yet."""
-    parts = {
-        name: statistics.median(getattr(generated, name) for generated in entry.turns)
-        for name in ("partition_ms", "scores_ms", "sort_ms", "copy_ms")
-    }
-    own = entry.settings is not None
-    peak = None if entry.held_bytes is None or entry.turn_bytes is None else entry.held_bytes + entry.turn_bytes
-    return {
-        "engine": entry.contender.name,
-        "mode": entry.mode,
-        "prune_ratio": entry.settings.prune_ratio if entry.settings else None,
-        "in_place": entry.settings.in_place if entry.settings else None,
-        "prefill_ms": spread([generated.prefill_ms for generated in entry.turns]),
-        **(parts if own else dict.fromkeys(parts)),
-        "decode_ms_per_token": spread([step for generated in entry.turns for step in generated.step_ms]),
-        "weight_bytes_per_token": entry.weight_bytes_per_token,
-        "gb_per_s": None,
-        "bandwidth_share": None,
-        "speedup": None,
-        "ideal_speedup": None,
-        "step_time_over": {},
-        "prefill_time_over": {},
-        "peak_memory_bytes": peak,
-        "break_even_tokens": None,
-        "load_s": entry.contender.load_s,
-        "first_use_s": entry.first_use_s,
-        "tokens_as_first_row": None,
-    }
-
-
-class Progress:
-    """One line on stderr that says what is being measured; nothing where nobody watches."""
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix, self.shown = prefix, sys.stderr.isatty()
-
-    def __call__(self, text: str) -> None:
-        if self.shown:
-            print(f"\r\033[K{self.prefix + text if text else ''}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line, flags for pruning, a look at what stands in the way of our packages.
+"""What the commands share: errors in one line, flags, a look at what stands in the way of our packages.
 
 Nothing here imports PyTorch, which takes seconds: a wrong flag should not wait for it.
 """
@@ -7,14 +7,13 @@ import argparse
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
+from models.pruning.settings import PruningSettings
 from weights.errors import InputError
-
-if TYPE_CHECKING:
-    from models.pruning.settings import PruningSettings
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -65,43 +64,24 @@ def add_checkpoint_flag(flags: argparse.ArgumentParser) -> None:
     )
 
 
-def add_pruning_flags(flags: argparse.ArgumentParser) -> None:
-    pruning = flags.add_argument_group("pruning")
-    pruning.add_argument(
-        "--prune-ratio", type=float, metavar="R", help="share of a decoder layer's parameters; 0: dense (default: 0.2)"
-    )
-    pruning.add_argument("--ffn-ratio", type=float, metavar="R", help="instead: share of the FFN channels")
-    pruning.add_argument("--candidate-width", type=float, default=0.1, metavar="W", help="candidates, of all channels")
-    pruning.add_argument("--head-ratio", type=float, default=0.0, metavar="R", help="share of the query heads")
-    pruning.add_argument(
-        "--prefill", default="pruned", metavar="pruned|dense", help="finish the prompt on what stays, or on everything"
-    )
-    pruning.add_argument(
-        "--in-place", action="store_true", help="reorder the loaded weights instead of copying the active ones"
-    )
-    pruning.add_argument(
-        "--scored-tokens", default="all", metavar="all|text", help="count image tokens in the scores, or only text"
-    )
-    pruning.add_argument(
-        "--unseen-experts", default="weights", metavar="weights|dense",
-        help="experts that no prompt token reached: cut by their weights alone, or leave them whole",
-    )
+def add_setting_flags(flags: argparse.ArgumentParser, chosen: Iterable[Field[Any]] | None = None) -> None:
+    """A flag for every pruning setting; with `chosen`, for those, and each takes several values to compare."""
+    group = flags.add_argument_group("pruning")
+    for one in fields(PruningSettings) if chosen is None else chosen:
+        about, default = one.metadata, one.default
+        several: dict[str, Any] = {}
+        if chosen is not None:
+            default = None if default is None else [default]
+            several = {"nargs": "+"}
+        group.add_argument(
+            "--" + one.name.replace("_", "-"), type=about["type"], default=default, metavar=about["metavar"],
+            help=about["help"], **several,
+        )
 
 
-def pruning_settings(flags: argparse.Namespace) -> "PruningSettings":
-    """What the flags of `add_pruning_flags` ask for."""
-    from models.pruning.settings import PruningSettings
-
-    return PruningSettings(
-        prune_ratio=flags.prune_ratio,
-        ffn_ratio=flags.ffn_ratio,
-        candidate_width=flags.candidate_width,
-        head_ratio=flags.head_ratio,
-        prefill=flags.prefill,
-        in_place=flags.in_place,
-        scored_tokens=flags.scored_tokens,
-        unseen_experts=flags.unseen_experts,
-    )
+def pruning_settings(flags: argparse.Namespace) -> PruningSettings:
+    """What the flags of `add_setting_flags` ask for."""
+    return PruningSettings(**{one.name: getattr(flags, one.name) for one in fields(PruningSettings)})
 
 
 def add_machine_flags(flags: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -109,3 +89,15 @@ def add_machine_flags(flags: argparse.ArgumentParser) -> argparse._ArgumentGroup
     machine.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
     machine.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps")
     return machine
+
+
+def add_scoring_flags(flags: argparse.ArgumentParser) -> None:
+    """What the commands that score a text share."""
+    flags.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
+    flags.add_argument("--score-tokens", type=int, default=128, metavar="N")
+    flags.add_argument("--windows", type=int, default=12, metavar="N", help="pieces of the text, spread over it")
+    flags.add_argument("--seed", type=int, default=0, metavar="N", help="for the method `random`")
+    calibration = flags.add_argument_group("calibration (methods wanda-sp and flap)")
+    calibration.add_argument("--calibration-text", type=Path, metavar="FILE", help="calibrate on this text")
+    calibration.add_argument("--save-calibration", type=Path, metavar="FILE.safetensors")
+    calibration.add_argument("--calibration", type=Path, metavar="FILE.safetensors", help="one that was saved")

@@ -1,8 +1,8 @@
 """LM-Evaluation-Harness with this engine: python -m popengine.harness --model popengine --model_args ckpt=DIR,...
 
 The arguments are those of `lm_eval`; importing this module is what makes the model name `popengine` known to it. Needs
-the extra `lm-eval`. model_args are ckpt, method, prune_ratio or ffn_ratio, candidate_width, head_ratio, prefill,
-unseen_experts, calibration (a saved file), seed, dtype, device and max_length.
+the extra `lm-eval`. model_args are ckpt, method, calibration (a saved file), seed, dtype, device, max_length and every
+field of PruningSettings.
 
 How requests are answered, so that online pruning is what is measured:
 
@@ -16,22 +16,24 @@ generate_until         prefill and decode steps in batches of --batch_size, up t
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from models.pruning.settings import PruningSettings
-from popengine.engine import load
-from popengine.methods.by_name import Request, settings_for
+from popengine.loading import load
+from popengine.measure.scoring import Window, dense_log_probabilities, log_probabilities
+from popengine.methods.by_name import Request, pruning_for
 from popengine.methods.calibration import load_calibration
 from popengine.sampling import Sampling
-from popengine.score import Window, dense_log_probabilities, log_probabilities
 from popengine.text.chat import render_chat
 from weights.errors import InputError
 
 try:
     import lm_eval.models  # noqa: F401  # its own models: it registers them by itself only while there are no others
+    from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -51,12 +53,6 @@ class PopengineLM(TemplateLM):
         self,
         ckpt: str | None = None,
         method: str = "pop",
-        prune_ratio: float | None = None,
-        ffn_ratio: float | None = None,
-        candidate_width: float = 0.1,
-        head_ratio: float = 0.0,
-        prefill: Any = "pruned",
-        unseen_experts: Any = "weights",
         calibration: str | None = None,
         seed: int = 0,
         dtype: str = "auto",
@@ -64,17 +60,19 @@ class PopengineLM(TemplateLM):
         max_length: int | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        settings = PruningSettings(
-            prune_ratio, ffn_ratio, candidate_width, head_ratio, prefill, unseen_experts=unseen_experts
-        )
+        known = {one.name for one in fields(PruningSettings)}
+        for name in settings:
+            if name not in known:
+                raise InputError(f"there is no model argument {name!r}; settings are {', '.join(sorted(known))}")
+        chosen = PruningSettings(**settings)
         self.batch_size = whole_number("batch_size", batch_size)
         self.engine = load(ckpt, dtype=dtype, device=device or "auto", max_seq_len=max_length)
         model = self.engine.model
         loaded = None if calibration is None else load_calibration(Path(calibration), model)
-        self.settings = settings_for(method, Request(model, settings, loaded, seed))
-        self.pruning = self.engine.resolve(self.settings)
+        self.pruning = pruning_for(method, Request(model, chosen, loaded, seed, self.engine.resolve))
 
     @property
     def eot_token_id(self) -> int:
@@ -186,7 +184,7 @@ class PopengineLM(TemplateLM):
         samples = arguments.get("do_sample", bool(arguments.get("temperature")))
         temperature = float(arguments.get("temperature", 1.0)) if samples else 0.0
         sampling = Sampling(temperature, int(arguments.get("top_k", 0)), float(arguments.get("top_p", 1.0)))
-        run = self.engine.run([ids[-room:] for ids in prompts], new_tokens, self.settings, sampling)
+        run = self.engine.run([ids[-room:] for ids in prompts], new_tokens, self.pruning, sampling)
         token_ids: list[list[int]] = [[] for _ in prompts]
         for step in run:
             for index, token in enumerate(step):
@@ -233,8 +231,6 @@ def whole_number(name: str, value: Any) -> int:
 
 def main() -> NoReturn:
     """lm_eval's own command line, with our errors in one line."""
-    from lm_eval.__main__ import cli_evaluate
-
     try:
         cli_evaluate()
     except InputError as error:

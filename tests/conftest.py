@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,14 @@ from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept in the user's cache from run to run must neither help a test nor be left there by one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def default_checkpoint_path() -> Path:
     """The checkpoint that `make checkpoint` fetched; without one the tests that need it cannot run, and fail."""
@@ -17,6 +26,22 @@ def default_checkpoint_path() -> Path:
         return default_checkpoint()
     except InputError as error:
         pytest.fail(str(error))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random checkpoint that the commands can run. Shared: a test that changes one makes one of its own."""
+    from builders import complete_checkpoint  # takes seconds, which tests of files alone need not wait
+
+    return complete_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text that commands can score."""
+    path = tmp_path_factory.mktemp("text") / "counting.txt"
+    path.write_text(" ".join(str(number * number) for number in range(300)), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")

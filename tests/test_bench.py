@@ -4,42 +4,37 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 import torch
+from builders import SIZES, exit_status, one_line_error
 from safetensors.torch import save_file
 from tiny_gguf import TinyLlama
-from tiny_models import SIZES, complete_checkpoint
 
+from models.experts import MixtureOfExperts
+from models.families import architecture
 from models.pruning.settings import PruningSettings
-from popengine import bench
-from popengine.bench import Entry, main, rows
-from popengine.engine import load
-from popengine.measure import bench_shapes
+from popengine.bench import main
+from popengine.loading import load
+from popengine.measure import bench_shapes, benchmark
 from popengine.measure.bench_engines import Generated, write_gguf
 from popengine.measure.bench_table import describe
+from popengine.measure.benchmark import Entry, rows
+from popengine.statistics import regions
 from weights.checkpoint import open_checkpoint
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return complete_checkpoint(tmp_path_factory.mktemp("tiny"))
+status = partial(exit_status, main)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_array() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "SUMMED_BYTES", 1 << 22)
+        patch.setattr(benchmark, "SUMMED_BYTES", 1 << 22)
         yield
-
-
-def status(*arguments: Any) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +44,7 @@ def result(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "llama_cpp", None)
         arguments = ["--ckpt", checkpoint, "-p", 20, "-n", 8, "--prune-ratio", 0.4, "--dtype", "float32"]
-        arguments += ["--rounds", 3, "--in-place", "--against", "transformers,llama.cpp", "--json", file]
+        arguments += ["--rounds", 3, "--against", "transformers,llama.cpp", "--json", file]
         assert status(*arguments) == 0
     return json.loads(file.read_text())
 
@@ -57,11 +52,11 @@ def result(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def test_every_setting_and_peer_has_a_row_and_an_absent_peer_is_named(result: dict[str, Any]) -> None:
     (group,) = result["dtypes"]
     assert [row["engine"] for row in group["rows"]] == [
-        "popengine eager, dense", "popengine eager, POP 0.4", "popengine eager, POP 0.4 in place", "transformers",
+        "popengine eager, dense", "popengine eager, POP 0.4", "transformers",
     ]  # fmt: skip
     assert list(group["absent"]) == ["llama.cpp"]
     assert "not installed" in group["absent"]["llama.cpp"]
-    text = describe(result, bench.SUMMED_BYTES)
+    text = describe(result, benchmark.SUMMED_BYTES)
     assert "absent: llama.cpp: llama-cpp-python is not installed" in text
     assert f"{result['threads']} threads for every engine" in text
     assert " ".join(result["command"]) in text
@@ -70,7 +65,7 @@ def test_every_setting_and_peer_has_a_row_and_an_absent_peer_is_named(result: di
 
 def test_rows_hold_together(result: dict[str, Any], checkpoint: Path) -> None:
     (group,) = result["dtypes"]
-    dense, pop, _, transformers = group["rows"]
+    dense, pop, transformers = group["rows"]
     for row in group["rows"]:
         times = row["decode_ms_per_token"]
         assert 0 < times["first_quartile"] <= times["median"] <= times["third_quartile"]
@@ -78,11 +73,11 @@ def test_rows_hold_together(result: dict[str, Any], checkpoint: Path) -> None:
         assert row["bandwidth_share"] == pytest.approx(row["gb_per_s"] / group["bandwidth_gb_per_s"]["median"])
     # Attention and lm_head whole; of gate and up the retained channels and the candidates, of down those that win.
     engine = load(checkpoint, dtype="float32")
-    regions = engine.regions(engine.resolve(PruningSettings(prune_ratio=0.4)))
+    own = regions(engine.model, engine.resolve(PruningSettings(prune_ratio=0.4)))
     hidden, layers = SIZES["hidden_size"], SIZES["num_hidden_layers"]
     attention = layers * hidden * 2 * (hidden + hidden // 2) + 261 * hidden
     assert dense["weight_bytes_per_token"] == 4 * (attention + layers * 3 * hidden * SIZES["intermediate_size"])
-    rows = 2 * (regions.retained + regions.candidate) + regions.retained + regions.picked
+    rows = 2 * (own.retained + own.candidate) + own.retained + own.picked
     assert pop["weight_bytes_per_token"] == 4 * (attention + layers * hidden * rows)
     assert transformers["weight_bytes_per_token"] == dense["weight_bytes_per_token"]
     assert pop["partition_ms"] > 0
@@ -158,12 +153,17 @@ def test_a_shape_is_timed_on_random_weights(
 
 @pytest.mark.parametrize("name", sorted(bench_shapes.SHAPES))
 def test_shapes_are_readable_configs(name: str) -> None:
-    from models.llama import LlamaForCausalLM
-
+    """Of the size that the name says; of a mixture: the weights that one token meets."""
+    config = bench_shapes.SHAPES[name]
     with torch.device("meta"):
-        model = LlamaForCausalLM.from_config(bench_shapes.SHAPES[name])
+        model = architecture(config, name).from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    size = float(name.split("-")[-1].removesuffix("b").removesuffix("m")) / (1000 if name.endswith("m") else 1)
+    for layer in model.model.layers:
+        if isinstance(layer.mlp, MixtureOfExperts):
+            idle = len(layer.mlp.experts) - layer.mlp.experts_per_token
+            parameters -= idle * sum(parameter.numel() for parameter in layer.mlp.experts[0].parameters())
+    words = name.split("-")[-1].split("x")[-1]
+    size = float(words.removesuffix("b").removesuffix("m")) / (1000 if words.endswith("m") else 1)
     assert 0.95 * size < parameters / 1e9 < 1.25 * size
 
 
@@ -208,14 +208,9 @@ def test_weights_for_llama_cpp_are_in_its_order(tmp_path: Path, tied: bool) -> N
 def test_bad_input_ends_in_one_line(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], arguments: list[Any], message: str
 ) -> None:
-    assert status("--ckpt", checkpoint, *arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1, err
-    assert message in err
+    assert message in one_line_error(main, capsys, "--ckpt", checkpoint, *arguments)
 
 
 def test_an_unknown_shape_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert status("--shape", "llama-9000") == 2
-    assert "there is no shape named 'llama-9000'; shapes are" in capsys.readouterr().err
+    error = one_line_error(main, capsys, "--shape", "llama-9000")
+    assert "there is no shape named 'llama-9000'; shapes are" in error

@@ -2,38 +2,27 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import SIZES, complete_checkpoint, saved_pair
+from builders import MIXTRAL_TINY, SIZES, exit_status, generated, one_line_error, saved_pair
 from transformers import LlamaConfig
 
 from models.pruning.settings import DENSE, PruningSettings
-from popengine import compare
 from popengine.compare import main
-from popengine.engine import load
+from popengine.loading import load
+from popengine.measure import comparison
+from popengine.measure.scoring import Window, cut_windows, read_text
 from popengine.measure.studies import drift_figures, pick_figures, picks, rank_drift
 from popengine.measure.tasks import Question, is_answered, questions_for
-from popengine.methods.activations import dense_activations, embedded
-from popengine.score import Window, cut_windows, read_text
+from popengine.methods.activations import Activation, embedded, watch_dense
 from weights.errors import InputError
 
-MIXTRAL = Path(__file__).parents[1] / "weights" / "mixtral-tiny"
+status, error = partial(exit_status, main), partial(one_line_error, main)
 METHODS = ["dense", "all-channels", "pop", "frozen", "random", "magnitude", "wanda-sp", "flap"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return complete_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "counting.txt"
-    path.write_text(" ".join(str(number * number) for number in range(300)), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -42,20 +31,6 @@ def flags(checkpoint: Path, text: Path) -> list[Any]:
         "--ckpt", checkpoint, "--text", text, "--prompt-tokens", 24, "--score-tokens", 16, "--windows", 2,
         "--ffn-ratio", 0.2, 0.4,
     ]
-
-
-def status(*arguments: Any) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code  # type: ignore[return-value]
-
-
-def error(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    capsys.readouterr()
-    assert status(*arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -89,7 +64,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_table(
     flags = [*flags, "--methods", "pop", "frozen", "--no-plots"]
     assert status(*flags, "--out", tmp_path / "whole") == 0
     scored = 0
-    real = compare.text_key
+    real = comparison.text_key
 
     def killed(one: Any, window: int) -> str:
         nonlocal scored
@@ -99,7 +74,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_table(
         return real(one, window)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "text_key", killed)
+        patch.setattr(comparison, "text_key", killed)
         assert status(*flags, "--out", tmp_path / "killed") == 130
     done = (tmp_path / "killed" / "progress.jsonl").read_text()
     assert 1 < done.count("\n") < 9
@@ -180,7 +155,9 @@ def test_rank_drift_is_what_its_definition_says(tmp_path: Path) -> None:
     model = saved_pair(tmp_path, LlamaConfig(**SIZES))[1]
     window = Window([5, 6, 7, 8], [9, 10, 11])
     drift = rank_drift(model, window)
-    first = next(iter(dense_activations(model, embedded(model, window.ids))))
+    seen: list[Activation] = []
+    watch_dense(model, embedded(model, window.ids), seen.append)
+    first = seen[0]
     norms, channels = first.ffn.down_norms(), SIZES["intermediate_size"]
 
     def order(scores: list[float]) -> list[int]:
@@ -197,7 +174,7 @@ def test_rank_drift_is_what_its_definition_says(tmp_path: Path) -> None:
 
 @torch.inference_mode()
 def test_rank_drift_of_experts_is_known_where_a_step_reached_them() -> None:
-    engine = load(MIXTRAL, device="cpu")
+    engine = load(MIXTRAL_TINY, device="cpu")
     ids = engine.tokenizer.encode("sort 52713=12357; sort 9140=0149; sort 36627=23667", add_special_tokens=False)
     window = Window(ids[:30], ids[30:])
     drift = rank_drift(engine.model, window)
@@ -222,14 +199,11 @@ def test_agreement_along_dense_generation_is_what_the_method_would_generate(
     whole = read_text(text, engine.tokenizer)
     windows = cut_windows(whole, engine.tokenizer, 24, 16, 2)
 
-    def generated(prompt: list[int], settings: PruningSettings) -> list[int | None]:
-        return [token for (token,) in engine.run([prompt], 16, settings, ignore_eos=True)]
-
     for row in rows(tmp_path):
         settings = PruningSettings(ffn_ratio=row["ffn_ratio"], candidate_width=0 if row["method"] == "frozen" else 0.1)
         alike = 0
         for window in windows:
-            dense, own = generated(window.prompt, DENSE), generated(window.prompt, settings)
+            dense, own = (generated(engine, [window.prompt], 16, one) for one in (DENSE, settings))
             alike += next((at for at in range(16) if dense[at] != own[at]), 16)
         assert row["identical_tokens"] == alike / 2
         assert row["identical_tokens"] / 16 <= row["generated_agreement"] <= 1

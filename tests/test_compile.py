@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import complete_checkpoint
+from builders import complete_checkpoint, generated
 from torch import Tensor
 
 from models.pruning.settings import DENSE, PruningSettings
-from popengine.engine import Engine, load
+from popengine.engine import Engine
+from popengine.loading import load
+from popengine.statistics import measured
 
 POP = PruningSettings(prune_ratio=0.4)
 TEXT = (
@@ -42,24 +44,21 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return complete_checkpoint(tmp_path_factory.mktemp("tiny"), max_position_embeddings=1024)
 
 
-def greedy(engine: Engine, prompts: list[list[int]], new_tokens: int, pruning: PruningSettings) -> list[tuple]:
-    return [tuple(step) for step in engine.run(prompts, new_tokens, pruning, ignore_eos=True)]
-
-
 @pytest.mark.parametrize("pruning", [DENSE, POP], ids=["dense", "POP"])
 def test_compiled_and_eager_give_the_same_64_tokens(eager: Engine, compiled: Engine, pruning: PruningSettings) -> None:
-    assert compiled.model.compiled
-    assert not eager.model.compiled
-    prompt = eager.prompt_ids(TEXT, raw=True)
-    assert greedy(compiled, [prompt], 64, pruning) == greedy(eager, [prompt], 64, pruning)
+    assert compiled.compiled is not None
+    assert eager.compiled is None
+    prompt = eager.prompts.ids(TEXT, raw=True)
+    assert generated(compiled, [prompt], 64, pruning) == generated(eager, [prompt], 64, pruning)
 
 
 def decode_logits(engine: Engine, prompt: list[int], continuation: list[int]) -> Tensor:
     """Logits of decode steps over given tokens, float32 [steps, V]."""
     with torch.inference_mode():
         state = engine.model.new_state(1, 128, engine.resolve(DENSE))
+        engine.prepare(state)
         engine.model.prefill(engine.model.embed(torch.tensor([prompt])), state)
-        return torch.cat([engine.model.decode(torch.tensor([token]), state) for token in continuation]).float()
+        return torch.cat([engine.decode(torch.tensor([token]), state) for token in continuation]).float()
 
 
 def distance(logits: Tensor, reference: Tensor) -> float:
@@ -71,7 +70,7 @@ def test_compiled_bfloat16_is_as_near_to_float32_as_eager_bfloat16(
 ) -> None:
     # Each operation of bfloat16 rounds to 8 bits, and fused code rounds in fewer places: the two cannot be equal, but
     # neither may be further from the same weights in float32 than the other.
-    ids = eager.prompt_ids(TEXT, raw=True)
+    ids = eager.prompts.ids(TEXT, raw=True)
     prompt, continuation = ids[:-10], ids[-10:]
     reference = decode_logits(eager, prompt, continuation)
     plain = decode_logits(load(default_checkpoint_path, dtype="bfloat16"), prompt, continuation)
@@ -84,7 +83,7 @@ def test_neither_another_prompt_nor_a_longer_one_compiles_again(tiny_checkpoint:
     engine = load(tiny_checkpoint, compile=True)
     first = engine.run([[5, 6, 7]], 20, POP, ignore_eos=True)
     list(first)
-    assert first.statistics().compile_s > 0
+    assert measured(first).compile_s > 0
     before = graphs_compiled()
     assert before > 0
     # Other tokens, then lengths that grow past the capacity of the first run's cache, and past twice that.
@@ -92,28 +91,28 @@ def test_neither_another_prompt_nor_a_longer_one_compiles_again(tiny_checkpoint:
         run = engine.run([[(length + 7 * place) % 250 for place in range(length)]], new_tokens, POP, ignore_eos=True)
         list(run)
         assert graphs_compiled() == before, length
-        assert run.statistics().compile_s == 0
+        assert measured(run).compile_s == 0
 
 
 def test_a_context_that_is_no_multiple_of_anything_gives_the_eager_tokens(tiny_checkpoint: Path) -> None:
     """The second capacity, 203, is served by what was compiled for the first, 128, without its guards being asked."""
     plain, fast = (load(tiny_checkpoint, max_seq_len=203, compile=compile) for compile in (False, True))
     for prompt, new_tokens in ([1, 2, 3], 20), (list(range(100)), 103):
-        assert greedy(fast, [prompt], new_tokens, POP) == greedy(plain, [prompt], new_tokens, POP)
+        assert generated(fast, [prompt], new_tokens, POP) == generated(plain, [prompt], new_tokens, POP)
 
 
 def test_one_compiled_function_serves_every_layer(tiny_checkpoint: Path) -> None:
     engine = load(tiny_checkpoint, compile=True)
     before = graphs_compiled()
-    greedy(engine, [[1, 2, 3]], 4, PruningSettings(prune_ratio=0.3))
+    generated(engine, [[1, 2, 3]], 4, PruningSettings(prune_ratio=0.3))
     assert engine.model.config.num_hidden_layers == 3
     assert graphs_compiled() - before <= 2      # the layer, and the head where it has not been compiled before
 
 
 def test_a_batch_of_two_compiles_and_gives_the_eager_tokens(tiny_checkpoint: Path) -> None:
     prompts = [list(range(30)), list(range(40, 50))]
-    tokens = greedy(load(tiny_checkpoint), prompts, 16, POP)
-    assert greedy(load(tiny_checkpoint, compile=True), prompts, 16, POP) == tokens
+    tokens = generated(load(tiny_checkpoint), prompts, 16, POP)
+    assert generated(load(tiny_checkpoint, compile=True), prompts, 16, POP) == tokens
 
 
 def test_models_batches_and_settings_in_turn_are_not_mixed_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -125,8 +124,8 @@ def test_models_batches_and_settings_in_turn_are_not_mixed_up(tiny_checkpoint: P
     for _ in range(2):
         for plain, fast in engines:
             for prompts, pruning in ((one, POP), (two, POP)):
-                tokens = greedy(plain, prompts, 12, pruning)
-                assert greedy(fast, prompts, 12, pruning) == tokens
+                tokens = generated(plain, prompts, 12, pruning)
+                assert generated(fast, prompts, 12, pruning) == tokens
                 made.append(tokens)
     assert made[0] != made[2]       # the constant does make a difference
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import complete_checkpoint
+from builders import complete_checkpoint
 
 from models.pruning.settings import DENSE, PruningSettings
-from popengine.engine import Engine, load
+from popengine.engine import Engine
+from popengine.loading import load
 from popengine.sampling import Sampling, next_tokens
 from weights.errors import InputError
 
@@ -15,8 +16,8 @@ HALF = PruningSettings(ffn_ratio=0.5, candidate_width=0.3)
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return load(complete_checkpoint(tmp_path_factory.mktemp("tiny")))
+def engine(checkpoint: Path) -> Engine:
+    return load(checkpoint)
 
 
 def test_a_stream_says_what_generate_says(engine: Engine) -> None:
@@ -44,11 +45,11 @@ def test_a_batch_of_equal_prompts_is_pruned_like_one(engine: Engine) -> None:
 
 
 def test_prompts_go_through_the_chat_template_unless_raw(engine: Engine) -> None:
-    text = engine.tokenizer.decode(engine.prompt_ids("Hi", system_prompt="Be kind."), skip_special_tokens=False)
+    text = engine.tokenizer.decode(engine.prompts.ids("Hi", system_prompt="Be kind."), skip_special_tokens=False)
     assert text == "<|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>"
-    assert engine.tokenizer.decode(engine.prompt_ids("Hi", raw=True), skip_special_tokens=False) == "Hi"
+    assert engine.tokenizer.decode(engine.prompts.ids("Hi", raw=True), skip_special_tokens=False) == "Hi"
     conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
-    text = engine.tokenizer.decode(engine.prompt_ids(conversation), skip_special_tokens=False)
+    text = engine.tokenizer.decode(engine.prompts.ids(conversation), skip_special_tokens=False)
     assert text == "<|user|>Hi<|end|><|assistant|>Yes?<|end|><|assistant|>"
 
 

@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import complete_checkpoint
+from builders import complete_checkpoint, exit_status, one_line_error
 
 from popengine.generate import main
 
+status, error = partial(exit_status, main), partial(one_line_error, main)
 JSON_FIELDS = {
     "text", "token_ids", "prompt_token_ids", "finish_reason", "pruning", "timing", "weight_bytes_per_token",
     "dense_weight_bytes_per_token", "peak_memory_bytes", "dtype", "device",
@@ -26,11 +28,6 @@ PRUNING_FIELDS = {
 TIMING_FIELDS = {"load_s", "prefill_ms", "partition_ms", "decode_ms_per_token", "decode_tokens_per_s"}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return complete_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
 def own_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
     """A copy to break."""
@@ -39,21 +36,6 @@ def own_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
     for file in checkpoint.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     return folder
-
-
-def status(*arguments: Any) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code  # type: ignore[return-value]
-
-
-def one_line_error(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    assert status(*arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: "), err
-    assert err.count("\n") == 1, err
-    return err
 
 
 def test_text_goes_to_stdout_and_statistics_to_stderr(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,8 +140,8 @@ BROKEN = {
 def test_broken_checkpoints(own_checkpoint: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     change, named = BROKEN[name]
     change(own_checkpoint)
-    error = one_line_error(capsys, "--ckpt", own_checkpoint, "--prompt", "Hello", "-n", 4)
-    assert re.search(named, error), error
+    said = error(capsys, "--ckpt", own_checkpoint, "--prompt", "Hello", "-n", 4)
+    assert re.search(named, said), said
 
 
 @pytest.mark.parametrize(
@@ -188,21 +170,21 @@ def test_broken_checkpoints(own_checkpoint: Path, capsys: pytest.CaptureFixture[
     ],
 )
 def test_bad_flags(checkpoint: Path, capsys: pytest.CaptureFixture[str], flags: list[str], named: str) -> None:
-    error = one_line_error(capsys, "--ckpt", checkpoint, "--prompt", "Hello", *flags)
-    assert re.search(named, error), error
+    said = error(capsys, "--ckpt", checkpoint, "--prompt", "Hello", *flags)
+    assert re.search(named, said), said
 
 
 def test_bad_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no such path" in one_line_error(capsys, "--ckpt", tmp_path / "nowhere", "--prompt", "x")
-    assert str(tmp_path) in one_line_error(capsys, "--ckpt", tmp_path, "--prompt", "x")
+    assert "no such path" in error(capsys, "--ckpt", tmp_path / "nowhere", "--prompt", "x")
+    assert str(tmp_path) in error(capsys, "--ckpt", tmp_path, "--prompt", "x")
     (tmp_path / "file.txt").write_text("x")
-    assert "file.txt" in one_line_error(capsys, "--ckpt", tmp_path / "file.txt", "--prompt", "x")
+    assert "file.txt" in error(capsys, "--ckpt", tmp_path / "file.txt", "--prompt", "x")
 
 
 def test_bad_prompts(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "empty" in one_line_error(capsys, "--ckpt", checkpoint, "--prompt", "")
-    assert "UTF-8" in one_line_error(capsys, "--ckpt", checkpoint, "--prompt", os.fsdecode(b"caf\xe9"))
-    assert "--prompt" in one_line_error(capsys, "--ckpt", checkpoint)
+    assert "empty" in error(capsys, "--ckpt", checkpoint, "--prompt", "")
+    assert "UTF-8" in error(capsys, "--ckpt", checkpoint, "--prompt", os.fsdecode(b"caf\xe9"))
+    assert "--prompt" in error(capsys, "--ckpt", checkpoint)
 
 
 def command(*arguments: Any, **options: Any) -> "subprocess.Popen[bytes]":

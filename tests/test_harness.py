@@ -2,14 +2,15 @@
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import complete_checkpoint
+from builders import another_setting
 
 from models.pruning.settings import PruningSettings
-from popengine.engine import load
+from popengine.loading import load
 from weights.errors import InputError
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -48,11 +49,6 @@ generation_kwargs: {until: STOP, max_gen_toks: 12, do_sample: false}
 metric_list: [{metric: exact_match}]
 """
 TASKS = ["local_choice", "local_rolling", "local_generate"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return complete_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +131,7 @@ def test_the_command_and_its_errors(
     assert end.value.code == 0
     assert "local_choice" in capsys.readouterr().out
     missing = tmp_path / "none"
-    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: PopengineLM(str(missing)))
+    monkeypatch.setattr("popengine.harness.cli_evaluate", lambda: PopengineLM(str(missing)))
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
@@ -143,11 +139,25 @@ def test_the_command_and_its_errors(
     assert said[-1].startswith("error: ") and str(missing) in said[-1]
 
 
+@pytest.mark.parametrize("name", [one.name for one in fields(PruningSettings)])
+def test_every_setting_is_a_model_argument(name: str, checkpoint: Path) -> None:
+    from popengine.harness import PopengineLM
+
+    changes = another_setting(name)
+    model = PopengineLM(str(checkpoint), device="cpu", **changes)
+    assert model.pruning.settings == PruningSettings(**changes)
+    assert getattr(model.pruning.settings, name) == changes[name] != getattr(PruningSettings(), name)
+
+
 def test_bad_arguments_are_named(checkpoint: Path) -> None:
     from popengine.harness import PopengineLM
 
     with pytest.raises(InputError, match="batch_size must be a whole number"):
         PopengineLM(str(checkpoint), batch_size="auto")
+    with pytest.raises(InputError, match=r"no model argument 'prune_ration'; settings are .*, prune_ratio"):
+        PopengineLM(str(checkpoint), prune_ration=0.2)
+    with pytest.raises(InputError, match="ffn ratio must be"):
+        PopengineLM(str(checkpoint), ffn_ratio=1.5)
     model = PopengineLM(str(checkpoint), device="cpu")
     with pytest.raises(InputError, match="'num_beams' is not implemented"):
         model.generate_batch([[1, 2]], {"num_beams": 4})

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import SIZES, left_padded, ours, saved_pair
+from builders import SIZES, left_padded, ours, prefilled, saved_pair
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from models.config import read_llama_config
 from models.llama import LlamaForCausalLM
-from models.pruning.settings import DENSE, resolve
+from models.pruning.settings import DENSE
 from weights.errors import InputError
 
 LLAMA3_ROPE = {
@@ -70,8 +70,7 @@ def test_cached_decode_equals_hugging_face(name: str, tmp_path: Path) -> None:
     positions = (real.cumsum(1) - 1).clamp(min=0)
     with torch.inference_mode():
         wanted = reference(tokens, attention_mask=real.long(), position_ids=positions).logits
-        state = model.new_state(2, 32, resolve(DENSE, model.layer_weights()))
-        logits = model.prefill(model.embed(tokens[:, :prompt]), state, real[:, :prompt])
+        logits, state = prefilled(model, tokens[:, :prompt], DENSE, real[:, :prompt])
         torch.testing.assert_close(logits, wanted[:, prompt - 1], atol=1e-4, rtol=0)
         for slot in range(prompt, tokens.shape[1]):
             logits = model.decode(tokens[:, slot], state)

@@ -7,7 +7,9 @@ from typing import Literal
 
 import pytest
 import torch
+from builders import resolved
 from safetensors.torch import load_file, save_file
+from slow_masked import in_model_order, masked_decode
 from slow_pop import SlowPOP
 from torch import Tensor
 from transformers import (
@@ -23,9 +25,10 @@ from transformers import (
 )
 
 from models.llava import LlavaForConditionalGeneration as OurLlava
+from models.passes import prefill_pass
 from models.pruning.partition import channel_scores, partition_channels
-from models.pruning.settings import DENSE, Pruning, PruningSettings, resolve
-from popengine.engine import load_model
+from models.pruning.settings import DENSE, PruningSettings
+from popengine.loading import load_model
 from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
 
@@ -129,10 +132,6 @@ def batches(model: OurLlava) -> dict[str, tuple[list[list[int]], int]]:
     }
 
 
-def resolved(model: OurLlava, settings: PruningSettings) -> Pruning:
-    return resolve(settings, model.language_model.layer_weights())
-
-
 @torch.no_grad()
 def test_logits_equal_hugging_face_with_and_without_cache(pair: tuple) -> None:
     reference, ours = pair
@@ -145,7 +144,7 @@ def test_logits_equal_hugging_face_with_and_without_cache(pair: tuple) -> None:
         expected = reference(all_tokens, pixel_values=pixel_values, attention_mask=all_real.long()).logits
         assert (ours(all_tokens, pixel_values, all_real) - expected)[all_real].abs().max() <= 1e-4
 
-        state = ours.language_model.new_state(len(tokens), all_tokens.shape[1], resolved(ours, DENSE))
+        state = ours.language_model.new_state(len(tokens), all_tokens.shape[1], resolved(ours.language_model, DENSE))
         features = ours.encode_images(pixel_values) if count else None
         logits = ours.language_model.prefill(ours.embed(tokens, features), state, real)
         for step in range(new.shape[1]):
@@ -280,23 +279,14 @@ def test_masked_and_active_decode_agree_with_pictures_in_the_prompt(grouped: tup
         PruningSettings(ffn_ratio=0.4, candidate_width=0.3),
         PruningSettings(ffn_ratio=0.4, candidate_width=0.3, prefill="dense"),
     ):
-        pruned = text.new_state(2, 64, resolved(model, settings))
+        pruned = text.new_state(2, 64, resolved(text, settings))
         logits = text.prefill(x, pruned, real)
-        masked = text.new_state(2, 64, resolved(model, DENSE))
-        text.prefill(x, masked, real)
-        for own, other in zip(masked.layers, pruned.layers, strict=True):
-            own.keys.copy_(other.keys)
-            own.values.copy_(other.values)
+        masked = text.new_state(2, 64, resolved(text, DENSE))
+        in_model_order(pruned, masked)
         for _ in range(32):
             chosen = logits.argmax(-1)
             logits = text.decode(chosen, pruned)
-            y = text.embed(chosen.unsqueeze(1))
-            step = text.decode_step(y, masked)
-            for layer, own, other in zip(text.model.layers, masked.layers, pruned.layers, strict=True):
-                y = y + layer.self_attn.decode(layer.input_layernorm(y), own.keys, own.values, own.heads, step)
-                y = y + layer.mlp.decode_masked(layer.post_attention_layernorm(y), other.ffn.partition, step.live)
-            masked.cache.advance()
-            torch.testing.assert_close(text.lm_head(text.model.norm(y[:, -1])), logits, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(masked_decode(text, chosen, pruned, masked), logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("prefill", ["pruned", "dense"])
@@ -308,7 +298,7 @@ def test_a_slow_implementation_with_hooks_gives_the_same_tokens(
     reference.save_pretrained(tmp_path)
     ours = load_ours(tmp_path)
     ids, pixel_values = prompt(ours, 2, 0, 3, 0, 8), pictures(2)
-    pruning = resolved(ours, PruningSettings(prune_ratio=ratio, candidate_width=0.3, prefill=prefill))
+    pruning = resolved(ours.language_model, PruningSettings(prune_ratio=ratio, candidate_width=0.3, prefill=prefill))
     with torch.inference_mode():
         state = ours.language_model.new_state(1, 128, pruning)
         x = ours.embed(torch.tensor([ids]), ours.encode_images(pixel_values))
@@ -327,13 +317,13 @@ def test_only_text_tokens_count_in_the_scores_when_asked(grouped: tuple) -> None
     is_text = ~model.is_image(tokens)
     with torch.inference_mode():
         x = model.embed(tokens, model.encode_images(pictures(1)))
-        state = model.language_model.new_state(1, 64, resolved(model, PruningSettings(ffn_ratio=0.4)))
+        state = model.language_model.new_state(1, 64, resolved(model.language_model, PruningSettings(ffn_ratio=0.4)))
         orders = []
         for counted in (None, is_text):
             model.language_model.prefill(x, state, None, counted)
             orders.append(state.layers[0].ffn.partition.order.tolist())
         layer = model.language_model.model.layers[0]
-        step = model.language_model.prefill_step(x, None, None, True, state.clock)
+        step = prefill_pass(model.language_model.model.rotary, model.language_model.config.windows, x, None)
         after = x + layer.self_attn(layer.input_layernorm(x), step)
         h = layer.mlp.activation(layer.post_attention_layernorm(after))
         scores = channel_scores(h[is_text][None], layer.mlp.down_norms())

@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_mixtral import MIXTRAL
-from tiny_models import SIZES, saved_pair
+from builders import MIXTRAL, SIZES, prefilled, resolved, saved_pair
 from torch import Tensor
 from transformers import LlamaConfig
 
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.pruning.settings import DENSE, PruningSettings, resolve
-from popengine.methods.activations import dense_activations, embedded, feed_forward_networks
-from popengine.methods.by_name import METHODS, Request, settings_for
+from models.pruning.resolve import Pruning
+from models.pruning.rules import StaticRule
+from models.pruning.settings import DENSE, PruningSettings
+from models.reading import bytes_per_token
+from popengine.methods.activations import Activation, embedded, feed_forward_networks, watch_dense
+from popengine.methods.by_name import METHODS, Request, pruning_for
 from popengine.methods.calibration import Calibration, calibrate, load_calibration, save_calibration
 from weights.errors import InputError
 
@@ -42,12 +44,16 @@ def calibration(model: LlamaForCausalLM) -> Calibration:
 
 
 @torch.inference_mode()
-def logits_of(model: LlamaForCausalLM, settings: PruningSettings, tokens: Tensor, prompt: int) -> Tensor:
+def logits_of(model: LlamaForCausalLM, settings: PruningSettings | Pruning, tokens: Tensor, prompt: int) -> Tensor:
     """Prefill, then steps: [1 + steps, V]"""
-    state = model.new_state(1, tokens.shape[1], resolve(settings, model.layer_weights()))
-    logits = [model.prefill(model.embed(tokens[:, :prompt]), state)]
-    logits += [model.decode(token, state) for token in tokens[:, prompt:].T]
-    return torch.cat(logits)
+    first, state = prefilled(model, tokens[:, :prompt], settings)
+    return torch.cat([first, *(model.decode(token, state) for token in tokens[:, prompt:].T)])
+
+
+def static_rule(method: str, request: Request) -> StaticRule:
+    rule = pruning_for(method, request).rule
+    assert isinstance(rule, StaticRule)
+    return rule
 
 
 @pytest.mark.parametrize("method", STATIC)
@@ -56,12 +62,12 @@ def test_a_static_method_is_the_dense_network_with_channels_cut_out(
     method: str, model: LlamaForCausalLM, calibration: Calibration, tmp_path: Path
 ) -> None:
     """Prompt and steps: the same logits as a dense model whose down_proj columns were set to 0 and biases added."""
-    settings = settings_for(method, Request(model, SETTINGS, calibration, seed=1))
-    assert settings.static is not None
+    pruning = pruning_for(method, Request(model, SETTINGS, calibration, seed=1))
+    assert isinstance(pruning.rule, StaticRule)
     cut = saved_pair(tmp_path, LlamaConfig(**SIZES, mlp_bias=True))[1]
     cut.load_state_dict(model.state_dict(), strict=False)
     for name, ffn in feed_forward_networks(model).items():
-        other, static = cut.get_submodule(name), settings.static.of[ffn]
+        other, static = cut.get_submodule(name), pruning.rule.of[ffn]
         assert isinstance(other, FeedForward)
         other.down_proj.weight[:, static.partition.pruned] = 0
         for projection in (other.gate_proj, other.up_proj, other.down_proj):
@@ -70,7 +76,7 @@ def test_a_static_method_is_the_dense_network_with_channels_cut_out(
             other.down_proj.bias.copy_(static.bias)
     tokens = torch.randint(SIZES["vocab_size"], (1, 30), generator=torch.Generator().manual_seed(2))
     wanted = cut(tokens)[0, 19:]
-    torch.testing.assert_close(logits_of(model, settings, tokens, 20), wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits_of(model, pruning, tokens, 20), wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("method", STATIC)
@@ -79,24 +85,22 @@ def test_static_methods_keep_the_budget_in_every_model(method: str, model: Llama
                                                        mixture: LlamaForCausalLM) -> None:
     for one in (model, mixture):
         made = calibrate(one, texts(one), "numbers")
-        settings = settings_for(method, Request(one, SETTINGS, made))
-        assert settings.static is not None
-        sizes = [static.partition.sizes for static in settings.static.of.values()]
+        pruning = pruning_for(method, Request(one, SETTINGS, made))
+        assert isinstance(pruning.rule, StaticRule)
+        sizes = [static.partition.sizes for static in pruning.rule.of.values()]
         assert sum(size.retained for size in sizes) == len(sizes) * round(0.6 * SIZES["intermediate_size"])
-        frozen = resolve(replace(SETTINGS, candidate_width=0.0), one.layer_weights())
-        bytes_read = one.weight_bytes_per_token(resolve(settings, one.layer_weights()))
-        assert bytes_read == pytest.approx(one.weight_bytes_per_token(frozen), rel=1e-3)
+        frozen = resolved(one, replace(SETTINGS, candidate_width=0.0))
+        assert bytes_per_token(one, pruning) == pytest.approx(bytes_per_token(one, frozen), rel=1e-3)
 
 
 @torch.inference_mode()
 def test_flap_gives_networks_unequal_shares_and_keeps_the_mean(
     model: LlamaForCausalLM, calibration: Calibration
 ) -> None:
-    settings = settings_for("flap", Request(model, SETTINGS, calibration))
-    assert settings.static is not None
-    assert len({static.partition.sizes.retained for static in settings.static.of.values()}) > 1
+    rule = static_rule("flap", Request(model, SETTINGS, calibration))
+    assert len({static.partition.sizes.retained for static in rule.of.values()}) > 1
     name, ffn = next(iter(feed_forward_networks(model).items()))
-    static = settings.static.of[ffn]
+    static = rule.of[ffn]
     wanted = ffn.down_proj.weight[:, static.partition.pruned] @ calibration.moments[name].mean[static.partition.pruned]
     assert static.bias is not None
     torch.testing.assert_close(static.bias, wanted, atol=1e-5, rtol=1e-5)
@@ -104,20 +108,22 @@ def test_flap_gives_networks_unequal_shares_and_keeps_the_mean(
 
 @torch.inference_mode()
 def test_magnitude_keeps_the_channels_with_the_largest_weight(model: LlamaForCausalLM) -> None:
-    settings = settings_for("magnitude", Request(model, SETTINGS))
-    assert settings.static is not None
+    rule = static_rule("magnitude", Request(model, SETTINGS))
     for ffn in feed_forward_networks(model).values():
         rows = torch.cat([ffn.gate_proj.weight, ffn.up_proj.weight], dim=1).abs().amax(dim=1)
-        partition = settings.static.of[ffn].partition
+        partition = rule.of[ffn].partition
         assert rows[partition.retained].min() >= rows[partition.pruned].max()
 
 
 @torch.inference_mode()
 def test_calibration_is_mean_and_variance_over_all_texts(model: LlamaForCausalLM, calibration: Calibration) -> None:
     h: dict[str, list[Tensor]] = {}
+
+    def watch(activation: Activation) -> None:
+        h.setdefault(activation.name, []).append(activation.h)
+
     for x in texts(model):
-        for activation in dense_activations(model, x):
-            h.setdefault(activation.name, []).append(activation.h)
+        watch_dense(model, x, watch)
     for name, moments in calibration.moments.items():
         together = torch.cat(h[name])
         assert moments.tokens == len(together) == 120
@@ -156,12 +162,12 @@ def test_what_is_no_calibration_is_refused(model: LlamaForCausalLM, tmp_path: Pa
 
 def test_unknown_methods_missing_calibration_and_heads_are_named(model: LlamaForCausalLM) -> None:
     with pytest.raises(InputError, match=f"unknown method 'wand'.*{', '.join(METHODS)}"):
-        settings_for("wand", Request(model, SETTINGS))
+        pruning_for("wand", Request(model, SETTINGS))
     for method in ("wanda-sp", "flap"):
         with pytest.raises(InputError, match=f"{method} is calibrated on a text"):
-            settings_for(method, Request(model, SETTINGS))
+            pruning_for(method, Request(model, SETTINGS))
     with pytest.raises(InputError, match="prune no heads"):
-        settings_for("magnitude", Request(model, replace(SETTINGS, head_ratio=0.5)))
+        pruning_for("magnitude", Request(model, replace(SETTINGS, head_ratio=0.5)))
 
 
 @torch.inference_mode()
@@ -169,5 +175,5 @@ def test_ratio_zero_is_dense_under_every_method(model: LlamaForCausalLM, calibra
     tokens = torch.arange(24)[None]
     wanted = logits_of(model, DENSE, tokens, 16)
     for method in METHODS:
-        settings = settings_for(method, Request(model, DENSE, calibration))
-        torch.testing.assert_close(logits_of(model, settings, tokens, 16), wanted, atol=1e-5, rtol=0)
+        pruning = pruning_for(method, Request(model, DENSE, calibration))
+        torch.testing.assert_close(logits_of(model, pruning, tokens, 16), wanted, atol=1e-5, rtol=0)

@@ -6,26 +6,39 @@ from typing import Any
 
 import pytest
 import torch
+from builders import (
+    MIXTRAL,
+    QWEN2_MOE,
+    SETTINGS,
+    SIZES,
+    greedy,
+    left_padded,
+    ours,
+    prefilled,
+    random_reference,
+    resolved,
+    saved_pair,
+)
 from safetensors.torch import load_file, save_file
+from slow_masked import in_model_order, masked_decode
 from slow_mixture import SlowMixturePOP
-from tiny_models import SIZES, left_padded, ours, random_reference, saved_pair
 from torch import Tensor, nn
-from transformers import LlamaConfig, MixtralConfig, Qwen2MoeConfig
+from transformers import LlamaConfig
 
+from models.clock import Clock
 from models.llama import LlamaForCausalLM
+from models.matrix import ChosenColumns, ChosenRows, Matrix
 from models.mixtral import MixtralConfig as OurConfig
-from models.mixtral import MixtralForCausalLM, read_mixtral_config, weight_scores
+from models.mixtral import MixtralForCausalLM, read_mixtral_config
+from models.passes import prefill_pass
 from models.pruning.partition import channel_scores, partition_channels, partition_sizes
-from models.pruning.settings import DENSE, PruningSettings, resolve
+from models.pruning.settings import DENSE, PruningSettings
+from models.reading import all_copy_bytes, bytes_per_token, copy_bytes
 from models.state import DecodeState
-from popengine.engine import load
+from popengine.loading import load
 from weights.errors import InputError
 
-MIXTRAL = MixtralConfig(**SIZES | {"num_local_experts": 5})
-QWEN2_MOE = Qwen2MoeConfig(
-    **SIZES, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=40, shared_expert_intermediate_size=56
-)
-SETTINGS = PruningSettings(ffn_ratio=0.4, candidate_width=0.3)
+FFN = SETTINGS["ffn"]
 
 
 @pytest.fixture(scope="module")
@@ -38,38 +51,40 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
     return saved_pair(tmp_path_factory.mktemp("qwen2_moe"), QWEN2_MOE)[1]
 
 
-def prefilled(
-    model: LlamaForCausalLM, tokens: Tensor, settings: PruningSettings, real: Tensor | None = None
-) -> tuple[Tensor, DecodeState]:
-    state = model.new_state(len(tokens), 128, resolve(settings, model.layer_weights()))
-    return model.prefill(model.embed(tokens), state, real), state
-
-
-def greedy(model: LlamaForCausalLM, prompt: list[int], count: int, settings: PruningSettings) -> list[int]:
-    with torch.inference_mode():
-        logits, state = prefilled(model, torch.tensor([prompt]), settings)
-        new = [int(logits.argmax())]
-        while len(new) < count:
-            new.append(int(model.decode(torch.tensor(new[-1:]), state).argmax()))
-    return new
+@pytest.mark.parametrize("name", ["model", "shared"])
+@torch.inference_mode()
+def test_masked_and_active_decode_agree_for_every_expert(name: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name)
+    tokens, real = left_padded([44, 39], SIZES["vocab_size"])       # drawn, so that every expert gets some
+    _, state = prefilled(model, tokens[:, :12], FFN, real[:, :12])
+    masked = model.new_state(2, 64, resolved(model, DENSE))
+    in_model_order(state, masked)
+    for chosen in tokens[:, 12:].T:
+        logits = model.decode(chosen, state)
+        torch.testing.assert_close(masked_decode(model, chosen, state, masked), logits, atol=1e-5, rtol=1e-5)
+    assert all(all(picks > 0 for picks in layer.ffn.picks) for layer in state.layers)
 
 
 @pytest.mark.parametrize("name", ["model", "shared"])
 @torch.inference_mode()
-def test_masked_and_active_decode_agree_for_every_expert(name: str, request: pytest.FixtureRequest) -> None:
-    """With no room for copies every expert's step masks its full weights: the same logits, over 32 steps."""
+def test_with_no_room_for_copies_the_full_weights_give_the_same(name: str, request: pytest.FixtureRequest) -> None:
+    """Every expert's step looks up what stays in its full weights: the same logits, over 32 steps."""
     model = request.getfixturevalue(name)
     tokens, real = left_padded([12, 7], SIZES["vocab_size"])
-    copied_logits, copied = prefilled(model, tokens, SETTINGS, real)
-    masked = model.new_state(2, 128, copied.pruning)
-    for layer in masked.layers:
+    copied_logits, copied = prefilled(model, tokens, FFN, real)
+    whole = model.new_state(2, 64, copied.pruning)
+    for layer in whole.layers:
         layer.ffn.copy_limit = 0
-    masked_logits = model.prefill(model.embed(tokens), masked, real)
+    whole_logits = model.prefill(model.embed(tokens), whole, real)
     for _ in range(32):
-        torch.testing.assert_close(masked_logits, copied_logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(whole_logits, copied_logits, atol=1e-5, rtol=1e-5)
         chosen = copied_logits.argmax(-1)
-        copied_logits, masked_logits = model.decode(chosen, copied), model.decode(chosen, masked)
-    assert all(layer.ffn.copies == [None] * 5 for layer in masked.layers)
+        copied_logits, whole_logits = model.decode(chosen, copied), model.decode(chosen, whole)
+    for layer, other in zip(whole.layers, copied.layers, strict=True):
+        for index, (one, with_copy) in enumerate(zip(layer.ffn.active, other.ffn.active, strict=True)):
+            assert isinstance(one.gate, ChosenRows) and isinstance(one.down, ChosenColumns)
+            assert one.copied_bytes() == 0 < with_copy.copied_bytes()
+            assert layer.ffn.is_whole(index) and not other.ffn.is_whole(index)
 
 
 @pytest.mark.parametrize("prefill", ["pruned", "dense"])
@@ -96,10 +111,10 @@ def test_one_expert_is_the_dense_llama_layer(prefill: Any, tmp_path: Path) -> No
 def test_an_experts_partition_comes_from_the_tokens_routed_to_it(model: LlamaForCausalLM) -> None:
     """Checked on the first layer against a loop over tokens; padding is neither scored nor counted."""
     tokens, real = left_padded([20, 9], SIZES["vocab_size"])
-    _, state = prefilled(model, tokens, SETTINGS, real)
+    _, state = prefilled(model, tokens, FFN, real)
     layer, active = model.model.layers[0], state.layers[0].ffn
-    step = model.prefill_step(model.embed(tokens), real, real, True, state.clock)
     x = model.embed(tokens)
+    step = prefill_pass(model.model.rotary, model.config.windows, x, real)
     x = layer.post_attention_layernorm(x + layer.self_attn(layer.input_layernorm(x), step))
     seen: list[list[Tensor]] = [[] for _ in layer.mlp.experts]
     for sequence, slot in real.nonzero().tolist():
@@ -111,7 +126,7 @@ def test_an_experts_partition_comes_from_the_tokens_routed_to_it(model: LlamaFor
     for index, hs in enumerate(seen):
         scores = channel_scores(torch.stack(hs)[None], layer.mlp.experts[index].down_norms())
         expected = partition_channels(scores, partition_sizes(SIZES["intermediate_size"], 0.4, 0.3))
-        assert torch.equal(active.partitions[index].order, expected.order)
+        assert torch.equal(active.active[index].partition.order, expected.order)
 
 
 def one_token_state(model: LlamaForCausalLM, **changes: Any) -> tuple[Tensor, DecodeState]:
@@ -125,15 +140,16 @@ def test_an_unseen_expert_is_cut_by_its_weights_when_it_is_first_needed(model: L
     active = state.layers[0].ffn
     unseen = [index for index, count in enumerate(active.prompt_tokens) if count == 0]
     assert len(unseen) == 3
-    assert all(active.copies[index] is None for index in unseen)
+    assert all(active.active[index] is None for index in unseen)
     for token in range(40):
         model.decode(torch.tensor([token]), state)
     for index in unseen:
-        assert active.picks[index] > 0 and active.copies[index] is not None
+        own = active.active[index]
+        assert active.picks[index] > 0 and own is not None and own.copied_bytes() > 0
         expert = model.model.layers[0].mlp.experts[index]
         down, gate, up = expert.down_proj.weight, expert.gate_proj.weight, expert.up_proj.weight
         scores = down.norm(dim=0) * gate.norm(dim=1) * up.norm(dim=1)
-        assert torch.equal(active.partitions[index].order, partition_channels(scores, active.sizes).order)
+        assert torch.equal(own.partition.order, partition_channels(scores, own.sizes).order)
 
 
 @torch.inference_mode()
@@ -144,10 +160,12 @@ def test_unseen_experts_can_be_left_dense(model: LlamaForCausalLM) -> None:
     active, mixture = left.layers[0].ffn, model.model.layers[0].mlp
     unseen = active.prompt_tokens.index(0)
     x = torch.randn(1, 1, SIZES["hidden_size"])
-    step = model.decode_step(x, left)
-    assert torch.equal(mixture.decode_expert(unseen, x, active, step), mixture.experts[unseen](x)[:, 0])
-    other = mixture.decode_expert(unseen, x, cut.layers[0].ffn, step)
-    assert (other - mixture.experts[unseen](x)[:, 0]).abs().max() > 1e-4
+    expert, clock = mixture.experts[unseen], Clock(x.device)
+    _, step = model.begin(torch.tensor([0]), left)
+    assert torch.equal(expert.decode(x, active.drawn(unseen, expert, clock), step), expert(x))
+    assert active.is_whole(unseen)
+    other = expert.decode(x, cut.layers[0].ffn.drawn(unseen, expert, clock), step)
+    assert (other - expert(x)).abs().max() > 1e-4
 
 
 @torch.inference_mode()
@@ -158,19 +176,20 @@ def test_min_tokens_makes_little_evidence_count_as_none(model: LlamaForCausalLM)
     for layer, own in zip(state.layers, model.model.layers, strict=True):
         assert sum(layer.ffn.prompt_tokens) == 24
         for index, expert in enumerate(own.mlp.experts):
-            expected = partition_channels(weight_scores(expert), layer.ffn.sizes)
-            assert torch.equal(layer.ffn.partition(index, expert).order, expected.order)
+            active = layer.ffn.drawn(index, expert, state.clock)
+            expected = partition_channels(expert.weight_scores(), active.sizes)
+            assert torch.equal(active.partition.order, expected.order)
 
 
 @torch.inference_mode()
 def test_every_prompt_starts_anew_in_the_same_buffers(model: LlamaForCausalLM) -> None:
     first, _ = left_padded([12], SIZES["vocab_size"], seed=3)
     second, _ = left_padded([12], SIZES["vocab_size"], seed=4)
-    _, state = prefilled(model, first, SETTINGS)
+    _, state = prefilled(model, first, FFN)
     model.decode(torch.tensor([1]), state)
     held = state.partition_bytes()
     reused = model.prefill(model.embed(second), state)
-    fresh, other = prefilled(model, second, SETTINGS)
+    fresh, other = prefilled(model, second, FFN)
     for _ in range(8):
         assert torch.equal(reused, fresh)
         chosen = fresh.argmax(-1)
@@ -182,7 +201,7 @@ def test_every_prompt_starts_anew_in_the_same_buffers(model: LlamaForCausalLM) -
 @torch.inference_mode()
 def test_picks_are_counted_and_no_other_expert_is_read(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([12], SIZES["vocab_size"])
-    _, state = prefilled(model, tokens, SETTINGS)
+    _, state = prefilled(model, tokens, FFN)
     chosen: list[int] = []
     handles = [
         layer.mlp.gate.register_forward_hook(lambda _, __, out: chosen.extend(out[0].topk(2).indices.tolist()))
@@ -197,18 +216,19 @@ def test_picks_are_counted_and_no_other_expert_is_read(model: LlamaForCausalLM) 
     active, mixture = state.layers[0].ffn, model.model.layers[0].mlp
     x = torch.randn(1, 1, SIZES["hidden_size"])
     routed = set(mixture.route(x[0]).experts[0].tolist())
-    for index, copy in enumerate(active.copies):
+    for index, copy in enumerate(active.active):
         if index not in routed and copy is not None:
-            copy.gate.fill_(torch.nan)
-    assert mixture.decode(x, active, model.decode_step(x, state)).isfinite().all()
+            copy.gate.weight.fill_(torch.nan)
+    _, step = model.begin(torch.tensor([0]), state)
+    assert mixture.decode(x, active, step).isfinite().all()
 
 
 @torch.inference_mode()
 def test_a_sequence_that_has_ended_does_not_count_in_an_experts_pick(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([12, 12], SIZES["vocab_size"])
-    _, state = prefilled(model, tokens, SETTINGS)
+    _, state = prefilled(model, tokens, FFN)
     active, mixture = state.layers[0].ffn, model.model.layers[0].mlp
-    step = model.decode_step(model.embed(tokens[:, :1]), state)
+    _, step = model.begin(tokens[:, 0], state)
     x = torch.randn(32, 2, 1, SIZES["hidden_size"])
     alone = [mixture.decode(pair[:1], active, replace(step, live=torch.tensor([[True]]))) for pair in x]
     ended = [mixture.decode(pair, active, replace(step, live=torch.tensor([[True], [False]])))[:1] for pair in x]
@@ -219,11 +239,11 @@ def test_a_sequence_that_has_ended_does_not_count_in_an_experts_pick(model: Llam
 
 def test_weight_bytes_count_the_routed_experts_only(model: LlamaForCausalLM, shared: LlamaForCausalLM) -> None:
     attention, head = 48 * 48 * 2 + 48 * 24 * 2, 96 * 48
-    dense, pruned = (resolve(settings, model.layer_weights()) for settings in (DENSE, SETTINGS))
+    dense, pruned = (resolved(model, settings) for settings in (DENSE, FFN))
     resident = 80 - round(0.4 * 80) + 12
-    assert model.weight_bytes_per_token(dense) == 4 * (head + 3 * (attention + 2 * 3 * 80 * 48))
-    assert model.weight_bytes_per_token(pruned) == 4 * (head + 3 * (attention + 2 * 3 * resident * 48))
-    assert shared.weight_bytes_per_token(dense) == 4 * (head + 3 * (attention + (2 * 40 + 56) * 3 * 48))
+    assert bytes_per_token(model, dense) == 4 * (head + 3 * (attention + 2 * 3 * 80 * 48))
+    assert bytes_per_token(model, pruned) == 4 * (head + 3 * (attention + 2 * 3 * resident * 48))
+    assert bytes_per_token(shared, dense) == 4 * (head + 3 * (attention + (2 * 40 + 56) * 3 * 48))
 
 
 # Public configs of the paper's mixtures, and its effective FFN ratios in percent at 20 % and 40 % (POP, Table 8).
@@ -244,21 +264,22 @@ def test_the_prune_ratio_counts_routed_experts_as_the_paper_does(
     with torch.device("meta"):
         model = MixtralForCausalLM.from_config(raw | {"num_hidden_layers": 2})
     for ratio, wanted in ((0.2, at_20), (0.4, at_40)):
-        pruning = resolve(PruningSettings(ratio), model.layer_weights())
+        pruning = resolved(model, PruningSettings(ratio))
         assert 100 * pruning.ffn_ratio == pytest.approx(wanted, abs=0.0501)
 
 
 @torch.inference_mode()
 def test_copies_take_the_memory_that_was_stated_before_they_were_made(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([60], SIZES["vocab_size"])
-    _, state = prefilled(model, tokens, SETTINGS)
+    _, state = prefilled(model, tokens, FFN)
     stated = sum(
-        sum(copy is not None for copy in layer.ffn.copies) * own.mlp.experts[0].copy_bytes(state.pruning)
+        sum(copy is not None for copy in layer.ffn.active) * copy_bytes(own.mlp.experts[0], state.pruning)
         for layer, own in zip(state.layers, model.model.layers, strict=True)
     )
     assert 0 < stated <= state.partition_bytes() <= 1.01 * stated          # candidate norms are the difference
-    assert model.model.layers[0].mlp.copy_bytes(state.pruning) == 5 * 4 * 3 * 48 * state.layers[0].ffn.sizes.resident
-    assert model.model.layers[0].mlp.copy_bytes(resolve(DENSE, model.layer_weights())) == 0
+    mixture, (one, *_) = model.model.layers[0].mlp, filter(None, state.layers[0].ffn.active)
+    assert copy_bytes(mixture, state.pruning) == 5 * 4 * 3 * 48 * one.sizes.resident
+    assert copy_bytes(mixture, resolved(model, DENSE)) == 0
 
 
 @torch.inference_mode()
@@ -267,10 +288,10 @@ def test_scarce_memory_limits_the_copies_and_changes_no_token(
 ) -> None:
     for mixture in (model, shared):
         tokens, _ = left_padded([30], SIZES["vocab_size"])
-        logits, state = prefilled(mixture, tokens, SETTINGS)
-        experts_per_layer = sum(layer.mlp.experts[0].copy_bytes(state.pruning) for layer in mixture.model.layers)
-        enough_for_two = mixture.copy_bytes(state.pruning) - 3 * experts_per_layer
-        scarce = mixture.new_state(1, 128, state.pruning, free_memory=enough_for_two)
+        logits, state = prefilled(mixture, tokens, FFN)
+        experts_per_layer = sum(copy_bytes(layer.mlp.experts[0], state.pruning) for layer in mixture.model.layers)
+        enough_for_two = all_copy_bytes(mixture, state.pruning) - 3 * experts_per_layer
+        scarce = mixture.new_state(1, 64, state.pruning, free_memory=enough_for_two)
         torch.testing.assert_close(mixture.prefill(mixture.embed(tokens), scarce), logits, atol=1e-5, rtol=1e-5)
         for _ in range(16):
             chosen = logits.argmax(-1)
@@ -278,13 +299,47 @@ def test_scarce_memory_limits_the_copies_and_changes_no_token(
             torch.testing.assert_close(mixture.decode(chosen, scarce), logits, atol=1e-5, rtol=1e-5)
         for layer in scarce.layers:
             most_seen = sorted(range(5), key=lambda expert: -layer.ffn.prompt_tokens[expert])[:2]
-            assert [expert for expert in range(5) if layer.ffn.copies[expert] is not None] == sorted(most_seen)
+            copied = [one is not None and isinstance(one.gate, Matrix) for one in layer.ffn.active]
+            assert [expert for expert in range(5) if copied[expert]] == sorted(most_seen)
         assert scarce.partition_bytes() <= 1.01 * enough_for_two
+
+
+@torch.inference_mode()
+def test_scarce_memory_stays_right_from_prompt_to_prompt(model: LlamaForCausalLM) -> None:
+    """What was looked up in one expert's full weights must not come back as the buffers of another."""
+    pruning = resolved(model, FFN)
+    scarce = model.new_state(1, 64, pruning)
+    for layer in scarce.layers:
+        layer.ffn.copy_limit = 2
+    for seed in range(4):
+        tokens, _ = left_padded([30], SIZES["vocab_size"], seed=seed)
+        wanted, state = prefilled(model, tokens[:, :14], pruning)
+        torch.testing.assert_close(model.prefill(model.embed(tokens[:, :14]), scarce), wanted, atol=1e-5, rtol=1e-5)
+        for token in tokens[:, 14:].T:
+            wanted = model.decode(token, state)
+            torch.testing.assert_close(model.decode(token, scarce), wanted, atol=1e-5, rtol=1e-5)
+        for layer in scarce.layers:
+            assert sum(one is not None and one.copied_bytes() > 0 for one in layer.ffn.active) <= 2
+
+
+@torch.inference_mode()
+def test_weight_bytes_count_experts_without_a_copy_whole(model: LlamaForCausalLM) -> None:
+    tokens, _ = left_padded([60], SIZES["vocab_size"])
+    _, copied = prefilled(model, tokens, FFN)
+    whole = model.new_state(1, 64, copied.pruning)
+    for layer in whole.layers:
+        layer.ffn.copy_limit = 0
+    model.prefill(model.embed(tokens), whole)
+    for layer, own in zip(whole.layers, model.model.layers, strict=True):
+        for index, expert in enumerate(own.mlp.experts):
+            layer.ffn.drawn(index, expert, whole.clock)         # those that the prompt did not reach, too
+    assert bytes_per_token(model, copied.pruning, 1, whole) == bytes_per_token(model, resolved(model, DENSE))
+    assert bytes_per_token(model, copied.pruning, 1, copied) == bytes_per_token(model, copied.pruning)
 
 
 def test_a_dense_network_whose_copies_do_not_fit_is_refused(tmp_path: Path) -> None:
     llama = saved_pair(tmp_path, LlamaConfig(**SIZES))[1]
-    pruning = resolve(SETTINGS, llama.layer_weights())
+    pruning = resolved(llama, FFN)
     with pytest.raises(InputError, match=r"stay active take another .* GB"):
         llama.new_state(1, 64, pruning, free_memory=1000)
 
@@ -324,7 +379,7 @@ def smollm2_as_mixtral(default_checkpoint_path: Path) -> tuple[LlamaForCausalLM,
     mixture.model.embed_tokens, mixture.model.norm = llama.model.embed_tokens, llama.model.norm
     mixture.model.rotary, mixture.lm_head = llama.model.rotary, llama.lm_head
     question = "Explain in three sentences why the sky looks blue at noon and red at sunset."
-    return llama, mixture, engine.prompt_ids(question)
+    return llama, mixture, engine.prompts.ids(question)
 
 
 @torch.inference_mode()
@@ -345,7 +400,7 @@ def test_smollm2_as_a_mixture_generates_under_pruning(
     logits, state = prefilled(mixture, torch.tensor([prompt]), PruningSettings(prune_ratio=0.2))
     active = state.layers[0].ffn
     assert sum(active.prompt_tokens) == 2 * len(prompt)
-    orders = {tuple(partition.retained.tolist()) for partition in active.partitions if partition is not None}
+    orders = {tuple(one.partition.retained.tolist()) for one in active.active if one is not None}
     assert len(orders) > 1                                                  # equal experts, but not equal tokens
     new = [int(logits.argmax())]
     for _ in range(7):

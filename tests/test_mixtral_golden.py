@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import SIZES, left_padded, ours, random_reference, saved_pair
+from builders import SIZES, left_padded, ours, prefilled, random_reference, saved_pair
 from transformers import MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-from models.pruning.settings import DENSE, resolve
+from models.pruning.settings import DENSE
 from weights.checkpoint import open_checkpoint
 
 QWEN = SIZES | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
@@ -53,9 +53,8 @@ def test_logits_equal_hugging_face_with_and_without_cache(name: str, tmp_path: P
     wanted = reference(tokens, attention_mask=real.long(), position_ids=positions).logits
     assert wanted.std() > 0.1
     torch.testing.assert_close(model(tokens, real)[real], wanted[real], atol=1e-4, rtol=0)
-    state = model.new_state(3, 24, resolve(DENSE, model.layer_weights()))
-    steps = [model.prefill(model.embed(tokens[:, :16]), state, real[:, :16])]
-    steps += [model.decode(tokens[:, slot], state) for slot in range(16, 24)]
+    last, state = prefilled(model, tokens[:, :16], DENSE, real[:, :16])
+    steps = [last, *(model.decode(tokens[:, slot], state) for slot in range(16, 24))]
     torch.testing.assert_close(torch.stack(steps, dim=1), wanted[:, 15:], atol=1e-4, rtol=0)
 
 
@@ -87,9 +86,9 @@ def test_an_expert_without_tokens_and_one_with_all_of_them(favourite: int | None
     model = ours(tmp_path)
     tokens, _ = left_padded([16], SIZES["vocab_size"])
     wanted = reference(tokens).logits
-    state = model.new_state(1, 16, resolve(DENSE, model.layer_weights()))
+    last, state = prefilled(model, tokens, DENSE)
     torch.testing.assert_close(model(tokens), wanted, atol=1e-4, rtol=0)
-    torch.testing.assert_close(model.prefill(model.embed(tokens), state), wanted[:, -1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(last, wanted[:, -1], atol=1e-4, rtol=0)
     counts = state.layers[0].ffn.prompt_tokens
     assert counts[0] == 0
     if favourite is not None:

@@ -2,45 +2,44 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from builders import MIXTRAL_TINY, REPOSITORY, prefilled
 from slow_mixture import SlowMixturePOP
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models.pruning.settings import DENSE, PruningSettings, resolve
-from popengine.engine import Engine, load
+from models.pruning.settings import DENSE, PruningSettings
+from popengine.engine import Engine
+from popengine.loading import load
 from popengine.measure.text_tasks import TASKS, held_out_prompts
 
 # Looking a value up by its key is not learnt: 40 % of 200 held-out questions.
 LEARNT = [task for task in TASKS if task != "find"]
-CHECKPOINT = Path(__file__).resolve().parents[1] / "weights" / "mixtral-tiny"
 
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return load(CHECKPOINT, dtype="float32", device="cpu")
+    return load(MIXTRAL_TINY, dtype="float32", device="cpu")
 
 
 def test_it_is_small() -> None:
-    assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) <= 8_000_000
+    assert sum(file.stat().st_size for file in MIXTRAL_TINY.iterdir()) <= 8_000_000
 
 
 @torch.inference_mode()
 def test_transformers_loads_it_and_computes_the_same(engine: Engine) -> None:
-    reference = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    reference = AutoModelForCausalLM.from_pretrained(MIXTRAL_TINY, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MIXTRAL_TINY)
     model = engine.model
     for task in TASKS:
         text = next(held_out_prompts(task, 1)).prompt
-        ids = engine.prompt_ids(text)
+        ids = engine.prompts.ids(text)
         assert tokenizer(text).input_ids == ids
         tokens = torch.tensor([ids])
         wanted = reference(tokens).logits
         torch.testing.assert_close(model(tokens), wanted, atol=1e-4, rtol=0)
-        state = model.new_state(1, len(ids), resolve(DENSE, model.layer_weights()))
-        last = model.prefill(model.embed(tokens[:, :40]), state)
+        last, state = prefilled(model, tokens[:, :40], DENSE, capacity=len(ids))
         for slot in range(40, len(ids)):
             torch.testing.assert_close(last, wanted[:, slot - 1], atol=1e-4, rtol=0)
             last = model.decode(tokens[:, slot], state)
@@ -56,8 +55,8 @@ def test_it_answers_questions_it_has_never_seen(task: str, engine: Engine) -> No
 
 @pytest.mark.parametrize("prune_ratio", [0.2, 0.4])
 def test_an_independent_slow_implementation_generates_the_same_tokens(prune_ratio: float, engine: Engine) -> None:
-    reference = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
-    prompt = engine.prompt_ids(next(held_out_prompts("sort", 1)).prompt)
+    reference = AutoModelForCausalLM.from_pretrained(MIXTRAL_TINY, dtype=torch.float32).eval()
+    prompt = engine.prompts.ids(next(held_out_prompts("sort", 1)).prompt)
     slow = SlowMixturePOP(reference, prune_ratio, 0.1)
     settings = PruningSettings(prune_ratio=prune_ratio)
     (made,) = engine.generate(
@@ -69,8 +68,8 @@ def test_an_independent_slow_implementation_generates_the_same_tokens(prune_rati
 def test_the_command_answers_a_prompt() -> None:
     prompt = "sort 52713=12357; sort 9140=0149; sort 36627=23667; sort 4802=0248; sort 73150?"
     done = subprocess.run(
-        [sys.executable, "-m", "popengine.generate", "--ckpt", CHECKPOINT, "--prompt", prompt, "--prune-ratio", "0"],
-        capture_output=True, text=True, cwd=CHECKPOINT.parents[1],
+        [sys.executable, "-m", "popengine.generate", "--ckpt", MIXTRAL_TINY, "--prompt", prompt, "--prune-ratio", "0"],
+        capture_output=True, text=True, cwd=REPOSITORY,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "01357\n")
     assert "experts   32 in 4 layers" in done.stderr

@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_mixtral import MIXTRAL, QWEN2_MOE
-from test_pop import MODELS, SETTINGS
-from tiny_models import SIZES, saved_pair
+from builders import MIXTRAL, MODELS, QWEN2_MOE, SETTINGS, SIZES, prefilled, saved_pair
 from transformers import LlamaConfig
 
 from models.llama import LlamaForCausalLM
-from models.parallel import decode_in_parallel
-from models.pruning.settings import PruningSettings, resolve
-from popengine.methods.activations import dense_activations, embedded, feed_forward_networks
-from popengine.methods.by_name import METHODS, Request, settings_for
+from models.pruning.resolve import Pruning
+from models.pruning.settings import PruningSettings
+from popengine.methods.activations import Activation, embedded, feed_forward_networks, watch_dense
+from popengine.methods.by_name import METHODS, Request, pruning_for
 from popengine.methods.calibration import calibrate
 
 CONFIGS: dict[str, Any] = MODELS | {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE}
@@ -26,15 +24,13 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return saved_pair(tmp_path_factory.mktemp(request.param), CONFIGS[request.param])[1]
 
 
-def both_ways(model: LlamaForCausalLM, settings: PruningSettings) -> tuple[torch.Tensor, torch.Tensor]:
+def both_ways(model: LlamaForCausalLM, settings: PruningSettings | Pruning) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of 24 steps after a prompt of 20 tokens, [24, V]: one by one, and in parallel."""
     tokens = torch.randint(SIZES["vocab_size"], (44,), generator=torch.Generator().manual_seed(5))
-    pruning = resolve(settings, model.layer_weights())
-    state = model.new_state(1, 48, pruning)
-    model.prefill(model.embed(tokens[None, :20]), state)
+    _, state = prefilled(model, tokens[None, :20], settings, capacity=48)
     steps = torch.cat([model.decode(token[None], state) for token in tokens[20:]])
     model.prefill(model.embed(tokens[None, :20]), state)
-    parallel = decode_in_parallel(model, tokens[20:], state)
+    parallel = model.evaluate(tokens[20:], state)
     assert state.cache.filled == int(state.cache.length) == 44
     return steps, parallel
 
@@ -49,8 +45,7 @@ def test_parallel_and_steps_agree(settings: str, model: LlamaForCausalLM) -> Non
 @pytest.mark.parametrize("method", METHODS)
 @torch.inference_mode()
 def test_parallel_and_steps_agree_for_every_method(method: str, model: LlamaForCausalLM) -> None:
-    settings = settings_for(method, request_for(model, PruningSettings(ffn_ratio=0.4)))
-    steps, parallel = both_ways(model, settings)
+    steps, parallel = both_ways(model, pruning_for(method, request_for(model, PruningSettings(ffn_ratio=0.4))))
     torch.testing.assert_close(parallel, steps, atol=1e-4, rtol=1e-5)
 
 
@@ -59,30 +54,38 @@ def test_each_position_picks_for_itself(tmp_path: Path) -> None:
     """One pick for all positions together, as a batch of sequences would make it, is not what steps do."""
     model = saved_pair(tmp_path, LlamaConfig(**SIZES))[1]
     tokens = torch.arange(40)
-    state = model.new_state(1, 40, resolve(PruningSettings(ffn_ratio=0.4, candidate_width=0.4), model.layer_weights()))
-    model.prefill(model.embed(tokens[None, :16]), state)
+    settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.4)
+    _, state = prefilled(model, tokens[None, :16], settings)
     seen: list[tuple[Any, torch.Tensor]] = []
-    decode_in_parallel(model, tokens[16:], state, lambda ffn, partition, keep: seen.append((partition, keep)))
+    model.evaluate(tokens[16:], state, lambda ffn, partition, keep: seen.append((partition, keep)))
     assert len(seen) == len(model.model.layers)
     for partition, keep in seen:
-        assert keep.shape == (24, partition.sizes.candidate)
-        assert (keep.sum(dim=1) == partition.sizes.pick).all()
-        assert len(keep.unique(dim=0)) > 1
+        assert keep.shape == (1, 24, partition.sizes.candidate)
+        assert (keep.sum(dim=-1) == partition.sizes.pick).all()
+        assert len(keep[0].unique(dim=0)) > 1
 
 
 @torch.inference_mode()
 def test_the_dense_walk_over_layers_sees_what_the_model_computes(model: LlamaForCausalLM) -> None:
-    """The last layer's activations finish to the model's own logits; every token reaches its networks."""
+    """What is shown of the first network ranks its channels as a prompt does; every token reaches its networks."""
     ids = list(range(30))
-    walked = {activation.name: activation for activation in dense_activations(model, embedded(model, ids))}
+    walked: dict[str, Activation] = {}
+    watch_dense(model, embedded(model, ids), lambda one: walked.update({one.name: one}))
     assert set(walked) <= set(feed_forward_networks(model))
+    layers: dict[str, list[torch.Tensor]] = {}
+    for name, one in walked.items():
+        assert len(one.positions) == len(one.h)
+        layers.setdefault(".".join(name.split(".")[:3]), []).append(one.positions)
+    assert len(layers) == len(model.model.layers)
+    for positions in layers.values():
+        assert set(torch.cat(positions).tolist()) == set(range(30))
     first = next(iter(walked.values()))
-    state = model.new_state(1, 30, resolve(PruningSettings(ffn_ratio=0.5, prefill="dense"), model.layer_weights()))
-    model.prefill(embedded(model, ids), state)
+    _, state = prefilled(model, torch.tensor([ids]), PruningSettings(ffn_ratio=0.5, prefill="dense"))
     scores = torch.linalg.vector_norm(first.h, dim=0) * first.ffn.down_norms()
     ffn = state.layers[0].ffn
-    partition = ffn.partition if first.name.endswith("mlp") else ffn.partitions[int(first.name.rsplit(".", 1)[1])]
-    assert scores[partition.retained].min() >= scores[partition.pruned].max()
+    if not first.name.endswith("mlp"):
+        ffn = ffn.active[int(first.name.rsplit(".", 1)[1])]
+    assert scores[ffn.partition.retained].min() >= scores[ffn.partition.pruned].max()
 
 
 @torch.inference_mode()

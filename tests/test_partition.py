@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from slow_pop import slow_order, slow_scores, slow_sizes
 
 from models.pruning.partition import (
+    Evidence,
     channel_scores,
     head_scores,
     keep_best,
@@ -51,12 +52,41 @@ def test_tokens_that_are_not_real_do_not_count() -> None:
     torch.testing.assert_close(channel_scores(polluted, norms, real), wanted)
 
 
+def test_evidence_of_a_prompt_in_pieces_is_that_of_the_prompt() -> None:
+    torch.manual_seed(0)
+    h, norms = torch.randn(2, 9, 12), torch.rand(12)
+    whole, pieces = (Evidence(12, h.device) for _ in range(2))
+    whole.add(h, None, 18)
+    for start, end in ((0, 4), (4, 5), (5, 9)):
+        pieces.add(h[:, start:end], None, 2 * (end - start))
+    torch.testing.assert_close(pieces.scores(norms), whole.scores(norms))
+    torch.testing.assert_close(whole.scores(norms), channel_scores(h, norms))
+    assert pieces.tokens == whole.tokens == 18
+    pieces.restart()                                            # another prompt owes nothing to this one
+    pieces.add(h[:1], None, 9)
+    torch.testing.assert_close(pieces.scores(norms), channel_scores(h[:1], norms))
+    assert pieces.tokens == 9
+
+
+def test_padding_is_no_evidence() -> None:
+    torch.manual_seed(0)
+    h = torch.randn(2, 5, 12)
+    real = torch.tensor([[False, False, True, True, True], [True] * 5])
+    padded, bare = (Evidence(12, h.device) for _ in range(2))
+    padded.add(h.masked_fill(~real.unsqueeze(-1), float("nan")), real, 8)
+    bare.add(torch.cat([h[0, 2:], h[1]])[None], None, 8)
+    torch.testing.assert_close(padded.squares, bare.squares)
+    padded.add(torch.full((2, 1, 12), float("nan")), torch.tensor([[False], [False]]), 0)      # ended sequences alike
+    torch.testing.assert_close(padded.squares, bare.squares)
+    assert padded.tokens == bare.tokens == 8
+
+
 def test_head_scores_equal_a_naive_double_loop() -> None:
     torch.manual_seed(0)
     a, output = torch.randn(2, 5, 3, 4), torch.randn(6, 12)
     coordinates = torch.tensor(slow_scores(a.flatten(2), output)).view(3, 4)
     wanted = torch.tensor([sum(c * c for c in head) ** 0.5 for head in coordinates.tolist()])
-    fast = head_scores(a, torch.linalg.vector_norm(output, dim=0).view(3, 4))
+    fast = head_scores(channel_scores(a.flatten(2), torch.linalg.vector_norm(output, dim=0)), 4)
     torch.testing.assert_close(fast, wanted, atol=1e-5, rtol=1e-5)
 
 

@@ -7,68 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from builders import MODELS, SETTINGS, SIZES, greedy, left_padded, prefilled, resolved, saved_pair, stored_by_columns
+from slow_masked import in_model_order, masked_decode, masked_network
 from slow_pop import SlowPOP
-from tiny_models import SIZES, left_padded, saved_pair
-from torch import Tensor
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from models.layers import Linear
 from models.llama import LlamaForCausalLM
-from models.products import lay_columns_together
 from models.pruning.partition import channel_scores, keep_best
-from models.pruning.settings import DENSE, Pruning, PruningSettings, resolve
-from models.state import DecodeState
-from weights.errors import InputError
-
-MODELS: dict[str, Any] = {
-    "grouped_query": LlamaConfig(**SIZES | {"num_attention_heads": 8, "hidden_size": 64}),
-    "multi_head": LlamaConfig(**SIZES | {"num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 64}),
-    "biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
-    "qwen2_window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
-    "query_key_norm": Qwen3Config(**SIZES, head_dim=16),
-}
-SETTINGS = {
-    "ffn": PruningSettings(ffn_ratio=0.4, candidate_width=0.3),
-    "ffn_dense_prefill": PruningSettings(ffn_ratio=0.4, candidate_width=0.3, prefill="dense"),
-    "heads": PruningSettings(ffn_ratio=0.0, head_ratio=0.5, candidate_width=0.6),
-    "both": PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6),
-    "frozen": PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.0),
-}
+from models.pruning.settings import DENSE, PruningSettings
+from models.reading import bytes_per_token
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
     return saved_pair(tmp_path_factory.mktemp(request.param), MODELS[request.param])[1]
-
-
-def prefilled(
-    model: LlamaForCausalLM, tokens: Tensor, pruning: Pruning, real: Tensor | None = None, capacity: int = 64
-) -> tuple[Tensor, DecodeState]:
-    state = model.new_state(len(tokens), capacity, pruning)
-    return model.prefill(model.embed(tokens), state, real), state
-
-
-def masked_decode(model: LlamaForCausalLM, tokens: Tensor, partitions: DecodeState, state: DecodeState) -> Tensor:
-    """One step on the full weights with zeros, by the partitions of another state."""
-    x = model.embed(tokens.unsqueeze(1))
-    step = model.decode_step(x, state)
-    for layer, own, other in zip(model.model.layers, state.layers, partitions.layers, strict=True):
-        normed = layer.input_layernorm(x)
-        x = x + layer.self_attn.decode_masked(normed, own.keys, own.values, other.heads.partition, step)
-        x = x + layer.mlp.decode_masked(layer.post_attention_layernorm(x), other.ffn.partition, step.live)
-    state.cache.advance()
-    return model.lm_head(model.model.norm(x[:, -1]))
-
-
-def in_model_order(state: DecodeState, copy: DecodeState) -> None:
-    """Copy a cache, undoing the order that pruned heads of multi-head attention give it."""
-    copy.start(state.cache.filled, None)
-    copy.cache.padding.copy_(state.cache.padding)
-    for source, target in zip(state.layers, copy.layers, strict=True):
-        order = source.heads.cache_order
-        back = slice(None) if order is None else order.argsort()
-        target.keys.copy_(source.keys[:, back])
-        target.values.copy_(source.values[:, back])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -77,10 +28,10 @@ def test_masked_and_active_decode_agree(model: LlamaForCausalLM, name: str) -> N
     # then the two ways, which add in different orders, may rightly pick differently.
     model = deepcopy(model).double()
     tokens, real = left_padded([12, 7], SIZES["vocab_size"])
-    pruning = resolve(SETTINGS[name], model.layer_weights())
+    pruning = resolved(model, SETTINGS[name])
     with torch.inference_mode():
         logits, state = prefilled(model, tokens, pruning, real)
-        masked = model.new_state(2, 64, resolve(DENSE, model.layer_weights()))
+        masked = model.new_state(2, 64, resolved(model, DENSE))
         in_model_order(state, masked)
         for _ in range(32):
             chosen = logits.argmax(-1)
@@ -92,7 +43,7 @@ def test_ratio_zero_is_the_dense_network(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([20], SIZES["vocab_size"])
     with torch.inference_mode():
         wanted = model(tokens)
-        _, state = prefilled(model, tokens[:, :10], resolve(DENSE, model.layer_weights()))
+        _, state = prefilled(model, tokens[:, :10], DENSE)
         for slot in range(10, 20):
             logits = model.decode(tokens[:, slot], state)
             torch.testing.assert_close(logits, wanted[:, slot], atol=1e-5, rtol=1e-5)
@@ -101,30 +52,27 @@ def test_ratio_zero_is_the_dense_network(model: LlamaForCausalLM) -> None:
 
 def test_dense_prefill_gives_the_dense_models_first_token(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([20], SIZES["vocab_size"])
-    pruning = resolve(SETTINGS["both"], model.layer_weights())
     with torch.inference_mode():
         wanted = model(tokens)[:, -1]
-        logits, _ = prefilled(model, tokens, replace(pruning, prefill="dense"))
+        logits, _ = prefilled(model, tokens, replace(SETTINGS["both"], prefill="dense"))
         torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
-        logits, _ = prefilled(model, tokens, pruning)
+        logits, _ = prefilled(model, tokens, SETTINGS["both"])
         assert (logits - wanted).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("all_channels", [False, True])
-def test_the_widest_width_chooses_among_all_channels(model: LlamaForCausalLM, all_channels: bool) -> None:
+@pytest.mark.parametrize("rule", ["pop", "all-channels"])
+def test_the_widest_width_chooses_among_all_channels(model: LlamaForCausalLM, rule: str) -> None:
     """At r = 0.5 the widest candidate region is everything: each step keeps the best half of all channels."""
     tokens, _ = left_padded([12], SIZES["vocab_size"])
-    settings = PruningSettings(ffn_ratio=0.5, candidate_width=2.0, all_channels=all_channels)
-    pruning = resolve(settings, model.layer_weights())
+    pruning = resolved(model, PruningSettings(ffn_ratio=0.5, candidate_width=2.0, rule=rule))
     with torch.inference_mode():
         logits, state = prefilled(model, tokens, pruning)
-        reference = model.new_state(1, 64, resolve(DENSE, model.layer_weights()))
+        reference = model.new_state(1, 64, resolved(model, DENSE))
         in_model_order(state, reference)
         for _ in range(8):
             chosen = logits.argmax(-1)
             logits = model.decode(chosen, state)
-            x = model.embed(chosen.unsqueeze(1))
-            step = model.decode_step(x, reference)
+            x, step = model.begin(chosen, reference)
             for layer, own in zip(model.model.layers, reference.layers, strict=True):
                 normed = layer.input_layernorm(x)
                 x = x + layer.self_attn.decode(normed, own.keys, own.values, own.heads, step)
@@ -139,7 +87,7 @@ def test_padding_changes_nothing(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([9], SIZES["vocab_size"])
     padded = torch.cat([torch.full((1, 6), 7), tokens], dim=1)
     real = torch.arange(15)[None] >= 6
-    pruning = resolve(SETTINGS["both"], model.layer_weights())
+    pruning = resolved(model, SETTINGS["both"])
     with torch.inference_mode():
         logits, state = prefilled(model, tokens, pruning)
         padded_logits, padded_state = prefilled(model, padded, pruning, real)
@@ -156,7 +104,7 @@ def test_a_sequence_that_has_ended_no_longer_counts(model: LlamaForCausalLM) -> 
     tokens, _ = left_padded([9], SIZES["vocab_size"])
     others, _ = left_padded([9], SIZES["vocab_size"], seed=5)
     both = torch.cat([tokens, others])
-    pruning = resolve(SETTINGS["both"], model.layer_weights())
+    pruning = resolved(model, SETTINGS["both"])
     with torch.inference_mode():
         # The same partition for both runs: from both prompts. Then the second sequence ends.
         _, state = prefilled(model, both, pruning)
@@ -172,7 +120,7 @@ def test_a_sequence_that_has_ended_no_longer_counts(model: LlamaForCausalLM) -> 
 def test_buffers_serve_the_next_prompt_as_if_they_were_new(model: LlamaForCausalLM) -> None:
     first, _ = left_padded([30], SIZES["vocab_size"], seed=3)
     tokens, _ = left_padded([9], SIZES["vocab_size"])
-    pruning = resolve(SETTINGS["both"], model.layer_weights())
+    pruning = resolved(model, SETTINGS["both"])
     with torch.inference_mode():
         _, state = prefilled(model, first, pruning)
         model.decode(torch.tensor([1]), state)
@@ -185,7 +133,7 @@ def test_buffers_serve_the_next_prompt_as_if_they_were_new(model: LlamaForCausal
 def test_a_full_cache_is_an_error_not_a_wrong_answer(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([9], SIZES["vocab_size"])
     with torch.inference_mode():
-        _, state = prefilled(model, tokens, resolve(DENSE, model.layer_weights()), capacity=10)
+        _, state = prefilled(model, tokens, DENSE, capacity=10)
         model.decode(torch.tensor([1]), state)
         with pytest.raises(ValueError, match="all 10 slots"):
             model.decode(torch.tensor([1]), state)
@@ -196,84 +144,37 @@ def test_a_full_cache_is_an_error_not_a_wrong_answer(model: LlamaForCausalLM) ->
 def test_a_slow_implementation_with_hooks_gives_the_same_tokens(tmp_path: Path, prefill: Any, width: float) -> None:
     reference, model = saved_pair(tmp_path, MODELS["grouped_query"])
     prompt = left_padded([14], SIZES["vocab_size"])[0]
-    pruning = resolve(PruningSettings(ffn_ratio=0.4, candidate_width=width, prefill=prefill), model.layer_weights())
-    with torch.inference_mode():
-        logits, state = prefilled(model, prompt, pruning)
-        tokens = [int(logits.argmax())]
-        while len(tokens) < 30:
-            tokens.append(int(model.decode(torch.tensor(tokens[-1:]), state).argmax()))
+    settings = PruningSettings(ffn_ratio=0.4, candidate_width=width, prefill=prefill)
+    tokens = greedy(model, prompt[0].tolist(), 30, settings)
     assert tokens == SlowPOP(reference, 0.4, width, prefill).generate(prompt[0].tolist(), 30)
     assert len(set(tokens)) > 5         # a sequence that repeats one token would prove little
-
-
-@pytest.mark.parametrize("prefill", ["pruned", "dense"])
-@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-def test_reordering_in_place_gives_what_copies_give(model: LlamaForCausalLM, prefill: Any, columns: bool) -> None:
-    tokens, _ = left_padded([12], SIZES["vocab_size"])
-    others, _ = left_padded([9], SIZES["vocab_size"], seed=4)
-    copied = resolve(replace(SETTINGS["both"], prefill=prefill), model.layer_weights())
-    model = deepcopy(model).double()        # in float32 sums in another order may tip a near tie between candidates
-    reordered = stored_by_columns(model) if columns else deepcopy(model)
-    with torch.inference_mode():
-        state = model.new_state(1, 64, copied)
-        in_place = reordered.new_state(1, 64, replace(copied, in_place=True))
-        for prompt in (tokens, others, tokens):         # each prompt finds the weights as the last one left them
-            logits = model.prefill(model.embed(prompt), state)
-            again = reordered.prefill(reordered.embed(prompt), in_place)
-            for _ in range(8):
-                torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-5)
-                chosen = logits.argmax(-1)
-                logits, again = model.decode(chosen, state), reordered.decode(chosen, in_place)
-        torch.testing.assert_close(reordered(tokens), model(tokens), atol=1e-5, rtol=1e-5)      # still the same model
-        assert all(layer.ffn.copied_bytes() == 0 for layer in in_place.layers)
-
-
-def test_in_place_refuses_a_second_run_instead_of_mixing_them_up(model: LlamaForCausalLM) -> None:
-    tokens, _ = left_padded([9], SIZES["vocab_size"])
-    pruning = replace(resolve(SETTINGS["ffn"], model.layer_weights()), in_place=True)
-    model = deepcopy(model)
-    with torch.inference_mode():
-        _, first = prefilled(model, tokens, pruning)
-        _, second = prefilled(model, tokens, pruning)
-        model.decode(torch.tensor([1]), second)
-        with pytest.raises(InputError, match="one run at a time"):
-            model.decode(torch.tensor([1]), first)
-
-
-def stored_by_columns(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A copy of the model with weights as eager steps on a CPU have them."""
-    model = deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            lay_columns_together(module)
-    return model
 
 
 def test_columns_of_losing_candidates_are_not_read(model: LlamaForCausalLM) -> None:
     model = stored_by_columns(model)
     tokens, _ = left_padded([12], SIZES["vocab_size"])
-    pruning = resolve(SETTINGS["ffn"], model.layer_weights())
+    pruning = resolved(model, SETTINGS["ffn"])
     with torch.inference_mode():
         _, state = prefilled(model, tokens, pruning)
         layer, active = model.model.layers[0], state.layers[0].ffn
-        step = model.decode_step(model.embed(tokens[:, :1]), state)
+        _, step = model.begin(tokens[:, 0], state)
         x = torch.randn(1, 1, model.config.hidden_size)
         wanted = layer.mlp.decode(x, active, step)
-        torch.testing.assert_close(wanted, layer.mlp.decode_masked(x, active.partition, step.live))
+        torch.testing.assert_close(wanted, masked_network(layer.mlp, x, active.partition, step.live[:, 0]))
         h = layer.mlp.activation(x)[0, 0, active.partition.candidate]
         losing = active.sizes.retained + (~active.partition.pick(h.abs() * active.candidate_norms)).nonzero().flatten()
         assert len(losing) == active.sizes.candidate - active.sizes.pick > 0
-        active.down[:, losing] = torch.nan
+        active.down.weight[:, losing] = torch.nan
         assert torch.equal(layer.mlp.decode(x, active, step), wanted)
-        read = model.weight_bytes_per_token(pruning)
-        dense = model.weight_bytes_per_token(resolve(DENSE, model.layer_weights()))
+        read = bytes_per_token(model, pruning)
+        dense = bytes_per_token(model, resolved(model, DENSE))
         unread = 3 * active.sizes.pruned + len(losing)
         assert dense - read == 4 * len(model.model.layers) * model.config.hidden_size * unread
 
 
 def test_storing_weights_by_columns_changes_nothing(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([12], SIZES["vocab_size"])
-    pruning = resolve(SETTINGS["both"], model.layer_weights())
+    pruning = resolved(model, SETTINGS["both"])
     by_columns = stored_by_columns(model)
     assert not by_columns.lm_head.weight.is_contiguous()
     with torch.inference_mode():
@@ -284,8 +185,7 @@ def test_storing_weights_by_columns_changes_nothing(model: LlamaForCausalLM) -> 
             chosen = logits.argmax(-1)
             logits, again = model.decode(chosen, state), by_columns.decode(chosen, other)
         for one, two in zip(state.layers, other.layers, strict=True):
-            for name in ("gate", "up", "down"):
-                assert torch.equal(getattr(one.ffn, name), getattr(two.ffn, name))
-                assert getattr(two.ffn, name).stride() != getattr(one.ffn, name).stride()
-            assert torch.equal(one.heads.qkv, two.heads.qkv)
-            assert torch.equal(one.heads.o, two.heads.o)
+            pairs = [(getattr(one.ffn, name), getattr(two.ffn, name)) for name in ("gate", "up", "down")]
+            for rows, columns in [*pairs, (one.heads.qkv, two.heads.qkv), (one.heads.o, two.heads.o)]:
+                assert torch.equal(rows.weight, columns.weight)
+                assert rows.weight.stride() != columns.weight.stride()

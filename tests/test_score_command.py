@@ -2,31 +2,29 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import complete_checkpoint
+from builders import complete_checkpoint, exit_status, one_line_error
 
 from models.pruning.settings import DENSE, PruningSettings
-from popengine.engine import Engine, load
-from popengine.score import (
+from popengine.engine import Engine
+from popengine.loading import load
+from popengine.measure.scoring import (
     Text,
     Window,
+    WindowScore,
     cut_windows,
     dense_log_probabilities,
     log_probabilities,
-    main,
     score_window,
     summarise,
 )
+from popengine.score import main
 from weights.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return complete_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -34,29 +32,12 @@ def engine(checkpoint: Path) -> Engine:
     return load(checkpoint, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "counting.txt"
-    path.write_text(" ".join(str(number * number) for number in range(300)), encoding="utf-8")
-    return path
-
-
-def status(*arguments: Any) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code  # type: ignore[return-value]
+status, error = partial(exit_status, main), partial(one_line_error, main)
 
 
 def report(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
     assert status(*arguments, "--json") == 0
     return json.loads(capsys.readouterr().out)
-
-
-def error(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    assert status(*arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
 
 
 SMALL = ("--prompt-tokens", 24, "--score-tokens", 16, "--windows", 3)
@@ -120,8 +101,6 @@ def test_windows_are_spread_over_the_text_without_overlap(engine: Engine) -> Non
 
 
 def test_summary_of_known_losses() -> None:
-    from popengine.score import WindowScore
-
     scores = [WindowScore([1.0, 3.0], [True, False], [0.5, 0.1]), WindowScore([4.0, 4.0], [True, True], [0.0, 0.2])]
     summary = summarise(scores)
     assert (summary.mean_loss, summary.agreement) == (3.0, 0.75)

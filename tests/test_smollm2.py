@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from builders import generated
 from safetensors.torch import load_file
 from slow_pop import SlowPOP
 from smollm2_text import CHAT_PROMPT, TEXT
 
 from models.pruning.settings import DENSE, PruningSettings
-from popengine.engine import Engine, load
+from popengine.engine import Engine
+from popengine.loading import load
 from weights.default_checkpoint import FROM_PACKAGE
 
 GOLDENS = Path(__file__).parent / "goldens" / "smollm2.safetensors"
@@ -33,13 +35,12 @@ def goldens(default_checkpoint_path: Path) -> dict[str, Any]:
 
 
 def greedy(engine: Engine, prompt: list[int], count: int, pruning: PruningSettings) -> list[int]:
-    run = engine.run([prompt], count, pruning, ignore_eos=False)
-    return [token for (token,) in run if token is not None]
+    return [token for (token,) in generated(engine, [prompt], count, pruning, ignore_eos=False) if token is not None]
 
 
 def test_tokens_equal_those_kept(engine: Engine, goldens: dict[str, Any]) -> None:
-    assert engine.prompt_ids(TEXT, raw=True)[:256] == goldens["tokens"].tolist()
-    assert engine.prompt_ids(CHAT_PROMPT) == goldens["prompt"].tolist()
+    assert engine.prompts.ids(TEXT, raw=True)[:256] == goldens["tokens"].tolist()
+    assert engine.prompts.ids(CHAT_PROMPT) == goldens["prompt"].tolist()
 
 
 def test_logits_equal_those_kept(engine: Engine, goldens: dict[str, Any]) -> None:
@@ -61,7 +62,7 @@ def test_pop_tokens_equal_those_kept(engine: Engine, goldens: dict[str, Any], ra
 
 
 def test_logits_equal_transformers(engine: Engine, default_model_of_transformers: Any) -> None:
-    tokens = torch.tensor([engine.prompt_ids(TEXT, raw=True)[:256]])
+    tokens = torch.tensor([engine.prompts.ids(TEXT, raw=True)[:256]])
     assert tokens.shape[1] == 256
     with torch.inference_mode():
         wanted, logits = default_model_of_transformers(tokens).logits, engine.model(tokens)
@@ -70,7 +71,7 @@ def test_logits_equal_transformers(engine: Engine, default_model_of_transformers
 
 
 def test_greedy_tokens_equal_transformers(engine: Engine, default_model_of_transformers: Any) -> None:
-    prompt = engine.prompt_ids(CHAT_PROMPT)
+    prompt = engine.prompts.ids(CHAT_PROMPT)
     with torch.inference_mode():
         wanted = default_model_of_transformers.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)
     assert greedy(engine, prompt, 64, DENSE) == wanted[0, len(prompt) :].tolist()
@@ -80,7 +81,7 @@ def test_greedy_tokens_equal_transformers(engine: Engine, default_model_of_trans
 def test_pop_tokens_equal_transformers(
     engine: Engine, default_model_of_transformers: Any, ratio: float, prefill: Any
 ) -> None:
-    prompt = engine.prompt_ids(CHAT_PROMPT)
+    prompt = engine.prompts.ids(CHAT_PROMPT)
     settings = PruningSettings(ratio, prefill=prefill)
     slow = SlowPOP(default_model_of_transformers, engine.resolve(settings).ffn_ratio, 0.1, prefill)
     wanted = slow.generate(prompt, 48)

@@ -7,19 +7,21 @@ from typing import Literal
 
 import pytest
 import torch
+from builders import LLAVA_TINY, exit_status, one_line_error
 from PIL import Image
 from slow_pop import SlowPOP
 from transformers import AutoProcessor
 from transformers import LlavaForConditionalGeneration as HuggingFaceLlava
 
 from models.pruning.settings import DENSE, PruningSettings
-from popengine.engine import Engine, load
+from popengine.engine import Engine
 from popengine.generate import main
+from popengine.loading import load
 from popengine.measure.picture_tasks import picture_questions
+from popengine.pictures.vision import Vision
 from popengine.text.chat import render_chat
 from weights.errors import InputError
 
-LLAVA_TINY = Path(__file__).resolve().parents[1] / "weights" / "llava-tiny"
 QUESTIONS = picture_questions(12, seed=1)
 
 
@@ -58,15 +60,15 @@ def test_the_shipped_checkpoint_equals_hugging_face(engine: Engine, reference: H
         add_special_tokens=False,
         return_tensors="pt",
     )
-    assert engine.vision is not None
+    assert isinstance(engine.pictures, Vision)
     real = inputs["attention_mask"].bool()
-    ids = [engine.prompt_ids("What do you see?", images=len(own)) for own in prompts]
+    ids = [engine.prompts.ids("What do you see?", images=len(own)) for own in prompts]
     assert ids == [row[mask].tolist() for row, mask in zip(inputs["input_ids"], real, strict=True)]
-    pixel_values = engine.vision.pixel_values(images) if images else None
+    pixel_values = engine.pictures.pixel_values(images) if images else None
     if pixel_values is not None:
         assert (pixel_values - inputs["pixel_values"]).abs().max() <= 1e-3
     expected = reference(**inputs).logits
-    logits = engine.vision.model(inputs["input_ids"], pixel_values, real)
+    logits = engine.pictures.model(inputs["input_ids"], pixel_values, real)
     assert (logits - expected)[real].abs().max() <= 1e-4
 
     # With the cache: the same greedy tokens, whatever the end-of-sequence token has to say.
@@ -86,18 +88,18 @@ def test_a_slow_implementation_with_hooks_gives_the_same_answers(
     reference = HuggingFaceLlava.from_pretrained(LLAVA_TINY).eval()
     layers = reference.model.language_model.layers
     slow = SlowPOP(reference, engine.resolve(settings).ffn_ratio, settings.candidate_width, prefill, layers)
-    assert engine.vision is not None
+    assert isinstance(engine.pictures, Vision)
     for question in (QUESTIONS[2], QUESTIONS[5]):
         picture = question.picture()
-        ids = engine.prompt_ids(question.question, images=1)
+        ids = engine.prompts.ids(question.question, images=1)
         (run,) = zip(*engine.run([ids], 24, settings, ignore_eos=True, images=[picture]), strict=True)
-        assert list(run) == slow.generate(ids, 24, pixel_values=engine.vision.pixel_values([picture]))
+        assert list(run) == slow.generate(ids, 24, pixel_values=engine.pictures.pixel_values([picture]))
 
 
 @pytest.mark.parametrize("pruning", [DENSE, PruningSettings(prune_ratio=0.2), PruningSettings(prune_ratio=0.4)])
 def test_the_shipped_checkpoint_answers_held_out_questions(engine: Engine, pruning: PruningSettings) -> None:
     """The kinds it has learnt, with a floor under what was measured, so that only something broken falls through."""
-    frame = engine.prompt_text("QUESTION", False, None, 1)[0].removeprefix("<s>")  # one template run serves all
+    frame = engine.prompts.text("QUESTION", False, None, 1)[0].removeprefix("<s>")  # one template run serves all
     right = 0
     for question in picture_questions(30, seed=7, kinds=["colour", "shape", "list"]):
         prompt = frame.replace("QUESTION", question.question)
@@ -107,18 +109,18 @@ def test_the_shipped_checkpoint_answers_held_out_questions(engine: Engine, pruni
 
 
 def test_a_picture_is_encoded_once_and_counted_apart(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert engine.vision is not None
+    assert isinstance(engine.pictures, Vision)
     encoded: list[int] = []
-    encode = engine.vision.model.encode_images
+    encode = engine.pictures.model.encode_images
     monkeypatch.setattr(
-        engine.vision.model, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode(pixels)
+        engine.pictures.model, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode(pixels)
     )
     (answer,) = engine.generate(
         "What do you see?", images=[QUESTIONS[0].picture()] * 2, max_new_tokens=8, ignore_eos=True
     )
     assert encoded == [2]
     statistics = answer.statistics
-    assert statistics.image_tokens == 2 * engine.vision.tokens_per_image == 72
+    assert statistics.image_tokens == 2 * engine.pictures.tokens_per_image == 72
     assert statistics.prompt_tokens == len(answer.prompt_token_ids) > 72
     assert statistics.image_ms > 0
     assert engine.generate("What do you see?", max_new_tokens=2)[0].statistics.image_tokens == 0
@@ -137,7 +139,7 @@ def test_each_prompt_of_a_batch_has_images_of_its_own(engine: Engine) -> None:
 
 def test_images_stand_where_the_prompt_or_the_template_or_the_rule_puts_them(engine: Engine) -> None:
     def text(prompt: object, images: int, raw: bool = False) -> str:
-        return engine.prompt_text(prompt, raw, None, images)[0]  # type: ignore[arg-type]
+        return engine.prompts.text(prompt, raw, None, images)[0]  # type: ignore[arg-type]
 
     assert text("Which?", 2) == "<s>USER:\n<image>\n<image>\nWhich?\nASSISTANT:\n"
     assert text("In <image> and in <image>?", 2) == "<s>USER:\nIn <image> and in <image>?\nASSISTANT:\n"
@@ -150,22 +152,22 @@ def test_images_stand_where_the_prompt_or_the_template_or_the_rule_puts_them(eng
     written = "<s>USER:\nHello.\nASSISTANT:\nYes?</s>\nUSER:\n<image>\nWhat is it?\nASSISTANT:\n"
     assert text(talk, 1) == written
 
-    assert engine.vision is not None
+    assert isinstance(engine.pictures, Vision)
     knows_texts_only = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
     messages = [{"role": "user", "content": "Which?"}]
 
     def render(messages: list) -> str:
         return render_chat(knows_texts_only, messages, bos_token=None, eos_token=None)
 
-    assert engine.vision.render(messages, 2, render) == "[user] <image>\n<image>\nWhich?"
+    assert engine.pictures.render(messages, 2, render) == "[user] <image>\n<image>\nWhich?"
 
 
 def test_without_a_template_images_stand_before_the_text(altered: Path) -> None:
     (altered / "chat_template.jinja").unlink()
     bare = load(altered)
-    assert bare.prompt_text("Which?", False, None, 1) == ("<image>\nWhich?", True)
-    assert bare.prompt_text("Which?", False, None, 0) == ("Which?", True)
-    assert bare.prompt_text("Is it <image>?", False, None, 1) == ("Is it <image>?", True)
+    assert bare.prompts.text("Which?", False, None, 1) == ("<image>\nWhich?", True)
+    assert bare.prompts.text("Which?", False, None, 0) == ("Which?", True)
+    assert bare.prompts.text("Is it <image>?", False, None, 1) == ("Is it <image>?", True)
 
 
 def test_scores_of_text_tokens_only_make_another_partition(engine: Engine) -> None:
@@ -180,10 +182,9 @@ def test_scores_of_text_tokens_only_make_another_partition(engine: Engine) -> No
 
 
 def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
+    status = exit_status(main, *arguments)
     captured = capsys.readouterr()
-    return int(str(ended.value.code)), captured.out, captured.err
+    return status, captured.out, captured.err
 
 
 def test_the_command_reads_images_and_tells_their_tokens_apart(
@@ -223,16 +224,12 @@ def test_bad_images_end_the_command_in_one_line(tmp_path: Path, capsys: pytest.C
         (("--prompt", "Hi", "--image", good, "-n", 1000), "more than the context of 1024"),
         (("--prompt", "Hi", "--scored-tokens", "some"), "scored tokens must be one of all, text"),
     ]:
-        status, printed, errors = run_command(capsys, "--ckpt", LLAVA_TINY, *arguments)
-        assert (status, printed) == (2, "")
-        assert message in errors
-        assert errors.startswith("error: ") and errors.count("\n") == 1
+        assert message in one_line_error(main, capsys, "--ckpt", LLAVA_TINY, *arguments)
 
 
-def test_an_image_for_a_text_model_is_an_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "vision", None)
+def test_an_image_for_a_text_model_is_an_error(checkpoint: Path) -> None:
     with pytest.raises(InputError, match="this checkpoint is a text model"):
-        engine.generate("Hi", images=[QUESTIONS[0].picture()])
+        load(checkpoint).generate("Hi", images=[QUESTIONS[0].picture()])
 
 
 def test_a_broken_image_processor_matters_only_when_there_is_an_image(altered: Path) -> None:

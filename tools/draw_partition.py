@@ -3,8 +3,8 @@
     python tools/draw_partition.py
 
 Small numbers stand for large ones: 24 channels, ratio r = 0.375, width 0.25 (so 15 active, 6 candidates, 3 picked).
-The partition is real: scores from a seed go through models.pruning.partition. The picks of the three tokens are drawn at
-random, for illustration.
+The partition is real: scores from a seed go through models.pruning.partition. The picks of the three tokens are drawn
+at random, for illustration.
 """
 
 from pathlib import Path

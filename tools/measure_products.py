@@ -1,4 +1,4 @@
-"""Time the product of one token with one weight, every way that was considered, and gathering against masking.
+"""Time the product of one or a few tokens with a weight, every way that was considered, and gathering against masking.
 
     python tools/measure_products.py [--threads N]
 
@@ -16,24 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.products import add_up_columns, project
+from models.products import add_up_columns, add_up_for_each, written_out
 
 # out, in: gate and up, down, o of SmolLM2-135M; its lm_head; gate and up of a 1B model.
 SHAPES = [(1536, 576), (576, 1536), (576, 576), (49152, 576), (8192, 2048)]
 GATHERS = [(576, 794, 717), (2048, 4236, 3826)]     # H, A, K: SmolLM2-135M and a 1B model at 40 %
+ROWS = (2, 3, 4, 8, 16)                             # of a batch
 BYTES = 200_000_000                                 # of matrices to take turns over
 
 
 def masked(down: Tensor, h: Tensor, keep: Tensor) -> Tensor:
-    return project((h * keep)[None], down, None)
+    return written_out((h * keep)[None], down)
 
 
 def gathered(down: Tensor, h: Tensor, winners: Tensor) -> Tensor:
-    return project(h[None, winners], down[:, winners], None)
+    return written_out(h[None, winners], down[:, winners])
 
 
-def written_out(weight: Tensor, x: Tensor) -> Tensor:
-    return project(x[None], weight, None)
+def multiplied(weight: Tensor, x: Tensor) -> Tensor:
+    return written_out(x, weight)
 
 
 def microseconds(step: Callable[[Tensor], Tensor], weights: list[Tensor]) -> float:
@@ -58,7 +59,7 @@ def main() -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     torch._dynamo.config.recompile_limit = 64           # one for every shape below
-    fast = {f: torch.compile(f, dynamic=False) for f in (masked, gathered, written_out)}
+    fast = {f: torch.compile(f, dynamic=False) for f in (masked, gathered, multiplied)}
     print(f"{torch.get_num_threads()} threads")
     for dtype in (torch.float32, torch.bfloat16):
         for rows, columns in SHAPES:
@@ -69,10 +70,20 @@ def main() -> None:
             x, everything = torch.randn(columns).to(dtype), torch.arange(columns)
             report("F.linear, by rows", microseconds(lambda w: F.linear(x[None], w), by_rows), read)  # noqa: B023
             report("F.linear, by columns", microseconds(lambda w: F.linear(x[None], w), by_columns), read)  # noqa: B023
-            summed = microseconds(lambda w: add_up_columns(w, everything, x), by_columns)  # noqa: B023
+            summed = microseconds(lambda w: add_up_columns(w.t(), everything, x), by_columns)  # noqa: B023
             report("columns added up (eager steps)", summed, read)
             report("written out and compiled, by rows (compiled steps)",
-                   microseconds(lambda w: fast[written_out](w, x), by_rows), read)  # noqa: B023
+                   microseconds(lambda w: fast[multiplied](w, x[None]), by_rows), read)  # noqa: B023
+            for rows_of_x in ROWS:
+                x = torch.randn(rows_of_x, columns).to(dtype)
+                print(f"  {rows_of_x} rows of x")
+                report("F.linear, by rows", microseconds(lambda w: F.linear(x, w), by_rows), read)  # noqa: B023
+                report("weight to the left, by rows", microseconds(lambda w: (w @ x.t()).t(), by_rows), read)  # noqa: B023
+                report("F.linear, by columns", microseconds(lambda w: F.linear(x, w), by_columns), read)  # noqa: B023
+                report("columns added up for each row",
+                       microseconds(lambda w: add_up_for_each(w.t(), x), by_columns), read)  # noqa: B023
+                report("written out and compiled, by rows",
+                       microseconds(lambda w: fast[multiplied](w, x), by_rows), read)  # noqa: B023
         for hidden, active, picked in GATHERS:
             print(f"down_proj {hidden} x {active}, of which {picked} win, {dtype}")
             read, fewer = (hidden * count * dtype.itemsize for count in (active, picked))
@@ -82,9 +93,9 @@ def main() -> None:
             keep = torch.zeros(active, dtype=torch.bool).index_fill(0, winners, True)
             everything = torch.arange(active)
             report("columns added up, masked",
-                   microseconds(lambda w: add_up_columns(w, everything, h * keep), by_columns), read)  # noqa: B023
+                   microseconds(lambda w: add_up_columns(w.t(), everything, h * keep), by_columns), read)  # noqa: B023
             report("columns added up, gathered (eager steps)",
-                   microseconds(lambda w: add_up_columns(w, winners, h[winners]), by_columns), fewer)  # noqa: B023
+                   microseconds(lambda w: add_up_columns(w.t(), winners, h[winners]), by_columns), fewer)  # noqa: B023
             report("written out, masked (compiled steps)",
                    microseconds(lambda w: fast[masked](w, h, keep), by_rows), read)  # noqa: B023
             report("written out, gathered",

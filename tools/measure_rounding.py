@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from models.pruning.settings import DENSE
-from popengine.engine import Engine, load
+from popengine.engine import Engine
+from popengine.loading import load
 
 PROMPT, STEPS = 128, 64
 
@@ -26,9 +27,10 @@ def logits(engine: Engine, ids: list[int], during: Callable[[], AbstractContextM
     """Of the decode steps, float32 [STEPS, V]."""
     model = engine.model
     state = model.new_state(1, PROMPT + STEPS, engine.resolve(DENSE))
+    engine.prepare(state)
     model.prefill(model.embed(torch.tensor([ids[:PROMPT]])), state)
     with during():
-        return torch.cat([model.decode(torch.tensor([token]), state) for token in ids[PROMPT:]]).float()
+        return torch.cat([engine.decode(torch.tensor([token]), state) for token in ids[PROMPT:]]).float()
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -44,10 +46,7 @@ def main() -> None:
         raise SystemExit(__doc__)
     eager, compiled = load(dtype="bfloat16"), load(dtype="bfloat16", compile=True)
     exact, rows = load(dtype="float32"), load(dtype="bfloat16", compile=True)
-    rows.model.decode_begin, rows.model.decode_layers, rows.model.decode_head = (
-        eager.model.decode_begin, eager.model.decode_layers, eager.model.decode_head
-    )                                   # stored by rows, as compiled models are, and run eagerly: F.linear
-    rows.model.compiled = False
+    rows.compiled = None                # stored by rows, as compiled models are, and run eagerly: F.linear
     text = Path(sys.argv[1]).read_text(encoding="utf-8")
     ids = eager.tokenizer.encode(text, add_special_tokens=False)[: PROMPT + STEPS]
     found = {

@@ -11,7 +11,7 @@ import json
 import math
 from pathlib import Path
 
-from popengine.compare import Configuration
+from popengine.measure.comparison import Configuration
 from weights.errors import InputError
 
 
@@ -25,7 +25,7 @@ def losses(folder: Path, label: str) -> tuple[object, dict[int, float]]:
     for record in records:
         kind, _, configuration = record["key"].partition(": ")
         if kind.startswith("window "):
-            scored = found.setdefault(Configuration(**json.loads(configuration)).label, {})
+            scored = found.setdefault(Configuration.from_fields(json.loads(configuration)).label, {})
             scored[int(kind.removeprefix("window "))] = sum(record["losses"]) / len(record["losses"])
     if label not in found:
         raise InputError(f"{folder} has no row {label!r}; it has {', '.join(map(repr, found))}")

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from models.llava import LlavaForConditionalGeneration
 from models.pruning.settings import DENSE, PruningSettings
-from popengine.engine import Engine, load
+from popengine.engine import Engine
+from popengine.loading import load
 from popengine.measure.picture_tasks import COLOURS, KINDS, SHAPES, Scene, ask, draw, picture_questions, random_scene
 from popengine.pictures.images import ImageProcessing, parse_image_processing
 
@@ -325,7 +326,7 @@ def held_out_accuracy(engine: Engine, pruning: PruningSettings, count: int, seed
     right = dict.fromkeys(KINDS, 0)
     questions = picture_questions(count, seed)
     # The template runs in a process of its own: one run serves all questions.
-    frame = engine.prompt_text("QUESTION", False, None, 1)[0].removeprefix("<s>")
+    frame = engine.prompts.text("QUESTION", False, None, 1)[0].removeprefix("<s>")
     for question in questions:
         prompt = frame.replace("QUESTION", question.question)
         picture = question.picture(PICTURE_SIZE)

@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.clock import Clock
-from models.mixtral import MIXTRAL_NAMES, MixtralForCausalLM, Routing
+from models.experts import Routing
+from models.mixtral import MIXTRAL_NAMES, MixtralForCausalLM
+from models.passes import prefill_pass
 from models.pruning.settings import DENSE, PruningSettings
-from popengine.engine import load
+from popengine.loading import load
 from popengine.measure.text_tasks import BOS, EOS, PAD, TASKS, UNKNOWN, build_tokenizer, held_out_prompts, make_prompt
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -95,14 +96,14 @@ def forward(model: MixtralForCausalLM, tokens: Tensor) -> tuple[Tensor, list[Rou
     Sequences are padded on the right, where causal attention never looks from a real token: no mask is needed.
     """
     x = model.embed(tokens)                                                         # [B, T, H]
-    step = model.prefill_step(x, None, None, True, Clock(x.device))
+    step = prefill_pass(model.model.rotary, model.config.windows, x, None)
     routings = []
     for layer in model.model.layers:
         x = x + layer.self_attn(layer.input_layernorm(x), step)
         normed = layer.post_attention_layernorm(x)
         routings.append(layer.mlp.route(normed.flatten(0, 1)))
         x = x + layer.mlp.run(normed, routings[-1])
-    return model.lm_head(model.model.norm(x)), routings
+    return model.head(x), routings
 
 
 def balance_loss(routing: Routing, real: Tensor) -> Tensor:

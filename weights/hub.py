@@ -5,6 +5,7 @@ endpoint in HF_ENDPOINT and goes without the network when HF_HUB_OFFLINE is set.
 turns what can go wrong into one line each.
 """
 
+import importlib
 import re
 from pathlib import Path
 
@@ -38,37 +39,31 @@ def download(repository: str) -> Path:
     InputError when there is no such repository, it is private or gated, or the network or the disk fails.
     """
     # Imported late: the client takes a while to import, and most checkpoints are on disk.
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
+    hub, errors = (importlib.import_module(name) for name in ("huggingface_hub", "huggingface_hub.errors"))
     neither = f"{repository!r}: no such path, and"
     try:
-        path = snapshot_download(repository, allow_patterns=list(NEEDED_FILES), ignore_patterns=list(UNNEEDED_FILES))
-    except GatedRepoError as error:
+        path = hub.snapshot_download(
+            repository, allow_patterns=list(NEEDED_FILES), ignore_patterns=list(UNNEEDED_FILES)
+        )
+    except errors.GatedRepoError as error:
         raise InputError(
             f"{neither} the Hub repository of that name is gated: ask for access on its page, then log in with "
             "`hf auth login` or set HF_TOKEN"
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise InputError(
             f"{neither} the Hub has no repository of that name that is open to you: check the spelling; if it is "
             "private, log in with `hf auth login` or set HF_TOKEN"
         ) from error
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise InputError(f"{neither} not the id of a Hub repository (organisation/name) either") from error
-    except LocalEntryNotFoundError as error:
-        if constants.HF_HUB_OFFLINE:
+    except errors.LocalEntryNotFoundError as error:
+        if hub.constants.HF_HUB_OFFLINE:
             why = "the Hub repository of that name is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
         else:
             why = f"the Hub cannot be asked for a repository of that name ({first_line(error.__cause__ or error)})"
         raise InputError(f"{neither} {why}") from error
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise InputError(
                 f"{neither} the Hub refuses access to the repository of that name ({error.response.status_code}): log "

@@ -1,4 +1,4 @@
-"""How much memory is free, and the clear word before a checkpoint that will not fit is loaded."""
+"""How much memory is free or was taken, and the clear word before a checkpoint that will not fit is loaded."""
 
 import re
 import subprocess
@@ -8,6 +8,11 @@ from pathlib import Path
 import torch
 
 from weights.errors import InputError
+
+try:
+    import resource
+except ImportError:  # not a POSIX system
+    resource = None  # type: ignore[assignment]
 
 
 def require_memory(needed: int, device: torch.device, what: str) -> None:
@@ -90,3 +95,13 @@ def macos_available(vm_stat: str) -> int | None:
 
 def gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far, in bytes: on the GPU that computes, otherwise the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -12,33 +12,60 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.products import keep_best
 
-def channel_scores(h: Tensor, down_norms: Tensor, real: Tensor | None = None) -> Tensor:
-    """Importance of each FFN channel over the tokens seen (POP, Eq. 3).
 
-    h           [B, T, I]  activation that feeds down_proj, any float dtype
-    down_norms  [I]        l2 norm of each column of down_proj, float32
-    real        [B, T] or [B, 1], False where a token is padding or its sequence has ended; None: all are real
-    returns     [I]        float32
+class Evidence:
+    """What has been seen of the channels of one network: the sum of squares of each one's activation (POP, Eq. 1-3).
+
+    It adds up over tokens, so that a prompt in pieces, or a prompt and later steps, are evidence like one long prompt.
+
+    squares  float32 [I];  tokens  how many tokens they are of, the prior's among them
+    prior    what is known before any token: the sum of squares over `prior_tokens` of the model's own; None: nothing
     """
+
+    def __init__(
+        self, channels: int, device: torch.device, prior: Tensor | None = None, prior_tokens: int = 0
+    ) -> None:
+        self.prior, self.prior_tokens = prior, prior_tokens if prior is not None else 0
+        self.squares = torch.zeros(channels, dtype=torch.float32, device=device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Back to what is known before any token."""
+        self.tokens = self.prior_tokens
+        if self.prior is None:
+            self.squares.zero_()
+        else:
+            self.squares.copy_(self.prior)
+
+    def add(self, h: Tensor, real: Tensor | None, tokens: int) -> None:
+        """h [B, T, I], what feeds down_proj; real bool [B, T] or [B, 1] (None: all are real), `tokens` of them True."""
+        self.squares.add_(sum_of_squares(h, real))
+        if tokens:
+            self.tokens += tokens
+
+    def scores(self, norms: Tensor) -> Tensor:
+        """Importance of each channel. norms float32 [I], of the columns of down_proj -> float32 [I]"""
+        return self.squares.sqrt() * norms
+
+
+def sum_of_squares(h: Tensor, real: Tensor | None = None) -> Tensor:
+    """h [B, T, I], real [B, T] or [B, 1], False where a token is padding or its sequence has ended -> float32 [I]"""
     if real is not None:
         h = h.masked_fill(~real.unsqueeze(-1), 0)                           # [B, T, I]
-    # Squares, sum and root one by one: on a CPU vector_norm over the leading dimensions is ten times as slow.
-    return h.float().square().sum(dim=(0, 1)).sqrt() * down_norms
+    # Squares and sum one by one: on a CPU vector_norm over the leading dimensions is ten times as slow.
+    return h.float().square().sum(dim=(0, 1))
 
 
-def head_scores(a: Tensor, output_norms: Tensor, real: Tensor | None = None) -> Tensor:
-    """Importance of each query head: its share of what reaches o_proj, per coordinate weighted by o_proj's column.
+def channel_scores(h: Tensor, norms: Tensor, real: Tensor | None = None) -> Tensor:
+    """Importance of each channel over these tokens alone (POP, Eq. 3). As for Evidence -> float32 [I]"""
+    return sum_of_squares(h, real).sqrt() * norms
 
-    The head's score is the l2 norm of the channel scores of its D coordinates.
 
-    a             [B, T, N, D]  attention output before o_proj
-    output_norms  [N, D]        l2 norm of each column of o_proj, float32
-    real          [B, T] or [B, 1], as for channel_scores
-    returns       [N]           float32
-    """
-    per_coordinate = channel_scores(a.flatten(2), output_norms.flatten(), real)     # [N * D]
-    return torch.linalg.vector_norm(per_coordinate.view(output_norms.shape), dim=-1)
+def head_scores(coordinates: Tensor, head_dim: int) -> Tensor:
+    """Importance of query heads: l2 norm of the channel scores of each one's coordinates. [..., N D] -> [..., N]"""
+    return torch.linalg.vector_norm(coordinates.unflatten(-1, (-1, head_dim)), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -64,6 +91,16 @@ class PartitionSizes:
         """Channels whose weights a decode step reads: retained and candidate."""
         return self.retained + self.candidate
 
+    @property
+    def prunes(self) -> bool:
+        """Whether any channel is ever off."""
+        return self.retained < self.channels
+
+    @property
+    def decides(self) -> bool:
+        """Whether a decode step has something to choose."""
+        return self.pick < self.candidate
+
 
 def partition_sizes(channels: int, ratio: float, width: float) -> PartitionSizes:
     """Sizes of the regions for `ratio` of the channels off at a decode step (POP, section 3.2).
@@ -82,29 +119,6 @@ def all_channel_sizes(channels: int, ratio: float) -> PartitionSizes:
     """The all-channel variant (POP, Table 6): every channel is a candidate, each step keeps the best `active`."""
     active = round((1 - ratio) * channels)
     return PartitionSizes(retained=0, candidate=channels, pruned=0, pick=active)
-
-
-def best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores along the last dimension, best first; of equal scores the earlier one.
-
-    scores  [..., C] -> returns int64 [..., count]
-    """
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-
-
-def keep_best(scores: Tensor, count: int) -> Tensor:
-    """True for the `count` highest scores along the last dimension; of equal scores the earlier one.
-
-    scores  [..., C] -> returns bool [..., C]. Static in shape and free of data-dependent branches, so that it can
-    stand in a compiled decode step.
-    """
-    if torch.compiler.is_compiling():
-        # Rank by comparing every pair: C * C comparisons fuse into one loop, where a sort would be a call out of it.
-        place = torch.arange(scores.shape[-1], device=scores.device)
-        mine, other = scores.unsqueeze(-1), scores.unsqueeze(-2)                    # [..., C, 1], [..., 1, C]
-        better = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))     # [..., C, C]
-        return better.sum(dim=-1) < count
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best(scores, count), True)
 
 
 @dataclass(frozen=True)
@@ -139,7 +153,7 @@ class ChannelPartition:
     def pick(self, candidate_scores: Tensor) -> Tensor:
         """Which candidates this decode step keeps (ties: the earlier candidate).
 
-        candidate_scores [..., C] float32, in the order of `candidate` -> bool [..., C] with `sizes.pick` True.
+        candidate_scores [..., C] float32, in the order of `candidate` -> bool [..., C] with `sizes.pick` True
         """
         return keep_best(candidate_scores, self.sizes.pick)
 
@@ -164,17 +178,6 @@ def partition_channels(scores: Tensor, sizes: PartitionSizes) -> ChannelPartitio
     region.scatter_(-1, by_score[..., sizes.retained : sizes.resident], 1)          # candidate
     region.scatter_(-1, by_score[..., sizes.resident :], 2)                         # pruned
     return ChannelPartition(region.sort(dim=-1, stable=True).indices, sizes)
-
-
-@dataclass(frozen=True, eq=False)
-class StaticChannels:
-    """A partition of one feed-forward network that no prompt has a say in: what static pruning methods make.
-
-    bias  [H] float, added to down_proj's output instead of what the pruned channels gave on average; None: nothing
-    """
-
-    partition: ChannelPartition
-    bias: Tensor | None = None
 
 
 def keep_everything(channels: int, groups: tuple[int, ...], device: torch.device) -> ChannelPartition:

@@ -1,181 +1,125 @@
-"""What the user asks for (PruningSettings) and what it means for one model (Pruning).
+"""What the user asks for. Flags, arguments of the harness, JSON and the columns of tables derive from these fields.
 
-The headline ratio is a share of a decoder layer's parameters, but only the feed-forward network (and, on request, the
-heads) give anything up, so their own ratio is higher (POP, arXiv 2602.06822, Table 8).
+A new setting is one field here, with its default, its bounds and its help; what it does stands where it is read.
+Nothing here imports PyTorch: a wrong flag should not wait for it.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
 
-from torch import nn
-
-from models.pruning.partition import PartitionSizes, StaticChannels, all_channel_sizes, partition_sizes
 from weights.errors import InputError
 
-PREFILL_MODES = ("pruned", "dense")
-UNSEEN_EXPERT_MODES = ("weights", "dense")
-SCORED_TOKENS = ("all", "text")
 DEFAULT_PRUNE_RATIO = 0.2
 
 
-@dataclass(frozen=True, eq=False)
-class StaticPartitions:
-    """Partitions decided before any prompt, for every feed-forward network of one model (in a mixture: every expert).
+def setting(
+    default: Any, words: str, kind: type, *, metavar: str | None = None, least: float | None = None,
+    below: float | None = None, most: float | None = None, choices: tuple[str, ...] = (), column: str | None = None,
+    matters: str = "to all",
+) -> Any:
+    """A field of the settings.
 
-    Two of them are equal only if they are the same object.
+    words             help of its flag
+    kind              type of its value; metavar: what the help shows for it (choices speak for themselves)
+    least .. choices  values it may have
+    column            its heading in tables that compare settings; None: it is compared in none
+    matters           to which of the methods that are compared: "to all", "to pop", "to prompts" (methods that follow
+                      the prompt) or "to experts" (those, where a model has experts)
     """
-
-    of: Mapping[nn.Module, StaticChannels]
+    bounds = {"least": least, "below": below, "most": most, "choices": choices}
+    metavar = metavar or "|".join(choices)
+    about = {"help": words, "type": kind, "metavar": metavar, "column": column, "matters": matters}
+    return field(default=default, metadata=bounds | about)
 
 
 @dataclass(frozen=True)
 class PruningSettings:
     """How much to prune, and how.
 
-    prune_ratio      share of a decoder layer's parameters, 0 <= ratio < 1; 0 is the dense model. Default 0.2
-    ffn_ratio        instead of prune_ratio: the share of FFN channels off at a decode step (r), 0 <= r < 1
-    candidate_width  candidates as a share of the channels (the paper's gamma), 0 .. 2; 0 freezes the prefill's mask
-    head_ratio       share of query heads off at a decode step, 0 <= ratio < 1; counts towards prune_ratio
+    prune_ratio      share of a decoder layer's parameters that a decode step leaves out; 0 is the dense model.
+                     None: 0.2, unless ffn_ratio says how much
+    ffn_ratio        instead of prune_ratio: the share of FFN channels off at a decode step (r)
+    candidate_width  candidates as a share of the channels (the paper's gamma); 0 freezes the prefill's mask
+    head_ratio       share of query heads off at a decode step; counts towards prune_ratio
     prefill          "pruned": the prompt is finished on the channels that stay (the paper);
                      "dense": on all of them, so that prompt and first token are the dense model's
-    all_channels     the quality ceiling (paper, Table 6): every step chooses among all channels, and nothing is saved
-                     but down_proj
-    in_place         no copy of the active weights: every prompt reorders the channels of the loaded weights instead,
-                     which leaves what they compute as it is. One run at a time; not for mixtures of experts
+    scored_tokens    prompt tokens that count in the scores: "all", or "text" without the image tokens
     unseen_experts   what becomes of an expert that fewer than min_tokens prompt tokens were routed to: "weights" cuts
                      it by scores from its weights alone, so that the budget still holds; "dense" leaves it whole
-    scored_tokens    prompt tokens that count in the scores: "all", or "text" without the image tokens
-    static           partitions to use instead of those that the prompt would make (see popengine.methods.by_name); the ratio
-                     and the width should be those they were made for
+    prior            tokens that the model's own sampled text counts for as evidence (popengine/prior.py)
+    min_evidence     until the scores have seen so many real tokens, steps run dense and add to them
+    dense_every      one step in so many runs dense and adds to the evidence; None: no step does
+    redraw_every     after so many steps the partitions are drawn anew; None: they stay
+    rule             how channels are scored and cut (models/pruning/rules.py)
+    Raises InputError for a value out of bounds.
     """
 
-    prune_ratio: float | None = None
-    ffn_ratio: float | None = None
-    candidate_width: float = 0.1
-    head_ratio: float = 0.0
-    prefill: Literal["pruned", "dense"] = "pruned"
-    all_channels: bool = False
-    in_place: bool = False
-    unseen_experts: Literal["weights", "dense"] = "weights"
-    min_tokens: int = 1
-    scored_tokens: Literal["all", "text"] = "all"
-    static: StaticPartitions | None = None
+    prune_ratio: float | None = setting(
+        None, "share of a decoder layer's parameters; 0: dense (default: 0.2)", float, metavar="R", least=0, below=1,
+        column="",
+    )
+    ffn_ratio: float | None = setting(
+        None, "instead: share of the FFN channels", float, metavar="R", least=0, below=1, column=""
+    )
+    candidate_width: float = setting(0.1, "candidates, of all channels", float, metavar="W", least=0, most=2,
+                                     column="width", matters="to pop")
+    head_ratio: float = setting(0.0, "share of the query heads", float, metavar="R", least=0, below=1,
+                                column="heads off", matters="to prompts")
+    prefill: str = setting("pruned", "finish the prompt on what stays, or on everything", str,
+                           choices=("pruned", "dense"), column="prefill")
+    scored_tokens: str = setting("all", "count image tokens in the scores, or only text", str, choices=("all", "text"))
+    unseen_experts: str = setting(
+        "weights", "experts that no prompt token reached: cut by their weights alone, or leave them whole", str,
+        choices=("weights", "dense"), column="unseen experts", matters="to experts",
+    )
+    prior: int = setting(
+        0, "text that the model sampled itself counts as N tokens of evidence, before any real one", int, metavar="N",
+        least=0, column="prior", matters="to prompts",
+    )
+    min_evidence: int = setting(
+        0, "steps run dense until N real tokens were seen", int, metavar="N", least=0, column="min evidence",
+        matters="to prompts",
+    )
+    dense_every: int | None = setting(
+        None, "one step in M runs dense and adds to the evidence", int, metavar="M", least=1, column="dense every",
+        matters="to prompts",
+    )
+    redraw_every: int | None = setting(
+        None, "every T steps partitions are drawn anew from all evidence so far", int, metavar="T", least=1,
+        column="redraw every", matters="to prompts",
+    )
+    min_tokens: int = setting(1, "prompt tokens below which an expert counts as not reached", int, metavar="N", least=1)
+    rule: str = setting("pop", "how channels are scored and cut", str, choices=("pop", "all-channels"))
 
     def __post_init__(self) -> None:
         if self.prune_ratio is not None and self.ffn_ratio is not None:
             raise InputError("give a prune ratio or an FFN ratio, not both")
-        for name, below in (("prune_ratio", 1), ("ffn_ratio", 1), ("head_ratio", 1)):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < below:
-                raise InputError(f"{name.replace('_', ' ')} must be at least 0 and below {below}, not {value}")
-        if not 0 <= self.candidate_width <= 2:
-            raise InputError(f"candidate width must be between 0 and 2, not {self.candidate_width}")
-        if self.prefill not in PREFILL_MODES:
-            raise InputError(f"prefill must be one of {', '.join(PREFILL_MODES)}, not {self.prefill!r}")
-        if self.unseen_experts not in UNSEEN_EXPERT_MODES:
-            raise InputError(
-                f"unseen experts must be one of {', '.join(UNSEEN_EXPERT_MODES)}, not {self.unseen_experts!r}"
-            )
-        if self.min_tokens < 1:
-            raise InputError(f"min tokens must be at least 1, not {self.min_tokens}")
-        if self.scored_tokens not in SCORED_TOKENS:
-            raise InputError(f"scored tokens must be one of {', '.join(SCORED_TOKENS)}, not {self.scored_tokens!r}")
+        if self.redraw_every is not None and self.dense_every is None:
+            raise InputError("redraw every needs dense every: without dense steps there is no new evidence")
+        for one in fields(self):
+            check(one, getattr(self, one.name))
+
+
+def check(one: Field[Any], value: Any) -> None:
+    """Raises InputError for a value that a field may not have; None stands for a default that is not a value."""
+    bounds, name = one.metadata, one.name.replace("_", " ")
+    if bounds["choices"]:
+        if value not in bounds["choices"]:
+            raise InputError(f"{name} must be one of {', '.join(bounds['choices'])}, not {value!r}")
+        return
+    if value is None and one.default is None:
+        return
+    least, below, most = bounds["least"], bounds["below"], bounds["most"]
+    sound = least <= value and (below is None or value < below) and (most is None or value <= most)
+    if not sound:       # nan is not sound either
+        allowed = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise InputError(f"{name} must be {allowed}{f' and below {below}' if below is not None else ''}, not {value}")
+
+
+def compared_fields() -> Iterator[Field[Any]]:
+    """The fields that tables compare."""
+    return (one for one in fields(PruningSettings) if one.metadata["column"] is not None)
 
 
 DENSE = PruningSettings(prune_ratio=0.0)
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """Weights of a decoder layer in matrices (norms, biases and embeddings do not count).
-
-    attention  q, k, v and o projections
-    ffn        the feed-forward network; of a mixture of experts, the experts one token is routed to
-    head       what one query head adds to q_proj and o_proj
-    heads      query heads, and the size of the group they are cut in (see head_groups)
-    """
-
-    attention: int
-    ffn: int
-    head: int
-    head_groups: int
-    heads_per_group: int
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """PruningSettings made concrete for one model.
-
-    ratio      share of a decoder layer's parameters that a decode step leaves out (the headline ratio)
-    ffn_ratio  share of FFN channels that do not finish a decode step (r)
-    """
-
-    ratio: float
-    ffn_ratio: float
-    candidate_width: float
-    head_ratio: float
-    prefill: Literal["pruned", "dense"]
-    all_channels: bool
-    in_place: bool = False
-    unseen_experts: Literal["weights", "dense"] = "weights"
-    min_tokens: int = 1
-    scored_tokens: Literal["all", "text"] = "all"
-    static: StaticPartitions | None = None
-
-    def sizes(self, channels: int) -> PartitionSizes:
-        """Regions of an FFN of `channels` channels."""
-        if self.all_channels and self.ffn_ratio > 0:
-            return all_channel_sizes(channels, self.ffn_ratio)
-        return partition_sizes(channels, self.ffn_ratio, self.candidate_width)
-
-    def head_sizes(self, heads_per_group: int) -> PartitionSizes:
-        """Regions of one group of query heads."""
-        return partition_sizes(heads_per_group, self.head_ratio, self.candidate_width)
-
-
-def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
-    """r = (ratio * (P_attn + P_ffn) - removed head weights) / P_ffn  (POP, Table 8; heads are our extension).
-
-    Raises InputError when the ratio asks for more than the FFN has (r >= 1), or for less than the heads alone remove.
-    """
-    heads = partition_sizes(layer.heads_per_group, settings.head_ratio, settings.candidate_width)
-    if heads.active == 0:
-        raise InputError(
-            f"head ratio {settings.head_ratio} leaves no query head of {layer.heads_per_group} in a group; lower it"
-        )
-    if settings.head_ratio > 0 and heads.active == heads.channels:
-        raise InputError(
-            f"head ratio {settings.head_ratio} turns off none of the {layer.heads_per_group} query heads of a group; "
-            f"raise it above {0.5 / layer.heads_per_group:.2g}, or leave it at 0"
-        )
-    off_heads = (heads.channels - heads.active) * layer.head_groups * layer.head
-    total = layer.attention + layer.ffn
-    if settings.ffn_ratio is not None:
-        ffn_ratio = settings.ffn_ratio
-    else:
-        wanted = DEFAULT_PRUNE_RATIO if settings.prune_ratio is None else settings.prune_ratio
-        ffn_ratio = (wanted * total - off_heads) / layer.ffn
-        if ffn_ratio >= 1:
-            raise InputError(
-                f"prune ratio {wanted} is more than the feed-forward networks hold: "
-                f"it must stay below {(layer.ffn + off_heads) / total:.3f} for this model"
-            )
-        if ffn_ratio < 0:
-            raise InputError(
-                f"head ratio {settings.head_ratio} alone removes {off_heads / total:.3f} of a layer, "
-                f"more than the prune ratio {wanted}; raise the prune ratio or lower the head ratio"
-            )
-    return Pruning(
-        ratio=(ffn_ratio * layer.ffn + off_heads) / total,
-        ffn_ratio=ffn_ratio,
-        candidate_width=settings.candidate_width,
-        head_ratio=settings.head_ratio,
-        prefill=settings.prefill,
-        all_channels=settings.all_channels,
-        in_place=settings.in_place,
-        unseen_experts=settings.unseen_experts,
-        min_tokens=settings.min_tokens,
-        scored_tokens=settings.scored_tokens,
-        static=settings.static,
-    )

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from models.config import read_llama_config
-from models.layers import rotary_frequencies
 from models.pruning.settings import PruningSettings
+from models.rope import rotary_frequencies
 from popengine.engine import Engine
+from popengine.statistics import measured
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.gguf_file import LAYER_NAMES, NAMES, ROPE_FACTORS
 
@@ -49,9 +50,10 @@ class Contender(Protocol):
     name: str
     load_s: float
 
-    def generate(self, prompt: list[int], new_tokens: int, steps: int | None = None) -> Generated:
-        """All of `new_tokens` tokens, greedily, whatever they are.
+    def generate(self, prompts: list[list[int]], new_tokens: int, steps: int | None = None) -> Generated:
+        """All of `new_tokens` tokens, greedily, whatever they are; those of the first prompt are given.
 
+        prompts  of one length
         steps  stop after so many decode steps, with buffers for `new_tokens` all the same (a warm-up)
         """
 
@@ -69,26 +71,26 @@ class OwnEngine:
     def __init__(self, name: str, engine: Engine, pruning: PruningSettings) -> None:
         self.name, self.engine, self.pruning, self.load_s = name, engine, pruning, engine.load_s
 
-    def generate(self, prompt: list[int], new_tokens: int, steps: int | None = None) -> Generated:
-        run = self.engine.run([prompt], new_tokens, self.pruning, ignore_eos=True)
+    def generate(self, prompts: list[list[int]], new_tokens: int, steps: int | None = None) -> Generated:
+        run = self.engine.run(prompts, new_tokens, self.pruning, ignore_eos=True)
         iterator: Iterator[list[int | None]] = iter(run)
         tokens, times = [], []
         for _ in range(new_tokens if steps is None else min(new_tokens, 1 + steps)):
             began = time.perf_counter()
-            (token,) = next(iterator)
+            token, *_ = next(iterator)
             times.append((time.perf_counter() - began) * 1000)
             assert token is not None
             tokens.append(token)
         iterator.close()  # type: ignore[attr-defined]  # a generator: it gives its buffers back to the engine
-        measured = run.statistics()
+        found = measured(run)
         return Generated(
             tokens,
-            measured.prefill_ms,
+            found.prefill_ms,
             times[1:],
-            measured.scores_ms,
-            measured.sort_ms,
-            measured.copy_ms,
-            measured.compile_s,
+            found.scores_ms,
+            found.sort_ms,
+            found.copy_ms,
+            found.compile_s,
         )
 
     def drop_buffers(self) -> None:
@@ -132,16 +134,16 @@ class TransformersEngine:
         self.load_s = time.perf_counter() - began
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int], new_tokens: int, steps: int | None = None) -> Generated:
+    def generate(self, prompts: list[list[int]], new_tokens: int, steps: int | None = None) -> Generated:
         tokens: list[int] = []
         times = []
-        ids, cache = torch.tensor([prompt], device=self.device), None
+        ids, cache = torch.tensor(prompts, device=self.device), None
         for _ in range(new_tokens if steps is None else min(new_tokens, 1 + steps)):
             began = time.perf_counter()
             output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            tokens.append(int(output.logits[0, -1].argmax()))
+            ids, cache = output.logits[:, -1].argmax(dim=-1, keepdim=True), output.past_key_values      # [B, 1]
+            tokens.append(int(ids[0]))
             times.append((time.perf_counter() - began) * 1000)
-            ids, cache = torch.tensor([tokens[-1:]], device=self.device), output.past_key_values
         return Generated(tokens, times[0], times[1:])
 
     def drop_buffers(self) -> None:
@@ -168,11 +170,11 @@ class LlamaCppEngine:
         self.load_s = time.perf_counter() - began
         self.vocabulary = self.model.n_vocab()
 
-    def generate(self, prompt: list[int], new_tokens: int, steps: int | None = None) -> Generated:
+    def generate(self, prompts: list[list[int]], new_tokens: int, steps: int | None = None) -> Generated:
         self.model.reset()
         tokens: list[int] = []
         times = []
-        ids = prompt
+        (ids,) = prompts
         for _ in range(new_tokens if steps is None else min(new_tokens, 1 + steps)):
             began = time.perf_counter()
             self.model.eval(ids)

@@ -1,6 +1,7 @@
 """Public model shapes with random weights: enough to time a model whose checkpoint is not at hand, and no more."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 
-from models.llama import LlamaForCausalLM
+from models.families import architecture
+from models.mixtral import MIXTRAL_NAMES
 from weights.errors import InputError
 
 # What each model's config.json says about its size.
@@ -35,6 +37,12 @@ SHAPES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "mixtral-8x50m": {      # of nobody's model: a mixture small enough to time anywhere
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 4096, "hidden_size": 512,
+        "intermediate_size": 1792, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
     "llama-3.1-8b": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
         "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -56,9 +64,9 @@ def write_random_checkpoint(shape: str, folder: Path) -> Path:
         raise InputError(f"there is no shape named {shape!r}; shapes are {', '.join(SHAPES)}")
     config = SHAPES[shape] | {"torch_dtype": "bfloat16"}
     with torch.device("meta"):
-        model = LlamaForCausalLM.from_config(config)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
+        model = architecture(config, "shape").from_config(config)
+    shapes = {checkpoint_name(name): tensor.shape for name, tensor in model.state_dict().items()}
+    if config["tie_word_embeddings"]:
         del shapes["lm_head.weight"]
 
     layer_of = {name: name.split(".layers.")[1].split(".")[0] if ".layers." in name else "rest" for name in shapes}
@@ -73,6 +81,13 @@ def write_random_checkpoint(shape: str, folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     Tokenizer(WordLevel({"word": 0}, unk_token="word")).save(str(folder / "tokenizer.json"))
     return folder
+
+
+def checkpoint_name(name: str) -> str:
+    """A parameter's name in a checkpoint: Mixtral's are not those of its modules."""
+    for ours, theirs in MIXTRAL_NAMES.items():
+        name = re.sub(rf"\.mlp\.experts\.(\d+)\.{ours}_proj\.", rf".block_sparse_moe.experts.\1.{theirs}.", name)
+    return re.sub(r"\.mlp\.gate\.weight", ".block_sparse_moe.gate.weight", name)
 
 
 def random_weight(name: str, shape: torch.Size, noise: Tensor) -> Tensor:

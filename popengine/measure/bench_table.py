@@ -13,8 +13,8 @@ def describe(result: dict[str, Any], summed_bytes: int) -> str:
         f"machine   {where}; {machine['system']}",
         f"versions  {versions}",
         f"command   {' '.join(result['command'])}",
-        f"model     {what}{result['model']} on {result['device']}, batch 1, {result['prompt_tokens']} prompt tokens "
-        f"and {result['new_tokens']} new ones",
+        f"model     {what}{result['model']} on {result['device']}, batch {result['batch']}, "
+        f"{result['prompt_tokens']} prompt tokens and {result['new_tokens']} new ones",
         f"measured  {result['rounds']} rounds in turns, {result['threads']} threads for every engine; medians, and in "
         "brackets the quartiles",
     ]

@@ -12,9 +12,9 @@ from torch import Tensor
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.pruning.partition import ChannelPartition, channel_scores
-from models.pruning.settings import Pruning
-from popengine.methods.activations import dense_activations, embedded, feed_forward_networks
-from popengine.score import Window, log_probabilities
+from models.pruning.resolve import Pruning
+from popengine.measure.scoring import Window, log_probabilities
+from popengine.methods.activations import Activation, embedded, feed_forward_networks, watch_dense
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ def rank_drift(model: LlamaForCausalLM, window: Window) -> RankDrift:
     split, steps = len(window.prompt), len(window.continuation)
     differences = torch.full((len(names), steps), torch.nan)
     overlaps = differences.clone()
-    for activation in dense_activations(model, embedded(model, window.ids)):
+
+    def watch(activation: Activation) -> None:
         in_prompt = activation.positions < split                                    # [n]
         if not in_prompt.any():
-            continue
+            return
         h, norms = activation.h, activation.ffn.down_norms()
         before = ranks(channel_scores(h[None, in_prompt], norms))                   # [I]
         now = ranks(h[~in_prompt].float().abs() * norms)                            # [n, I]
@@ -49,6 +50,8 @@ def rank_drift(model: LlamaForCausalLM, window: Window) -> RankDrift:
         row, reached = names.index(activation.name), activation.positions[~in_prompt].cpu() - split
         differences[row, reached] = (now - before).abs().float().mean(dim=-1).cpu() / len(before)
         overlaps[row, reached] = ((now < half) & (before < half)).sum(dim=-1).cpu() / half
+
+    watch_dense(model, embedded(model, window.ids), watch)
     return RankDrift(names, differences, overlaps)
 
 
@@ -87,6 +90,7 @@ def picks(model: LlamaForCausalLM, window: Window, pruning: Pruning) -> list[Net
     seen: list[NetworkPicks] = []
 
     def observe(ffn: FeedForward, partition: ChannelPartition, keep: Tensor) -> None:
+        keep = keep.flatten(0, -2)                                                  # [n, C]
         seen.append(NetworkPicks(names[ffn], partition, keep.sum(dim=0), len(keep)))
 
     log_probabilities(model, window, pruning, observe=observe)

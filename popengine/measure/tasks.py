@@ -1,14 +1,13 @@
 """Questions with exact answers, generated and not teacher-forced: what a pruned model still gets right.
 
-They are the synthetic tasks that the small checkpoints of this project have learnt (popengine.measure.text_tasks,
-popengine.measure.picture_tasks), asked from their held-out splits. Each question is a prompt of its own, with a partition of
-its own.
+They are the synthetic tasks that the small checkpoints of this project have learnt (text_tasks, picture_tasks), asked
+from their held-out splits. Each question is a prompt of its own, with a partition of its own.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from models.pruning.settings import PruningSettings
+from models.pruning.resolve import Pruning
 from popengine.engine import Engine
 from popengine.measure.picture_tasks import picture_questions
 from popengine.measure.text_tasks import TASKS, held_out_prompts
@@ -59,9 +58,9 @@ def questions_for(task_set: str, count: int, seed: int) -> list[Question]:
     return TASK_SETS[task_set](count, seed)
 
 
-def is_answered(engine: Engine, question: Question, settings: PruningSettings) -> bool:
+def is_answered(engine: Engine, question: Question, pruning: Pruning) -> bool:
     """Whether the greedy answer up to the end of sequence is exactly the right one."""
     made = engine.generate(
-        question.prompt, images=question.images, max_new_tokens=MAX_ANSWER_TOKENS, pruning=settings
+        question.prompt, images=question.images, max_new_tokens=MAX_ANSWER_TOKENS, pruning=pruning
     )
     return made[0].text.strip() == question.answer

@@ -1,21 +1,22 @@
 """What the feed-forward networks of the dense model compute on a text, one network after the other.
 
-Calibrated methods and studies of the ranking of channels need every network's activation. The layers are walked here
-in plain sight instead of hooking into the model.
+Calibrated methods and studies of the ranking of channels need every network's activation: the pass of a dense prompt is
+given an observer.
 
 T tokens, H hidden size, I FFN channels, n tokens that one network sees.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.clock import Clock
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.mixtral import MixtureOfExperts
+from models.pruning.resolve import resolve
+from models.pruning.settings import DENSE
+from models.reading import layer_weights
 
 
 @dataclass(frozen=True)
@@ -38,34 +39,25 @@ def feed_forward_networks(model: LlamaForCausalLM) -> dict[str, FeedForward]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FeedForward)}
 
 
-def dense_activations(model: LlamaForCausalLM, x: Tensor) -> Iterator[Activation]:
-    """Run the dense model over one text and yield every network's activation on the way, layer by layer.
+@torch.inference_mode()
+def watch_dense(model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None]) -> None:
+    """Run the dense model over one text and show every network's activation, layer by layer.
 
     x  [1, T, H]  embedded tokens. A network that no token reaches is left out.
     """
-    step = model.prefill_step(x, None, None, finish_dense=True, clock=Clock(x.device))
-    for index, layer in enumerate(model.model.layers):
-        x = x + layer.self_attn(layer.input_layernorm(x), step)
-        seen = layer.post_attention_layernorm(x)                                    # [1, T, H]
-        for name, ffn, positions in reached(f"model.layers.{index}.mlp", layer.mlp, seen[0]):
-            if len(positions):
-                yield Activation(name, ffn, positions, ffn.activation(seen[0, positions]))
-        x = x + layer.mlp(seen)
+    names = {ffn: name for name, ffn in feed_forward_networks(model).items()}
+    everything = torch.arange(x.shape[1], device=x.device)                          # [T]
 
+    def observe(ffn: nn.Module, h: Tensor, rows: Tensor | None) -> None:
+        if not isinstance(ffn, FeedForward):
+            return
+        watch(Activation(names[ffn], ffn, everything if rows is None else rows, h[0]))
 
-def reached(name: str, mlp: FeedForward | MixtureOfExperts, x: Tensor) -> Iterator[tuple[str, FeedForward, Tensor]]:
-    """The networks behind one layer's mlp, and which of its tokens x [T, H] reach each: int64 [n]."""
-    everything = torch.arange(len(x), device=x.device)                              # [T]
-    if isinstance(mlp, FeedForward):
-        yield name, mlp, everything
-        return
-    for index, positions in enumerate(mlp.route(x).segments(everything)):
-        yield f"{name}.experts.{index}", mlp.experts[index], positions
-    if mlp.shared_expert is not None:
-        yield f"{name}.shared_expert", mlp.shared_expert, everything
+    state = model.new_state(1, x.shape[1], resolve(DENSE, layer_weights(model)))
+    model.prefill(x, state, observe=observe)
 
 
 @torch.inference_mode()
 def embedded(model: LlamaForCausalLM, ids: list[int]) -> Tensor:
-    """Token ids as `dense_activations` takes them: [1, T, H]"""
-    return model.embed(torch.tensor([ids], device=model.lm_head.weight.device))
+    """Token ids as `watch_dense` takes them: [1, T, H]"""
+    return model.embed(torch.tensor([ids], device=model.device))

@@ -1,13 +1,13 @@
 """Pruning methods by name: each is one small function that says how a ChannelPartition is made or used.
 
-A method turns what the user asked for into PruningSettings. Those that follow the prompt change a setting; static ones
-rank every network's channels in advance and hand the partitions over. Everything after that, prefill, decode steps,
-generation, scoring and byte counts, is the same code for all of them.
+A method turns what the user asked for into a Pruning. Those that follow the prompt change a setting; static ones rank
+every network's channels in advance and put a StaticRule in the place of the prompt's. Everything after that, prefill,
+decode steps, generation, scoring and byte counts, is the same code for all of them.
 
 To add one, write a function that takes a Request and add it to METHODS. For example, ranking channels by the norm of
 their down_proj column alone:
 
-    def down_norm(request: Request) -> PruningSettings:
+    def down_norm(request: Request) -> Pruning:
         return request.keep_highest({name: ffn.down_norms() for name, ffn in request.networks.items()})
 
 I FFN channels, H hidden size.
@@ -16,15 +16,18 @@ I FFN channels, H hidden size.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.mixtral import weight_scores
-from models.pruning.partition import PartitionSizes, StaticChannels, partition_channels, partition_sizes
-from models.pruning.settings import PruningSettings, StaticPartitions, resolve
+from models.pruning.partition import PartitionSizes, partition_channels, partition_sizes
+from models.pruning.resolve import Pruning, resolve
+from models.pruning.rules import StaticChannels, StaticRule
+from models.pruning.settings import PruningSettings
+from models.reading import layer_weights
 from popengine.methods.activations import feed_forward_networks
 from popengine.methods.calibration import Calibration
 from weights.errors import InputError
@@ -36,36 +39,43 @@ class Request:
 
     calibration  None when none was given
     seed         for methods that draw numbers
+    resolve      of the engine, which makes a prior where one is asked for; None: settings ask for none
     """
 
     model: LlamaForCausalLM
     settings: PruningSettings
     calibration: Calibration | None = None
     seed: int = 0
+    resolve: Callable[[PruningSettings], Pruning] | None = None
 
     @cached_property
     def networks(self) -> dict[str, FeedForward]:
         """The feed-forward networks by their place in the model."""
         return feed_forward_networks(self.model)
 
+    def pruning(self, **changes: Any) -> Pruning:
+        """What was asked for, with some settings changed, for this model."""
+        settings = replace(self.settings, **changes)
+        return resolve(settings, layer_weights(self.model)) if self.resolve is None else self.resolve(settings)
+
     @cached_property
     def ffn_ratio(self) -> float:
         """r, the share of FFN channels to prune."""
-        return resolve(self.settings, self.model.layer_weights()).ffn_ratio
+        return self.pruning().ffn_ratio
 
     def calibrated(self, method: str) -> Calibration:
         if self.calibration is None:
             raise InputError(f"method {method} is calibrated on a text: give --calibration-text or --calibration")
         return self.calibration
 
-    def keep_highest(self, scores: dict[str, Tensor]) -> PruningSettings:
+    def keep_highest(self, scores: dict[str, Tensor]) -> Pruning:
         """Keep the (1 - r) I channels of every network that score highest, whatever the prompt. scores [I] by name"""
         kept = {name: partition_sizes(len(of), self.ffn_ratio, 0.0).retained for name, of in scores.items()}
         return self.keep(scores, kept)
 
     def keep(
         self, scores: dict[str, Tensor], kept: dict[str, int], biases: dict[str, Tensor] | None = None
-    ) -> PruningSettings:
+    ) -> Pruning:
         """Keep `kept` channels of each network. biases  [H] by name, see StaticChannels"""
         if self.settings.head_ratio > 0:
             raise InputError("static methods prune no heads: leave the head ratio at 0")
@@ -76,53 +86,54 @@ class Request:
             bias = None
             if biases is not None:
                 off = torch.zeros_like(biases[name]).index_fill(0, partition.pruned, 1) * biases[name]      # [I]
-                bias = (ffn.down_proj.weight.float() @ off).to(ffn.down_proj.weight.dtype)  # [H]
+                weight = ffn.down_proj.values()                                     # [H, I]
+                bias = (weight.float() @ off).to(weight.dtype)                      # [H]
             static[ffn] = StaticChannels(partition, bias)
-        return replace(self.settings, candidate_width=0.0, static=StaticPartitions(static))
+        return replace(self.pruning(candidate_width=0.0), rule=StaticRule(static))
 
 
-def dense(request: Request) -> PruningSettings:
+def dense(request: Request) -> Pruning:
     """Nothing is pruned."""
-    return replace(request.settings, prune_ratio=0.0, ffn_ratio=None, head_ratio=0.0)
+    return request.pruning(prune_ratio=0.0, ffn_ratio=None, head_ratio=0.0)
 
 
-def pop(request: Request) -> PruningSettings:
+def pop(request: Request) -> Pruning:
     """Partition from the prompt, candidates picked anew at every step."""
-    return request.settings
+    return request.pruning()
 
 
-def frozen(request: Request) -> PruningSettings:
+def frozen(request: Request) -> Pruning:
     """The prompt's mask at every step: POP of width 0."""
-    return replace(request.settings, candidate_width=0.0)
+    return request.pruning(candidate_width=0.0)
 
 
-def all_channels(request: Request) -> PruningSettings:
+def all_channels(request: Request) -> Pruning:
     """Every step picks among all channels: the quality ceiling, which saves next to nothing."""
-    return replace(request.settings, all_channels=True)
+    return request.pruning(rule="all-channels")
 
 
-def random(request: Request) -> PruningSettings:
+def random(request: Request) -> Pruning:
     """Channels drawn at random: what any method has to beat."""
     generator = torch.Generator().manual_seed(request.seed)
     return request.keep_highest(
         {
-            name: torch.rand(ffn.gate_proj.out_features, generator=generator).to(ffn.gate_proj.weight.device)
+            name: torch.rand(ffn.channels, generator=generator).to(ffn.device)
             for name, ffn in request.networks.items()
         }
     )
 
 
-def magnitude(request: Request) -> PruningSettings:
+def magnitude(request: Request) -> Pruning:
     """The largest absolute weight of a channel's rows of gate and up, as width pruning of gated networks does."""
     return request.keep_highest(
         {
-            name: torch.maximum(ffn.gate_proj.weight.abs().amax(dim=1), ffn.up_proj.weight.abs().amax(dim=1)).float()
+            name: torch.maximum(*(rows.values().abs().amax(dim=1) for rows in (ffn.gate_proj, ffn.up_proj))).float()
             for name, ffn in request.networks.items()
         }
     )
 
 
-def wanda_sp(request: Request) -> PruningSettings:
+def wanda_sp(request: Request) -> Pruning:
     """Wanda's |weight| times activation norm (arXiv 2306.11695), summed over a channel's column of down_proj.
 
     As "Wanda-sp" in FLAP (arXiv 2312.11983). Networks that the calibration never reached are ranked by weights alone.
@@ -131,13 +142,13 @@ def wanda_sp(request: Request) -> PruningSettings:
     scores = {}
     for name, ffn in request.networks.items():
         moments = calibration.moments[name]
-        scores[name] = ffn.down_proj.weight.float().abs().sum(dim=0) * moments.mean_square.sqrt()   # [I]
+        scores[name] = ffn.down_proj.values().float().abs().sum(dim=0) * moments.mean_square.sqrt()   # [I]
         if moments.tokens == 0:
-            scores[name] = weight_scores(ffn)
+            scores[name] = ffn.weight_scores()
     return request.keep_highest(scores)
 
 
-def flap(request: Request) -> PruningSettings:
+def flap(request: Request) -> Pruning:
     """FLAP (arXiv 2312.11983): channels that fluctuate little go, and their mean stays as a bias of down_proj.
 
     Score: variance of the channel times the squared norm of its down_proj column, standardised inside each network
@@ -149,7 +160,7 @@ def flap(request: Request) -> PruningSettings:
         moments = calibration.moments[name]
         raw = moments.variance * ffn.down_norms().square()                          # [I]
         if moments.tokens < 2:
-            raw = weight_scores(ffn)
+            raw = ffn.weight_scores()
         scores[name] = (raw - raw.mean()) / raw.std().clamp(min=1e-12)
     together = torch.cat(list(scores.values()))
     budget = sum(partition_sizes(len(of), request.ffn_ratio, 0.0).retained for of in scores.values())
@@ -160,7 +171,7 @@ def flap(request: Request) -> PruningSettings:
     return request.keep(scores, kept, {name: moments.mean for name, moments in calibration.moments.items()})
 
 
-METHODS: dict[str, Callable[[Request], PruningSettings]] = {
+METHODS: dict[str, Callable[[Request], Pruning]] = {
     "dense": dense,
     "pop": pop,
     "frozen": frozen,
@@ -172,7 +183,7 @@ METHODS: dict[str, Callable[[Request], PruningSettings]] = {
 }
 
 
-def settings_for(method: str, request: Request) -> PruningSettings:
+def pruning_for(method: str, request: Request) -> Pruning:
     """What `method` makes of the request. Raises InputError for an unknown method."""
     check_method(method)
     return METHODS[method](request)

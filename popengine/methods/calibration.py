@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.llama import LlamaForCausalLM
-from popengine.methods.activations import dense_activations, feed_forward_networks
+from popengine.methods.activations import Activation, feed_forward_networks, watch_dense
 from weights.errors import InputError
 
 FORMAT = "popengine calibration 1"
@@ -63,14 +63,17 @@ def calibrate(model: LlamaForCausalLM, texts: Iterable[Tensor], made_from: str) 
     networks = feed_forward_networks(model)
     tokens = dict.fromkeys(networks, 0)
     sums = {
-        name: torch.zeros(2, ffn.gate_proj.out_features, dtype=torch.float64, device=ffn.gate_proj.weight.device)
+        name: torch.zeros(2, ffn.channels, dtype=torch.float64, device=ffn.device)
         for name, ffn in networks.items()
     }                                                                               # of h and of its square, [2, I]
+
+    def add(activation: Activation) -> None:
+        h = activation.h.double()                                                   # [n, I]
+        tokens[activation.name] += len(h)
+        sums[activation.name] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)])
+
     for x in texts:
-        for activation in dense_activations(model, x):
-            h = activation.h.double()                                               # [n, I]
-            tokens[activation.name] += len(h)
-            sums[activation.name] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)])
+        watch_dense(model, x, add)
     moments = {}
     for name, (total, squares) in sums.items():
         n = tokens[name]
@@ -113,6 +116,6 @@ def load_calibration(path: Path, model: LlamaForCausalLM) -> Calibration:
         )
     moments = {}
     for name, ffn in networks.items():
-        mean, variance = (tensors[f"{name}.{key}"].to(ffn.down_proj.weight.device) for key in ("mean", "variance"))
+        mean, variance = (tensors[f"{name}.{key}"].to(ffn.device) for key in ("mean", "variance"))
         moments[name] = Moments(int(tensors[f"{name}.tokens"]), mean, variance)
     return Calibration(moments, metadata["made_from"], metadata["model"])

@@ -4,7 +4,7 @@ Where an image token is put, in this order: where the prompt says `<image>` (or 
 where the chat template puts the image parts of a message; and, for a template that knows no image parts and for a
 checkpoint without a template, at the front of the first user's text, one line per image.
 
-P image tokens per picture, H hidden size of the language model.
+B batch, T prompt tokens, P image tokens per picture, H hidden size of the language model.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.clock import Clock
+from models.llama import LlamaForCausalLM
 from models.llava import LlavaForConditionalGeneration
 from popengine.pictures.images import ImageProcessing, ImageSource, read_image_processing
 from popengine.text.tokenizer import TextTokenizer
@@ -23,8 +25,41 @@ from weights.errors import InputError
 Messages = list[dict[str, Any]]
 
 
+class TextOnly:
+    """What the engine asks about pictures where a checkpoint reads none."""
+
+    unknown_fields: tuple[str, ...] = ()
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.model = model
+
+    def plain_text(self, prompt: str, images: int) -> str:
+        return prompt
+
+    def render(self, messages: Messages, images: int, render: Callable[[Messages], str]) -> str:
+        return render(messages)
+
+    def expand(self, ids: list[int], images: int) -> list[int]:
+        if images:
+            raise InputError(
+                "an image was given, and this checkpoint is a text model; a LLaVA checkpoint reads images"
+            )
+        return ids
+
+    def pixel_values(self, images: Sequence[ImageSource]) -> Tensor | None:
+        return None
+
+    def image_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
+        return 0
+
+    def embed(
+        self, tokens: Tensor, real: Tensor | None, pixel_values: Tensor | None, scored: str
+    ) -> tuple[Tensor, Tensor | None, float]:
+        return self.model.embed(tokens), None, 0.0
+
+
 class Vision:
-    """What the engine asks when a checkpoint can read images. Nothing is read from disk before the first image."""
+    """The same where it does. Nothing is read from disk before the first image."""
 
     def __init__(self, model: LlavaForConditionalGeneration, tokenizer: TextTokenizer, directory: Path) -> None:
         self.model, self.tokenizer, self.directory = model, tokenizer, directory
@@ -58,8 +93,10 @@ class Vision:
             )
         return processing
 
-    def pixel_values(self, images: Sequence[ImageSource]) -> Tensor:
+    def pixel_values(self, images: Sequence[ImageSource]) -> Tensor | None:
         """Images, paths or Pillow's, as the tower reads them: float32 [images, 3, Y, X]. InputError for a bad one."""
+        if not images:
+            return None
         pictures = [self.processing.pixel_values(image) for image in images]
         side = self.model.config.vision.image_size
         for picture in pictures:
@@ -69,6 +106,29 @@ class Vision:
                     f"vision tower reads {side} x {side}: give square images of that size, or mend the configuration"
                 )
         return torch.stack(pictures)
+
+    def embed(
+        self, tokens: Tensor, real: Tensor | None, pixel_values: Tensor | None, scored: str
+    ) -> tuple[Tensor, Tensor | None, float]:
+        """The prompts with their pictures in place, which tokens count in the scores, and the seconds pictures took.
+
+        tokens int64 [B, T]; real bool [B, T] or None; pixel_values [pictures, 3, Y, X] or None; scored "all" or "text"
+        returns  [B, T, H]; bool [B, T], None for all real ones; seconds
+        """
+        clock, features = Clock(tokens.device), None
+        if pixel_values is not None:
+            with clock.phase("images"):
+                features = self.model.encode_images(pixel_values.to(tokens.device))     # [pictures, P, H]
+        x = self.model.embed(tokens, features)                                      # [B, T, H]
+        counted = None
+        if scored == "text":
+            text = ~self.model.is_image(tokens)                                     # [B, T]
+            counted = text if real is None else text & real
+        return x, counted, clock.milliseconds("images") / 1000
+
+    def plain_text(self, prompt: str, images: int) -> str:
+        """A prompt that no template goes over."""
+        return self.plain(self.messages([{"role": "user", "content": prompt}], images)[0]["content"])
 
     def messages(self, messages: Messages, images: int) -> Messages:
         """A conversation with every content as a list of parts, images placed if none of it says where they stand."""

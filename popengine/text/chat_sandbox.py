@@ -1,7 +1,7 @@
 """Renders a chat template as Hugging Face does, in a process of its own that may use little and reach nothing.
 
-A chat template is a program that came with somebody's checkpoint. `popengine.text.chat` runs this file as a script, isolated
-(`python -I -S`), with one JSON object on stdin and one on stdout. It imports the standard library and jinja2 only.
+A chat template is a program that came with somebody's checkpoint. `popengine.text.chat` runs this file as a script,
+isolated (`python -I -S`), with one JSON object on stdin and one on stdout. It imports the standard library and jinja2.
 """
 
 import json

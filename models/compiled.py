@@ -1,0 +1,107 @@
+"""A model's decode step through torch.compile. Nothing else knows of it but the products, which are chosen where they
+are computed (models/products.py).
+
+B batch, H hidden size, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from models.llama import LlamaForCausalLM, decode_layers, prefill_layers
+from models.passes import DecodePass, PrefillPass
+from models.pruning.resolve import Pruning
+from models.state import DecodeState
+
+# Layers that one call of compiled code runs at most.
+MOST_LAYERS_PER_CALL = 4
+
+
+class CompiledDecode:
+    """One function for every few layers, two for the ends.
+
+    A call of a compiled function costs some 60 microseconds whatever it computes, and compiling takes time for each
+    layer in it. Groups are of one size, so that they share one compiled function.
+
+    steps  the table of steps that have been compiled: batch size and pruning, to the seconds that took. Another prompt
+           or another capacity is the same step; `prepare` adds one before it is first run.
+    """
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.model = model
+        self.steps: dict[tuple[int, Pruning], float] = {}
+        # Every step of the one function counts towards this limit, past which PyTorch would silently run eagerly.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        layers = tuple(model.model.layers)
+        size = max(size for size in range(1, MOST_LAYERS_PER_CALL + 1) if len(layers) % size == 0)
+        self.groups = {first: layers[first : first + size] for first in range(0, len(layers), size)}
+        # Checking again that inputs have the shapes compiled for takes 4 % of a step: the guards have seen to that.
+        compile = partial(torch.compile, dynamic=False, options={"size_asserts": False})
+        self.begin: Callable[..., tuple[Tensor, DecodePass]] = compile(LlamaForCausalLM.begin)
+        self.layers: Callable[..., Tensor] = compile(decode_layers)
+        self.begin_dense: Callable[..., tuple[Tensor, PrefillPass]] = compile(LlamaForCausalLM.begin_dense)
+        self.dense_layers: Callable[..., Tensor] = compile(prefill_layers)
+        self.head: Callable[..., Tensor] = compile(LlamaForCausalLM.head)
+
+    def prepare(self, state: DecodeState) -> float:
+        """Have the steps of this state compiled, so that no step of a run waits for it; returns the seconds it took."""
+        cache = state.cache
+        torch._dynamo.mark_dynamic(cache.slots, 0)      # the capacity: one compiled step serves them all
+        for buffer in cache.keys + cache.values:
+            torch._dynamo.mark_dynamic(buffer, 2)
+        key = (len(state.live), state.pruning)
+        if key in self.steps:
+            return 0.0
+        began = time.perf_counter()
+        with torch.inference_mode():
+            tokens = torch.zeros(len(state.live), dtype=torch.int64, device=state.live.device)
+            self.model.prefill(self.model.embed(tokens.unsqueeze(1)), state)
+            self.step(tokens, state, dense=False)
+            if state.gathering.ever_dense:
+                self.step(tokens, state, dense=True)
+        self.steps[key] = time.perf_counter() - began
+        return self.steps[key]
+
+    def __call__(self, tokens: Tensor, state: DecodeState) -> Tensor:
+        """What `decode` of the model computes. tokens int64 [B] -> logits [B, V]"""
+        state.cache.make_room()
+        dense, draws = state.gathering.next_step()
+        if not draws:
+            return self.step(tokens, state, dense)
+        # A step that draws partitions is rare, and sorts and copies: it runs as it is written.
+        return self.model.dense_step(tokens, state, draws)
+
+    def step(self, tokens: Tensor, state: DecodeState, dense: bool) -> Tensor:
+        """tokens int64 [B] -> logits [B, V]"""
+        step: DecodePass | PrefillPass
+        if dense:       # its tokens are counted by the Gathering alone: a number that changes would be compiled anew
+            (x, step), run = self.begin_dense(self.model, tokens, state, False, 0), self.dense_layers
+        else:
+            (x, step), run = self.begin(self.model, tokens, state), self.layers     # [B, 1, H]
+        for mask in step.masks.values():
+            torch._dynamo.mark_dynamic(mask, 3)
+        for first, layers in self.groups.items():
+            x = run(layers, x, state.layers[first : first + len(layers)], step)
+        state.cache.advance()
+        return self.head(self.model, x)[:, 0]                                       # [B, V]
+
+    def trusting_guards(self) -> AbstractContextManager[object]:
+        """For steps that `prepare` has seen to.
+
+        PyTorch then tells its compiled functions apart by what differs between them, and leaves out some 250 other
+        checks of every call, which take 5 % of a step.
+        """
+        return torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Why torch.compile cannot work on this machine, in one line; None when it can."""
+    try:
+        torch.compile(torch.neg, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:      # whatever a compiler, its absence or its environment raises
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return None

@@ -1,0 +1,28 @@
+"""The one table of architectures, by the name that config.json gives: another family is one file and one line here."""
+
+from typing import Any
+
+from models.llama import LlamaForCausalLM
+from models.llava import LlavaForConditionalGeneration
+from models.mixtral import MixtralForCausalLM
+from weights.errors import InputError
+
+ARCHITECTURES: dict[str, type[LlamaForCausalLM] | type[LlavaForConditionalGeneration]] = {
+    "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": LlamaForCausalLM,
+    "Qwen2ForCausalLM": LlamaForCausalLM,
+    "Qwen3ForCausalLM": LlamaForCausalLM,
+    "MixtralForCausalLM": MixtralForCausalLM,
+    "Qwen2MoeForCausalLM": MixtralForCausalLM,
+    "Qwen3MoeForCausalLM": MixtralForCausalLM,
+    "LlavaForConditionalGeneration": LlavaForConditionalGeneration,
+}
+
+
+def architecture(config: dict[str, Any], where: str) -> type[LlamaForCausalLM] | type[LlavaForConditionalGeneration]:
+    """The class of a config.json. Raises InputError for one that is not supported."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise InputError(f"{where}: architecture {name!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]

@@ -1,0 +1,166 @@
+"""Passes: which rows go through a layer, at which positions, who sees whom, what counts as evidence, who decides.
+
+Two kinds, as there are two visible paths in every block. A PrefillPass is a prompt on its way: its rows are evidence. A
+DecodePass is what follows: one row per sequence, which decide together, or the rows of a text that is known already,
+each for itself. A mixture hands each of its experts a part of a pass.
+
+B batch, T rows, S slots that are seen, D head size, n rows of a part.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.cache import KVCache
+from models.clock import Clock
+from models.products import attend_cache, attend_prompt
+from models.pruning.partition import Evidence, channel_scores
+
+# Told, by every feed-forward network, what it computed: see FeedForward.prefill and FeedForward.decode.
+Observer = Callable[..., None]
+Masks = dict[int | None, Any]
+Rotary = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass
+class PrefillPass:
+    """What every layer needs to run a prompt, or more of one.
+
+    cos, sin      [B, T, D]  rotary embedding of the positions
+    slots         int64 [T], the cache slots that these rows fill
+    follows       whether rows came before, which these attend to in the cache; else to each other alone
+    masks         by attention window. Of rows that follow: float [B, 1, T, S], 0 where a row may look and -inf
+                  elsewhere; else bool [B, 1, T, T], True where it may look, None: causal and nothing else
+    counted       bool [B, T], rows that count as evidence (None: all), `tokens` of them
+    draws         partitions are drawn from the evidence so far
+    finish_dense  down_proj and o_proj run on all channels (prefill "dense"), not only on the resident ones
+    rows          int64 [n], which rows of the batch these are, where they are a part; None: all
+    """
+
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    follows: bool
+    masks: Masks
+    counted: Tensor | None
+    tokens: int
+    draws: bool
+    finish_dense: bool
+    clock: Clock
+    observe: Observer | None = None
+    rows: Tensor | None = None
+
+    def see(self, evidence: Evidence, h: Tensor) -> None:
+        """Add what these rows show to the evidence. h [B, T, I]"""
+        if self.follows:                # a step, perhaps a compiled one: nobody times its parts
+            evidence.add(h, self.counted, self.tokens)
+        else:
+            with self.clock.phase("scores"):
+                evidence.add(h, self.counted, self.tokens)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+        """q [B, N, T, D]; k, v [B, K, T, D], of these rows; keys, values [B, K, S, D], the cache -> [B, T, N, D]"""
+        if self.follows:
+            return attend_cache(q, keys, values, self.masks[window])
+        return attend_prompt(q, k, v, self.masks[window])
+
+    def part(self, rows: Tensor, counted: Tensor | None, tokens: int) -> "PrefillPass":
+        """The pass of some rows alone, through a network that does not look at positions. counted bool [1, n]"""
+        return replace(self, rows=rows, counted=counted, tokens=tokens)
+
+
+@dataclass
+class DecodePass:
+    """What every layer needs to run rows that come after the prompt.
+
+    cos, sin  [B, T, D]; masks by attention window: float [B, 1, T, S], 0 where a row may look and -inf elsewhere
+    slots     int64 [T], the cache slots that these rows fill
+    live      bool [B, 1], False for sequences that have ended: they do not count when candidates are chosen
+    together  whether the rows decide together (the sequences of a batch, at one step) or each for itself
+    """
+
+    cos: Tensor
+    sin: Tensor
+    masks: Masks
+    slots: Tensor
+    live: Tensor
+    together: bool
+    observe: Observer | None = None
+
+    def scores(self, h: Tensor, norms: Tensor) -> Tensor:
+        """Importance of channels at this step. h [B, T, C], norms [C] -> [C], or [B, T, C] where rows are alone."""
+        return channel_scores(h, norms, self.live) if self.together else h.float().abs() * norms
+
+    def part(self, live: Tensor) -> "DecodePass":
+        """The pass of some rows alone, as one sequence each. live bool [n, 1]"""
+        return replace(self, live=live)
+
+
+def visible(queries: Tensor, slots: Tensor, padding: Tensor | None, window: int | None) -> Tensor:
+    """Where rows may look: at what is not after them, nor padding, nor further back than the window, counted with them.
+
+    queries int64 [T], the slots of the rows; slots int64 [S]; padding int64 [B, 1], slots on the left that are none
+    -> bool [B or 1, T, S]
+    """
+    query, key = queries[:, None], slots[None, :]
+    seen = key <= query                                                             # [T, S]
+    if window is not None:
+        seen = seen & (key > query - window)
+    return seen[None] if padding is None else seen & (key >= padding[:, None])      # [B, T, S]
+
+
+def prefill_pass(
+    rotary: Rotary, windows: Iterable[int | None], x: Tensor, real: Tensor | None, counted: Tensor | None = None,
+    clock: Clock | None = None, observe: Observer | None = None,
+) -> PrefillPass:
+    """Of a whole prompt, to be finished on all channels.
+
+    x [B, T, H]; real bool [B, T], None: no padding; counted bool [B, T], None: all real ones
+    """
+    slots = torch.arange(x.shape[1], device=x.device)                               # [T]
+    padding = None if real is None else (~real).sum(dim=1, keepdim=True)            # [B, 1]
+    cos, sin = rotary(slots[None] if padding is None else (slots - padding).clamp(min=0), x.dtype)
+    masks: Masks = {}
+    for window in set(windows):
+        masks[window] = None
+        if padding is not None or (window is not None and window < len(slots)):
+            # A padding slot sees itself, so that no row of the softmax is empty.
+            masks[window] = (visible(slots, slots, padding, window) | (slots[:, None] == slots))[:, None]
+    counted = real if counted is None else counted
+    tokens = x.shape[:-1].numel() if counted is None else int(counted.sum())
+    clock = clock or Clock(x.device)
+    return PrefillPass(cos, sin, slots, False, masks, counted, tokens, True, True, clock, observe)
+
+
+def following_pass(
+    rotary: Rotary, windows: Iterable[int | None], x: Tensor, cache: KVCache, counted: Tensor | None, tokens: int,
+    draws: bool, clock: Clock, observe: Observer | None = None,
+) -> PrefillPass:
+    """Of rows after those in the cache, finished on all channels. x [B, T, H]; counted bool [B, T], `tokens` True"""
+    slots = cache.length + torch.arange(x.shape[1], device=x.device)                # [T]
+    cos, sin, masks = in_cache(rotary, windows, cache, slots, x.dtype)
+    return PrefillPass(cos, sin, slots, True, masks, counted, tokens, draws, True, clock, observe)
+
+
+def decode_pass(
+    rotary: Rotary, windows: Iterable[int | None], x: Tensor, cache: KVCache, live: Tensor, together: bool,
+    observe: Observer | None = None,
+) -> DecodePass:
+    """Of rows after those in the cache. x [B, T, H]; live bool [B, 1]"""
+    slots = cache.length if x.shape[1] == 1 else cache.length + torch.arange(x.shape[1], device=x.device)       # [T]
+    return DecodePass(*in_cache(rotary, windows, cache, slots, x.dtype), slots, live, together, observe)
+
+
+def in_cache(
+    rotary: Rotary, windows: Iterable[int | None], cache: KVCache, slots: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Masks]:
+    """Rotary embedding and masks of rows that fill these slots of the cache, int64 [T]."""
+    cos, sin = rotary(slots[None] - cache.padding, dtype)                           # [B, T, D]
+    masks: Masks = {}
+    for window in set(windows):
+        hidden = ~visible(slots, cache.slots, cache.padding, window)[:, None]       # [B, 1, T, S]
+        masks[window] = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
+    return cos, sin, masks

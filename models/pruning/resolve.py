@@ -1,0 +1,79 @@
+"""What settings mean for one model: the ratio of the feed-forward network, and the rule that cuts it.
+
+The headline ratio is a share of a decoder layer's parameters, but only the feed-forward network (and, on request, the
+heads) give anything up, so their own ratio is higher (POP, arXiv 2602.06822, Table 8).
+"""
+
+from dataclasses import dataclass
+
+from models.pruning.partition import partition_sizes
+from models.pruning.rules import RULES, Rule
+from models.pruning.settings import DEFAULT_PRUNE_RATIO, PruningSettings
+from weights.errors import InputError
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Weights of a decoder layer in matrices (norms, biases and embeddings do not count).
+
+    attention  q, k, v and o projections
+    ffn        the feed-forward network; of a mixture of experts, the experts one token is routed to
+    head       what one query head adds to q_proj and o_proj
+    heads      query heads, and the size of the group they are cut in (see Attention.head_groups)
+    """
+
+    attention: int
+    ffn: int
+    head: int
+    head_groups: int
+    heads_per_group: int
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """PruningSettings made concrete for one model.
+
+    ratio      share of a decoder layer's parameters that a decode step leaves out (the headline ratio)
+    ffn_ratio  share of FFN channels that do not finish a decode step (r)
+    """
+
+    ratio: float
+    ffn_ratio: float
+    settings: PruningSettings
+    rule: Rule
+
+
+def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
+    """r = (ratio * (P_attn + P_ffn) - removed head weights) / P_ffn  (POP, Table 8; heads are our extension).
+
+    Raises InputError when the ratio asks for more than the FFN has (r >= 1), or for less than the heads alone remove.
+    """
+    heads = partition_sizes(layer.heads_per_group, settings.head_ratio, settings.candidate_width)
+    if heads.active == 0:
+        raise InputError(
+            f"head ratio {settings.head_ratio} leaves no query head of {layer.heads_per_group} in a group; lower it"
+        )
+    if settings.head_ratio > 0 and heads.active == heads.channels:
+        raise InputError(
+            f"head ratio {settings.head_ratio} turns off none of the {layer.heads_per_group} query heads of a group; "
+            f"raise it above {0.5 / layer.heads_per_group:.2g}, or leave it at 0"
+        )
+    off_heads = (heads.channels - heads.active) * layer.head_groups * layer.head
+    total = layer.attention + layer.ffn
+    if settings.ffn_ratio is not None:
+        ffn_ratio = settings.ffn_ratio
+    else:
+        wanted = DEFAULT_PRUNE_RATIO if settings.prune_ratio is None else settings.prune_ratio
+        ffn_ratio = (wanted * total - off_heads) / layer.ffn
+        if ffn_ratio >= 1:
+            raise InputError(
+                f"prune ratio {wanted} is more than the feed-forward networks hold: "
+                f"it must stay below {(layer.ffn + off_heads) / total:.3f} for this model"
+            )
+        if ffn_ratio < 0:
+            raise InputError(
+                f"head ratio {settings.head_ratio} alone removes {off_heads / total:.3f} of a layer, "
+                f"more than the prune ratio {wanted}; raise the prune ratio or lower the head ratio"
+            )
+    rule = RULES[settings.rule](ffn_ratio, settings.candidate_width, settings.head_ratio, settings.min_tokens)
+    return Pruning((ffn_ratio * layer.ffn + off_heads) / total, ffn_ratio, settings, rule)

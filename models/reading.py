@@ -1,0 +1,96 @@
+"""What a model weighs and what a step reads: all accounting of weights and bytes.
+
+The cost model of every report: bytes of weights per token = attention + lm_head + feed-forward networks, of which a
+step reads what stays resident, and of down_proj only what is chosen where its matrix can leave the rest unread.
+"""
+
+from typing import Any
+
+from models.experts import ActiveExperts, MixtureOfExperts
+from models.feed_forward import FeedForward
+from models.matrix import Matrix
+from models.pruning.resolve import LayerWeights, Pruning
+from models.pruning.rules import Rule
+
+
+def weight_count(matrix: Matrix) -> int:
+    return matrix.in_features * matrix.out_features
+
+
+def layer_weights(model: Any) -> LayerWeights:
+    """Weights per decoder layer of a language model, averaged over layers where they differ."""
+    layers = model.model.layers
+    attention, first = 0, layers[0].self_attn
+    for layer in layers:
+        one = layer.self_attn
+        attention += sum(map(weight_count, (one.q_proj, one.k_proj, one.v_proj, one.o_proj)))
+    return LayerWeights(
+        attention=attention // len(layers),
+        ffn=sum(ffn_weights(layer.mlp) for layer in layers) // len(layers),
+        head=2 * first.head_dim * first.q_proj.in_features,
+        head_groups=first.head_groups,
+        heads_per_group=first.heads // first.head_groups,
+    )
+
+
+def ffn_weights(mlp: FeedForward | MixtureOfExperts) -> int:
+    """Weights that the prune ratio is a share of; of a mixture, those of the experts one token is routed to.
+
+    The paper leaves out the shared expert (POP, Table 8), which is pruned at the same rate as the others all the same.
+    """
+    if isinstance(mlp, MixtureOfExperts):
+        return mlp.experts_per_token * ffn_weights(mlp.experts[0])
+    return 3 * weight_count(mlp.gate_proj)
+
+
+def bytes_per_token(model: Any, pruning: Pruning, batch: int = 1, state: Any = None) -> int:
+    """Bytes of weights that one decode step of `batch` sequences reads for each token of one of them.
+
+    state  the DecodeState of a run, which knows which experts have no copy of their active weights; None: all have one
+    """
+    read = model.lm_head.read_bytes()
+    for index, layer in enumerate(model.model.layers):
+        active = None if state is None else state.layers[index].ffn
+        read += attention_bytes(layer.self_attn, pruning.rule) + mlp_bytes(layer.mlp, pruning.rule, batch, active)
+    return read
+
+
+def attention_bytes(attention: Any, rule: Rule) -> int:
+    heads = rule.head_sizes(attention.heads // attention.head_groups)
+    queries = heads.resident * attention.head_groups * attention.head_dim
+    keys_and_values = attention.k_proj.read_bytes() + attention.v_proj.read_bytes()
+    return keys_and_values + attention.q_proj.read_bytes(rows=queries) + attention.o_proj.read_bytes(columns=queries)
+
+
+def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: Rule, batch: int, active: ActiveExperts | None) -> int:
+    if isinstance(mlp, FeedForward):
+        return ffn_bytes(mlp, rule, batch)
+    each = [
+        ffn_bytes(expert, None if active is not None and active.is_whole(index) else rule, 1)
+        for index, expert in enumerate(mlp.experts)
+    ]
+    shared = 0 if mlp.shared_expert is None else ffn_bytes(mlp.shared_expert, rule, batch)
+    return mlp.experts_per_token * sum(each) // len(each) + shared
+
+
+def ffn_bytes(ffn: FeedForward, rule: Rule | None, batch: int) -> int:
+    """Of one network's step; no rule: it multiplies with its full weights."""
+    if rule is None:
+        return 3 * ffn.gate_proj.read_bytes()
+    sizes = rule.sizes(ffn)
+    finishing = sizes.active if ffn.down_proj.reads_chosen_columns(batch) else sizes.resident
+    return 2 * ffn.gate_proj.read_bytes(rows=sizes.resident) + ffn.down_proj.read_bytes(columns=finishing)
+
+
+def copy_bytes(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
+    """Memory that active copies of a network (in a mixture: of all its experts) take; nothing to prune, no copy."""
+    if isinstance(mlp, MixtureOfExperts):
+        networks = [*mlp.experts] if mlp.shared_expert is None else [*mlp.experts, mlp.shared_expert]
+        return sum(copy_bytes(ffn, pruning) for ffn in networks)
+    sizes = pruning.rule.sizes(mlp)
+    return 3 * mlp.gate_proj.read_bytes(rows=sizes.resident) if sizes.prunes else 0
+
+
+def all_copy_bytes(model: Any, pruning: Pruning) -> int:
+    """The same for every layer of a language model."""
+    return sum(copy_bytes(layer.mlp, pruning) for layer in model.model.layers)

@@ -1,0 +1,72 @@
+"""The table of a comparison, for people."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import Field
+from functools import partial
+from typing import Any
+
+from models.pruning.settings import compared_fields
+
+
+def markdown(
+    rows: Sequence[dict[str, Any]], about: dict[str, Any], studies: dict[str, dict[str, float]]
+) -> str:
+    """The table for people. Columns in which every row is alike are left out."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "method": lambda row: row["method"],
+        "ratio": lambda row: f"{row['ratio']:.3g}",
+        "r (FFN)": lambda row: f"{row['ffn_ratio']:.3g}",
+    }
+    for one in compared_fields():
+        if one.metadata["column"]:
+            columns[one.metadata["column"]] = partial(setting_cell, one)
+    always: dict[str, Callable[[dict[str, Any]], str]] = {
+        "MB per token": lambda row: f"{row['weight_bytes_per_token'] / 1e6:.1f}",
+        "of dense": lambda row: f"{row['weight_share']:.1%}",
+    }
+    if "perplexity" in rows[0]:
+        always |= {
+            "perplexity": lambda row: f"{row['perplexity']:.2f}",
+            "loss": lambda row: f"{row['mean_loss']:.3f} ± {row['standard_error'] or float('nan'):.3f}",
+            "same top token": lambda row: f"{row['agreement']:.1%}",
+            "KL from dense": lambda row: f"{max(0.0, row['divergence']):.3f}",
+            "same token generated": lambda row: f"{row['generated_agreement']:.1%}",
+            "tokens alike (median)": lambda row: f"{row['identical_tokens']:.1f}",
+        }
+    for name in rows[0]:
+        if name.startswith("tasks_"):
+            for task in rows[0][name]["asked"]:
+                always[task] = partial(share_right, name, [task])
+            always["all tasks"] = partial(share_right, name, list(rows[0][name]["asked"]))
+    shown = {
+        name: show for name, show in columns.items()
+        if name == "method" or len({show(row) for row in rows} - {""}) > 1
+    } | always
+    lines = [
+        "| " + " | ".join(shown) + " |",
+        "|" + "---|" * len(shown),
+        *("| " + " | ".join(show(row) for show in shown.values()) + " |" for row in rows),
+    ]
+    machine_words = ", ".join(f"{name} {value}" for name, value in about["machine"].items())
+    facts = [f"{name.replace('_', ' ')} {value}" for name, value in about.items()
+             if name not in ("machine", "plots") and value is not None]
+    studied = []
+    for name, found in studies.items():
+        figures = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in found.items())
+        studied.append(f"{name[0].upper()}{name[1:]}: {figures}.")
+    ending = [*studied, f"Measured with: {'; '.join(facts)}.", f"Machine: {machine_words}."]
+    return "\n".join([*lines, *(line for sentence in ending for line in ("", sentence)), ""])
+
+
+def setting_cell(one: Field[Any], row: dict[str, Any]) -> str:
+    """A setting, where it matters to the row's method."""
+    value, matters = row[one.name], one.metadata["matters"]
+    if row["method"] == "dense" or (matters == "to pop" and row["method"] != "pop"):
+        return ""
+    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def share_right(task_set: str, tasks: Sequence[str], row: dict[str, Any]) -> str:
+    """Of the questions of these tasks together."""
+    right, asked = (sum(row[task_set][key][task] for task in tasks) for key in ("right", "asked"))
+    return f"{right / asked:.1%}"

@@ -1,0 +1,138 @@
+"""Evidence before any token: what a model's channels do on text that it samples itself, from its first token alone.
+
+A short prompt is thin evidence. The prior needs no data: it is made once per checkpoint, kept beside it
+(prior.safetensors) or in the user's cache under a digest of the weights, and counts as so many tokens as the setting
+`prior` says. GLASS (arXiv 2508.14302) fuses ranks to the same end; here squares are added up like any other evidence.
+
+H hidden size, I channels of a network (or coordinates of an attention's heads), n rows that one network sees.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models.attention import Attention
+from models.feed_forward import FeedForward
+from models.llama import LlamaForCausalLM
+from models.pruning.rules import Prior
+from models.pruning.settings import DENSE
+from popengine.sampling import Sampling
+
+FORMAT = "popengine prior 1"
+FILE = "prior.safetensors"
+TEXTS, TEXT_TOKENS = 16, 160
+
+
+class Sampler(Protocol):
+    """What is asked of an engine."""
+
+    model: LlamaForCausalLM
+    tokenizer: Any
+    max_seq_len: int
+    device: torch.device
+    folder: Path
+    idle_state: Any
+
+    def run(self, *arguments: Any, **named: Any) -> Any: ...
+
+    def resolve(self, pruning: Any) -> Any: ...
+
+
+def prior_for(engine: Sampler, tokens: int, progress: bool) -> Prior:
+    """The prior of this engine's model, read where it is kept, else made and kept."""
+    model = engine.model
+    name = digest(model)
+    kept = cache_folder() / f"{name}.safetensors"
+    found = read(engine.folder / FILE, name, model) or read(kept, name, model)
+    if found is None:
+        found = make(engine, progress)
+        write(kept, name, found, model)
+    return Prior(found, tokens)
+
+
+def observed(model: LlamaForCausalLM) -> dict[str, FeedForward | Attention]:
+    """The networks and attentions that a prior knows of, by their place in the model."""
+    return {name: one for name, one in model.named_modules() if isinstance(one, (FeedForward, Attention))}
+
+
+def digest(model: LlamaForCausalLM) -> str:
+    """Tells the weights of models apart, in whatever dtype they are loaded."""
+    made = hashlib.sha256()
+    for name, one in observed(model).items():
+        values = (one.down_proj if isinstance(one, FeedForward) else one.o_proj).values()
+        made.update(f"{name} {tuple(values.shape)}".encode())
+        for piece in (values[0], values[-1]):
+            made.update(piece.bfloat16().cpu().view(torch.int16).numpy().tobytes())
+    return made.hexdigest()[:32]
+
+
+@torch.inference_mode()
+def make(engine: Sampler, progress: bool) -> dict[nn.Module, Tensor]:
+    """Sample texts at temperature 1, and take the mean square of every channel over them: float32 [I]"""
+    model, tokenizer = engine.model, engine.tokenizer
+    named = (tokenizer.token_id(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token)
+    start = next((token for token in named if token is not None), 0)
+    length = min(TEXT_TOKENS, engine.max_seq_len - 1)
+    run = engine.run([[start]] * TEXTS, length, DENSE, Sampling(temperature=1.0, seed=0), ignore_eos=True)
+    bar = tqdm(total=length + TEXTS, desc="prior", unit="step", disable=not progress, leave=False)
+    steps = []
+    for step in run:
+        steps.append(step)
+        bar.update()
+    engine.idle_state = None            # of a batch that nobody asks for again
+    sums: dict[nn.Module, Tensor] = {}
+    rows: dict[nn.Module, int] = {}
+
+    def observe(module: nn.Module, h: Tensor, _: Tensor | None) -> None:
+        squares = h.float().square().flatten(0, -2).sum(dim=0)                      # [I]
+        sums[module] = sums[module] + squares if module in sums else squares
+        rows[module] = rows.get(module, 0) + h.shape[:-1].numel()
+
+    for text in zip(*steps, strict=True):
+        state = model.new_state(1, length + 1, engine.resolve(DENSE))
+        model.prefill(model.embed(torch.tensor([[start, *text]], device=engine.device)), state, observe=observe)
+        bar.update()
+    bar.close()
+    return {module: total / rows[module] for module, total in sums.items()}
+
+
+def cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "popengine" / "priors"
+
+
+def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[nn.Module, Tensor] | None:
+    """A prior that was kept; None where there is none of this model: it is then made again."""
+    places = observed(model)
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            if (about.get("format"), about.get("model")) != (FORMAT, name):
+                return None
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping: has only keys()
+    except (OSError, SafetensorError):
+        return None
+    sizes = {place: one.channels if isinstance(one, FeedForward) else one.heads * one.head_dim
+             for place, one in places.items()}
+    if any(key not in sizes or tensor.shape != (sizes[key],) for key, tensor in tensors.items()):
+        return None
+    return {places[key]: tensor.float().to(model.device) for key, tensor in tensors.items()}
+
+
+def write(path: Path, name: str, prior: dict[nn.Module, Tensor], model: LlamaForCausalLM) -> None:
+    """Keep a prior; where that cannot be done it is made again next time."""
+    tensors = {place: prior[one].cpu().contiguous() for place, one in observed(model).items() if one in prior}
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, unfinished, {"format": FORMAT, "model": name})
+        unfinished.replace(path)
+    except (OSError, SafetensorError):
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,103 @@
+"""The run, to be read first: prompts -> prefill -> token -> decode -> token -> ... for one batch.
+
+B batch, T prompt tokens, V vocabulary.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from models.pruning.resolve import Pruning
+from popengine.sampling import Sampling, next_tokens
+
+if TYPE_CHECKING:
+    from popengine.engine import Engine
+
+
+class Run:
+    """One batch on its way: nothing is computed before it is iterated, the prompt at the first step.
+
+    Iterating yields, per step, the new token of each sequence, or None for sequences that had ended before.
+    """
+
+    def __init__(
+        self,
+        engine: "Engine",
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        pruning: Pruning,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        pixel_values: Tensor | None = None,                                         # [pictures, 3, Y, X]
+    ) -> None:
+        self.engine, self.prompts, self.sampling, self.stop_ids = engine, prompts, sampling, stop_ids
+        self.max_new_tokens, self.pruning, self.pixel_values = max_new_tokens, pruning, pixel_values
+        self.generator = sampling.generator(engine.device)
+        self.finish_reasons: list[str | None] = [None] * len(prompts)
+        self.new_tokens = self.decode_steps = 0
+        self.compile_s = self.image_s = self.prefill_s = self.decode_s = 0.0
+
+    def __iter__(self) -> Iterator[list[int | None]]:
+        engine = self.engine
+        longest = max(map(len, self.prompts))
+        with engine.borrowed_state(len(self.prompts), longest + self.max_new_tokens, self.pruning) as self.state:
+            self.compile_s = engine.prepare(self.state)
+            tokens, real = pad_left(self.prompts, engine.device)
+            with torch.inference_mode():
+                x, counted, self.image_s = engine.pictures.embed(
+                    tokens, real, self.pixel_values, self.pruning.settings.scored_tokens
+                )
+                began = time.perf_counter()
+                logits = engine.model.prefill(x, self.state, real, counted)         # [B, V]
+                chosen = next_tokens(logits, self.sampling, self.generator)         # [B]
+                new = self.accept(chosen)
+            self.prefill_s = time.perf_counter() - began
+            yield new
+            while None in self.finish_reasons:
+                began = time.perf_counter()
+                with torch.inference_mode(), engine.stepping():
+                    logits = engine.decode(chosen, self.state)                      # [B, V]
+                    chosen = next_tokens(logits, self.sampling, self.generator)     # [B]
+                    new = self.accept(chosen)
+                self.decode_s += time.perf_counter() - began
+                self.decode_steps += 1
+                yield new
+
+    def accept(self, chosen: Tensor) -> list[int | None]:
+        """Take one token per sequence that is still running, and end those that are done."""
+        self.new_tokens += 1
+        new: list[int | None] = []
+        for index, token in enumerate(chosen.tolist()):
+            if self.finish_reasons[index] is not None:
+                new.append(None)
+                continue
+            new.append(token)
+            if token in self.stop_ids:
+                self.end(index)
+            elif self.new_tokens == self.max_new_tokens:
+                self.finish_reasons[index] = "length"
+        return new
+
+    @torch.inference_mode()
+    def end(self, index: int) -> None:
+        """One sequence is done: it yields no more tokens and no longer counts when candidates are chosen."""
+        self.finish_reasons[index] = "stop"
+        self.state.end(index)
+
+
+def pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Prompts as one tensor, int64 [B, T], and which slots are real, bool [B, T] (None when none is padding).
+
+    Padding stands on the left, so that every sequence ends in the same slot. Its token id is never seen by a real
+    token: 0 will do.
+    """
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
+    if all(len(ids) == longest for ids in prompts):
+        return tokens, None
+    lengths = torch.tensor([len(ids) for ids in prompts], device=device)
+    real = torch.arange(longest, device=device) >= (longest - lengths)[:, None]    # [B, T]
+    return tokens, real

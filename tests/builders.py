@@ -1,0 +1,196 @@
+"""What tests are built from: tiny random models beside Hugging Face's, their settings, runs of them, and commands."""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+)
+
+from models.llama import LlamaForCausalLM
+from models.matrix import ColumnMatrix, replace_matrices
+from models.pruning.resolve import Pruning, resolve
+from models.pruning.settings import PruningSettings
+from models.reading import layer_weights
+from models.state import DecodeState
+from popengine.engine import Engine
+from popengine.loading import load_model
+from weights.checkpoint import open_checkpoint
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Small trained checkpoints that come with the project.
+LLAVA_TINY = REPOSITORY / "weights" / "llava-tiny"
+MIXTRAL_TINY = REPOSITORY / "weights" / "mixtral-tiny"
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+# One of each kind of model that the method treats in its own way.
+MODELS: dict[str, Any] = {
+    "grouped_query": LlamaConfig(**SIZES | {"num_attention_heads": 8, "hidden_size": 64}),
+    "multi_head": LlamaConfig(**SIZES | {"num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 64}),
+    "biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "qwen2_window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    "query_key_norm": Qwen3Config(**SIZES, head_dim=16),
+}
+MIXTRAL = MixtralConfig(**SIZES | {"num_local_experts": 5})
+QWEN2_MOE = Qwen2MoeConfig(
+    **SIZES, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=40, shared_expert_intermediate_size=56
+)
+SETTINGS = {
+    "ffn": PruningSettings(ffn_ratio=0.4, candidate_width=0.3),
+    "ffn_dense_prefill": PruningSettings(ffn_ratio=0.4, candidate_width=0.3, prefill="dense"),
+    "heads": PruningSettings(ffn_ratio=0.0, head_ratio=0.5, candidate_width=0.6),
+    "both": PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6),
+    "frozen": PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.0),
+}
+
+
+def random_reference(config: Any, seed: int = 0) -> PreTrainedModel:
+    """A model with weights large enough that a wrong detail shows: norms, biases and all."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.15)
+    return model
+
+
+def ours(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    with open_checkpoint(folder) as checkpoint:
+        return load_model(checkpoint, dtype, torch.device("cpu"))
+
+
+def saved_pair(folder: Path, config: Any, **save_options: Any) -> tuple[PreTrainedModel, LlamaForCausalLM]:
+    """The same weights twice: in Hugging Face's model, and in ours by way of the files."""
+    reference = random_reference(config)
+    reference.save_pretrained(folder, **save_options)
+    return reference, ours(folder)
+
+
+def left_padded(lengths: list[int], vocabulary: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Random tokens int64 [B, T] and real bool [B, T], padding on the left."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    tokens = torch.randint(vocabulary, (len(lengths), longest), generator=generator)
+    real = torch.arange(longest) >= (longest - torch.tensor(lengths))[:, None]
+    return tokens, real
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def complete_checkpoint(folder: Path, **changes: Any) -> Path:
+    """A folder that the command can run: a tiny random Llama, a byte-level tokenizer and a chat template."""
+    vocabulary = {piece: index for index, piece in enumerate(sorted(ByteLevel.alphabet()))}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = ByteLevelDecoder()
+    backend.add_special_tokens(["<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<eos>"])
+    sizes = SIZES | {"vocab_size": backend.get_vocab_size(), "max_position_embeddings": 256, "eos_token_id": 260}
+    random_reference(LlamaConfig(**sizes | changes)).save_pretrained(folder)
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<eos>", "chat_template": CHAT_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def stored_by_columns(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A copy of the model with weights as eager steps on a CPU have them."""
+    model = deepcopy(model)
+    replace_matrices(model, ColumnMatrix.from_rows)
+    return model
+
+
+def resolved(model: LlamaForCausalLM, settings: PruningSettings | Pruning) -> Pruning:
+    """Settings made concrete for a model; what is concrete already stays."""
+    return settings if isinstance(settings, Pruning) else resolve(settings, layer_weights(model))
+
+
+def prefilled(
+    model: LlamaForCausalLM, tokens: Tensor, settings: PruningSettings | Pruning, real: Tensor | None = None,
+    capacity: int = 64,
+) -> tuple[Tensor, DecodeState]:
+    """Prompts [B, T] run in buffers of their own: the logits after them, [B, V], and the state that steps go on from"""
+    state = model.new_state(len(tokens), capacity, resolved(model, settings))
+    return model.prefill(model.embed(tokens), state, real), state
+
+
+@torch.inference_mode()
+def greedy(
+    model: LlamaForCausalLM, prompt: list[int], count: int, settings: PruningSettings | Pruning
+) -> list[int]:
+    """`count` new tokens of a prompt, whatever they are: the model alone, without the engine."""
+    logits, state = prefilled(model, torch.tensor([prompt]), settings, capacity=len(prompt) + count)
+    new = [int(logits.argmax())]
+    while len(new) < count:
+        new.append(int(model.decode(torch.tensor(new[-1:]), state).argmax()))
+    return new
+
+
+def generated(
+    engine: Engine, prompts: list[list[int]], new_tokens: int, pruning: PruningSettings, ignore_eos: bool = True
+) -> list[tuple[int | None, ...]]:
+    """What a run of an engine yields, step by step: a token of each sequence, None where it had ended before."""
+    return [tuple(step) for step in engine.run(prompts, new_tokens, pruning, ignore_eos=ignore_eos)]
+
+
+def another_value(name: str) -> Any:
+    """A value that the setting of this name may have besides its default."""
+    (one,) = (one for one in fields(PruningSettings) if one.name == name)
+    if one.metadata["choices"]:
+        return next(choice for choice in one.metadata["choices"] if choice != one.default)
+    return one.metadata["least"] + {int: 2, float: 0.5}[one.metadata["type"]]
+
+
+def another_setting(name: str) -> dict[str, Any]:
+    """The same as arguments of PruningSettings, with whatever else this setting asks for."""
+    needed = {"redraw_every": {"dense_every": 2}}
+    return {name: another_value(name)} | needed.get(name, {})
+
+
+def exit_status(main: Callable[..., Any], *arguments: Any) -> int:
+    """Run a command in this process."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code  # type: ignore[return-value]
+
+
+def one_line_error(main: Callable[..., Any], capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """Run a command that must say in one line what is wrong, and nothing else."""
+    capsys.readouterr()                     # whatever was printed before
+    assert exit_status(main, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: "), err
+    assert err.count("\n") == 1, err
+    return err

@@ -1,0 +1,87 @@
+"""A setting is one field: flags, reports and the columns of tables follow from it, so that none can be forgotten."""
+
+from dataclasses import fields
+from types import ModuleType
+from typing import Any
+
+import pytest
+from builders import another_setting, another_value
+
+from models.pruning.resolve import LayerWeights, resolve
+from models.pruning.settings import PruningSettings, compared_fields
+from popengine import compare, generate, score
+from popengine.command import pruning_settings
+from popengine.measure.comparison import Configuration
+from popengine.measure.comparison_table import markdown
+from popengine.statistics import pruning_report
+from weights.errors import InputError
+
+NAMES = [one.name for one in fields(PruningSettings)]
+COMPARED = [one.name for one in compared_fields()]
+NEEDED = {generate: ["--prompt", "x"], score: ["--text", "x"], compare: ["--out", "x"]}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("command", [generate, score], ids=["generate", "score"])
+def test_every_setting_has_a_flag(command: ModuleType, name: str) -> None:
+    changes = another_setting(name)
+    words = [word for one, value in changes.items() for word in (flag(one), str(value))]
+    read = command.parser().parse_args([*NEEDED[command], *words])
+    assert pruning_settings(read) == PruningSettings(**changes) != PruningSettings()
+    assert pruning_settings(command.parser().parse_args(NEEDED[command])) == PruningSettings()
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_every_compared_setting_takes_several_values_in_compare(name: str) -> None:
+    one = next(one for one in compared_fields() if one.name == name)
+    values = [another_value(name), one.default if one.default is not None else one.metadata["least"]]
+    read = compare.parser().parse_args([*NEEDED[compare], flag(name), *map(str, values)])
+    assert getattr(read, name) == values
+    defaults = compare.parser().parse_args(NEEDED[compare])
+    assert getattr(defaults, name) == (None if one.default is None else [one.default])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in COMPARED])
+def test_what_is_not_compared_is_no_flag_of_compare(name: str) -> None:
+    with pytest.raises(InputError, match=f"unrecognized arguments: {flag(name)}"):
+        compare.parser().parse_args([*NEEDED[compare], flag(name), str(another_value(name))])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_is_in_the_report(name: str) -> None:
+    weights = LayerWeights(attention=4000, ffn=12000, head=500, head_groups=2, heads_per_group=2)
+    settings = PruningSettings(**another_setting(name))
+    report = pruning_report(resolve(settings, weights))
+    assert set(NAMES) <= report.keys()
+    assert report[name] == pytest.approx(another_value(name))
+
+
+@pytest.mark.parametrize("name", [one.name for one in compared_fields() if one.metadata["column"]])
+def test_a_compared_setting_that_differs_is_a_column(name: str) -> None:
+    (heading,) = (one.metadata["column"] for one in compared_fields() if one.name == name)
+    measured = {"ratio": 0.2, "ffn_ratio": 0.3, "weight_bytes_per_token": 10, "weight_share": 0.5}
+    rows = [
+        Configuration("pop", PruningSettings(**changes)).fields() | measured for changes in ({}, another_setting(name))
+    ]
+    assert f"| {heading} |" in markdown(rows, {"machine": {}, "plots": []}, {}).splitlines()[0]
+    assert f"| {heading} |" not in markdown(rows[:1], {"machine": {}, "plots": []}, {}).splitlines()[0]
+
+
+def out_of_bounds(metadata: Any) -> list[Any]:
+    if metadata["choices"]:
+        return ["no such choice"]
+    found = [metadata["least"] - 1, float("nan")]
+    found += [] if metadata["below"] is None else [metadata["below"]]
+    return found + ([] if metadata["most"] is None else [metadata["most"] + 0.1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_out_of_a_settings_bounds_are_refused_by_name(name: str) -> None:
+    (one,) = (one for one in fields(PruningSettings) if one.name == name)
+    for value in out_of_bounds(one.metadata):
+        with pytest.raises(InputError, match=f"{name.replace('_', ' ')} must be"):
+            PruningSettings(**another_setting(name) | {name: value})
