@@ -166,7 +166,7 @@ class Attention(nn.Module):
         values.index_copy_(2, step.slots, v)
         a = active.in_model(step.attend(q, k, v, keys, values, self.window)).flatten(2)         # [B, T, N D]
         if step.observe is not None:
-            step.observe(self, a, step.rows)
+            step.observe(self, a, step.rows, None, None)
         if active.prunes:
             step.see(active.evidence, a)
             if step.draws:

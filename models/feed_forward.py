@@ -17,7 +17,7 @@ from models.clock import Clock
 from models.layers import activation_function
 from models.matrix import ChosenColumns, ChosenRows, Matrix, take_columns, tensor_bytes
 from models.passes import DecodePass, PrefillPass
-from models.products import best, row_count, stretches
+from models.products import best, row_count
 from models.pruning.partition import keep_everything
 from models.pruning.rules import Rule
 
@@ -38,15 +38,19 @@ class ActiveFeedForward:
         self.follows_prompt = self.prunes and rule.follows_prompt
         self.partition = keep_everything(self.sizes.channels, (), ffn.device)
         self.evidence = rule.new_evidence(ffn, ffn.channels, ffn.device)
+        self.watched = rule.new_evidence(ffn, ffn.channels, ffn.device, rule.watches) if rule.watches else None
         self.gate: AnyMatrix = ffn.gate_proj                                        # [A, H]
         self.up: AnyMatrix = ffn.up_proj                                            # [A, H]
         self.down: AnyMatrix = ffn.down_proj                                        # [H, A]
-        if self.prunes:
+        if self.prunes and self.sizes.candidate == self.sizes.channels:
+            self.candidate_factors = ffn.down_norms().clone()                       # [C]
+            self.copies = False                                                     # all are resident, in their order
+        elif self.prunes:
             resident, hidden = self.sizes.resident, ffn.down_proj.out_features
             self.gate = ffn.gate_proj.empty(resident, hidden) if copies else ChosenRows(ffn.gate_proj)
             self.up = ffn.up_proj.empty(resident, hidden) if copies else ChosenRows(ffn.up_proj)
             self.down = ffn.down_proj.empty(hidden, resident) if copies else ChosenColumns(ffn.down_proj)
-            self.candidate_norms = ffn.down_norms().new_empty(self.sizes.candidate)             # [C]
+            self.candidate_factors = ffn.down_norms().new_empty(self.sizes.candidate)           # [C]
         if self.prunes and not rule.follows_prompt:
             self.draw(ffn, Clock(ffn.device))
             bias = rule.output_bias(ffn)
@@ -57,16 +61,20 @@ class ActiveFeedForward:
         """Let the rule cut the channels by the evidence there is, and become the resident ones."""
         with clock.phase("sort"):
             self.partition = self.rule.partition(ffn, self.evidence, self.sizes)
-        with clock.phase("copy"):
-            resident = self.partition.resident                                      # [A]
-            self.gate.copy_rows(ffn.gate_proj, resident)
-            self.up.copy_rows(ffn.up_proj, resident)
-            self.down.copy_columns(ffn.down_proj, resident)
-            torch.index_select(ffn.down_norms(), 0, self.partition.candidate, out=self.candidate_norms)
+            factors = self.rule.factors(ffn, self.watched)                          # [I]
+            torch.index_select(factors, 0, self.partition.candidate, out=self.candidate_factors)
+        if self.gate is not ffn.gate_proj:
+            with clock.phase("copy"):
+                resident = self.partition.resident                                  # [A]
+                self.gate.copy_rows(ffn.gate_proj, resident)
+                self.up.copy_rows(ffn.up_proj, resident)
+                self.down.copy_columns(ffn.down_proj, resident)
 
     def restart(self) -> None:
         """Forget the last prompt."""
         self.evidence.restart()
+        if self.watched is not None:
+            self.watched.restart()
 
     def copied_bytes(self) -> int:
         """Memory that the copies take, in bytes."""
@@ -111,13 +119,16 @@ class FeedForward(nn.Module):
     def prefill(self, x: Tensor, active: ActiveFeedForward, step: PrefillPass) -> Tensor:
         """Run the prompt, decide from it which channels stay, and copy their weights. x [B, T, H] -> [B, T, H]
 
-        An observer is told the network, h and which rows of the batch it is of.
+        An observer is told the network, h, which rows of the batch it is of, and its two factors.
         """
-        h = self.activation(x)                                                      # [B, T, I]
+        gate, up = self.act(self.gate_proj(x)), self.up_proj(x)                     # [B, T, I]
+        h = gate * up
         if step.observe is not None:
-            step.observe(self, h, step.rows)
+            step.observe(self, h, step.rows, gate, up)
         if active.follows_prompt:
             step.see(active.evidence, h)
+            if active.watched is not None:
+                step.see(active.watched, gate if active.rule.watches == "gate" else up)
             if step.draws:
                 active.draw(self, step.clock)
         if step.finish_dense or not active.prunes:
@@ -129,20 +140,39 @@ class FeedForward(nn.Module):
 
         An observer is told the network, its partition and which candidates each row keeps, bool [..., C].
         """
-        h = self.act(active.gate(x)) * active.up(x)                                 # [B, T, A]
-        if active.sizes.decides:
-            retained, candidate = h.split([active.sizes.retained, active.sizes.candidate], dim=-1)
-            scores = active.rule.candidate_scores(candidate, active.candidate_norms, step)      # [C] or [B, T, C]
-            if active.down.reads_chosen_columns(row_count(h)) and step.observe is None:
-                return active.down.multiply_chosen(h, self.staying(scores, active))
+        sizes, rows = active.sizes, row_count(x)
+        if sizes.decides and active.rule.looks_at != "h" and active.gate.reads_chosen_rows(rows) and not step.observe:
+            return self.decode_chosen(x, active, step)
+        gate, up = self.act(active.gate(x)), active.up(x)                           # [B, T, A]
+        h = gate * up
+        if sizes.decides:
+            retained, candidate = h.split([sizes.retained, sizes.candidate], dim=-1)
+            look = {"h": h, "gate": gate, "up": up}[active.rule.looks_at][..., sizes.retained :]
+            scores = active.rule.candidate_scores(look, active.candidate_factors, step)         # [C] or [B, T, C]
+            if active.down.reads_chosen_columns(rows) and step.observe is None:
+                staying = self.staying(scores, active)                              # [R + K]
+                return active.down.multiply_columns(h[..., staying], staying)
             keep = active.partition.pick(scores)                                    # [C] or [B, T, C]
             h = torch.cat([retained, candidate.masked_fill(~keep, 0)], dim=-1)      # [B, T, A]
         if step.observe is not None:
-            step.observe(self, active.partition, keep if active.sizes.decides else h[..., :0].bool())
+            step.observe(self, active.partition, keep if sizes.decides else h[..., :0].bool())
         return active.down(h)
+
+    def decode_chosen(self, x: Tensor, active: ActiveFeedForward, step: DecodePass) -> Tensor:
+        """The same of one row where one factor decides: of the other only the chosen rows are read. x [1, 1, H]"""
+        by_gate = active.rule.looks_at == "gate"
+        first, second = (active.gate, active.up) if by_gate else (active.up, active.gate)
+        look = self.act(first(x)) if by_gate else first(x)                          # [1, 1, A]
+        scores = active.rule.candidate_scores(look[..., active.sizes.retained :], active.candidate_factors, step)
+        staying = self.staying(scores, active)                                      # [R + K]
+        other = second.multiply_rows(x, staying)                                    # [1, 1, R + K]
+        h = look[..., staying] * (other if by_gate else self.act(other))
+        if active.down.reads_chosen_columns(1):
+            return active.down.multiply_columns(h, staying)
+        return active.down(torch.zeros_like(look).index_copy(-1, staying, h))
 
     def staying(self, scores: Tensor, active: ActiveFeedForward) -> Tensor:
         """The retained and the chosen channels, as places among the resident. scores [..., C] -> int64 [R + K]"""
-        retained, _ = stretches(active.sizes.retained, 1)                           # [R]
+        retained = torch.arange(active.sizes.retained, device=scores.device)        # [R]
         chosen = active.sizes.retained + best(scores.flatten(), active.sizes.pick)  # [K]
         return torch.cat([retained, chosen])

@@ -56,13 +56,23 @@ class Matrix(nn.Linear):
         return y if self.bias is None else y + self.bias
 
     def reads_chosen_columns(self, rows: int) -> bool:
-        """Whether `multiply_chosen` reads the chosen columns alone for so many rows, and is worth calling."""
+        """Whether `multiply_columns` reads the chosen columns alone for so many rows, and is worth calling."""
         return False
 
-    def multiply_chosen(self, x: Tensor, columns: Tensor) -> Tensor:
-        """The product with the columns named and no others. x [..., in]; int64 [k] -> [..., out]"""
-        y = x[..., columns] @ self.weight[:, columns].t()
+    def multiply_columns(self, x: Tensor, columns: Tensor) -> Tensor:
+        """The product with the columns named and no others. x [..., k], int64 [k] -> [..., out]"""
+        y = x @ self.weight[:, columns].t()
         return y if self.bias is None else y + self.bias
+
+    def reads_chosen_rows(self, rows: int) -> bool:
+        """Whether `multiply_rows` reads the chosen rows alone for so many rows of x, and is worth calling."""
+        return rows == 1
+
+    def multiply_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """What the rows named put out, and no others. x [..., in], int64 [k] -> [..., k]"""
+        chosen = self.weight[rows]
+        y = written_out(x, chosen) if is_fused(x) else F.linear(x, chosen)
+        return y if self.bias is None else y + self.bias[rows]
 
     def empty(self, rows: int, columns: int) -> "Matrix":
         """Room for a compact copy of this kind, uninitialised, with a bias if this has one."""
@@ -125,9 +135,12 @@ class ColumnMatrix(Matrix):
     def reads_chosen_columns(self, rows: int) -> bool:
         return rows == 1
 
-    def multiply_chosen(self, x: Tensor, columns: Tensor) -> Tensor:
-        y = add_up_columns(self.weight.t(), columns, x.flatten()[columns])          # [out]
+    def multiply_columns(self, x: Tensor, columns: Tensor) -> Tensor:
+        y = add_up_columns(self.weight.t(), columns, x.flatten())                   # [out]
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+    def reads_chosen_rows(self, rows: int) -> bool:
+        return False            # which lie scattered over all columns
 
     def empty(self, rows: int, columns: int) -> "Matrix":
         bias = None if self.bias is None else self.bias.new_empty(rows)
@@ -156,6 +169,9 @@ class ChosenRows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return take_columns(self.whole(x), self.chosen)
+
+    def reads_chosen_rows(self, rows: int) -> bool:
+        return False
 
     def held_bytes(self) -> int:
         return 0

@@ -79,7 +79,10 @@ def ffn_bytes(ffn: FeedForward, rule: Rule | None, batch: int) -> int:
         return 3 * ffn.gate_proj.read_bytes()
     sizes = rule.sizes(ffn)
     finishing = sizes.active if ffn.down_proj.reads_chosen_columns(batch) else sizes.resident
-    return 2 * ffn.gate_proj.read_bytes(rows=sizes.resident) + ffn.down_proj.read_bytes(columns=finishing)
+    looks_first = rule.looks_at != "h" and ffn.gate_proj.reads_chosen_rows(batch)
+    second = sizes.active if looks_first else sizes.resident
+    one, other = (ffn.gate_proj.read_bytes(rows=rows) for rows in (sizes.resident, second))
+    return one + other + ffn.down_proj.read_bytes(columns=finishing)
 
 
 def copy_bytes(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
@@ -88,7 +91,8 @@ def copy_bytes(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
         networks = [*mlp.experts] if mlp.shared_expert is None else [*mlp.experts, mlp.shared_expert]
         return sum(copy_bytes(ffn, pruning) for ffn in networks)
     sizes = pruning.rule.sizes(mlp)
-    return 3 * mlp.gate_proj.read_bytes(rows=sizes.resident) if sizes.prunes else 0
+    copied = sizes.prunes and sizes.candidate < sizes.channels
+    return 3 * mlp.gate_proj.read_bytes(rows=sizes.resident) if copied else 0
 
 
 def all_copy_bytes(model: Any, pruning: Pruning) -> int:

@@ -26,6 +26,8 @@ from models.pruning.settings import DENSE
 from popengine.sampling import Sampling
 
 FORMAT = "popengine prior 1"
+# A network or attention, and which part of it: "h", what feeds down_proj or o_proj, or its factors "gate" and "up".
+Part = tuple[nn.Module, str]
 FILE = "prior.safetensors"
 TEXTS, TEXT_TOKENS = 16, 160
 
@@ -74,7 +76,7 @@ def digest(model: LlamaForCausalLM) -> str:
 
 
 @torch.inference_mode()
-def make(engine: Sampler, progress: bool) -> dict[nn.Module, Tensor]:
+def make(engine: Sampler, progress: bool) -> dict[Part, Tensor]:
     """Sample texts at temperature 1, and take the mean square of every channel over them: float32 [I]"""
     model, tokenizer = engine.model, engine.tokenizer
     named = (tokenizer.token_id(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token)
@@ -87,20 +89,22 @@ def make(engine: Sampler, progress: bool) -> dict[nn.Module, Tensor]:
         steps.append(step)
         bar.update()
     engine.idle_state = None            # of a batch that nobody asks for again
-    sums: dict[nn.Module, Tensor] = {}
+    sums: dict[Part, Tensor] = {}
     rows: dict[nn.Module, int] = {}
 
-    def observe(module: nn.Module, h: Tensor, _: Tensor | None) -> None:
-        squares = h.float().square().flatten(0, -2).sum(dim=0)                      # [I]
-        sums[module] = sums[module] + squares if module in sums else squares
+    def observe(module: nn.Module, h: Tensor, _: Tensor | None, gate: Tensor | None, up: Tensor | None) -> None:
         rows[module] = rows.get(module, 0) + h.shape[:-1].numel()
+        for part, values in (("h", h), ("gate", gate), ("up", up)):
+            if values is not None:
+                squares = values.float().square().flatten(0, -2).sum(dim=0)         # [I]
+                sums[module, part] = sums[module, part] + squares if (module, part) in sums else squares
 
     for text in zip(*steps, strict=True):
         state = model.new_state(1, length + 1, engine.resolve(DENSE))
         model.prefill(model.embed(torch.tensor([[start, *text]], device=engine.device)), state, observe=observe)
         bar.update()
     bar.close()
-    return {module: total / rows[module] for module, total in sums.items()}
+    return {(module, part): total / rows[module] for (module, part), total in sums.items()}
 
 
 def cache_folder() -> Path:
@@ -108,7 +112,7 @@ def cache_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "popengine" / "priors"
 
 
-def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[nn.Module, Tensor] | None:
+def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[Part, Tensor] | None:
     """A prior that was kept; None where there is none of this model: it is then made again."""
     places = observed(model)
     try:
@@ -121,14 +125,19 @@ def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[nn.Module, Tens
         return None
     sizes = {place: one.channels if isinstance(one, FeedForward) else one.heads * one.head_dim
              for place, one in places.items()}
-    if any(key not in sizes or tensor.shape != (sizes[key],) for key, tensor in tensors.items()):
-        return None
-    return {places[key]: tensor.float().to(model.device) for key, tensor in tensors.items()}
+    found: dict[Part, Tensor] = {}
+    for key, tensor in tensors.items():
+        place, _, part = key.rpartition(" ")
+        if place not in sizes or tensor.shape != (sizes[place],):
+            return None
+        found[places[place], part] = tensor.float().to(model.device)
+    return found
 
 
-def write(path: Path, name: str, prior: dict[nn.Module, Tensor], model: LlamaForCausalLM) -> None:
+def write(path: Path, name: str, prior: dict[Part, Tensor], model: LlamaForCausalLM) -> None:
     """Keep a prior; where that cannot be done it is made again next time."""
-    tensors = {place: prior[one].cpu().contiguous() for place, one in observed(model).items() if one in prior}
+    places: dict[nn.Module, str] = {one: place for place, one in observed(model).items()}
+    tensors = {f"{places[one]} {part}": values.cpu().contiguous() for (one, part), values in prior.items()}
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -162,7 +162,8 @@ def test_columns_of_losing_candidates_are_not_read(model: LlamaForCausalLM) -> N
         wanted = layer.mlp.decode(x, active, step)
         torch.testing.assert_close(wanted, masked_network(layer.mlp, x, active.partition, step.live[:, 0]))
         h = layer.mlp.activation(x)[0, 0, active.partition.candidate]
-        losing = active.sizes.retained + (~active.partition.pick(h.abs() * active.candidate_norms)).nonzero().flatten()
+        keep = active.partition.pick(h.abs() * active.candidate_factors)
+        losing = active.sizes.retained + (~keep).nonzero().flatten()
         assert len(losing) == active.sizes.candidate - active.sizes.pick > 0
         active.down.weight[:, losing] = torch.nan
         assert torch.equal(layer.mlp.decode(x, active, step), wanted)

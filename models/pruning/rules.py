@@ -41,7 +41,7 @@ class Prior:
     tokens  how many tokens of evidence that is to count for. Equal to none but itself.
     """
 
-    of: Mapping[nn.Module, Tensor]
+    of: Mapping[tuple[nn.Module, str], Tensor]      # by network and part of it: "h", "gate", "up"
     tokens: int
 
 
@@ -62,15 +62,17 @@ class POP:
     prior: Prior | None = None
 
     follows_prompt = True
+    # What of act(gate), up and their product h a candidate's score is computed from, and which part else is watched.
+    looks_at, watches = "h", ""
 
     def with_prior(self, prior: Prior | None) -> "POP":
         return replace(self, prior=prior)
 
-    def new_evidence(self, network: nn.Module, channels: int, device: torch.device) -> Evidence:
-        """Of a network, or of the heads of an attention, before any token."""
-        if self.prior is None or network not in self.prior.of:
+    def new_evidence(self, network: nn.Module, channels: int, device: torch.device, part: str = "h") -> Evidence:
+        """Of a network, or of the heads of an attention, before any token. part: of act(gate) or up instead of h"""
+        if self.prior is None or (network, part) not in self.prior.of:
             return Evidence(channels, device)
-        return Evidence(channels, device, self.prior.of[network] * self.prior.tokens, self.prior.tokens)
+        return Evidence(channels, device, self.prior.of[network, part] * self.prior.tokens, self.prior.tokens)
 
     def sizes(self, network: Network) -> PartitionSizes:
         """Regions of one network."""
@@ -86,12 +88,16 @@ class POP:
         scores = network.weight_scores() if unseen else evidence.scores(network.down_norms())       # [I]
         return partition_channels(scores, sizes)
 
-    def candidate_scores(self, h: Tensor, norms: Tensor, step: DecodePass) -> Tensor:
+    def factors(self, network: Network, watched: Evidence | None) -> Tensor:
+        """What a step multiplies its look at each channel with to have the score: float32 [I]"""
+        return network.down_norms()
+
+    def candidate_scores(self, look: Tensor, factors: Tensor, step: DecodePass) -> Tensor:
         """What each candidate is worth at this step: its share of what down_proj puts out.
 
-        h [B, T, C], norms [C] -> float32 [C] where rows decide together, else [B, T, C]
+        look [B, T, C], factors [C] -> float32 [C] where rows decide together, else [B, T, C]
         """
-        return step.scores(h, norms)
+        return step.scores(look, factors)
 
     def output_bias(self, network: Network) -> Tensor | None:
         """[H], added to what the network puts out in the place of its pruned channels; None: nothing"""
@@ -103,6 +109,42 @@ class AllChannels(POP):
 
     def sizes(self, network: Network) -> PartitionSizes:
         return all_channel_sizes(network.channels, self.ffn_ratio) if self.ffn_ratio > 0 else super().sizes(network)
+
+
+class Up(AllChannels):
+    """Cheaper: |up| alone, times what act(gate) usually is, so that only the chosen rows of gate are read.
+
+    Every step chooses among all that is not retained.
+    """
+
+    looks_at, watches = "up", "gate"
+
+    def factors(self, network: Network, watched: Evidence | None) -> Tensor:
+        assert watched is not None
+        usual = (watched.squares / max(1, watched.tokens)).sqrt()                   # [I], root mean square
+        return network.down_norms() * (usual if watched.tokens else torch.ones_like(usual))
+
+
+class Gate(Up):
+    """The same the other way round: |act(gate)| times what up usually is (CATS, arXiv 2404.08763, has |act(gate)|)."""
+
+    looks_at, watches = "gate", "up"
+
+
+class CATS(AllChannels):
+    """|act(gate)| alone (arXiv 2404.08763), with the best of each step in the place of a threshold."""
+
+    looks_at = "gate"
+
+    def factors(self, network: Network, watched: Evidence | None) -> Tensor:
+        return torch.ones_like(network.down_norms())
+
+
+class TEAL(AllChannels):
+    """|h| alone, what feeds down_proj (arXiv 2408.14690); gate and up are computed in full, as POP does."""
+
+    def factors(self, network: Network, watched: Evidence | None) -> Tensor:
+        return torch.ones_like(network.down_norms())
 
 
 @dataclass(frozen=True)
@@ -124,7 +166,9 @@ class StaticRule:
     def with_prior(self, prior: Prior | None) -> "StaticRule":
         return self
 
-    def new_evidence(self, network: nn.Module, channels: int, device: torch.device) -> Evidence:
+    looks_at, watches = "h", ""
+
+    def new_evidence(self, network: nn.Module, channels: int, device: torch.device, part: str = "h") -> Evidence:
         return Evidence(channels, device)       # which nobody asks
 
     def sizes(self, network: Network) -> PartitionSizes:
@@ -136,12 +180,17 @@ class StaticRule:
     def partition(self, network: Network, evidence: Evidence, sizes: PartitionSizes) -> ChannelPartition:
         return self.of[network].partition  # type: ignore[index]
 
-    def candidate_scores(self, h: Tensor, norms: Tensor, step: DecodePass) -> Tensor:
-        return step.scores(h, norms)        # of no candidates
+    def factors(self, network: Network, watched: Evidence | None) -> Tensor:
+        return network.down_norms()
+
+    def candidate_scores(self, look: Tensor, factors: Tensor, step: DecodePass) -> Tensor:
+        return step.scores(look, factors)       # of no candidates
 
     def output_bias(self, network: Network) -> Tensor | None:
         return self.of[network].bias  # type: ignore[index]
 
 
 Rule = POP | StaticRule
-RULES: dict[str, type[POP]] = {"pop": POP, "all-channels": AllChannels}
+RULES: dict[str, type[POP]] = {
+    "pop": POP, "all-channels": AllChannels, "up": Up, "gate": Gate, "cats": CATS, "teal": TEAL,
+}

@@ -11,6 +11,8 @@ from typing import Any
 from weights.errors import InputError
 
 DEFAULT_PRUNE_RATIO = 0.2
+# Of models/pruning/rules.py, which imports PyTorch and therefore is not asked here.
+RULE_NAMES = ("pop", "all-channels", "up", "gate", "cats", "teal")
 
 
 def setting(
@@ -90,7 +92,7 @@ class PruningSettings:
         column="redraw every", matters="to prompts",
     )
     min_tokens: int = setting(1, "prompt tokens below which an expert counts as not reached", int, metavar="N", least=1)
-    rule: str = setting("pop", "how channels are scored and cut", str, choices=("pop", "all-channels"))
+    rule: str = setting("pop", "how channels are scored and cut", str, choices=RULE_NAMES)
 
     def __post_init__(self) -> None:
         if self.prune_ratio is not None and self.ffn_ratio is not None:

@@ -48,7 +48,7 @@ def watch_dense(model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation]
     names = {ffn: name for name, ffn in feed_forward_networks(model).items()}
     everything = torch.arange(x.shape[1], device=x.device)                          # [T]
 
-    def observe(ffn: nn.Module, h: Tensor, rows: Tensor | None) -> None:
+    def observe(ffn: nn.Module, h: Tensor, rows: Tensor | None, *_: Tensor | None) -> None:
         if not isinstance(ffn, FeedForward):
             return
         watch(Activation(names[ffn], ffn, everything if rows is None else rows, h[0]))

@@ -1,0 +1,213 @@
+"""Rules beside the paper's, and evidence that goes on after the prompt: each held to a slow obvious version."""
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import (
+    MIXTRAL,
+    SIZES,
+    complete_checkpoint,
+    left_padded,
+    prefilled,
+    resolved,
+    saved_pair,
+    stored_by_columns,
+)
+from slow_pop import slow_order
+from torch import Tensor
+from transformers import LlamaConfig
+
+from models.feed_forward import FeedForward
+from models.llama import LlamaForCausalLM
+from models.passes import prefill_pass
+from models.pruning.resolve import Pruning
+from models.pruning.rules import POP, Prior
+from models.pruning.settings import DENSE, RULE_NAMES, PruningSettings
+from models.reading import bytes_per_token
+from models.state import Gathering
+from popengine.loading import load
+from weights.errors import InputError
+
+CHEAP = ("up", "gate", "cats", "teal", "all-channels")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
+    return saved_pair(tmp_path_factory.mktemp("llama"), LlamaConfig(**SIZES))[1].double()
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
+    return saved_pair(tmp_path_factory.mktemp("mixtral"), MIXTRAL)[1].double()
+
+
+def slow_step(ffn: FeedForward, x: Tensor, prompt: Tensor, rule: str, active: int) -> Tensor:
+    """One row through a network: every score by its formula, channels that lose set to zero. x [H], prompt [T, H]"""
+    gate, up = ffn.act(x @ ffn.gate_proj.weight.T), x @ ffn.up_proj.weight.T        # [I]
+    usual_gate = ffn.act(prompt @ ffn.gate_proj.weight.T).square().mean(dim=0).sqrt()
+    usual_up = (prompt @ ffn.up_proj.weight.T).square().mean(dim=0).sqrt()
+    norms = ffn.down_proj.weight.norm(dim=0)
+    scores = {
+        "up": up.abs() * usual_gate * norms,
+        "gate": gate.abs() * usual_up * norms,
+        "cats": gate.abs(),
+        "teal": (gate * up).abs(),
+        "all-channels": (gate * up).abs() * norms,
+    }[rule]
+    keep = torch.zeros_like(scores)
+    keep[slow_order(scores.tolist())[:active]] = 1
+    return (gate * up * keep) @ ffn.down_proj.weight.T
+
+
+@pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("rule", CHEAP)
+@torch.inference_mode()
+def test_each_rule_is_its_formula(rule: str, by_columns: bool, model: LlamaForCausalLM) -> None:
+    """One row, by whichever path reads least; what its path leaves unread is poisoned in the test below."""
+    model = stored_by_columns(deepcopy(model).float()) if by_columns else model
+    kind = model.lm_head.weight.dtype
+    state = model.new_state(1, 64, resolved(model, PruningSettings(ffn_ratio=0.4, rule=rule)))
+    prompt = torch.randn(14, SIZES["hidden_size"], dtype=kind)
+    ffn, active = model.model.layers[1].mlp, state.layers[1].ffn
+    ffn.prefill(prompt[None], active, prefill_pass(model.model.rotary, [None], prompt[None], None))
+    _, step = model.begin(torch.tensor([5]), state)
+    for x in torch.randn(6, SIZES["hidden_size"], dtype=kind):
+        wanted = slow_step(ffn, x, prompt, rule, active.sizes.active)
+        torch.testing.assert_close(ffn.decode(x[None, None], active, step)[0, 0], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@torch.inference_mode()
+def test_steps_and_a_known_text_agree_under_every_rule(
+    rule: str, model: LlamaForCausalLM, mixture: LlamaForCausalLM
+) -> None:
+    """Steps read only what the rule chose; a text at once masks. With dense steps and redraws between."""
+    for one in (model, mixture):
+        settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.3, rule=rule, dense_every=3, redraw_every=6)
+        tokens = torch.randint(SIZES["vocab_size"], (40,), generator=torch.Generator().manual_seed(5))
+        _, state = prefilled(one, tokens[None, :12], settings)
+        steps = torch.cat([one.decode(token[None], state) for token in tokens[12:]])
+        assert state.gathering.redraws > 2
+        _, again = prefilled(one, tokens[None, :12], settings)
+        torch.testing.assert_close(one.evaluate(tokens[12:], again), steps, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_rows_that_a_cheap_rule_does_not_choose_are_not_read(model: LlamaForCausalLM) -> None:
+    model = deepcopy(model)
+    pruning = resolved(model, PruningSettings(ffn_ratio=0.4, rule="up"))
+    _, state = prefilled(model, left_padded([14], SIZES["vocab_size"])[0], PruningSettings(ffn_ratio=0.4, rule="up"))
+    layer, active = model.model.layers[0].mlp, state.layers[0].ffn
+    x = torch.randn(1, 1, SIZES["hidden_size"], dtype=torch.float64)
+    _, step = model.begin(torch.tensor([5]), state)
+    wanted = layer.decode(x, active, step)
+    look = (x @ layer.up_proj.weight.T)[0, 0].abs() * active.candidate_factors
+    losing = look.argsort(descending=True)[active.sizes.active :]
+    layer.gate_proj.weight[losing] = torch.nan
+    torch.testing.assert_close(layer.decode(x, active, step), wanted)
+    dense = bytes_per_token(model, resolved(model, DENSE)) - bytes_per_token(model, pruning)
+    assert dense == 8 * len(model.model.layers) * SIZES["hidden_size"] * len(losing)
+
+
+@torch.inference_mode()
+def test_steps_add_to_the_evidence_what_one_long_prompt_would_have_shown(
+    model: LlamaForCausalLM, mixture: LlamaForCausalLM
+) -> None:
+    """Dense prompt, dense steps: the same sums of squares as a prompt of all those tokens, and the same partition."""
+    for one in (model, mixture):
+        tokens = torch.randint(SIZES["vocab_size"], (1, 30), generator=torch.Generator().manual_seed(7))
+        gathered = PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6, prefill="dense", min_evidence=30)
+        _, state = prefilled(one, tokens[:, :9], gathered)
+        for token in tokens[0, 9:]:
+            one.decode(token[None], state)
+        assert (state.gathering.tokens, state.gathering.dense_steps) == (30, 21)
+        _, whole = prefilled(one, tokens, PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6,
+                                                          prefill="dense"))
+        for own, other in zip(state.layers, whole.layers, strict=True):
+            assert torch.equal(own.heads.partition.order, other.heads.partition.order)
+            for piece, all_at_once in zip(networks(own.ffn), networks(other.ffn), strict=True):
+                assert piece.evidence.tokens == all_at_once.evidence.tokens
+                torch.testing.assert_close(piece.evidence.squares, all_at_once.evidence.squares, atol=1e-5, rtol=1e-4)
+                assert torch.equal(piece.partition.order, all_at_once.partition.order)
+        token = torch.tensor([3])
+        torch.testing.assert_close(one.decode(token, state), one.decode(token, whole), atol=1e-5, rtol=1e-5)
+
+
+def networks(active: Any) -> list[Any]:
+    """The networks behind what one layer holds, that have seen anything."""
+    return [one for one in getattr(active, "active", [active]) if one is not None and one.evidence.tokens]
+
+
+@torch.inference_mode()
+def test_sequences_that_have_ended_are_no_evidence(model: LlamaForCausalLM) -> None:
+    tokens, _ = left_padded([12, 12], SIZES["vocab_size"])
+    settings = PruningSettings(ffn_ratio=0.4, min_evidence=1000)
+    _, state = prefilled(model, tokens, settings)
+    _, other = prefilled(model, tokens, settings)
+    for one in (state, other):
+        one.end(1)
+    model.decode(torch.tensor([3, 4]), state)
+    model.decode(torch.tensor([3, 60]), other)
+    assert state.gathering.tokens == 25
+    for one, two in zip(state.layers, other.layers, strict=True):
+        torch.testing.assert_close(one.ffn.evidence.squares, two.ffn.evidence.squares)
+
+
+def test_a_schedule_is_dense_until_there_is_enough_and_then_now_and_again() -> None:
+    pruning = Pruning(0.2, 0.2, PruningSettings(min_evidence=12, dense_every=4, redraw_every=8), POP(0.2, 0.1))
+    gathering = Gathering(pruning, live=1)
+    assert not gathering.prompt(10)
+    steps = [gathering.next_step() for _ in range(16)]
+    assert [dense for dense, _ in steps] == [True, True, *[step % 4 == 0 for step in range(3, 17)]]
+    assert [step for step, (_, draws) in enumerate(steps, 1) if draws] == [2, 12]
+    assert (gathering.redraws, gathering.tokens) == (1, 16)
+
+
+@torch.inference_mode()
+def test_a_prior_is_evidence_of_so_many_tokens(model: LlamaForCausalLM) -> None:
+    """Its squares are added as if that many tokens had been seen, and each prompt begins from there again."""
+    tokens, _ = left_padded([9], SIZES["vocab_size"])
+    settings = PruningSettings(ffn_ratio=0.4)
+    ffn = model.model.layers[0].mlp
+    squares = torch.rand(SIZES["intermediate_size"])
+    plain = resolved(model, settings)
+    _, without = prefilled(model, tokens, plain)
+    pruning = replace(plain, rule=plain.rule.with_prior(Prior({(ffn, "h"): squares}, 32)))
+    _, state = prefilled(model, tokens, pruning)
+    model.prefill(model.embed(tokens), state)
+    evidence, bare = state.layers[0].ffn.evidence, without.layers[0].ffn.evidence
+    torch.testing.assert_close(evidence.squares, 32 * squares + bare.squares)
+    assert evidence.tokens == 32 + 9
+
+
+def test_a_prior_is_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = complete_checkpoint(tmp_path / "tiny")
+    settings = PruningSettings(ffn_ratio=0.4, prior=32)
+    first = load(folder)
+    tokens = first.generate("What is this?", max_new_tokens=8, pruning=settings)[0].token_ids
+    (kept,) = (tmp_path / "cache" / "popengine" / "priors").iterdir()
+    before = kept.stat().st_mtime_ns
+    assert load(folder).generate("What is this?", max_new_tokens=8, pruning=settings)[0].token_ids == tokens
+    assert kept.stat().st_mtime_ns == before
+    kept.write_bytes(b"damaged")
+    assert load(folder).generate("What is this?", max_new_tokens=8, pruning=settings)[0].token_ids == tokens
+    assert kept.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"rule": "best"}, f"rule must be one of {', '.join(RULE_NAMES)}, not 'best'"),
+        ({"dense_every": 0}, "dense every must be at least 1, not 0"),
+        ({"prior": -1}, "prior must be at least 0, not -1"),
+        ({"redraw_every": 4}, "redraw every needs dense every"),
+    ],
+)
+def test_settings_of_evidence_and_rules_are_checked(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        PruningSettings(**settings)
