@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,20 +68,20 @@ def add_setting_flags(flags: argparse.ArgumentParser, chosen: Iterable[Field[Any
     """A flag for every pruning setting; with `chosen`, for those, and each takes several values to compare."""
     group = flags.add_argument_group("pruning")
     for one in fields(PruningSettings) if chosen is None else chosen:
-        about, default = one.metadata, one.default
-        several: dict[str, Any] = {}
+        about = one.metadata
+        several: dict[str, Any] = {"default": argparse.SUPPRESS}
         if chosen is not None:
-            default = None if default is None else [default]
-            several = {"nargs": "+"}
+            several = {"nargs": "+", "default": None if one.default is None else [one.default]}
         group.add_argument(
-            "--" + one.name.replace("_", "-"), type=about["type"], default=default, metavar=about["metavar"],
+            "--" + one.name.replace("_", "-"), type=about["type"], metavar=about["metavar"],
             help=about["help"], **several,
         )
 
 
-def pruning_settings(flags: argparse.Namespace) -> PruningSettings:
-    """What the flags of `add_setting_flags` ask for."""
-    return PruningSettings(**{one.name: getattr(flags, one.name) for one in fields(PruningSettings)})
+def pruning_settings(flags: argparse.Namespace, otherwise: PruningSettings | None = None) -> PruningSettings:
+    """What the flags of `add_setting_flags` ask for; where they say nothing `otherwise` holds (None: the paper's)."""
+    given = {one.name: getattr(flags, one.name) for one in fields(PruningSettings) if hasattr(flags, one.name)}
+    return replace(otherwise or PruningSettings(), **given)
 
 
 def add_machine_flags(flags: argparse.ArgumentParser) -> argparse._ArgumentGroup:

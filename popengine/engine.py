@@ -17,7 +17,7 @@ from models.compiled import CompiledDecode
 from models.llama import LlamaForCausalLM
 from models.pruning.resolve import Pruning, resolve
 from models.pruning.rules import Prior
-from models.pruning.settings import PruningSettings
+from models.pruning.settings import RECOMMENDED, PruningSettings
 from models.reading import layer_weights
 from models.state import DecodeState
 from popengine.pictures.images import ImageSource
@@ -122,6 +122,7 @@ class Engine:
         prompts        one prompt or a list; a prompt is text, or a conversation as chat templates take it
         images         paths or Pillow images, for a LLaVA checkpoint: those of the one prompt, or a list for each of
                        several prompts (see popengine.pictures.vision for where they stand in the text)
+        pruning        None: what is recommended (models/pruning/settings.py); PruningSettings() is the paper's rule
         raw            encode text as it stands, without the chat template
         system_prompt  put before each text prompt as the system's turn
         Raises InputError for prompts that are empty or do not fit the context, and for images that cannot be read.
@@ -193,7 +194,7 @@ class Engine:
                     f"{len(ids) + max_new_tokens}: more than the context of {self.max_seq_len}"
                 )
         stop_ids = frozenset[int]() if ignore_eos else self.stop_ids
-        resolved = self.resolve(pruning or PruningSettings())
+        resolved = self.resolve(pruning or RECOMMENDED)
         pixel_values = self.pictures.pixel_values(images)
         return Run(self, prompts, max_new_tokens, resolved, sampling or Sampling(), stop_ids, pixel_values)
 

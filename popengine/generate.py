@@ -10,6 +10,7 @@ import sys
 import warnings
 from typing import NoReturn
 
+from models.pruning.settings import RECOMMENDED, PruningSettings
 from popengine.command import (
     OneLineParser,
     add_checkpoint_flag,
@@ -43,6 +44,10 @@ def parser() -> argparse.ArgumentParser:
     prompting.add_argument("--system-prompt", metavar="TEXT")
     prompting.add_argument("--raw", action="store_true", help="the prompt as it stands, without the chat template")
     add_setting_flags(flags)
+    flags.add_argument(
+        "--paper", action="store_true",
+        help="the paper's rule to the letter where other flags say nothing: width 0.1, evidence from the prompt alone",
+    )
     machine = add_machine_flags(flags)
     machine.add_argument("--max-seq-len", type=int, metavar="N", help="a shorter context than the model's")
     machine.add_argument("--compile", action="store_true", help="compile the decode step (slow to start, fast to run)")
@@ -59,7 +64,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def run(flags: argparse.Namespace) -> None:
     prompt = read_prompt(flags.prompt)
-    pruning = pruning_settings(flags)
+    pruning = settings(flags)
     # PyTorch takes seconds to import: only now that the flags have been understood.
     from popengine import loading, statistics
     from popengine.sampling import Sampling
@@ -109,6 +114,11 @@ def run(flags: argparse.Namespace) -> None:
     if not flags.quiet:
         lines = statistics.lines(piece.statistics, piece.finish_reason or "length", engine.load_s)
         print("", *lines, sep="\n", file=sys.stderr)
+
+
+def settings(flags: argparse.Namespace) -> PruningSettings:
+    """What the flags ask for, on top of what is recommended, or of the paper's."""
+    return pruning_settings(flags, PruningSettings() if flags.paper else RECOMMENDED)
 
 
 def read_prompt(text: str) -> str:

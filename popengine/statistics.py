@@ -50,6 +50,9 @@ class Statistics:
     decode_ms_per_token  mean over the decode steps; nan when there was none
     compile_s            spent on compiling the decode step before the run; 0 when that was done or is not wanted
     experts              per layer that is a mixture of experts
+    evidence_tokens      real tokens that the scores have seen; dense_steps of the decode steps were dense and added
+                         to them, redraws times the partitions were drawn anew
+    weight_bytes_per_token  a mean over the steps of the run
     """
 
     prompt_tokens: int
@@ -70,6 +73,9 @@ class Statistics:
     dense_weight_bytes_per_token: int
     peak_memory_bytes: int
     experts: tuple[ExpertUse, ...]
+    evidence_tokens: int
+    dense_steps: int
+    redraws: int
     dtype: str
     device: str
 
@@ -80,6 +86,8 @@ def measured(run: Run) -> Statistics:
     scores, sort, copy = (clock.milliseconds(phase) for phase in ("scores", "sort", "copy"))
     partition = scores + sort + copy
     per_token = run.decode_s / run.decode_steps if run.decode_steps else math.nan
+    gathering, dense = run.state.gathering, bytes_per_token(engine.model, engine.resolve(DENSE))
+    pruned = bytes_per_token(engine.model, run.pruning, len(run.prompts), run.state)
     return Statistics(
         prompt_tokens=sum(map(len, run.prompts)),
         image_tokens=engine.pictures.image_tokens(run.prompts),
@@ -95,10 +103,13 @@ def measured(run: Run) -> Statistics:
         compile_s=run.compile_s,
         regions=regions(engine.model, run.pruning),
         pruning=run.pruning,
-        weight_bytes_per_token=bytes_per_token(engine.model, run.pruning, len(run.prompts), run.state),
-        dense_weight_bytes_per_token=bytes_per_token(engine.model, engine.resolve(DENSE)),
+        weight_bytes_per_token=pruned + (dense - pruned) * gathering.dense_steps // max(1, gathering.steps),
+        dense_weight_bytes_per_token=dense,
         peak_memory_bytes=peak_memory_bytes(engine.device),
         experts=expert_use(run.state),
+        evidence_tokens=gathering.tokens,
+        dense_steps=gathering.dense_steps,
+        redraws=gathering.redraws,
         dtype=str(engine.dtype).removeprefix("torch."),
         device=str(engine.device),
     )
@@ -140,6 +151,10 @@ def report(statistics: Statistics) -> dict[str, Any]:
             "compile_s": statistics.compile_s,
         },
         "experts": [asdict(layer) for layer in statistics.experts],
+        "evidence": {
+            "tokens": statistics.evidence_tokens, "prior": statistics.pruning.settings.prior,
+            "dense_steps": statistics.dense_steps, "redraws": statistics.redraws,
+        },
         "weight_bytes_per_token": statistics.weight_bytes_per_token,
         "dense_weight_bytes_per_token": statistics.dense_weight_bytes_per_token,
         "peak_memory_bytes": statistics.peak_memory_bytes,
@@ -175,6 +190,12 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
         f"({statistics.dtype}, {statistics.device})",
         f"memory    {megabytes(statistics.peak_memory_bytes)} at peak; loaded in {load_s:.1f} s",
     ]
+    if statistics.pruning.ratio > 0:
+        prior = statistics.pruning.settings.prior
+        found.insert(3, (
+            f"evidence  {statistics.evidence_tokens} tokens{f' and a prior of {prior}' if prior else ''}, "
+            f"{statistics.dense_steps} dense steps, {statistics.redraws} redraws"
+        ))
     if statistics.experts:
         found.insert(3, experts_line(statistics))
     return found

@@ -1,6 +1,6 @@
 """A setting is one field: flags, reports and the columns of tables follow from it, so that none can be forgotten."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import ModuleType
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 from builders import another_setting, another_value
 
 from models.pruning.resolve import LayerWeights, resolve
-from models.pruning.settings import PruningSettings, compared_fields
+from models.pruning.settings import RECOMMENDED, PruningSettings, compared_fields
 from popengine import compare, generate, score
 from popengine.command import pruning_settings
 from popengine.measure.comparison import Configuration
@@ -33,6 +33,13 @@ def test_every_setting_has_a_flag(command: ModuleType, name: str) -> None:
     read = command.parser().parse_args([*NEEDED[command], *words])
     assert pruning_settings(read) == PruningSettings(**changes) != PruningSettings()
     assert pruning_settings(command.parser().parse_args(NEEDED[command])) == PruningSettings()
+
+
+def test_generate_does_what_is_recommended_unless_the_paper_is_asked_for() -> None:
+    words = [*NEEDED[generate], "--prune-ratio", "0.3"]
+    recommended, paper = (generate.settings(generate.parser().parse_args(each)) for each in (words, [*words, "--paper"]))
+    assert recommended == replace(RECOMMENDED, prune_ratio=0.3) != paper
+    assert paper == PruningSettings(prune_ratio=0.3)
 
 
 @pytest.mark.parametrize("name", COMPARED)

@@ -64,12 +64,17 @@ class PruningSettings:
     ffn_ratio: float | None = setting(
         None, "instead: share of the FFN channels", float, metavar="R", least=0, below=1, column=""
     )
-    candidate_width: float = setting(0.1, "candidates, of all channels", float, metavar="W", least=0, most=2,
-                                     column="width", matters="to pop")
-    head_ratio: float = setting(0.0, "share of the query heads", float, metavar="R", least=0, below=1,
-                                column="heads off", matters="to prompts")
-    prefill: str = setting("pruned", "finish the prompt on what stays, or on everything", str,
-                           choices=("pruned", "dense"), column="prefill")
+    candidate_width: float = setting(
+        0.1, "candidates, of all channels (the paper: 0.1)", float, metavar="W", least=0, most=2, column="width",
+        matters="to pop",
+    )
+    head_ratio: float = setting(
+        0.0, "share of the query heads", float, metavar="R", least=0, below=1, column="heads off", matters="to prompts"
+    )
+    prefill: str = setting(
+        "pruned", "finish the prompt on what stays, or on everything", str, choices=("pruned", "dense"),
+        column="prefill",
+    )
     scored_tokens: str = setting("all", "count image tokens in the scores, or only text", str, choices=("all", "text"))
     unseen_experts: str = setting(
         "weights", "experts that no prompt token reached: cut by their weights alone, or leave them whole", str,
@@ -125,3 +130,6 @@ def compared_fields() -> Iterator[Field[Any]]:
 
 
 DENSE = PruningSettings(prune_ratio=0.0)
+# What generation does where nothing is said: the best that was measured at its ratio on short and long prompts alike
+# (docs/results.md). PruningSettings() itself is the paper's rule to the letter.
+RECOMMENDED = PruningSettings(candidate_width=0.4, prior=32)
