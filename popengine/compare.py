@@ -35,6 +35,10 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--tasks", nargs="+", default=[], metavar="text|pictures", help="questions with exact answers")
     flags.add_argument("--questions", type=int, default=20, metavar="N", help="of every task (default: 20)")
     flags.add_argument("--methods", nargs="+", default=["dense", "all-channels", "pop", "frozen"], metavar="M")
+    flags.add_argument(
+        "--time", type=int, default=0, metavar="ROUNDS", help="also time decode steps, in so many turns of each method"
+    )
+    flags.add_argument("--compile", action="store_true", help="time compiled steps")
     flags.add_argument("--no-plots", action="store_true", help="only the table")
     flags.add_argument("--quiet", action="store_true", help="no progress bars")
     add_scoring_flags(flags)
@@ -51,6 +55,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(flags: argparse.Namespace) -> None:
     if flags.text is None and not flags.tasks:
         raise InputError("give a text to score (--text), tasks (--tasks), or both")
+    if flags.time < 0 or (flags.time and flags.text is None):
+        raise InputError("--time takes a number of rounds of at least 1, and a text whose first window is decoded")
     # PyTorch takes seconds to import: only now that the flags have been understood.
     from popengine import loading
     from popengine.measure import comparison, comparison_table, scoring, tasks
@@ -65,7 +71,9 @@ def run(flags: argparse.Namespace) -> None:
         comparison.load_plots()                         # says so now, not after hours, when matplotlib is missing
     make_folder(flags.out)
     show_progress = sys.stderr.isatty() and not flags.quiet
-    engine = loading.load(flags.ckpt, dtype=flags.dtype, device=flags.device, progress=show_progress)
+    engine = loading.load(
+        flags.ckpt, dtype=flags.dtype, device=flags.device, compile=flags.compile, progress=show_progress
+    )
     text, windows = None, []
     if flags.text is not None:
         scoring.check_context(engine, flags.prompt_tokens, flags.score_tokens)
@@ -86,7 +94,8 @@ def run(flags: argparse.Namespace) -> None:
     for note in progress.notes:
         print(f"warning: {note}", file=sys.stderr)
     compared = comparison.Comparison(engine, prunings, windows, progress, show_progress)
-    result = compared.measure(flags.tasks, flags.questions, flags.seed, None if flags.no_plots else flags.out)
+    folder = None if flags.no_plots else flags.out
+    result = compared.measure(flags.tasks, flags.questions, flags.seed, flags.time, folder)
     result["about"] = identity | result["about"]
     (flags.out / "table.json").write_text(json.dumps(result, indent=1) + "\n")
     table = comparison_table.markdown(result["rows"], result["about"], result["studies"])

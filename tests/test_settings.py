@@ -37,7 +37,8 @@ def test_every_setting_has_a_flag(command: ModuleType, name: str) -> None:
 
 def test_generate_does_what_is_recommended_unless_the_paper_is_asked_for() -> None:
     words = [*NEEDED[generate], "--prune-ratio", "0.3"]
-    recommended, paper = (generate.settings(generate.parser().parse_args(each)) for each in (words, [*words, "--paper"]))
+    read = generate.parser().parse_args
+    recommended, paper = generate.settings(read(words)), generate.settings(read([*words, "--paper"]))
     assert recommended == replace(RECOMMENDED, prune_ratio=0.3) != paper
     assert paper == PruningSettings(prune_ratio=0.3)
 

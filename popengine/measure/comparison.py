@@ -8,6 +8,7 @@ import operator
 import os
 import platform
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from models.pruning.resolve import Pruning
-from models.pruning.settings import DENSE, PruningSettings, compared_fields
+from models.pruning.settings import DENSE, RULE_NAMES, PruningSettings, compared_fields
 from popengine import __version__
 from popengine.engine import Engine
 from popengine.measure.progress_file import ProgressFile
@@ -37,6 +38,7 @@ from popengine.measure.tasks import is_answered, questions_for
 from popengine.methods.calibration import Calibration, fingerprint
 
 DRIFT_WINDOWS = 4
+TIMED_STEPS = 24
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Configuration:
         return ", ".join(words)
 
 
-FOLLOW_THE_PROMPT = ("pop", "frozen", "all-channels")
+FOLLOW_THE_PROMPT = (*RULE_NAMES, "frozen")
 
 
 def configurations(flags: argparse.Namespace, mixture: bool) -> list[Configuration]:
@@ -107,11 +109,14 @@ class Comparison:
     progress: ProgressFile
     show_progress: bool
 
-    def measure(self, tasks: Sequence[str], questions: int, seed: int, plots: Path | None) -> dict[str, Any]:
+    def measure(
+        self, tasks: Sequence[str], questions: int, seed: int, rounds: int, plots: Path | None
+    ) -> dict[str, Any]:
         """Everything that is not on record yet, then the table; drawings go to the folder `plots` (None: nowhere)."""
         self.measure_text()
         self.measure_generated()
         self.measure_tasks(tasks, questions, seed)
+        self.measure_speed(rounds)
         rows = self.rows(tasks)
         about: dict[str, Any] = {"machine": machine(), "plots": []}
         studies: dict[str, dict[str, float]] = {}
@@ -166,6 +171,19 @@ class Comparison:
                         self.progress.add(key, {"agreed": (likeliest == said).tolist()})
                     bar.update()
 
+    def measure_speed(self, rounds: int) -> None:
+        """Time decode steps of every configuration on the first window's prompt, in turns, so that a slow minute of the
+        machine falls on all of them."""
+        bar = tqdm(total=rounds * len(self.prunings), desc="speed", unit="turn", disable=not self.show_progress)
+        with bar:
+            for number, (one, pruning) in itertools.product(range(rounds), self.prunings.items()):
+                if speed_key(one, number) not in self.progress.records:
+                    run = self.engine.run([self.windows[0].prompt], TIMED_STEPS, pruning, ignore_eos=True)
+                    moments = [time.perf_counter() for _ in run]
+                    steps = [later - earlier for earlier, later in itertools.pairwise(moments)]
+                    self.progress.add(speed_key(one, number), {"ms": statistics.median(steps) * 1000})
+                bar.update()
+
     def dense_continuation(self, window: Window) -> list[int]:
         """As many tokens as are scored, greedily, beyond an end of sequence too."""
         run = self.engine.run([window.prompt], len(window.continuation), DENSE, ignore_eos=True)
@@ -207,6 +225,9 @@ class Comparison:
                 agreed = [self.agreed_on_generated(one, index) for index in range(len(self.windows))]
                 row["generated_agreement"] = sum(map(sum, agreed)) / sum(map(len, agreed))
                 row["identical_tokens"] = statistics.median([*own, False].index(False) for own in agreed)
+            turns = [records[key]["ms"] for number in range(len(records)) if (key := speed_key(one, number)) in records]
+            if turns:
+                row["decode_ms_per_token"] = statistics.median(turns)
             for name in task_sets:
                 found = records[task_key(one, name)]
                 row[f"tasks_{name}"] = {"right": found["right"], "asked": found["asked"]}
@@ -267,6 +288,9 @@ class Comparison:
         )
         plots.plot_rank_drift(drifts, folder / "rank_drift.png")
         names = ["perplexity.png", "agreement.png", "rank_drift.png"]
+        if "decode_ms_per_token" in rows[0]:
+            plots.plot_frontier(rows, folder / "frontier.png")
+            names.append("frontier.png")
         if picked is not None:
             one, networks = picked
             plots.plot_partition_map(networks, folder / "partition.png", one.label)
@@ -295,6 +319,10 @@ def text_key(one: Configuration, window: int) -> str:
 def generated_key(one: Configuration | None, window: int) -> str:
     """None: the dense model's own tokens."""
     return f"generated {window}: {'tokens' if one is None else json.dumps(one.fields())}"
+
+
+def speed_key(one: Configuration, turn: int) -> str:
+    return f"speed {turn}: {json.dumps(one.fields())}"
 
 
 def share_by_position(by_window: Sequence[Sequence[bool]]) -> list[float]:

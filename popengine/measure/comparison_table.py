@@ -33,6 +33,10 @@ def markdown(
             "same token generated": lambda row: f"{row['generated_agreement']:.1%}",
             "tokens alike (median)": lambda row: f"{row['identical_tokens']:.1f}",
         }
+    if "decode_ms_per_token" in rows[0]:
+        dense = next((row for row in rows if row["method"] == "dense"), rows[0])["decode_ms_per_token"]
+        always["ms per token"] = lambda row: f"{row['decode_ms_per_token']:.1f}"
+        always["time over dense"] = lambda row: f"{row['decode_ms_per_token'] / dense:.2f}"
     for name in rows[0]:
         if name.startswith("tasks_"):
             for task in rows[0][name]["asked"]:

@@ -25,6 +25,10 @@ STYLES = {
     "all-channels": ("tab:gray", "D"),
     "pop": ("tab:blue", "o"),
     "frozen": ("tab:orange", "s"),
+    "up": ("tab:cyan", "^"),
+    "gate": ("tab:olive", "v"),
+    "cats": ("tab:pink", "<"),
+    "teal": ("darkgreen", ">"),
     "random": ("tab:brown", "x"),
     "magnitude": ("tab:red", "^"),
     "wanda-sp": ("tab:green", "v"),
@@ -183,6 +187,33 @@ def plot_partition_map(networks: Sequence[NetworkPicks], path: Path, label: str)
     below.set_xlabel("candidate, from the most to the least picked")
     below.set_ylabel(row_name(networks))
     figure.colorbar(image, ax=below, label="share of steps", fraction=0.03, pad=0.01)
+    save(figure, path)
+
+
+def plot_frontier(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Loss against what a step reads and against what it takes; what nothing beats in both is joined."""
+    figure, both = pyplot.subplots(1, 2, figsize=(12.5, 5), sharey=True)
+    for axes, name, title in (
+        (both[0], "weight_bytes_per_token", "weights read per decoded token, MB"),
+        (both[1], "decode_ms_per_token", "time per decoded token, ms"),
+    ):
+        scale = 1e-6 if name == "weight_bytes_per_token" else 1.0
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if row["method"] == method]
+            colour, marker = STYLES.get(method, ("tab:cyan", "o"))
+            axes.scatter(
+                [row[name] * scale for row in own], [row["mean_loss"] for row in own], color=colour, marker=marker,
+                s=120 if method == "dense" else 42, label=method, zorder=3,
+            )
+        unbeaten = sorted(
+            (row[name] * scale, row["mean_loss"]) for row in rows
+            if not any(other[name] < row[name] and other["mean_loss"] <= row["mean_loss"] for other in rows)
+        )
+        axes.plot(*zip(*unbeaten, strict=True), color="black", linewidth=0.8, linestyle=":", zorder=1)
+        axes.set_xlabel(title)
+        axes.grid(alpha=0.3)
+    both[0].set_ylabel("loss, nats per token")
+    both[1].legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
     save(figure, path)
 
 

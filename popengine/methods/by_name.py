@@ -26,7 +26,7 @@ from models.llama import LlamaForCausalLM
 from models.pruning.partition import PartitionSizes, partition_channels, partition_sizes
 from models.pruning.resolve import Pruning, resolve
 from models.pruning.rules import StaticChannels, StaticRule
-from models.pruning.settings import PruningSettings
+from models.pruning.settings import RULE_NAMES, PruningSettings
 from models.reading import layer_weights
 from popengine.methods.activations import feed_forward_networks
 from popengine.methods.calibration import Calibration
@@ -107,9 +107,9 @@ def frozen(request: Request) -> Pruning:
     return request.pruning(candidate_width=0.0)
 
 
-def all_channels(request: Request) -> Pruning:
-    """Every step picks among all channels: the quality ceiling, which saves next to nothing."""
-    return request.pruning(rule="all-channels")
+def by_rule(rule: str) -> Callable[[Request], Pruning]:
+    """A rule of models/pruning/rules.py as a method."""
+    return lambda request: request.pruning(rule=rule)
 
 
 def random(request: Request) -> Pruning:
@@ -175,7 +175,7 @@ METHODS: dict[str, Callable[[Request], Pruning]] = {
     "dense": dense,
     "pop": pop,
     "frozen": frozen,
-    "all-channels": all_channels,
+    **{rule: by_rule(rule) for rule in RULE_NAMES if rule != "pop"},
     "random": random,
     "magnitude": magnitude,
     "wanda-sp": wanda_sp,
