@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from models.clock import Clock
 from models.layers import activation_function
-from models.matrix import ChosenColumns, ChosenRows, Matrix, take_columns, tensor_bytes
+from models.matrix import Matrix, take_columns, tensor_bytes
+from models.matrix_forms import ChosenColumns, ChosenRows
 from models.passes import DecodePass, PrefillPass
 from models.products import best, row_count
 from models.pruning.partition import keep_everything
-from models.pruning.rules import Rule
+from models.pruning.rules import POP
 
 # A matrix, or chosen rows or columns of one: what a step multiplies with.
 AnyMatrix = Any
@@ -32,7 +33,7 @@ class ActiveFeedForward:
     are the module's own matrices. Without `copies` they are looked up in the module's own at every step.
     """
 
-    def __init__(self, ffn: "FeedForward", rule: Rule, copies: bool = True) -> None:
+    def __init__(self, ffn: "FeedForward", rule: POP, copies: bool = True) -> None:
         self.rule, self.sizes, self.copies = rule, rule.sizes(ffn), copies
         self.prunes = self.sizes.prunes
         self.follows_prompt = self.prunes and rule.follows_prompt

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.attention import ActiveHeads, Attention
+from models.active_heads import ActiveHeads
+from models.attention import Attention
 from models.cache import KVCache
 from models.clock import Clock
 from models.config import LlamaConfig, read_llama_config
 from models.feed_forward import ActiveFeedForward, FeedForward
+from models.gathering import Gathering
 from models.layers import Embedding, RMSNorm, RotaryEmbedding
 from models.matrix import Matrix
 from models.passes import DecodePass, Observer, PrefillPass, decode_pass, following_pass, prefill_pass
 from models.pruning.partition import PartitionSizes
 from models.pruning.resolve import Pruning
 from models.reading import all_copy_bytes
-from models.state import DecodeState, Gathering, LayerState
+from models.state import DecodeState, LayerState
 from weights.errors import InputError
 
 
@@ -216,35 +218,6 @@ class LlamaForCausalLM(nn.Module):
         """The beginning of a decode step. tokens int64 [B] -> x [B, 1, H], and a pass whose rows decide together"""
         x = self.embed(tokens.unsqueeze(1))
         return x, decode_pass(self.model.rotary, self.config.windows, x, state.cache, state.live, together=True)
-
-    def evaluate(self, tokens: Tensor, state: DecodeState, observe: Observer | None = None) -> Tensor:
-        """The logits of `decode` of one token after the other, all at once, where the tokens are known in advance.
-
-        Steps depend on each other only through the tokens and the cache: each row decides for itself, as its step would
-        have done, and attends to the rows before it. One sequence only: several would share their decisions.
-
-        tokens   int64 [T]
-        state    of one sequence, prefilled, with room for T more tokens; afterwards as the steps would have left it
-        observe  is told what every feed-forward network keeps
-        returns  [T, V]
-        """
-        state.cache.make_room(len(tokens))
-        logits, waiting = [], tokens[:0]
-        for token in tokens.split(1):
-            dense, draws = state.gathering.next_step()
-            if dense:
-                logits += [self.evaluate_steps(waiting, state, observe), self.dense_step(token, state, draws)]
-            waiting = tokens[:0] if dense else torch.cat([waiting, token])
-        return torch.cat([*logits, self.evaluate_steps(waiting, state, observe)])   # [T, V]
-
-    def evaluate_steps(self, tokens: Tensor, state: DecodeState, observe: Observer | None) -> Tensor:
-        """The same of steps none of which is dense."""
-        x, windows = self.embed(tokens[None]), self.config.windows                  # [1, T, H]
-        if len(tokens):
-            step = decode_pass(self.model.rotary, windows, x, state.cache, state.live, together=False, observe=observe)
-            x = decode_layers(self.model.layers, x, state.layers, step)
-            state.cache.advance(len(tokens))
-        return self.head(x)[0]
 
     def ffn_sizes(self, pruning: Pruning) -> PartitionSizes:
         """Regions of the feed-forward networks (of the first layer, where layers differ)."""

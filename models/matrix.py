@@ -2,19 +2,19 @@
 
 A layer asks its matrix and never looks at the weight. A matrix multiplies (one row, a few or many), becomes a compact
 copy of chosen rows or columns of another, and knows its norms and what a step reads of it. Another form of weights
-(packed, a device's share) is another class here, put in its place by `replace_matrices`.
+(packed, a device's share) is another class in models/matrix_forms.py, put in its place by `replace_matrices`.
 
 in and out are the sides of a weight [out, in]; B batch, T rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.products import add_up_columns, add_up_for_each, is_fused, row_count, stretches, written_out
+from models.products import is_fused, row_count, written_out
 
 # Up to how many rows a product is written out or added up instead of left to a library (tools/measure_products.py).
 FEW_ROWS = {torch.float32: 8, torch.bfloat16: 3}
@@ -111,115 +111,6 @@ class Matrix(nn.Linear):
     def held_bytes(self) -> int:
         """Memory of the weight and the bias, in bytes."""
         return tensor_bytes(self)
-
-
-class ColumnMatrix(Matrix):
-    """The same stored column by column: what eager products of a few rows on a CPU want. float32 and bfloat16 only."""
-
-    @classmethod
-    def from_rows(cls, matrix: Matrix) -> "ColumnMatrix":
-        """A matrix stored by rows in this order; its values, its parameter and whoever shares that stay the same."""
-        matrix.weight.data = matrix.weight.data.t().contiguous().t()
-        return cls.of(matrix.weight, matrix.bias)  # type: ignore[return-value]
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = row_count(x)
-        if rows > FEW_ROWS[self.weight.dtype]:
-            return F.linear(x, self.weight, self.bias)
-        if rows == 1:
-            y = add_up_columns(self.weight.t(), stretches(self.in_features, 1)[0], x.flatten())     # [out]
-        else:
-            y = add_up_for_each(self.weight.t(), x.flatten(0, -2))                  # [T, out]
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-
-    def reads_chosen_columns(self, rows: int) -> bool:
-        return rows == 1
-
-    def multiply_columns(self, x: Tensor, columns: Tensor) -> Tensor:
-        y = add_up_columns(self.weight.t(), columns, x.flatten())                   # [out]
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-
-    def reads_chosen_rows(self, rows: int) -> bool:
-        return False            # which lie scattered over all columns
-
-    def empty(self, rows: int, columns: int) -> "Matrix":
-        bias = None if self.bias is None else self.bias.new_empty(rows)
-        return type(self).of(self.weight.new_empty(columns, rows).t(), bias)
-
-    def copy_rows(self, source: Matrix, rows: Tensor) -> None:
-        torch.gather(bits(source.weight.t()), 1, rows.expand(source.in_features, -1), out=bits(self.weight.t()))
-        if source.bias is not None:
-            torch.index_select(source.bias, 0, rows, out=self.bias)
-
-    def copy_columns(self, source: Matrix, columns: Tensor) -> None:
-        torch.index_select(bits(source.weight.t()), 0, columns, out=bits(self.weight.t()))
-        if source.bias is not None:
-            self.bias.copy_(source.bias)
-
-
-class ChosenRows(nn.Module):
-    """Rows of another matrix, which are not copied: the whole is multiplied with and what was not chosen is dropped."""
-
-    def __init__(self, whole: Matrix) -> None:
-        super().__init__()
-        self.whole = whole
-
-    def copy_rows(self, source: Matrix, rows: Tensor) -> None:
-        self.chosen = rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        return take_columns(self.whole(x), self.chosen)
-
-    def reads_chosen_rows(self, rows: int) -> bool:
-        return False
-
-    def held_bytes(self) -> int:
-        return 0
-
-
-class ChosenColumns(nn.Module):
-    """Columns of another matrix, which are not copied: the whole is multiplied with, by zeros where not chosen."""
-
-    def __init__(self, whole: Matrix) -> None:
-        super().__init__()
-        self.whole, self.bias = whole, whole.bias
-
-    def copy_columns(self, source: Matrix, columns: Tensor) -> None:
-        self.chosen = columns
-
-    def forward(self, x: Tensor) -> Tensor:
-        spread = x.new_zeros(*x.shape[:-1], self.whole.in_features).index_copy_(-1, self.chosen, x)
-        return self.whole(spread)
-
-    def reads_chosen_columns(self, rows: int) -> bool:
-        return False
-
-    def held_bytes(self) -> int:
-        return 0
-
-
-def stacked(matrices: Sequence[Matrix]) -> Matrix:
-    """One matrix of several, one below the other, which become parts of it and stay what they were."""
-    bias = matrices[0].bias
-    return type(matrices[0]).of(
-        share_storage([matrix.weight for matrix in matrices]),
-        None if bias is None else share_storage([matrix.bias for matrix in matrices]),
-    )
-
-
-def share_storage(parameters: Sequence[Tensor]) -> Tensor:
-    """Make tensors of like layout parts of one, along the first dimension, and return it; their values stay."""
-    first, sizes = parameters[0], [len(parameter) for parameter in parameters]
-    # An inference tensor only if the parameters are (a model loaded during inference): training must be able to go on
-    # with those that are not, and the two kinds do not mix.
-    with torch.inference_mode(first.is_inference()), torch.no_grad():
-        by_columns = first.dim() == 2 and not first.is_contiguous()
-        shape = (first.shape[1], sum(sizes)) if by_columns else (sum(sizes), *first.shape[1:])
-        together = first.new_empty(shape).t() if by_columns else first.new_empty(shape)
-        for parameter, part in zip(parameters, together.split(sizes), strict=True):
-            part.copy_(parameter)
-            parameter.data = part
-    return together
 
 
 def replace_matrices(model: nn.Module, make: Callable[[Matrix], Matrix]) -> None:

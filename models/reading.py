@@ -10,7 +10,7 @@ from models.experts import ActiveExperts, MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.matrix import Matrix
 from models.pruning.resolve import LayerWeights, Pruning
-from models.pruning.rules import Rule
+from models.pruning.rules import POP
 
 
 def weight_count(matrix: Matrix) -> int:
@@ -55,14 +55,14 @@ def bytes_per_token(model: Any, pruning: Pruning, batch: int = 1, state: Any = N
     return read
 
 
-def attention_bytes(attention: Any, rule: Rule) -> int:
+def attention_bytes(attention: Any, rule: POP) -> int:
     heads = rule.head_sizes(attention.heads // attention.head_groups)
     queries = heads.resident * attention.head_groups * attention.head_dim
     keys_and_values = attention.k_proj.read_bytes() + attention.v_proj.read_bytes()
     return keys_and_values + attention.q_proj.read_bytes(rows=queries) + attention.o_proj.read_bytes(columns=queries)
 
 
-def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: Rule, batch: int, active: ActiveExperts | None) -> int:
+def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: POP, batch: int, active: ActiveExperts | None) -> int:
     if isinstance(mlp, FeedForward):
         return ffn_bytes(mlp, rule, batch)
     each = [
@@ -73,7 +73,7 @@ def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: Rule, batch: int, activ
     return mlp.experts_per_token * sum(each) // len(each) + shared
 
 
-def ffn_bytes(ffn: FeedForward, rule: Rule | None, batch: int) -> int:
+def ffn_bytes(ffn: FeedForward, rule: POP | None, batch: int) -> int:
     """Of one network's step; no rule: it multiplies with its full weights."""
     if rule is None:
         return 3 * ffn.gate_proj.read_bytes()

@@ -10,7 +10,8 @@ from models.compiled import CompiledDecode, compiler_problem
 from models.families import architecture
 from models.llama import LlamaForCausalLM
 from models.llava import LlavaForConditionalGeneration
-from models.matrix import ColumnMatrix, replace_matrices
+from models.matrix import replace_matrices
+from models.matrix_forms import ColumnMatrix
 from popengine.engine import Engine
 from popengine.pictures.vision import TextOnly, Vision
 from popengine.text.chat import read_chat_template

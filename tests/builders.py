@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from models.llama import LlamaForCausalLM
-from models.matrix import ColumnMatrix, replace_matrices
+from models.matrix import replace_matrices
+from models.matrix_forms import ColumnMatrix
 from models.pruning.resolve import Pruning, resolve
 from models.pruning.settings import PruningSettings
 from models.reading import layer_weights

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.matrix import ChosenColumns, ChosenRows, ColumnMatrix, Matrix, replace_matrices, stacked
+from models.matrix import Matrix, replace_matrices
+from models.matrix_forms import ChosenColumns, ChosenRows, ColumnMatrix, stacked
 
 OUT, IN = 40, 64
 ROWS = (1, 2, 3, 4, 8, 16, 40)
@@ -68,10 +69,22 @@ def test_a_product_with_chosen_columns_reads_no_others(kind: type[Matrix], dtype
     x = rows_of(1, dtype)
     others = torch.ones(IN, dtype=torch.bool).index_fill(0, columns, False)
     matrix.weight[:, others] = torch.nan
-    y = matrix.multiply_chosen(x, columns)
+    y = matrix.multiply_columns(x[..., columns], columns)
     assert_product(y, x[..., columns], reference.weight[:, columns], reference.bias)
     assert matrix.reads_chosen_columns(1) == (kind is ColumnMatrix)
     assert not matrix.reads_chosen_columns(2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_a_product_with_chosen_rows_reads_no_others(dtype: torch.dtype, bias: bool) -> None:
+    matrix, reference = made(Matrix, dtype, bias), made(Matrix, dtype, bias)
+    rows = torch.tensor([7, 3, 39, 0])
+    x = rows_of(1, dtype)
+    matrix.weight[torch.ones(len(matrix.weight), dtype=torch.bool).index_fill(0, rows, False)] = torch.nan
+    chosen = None if reference.bias is None else reference.bias[rows]
+    assert_product(matrix.multiply_rows(x, rows), x, reference.weight[rows], chosen)
+    assert matrix.reads_chosen_rows(1) and not matrix.reads_chosen_rows(2)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
+from models.pruning.alternatives import StaticRule
 from models.pruning.resolve import Pruning
-from models.pruning.rules import StaticRule
 from models.pruning.settings import DENSE, PruningSettings
 from models.reading import bytes_per_token
 from popengine.methods.activations import Activation, embedded, feed_forward_networks, watch_dense

@@ -27,7 +27,8 @@ from transformers import LlamaConfig
 
 from models.clock import Clock
 from models.llama import LlamaForCausalLM
-from models.matrix import ChosenColumns, ChosenRows, Matrix
+from models.matrix import Matrix
+from models.matrix_forms import ChosenColumns, ChosenRows
 from models.mixtral import MixtralConfig as OurConfig
 from models.mixtral import MixtralForCausalLM, read_mixtral_config
 from models.passes import prefill_pass

@@ -9,6 +9,7 @@ import torch
 from builders import MIXTRAL, MODELS, QWEN2_MOE, SETTINGS, SIZES, prefilled, saved_pair
 from transformers import LlamaConfig
 
+from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
 from models.pruning.resolve import Pruning
 from models.pruning.settings import PruningSettings
@@ -30,7 +31,7 @@ def both_ways(model: LlamaForCausalLM, settings: PruningSettings | Pruning) -> t
     _, state = prefilled(model, tokens[None, :20], settings, capacity=48)
     steps = torch.cat([model.decode(token[None], state) for token in tokens[20:]])
     model.prefill(model.embed(tokens[None, :20]), state)
-    parallel = model.evaluate(tokens[20:], state)
+    parallel = evaluate(model, tokens[20:], state)
     assert state.cache.filled == int(state.cache.length) == 44
     return steps, parallel
 
@@ -57,7 +58,7 @@ def test_each_position_picks_for_itself(tmp_path: Path) -> None:
     settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.4)
     _, state = prefilled(model, tokens[None, :16], settings)
     seen: list[tuple[Any, torch.Tensor]] = []
-    model.evaluate(tokens[16:], state, lambda ffn, partition, keep: seen.append((partition, keep)))
+    evaluate(model, tokens[16:], state, lambda ffn, partition, keep: seen.append((partition, keep)))
     assert len(seen) == len(model.model.layers)
     for partition, keep in seen:
         assert keep.shape == (1, 24, partition.sizes.candidate)

@@ -6,8 +6,9 @@ heads) give anything up, so their own ratio is higher (POP, arXiv 2602.06822, Ta
 
 from dataclasses import dataclass
 
+from models.pruning.alternatives import RULES
 from models.pruning.partition import partition_sizes
-from models.pruning.rules import RULES, Rule
+from models.pruning.rules import POP
 from models.pruning.settings import DEFAULT_PRUNE_RATIO, PruningSettings
 from weights.errors import InputError
 
@@ -40,7 +41,7 @@ class Pruning:
     ratio: float
     ffn_ratio: float
     settings: PruningSettings
-    rule: Rule
+    rule: POP
 
 
 def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:

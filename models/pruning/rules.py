@@ -1,7 +1,6 @@
 """Rules: how many channels stay, which, and what a candidate is worth at a step. Models never ask which rule it is.
 
-A new rule is a class here with its name in RULES (and among the choices of `PruningSettings.rule`), or, where channels
-are ranked before any prompt, a StaticRule that popengine.methods makes.
+The paper's rule stands here, and every other one (models/pruning/alternatives.py) changes some of its methods.
 
 B batch, T rows, I channels, C candidates, H hidden size.
 """
@@ -18,7 +17,6 @@ from models.pruning.partition import (
     ChannelPartition,
     Evidence,
     PartitionSizes,
-    all_channel_sizes,
     partition_channels,
     partition_sizes,
 )
@@ -102,95 +100,3 @@ class POP:
     def output_bias(self, network: Network) -> Tensor | None:
         """[H], added to what the network puts out in the place of its pruned channels; None: nothing"""
         return None
-
-
-class AllChannels(POP):
-    """The quality ceiling (POP, Table 6): every step chooses among all channels, and saves nothing but down_proj."""
-
-    def sizes(self, network: Network) -> PartitionSizes:
-        return all_channel_sizes(network.channels, self.ffn_ratio) if self.ffn_ratio > 0 else super().sizes(network)
-
-
-class Up(AllChannels):
-    """Cheaper: |up| alone, times what act(gate) usually is, so that only the chosen rows of gate are read.
-
-    Every step chooses among all that is not retained.
-    """
-
-    looks_at, watches = "up", "gate"
-
-    def factors(self, network: Network, watched: Evidence | None) -> Tensor:
-        assert watched is not None
-        usual = (watched.squares / max(1, watched.tokens)).sqrt()                   # [I], root mean square
-        return network.down_norms() * (usual if watched.tokens else torch.ones_like(usual))
-
-
-class Gate(Up):
-    """The same the other way round: |act(gate)| times what up usually is (CATS, arXiv 2404.08763, has |act(gate)|)."""
-
-    looks_at, watches = "gate", "up"
-
-
-class CATS(AllChannels):
-    """|act(gate)| alone (arXiv 2404.08763), with the best of each step in the place of a threshold."""
-
-    looks_at = "gate"
-
-    def factors(self, network: Network, watched: Evidence | None) -> Tensor:
-        return torch.ones_like(network.down_norms())
-
-
-class TEAL(AllChannels):
-    """|h| alone, what feeds down_proj (arXiv 2408.14690); gate and up are computed in full, as POP does."""
-
-    def factors(self, network: Network, watched: Evidence | None) -> Tensor:
-        return torch.ones_like(network.down_norms())
-
-
-@dataclass(frozen=True)
-class StaticChannels:
-    """Channels of one network that were chosen in advance. bias [H] as for `output_bias`."""
-
-    partition: ChannelPartition
-    bias: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class StaticRule:
-    """Partitions decided before any prompt, for every network of one model. Equal to none but itself."""
-
-    of: Mapping[nn.Module, StaticChannels]
-
-    follows_prompt = False
-
-    def with_prior(self, prior: Prior | None) -> "StaticRule":
-        return self
-
-    looks_at, watches = "h", ""
-
-    def new_evidence(self, network: nn.Module, channels: int, device: torch.device, part: str = "h") -> Evidence:
-        return Evidence(channels, device)       # which nobody asks
-
-    def sizes(self, network: Network) -> PartitionSizes:
-        return self.of[network].partition.sizes  # type: ignore[index]
-
-    def head_sizes(self, heads: int) -> PartitionSizes:
-        return partition_sizes(heads, 0.0, 0.0)
-
-    def partition(self, network: Network, evidence: Evidence, sizes: PartitionSizes) -> ChannelPartition:
-        return self.of[network].partition  # type: ignore[index]
-
-    def factors(self, network: Network, watched: Evidence | None) -> Tensor:
-        return network.down_norms()
-
-    def candidate_scores(self, look: Tensor, factors: Tensor, step: DecodePass) -> Tensor:
-        return step.scores(look, factors)       # of no candidates
-
-    def output_bias(self, network: Network) -> Tensor | None:
-        return self.of[network].bias  # type: ignore[index]
-
-
-Rule = POP | StaticRule
-RULES: dict[str, type[POP]] = {
-    "pop": POP, "all-channels": AllChannels, "up": Up, "gate": Gate, "cats": CATS, "teal": TEAL,
-}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
 from models.passes import Observer
 from models.pruning.resolve import Pruning
@@ -145,7 +146,7 @@ def log_probabilities(
     if step_by_step:
         logits += [model.decode(token[None], state) for token in given]
     elif len(given):
-        logits.append(model.evaluate(given, state, observe))
+        logits.append(evaluate(model, given, state, observe))
     return torch.cat(logits).float().log_softmax(dim=-1)
 
 

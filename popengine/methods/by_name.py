@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
+from models.pruning.alternatives import StaticChannels, StaticRule
 from models.pruning.partition import PartitionSizes, partition_channels, partition_sizes
 from models.pruning.resolve import Pruning, resolve
-from models.pruning.rules import StaticChannels, StaticRule
 from models.pruning.settings import RULE_NAMES, PruningSettings
 from models.reading import layer_weights
 from popengine.methods.activations import feed_forward_networks
@@ -89,7 +89,7 @@ class Request:
                 weight = ffn.down_proj.values()                                     # [H, I]
                 bias = (weight.float() @ off).to(weight.dtype)                      # [H]
             static[ffn] = StaticChannels(partition, bias)
-        return replace(self.pruning(candidate_width=0.0), rule=StaticRule(static))
+        return replace(self.pruning(candidate_width=0.0), rule=StaticRule(of=static))
 
 
 def dense(request: Request) -> Pruning:

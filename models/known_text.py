@@ -1,0 +1,44 @@
+"""Decode steps of a text that is known in advance, all at once instead of one by one, with the same result.
+
+T rows, H hidden size, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from models.llama import LlamaForCausalLM, decode_layers
+from models.passes import Observer, decode_pass
+from models.state import DecodeState
+
+
+def evaluate(
+    model: LlamaForCausalLM, tokens: Tensor, state: DecodeState, observe: Observer | None = None
+) -> Tensor:
+    """The logits of `model.decode` of one token after the other.
+
+    Steps depend on each other only through the tokens and the cache: each row decides for itself, as its step would
+    have done, and attends to the rows before it. One sequence only: several would share their decisions.
+
+    tokens   int64 [T]
+    state    of one sequence, prefilled, with room for T more tokens; afterwards as the steps would have left it
+    observe  is told what every feed-forward network keeps
+    returns  [T, V]
+    """
+    state.cache.make_room(len(tokens))
+    logits, waiting = [], tokens[:0]
+    for token in tokens.split(1):
+        dense, draws = state.gathering.next_step()
+        if dense:
+            logits += [evaluate_steps(model, waiting, state, observe), model.dense_step(token, state, draws)]
+        waiting = tokens[:0] if dense else torch.cat([waiting, token])
+    return torch.cat([*logits, evaluate_steps(model, waiting, state, observe)])     # [T, V]
+
+
+def evaluate_steps(model: LlamaForCausalLM, tokens: Tensor, state: DecodeState, observe: Observer | None) -> Tensor:
+    """The same of steps none of which is dense."""
+    x, rotary = model.embed(tokens[None]), model.model.rotary                       # [1, T, H]
+    if len(tokens):
+        step = decode_pass(rotary, model.config.windows, x, state.cache, state.live, together=False, observe=observe)
+        x = decode_layers(model.model.layers, x, state.layers, step)
+        state.cache.advance(len(tokens))
+    return model.head(x)[0]
