@@ -102,6 +102,19 @@ class Attention(nn.Module):
             return self.o_proj(a)
         return active.o(a[..., self.coordinates(active.partition.resident)])
 
+    def leave_keys_and_values(
+        self, x: Tensor, keys: Tensor, values: Tensor, active: ActiveHeads, step: PrefillPass
+    ) -> None:
+        """Write the keys and values of rows that pass the layer by (Prefill-Only, arXiv 2602.03295). x [B, T, H]"""
+        k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)        # [B, K, T, D]
+            for projection in (self.k_proj, self.v_proj)
+        )
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        keys.index_copy_(2, step.slots, active.in_cache(rotate(k, step.cos, step.sin)))
+        values.index_copy_(2, step.slots, active.in_cache(v))
+
     def decode(self, x: Tensor, keys: Tensor, values: Tensor, active: ActiveHeads, step: DecodePass) -> Tensor:
         """Run rows: add their keys and values to the cache, attend with the resident heads. x [B, T, H]"""
         q, k, v = self.queries_keys_values(x, active.qkv, step)                     # [B, A, T, D], [B, K, T, D]

@@ -84,9 +84,9 @@ class ActiveExperts:
         if self.shared is not None:
             self.shared.restart()
 
-    def expect(self, tokens: list[int], follows: bool) -> None:
+    def expect(self, tokens: list[int], of_prompt: bool) -> None:
         """Before a pass: per expert, how many of its rows count as evidence, of the prompt or of a step after it."""
-        if follows:
+        if not of_prompt:
             self.picks = [old + new for old, new in zip(self.picks, tokens, strict=True)]
             return
         self.prompt_tokens = [old + new for old, new in zip(self.prompt_tokens, tokens, strict=True)]
@@ -201,7 +201,7 @@ class MixtureOfExperts(nn.Module):
         if step.counted is not None:
             counted = [mask[None] for mask in routing.segments(step.counted.flatten())]         # E times [1, n]
             tokens = torch.stack([mask.sum() for mask in counted if mask is not None]).tolist()
-        active.expect(tokens, step.follows)
+        active.expect(tokens, step.of_prompt)
 
         def run(index: int, expert: FeedForward, own: Tensor) -> Tensor:
             part = step.part(rows[index], counted[index], tokens[index])

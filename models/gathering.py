@@ -6,7 +6,8 @@ from models.pruning.resolve import Pruning
 class Gathering:
     """Evidence after the prompt, counted on the host: which steps are dense, and which of them draw the partitions.
 
-    tokens       real tokens that the scores have seen; live: sequences that have not ended
+    tokens       real tokens that the scores have seen, of the layer that has seen fewest (a prompt may skip some);
+                 live: sequences that have not ended
     steps        decode steps so far, dense_steps of them dense, redraws of these drew anew
     """
 

@@ -18,7 +18,7 @@ from models.feed_forward import ActiveFeedForward, FeedForward
 from models.gathering import Gathering
 from models.layers import Embedding, RMSNorm, RotaryEmbedding
 from models.matrix import Matrix
-from models.passes import DecodePass, Observer, PrefillPass, decode_pass, following_pass, prefill_pass
+from models.passes import DecodePass, Observer, PrefillPass, decode_pass, following_pass, prefill_pass, prompt_plan
 from models.pruning.partition import PartitionSizes
 from models.pruning.resolve import Pruning
 from models.reading import all_copy_bytes
@@ -49,6 +49,22 @@ class LlamaDecoderLayer(nn.Module):
         x = x + self.self_attn.prefill(self.input_layernorm(x), state.keys, state.values, state.heads, step)
         return x + self.mlp.prefill(self.post_attention_layernorm(x), state.ffn, step)
 
+    def pass_by(self, x: Tensor, state: LayerState, waiting: PrefillPass, running: PrefillPass) -> Tensor:
+        """A prompt that skips this layer, all but its last rows (Prefill-Only pruning, arXiv 2602.03295, Eq. 14, 15).
+
+        The waiting rows leave keys and values of what has reached this layer, and are what they were; the running ones
+        are on their way to the first new token, and attend to the cache as a step does. x [B, T, H] -> [B, T, H]
+
+        What is left of a layer is a norm and two products, each layer by itself: one stacked product for all skipped
+        layers takes a second copy of their weights, and saves less than 1 % of a prompt (docs/prefill_only.md).
+        """
+        rest, last = x.tensor_split([len(waiting.slots)], dim=1)                    # [B, T - K, H], [B, K, H]
+        normed = self.input_layernorm(rest)
+        self.self_attn.leave_keys_and_values(normed, state.keys, state.values, state.heads, waiting)
+        if last.shape[1] == 0:          # no boundary: a control that nothing but a comparison asks for
+            return rest
+        return torch.cat([rest, self.prefill(last, state, running)], dim=1)
+
     def decode(self, x: Tensor, state: LayerState, step: DecodePass) -> Tensor:
         x = x + self.self_attn.decode(self.input_layernorm(x), state.keys, state.values, state.heads, step)
         return x + self.mlp.decode(self.post_attention_layernorm(x), state.ffn, step)
@@ -57,7 +73,7 @@ class LlamaDecoderLayer(nn.Module):
 def prefill_layers(
     layers: Sequence[LlamaDecoderLayer], x: Tensor, states: Sequence[LayerState], step: PrefillPass
 ) -> Tensor:
-    """A prompt, or rows that add to the evidence, through some layers, one after the other. x [B, T, H]"""
+    """Rows that add to the evidence through some layers, one after the other. x [B, T, H]"""
     for layer, state in zip(layers, states, strict=True):
         x = layer.prefill(x, state, step)
     return x
@@ -172,6 +188,8 @@ class LlamaForCausalLM(nn.Module):
     ) -> Tensor:
         """Run the prompts: fill the cache, decide every layer's partition, copy what stays active.
 
+        Layers that the pruning skips see no more of a prompt than its last tokens: those are their evidence.
+
         x        [B, T, H]  embedded prompts, padded on the left
         real     [B, T]     bool, False where a slot is padding; None: no padding
         counted  [B, T]     bool, tokens that count in the scores; None: all real ones
@@ -179,10 +197,15 @@ class LlamaForCausalLM(nn.Module):
         returns  [B, V]     logits after the last token
         """
         state.start(x.shape[1], real)
-        step = prefill_pass(self.model.rotary, self.config.windows, x, real, counted, state.clock, observe)
-        step.draws = state.gathering.prompt(step.tokens)
-        step.finish_dense = state.pruning.settings.prefill == "dense" or not step.draws
-        x = prefill_layers(self.model.layers, x, state.layers, step)
+        rotary, windows, pruning = self.model.rotary, self.config.windows, state.pruning
+        whole = prefill_pass(rotary, windows, x, real, counted, state.clock, observe)
+        skipped = pruning.skipped_by(x.shape[1])
+        plan = prompt_plan(whole, len(self.model.layers), skipped, pruning.boundary, rotary, windows, state.cache)
+        draws = state.gathering.prompt(min(rows.running.tokens for rows in plan))
+        for rows in plan:
+            rows.running.draws, rows.running.finish_dense = draws, pruning.settings.prefill == "dense" or not draws
+        for layer, own, (running, waiting) in zip(self.model.layers, state.layers, plan, strict=True):
+            x = layer.prefill(x, own, running) if waiting is None else layer.pass_by(x, own, waiting, running)
         return self.head(x[:, -1:])[:, 0]                                           # [B, V]
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:

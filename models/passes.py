@@ -7,9 +7,9 @@ each for itself. A mixture hands each of its experts a part of a pass.
 B batch, T rows, S slots that are seen, D head size, n rows of a part.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class PrefillPass:
     draws         partitions are drawn from the evidence so far
     finish_dense  down_proj and o_proj run on all channels (prefill "dense"), not only on the resident ones
     rows          int64 [n], which rows of the batch these are, where they are a part; None: all
+    of_prompt     whether these are rows of a prompt; else of a later step
     """
 
     cos: Tensor
@@ -52,14 +53,15 @@ class PrefillPass:
     clock: Clock
     observe: Observer | None = None
     rows: Tensor | None = None
+    of_prompt: bool = True
 
     def see(self, evidence: Evidence, h: Tensor) -> None:
         """Add what these rows show to the evidence. h [B, T, I]"""
-        if self.follows:                # a step, perhaps a compiled one: nobody times its parts
-            evidence.add(h, self.counted, self.tokens)
-        else:
+        if self.of_prompt:
             with self.clock.phase("scores"):
                 evidence.add(h, self.counted, self.tokens)
+        else:                           # a step, perhaps a compiled one: nobody times its parts
+            evidence.add(h, self.counted, self.tokens)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
         """q [B, N, T, D]; k, v [B, K, T, D], of these rows; keys, values [B, K, S, D], the cache -> [B, T, N, D]"""
@@ -99,8 +101,22 @@ class DecodePass:
         return replace(self, live=live)
 
 
+class LayerRows(NamedTuple):
+    """Which rows of a prompt run through one layer.
+
+    running  the pass of those that do
+    waiting  of the rows before them, which leave their keys and values there and pass the layer by (Prefill-Only
+             pruning, arXiv 2602.03295); None: there are none, every row runs
+    """
+
+    running: PrefillPass
+    waiting: PrefillPass | None = None
+
+
 def visible(queries: Tensor, slots: Tensor, padding: Tensor | None, window: int | None) -> Tensor:
     """Where rows may look: at what is not after them, nor padding, nor further back than the window, counted with them.
+
+    A row of padding sees itself, so that no row of the softmax is empty.
 
     queries int64 [T], the slots of the rows; slots int64 [S]; padding int64 [B, 1], slots on the left that are none
     -> bool [B or 1, T, S]
@@ -109,7 +125,7 @@ def visible(queries: Tensor, slots: Tensor, padding: Tensor | None, window: int 
     seen = key <= query                                                             # [T, S]
     if window is not None:
         seen = seen & (key > query - window)
-    return seen[None] if padding is None else seen & (key >= padding[:, None])      # [B, T, S]
+    return seen[None] if padding is None else (seen & (key >= padding[:, None])) | (key == query)       # [B, T, S]
 
 
 def prefill_pass(
@@ -127,8 +143,7 @@ def prefill_pass(
     for window in set(windows):
         masks[window] = None
         if padding is not None or (window is not None and window < len(slots)):
-            # A padding slot sees itself, so that no row of the softmax is empty.
-            masks[window] = (visible(slots, slots, padding, window) | (slots[:, None] == slots))[:, None]
+            masks[window] = visible(slots, slots, padding, window)[:, None]
     counted = real if counted is None else counted
     tokens = x.shape[:-1].numel() if counted is None else int(counted.sum())
     clock = clock or Clock(x.device)
@@ -142,7 +157,31 @@ def following_pass(
     """Of rows after those in the cache, finished on all channels. x [B, T, H]; counted bool [B, T], `tokens` True"""
     slots = cache.length + torch.arange(x.shape[1], device=x.device)                # [T]
     cos, sin, masks = in_cache(rotary, windows, cache, slots, x.dtype)
-    return PrefillPass(cos, sin, slots, True, masks, counted, tokens, draws, True, clock, observe)
+    return PrefillPass(cos, sin, slots, True, masks, counted, tokens, draws, True, clock, observe, of_prompt=False)
+
+
+def prompt_plan(
+    whole: PrefillPass, layers: int, skipped: Collection[int], boundary: int, rotary: Rotary,
+    windows: Iterable[int | None], cache: KVCache,
+) -> list[LayerRows]:
+    """Which rows of a prompt run through each layer: all of them, or in layers that are skipped the boundary alone.
+
+    The boundary are the last rows of every sequence, padding being on the left. They run as a step's rows do, looking
+    at the cache, and are the only evidence that a skipped layer has.
+    """
+    if not skipped:
+        return [LayerRows(whole)] * layers
+    rest = len(whole.slots) - boundary
+    waiting = replace(whole, cos=whole.cos[:, :rest], sin=whole.sin[:, :rest], slots=whole.slots[:rest])
+    slots = whole.slots[rest:]                                                      # [K]
+    cos, sin, masks = in_cache(rotary, windows, cache, slots, whole.cos.dtype)
+    counted = None if whole.counted is None else whole.counted[:, rest:]            # [B, K]
+    tokens = len(cache.padding) * boundary if counted is None else int(counted.sum())
+    running = replace(
+        whole, cos=cos, sin=sin, slots=slots, follows=True, masks=masks, counted=counted, tokens=tokens
+    )
+    passed_by = LayerRows(running, waiting)
+    return [passed_by if index in skipped else LayerRows(whole) for index in range(layers)]
 
 
 def decode_pass(

@@ -30,6 +30,7 @@ def layer_weights(model: Any) -> LayerWeights:
         head=2 * first.head_dim * first.q_proj.in_features,
         head_groups=first.head_groups,
         heads_per_group=first.heads // first.head_groups,
+        layers=len(layers),
     )
 
 
@@ -83,6 +84,32 @@ def ffn_bytes(ffn: FeedForward, rule: POP | None, batch: int) -> int:
     second = sizes.active if looks_first else sizes.resident
     one, other = (ffn.gate_proj.read_bytes(rows=rows) for rows in (sizes.resident, second))
     return one + other + ffn.down_proj.read_bytes(columns=finishing)
+
+
+def prompt_work(model: Any, pruning: Pruning, tokens: int) -> tuple[int, int]:
+    """Multiplications that a prompt of so many tokens takes: with weights, and in attention (queries, keys, values).
+
+    A layer that is skipped makes keys and values of every token, and runs the boundary alone.
+    """
+    skipped = pruning.skipped_by(tokens)
+    linear, attention = weight_count(model.lm_head), 0
+    for index, layer in enumerate(model.model.layers):
+        rows, one = pruning.boundary if index in skipped else tokens, layer.self_attn
+        keys_and_values = weight_count(one.k_proj) + weight_count(one.v_proj)
+        others = weight_count(one.q_proj) + weight_count(one.o_proj) + prompt_ffn_weights(layer.mlp, pruning)
+        linear += tokens * keys_and_values + rows * others
+        seen = sum(min(place, one.window or place) for place in range(tokens - rows + 1, tokens + 1))
+        attention += 2 * one.heads * one.head_dim * seen
+    return linear, attention
+
+
+def prompt_ffn_weights(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
+    """Weights that one prompt token is multiplied with: of down_proj what is left, where the prompt is pruned too."""
+    if isinstance(mlp, MixtureOfExperts):
+        shared = 0 if mlp.shared_expert is None else prompt_ffn_weights(mlp.shared_expert, pruning)
+        return weight_count(mlp.gate) + mlp.experts_per_token * prompt_ffn_weights(mlp.experts[0], pruning) + shared
+    left = mlp.channels if pruning.settings.prefill == "dense" else pruning.rule.sizes(mlp).resident
+    return weight_count(mlp.gate_proj) + weight_count(mlp.up_proj) + left * mlp.down_proj.out_features
 
 
 def copy_bytes(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:

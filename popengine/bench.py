@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
+from models.pruning.settings import PruningSettings, share
 from popengine.command import OneLineParser, add_checkpoint_flag, run_as_command
 from weights.errors import InputError
 
@@ -30,6 +31,11 @@ def parser() -> argparse.ArgumentParser:
         "--prune-ratio", type=float, nargs="+", default=[0.0, 0.2, 0.4], metavar="R",
         help="settings to time; the dense network always is among them (default: 0 0.2 0.4)",
     )  # fmt: skip
+    flags.add_argument(
+        "--prefill-skip", type=share, nargs="+", default=[], metavar="SHARE",
+        help="time all of these again with prompts that skip the deepest layers, like 1/3 (default: no)",
+    )  # fmt: skip
+    flags.add_argument("--boundary-tokens", type=int, default=1, metavar="K", help="which skip none (default: 1)")
     flags.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE", help="(default: both)")
     flags.add_argument("--device", default="cpu", metavar="cpu|cuda[:i]|mps")
     flags.add_argument("--compile", action="store_true", help="time compiled decode steps beside eager ones")
@@ -66,6 +72,8 @@ def check(flags: argparse.Namespace) -> None:
         least = 2 if name == "new_tokens" else 1
         if getattr(flags, name) < least:
             raise InputError(f"{name.replace('_', ' ')} must be at least {least}, not {getattr(flags, name)}")
+    for one in flags.prefill_skip:
+        PruningSettings(prefill_skip=one, boundary_tokens=flags.boundary_tokens)
     if flags.threads is not None and flags.threads < 1:
         raise InputError(f"threads must be at least 1, not {flags.threads}")
     if flags.shape and flags.ckpt:

@@ -101,3 +101,13 @@ def add_scoring_flags(flags: argparse.ArgumentParser) -> None:
     calibration.add_argument("--calibration-text", type=Path, metavar="FILE", help="calibrate on this text")
     calibration.add_argument("--save-calibration", type=Path, metavar="FILE.safetensors")
     calibration.add_argument("--calibration", type=Path, metavar="FILE.safetensors", help="one that was saved")
+
+
+def make_folder(folder: Path) -> None:
+    """Raises InputError for a folder that cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: the output folder cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: the output folder cannot be written to")

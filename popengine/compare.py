@@ -6,7 +6,6 @@ Every method with every setting that matters to it, on the same windows of a tex
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -18,6 +17,7 @@ from popengine.command import (
     add_machine_flags,
     add_scoring_flags,
     add_setting_flags,
+    make_folder,
     run_as_command,
 )
 from weights.errors import InputError
@@ -101,15 +101,6 @@ def run(flags: argparse.Namespace) -> None:
     table = comparison_table.markdown(result["rows"], result["about"], result["studies"])
     (flags.out / "table.md").write_text(table)
     print(table, end="")
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: the output folder cannot be made: {error.strerror}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{folder}: the output folder cannot be written to")
 
 
 if __name__ == "__main__":

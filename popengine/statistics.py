@@ -49,6 +49,7 @@ class Statistics:
     partition_ms         scores, sort and copy of the active weights; within them: scores_ms, sort_ms, copy_ms
     decode_ms_per_token  mean over the decode steps; nan when there was none
     compile_s            spent on compiling the decode step before the run; 0 when that was done or is not wanted
+    skipped_layers       of the model's `layers`, those that the prompt skipped, all but its last tokens
     experts              per layer that is a mixture of experts
     evidence_tokens      real tokens that the scores have seen; dense_steps of the decode steps were dense and added
                          to them, redraws times the partitions were drawn anew
@@ -69,6 +70,8 @@ class Statistics:
     compile_s: float
     regions: Regions
     pruning: Pruning
+    layers: int
+    skipped_layers: int
     weight_bytes_per_token: int
     dense_weight_bytes_per_token: int
     peak_memory_bytes: int
@@ -105,6 +108,8 @@ def measured(run: Run) -> Statistics:
         pruning=run.pruning,
         weight_bytes_per_token=pruned + (dense - pruned) * gathering.dense_steps // max(1, gathering.steps),
         dense_weight_bytes_per_token=dense,
+        layers=len(run.state.layers),
+        skipped_layers=len(run.pruning.skipped_by(max(map(len, run.prompts)))),
         peak_memory_bytes=peak_memory_bytes(engine.device),
         experts=expert_use(run.state),
         evidence_tokens=gathering.tokens,
@@ -141,7 +146,8 @@ def report(statistics: Statistics) -> dict[str, Any]:
     return {
         "image_tokens": statistics.image_tokens,
         "pruning": pruning_report(statistics.pruning)
-        | {"retained": shown.retained, "candidate": shown.candidate, "pruned": shown.pruned, "picked": shown.picked},
+        | {"retained": shown.retained, "candidate": shown.candidate, "pruned": shown.pruned, "picked": shown.picked,
+           "skipped_layers": statistics.skipped_layers},
         "timing": {
             "image_ms": statistics.image_ms,
             "prefill_ms": statistics.prefill_ms,
@@ -198,7 +204,20 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
         ))
     if statistics.experts:
         found.insert(3, experts_line(statistics))
+    if statistics.pruning.skipped:
+        found.insert(1, skipped_line(statistics))
     return found
+
+
+def skipped_line(statistics: Statistics) -> str:
+    """How Prefill-Only pruning fared."""
+    boundary = statistics.pruning.boundary
+    if not statistics.skipped_layers:
+        return f"skipped   no layer: the prompt has no more than the {boundary} boundary tokens"
+    return (
+        f"skipped   {statistics.skipped_layers} of {statistics.layers} layers, by all prompt tokens but the last "
+        f"{boundary}"
+    )
 
 
 def experts_line(statistics: Statistics) -> str:

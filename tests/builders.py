@@ -170,12 +170,12 @@ def another_value(name: str) -> Any:
     (one,) = (one for one in fields(PruningSettings) if one.name == name)
     if one.metadata["choices"]:
         return next(choice for choice in one.metadata["choices"] if choice != one.default)
-    return one.metadata["least"] + {int: 2, float: 0.5}[one.metadata["type"]]
+    return one.metadata["least"] + (2 if one.metadata["type"] is int else 0.5)
 
 
 def another_setting(name: str) -> dict[str, Any]:
     """The same as arguments of PruningSettings, with whatever else this setting asks for."""
-    needed = {"redraw_every": {"dense_every": 2}}
+    needed = {"redraw_every": {"dense_every": 2}, "boundary_tokens": {"prefill_skip": 0.5}}
     return {name: another_value(name)} | needed.get(name, {})
 
 

@@ -90,6 +90,32 @@ def test_peer_decodes_the_same_tokens(result: dict[str, Any]) -> None:
     assert dense["tokens_as_first_row"] == transformers["tokens_as_first_row"] == 8
 
 
+def test_prompts_that_skip_layers_stand_beside_those_that_do_not(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["--ckpt", checkpoint, "-p", 20, "-n", 4, "--prune-ratio", 0.4, "--dtype", "float32", "--rounds", 2]
+    assert status(*arguments, "--prefill-skip", "2/3", "--boundary-tokens", 2, "--json", tmp_path / "bench.json") == 0
+    assert "of products with weights" in capsys.readouterr().out
+    lines = json.loads((tmp_path / "bench.json").read_text())["dtypes"][0]["rows"]
+    assert [line["engine"] for line in lines] == [
+        "popengine eager, dense", "popengine eager, POP 0.4",
+        "popengine eager, dense, 2 layers skipped", "popengine eager, POP 0.4, 2 layers skipped",
+    ]  # fmt: skip
+    dense, _, skips, both = lines
+    for line in lines:
+        assert line["prompt"]["speedup"] == pytest.approx(dense["prefill_ms"]["median"] / line["prefill_ms"]["median"])
+    hidden, channels = SIZES["hidden_size"], SIZES["intermediate_size"]
+    whole = hidden * (3 * hidden + 3 * channels)            # of one layer: q, k, v and o, with half as many key heads
+    linear = 3 * 20 * whole + 261 * hidden
+    skipped = 20 * whole + 2 * (20 * hidden * hidden + 2 * (whole - hidden * hidden)) + 261 * hidden
+    pairs = 20 * 21 // 2
+    assert dense["prompt_work"] == [linear, 3 * 2 * hidden * pairs]
+    assert skips["prompt_work"] == [skipped, 2 * hidden * (pairs + 2 * (19 + 20))]
+    assert skips["prompt"]["ideal_linear"] == pytest.approx(linear / skipped)
+    assert skips["prompt"]["ideal_speedup"] == pytest.approx(sum(dense["prompt_work"]) / sum(skips["prompt_work"]))
+    assert both["prompt"]["ideal_speedup"] > skips["prompt"]["ideal_speedup"]       # down_proj of the prompt is pruned
+
+
 class Silent:
     """A contender that is never asked to do anything."""
 
@@ -201,6 +227,8 @@ def test_weights_for_llama_cpp_are_in_its_order(tmp_path: Path, tied: bool) -> N
         (["--rounds", 0], "rounds must be at least 1, not 0"),
         (["--threads", 0], "threads must be at least 1, not 0"),
         (["--device", "tpu"], "device must be"),
+        (["--prefill-skip", "1/3", "3/2"], "prefill skip must be at least 0 and below 1, not 3/2"),
+        (["--prefill-skip", "1/3", "--boundary-tokens", 0], "boundary tokens must be at least 1, not 0"),
         (["--json", "/nowhere/bench.json"], "cannot write /nowhere/bench.json"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],

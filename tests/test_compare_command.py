@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from weights.errors import InputError
 
 status, error = partial(exit_status, main), partial(one_line_error, main)
 METHODS = ["dense", "all-channels", "pop", "frozen", "random", "magnitude", "wanda-sp", "flap"]
+SKIPPING = ["prefill-only", "skip-first", "skip-evenly", "skip-no-boundary"]
 
 
 @pytest.fixture
@@ -56,6 +58,20 @@ def test_table_and_plots_of_every_method(
         assert plot in about["plots"]
         assert (out / plot).read_bytes().startswith(b"\x89PNG")
     assert table[0]["method"] == "dense" and table[0]["agreement"] == 1 and table[0]["weight_share"] == 1
+
+
+def test_prompts_that_skip_layers_are_compared(flags: list[Any], tmp_path: Path) -> None:
+    flags = [*flags, "--methods", "dense", "pop", *SKIPPING, "--no-plots", "--out", tmp_path]
+    assert status(*flags, "--prefill-skip", 0, "2/3", "--boundary-tokens", 1, 5) == 0
+    table = rows(tmp_path)
+    # Per ratio: pop without and, for two boundaries, with skipping. The others have no ratio, and one no boundary.
+    assert len(table) == 1 + 2 * (1 + 2) + 3 * 2 + 1
+    others = table[1:]
+    assert all(row["ratio"] == 0 and row["weight_share"] == 1 for row in others if row["method"] in SKIPPING)
+    assert len({row["perplexity"] for row in table}) == len(table)
+    head, *lines = (tmp_path / "table.md").read_text().splitlines()
+    assert "| prompt skips | boundary tokens |" in head
+    assert any("| skip-no-boundary | 0 | 0 | 2/3 |  |" in line for line in lines), lines
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_table(
@@ -107,6 +123,8 @@ def test_a_damaged_record_is_moved_aside_and_sound_lines_are_kept(
 
 def test_bad_input_is_one_line(flags: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", tmp_path / "out", "--no-plots"]
+    assert "give --prefill-skip" in error(capsys, *flags, *out, "--methods", "prefill-only")
+    shutil.rmtree(tmp_path / "out")
     assert "the methods are dense" in error(capsys, *flags, *out, "--methods", "pop", "popp")
     assert "there are text, pictures" in error(capsys, *flags, *out, "--tasks", "puzzles")
     assert "between 0 and 2" in error(capsys, *flags, *out, "--candidate-width", 3)

@@ -34,6 +34,7 @@ def layer(hidden: int, channels: int, heads: int, kv_heads: int, head_dim: int, 
         head=2 * hidden * head_dim,
         head_groups=groups,
         heads_per_group=heads // groups,
+        layers=30,
     )
 
 

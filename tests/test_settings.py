@@ -61,7 +61,7 @@ def test_what_is_not_compared_is_no_flag_of_compare(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_setting_is_in_the_report(name: str) -> None:
-    weights = LayerWeights(attention=4000, ffn=12000, head=500, head_groups=2, heads_per_group=2)
+    weights = LayerWeights(attention=4000, ffn=12000, head=500, head_groups=2, heads_per_group=2, layers=4)
     settings = PruningSettings(**another_setting(name))
     report = pruning_report(resolve(settings, weights))
     assert set(NAMES) <= report.keys()
@@ -72,9 +72,9 @@ def test_every_setting_is_in_the_report(name: str) -> None:
 def test_a_compared_setting_that_differs_is_a_column(name: str) -> None:
     (heading,) = (one.metadata["column"] for one in compared_fields() if one.name == name)
     measured = {"ratio": 0.2, "ffn_ratio": 0.3, "weight_bytes_per_token": 10, "weight_share": 0.5}
-    rows = [
-        Configuration("pop", PruningSettings(**changes)).fields() | measured for changes in ({}, another_setting(name))
-    ]
+    changed = another_setting(name)
+    plain = {other: value for other, value in changed.items() if other != name}     # what the setting asks for besides
+    rows = [Configuration("pop", PruningSettings(**changes)).fields() | measured for changes in (plain, changed)]
     assert f"| {heading} |" in markdown(rows, {"machine": {}, "plots": []}, {}).splitlines()[0]
     assert f"| {heading} |" not in markdown(rows[:1], {"machine": {}, "plots": []}, {}).splitlines()[0]
 

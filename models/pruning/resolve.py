@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from models.pruning.alternatives import RULES
 from models.pruning.partition import partition_sizes
 from models.pruning.rules import POP
-from models.pruning.settings import DEFAULT_PRUNE_RATIO, PruningSettings
+from models.pruning.settings import DEFAULT_PRUNE_RATIO, PruningSettings, exact_share
 from weights.errors import InputError
 
 
@@ -21,6 +21,7 @@ class LayerWeights:
     ffn        the feed-forward network; of a mixture of experts, the experts one token is routed to
     head       what one query head adds to q_proj and o_proj
     heads      query heads, and the size of the group they are cut in (see Attention.head_groups)
+    layers     how many layers the model has
     """
 
     attention: int
@@ -28,6 +29,7 @@ class LayerWeights:
     head: int
     head_groups: int
     heads_per_group: int
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,19 @@ class Pruning:
 
     ratio      share of a decoder layer's parameters that a decode step leaves out (the headline ratio)
     ffn_ratio  share of FFN channels that do not finish a decode step (r)
+    skipped    the layers that a prompt skips (Prefill-Only), all but its last `boundary` tokens
     """
 
     ratio: float
     ffn_ratio: float
     settings: PruningSettings
     rule: POP
+    skipped: tuple[int, ...] = ()
+    boundary: int = 1
+
+    def skipped_by(self, tokens: int) -> tuple[int, ...]:
+        """The layers that a prompt of so many tokens skips: one that is all boundary skips none."""
+        return self.skipped if tokens > self.boundary else ()
 
 
 def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
@@ -77,4 +86,15 @@ def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
                 f"more than the prune ratio {wanted}; raise the prune ratio or lower the head ratio"
             )
     rule = RULES[settings.rule](ffn_ratio, settings.candidate_width, settings.head_ratio, settings.min_tokens)
-    return Pruning((ffn_ratio * layer.ffn + off_heads) / total, ffn_ratio, settings, rule)
+    ratio = (ffn_ratio * layer.ffn + off_heads) / total
+    return Pruning(ratio, ffn_ratio, settings, rule, deepest(settings, layer.layers), settings.boundary_tokens)
+
+
+def deepest(settings: PruningSettings, layers: int) -> tuple[int, ...]:
+    """The last floor(share * L) layers, which a prompt skips. Raises InputError for a share that skips none."""
+    share = exact_share(settings.prefill_skip)
+    count = int(share * layers)
+    if share > 0 and count == 0:
+        least = f"the smallest share that skips one is 1/{layers}" if layers > 1 else "there is no other"
+        raise InputError(f"prefill skip {settings.prefill_skip} skips none of {layers} layers: {least}")
+    return tuple(range(layers - count, layers))

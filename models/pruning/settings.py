@@ -4,8 +4,9 @@ A new setting is one field here, with its default, its bounds and its help; what
 Nothing here imports PyTorch: a wrong flag should not wait for it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import Field, dataclass, field, fields
+from fractions import Fraction
 from typing import Any
 
 from weights.errors import InputError
@@ -16,23 +17,40 @@ RULE_NAMES = ("pop", "all-channels", "up", "gate", "cats", "teal")
 
 
 def setting(
-    default: Any, words: str, kind: type, *, metavar: str | None = None, least: float | None = None,
+    default: Any, words: str, kind: Callable[[str], Any], *, metavar: str | None = None, least: float | None = None,
     below: float | None = None, most: float | None = None, choices: tuple[str, ...] = (), column: str | None = None,
     matters: str = "to all",
 ) -> Any:
     """A field of the settings.
 
     words             help of its flag
-    kind              type of its value; metavar: what the help shows for it (choices speak for themselves)
+    kind              makes its value from a flag's word; metavar: what the help shows (choices speak for themselves)
     least .. choices  values it may have
     column            its heading in tables that compare settings; None: it is compared in none
     matters           to which of the methods that are compared: "to all", "to pop", "to prompts" (methods that follow
-                      the prompt) or "to experts" (those, where a model has experts)
+                      the prompt), "to experts" (those, where a model has experts) or "to skipping" (where prompts skip
+                      layers)
     """
     bounds = {"least": least, "below": below, "most": most, "choices": choices}
     metavar = metavar or "|".join(choices)
     about = {"help": words, "type": kind, "metavar": metavar, "column": column, "matters": matters}
     return field(default=default, metadata=bounds | about)
+
+
+def share(words: str) -> float | str:
+    """A share as a flag gives it: decimals become a number, a fraction stays as it is written, and so exact."""
+    try:
+        return float(words)
+    except ValueError:
+        return words
+
+
+def exact_share(value: float | str) -> Fraction:
+    """0.3 and "3/10" alike, without the rounding of a float. Raises ValueError for what is no number."""
+    try:
+        return Fraction(str(value))
+    except ZeroDivisionError:
+        raise ValueError(f"{value} is no number") from None
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,9 @@ class PruningSettings:
     dense_every      one step in so many runs dense and adds to the evidence; None: no step does
     redraw_every     after so many steps the partitions are drawn anew; None: they stay
     rule             how channels are scored and cut (models/pruning/rules.py)
+    prefill_skip     Prefill-Only pruning (arXiv 2602.03295): the deepest layers, floor(share of them), are skipped for
+                     the prompt, all but its last tokens; steps run every layer. A number or a fraction like "1/3"
+    boundary_tokens  how many of the last prompt tokens run through the skipped layers all the same
     Raises InputError for a value out of bounds.
     """
 
@@ -98,6 +119,14 @@ class PruningSettings:
     )
     min_tokens: int = setting(1, "prompt tokens below which an expert counts as not reached", int, metavar="N", least=1)
     rule: str = setting("pop", "how channels are scored and cut", str, choices=RULE_NAMES)
+    prefill_skip: float | str = setting(
+        0.0, "share of the layers, the deepest, that the prompt skips, like 1/3 (default: 0, none)", share,
+        metavar="SHARE", least=0, below=1, column="prompt skips",
+    )
+    boundary_tokens: int = setting(
+        1, "the last K prompt tokens run through skipped layers too (default: 1)", int, metavar="K", least=1,
+        column="boundary tokens", matters="to skipping",
+    )
 
     def __post_init__(self) -> None:
         if self.prune_ratio is not None and self.ffn_ratio is not None:
@@ -118,6 +147,11 @@ def check(one: Field[Any], value: Any) -> None:
     if value is None and one.default is None:
         return
     least, below, most = bounds["least"], bounds["below"], bounds["most"]
+    if bounds["type"] is share:
+        try:
+            value = exact_share(value)
+        except ValueError:
+            raise InputError(f"{name} must be a number or a fraction like 1/3, not {value}") from None
     sound = least <= value and (below is None or value < below) and (most is None or value <= most)
     if not sound:       # nan is not sound either
         allowed = f"at least {least}" if most is None else f"between {least} and {most}"

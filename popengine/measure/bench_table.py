@@ -68,6 +68,8 @@ def describe_dtype(group: dict[str, Any], threads: int, summed_bytes: int) -> li
         "",
         *align([cost_heads, *costs]),
     ]
+    if any(line["skips"] for line in group["rows"]):
+        lines += ["", *align(prompt_table(group["rows"]))]
     if len(ratios) > 1:
         lines += ["", *align(ratios)]
     if compiles["graphs"]:
@@ -76,6 +78,15 @@ def describe_dtype(group: dict[str, Any], threads: int, summed_bytes: int) -> li
             f"{compiles['graphs_after_warm_up']} more after the first use of each setting"
         )
     return lines + [f"absent: {name}: {reason}" for name, reason in group["absent"].items()]
+
+
+def prompt_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Prompts against the dense network's: what was measured, and what the arithmetic allows."""
+    names = ("speedup", "ideal_speedup", "ideal_linear", "ideal_attention")
+    table = [["prompt, partition apart", "speed-up", "ideal", "of products with weights", "of attention"]]
+    return table + [
+        [line["engine"], *(number(line["prompt"][name], 2) for name in names)] for line in rows if line["prompt"]
+    ]
 
 
 def number(value: float | None, digits: int) -> str:

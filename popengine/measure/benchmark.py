@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from models.pruning.settings import PruningSettings
-from models.reading import bytes_per_token
+from models.pruning.settings import PruningSettings, exact_share
+from models.reading import bytes_per_token, prompt_work
 from popengine.engine import Engine
 from popengine.loading import DTYPES, choose_device, load
 from popengine.measure.bench_engines import (
@@ -59,12 +59,14 @@ class Entry:
 
     held_bytes  what loading it and its first turn have left in memory, buffers not counted
     turn_bytes  the most that one turn held beyond that
+    work        multiplications of one prompt: with weights, in attention (see prompt_work)
     """
 
     contender: Contender
     mode: str | None
     settings: PruningSettings | None
     weight_bytes_per_token: int | None = None
+    work: tuple[int, int] | None = None
     held_bytes: int | None = None
     turn_bytes: int | None = None
     first_use_s: float = 0.0
@@ -207,12 +209,21 @@ def make_prompts(flags: argparse.Namespace, engine: Engine) -> list[list[int]]:
 
 
 def own_entries(flags: argparse.Namespace, engine: Engine, mode: str) -> list[Entry]:
-    settings = [PruningSettings(prune_ratio=ratio) for ratio in dict.fromkeys([0.0, *flags.prune_ratio])]
+    settings = [
+        PruningSettings(prune_ratio=ratio, prefill_skip=skip, boundary_tokens=flags.boundary_tokens)
+        for skip in dict.fromkeys([0.0, *flags.prefill_skip])
+        for ratio in dict.fromkeys([0.0, *flags.prune_ratio])
+    ]
     entries = []
     for one in settings:
-        read = bytes_per_token(engine.model, engine.resolve(one), flags.batch)
-        what = f"POP {one.prune_ratio:g}" if one.prune_ratio else "dense"
-        entries.append(Entry(OwnEngine(f"popengine {mode}, {what}", engine, one), mode, one, read))
+        pruning = engine.resolve(one)
+        read = bytes_per_token(engine.model, pruning, flags.batch)
+        what = [f"POP {one.prune_ratio:g}" if one.prune_ratio else "dense"]
+        if pruning.skipped:
+            what.append(f"{len(pruning.skipped)} layers skipped")
+        entry = Entry(OwnEngine(f"popengine {mode}, {', '.join(what)}", engine, one), mode, one, read)
+        entry.work = prompt_work(engine.model, pruning, flags.prompt_tokens)
+        entries.append(entry)
     return entries
 
 
@@ -346,7 +357,7 @@ def rows(entries: list[Entry], bandwidth_gb_per_s: float) -> list[dict[str, Any]
     """The table's lines: medians over the rounds, and what follows from them."""
     by_name = {entry.contender.name: row(entry) for entry in entries}
     lines = list(by_name.values())
-    dense = {line["mode"]: line for line in lines if line["prune_ratio"] == 0}
+    dense = {line["mode"]: line for line in lines if line["prune_ratio"] == 0 and not line["skips"]}
     others = {line["engine"]: line for line in lines if line["mode"] is None}
     reference = lines[0]
     for entry, line in zip(entries, lines, strict=True):
@@ -355,6 +366,7 @@ def rows(entries: list[Entry], bandwidth_gb_per_s: float) -> list[dict[str, Any]
         if line["mode"] is None:
             line["weight_bytes_per_token"] = own["weight_bytes_per_token"]       # the dense network, whoever runs it
         else:
+            line["prompt"] = prompt_figures(own, line)
             saved = own["decode_ms_per_token"]["median"] - step_ms
             line["speedup"] = own["decode_ms_per_token"]["median"] / step_ms
             line["ideal_speedup"] = own["weight_bytes_per_token"] / line["weight_bytes_per_token"]
@@ -378,6 +390,19 @@ def rows(entries: list[Entry], bandwidth_gb_per_s: float) -> list[dict[str, Any]
     return lines
 
 
+def prompt_figures(dense: dict[str, Any], line: dict[str, Any]) -> dict[str, float] | None:
+    """How much faster a prompt is than the dense network's, beside what the arithmetic allows; partitions apart."""
+    if line["prompt_work"] is None or dense["prompt_work"] is None:
+        return None
+    (linear, attention), (own_linear, own_attention) = dense["prompt_work"], line["prompt_work"]
+    return {
+        "speedup": dense["prefill_ms"]["median"] / line["prefill_ms"]["median"],
+        "ideal_speedup": (linear + attention) / (own_linear + own_attention),
+        "ideal_linear": linear / own_linear,
+        "ideal_attention": attention / own_attention,
+    }
+
+
 def row(entry: Entry) -> dict[str, Any]:
     """What one entry's turns say by themselves; what needs other entries is None as yet."""
     parts = {
@@ -390,6 +415,11 @@ def row(entry: Entry) -> dict[str, Any]:
         "engine": entry.contender.name,
         "mode": entry.mode,
         "prune_ratio": entry.settings.prune_ratio if entry.settings else None,
+        "prefill_skip": entry.settings.prefill_skip if entry.settings else None,
+        "boundary_tokens": entry.settings.boundary_tokens if entry.settings else None,
+        "skips": entry.settings is not None and exact_share(entry.settings.prefill_skip) > 0,
+        "prompt_work": entry.work,
+        "prompt": None,
         "prefill_ms": spread([generated.prefill_ms for generated in entry.turns]),
         **(parts if own else dict.fromkeys(parts)),
         "decode_ms_per_token": spread([step for generated in entry.turns for step in generated.step_ms]),

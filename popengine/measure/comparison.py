@@ -10,7 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from models.pruning.resolve import Pruning
-from models.pruning.settings import DENSE, RULE_NAMES, PruningSettings, compared_fields
+from models.pruning.settings import DENSE, RULE_NAMES, PruningSettings, compared_fields, exact_share
 from popengine import __version__
 from popengine.engine import Engine
 from popengine.measure.progress_file import ProgressFile
@@ -66,7 +66,7 @@ class Configuration:
         ratio = f"{100 * (settings.prune_ratio or 0):g} %"
         if settings.ffn_ratio is not None:
             ratio = f"r {settings.ffn_ratio:g}"
-        words = [f"{self.method} {ratio}"]
+        words = [self.method if self.method in SKIPPING else f"{self.method} {ratio}"]
         for one in compared_fields():
             value, column = getattr(settings, one.name), one.metadata["column"]
             if column and (value != one.default or (column == "width" and self.method == "pop")):
@@ -75,11 +75,13 @@ class Configuration:
 
 
 FOLLOW_THE_PROMPT = (*RULE_NAMES, "frozen")
+# What only prompts tell from the dense model.
+SKIPPING = ("prefill-only", "skip-first", "skip-evenly", "skip-no-boundary")
 
 
 def configurations(flags: argparse.Namespace, mixture: bool) -> list[Configuration]:
     """The grid, without settings that would not change a method: dense has none, only pop has widths, static methods
-    prune no heads and have no unseen experts."""
+    prune no heads and have no unseen experts, and only prompts that skip layers have a boundary."""
     ratios = [{"ffn_ratio": ratio} for ratio in flags.ffn_ratio or ()]
     ratios += [{"prune_ratio": ratio} for ratio in flags.prune_ratio or (() if flags.ffn_ratio else (0.2,))]
     made: dict[Configuration, None] = {}
@@ -90,12 +92,19 @@ def configurations(flags: argparse.Namespace, mixture: bool) -> list[Configurati
         follows = method in FOLLOW_THE_PROMPT
         matter = {
             "to all": True, "to pop": method == "pop", "to prompts": follows, "to experts": follows and mixture,
+            "to skipping": method != "skip-no-boundary",
         }
         others = [one for one in compared_fields() if one.name not in ("prune_ratio", "ffn_ratio")]
         choices = [(matter[one.metadata["matters"]] and getattr(flags, one.name)) or [one.default] for one in others]
-        for ratio, *values in itertools.product(ratios, *choices):
+        of_method = [{"prune_ratio": 0.0}] if method in SKIPPING else ratios
+        for ratio, *values in itertools.product(of_method, *choices):
             chosen = dict(zip((one.name for one in others), values, strict=True))
-            made[Configuration(method, PruningSettings(**ratio, **chosen))] = None
+            settings = PruningSettings(**ratio, **chosen)
+            if exact_share(settings.prefill_skip) == 0:
+                if method in SKIPPING and len(flags.prefill_skip) > 1:
+                    continue                        # 0 was meant for the others
+                settings = replace(settings, boundary_tokens=PruningSettings.boundary_tokens)
+            made[Configuration(method, settings)] = None
     return list(made)
 
 
@@ -301,7 +310,7 @@ class Comparison:
         """Whether the plots show this one."""
         return one.method == "dense" or usual_of(one.settings) == self.usual_settings()
 
-    def usual_settings(self) -> tuple[str, float, str]:
+    def usual_settings(self) -> tuple[object, ...]:
         """What the plots show of settings that are not on their axes: the first of each that was asked for."""
         first = next((one for one in self.prunings if one.method != "dense"), None)
         return usual_of(DENSE if first is None else first.settings)
@@ -334,8 +343,10 @@ def task_key(one: Configuration, task_set: str) -> str:
     return f"tasks {task_set}: {json.dumps(one.fields())}"
 
 
-def usual_of(settings: PruningSettings) -> tuple[str, float, str]:
-    return settings.prefill, settings.head_ratio, settings.unseen_experts
+def usual_of(settings: PruningSettings) -> tuple[object, ...]:
+    return (
+        settings.prefill, settings.head_ratio, settings.unseen_experts, settings.prefill_skip, settings.boundary_tokens
+    )
 
 
 def load_plots() -> ModuleType:

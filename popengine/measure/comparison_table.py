@@ -5,7 +5,7 @@ from dataclasses import Field
 from functools import partial
 from typing import Any
 
-from models.pruning.settings import compared_fields
+from models.pruning.settings import compared_fields, exact_share
 
 
 def markdown(
@@ -66,6 +66,8 @@ def setting_cell(one: Field[Any], row: dict[str, Any]) -> str:
     """A setting, where it matters to the row's method."""
     value, matters = row[one.name], one.metadata["matters"]
     if row["method"] == "dense" or (matters == "to pop" and row["method"] != "pop"):
+        return ""
+    if matters == "to skipping" and (exact_share(row["prefill_skip"]) == 0 or row["method"] == "skip-no-boundary"):
         return ""
     return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 

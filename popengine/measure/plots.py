@@ -217,5 +217,22 @@ def plot_frontier(rows: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
+def plot_gates(rows: Sequence[dict[str, Any]], path: Path, label: str) -> None:
+    """What each layer matters to prompt positions and to output positions, each as a share of all layers together."""
+    figure, axes = pyplot.subplots(figsize=(9, 4.3))
+    layers = [row["layer"] for row in rows]
+    for name, colour, marker in (("prompt", "tab:blue", "o"), ("output", "tab:orange", "s")):
+        # A gate without influence has importance 0, which a logarithm cannot show: there the line has a gap.
+        shares = [row[f"{name}_share"] or float("nan") for row in rows]
+        axes.plot(layers, shares, color=colour, marker=marker, label=f"{name} positions")
+    axes.set_yscale("log")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("share of the importance of all layers")
+    axes.set_title(f"Virtual gates: mean of (dLoss / dg)^2, {label}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    save(figure, path)
+
+
 def row_name(networks: Sequence[NetworkPicks]) -> str:
     return "layer and expert" if any("expert" in network.name for network in networks) else "layer"

@@ -171,6 +171,32 @@ def flap(request: Request) -> Pruning:
     return request.keep(scores, kept, {name: moments.mean for name, moments in calibration.moments.items()})
 
 
+def prefill_only(request: Request) -> Pruning:
+    """Prompts skip the deepest layers, all but their last tokens (arXiv 2602.03295); steps are the dense model's."""
+    pruning = dense(request)
+    if not pruning.skipped:
+        raise InputError("this method skips layers of the prompt: give --prefill-skip a share above 0")
+    return pruning
+
+
+def skip_first(request: Request) -> Pruning:
+    """A control (its Table 4): as many of the first layers."""
+    pruning = prefill_only(request)
+    return replace(pruning, skipped=tuple(range(len(pruning.skipped))))
+
+
+def skip_evenly(request: Request) -> Pruning:
+    """A control: as many layers spread over the depth, every third one for a share of 1/3, the last among them."""
+    pruning, layers = prefill_only(request), len(request.model.model.layers)
+    count = len(pruning.skipped)
+    return replace(pruning, skipped=tuple((place + 1) * layers // count - 1 for place in range(count)))
+
+
+def skip_no_boundary(request: Request) -> Pruning:
+    """A control: no prompt token runs through the skipped layers, and the first new token comes from the kept ones."""
+    return replace(prefill_only(request), boundary=0)
+
+
 METHODS: dict[str, Callable[[Request], Pruning]] = {
     "dense": dense,
     "pop": pop,
@@ -180,6 +206,10 @@ METHODS: dict[str, Callable[[Request], Pruning]] = {
     "magnitude": magnitude,
     "wanda-sp": wanda_sp,
     "flap": flap,
+    "prefill-only": prefill_only,
+    "skip-first": skip_first,
+    "skip-evenly": skip_evenly,
+    "skip-no-boundary": skip_no_boundary,
 }
 
 

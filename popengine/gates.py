@@ -1,0 +1,83 @@
+"""The command: python -m popengine.gates --text FILE --out DIR
+
+How much each layer matters to prompt positions and to output positions, by the virtual gates of Prefill-Only pruning
+(arXiv 2602.03295, Eq. 5-13): whether "deep layers matter little to the prompt" holds for the model at hand.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from popengine.command import OneLineParser, add_checkpoint_flag, add_machine_flags, make_folder, run_as_command
+from weights.errors import InputError
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = OneLineParser(
+        prog="python -m popengine.gates", description="How much each layer matters to the prompt, and to the output.",
+        allow_abbrev=False,
+    )
+    add_checkpoint_flag(flags)
+    flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the table and the plot go")
+    flags.add_argument("--text", type=Path, metavar="FILE", help="prompts are pieces of this text, UTF-8")
+    flags.add_argument("--tasks", metavar="text|pictures", help="instead: prompts are questions of these tasks")
+    flags.add_argument("--samples", type=int, default=32, metavar="N", help="prompts (default: 32)")
+    flags.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="of a piece of text (default: 128)")
+    flags.add_argument("--answer-tokens", type=int, default=64, metavar="N", help="sampled, at most (default: 64)")
+    flags.add_argument("--seed", type=int, default=0, metavar="N")
+    flags.add_argument("--no-plots", action="store_true", help="only the table")
+    flags.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_machine_flags(flags)
+    return flags
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry of `python -m popengine.gates`."""
+    run_as_command(run, parser(), arguments)
+
+
+def run(flags: argparse.Namespace) -> None:
+    if (flags.text is None) == (flags.tasks is None):
+        raise InputError("give a text (--text) or tasks (--tasks) to take prompts from, one of the two")
+    for name in ("samples", "answer_tokens"):
+        if getattr(flags, name) < 1:
+            raise InputError(f"{name.replace('_', ' ')} must be at least 1, not {getattr(flags, name)}")
+    # PyTorch takes seconds to import: only now that the flags have been understood.
+    from popengine import loading
+    from popengine.measure import gates, scoring, tasks
+
+    if not flags.no_plots:
+        from popengine.measure import plots
+    questions = [] if flags.tasks is None else tasks.questions_for(flags.tasks, flags.samples, flags.seed)
+    make_folder(flags.out)
+    show_progress = sys.stderr.isatty() and not flags.quiet
+    engine = loading.load(flags.ckpt, dtype=flags.dtype, device=flags.device, progress=show_progress)
+    if flags.text is None:
+        every = max(1, len(questions) // flags.samples)         # of every kind of question alike
+        prompts = gates.of_questions(engine, questions[::every][: flags.samples])
+    else:
+        text = scoring.read_text(flags.text, engine.tokenizer)
+        windows = scoring.cut_windows(text, engine.tokenizer, flags.prompt_tokens, 1, flags.samples)
+        prompts = [(window.prompt, ()) for window in windows]
+    samples = gates.answered(engine, prompts, flags.answer_tokens, flags.seed)
+    found = gates.study(engine, samples, show_progress)
+    about = {
+        "checkpoint": "default" if flags.ckpt is None else Path(flags.ckpt).name,
+        "prompts": flags.tasks or f"{flags.text.name}, {flags.prompt_tokens} tokens each",
+        "answer_tokens": sum(len(sample.answer) for sample in samples),
+        "seed": flags.seed,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+    }
+    rows = found.rows()
+    (flags.out / "gates.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    table = gates.markdown(found, about)
+    (flags.out / "gates.md").write_text(table)
+    if not flags.no_plots:
+        plots.plot_gates(rows, flags.out / "gates.png", about["checkpoint"])
+    print(table, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Prefill-Only pruning (arXiv 2602.03295) the straightforward slow way, twice.
+
+`two_passes` takes the engine's modules and runs the prompt as the paper draws it: all tokens but the boundary through
+the layers that are kept, then the boundary token by token through every layer, like decode steps. `SlowPrefillOnly`
+does it with Hugging Face's own modules and shares no code with the engine.
+
+B batch, T prompt tokens, K boundary tokens, H hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from models.layers import rotate
+from models.llama import LlamaForCausalLM, decode_layers
+from models.passes import decode_pass, prefill_pass
+from models.pruning.resolve import Pruning
+from models.state import DecodeState
+
+
+def two_passes(
+    model: LlamaForCausalLM, x: Tensor, pruning: Pruning, skipped: tuple[int, ...], boundary: int,
+    real: Tensor | None = None, capacity: int = 64,
+) -> tuple[Tensor, DecodeState]:
+    """Of the dense model or one with a static mask: evidence would come in two pieces.
+
+    x [B, T, H], T > K; real [B, T], none of the boundary padding -> logits [B, V] after the prompt, and the state
+    """
+    first, last = x[:, :-boundary], x[:, -boundary:]                                # [B, T - K, H], [B, K, H]
+    state = model.new_state(len(x), capacity, pruning)
+    real = None if real is None else real[:, :-boundary]
+    state.start(first.shape[1], real)
+    step = prefill_pass(model.model.rotary, model.config.windows, first, real)
+    step.finish_dense = pruning.settings.prefill == "dense"
+    for index, (layer, own) in enumerate(zip(model.model.layers, state.layers, strict=True)):
+        if index not in skipped:
+            first = layer.prefill(first, own, step)
+            continue
+        attention = layer.self_attn
+        heads = (len(x), -1, attention.kv_heads, attention.head_dim)
+        normed = layer.input_layernorm(first)
+        k, v = attention.k_proj(normed).view(heads), attention.v_proj(normed).view(heads)       # [B, T - K, heads, D]
+        k = k if attention.k_norm is None else attention.k_norm(k)
+        own.keys[:, :, : first.shape[1]] = rotate(k.transpose(1, 2), step.cos, step.sin)
+        own.values[:, :, : first.shape[1]] = v.transpose(1, 2)
+    for row in last.split(1, dim=1):                                                # [B, 1, H]
+        one = decode_pass(model.model.rotary, model.config.windows, row, state.cache, state.live, together=True)
+        out = decode_layers(model.model.layers, row, state.layers, one)
+        state.cache.advance()
+    return model.head(out)[:, 0], state
+
+
+class SlowPrefillOnly:
+    """Greedy generation with a Hugging Face model of the Llama family; its last `skipped` layers skip the prompt."""
+
+    def __init__(self, model: Any, skipped: int, boundary: int) -> None:
+        self.model, self.boundary = model, boundary
+        self.kept = len(model.model.layers) - skipped
+
+    @torch.inference_mode()
+    def generate(self, prompt: list[int], count: int) -> list[int]:
+        body, cache = self.model.model, DynamicCache()
+        layers = body.layers
+        first, last = torch.tensor([prompt[: -self.boundary]]), torch.tensor([prompt[-self.boundary :]])
+        reached: list[Tensor] = []
+        hook = layers[self.kept - 1].register_forward_hook(lambda *told: reached.append(first_of(told[-1])))
+        body.layers = layers[: self.kept]
+        body(first, past_key_values=cache, use_cache=True)
+        body.layers = layers
+        hook.remove()
+        (x,) = reached                                                              # [1, T - K, H]
+        cos, sin = body.rotary_emb(x, torch.arange(x.shape[1])[None])               # [1, T - K, D]
+        for layer in layers[self.kept :]:
+            attention, normed = layer.self_attn, layer.input_layernorm(x)
+            heads = (1, x.shape[1], -1, attention.head_dim)
+            k, v = attention.k_proj(normed).view(heads), attention.v_proj(normed).view(heads)
+            k = attention.k_norm(k) if hasattr(attention, "k_norm") else k
+            k, v = k.transpose(1, 2), v.transpose(1, 2)                             # [1, heads, T - K, D]
+            half = k.shape[-1] // 2
+            turned = k * cos[:, None] + torch.cat([-k[..., half:], k[..., :half]], dim=-1) * sin[:, None]
+            cache.update(turned, v, attention.layer_idx)
+        new: list[int] = []
+        while len(new) < count:
+            out = self.model(last, past_key_values=cache, use_cache=True)
+            new.append(int(out.logits[0, -1].argmax()))
+            last = torch.tensor([new[-1:]])
+        return new
+
+
+def first_of(output: Any) -> Tensor:
+    """A layer's hidden state, which some releases of transformers return in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
