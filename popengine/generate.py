@@ -46,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
     add_setting_flags(flags)
     flags.add_argument(
         "--paper", action="store_true",
-        help="the paper's rule to the letter where other flags say nothing: width 0.1, evidence from the prompt alone",
+        help="where other flags say nothing, the paper's rule to the letter (pop, evidence from the prompt alone), "
+        "instead of what is recommended (rule up, a prior of 32 tokens)",
     )
     machine = add_machine_flags(flags)
     machine.add_argument("--max-seq-len", type=int, metavar="N", help="a shorter context than the model's")
