@@ -230,7 +230,7 @@ def plot_gates(rows: Sequence[dict[str, Any]], path: Path, label: str) -> None:
     axes.set_ylabel("share of the importance of all layers")
     axes.set_title(f"Virtual gates: mean of (dLoss / dg)^2, {label}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, loc="upper center")
     save(figure, path)
 
 
