@@ -78,7 +78,7 @@ class CompiledDecode:
     def step(self, tokens: Tensor, state: DecodeState, dense: bool) -> Tensor:
         """tokens int64 [B] -> logits [B, V]"""
         step: DecodePass | PrefillPass
-        if dense:       # its tokens are counted by the Gathering alone: a number that changes would be compiled anew
+        if dense:       # its tokens are counted below: a number that changes would be compiled anew
             (x, step), run = self.begin_dense(self.model, tokens, state, False, 0), self.dense_layers
         else:
             (x, step), run = self.begin(self.model, tokens, state), self.layers     # [B, 1, H]
@@ -87,6 +87,9 @@ class CompiledDecode:
         for first, layers in self.groups.items():
             x = run(layers, x, state.layers[first : first + len(layers)], step)
         state.cache.advance()
+        if dense:
+            for layer in state.layers:
+                layer.ffn.count(state.gathering.live)
         return self.head(self.model, x)[:, 0]                                       # [B, V]
 
     def trusting_guards(self) -> AbstractContextManager[object]:

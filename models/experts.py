@@ -124,7 +124,7 @@ class ActiveExperts:
     def is_whole(self, expert: int) -> bool:
         """Whether steps multiply with all the weights of an expert: it was left dense, or has no copy."""
         active = self.active[expert]
-        return active is not None and not active.copied_bytes()
+        return active is not None and active.multiplies_whole
 
     def copied_bytes(self) -> int:
         """Memory that copies of weights take so far."""

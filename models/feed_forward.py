@@ -35,6 +35,7 @@ class ActiveFeedForward:
 
     def __init__(self, ffn: "FeedForward", rule: POP, copies: bool = True) -> None:
         self.rule, self.sizes, self.copies = rule, rule.sizes(ffn), copies
+        self.multiplies_whole = not copies or not self.sizes.prunes     # whatever is chosen, all is read
         self.prunes = self.sizes.prunes
         self.follows_prompt = self.prunes and rule.follows_prompt
         self.partition = keep_everything(self.sizes.channels, (), ffn.device)
@@ -76,6 +77,12 @@ class ActiveFeedForward:
         self.evidence.restart()
         if self.watched is not None:
             self.watched.restart()
+
+    def count(self, tokens: int) -> None:
+        """Tokens whose squares a compiled step has added to the evidence."""
+        self.evidence.tokens += tokens
+        if self.watched is not None:
+            self.watched.tokens += tokens
 
     def copied_bytes(self) -> int:
         """Memory that the copies take, in bytes."""
@@ -142,7 +149,8 @@ class FeedForward(nn.Module):
         An observer is told the network, its partition and which candidates each row keeps, bool [..., C].
         """
         sizes, rows = active.sizes, row_count(x)
-        if sizes.decides and active.rule.looks_at != "h" and active.gate.reads_chosen_rows(rows) and not step.observe:
+        looks_first = active.rule.looks_at != "h" and active.gate.reads_chosen_rows(rows)
+        if sizes.decides and looks_first and step.observe is None:
             return self.decode_chosen(x, active, step)
         gate, up = self.act(active.gate(x)), active.up(x)                           # [B, T, A]
         h = gate * up

@@ -186,14 +186,14 @@ class LlamaForCausalLM(nn.Module):
         self, x: Tensor, state: DecodeState, real: Tensor | None = None, counted: Tensor | None = None,
         observe: Observer | None = None,
     ) -> Tensor:
-        """Run the prompts: fill the cache, decide every layer's partition, copy what stays active.
+        """Run the prompts: fill the cache; given enough evidence, decide every layer's partition and copy what stays.
 
         Layers that the pruning skips see no more of a prompt than its last tokens: those are their evidence.
 
         x        [B, T, H]  embedded prompts, padded on the left
         real     [B, T]     bool, False where a slot is padding; None: no padding
         counted  [B, T]     bool, tokens that count in the scores; None: all real ones
-        observe  is told what every feed-forward network computes
+        observe  is told what every feed-forward network and every attention computes
         returns  [B, V]     logits after the last token
         """
         state.start(x.shape[1], real)

@@ -25,7 +25,7 @@ class AllChannels(POP):
 class Up(AllChannels):
     """Cheaper: |up| alone, times what act(gate) usually is, so that only the chosen rows of gate are read.
 
-    Every step chooses among all that is not retained.
+    Every step chooses among all channels.
     """
 
     looks_at, watches = "up", "gate"

@@ -2,7 +2,7 @@
 
 A *channel* is one intermediate dimension of a gated feed-forward network (or, further down, one attention head).
 After prefill every channel is one of three: *retained* (always runs), *candidate* (re-decided at every decode step)
-or *pruned* (never read again until the next prefill).
+or *pruned* (never read again until partitions are drawn anew).
 
 B batch, T tokens, I channels, R retained, C candidate, P pruned channels, N heads, D head size.
 """
@@ -123,7 +123,7 @@ def all_channel_sizes(channels: int, ratio: float) -> PartitionSizes:
 
 @dataclass(frozen=True)
 class ChannelPartition:
-    """The three regions of one layer (or expert, or the heads of one layer), fixed from one prefill to the next.
+    """The three regions of one layer (or expert, or the heads of one layer), fixed until the next is drawn.
 
     order  int64 [..., I]: the retained channels, then the candidates, then the pruned ones, indices ascending inside
            each region. Leading dimensions are independent groups that are cut alike (one per key/value head when the

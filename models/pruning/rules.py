@@ -60,7 +60,8 @@ class POP:
     prior: Prior | None = None
 
     follows_prompt = True
-    # What of act(gate), up and their product h a candidate's score is computed from, and which part else is watched.
+    # A candidate's score is |look| * factor: which of "gate" (act(gate)), "up" and "h" (their product) a step looks at,
+    # and which of them the prompt is watched for besides h, if the factor needs it.
     looks_at, watches = "h", ""
 
     def with_prior(self, prior: Prior | None) -> "POP":

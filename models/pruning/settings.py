@@ -66,11 +66,12 @@ class PruningSettings:
                      "dense": on all of them, so that prompt and first token are the dense model's
     scored_tokens    prompt tokens that count in the scores: "all", or "text" without the image tokens
     unseen_experts   what becomes of an expert that fewer than min_tokens prompt tokens were routed to: "weights" cuts
-                     it by scores from its weights alone, so that the budget still holds; "dense" leaves it whole
+                     it by the prior, else by scores from its weights alone, so that the budget still holds; "dense"
+                     leaves it whole
     prior            tokens that the model's own sampled text counts for as evidence (popengine/prior.py)
     min_evidence     until the scores have seen so many real tokens, steps run dense and add to them
     dense_every      one step in so many runs dense and adds to the evidence; None: no step does
-    redraw_every     after so many steps the partitions are drawn anew; None: they stay
+    redraw_every     at the first dense step after so many steps the partitions are drawn anew; None: they stay
     rule             how channels are scored and cut (models/pruning/rules.py)
     prefill_skip     Prefill-Only pruning (arXiv 2602.03295): the deepest layers, floor(share of them), are skipped for
                      the prompt, all but its last tokens; steps run every layer. A number or a fraction like "1/3"

@@ -344,9 +344,9 @@ def task_key(one: Configuration, task_set: str) -> str:
 
 
 def usual_of(settings: PruningSettings) -> tuple[object, ...]:
-    return (
-        settings.prefill, settings.head_ratio, settings.unseen_experts, settings.prefill_skip, settings.boundary_tokens
-    )
+    """What neither the axes nor the widths of the plots show."""
+    shown = ("prune_ratio", "ffn_ratio", "candidate_width")
+    return tuple(getattr(settings, one.name) for one in compared_fields() if one.name not in shown)
 
 
 def load_plots() -> ModuleType:
