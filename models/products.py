@@ -16,6 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+# Scores up to which every pair is compared instead of sorting: beyond, the comparisons cost more than the call.
+MOST_COMPARED = 256
+
+
 def is_fused(x: Tensor) -> bool:
     """Whether a compiler makes one loop of what is written out here, on a CPU; in eager code every step is stored."""
     return torch.compiler.is_compiling() and x.device.type == "cpu"
@@ -112,7 +116,7 @@ def keep_best(scores: Tensor, count: int) -> Tensor:
     scores  [..., C] -> returns bool [..., C]. Static in shape and free of data-dependent branches, so that it can
     stand in a compiled decode step.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and scores.shape[-1] <= MOST_COMPARED:
         # Rank by comparing every pair: C * C comparisons fuse into one loop, where a sort would be a call out of it.
         place = torch.arange(scores.shape[-1], device=scores.device)
         mine, other = scores.unsqueeze(-1), scores.unsqueeze(-2)                    # [..., C, 1], [..., 1, C]

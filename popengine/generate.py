@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--paper", action="store_true",
         help="where other flags say nothing, the paper's rule to the letter (pop, evidence from the prompt alone), "
-        "instead of what is recommended (rule up, a prior of 32 tokens)",
+        "instead of what is recommended (width 0.5, a prior of 32 tokens)",
     )
     machine = add_machine_flags(flags)
     machine.add_argument("--max-seq-len", type=int, metavar="N", help="a shorter context than the model's")

@@ -44,6 +44,7 @@ SETTINGS = {
     "recommended, 0.2": RECOMMENDED,
     "pop, width 0.4 and a prior, 0.2": PruningSettings(candidate_width=0.4, prior=32),
     "the same, a dense step in 8": PruningSettings(candidate_width=0.4, prior=32, dense_every=8, redraw_every=32),
+    "up and a prior, 0.2": PruningSettings(rule="up", prior=32),
 }
 
 

@@ -167,4 +167,4 @@ def compared_fields() -> Iterator[Field[Any]]:
 DENSE = PruningSettings(prune_ratio=0.0)
 # What generation does where nothing is said: the best that was measured at its ratio on short and long prompts alike
 # (docs/results.md). PruningSettings() itself is the paper's rule to the letter.
-RECOMMENDED = PruningSettings(rule="up", prior=32)
+RECOMMENDED = PruningSettings(candidate_width=0.5, prior=32)
