@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 # Scores up to which every pair is compared instead of sorting: beyond, the comparisons cost more than the call.
 MOST_COMPARED = 256
 
