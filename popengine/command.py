@@ -6,8 +6,11 @@ Nothing here imports PyTorch, which takes seconds: a wrong flag should not wait 
 import argparse
 import importlib.util
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,7 +33,8 @@ def run_as_command(
     try:
         flags = parser.parse_args(arguments)
         refuse_shadowed_packages()
-        run(flags)
+        with insistent_interrupts():
+            run(flags)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -42,6 +46,26 @@ def run_as_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     sys.exit(0)
+
+
+@contextmanager
+def insistent_interrupts() -> Iterator[None]:
+    """Ctrl-C asks again every second until it is heard: one that falls into a destructor or a callback is lost."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> NoReturn:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGALRM)}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def refuse_shadowed_packages() -> None:
