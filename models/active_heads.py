@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.clock import Clock
 from models.matrix import tensor_bytes
-from models.pruning.partition import head_scores, keep_everything, partition_channels
+from models.pruning.partition import head_scores, partition_channels, undecided
 from models.pruning.rules import POP
 
 
@@ -29,7 +29,7 @@ class ActiveHeads:
         device = attention.q_proj.weight.device
         self.sizes = rule.head_sizes(heads)
         self.prunes = self.sizes.prunes
-        self.partition = keep_everything(heads, (groups,), device)
+        self.partition = undecided(self.sizes, (groups,), device)
         self.whole = self.qkv = attention.together()                                # [(N + 2K) D, H], [(A + 2K) D, H]
         self.o = attention.o_proj                                                   # [H, A D]
         self.cache_order: Tensor | None = None                                      # [K] int64

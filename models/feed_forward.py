@@ -19,7 +19,7 @@ from models.matrix import Matrix, take_columns, tensor_bytes
 from models.matrix_forms import ChosenColumns, ChosenRows
 from models.passes import DecodePass, PrefillPass
 from models.products import best, row_count
-from models.pruning.partition import keep_everything
+from models.pruning.partition import undecided
 from models.pruning.rules import POP
 
 # A matrix, or chosen rows or columns of one: what a step multiplies with.
@@ -38,7 +38,7 @@ class ActiveFeedForward:
         self.multiplies_whole = not copies or not self.sizes.prunes     # whatever is chosen, all is read
         self.prunes = self.sizes.prunes
         self.follows_prompt = self.prunes and rule.follows_prompt
-        self.partition = keep_everything(self.sizes.channels, (), ffn.device)
+        self.partition = undecided(self.sizes, (), ffn.device)
         self.evidence = rule.new_evidence(ffn, ffn.channels, ffn.device)
         self.watched = rule.new_evidence(ffn, ffn.channels, ffn.device, rule.watches) if rule.watches else None
         self.gate: AnyMatrix = ffn.gate_proj                                        # [A, H]

@@ -115,6 +115,16 @@ def test_a_batch_of_two_compiles_and_gives_the_eager_tokens(tiny_checkpoint: Pat
     assert generated(load(tiny_checkpoint, compile=True), prompts, 16, POP) == tokens
 
 
+@pytest.mark.parametrize("changes", [{"min_evidence": 40}, {"dense_every": 3, "redraw_every": 6}])
+def test_steps_compiled_before_a_partition_is_drawn_serve_it_afterwards(
+    tiny_checkpoint: Path, changes: dict[str, int]
+) -> None:
+    """Dense steps first or between, then pruned ones: what was compiled on nothing must choose as the drawn one does."""
+    settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.4, **changes)
+    tokens = generated(load(tiny_checkpoint), [list(range(30))], 40, settings)
+    assert generated(load(tiny_checkpoint, compile=True), [list(range(30))], 40, settings) == tokens
+
+
 def test_models_batches_and_settings_in_turn_are_not_mixed_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Steps check little beyond what tells the compiled functions apart; here they differ in a constant, too."""
     other = complete_checkpoint(tmp_path, max_position_embeddings=1024, rms_norm_eps=0.5)

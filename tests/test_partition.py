@@ -11,9 +11,9 @@ from models.pruning.partition import (
     channel_scores,
     head_scores,
     keep_best,
-    keep_everything,
     partition_channels,
     partition_sizes,
+    undecided,
 )
 
 
@@ -127,6 +127,6 @@ def test_scores_of_another_size_are_refused() -> None:
 
 
 def test_keeping_everything_is_the_dense_network() -> None:
-    partition = keep_everything(6, (2,), torch.device("cpu"))
+    partition = undecided(partition_sizes(6, 0.0, 0.1), (2,), torch.device("cpu"))
     assert partition.retained.shape == (2, 6)
     assert partition.candidate.shape == (2, 0)

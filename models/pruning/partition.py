@@ -180,7 +180,9 @@ def partition_channels(scores: Tensor, sizes: PartitionSizes) -> ChannelPartitio
     return ChannelPartition(region.sort(dim=-1, stable=True).indices, sizes)
 
 
-def keep_everything(channels: int, groups: tuple[int, ...], device: torch.device) -> ChannelPartition:
-    """The dense network as a partition: every channel retained, in its own place."""
-    order = torch.arange(channels, device=device).expand(*groups, channels)
-    return ChannelPartition(order, PartitionSizes(retained=channels, candidate=0, pruned=0, pick=0))
+def undecided(sizes: PartitionSizes, groups: tuple[int, ...], device: torch.device) -> ChannelPartition:
+    """Regions of these sizes before there is anything to rank by: every channel in its own place.
+
+    The sizes are the final ones, because a step that is compiled now is run after the partition is drawn.
+    """
+    return ChannelPartition(torch.arange(sizes.channels, device=device).expand(*groups, sizes.channels), sizes)
