@@ -119,7 +119,7 @@ def test_a_batch_of_two_compiles_and_gives_the_eager_tokens(tiny_checkpoint: Pat
 def test_steps_compiled_before_a_partition_is_drawn_serve_it_afterwards(
     tiny_checkpoint: Path, changes: dict[str, int]
 ) -> None:
-    """Dense steps first or between, then pruned ones: what was compiled on nothing must choose as the drawn one does."""
+    """Dense steps first or between, then pruned ones: a step compiled on nothing must choose as a drawn one does."""
     settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.4, **changes)
     tokens = generated(load(tiny_checkpoint), [list(range(30))], 40, settings)
     assert generated(load(tiny_checkpoint, compile=True), [list(range(30))], 40, settings) == tokens
