@@ -81,6 +81,7 @@ class ActiveExperts:
             self.spare += [one for one in self.active if one is not None and one.copied_bytes()]
             self.active = [None] * experts
         self.prompt_tokens, self.picks = [0] * experts, [0] * experts
+        self.may_copy = list(range(experts))[: self.copy_limit]
         if self.shared is not None:
             self.shared.restart()
 

@@ -3,7 +3,7 @@
     import popengine
 
     engine = popengine.load("path/or/hub-id")
-    for piece in engine.stream("Why is the sky blue?", pruning=popengine.PruningSettings(prune_ratio=0.4)):
+    for piece in engine.stream("Why is the sky blue?"):
         print(piece.text, end="")
 
 Names are looked up when they are first used, so that `import popengine` takes no PyTorch.

@@ -114,6 +114,8 @@ def cache_folder() -> Path:
 
 def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[Part, Tensor] | None:
     """A prior that was kept; None where there is none of this model: it is then made again."""
+    if not path.is_file():              # nor a pipe, which would be waited for
+        return None
     places = observed(model)
     try:
         with safe_open(path, framework="pt") as file:
@@ -128,7 +130,7 @@ def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[Part, Tensor] |
     found: dict[Part, Tensor] = {}
     for key, tensor in tensors.items():
         place, _, part = key.rpartition(" ")
-        if place not in sizes or tensor.shape != (sizes[place],):
+        if place not in sizes or tensor.shape != (sizes[place],) or not tensor.isfinite().all():
             return None
         found[places[place], part] = tensor.float().to(model.device)
     return found

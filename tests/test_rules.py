@@ -205,7 +205,8 @@ def test_a_prior_is_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
     [
         ({"rule": "best"}, f"rule must be one of {', '.join(RULE_NAMES)}, not 'best'"),
         ({"dense_every": 0}, "dense every must be at least 1, not 0"),
-        ({"prior": -1}, "prior must be at least 0, not -1"),
+        ({"prior": -1}, "prior must be between 0 and 1000000, not -1"),
+        ({"prior": 10**400}, "prior must be between 0 and 1000000"),
         ({"redraw_every": 4}, "redraw every needs dense every"),
     ],
 )

@@ -104,7 +104,7 @@ class PruningSettings:
     )
     prior: int = setting(
         0, "text that the model sampled itself counts as N tokens of evidence, before any real one", int, metavar="N",
-        least=0, column="prior", matters="to prompts",
+        least=0, most=1_000_000, column="prior", matters="to prompts",
     )
     min_evidence: int = setting(
         0, "steps run dense until N real tokens were seen", int, metavar="N", least=0, column="min evidence",
