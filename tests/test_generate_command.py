@@ -1,5 +1,6 @@
 """The command as a user runs it: what it prints, and one clear line with exit status 2 for everything that is wrong."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from builders import complete_checkpoint, exit_status, one_line_error
 
+from popengine.command import insistent_interrupts
 from popengine.generate import main
 
 status, error = partial(exit_status, main), partial(one_line_error, main)
@@ -244,3 +246,14 @@ def test_the_console_script_does_not_mind_the_current_directory(tmp_path: Path, 
         [script, "--ckpt", checkpoint, "--prompt", "Hello", "-n", "3"], cwd=tmp_path, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_an_interrupt_that_was_swallowed_comes_again() -> None:
+    began = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt), insistent_interrupts():
+        with contextlib.suppress(KeyboardInterrupt):        # as a destructor would
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        time.sleep(5)
+    assert time.perf_counter() - began < 3
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
