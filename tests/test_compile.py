@@ -125,6 +125,17 @@ def test_steps_compiled_before_a_partition_is_drawn_serve_it_afterwards(
     assert generated(load(tiny_checkpoint, compile=True), [list(range(30))], 40, settings) == tokens
 
 
+def test_a_compiled_dense_step_counts_its_tokens(tiny_checkpoint: Path) -> None:
+    engine = load(tiny_checkpoint, compile=True)
+    state = engine.model.new_state(2, 128, engine.resolve(PruningSettings(ffn_ratio=0.4, rule="up", dense_every=1)))
+    engine.prepare(state)
+    with torch.inference_mode():
+        engine.model.prefill(engine.model.embed(torch.arange(20).view(2, 10)), state)
+        engine.decode(torch.tensor([1, 2]), state)
+    ffn = state.layers[0].ffn
+    assert ffn.evidence.tokens == ffn.watched.tokens == state.gathering.tokens == 22
+
+
 def test_models_batches_and_settings_in_turn_are_not_mixed_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Steps check little beyond what tells the compiled functions apart; here they differ in a constant, too."""
     other = complete_checkpoint(tmp_path, max_position_embeddings=1024, rms_norm_eps=0.5)

@@ -158,6 +158,27 @@ def test_sequences_that_have_ended_are_no_evidence(model: LlamaForCausalLM) -> N
         torch.testing.assert_close(one.ffn.evidence.squares, two.ffn.evidence.squares)
 
 
+@torch.inference_mode()
+def test_every_live_sequence_of_a_dense_step_is_evidence(model: LlamaForCausalLM) -> None:
+    tokens, _ = left_padded([12, 12, 12], SIZES["vocab_size"])
+    _, state = prefilled(model, tokens, PruningSettings(ffn_ratio=0.4, min_evidence=1000))
+    model.decode(torch.tensor([3, 4, 5]), state)
+    assert state.gathering.tokens == state.layers[0].ffn.evidence.tokens == 39
+
+
+@pytest.mark.parametrize("rule", ["up", "gate"])
+@torch.inference_mode()
+def test_what_a_rule_watches_is_forgotten_with_the_prompt(rule: str, model: LlamaForCausalLM) -> None:
+    settings = PruningSettings(ffn_ratio=0.4, rule=rule)
+    tokens, _ = left_padded([9], SIZES["vocab_size"])
+    _, used = prefilled(model, left_padded([30], SIZES["vocab_size"], seed=3)[0], settings)
+    model.prefill(model.embed(tokens), used)
+    _, fresh = prefilled(model, tokens, settings)
+    token = torch.tensor([4])
+    assert torch.equal(model.decode(token, used), model.decode(token, fresh))
+    assert torch.equal(used.layers[0].ffn.candidate_factors, fresh.layers[0].ffn.candidate_factors)
+
+
 def test_a_schedule_is_dense_until_there_is_enough_and_then_now_and_again() -> None:
     pruning = Pruning(0.2, 0.2, PruningSettings(min_evidence=12, dense_every=4, redraw_every=8), POP(0.2, 0.1))
     gathering = Gathering(pruning, live=1)
