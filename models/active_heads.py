@@ -36,8 +36,8 @@ class ActiveHeads:
         if self.prunes:
             rows, kv_rows = groups * self.sizes.resident * attention.head_dim, attention.kv_heads * attention.head_dim
             self.evidence = rule.new_evidence(attention, attention.heads * attention.head_dim, device)
-            self.qkv = self.qkv.empty(rows + 2 * kv_rows, self.qkv.in_features)
-            self.o = self.o.empty(self.o.out_features, rows)
+            self.qkv = self.qkv.empty_rows(rows + 2 * kv_rows)
+            self.o = self.o.empty_columns(rows)
             candidates = groups * self.sizes.candidate * attention.head_dim
             self.candidate_norms = attention.output_norms().new_empty(candidates)               # [G C D]
             if groups == 1:

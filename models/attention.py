@@ -15,7 +15,6 @@ from models.active_heads import ActiveHeads
 from models.config import LlamaConfig
 from models.layers import RMSNorm, rotate
 from models.matrix import Matrix
-from models.matrix_forms import stacked
 from models.passes import DecodePass, PrefillPass
 from models.products import attend_cache, attend_prompt
 from models.pruning.partition import head_scores
@@ -39,11 +38,13 @@ class Attention(nn.Module):
         self.head_groups = self.kv_heads if self.kv_heads < self.heads else 1
         self.norms: Tensor | None = None
         self.qkv: list[Matrix] = []         # in a list, so that it is no submodule: its weights have names already
+        self.stacked_at = 0
 
     def together(self) -> Matrix:
         """q_proj, k_proj and v_proj as one matrix [(N + 2K) D, H], which they become parts of."""
-        if not self.qkv or self.qkv[0].weight.data_ptr() != self.q_proj.weight.data_ptr():      # new, or moved since
-            self.qkv = [stacked([self.q_proj, self.k_proj, self.v_proj])]
+        if self.stacked_at != self.q_proj.weight.data_ptr():                        # new, or moved since
+            self.qkv = [type(self.q_proj).stack([self.q_proj, self.k_proj, self.v_proj])]
+            self.stacked_at = self.q_proj.weight.data_ptr()
         return self.qkv[0]
 
     def output_norms(self) -> Tensor:

@@ -44,14 +44,14 @@ class ActiveFeedForward:
         self.gate: AnyMatrix = ffn.gate_proj                                        # [A, H]
         self.up: AnyMatrix = ffn.up_proj                                            # [A, H]
         self.down: AnyMatrix = ffn.down_proj                                        # [H, A]
-        if self.prunes and self.sizes.candidate == self.sizes.channels:
+        if self.prunes and not self.sizes.copied:
             self.candidate_factors = ffn.down_norms().clone()                       # [C]
             self.copies = False                                                     # all are resident, in their order
         elif self.prunes:
-            resident, hidden = self.sizes.resident, ffn.down_proj.out_features
-            self.gate = ffn.gate_proj.empty(resident, hidden) if copies else ChosenRows(ffn.gate_proj)
-            self.up = ffn.up_proj.empty(resident, hidden) if copies else ChosenRows(ffn.up_proj)
-            self.down = ffn.down_proj.empty(hidden, resident) if copies else ChosenColumns(ffn.down_proj)
+            resident = self.sizes.resident
+            self.gate = ffn.gate_proj.empty_rows(resident) if copies else ChosenRows(ffn.gate_proj)
+            self.up = ffn.up_proj.empty_rows(resident) if copies else ChosenRows(ffn.up_proj)
+            self.down = ffn.down_proj.empty_columns(resident) if copies else ChosenColumns(ffn.down_proj)
             self.candidate_factors = ffn.down_norms().new_empty(self.sizes.candidate)           # [C]
         if self.prunes and not rule.follows_prompt:
             self.draw(ffn, Clock(ffn.device))

@@ -132,7 +132,12 @@ class LlamaForCausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations; matrices may be packed."""
+        return self.model.norm.weight.dtype
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens int64 [B, T] -> [B, T, H]"""
@@ -169,17 +174,17 @@ class LlamaForCausalLM(nn.Module):
                 f"the weights that stay active take another {copies / 1e9:.1f} GB beside the model, "
                 f"and {free_memory / 1e9:.1f} GB is free: prune more, use a smaller dtype, or run dense (prune ratio 0)"
             )
-        config, weight = self.config, self.model.embed_tokens.weight
+        config = self.config
         cache = KVCache(
             config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim,
-            weight.dtype, weight.device,
+            self.dtype, self.device,
         )
         layers = [
             LayerState(keys, values, ActiveHeads(layer.self_attn, pruning.rule), layer.new_active(pruning))
             for layer, keys, values in zip(self.model.layers, cache.keys, cache.values, strict=True)
         ]
-        live = torch.ones(batch, 1, dtype=torch.bool, device=weight.device)
-        clocks = Clock(weight.device), Clock(weight.device)
+        live = torch.ones(batch, 1, dtype=torch.bool, device=self.device)
+        clocks = Clock(self.device), Clock(self.device)
         return DecodeState(cache, layers, pruning, live, *clocks, Gathering(pruning, batch))
 
     def prefill(

@@ -7,7 +7,7 @@ copy of chosen rows or columns of another, and knows its norms and what a step r
 in and out are the sides of a weight [out, in]; B batch, T rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class Matrix(nn.Linear):
 
     def multiply_columns(self, x: Tensor, columns: Tensor) -> Tensor:
         """The product with the columns named and no others. x [..., k], int64 [k] -> [..., out]"""
-        y = x @ self.weight[:, columns].t()
+        y = x @ self.values()[:, columns].t()
         return y if self.bias is None else y + self.bias
 
     def reads_chosen_rows(self, rows: int) -> bool:
@@ -70,23 +70,30 @@ class Matrix(nn.Linear):
 
     def multiply_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """What the rows named put out, and no others. x [..., in], int64 [k] -> [..., k]"""
-        chosen = self.weight[rows]
+        chosen = self.values()[rows]
         y = written_out(x, chosen) if is_fused(x) else F.linear(x, chosen)
         return y if self.bias is None else y + self.bias[rows]
 
+    def empty_rows(self, rows: int) -> "Matrix":
+        """Room for a compact copy of so many rows, uninitialised, with a bias if this has one."""
+        return self.empty(rows, self.in_features)
+
+    def empty_columns(self, columns: int) -> "Matrix":
+        """The same of so many columns."""
+        return self.empty(self.out_features, columns)
+
     def empty(self, rows: int, columns: int) -> "Matrix":
-        """Room for a compact copy of this kind, uninitialised, with a bias if this has one."""
         bias = None if self.bias is None else self.bias.new_empty(rows)
         return type(self).of(self.weight.new_empty(rows, columns), bias)
 
     def copy_rows(self, source: "Matrix", rows: Tensor) -> None:
-        """Become the rows named of a matrix of the same kind, and their biases. int64 [out]"""
+        """Become the rows named of the matrix that this was made room for, and their biases. int64 [out]"""
         torch.index_select(bits(source.weight), 0, rows, out=bits(self.weight))
         if source.bias is not None:
             torch.index_select(source.bias, 0, rows, out=self.bias)
 
     def copy_columns(self, source: "Matrix", columns: Tensor) -> None:
-        """Become the columns named of a matrix of the same kind, and its bias. int64 [in]"""
+        """Become the columns named of the matrix that this was made room for, and its bias. int64 [in]"""
         torch.gather(bits(source.weight), 1, columns.expand(source.out_features, -1), out=bits(self.weight))
         if source.bias is not None:
             self.bias.copy_(source.bias)
@@ -97,11 +104,11 @@ class Matrix(nn.Linear):
 
     def column_norms(self) -> Tensor:
         """l2 norm of each column, float32 [in]"""
-        return torch.linalg.vector_norm(self.weight.float(), dim=0)
+        return torch.linalg.vector_norm(self.values().float(), dim=0)
 
     def row_norms(self) -> Tensor:
         """l2 norm of each row, float32 [out]"""
-        return torch.linalg.vector_norm(self.weight.float(), dim=1)
+        return torch.linalg.vector_norm(self.values().float(), dim=1)
 
     def read_bytes(self, rows: int | None = None, columns: int | None = None) -> int:
         """What a product reads of so many rows and columns (None: all), in bytes; biases do not count."""
@@ -112,6 +119,15 @@ class Matrix(nn.Linear):
         """Memory of the weight and the bias, in bytes."""
         return tensor_bytes(self)
 
+    @classmethod
+    def stack(cls, matrices: Sequence["Matrix"]) -> "Matrix":
+        """One matrix of several, one below the other, which become parts of it and stay what they were."""
+        bias = matrices[0].bias
+        return cls.of(
+            share_storage([matrix.weight for matrix in matrices]),
+            None if bias is None else share_storage([matrix.bias for matrix in matrices]),
+        )
+
 
 def replace_matrices(model: nn.Module, make: Callable[[Matrix], Matrix]) -> None:
     """Put what `make` makes of it in the place of every matrix of a model."""
@@ -119,6 +135,21 @@ def replace_matrices(model: nn.Module, make: Callable[[Matrix], Matrix]) -> None
         for name, child in list(parent.named_children()):
             if type(child) is Matrix:
                 setattr(parent, name, make(child))
+
+
+def share_storage(parameters: Sequence[Tensor]) -> Tensor:
+    """Make tensors of like layout parts of one, along the first dimension, and return it; their values stay."""
+    first, sizes = parameters[0], [len(parameter) for parameter in parameters]
+    # An inference tensor only if the parameters are (a model loaded during inference): training must be able to go on
+    # with those that are not, and the two kinds do not mix.
+    with torch.inference_mode(first.is_inference()), torch.no_grad():
+        by_columns = first.dim() == 2 and not first.is_contiguous()
+        shape = (first.shape[1], sum(sizes)) if by_columns else (sum(sizes), *first.shape[1:])
+        together = first.new_empty(shape).t() if by_columns else first.new_empty(shape)
+        for parameter, part in zip(parameters, together.split(sizes), strict=True):
+            part.copy_(parameter)
+            parameter.data = part
+    return together
 
 
 def bits(x: Tensor) -> Tensor:

@@ -1,9 +1,7 @@
-"""Other forms of a matrix: stored by columns, chosen rows or columns without a copy, several as one.
+"""Other forms of a matrix: stored by columns, chosen rows or columns without a copy.
 
 in and out are the sides of a weight [out, in]; T rows.
 """
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +40,7 @@ class ColumnMatrix(Matrix):
     def reads_chosen_rows(self, rows: int) -> bool:
         return False            # which lie scattered over all columns
 
-    def empty(self, rows: int, columns: int) -> "Matrix":
+    def empty(self, rows: int, columns: int) -> Matrix:
         bias = None if self.bias is None else self.bias.new_empty(rows)
         return type(self).of(self.weight.new_empty(columns, rows).t(), bias)
 
@@ -96,27 +94,3 @@ class ChosenColumns(nn.Module):
 
     def held_bytes(self) -> int:
         return 0
-
-
-def stacked(matrices: Sequence[Matrix]) -> Matrix:
-    """One matrix of several, one below the other, which become parts of it and stay what they were."""
-    bias = matrices[0].bias
-    return type(matrices[0]).of(
-        share_storage([matrix.weight for matrix in matrices]),
-        None if bias is None else share_storage([matrix.bias for matrix in matrices]),
-    )
-
-
-def share_storage(parameters: Sequence[Tensor]) -> Tensor:
-    """Make tensors of like layout parts of one, along the first dimension, and return it; their values stay."""
-    first, sizes = parameters[0], [len(parameter) for parameter in parameters]
-    # An inference tensor only if the parameters are (a model loaded during inference): training must be able to go on
-    # with those that are not, and the two kinds do not mix.
-    with torch.inference_mode(first.is_inference()), torch.no_grad():
-        by_columns = first.dim() == 2 and not first.is_contiguous()
-        shape = (first.shape[1], sum(sizes)) if by_columns else (sum(sizes), *first.shape[1:])
-        together = first.new_empty(shape).t() if by_columns else first.new_empty(shape)
-        for parameter, part in zip(parameters, together.split(sizes), strict=True):
-            part.copy_(parameter)
-            parameter.data = part
-    return together

@@ -60,7 +60,8 @@ def attention_bytes(attention: Any, rule: POP) -> int:
     heads = rule.head_sizes(attention.heads // attention.head_groups)
     queries = heads.resident * attention.head_groups * attention.head_dim
     keys_and_values = attention.k_proj.read_bytes() + attention.v_proj.read_bytes()
-    return keys_and_values + attention.q_proj.read_bytes(rows=queries) + attention.o_proj.read_bytes(columns=queries)
+    outputs = attention.o_proj.read_bytes(columns=queries if heads.prunes else None)
+    return keys_and_values + attention.q_proj.read_bytes(rows=queries) + outputs
 
 
 def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: POP, batch: int, active: ActiveExperts | None) -> int:
@@ -77,13 +78,14 @@ def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: POP, batch: int, active
 def ffn_bytes(ffn: FeedForward, rule: POP | None, batch: int) -> int:
     """Of one network's step; no rule: it multiplies with its full weights."""
     if rule is None:
-        return 3 * ffn.gate_proj.read_bytes()
+        return sum(matrix.read_bytes() for matrix in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
     sizes = rule.sizes(ffn)
     finishing = sizes.active if ffn.down_proj.reads_chosen_columns(batch) else sizes.resident
     looks_first = rule.looks_at != "h" and ffn.gate_proj.reads_chosen_rows(batch)
     second = sizes.active if looks_first else sizes.resident
     one, other = (ffn.gate_proj.read_bytes(rows=rows) for rows in (sizes.resident, second))
-    return one + other + ffn.down_proj.read_bytes(columns=finishing)
+    whole = not sizes.copied and finishing == sizes.channels
+    return one + other + ffn.down_proj.read_bytes(columns=None if whole else finishing)
 
 
 def prompt_work(model: Any, pruning: Pruning, tokens: int) -> tuple[int, int]:
@@ -118,8 +120,8 @@ def copy_bytes(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
         networks = [*mlp.experts] if mlp.shared_expert is None else [*mlp.experts, mlp.shared_expert]
         return sum(copy_bytes(ffn, pruning) for ffn in networks)
     sizes = pruning.rule.sizes(mlp)
-    copied = sizes.prunes and sizes.candidate < sizes.channels
-    return 3 * mlp.gate_proj.read_bytes(rows=sizes.resident) if copied else 0
+    rows = mlp.gate_proj.read_bytes(rows=sizes.resident) + mlp.up_proj.read_bytes(rows=sizes.resident)
+    return rows + mlp.down_proj.read_bytes(columns=sizes.resident) if sizes.copied else 0
 
 
 def all_copy_bytes(model: Any, pruning: Pruning) -> int:

@@ -13,6 +13,7 @@ from models.llava import LlavaForConditionalGeneration
 from models.matrix import replace_matrices
 from models.matrix_forms import ColumnMatrix
 from popengine.engine import Engine
+from popengine.packing import Packer, choose_form
 from popengine.pictures.vision import TextOnly, Vision
 from popengine.text.chat import read_chat_template
 from popengine.text.prompts import Prompts
@@ -30,14 +31,17 @@ def load(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    weights: str = "auto",
     max_seq_len: int | None = None,
     compile: bool = False,
     progress: bool = False,
 ) -> Engine:
     """Load a checkpoint: a Hugging Face directory, a Hub id or a .gguf file; None: the default checkpoint.
 
-    dtype        "auto" (the checkpoint's own; float32 for quantised .gguf), "float32", "bfloat16" or "float16"
+    dtype        of activations and of plain weights: "auto" (the checkpoint's own; with packed weights bfloat16, which
+                 their products want; float32 for quantised ones that are made plain), "float32", "bfloat16", "float16"
     device       "auto", "cpu", "cuda", "cuda:1", "mps"
+    weights      "auto" (what the checkpoint keeps packed stays so, on a CPU), "plain", "int8", "int4" (CPU only)
     max_seq_len  a shorter context than the model's own
     compile      run decode steps through torch.compile: seconds to start, then 1.3 to 2 times as fast on a CPU.
                  Where that does not work, a warning says why and steps run as without it
@@ -47,9 +51,10 @@ def load(
     began = time.perf_counter()
     where = choose_device(device)
     with open_checkpoint(default_checkpoint() if checkpoint is None else checkpoint) as opened:
-        kind = choose_dtype(dtype, opened, where)
+        form = choose_form(weights, opened, where)
+        kind = choose_dtype(dtype, opened, where, packed=form != "plain")
         tokenizer, template = open_text_side(opened)
-        loaded = load_model(opened, kind, where, progress)
+        loaded = load_model(opened, kind, where, form, progress)
         pictures: TextOnly | Vision
         if isinstance(loaded, LlavaForConditionalGeneration):
             model, pictures = loaded.language_model, Vision(loaded, tokenizer, opened.path)
@@ -89,13 +94,15 @@ def compile_decode(model: LlamaForCausalLM, device: torch.device) -> CompiledDec
 
 
 def load_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: bool = False
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, form: str = "plain", progress: bool = False
 ) -> LlamaForCausalLM | LlavaForConditionalGeneration:
     """The forward passes with their weights: laid out without memory first, then filled tensor by tensor."""
     model_class = architecture(checkpoint.config, str(checkpoint.path))
     with torch.device("meta"):
         model = model_class.from_config(checkpoint.config)
-    load_weights(model, checkpoint, dtype, device, model.locate, model.ignored_keys, progress)
+    language_model = model.language_model if isinstance(model, LlavaForConditionalGeneration) else model
+    pack = None if form == "plain" else Packer(language_model, form, dtype, device)
+    load_weights(model, checkpoint, dtype, device, model.locate, model.ignored_keys, progress, pack)
     # What is no part of a checkpoint (rotary frequencies) has yet to follow to the device.
     return model.to(device).eval().requires_grad_(False)
 
@@ -118,10 +125,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device, packed: bool) -> torch.dtype:
     if name != "auto" and name not in DTYPES:
         raise InputError(f"dtype must be auto, {', '.join(DTYPES)}, not {name!r}")
-    dtype = checkpoint_dtype(checkpoint) if name == "auto" else DTYPES[name]
+    if name == "auto":
+        dtype = torch.bfloat16 if packed else checkpoint_dtype(checkpoint)
+    else:
+        dtype = DTYPES[name]
     try:
         ones = torch.ones(2, 2, dtype=dtype, device=device)
         _ = ones @ ones

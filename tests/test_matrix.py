@@ -94,9 +94,9 @@ def test_a_product_with_chosen_rows_reads_no_others(dtype: torch.dtype, bias: bo
 def test_copies_are_indices_into_the_whole(kind: type[Matrix], dtype: torch.dtype, bias: bool) -> None:
     matrix = made(kind, dtype, bias)
     rows, columns = torch.tensor([7, 3, 39, 0]), torch.tensor([1, 63, 30, 2, 5])
-    below = matrix.empty(len(rows), IN)
+    below = matrix.empty_rows(len(rows))
     below.copy_rows(matrix, rows)
-    beside = matrix.empty(OUT, len(columns))
+    beside = matrix.empty_columns(len(columns))
     beside.copy_columns(matrix, columns)
     assert type(below) is type(beside) is kind
     assert torch.equal(below.weight, matrix.weight[rows])
@@ -140,8 +140,8 @@ def test_bytes_are_those_of_the_weight(kind: type[Matrix], dtype: torch.dtype, s
 def test_chosen_rows_and_columns_equal_compact_copies(kind: type[Matrix], rows: int, bias: bool) -> None:
     matrix, chosen = made(kind, bias=bias), torch.tensor([7, 3, 39, 0, 12])
     pairs = [
-        (ChosenRows(matrix), matrix.empty(len(chosen), IN), "copy_rows", IN),
-        (ChosenColumns(matrix), matrix.empty(OUT, len(chosen)), "copy_columns", len(chosen)),
+        (ChosenRows(matrix), matrix.empty_rows(len(chosen)), "copy_rows", IN),
+        (ChosenColumns(matrix), matrix.empty_columns(len(chosen)), "copy_columns", len(chosen)),
     ]
     for looked_up, copy, become, width in pairs:
         x = rows_of(rows, torch.float32, width)
@@ -155,7 +155,7 @@ def test_chosen_rows_and_columns_equal_compact_copies(kind: type[Matrix], rows: 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 def test_stacked_matrices_are_parts_of_one_and_stay_what_they_were(kind: type[Matrix], bias: bool) -> None:
     parts, references = ([made(one, bias=bias, out=out) for out in (8, 4, 4)] for one in (kind, Matrix))
-    whole, x = stacked(parts), rows_of(3, torch.float32)
+    whole, x = type(parts[0]).stack(parts), rows_of(3, torch.float32)
     assert type(whole) is kind
     torch.testing.assert_close(whole(x), torch.cat([one(x) for one in references], dim=-1), atol=1e-5, rtol=1e-5)
     for part, reference in zip(parts, references, strict=True):

@@ -14,7 +14,8 @@ from weights.safetensors_files import SafetensorsCheckpoint
 
 __all__ = ["Checkpoint", "GGUFCheckpoint", "SafetensorsCheckpoint", "checkpoint_dtype", "open_checkpoint"]
 
-# Both have: path, config, generation_config, entries, mapped, read(name), release(name), close(), and `with`.
+# Both have: path, config, generation_config, entries, mapped, read(name), read_groups(name), stored_bytes(name),
+# release(name), close(), and `with`.
 Checkpoint = SafetensorsCheckpoint | GGUFCheckpoint
 
 COMPUTING_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from weights.entries import TensorEntry
 from weights.errors import InputError
+from weights.gguf_blocks import FOUR_BIT_TYPES, GROUP
 from weights.gguf_header import GGUFHeader, Metadata, read_header
 from weights.gguf_tokenizer import build_tokenizer, special_id
+from weights.groups import Groups
 from weights.mapped_file import MappedFile
 
 # Read as they are; every other type is quantised and read as float32.
@@ -100,7 +102,11 @@ class GGUFCheckpoint:
             name = hugging_face_name(gguf_name)
             if name in self.entries:
                 raise InputError(f"{path} is corrupt: it holds {name} under two names")
-            self.entries[name] = TensorEntry(place.shape, PLAIN_TYPES.get(place.type_name, torch.float32))
+            kind = place.type_name
+            self.entries[name] = TensorEntry(
+                place.shape, PLAIN_TYPES.get(kind, torch.float32), None if kind in PLAIN_TYPES else kind,
+                groups=GROUP if kind in FOUR_BIT_TYPES else 0,
+            )
             self._places[name] = with_heads(place, name, self.config, path)
 
         self._metadata = metadata
@@ -120,16 +126,32 @@ class GGUFCheckpoint:
     def read(self, name: str) -> Tensor:
         """The tensor in its entry's shape and dtype, on the CPU, dequantised and in Hugging Face's order."""
         entry, place = self.entries[name], self._places[name]
-        # In numpy, because so many small copies cost more to share out over torch's threads than to make.
-        raw = self._file.view(place.begin, place.end).numpy()               # [bytes]
-        if place.heads:
-            # A row's bytes stay together, so rows can change places before they are dequantised: within each head
-            # row 2 j goes to j, and row 2 j + 1 to head_dim / 2 + j.
-            pairs = raw.reshape(place.heads, entry.shape[0] // place.heads // 2, 2, -1)
-            raw = pairs.swapaxes(1, 2).reshape(-1)                          # [bytes]
+        raw = self._ordered_bytes(name)
         if place.type_name in PLAIN_TYPES:
             return torch.from_numpy(raw.copy()).view(entry.dtype).view(entry.shape)
         return dequantise(raw, place.type_name, entry.elements).view(entry.shape)
+
+    def read_groups(self, name: str) -> Groups:
+        """A tensor of four-bit numbers as it is kept, on the CPU, in Hugging Face's order."""
+        raw = torch.from_numpy(self._ordered_bytes(name))
+        return FOUR_BIT_TYPES[self._places[name].type_name](raw, self.entries[name].shape)
+
+    def stored_bytes(self, name: str) -> Tensor:
+        """uint8, a tensor's bytes in the file."""
+        place = self._places[name]
+        return self._file.view(place.begin, place.end)
+
+    def _ordered_bytes(self, name: str) -> Any:
+        """A tensor's bytes with its rows in Hugging Face's order: numpy, uint8 [bytes]."""
+        place = self._places[name]
+        # In numpy, because so many small copies cost more to share out over torch's threads than to make.
+        raw = self.stored_bytes(name).numpy()
+        if place.heads:
+            # A row's bytes stay together, so rows can change places before they are dequantised: within each head
+            # row 2 j goes to j, and row 2 j + 1 to head_dim / 2 + j.
+            pairs = raw.reshape(place.heads, place.shape[0] // place.heads // 2, 2, -1)
+            raw = pairs.swapaxes(1, 2).reshape(-1)
+        return raw
 
     def release(self, name: str) -> None:
         """Give back the file's pages that reading `name` touched; the tensor that was read is the caller's."""

@@ -27,6 +27,23 @@ WORTH_SHARING = 8_000_000
 
 
 @dataclass(frozen=True)
+class Packing:
+    """What becomes of a parameter that is not kept as it is read.
+
+    take       is handed its values (which may be a view of the file), or its Groups where from_groups says so
+    held_bytes how much memory that takes
+    """
+
+    take: Callable[[Any], None]
+    held_bytes: int
+    from_groups: bool = False
+
+
+# What becomes of a parameter, by its key and the entry that holds it; None: it is kept as it is.
+Pack = Callable[[Tensor, str, TensorEntry], Packing | None]
+
+
+@dataclass(frozen=True)
 class Wanted:
     """One parameter or persistent buffer of the model, all of its names (tied), and where its values come from."""
 
@@ -35,6 +52,12 @@ class Wanted:
     key: str
     index: tuple[Any, ...]
     dtype: torch.dtype  # in memory
+    packing: Packing | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that it takes."""
+        return self.target.numel() * self.dtype.itemsize if self.packing is None else self.packing.held_bytes
 
 
 def load_weights(
@@ -45,6 +68,7 @@ def load_weights(
     locate: Locate | None = None,
     ignored: Iterable[str] = (),
     progress: bool = False,
+    pack: Pack | None = None,
 ) -> None:
     """Give every parameter and persistent buffer of `model` its values from `checkpoint`.
 
@@ -54,6 +78,7 @@ def load_weights(
               may be pieces of one key, and together they must use all of it
     ignored   regular expressions of whole checkpoint keys that may be there and are not needed
     progress  a bar on stderr
+    pack      says which parameters are packed instead
 
     Tied parameters (one object under several names) are read once and stay tied; all but one of their names may be
     absent. InputError, before anything is allocated, when keys are missing, unexpected or of another shape (all in one
@@ -64,10 +89,10 @@ def load_weights(
     located = {name: (name, ()) for name in names}
     if locate is not None:
         located |= locate(names, list(checkpoint.entries))
-    wanted = find_sources(model, located, checkpoint, dtype)
+    wanted = find_sources(model, located, checkpoint, dtype, pack)
     check_keys(checkpoint, wanted, {key for key, _ in located.values()}, list(ignored))
 
-    needed = sum(one.target.numel() * one.dtype.itemsize for one in wanted)
+    needed = sum(one.held_bytes for one in wanted)
     require_memory(needed, device, f"{checkpoint.path} in {str(dtype).removeprefix('torch.')}")
 
     by_key: dict[str, list[Wanted]] = {}
@@ -76,13 +101,19 @@ def load_weights(
     with tqdm(total=needed, desc="loading", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
         for key in checkpoint.entries:  # in the order of the files, so that a disk reads forwards
             for one in by_key.get(key, []):
-                put(model, one, read_piece(checkpoint, one, device))
-                bar.update(one.target.numel() * one.dtype.itemsize)
+                if one.packing is None:
+                    put(model, one, read_piece(checkpoint, one, device))
+                elif one.packing.from_groups:
+                    one.packing.take(checkpoint.read_groups(key))
+                else:
+                    one.packing.take(checkpoint.read(key)[one.index])
+                bar.update(one.held_bytes)
             checkpoint.release(key)
 
 
 def find_sources(
-    model: nn.Module, located: dict[str, tuple[str, tuple[Any, ...]]], checkpoint: Checkpoint, dtype: torch.dtype
+    model: nn.Module, located: dict[str, tuple[str, tuple[Any, ...]]], checkpoint: Checkpoint, dtype: torch.dtype,
+    pack: Pack | None,
 ) -> list[Wanted]:
     """What the model needs, one item for each tensor object; a tied one comes from the first name that is there."""
     targets = model.state_dict(keep_vars=True)  # the objects themselves, so that tied names show as one object
@@ -94,7 +125,10 @@ def find_sources(
         target = targets[names[0]]
         sources = [located[name] for name in names]
         key, index = next((source for source in sources if source[0] in checkpoint.entries), sources[0])
-        wanted.append(Wanted(names, target, key, index, dtype if target.is_floating_point() else target.dtype))
+        kind = dtype if target.is_floating_point() else target.dtype
+        entry = checkpoint.entries.get(key)
+        packing = None if pack is None or entry is None else pack(target, key, entry)
+        wanted.append(Wanted(names, target, key, index, kind, packing))
     return wanted
 
 

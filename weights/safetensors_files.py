@@ -94,10 +94,15 @@ class SafetensorsCheckpoint:
     def read(self, name: str) -> Tensor:
         """The tensor as a view of the mapped file: its entry's shape and dtype, on the CPU, not to be written to."""
         entry, place = self.entries[name], self._places[name]
-        raw = self._files[place.shard].view(place.begin, place.end)         # [bytes]
+        raw = self.stored_bytes(name)
         if place.begin % entry.dtype.itemsize:
             raw = raw.clone()  # a tensor must start at a multiple of its element size
         return raw.view(entry.dtype).view(entry.shape)
+
+    def stored_bytes(self, name: str) -> Tensor:
+        """uint8, a tensor's bytes in the file."""
+        place = self._places[name]
+        return self._files[place.shard].view(place.begin, place.end)
 
     def release(self, name: str) -> None:
         """Give back the memory that reading `name` took; the tensor can be read again (from the file)."""

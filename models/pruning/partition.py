@@ -97,6 +97,11 @@ class PartitionSizes:
         return self.retained < self.channels
 
     @property
+    def copied(self) -> bool:
+        """Whether the resident channels are a choice of all, or in another order, and so copied."""
+        return self.prunes and self.candidate < self.channels
+
+    @property
     def decides(self) -> bool:
         """Whether a decode step has something to choose."""
         return self.pick < self.candidate

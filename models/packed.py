@@ -1,0 +1,282 @@
+"""Packed matrices: eight bits with a scale per row, four bits in groups, and an embedding of eight bits.
+
+A step multiplies with the packed numbers as they are, through PyTorch's own packed products. Those fall behind when
+there are many rows (a prompt), which multiply with what the numbers stand for instead, unpacked a stretch at a time, so
+that a stretch is still in the processor's cache when it is read. docs/packed.md has the figures.
+
+Activations are bfloat16 (float16 works too); with float32 ones, which the packed products multiply ten times as slowly,
+every product unpacks.
+
+in and out are the sides of a weight [out, in], g the size of a group, G = in / g groups of a row; T rows.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.matrix import Matrix, share_storage
+from models.products import row_count
+from weights.errors import InputError
+from weights.groups import Groups
+
+# Up to how many rows the packed product is faster than unpacking (tools/measure_packed.py).
+FEW_ROWS_INT8, FEW_ROWS_INT4 = 8, 16
+# Weights of a stretch that is unpacked at once.
+STRETCH = 1 << 20
+
+
+class Int8Matrix(Matrix):
+    """Whole numbers from -127 to 127 and a scale for each row: chosen rows and columns are copied as they are.
+
+    weight int8 [out, in]; scale [out] in the dtype of the activations
+    """
+
+    scale: Tensor
+
+    @classmethod
+    def packed(cls, weight: Tensor, scale: Tensor, bias: Tensor | None) -> "Int8Matrix":
+        made = cls.of(weight, bias)
+        made.scale = scale  # type: ignore[attr-defined]
+        return made  # type: ignore[return-value]
+
+    @classmethod
+    def nearest(
+        cls, values: Tensor, dtype: torch.dtype, bias: Tensor | None = None, device: torch.device | None = None
+    ) -> "Int8Matrix":
+        """The nearest there is to plain values [out, in], which are read a stretch of rows at a time."""
+        weight = torch.empty(values.shape, dtype=torch.int8, device=device or values.device)
+        scale = torch.empty(len(values), dtype=dtype, device=weight.device)
+        step = rows_at_once(values.shape[1])
+        for part, numbers, scales in zip(values.split(step), weight.split(step), scale.split(step), strict=True):
+            nearest_int8(part, numbers, scales)
+        return cls.packed(weight, scale, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]"""
+        if row_count(x) <= FEW_ROWS_INT8 and has_packed_products(x):
+            y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale)
+            y = y.view(*x.shape[:-1], -1)
+        else:
+            parts = self.weight.split(rows_at_once(self.in_features))
+            y = torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], dim=-1) * self.scale
+        return y if self.bias is None else y + self.bias
+
+    def reads_chosen_rows(self, rows: int) -> bool:
+        return False            # gathered, a quarter of the bytes takes as long as all of them
+
+    def empty_rows(self, rows: int) -> "Int8Matrix":
+        bias = None if self.bias is None else self.bias.new_empty(rows)
+        return Int8Matrix.packed(self.weight.new_empty(rows, self.in_features), self.scale.new_empty(rows), bias)
+
+    def empty_columns(self, columns: int) -> "Int8Matrix":
+        return empty_int8(self, columns, self.scale)
+
+    def copy_rows(self, source: Matrix, rows: Tensor) -> None:
+        assert isinstance(source, Int8Matrix)
+        super().copy_rows(source, rows)
+        torch.index_select(source.scale, 0, rows, out=self.scale)
+
+    def copy_columns(self, source: Matrix, columns: Tensor) -> None:
+        if isinstance(source, Int4Matrix):
+            nearest_int8(source.columns(columns).t(), self.weight, self.scale)
+            if source.bias is not None:
+                self.bias.copy_(source.bias)
+        else:
+            assert isinstance(source, Int8Matrix)
+            super().copy_columns(source, columns)
+            self.scale.copy_(source.scale)
+
+    def values(self) -> Tensor:
+        return self.weight.to(self.scale.dtype) * self.scale.unsqueeze(1)
+
+    def read_bytes(self, rows: int | None = None, columns: int | None = None) -> int:
+        scales = self.out_features if rows is None else rows
+        return super().read_bytes(rows, columns) + scales * self.scale.element_size()
+
+    @classmethod
+    def stack(cls, matrices: Sequence[Matrix]) -> "Int8Matrix":
+        whole = super().stack(matrices)
+        whole.scale = torch.cat([matrix.scale for matrix in matrices])  # type: ignore[attr-defined]
+        return whole  # type: ignore[return-value]
+
+
+class Int4Matrix(Matrix):
+    """Numbers from 0 to 15 in groups along a row, each with a scale and with what 8 stands for.
+
+    Chosen rows stay packed. Chosen columns break the groups, so a copy of columns is an Int8Matrix.
+
+    weight  uint8 [blocks, in, block / 2], as this machine's product wants it (see `layout`); rows are padded to blocks
+    groups  [G, out, 2], in the dtype of the activations: value = (number - 8) * groups[..., 0] + groups[..., 1]
+    """
+
+    groups: Tensor
+
+    @classmethod
+    def packed(cls, weight: Tensor, groups: Tensor, rows: int, bias: Tensor | None) -> "Int4Matrix":
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.out_features, made.in_features = rows, weight.shape[1]
+        made.weight, made.bias, made.groups = weight, bias, groups  # type: ignore[assignment]
+        return made
+
+    @classmethod
+    def of_groups(cls, given: Groups, dtype: torch.dtype, bias: Tensor | None = None) -> "Int4Matrix":
+        groups = torch.stack([given.scale, given.minimum + 8 * given.scale], dim=-1).to(dtype)          # [out, G, 2]
+        made = cls.empty(len(given.numbers), given.numbers.shape[1], groups.shape[1], groups, bias)
+        made.fill(given.numbers)
+        made.groups[:, : made.out_features] = groups.transpose(0, 1)
+        return made
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, groups: int, like: Tensor, bias: Tensor | None) -> "Int4Matrix":
+        block, _ = layout()
+        blocks = -(-rows // block)
+        weight = torch.zeros(blocks, columns, block // 2, dtype=torch.uint8)
+        return cls.packed(weight, like.new_zeros(groups, blocks * block, 2), rows, bias)
+
+    def fill(self, numbers: Tensor) -> None:
+        """Pack numbers, uint8 [out, in]."""
+        block, halves = layout()
+        rows = len(self.weight) * block
+        padded = numbers if len(numbers) == rows else F.pad(numbers, (0, 0, 0, rows - len(numbers)))
+        torch.ops.aten.copy_(self.weight, pack(padded, block, halves))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]"""
+        if row_count(x) <= FEW_ROWS_INT4 and has_packed_products(x):
+            packed = self.weight.view(-1, self.in_features // 2)
+            size = self.in_features // len(self.groups)
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.flatten(0, -2), packed, size, self.groups)
+            y = y.view(*x.shape[:-1], -1)
+        else:
+            blocks = max(1, rows_at_once(self.in_features) // layout()[0])
+            stretches = range(0, len(self.weight), blocks)
+            y = torch.cat([x @ self.transposed(slice(first, first + blocks)) for first in stretches], dim=-1)
+        y = y[..., : self.out_features]
+        return y if self.bias is None else y + self.bias
+
+    def transposed(self, blocks: slice) -> Tensor:
+        """What the numbers of some blocks stand for: [in, rows] in the dtype of the activations."""
+        numbers = self.numbers(blocks)                                              # [in, rows]
+        rows = numbers.shape[1]
+        first = (blocks.start or 0) * layout()[0]
+        scale, middle = self.groups[:, first : first + rows].unbind(-1)             # [G, rows]
+        least = torch.addcmul(middle, scale, torch.tensor(-8.0, dtype=scale.dtype)) # what 0 stands for
+        grouped = numbers.to(scale.dtype).unflatten(0, (len(scale), -1))            # [G, g, rows]
+        return torch.addcmul(least.unsqueeze(1), grouped, scale.contiguous().unsqueeze(1)).flatten(0, 1)
+
+    def numbers(self, blocks: slice) -> Tensor:
+        """Those of some blocks, unpacked and transposed: uint8 [in, rows]"""
+        _, halves = layout()
+        packed = self.weight[blocks].transpose(0, 1)                                # [in, blocks, block / 2]
+        return torch.stack([packed & 15, packed >> 4], dim=-2 if halves else -1).flatten(1)
+
+    def columns(self, columns: Tensor) -> Tensor:
+        """What chosen columns stand for, transposed: int64 [k] -> [k, out]"""
+        scale, middle = self.groups[columns // (self.in_features // len(self.groups))].unbind(-1)       # [k, rows]
+        numbers = self.numbers(slice(None))[columns].to(scale.dtype)                # [k, rows]
+        return torch.addcmul(middle, numbers - 8, scale)[:, : self.out_features]
+
+    def reads_chosen_rows(self, rows: int) -> bool:
+        return False
+
+    def empty_rows(self, rows: int) -> "Int4Matrix":
+        bias = None if self.bias is None else self.bias.new_empty(rows)
+        return Int4Matrix.empty(rows, self.in_features, len(self.groups), self.groups, bias)
+
+    def empty_columns(self, columns: int) -> Int8Matrix:
+        return empty_int8(self, columns, self.groups)
+
+    def copy_rows(self, source: Matrix, rows: Tensor) -> None:
+        assert isinstance(source, Int4Matrix)
+        self.fill(source.numbers(slice(None)).t()[rows])
+        self.groups[:, : self.out_features] = source.groups[:, rows]
+        if source.bias is not None:
+            torch.index_select(source.bias, 0, rows, out=self.bias)
+
+    def values(self) -> Tensor:
+        return self.transposed(slice(None)).t()[: self.out_features]
+
+    def read_bytes(self, rows: int | None = None, columns: int | None = None) -> int:
+        out = self.out_features if rows is None else rows
+        if columns is not None:
+            return out * (columns + self.groups.element_size())
+        return out * (self.in_features // 2 + 2 * len(self.groups) * self.groups.element_size())
+
+    @classmethod
+    def stack(cls, matrices: Sequence[Matrix]) -> "Int4Matrix":
+        parts = [matrix for matrix in matrices if isinstance(matrix, Int4Matrix)]
+        first, rows = parts[0], sum(part.out_features for part in parts)
+        bias = None if first.bias is None else share_storage([part.bias for part in parts])
+        groups = torch.cat([part.groups[:, : part.out_features] for part in parts], dim=1)
+        if all(part.out_features == part.groups.shape[1] for part in parts):        # whole blocks
+            return cls.packed(share_storage([part.weight for part in parts]), groups, rows, bias)
+        whole = cls.empty(rows, first.in_features, len(groups), groups, bias)
+        whole.fill(torch.cat([part.numbers(slice(None))[:, : part.out_features] for part in parts], dim=1).t())
+        whole.groups[:, :rows] = groups
+        return whole
+
+
+class Int8Embedding(nn.Module):
+    """The rows of an Int8Matrix as embeddings. tokens int64 [...] -> [..., in]"""
+
+    def __init__(self, matrix: Int8Matrix) -> None:
+        super().__init__()
+        self.weight, self.scale = matrix.weight, matrix.scale
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.weight[tokens].to(self.scale.dtype) * self.scale[tokens].unsqueeze(-1)
+
+
+def has_packed_products(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype != torch.float32
+
+
+def rows_at_once(columns: int) -> int:
+    return max(64, STRETCH // columns)
+
+
+def empty_int8(matrix: Matrix, columns: int, like: Tensor) -> Int8Matrix:
+    """Room for chosen columns. like: of the dtype of the activations"""
+    bias = None if matrix.bias is None else matrix.bias.new_empty(matrix.out_features)
+    weight = torch.empty(matrix.out_features, columns, dtype=torch.int8, device=like.device)
+    return Int8Matrix.packed(weight, like.new_empty(matrix.out_features), bias)
+
+
+def nearest_int8(values: Tensor, numbers: Tensor, scale: Tensor) -> None:
+    """Fill int8 numbers [out, in] and scales [out] with the nearest to values [out, in].
+
+    A scale is rounded before the numbers are taken, which then make up for it.
+    """
+    wide = values.float()
+    scale.copy_(wide.abs().amax(dim=1) / 127)
+    numbers.copy_((wide / scale.float().clamp_(min=1e-30).unsqueeze(1)).round_().clamp_(-127, 127))
+
+
+def pack(numbers: Tensor, block: int, halves: bool) -> Tensor:
+    """Two numbers to a byte, block by block of rows, columns outermost in each. [rows, in] -> [blocks, in, block / 2]
+
+    halves  whether a byte holds the same place of a block's two halves, or two neighbouring rows
+    """
+    pairs = numbers.view(-1, 2, block // 2, numbers.shape[1])                       # [blocks, 2, block / 2, in]
+    if not halves:
+        pairs = numbers.view(-1, block // 2, 2, numbers.shape[1]).transpose(1, 2)
+    return (pairs[:, 0] | pairs[:, 1] << 4).transpose(1, 2)
+
+
+@lru_cache(maxsize=1)
+def layout() -> tuple[int, bool]:
+    """Rows of a block and `halves` of `pack`, as this machine's int4 product wants them.
+
+    That depends on the vector instructions PyTorch uses, so a matrix that it packs itself shows it.
+    """
+    numbers = torch.randint(0, 16, (64, 32), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    wanted = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 2).view(torch.uint8).flatten()
+    for block in (64, 32):
+        for halves in (True, False):
+            if torch.equal(pack(numbers.to(torch.uint8), block, halves).flatten(), wanted):
+                return block, halves
+    raise InputError("this PyTorch packs numbers of four bits in an order that popengine does not know: use int8")

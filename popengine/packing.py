@@ -1,0 +1,86 @@
+"""Which matrices of a model are packed while it is loaded, and how.
+
+The projections of attention and of feed-forward networks are, and the output projection, with the embedding where both
+are one tensor. Routers, norms, biases and the vision tower stay plain: they are small, or choose.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import Attention
+from models.feed_forward import FeedForward
+from models.llama import LlamaForCausalLM
+from models.matrix import Matrix
+from models.packed import Int4Matrix, Int8Embedding, Int8Matrix
+from weights.checkpoint import Checkpoint
+from weights.entries import TensorEntry
+from weights.errors import InputError
+from weights.groups import Groups, group
+from weights.load import Packing
+
+# What `--weights` takes. auto: what a checkpoint keeps packed stays so, everything else is plain.
+FORMS = ("auto", "plain", "int8", "int4")
+# Neighbours in a row that share a scale, of weights that are packed here (docs/packed.md compares sizes).
+GROUP = 32
+
+
+def choose_form(name: str, checkpoint: Checkpoint, device: torch.device) -> str:
+    """InputError for a form that there is not, or that the device lacks."""
+    if name not in FORMS:
+        raise InputError(f"weights must be one of {', '.join(FORMS)}, not {name!r}")
+    if name == "auto":
+        quantised = any(entry.stored is not None for entry in checkpoint.entries.values())
+        return "auto" if quantised and device.type == "cpu" else "plain"
+    if name == "int4" and device.type != "cpu":
+        raise InputError(f"weights int4 are multiplied on a CPU only, not on {device}; use int8 or plain")
+    return name
+
+
+class Packer:
+    """Decides for every parameter of a model, and puts the packed matrices into their places.
+
+    form  "auto": a matrix of four bits in the checkpoint stays so, other quantised ones become int8, the rest is plain;
+          "int8"; "int4": what has no four bits yet is packed in groups of GROUP. The output projection is int8 always
+    """
+
+    def __init__(self, language_model: LlamaForCausalLM, form: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.form, self.dtype, self.device = form, dtype, device
+        self.model = language_model
+        self.places: dict[int, tuple[nn.Module, str]] = {}          # a weight's parent matrix: its parent, and its name
+        for module in language_model.modules():
+            names: tuple[str, ...] = ()
+            if isinstance(module, Attention):
+                names = ("q_proj", "k_proj", "v_proj", "o_proj")
+            elif isinstance(module, FeedForward):
+                names = ("gate_proj", "up_proj", "down_proj")
+            for name in names:
+                self.places[id(getattr(module, name).weight)] = (module, name)
+        self.places[id(language_model.lm_head.weight)] = (language_model, "lm_head")
+
+    def __call__(self, target: Tensor, name: str, entry: TensorEntry) -> Packing | None:
+        """What becomes of one parameter; None: it is kept as it is."""
+        if id(target) not in self.places or (self.form == "auto" and entry.stored is None):
+            return None
+        parent, attribute = self.places[id(target)]
+        rows, columns = target.shape
+        four_bits = entry.groups if self.form == "auto" else self.form == "int4"
+        if parent is self.model or not four_bits:
+            return Packing(lambda values: self.put_int8(parent, attribute, values), rows * (columns + 2))
+        if not entry.groups and columns % GROUP:
+            raise InputError(f"{name} has {columns} columns, which groups of {GROUP} do not divide: use weights int8")
+        size = GROUP if not entry.groups else entry.groups
+        held = rows * columns // 2 + rows * columns // size * 4
+        return Packing(lambda given: self.put_int4(parent, attribute, given), held, from_groups=entry.groups > 0)
+
+    def put_int8(self, parent: nn.Module, attribute: str, values: Tensor) -> None:
+        matrix = Int8Matrix.nearest(values, self.dtype, getattr(parent, attribute).bias, self.device)
+        setattr(parent, attribute, matrix)
+        if parent is self.model and self.model.config.tie_word_embeddings:
+            self.model.model.embed_tokens = Int8Embedding(matrix)  # type: ignore[assignment]
+
+    def put_int4(self, parent: nn.Module, attribute: str, given: Any) -> None:
+        groups = given if isinstance(given, Groups) else group(given, GROUP)
+        setattr(parent, attribute, Int4Matrix.of_groups(groups, self.dtype, getattr(parent, attribute).bias))
