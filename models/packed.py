@@ -18,12 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.matrix import Matrix, share_storage
-from models.products import row_count
+from models.products import is_fused, row_count, written_out
 from weights.errors import InputError
 from weights.groups import Groups
 
-# Up to how many rows the packed product is faster than unpacking (tools/measure_packed.py).
-FEW_ROWS_INT8, FEW_ROWS_INT4 = 8, 16
+# Up to how many rows a packed product is faster than unpacking, and one that a compiler fuses faster than that
+# (tools/measure_packed.py).
+FEW_ROWS_WRITTEN_OUT, FEW_ROWS_INT8, FEW_ROWS_INT4 = 3, 8, 16
+# PyTorch's product of eight bits reads rows by so many numbers at a time, past their end if need be.
+PADDING = 16
+# Sizes of groups that the product of four bits knows.
+GROUP_SIZES = (256, 128, 64, 32)
 # Weights of a stretch that is unpacked at once.
 STRETCH = 1 << 20
 
@@ -31,36 +36,51 @@ STRETCH = 1 << 20
 class Int8Matrix(Matrix):
     """Whole numbers from -127 to 127 and a scale for each row: chosen rows and columns are copied as they are.
 
-    weight int8 [out, in]; scale [out] in the dtype of the activations
+    weight  int8 [out, in], rows padded with zeros to a multiple of PADDING
+    scale   [out], in the dtype of the activations
     """
 
     scale: Tensor
 
     @classmethod
-    def packed(cls, weight: Tensor, scale: Tensor, bias: Tensor | None) -> "Int8Matrix":
+    def packed(cls, weight: Tensor, scale: Tensor, columns: int, bias: Tensor | None) -> "Int8Matrix":
         made = cls.of(weight, bias)
-        made.scale = scale  # type: ignore[attr-defined]
+        made.in_features, made.scale = columns, scale
         return made  # type: ignore[return-value]
+
+    @classmethod
+    def with_room(cls, rows: int, columns: int, like: Tensor, bias: Tensor | None) -> "Int8Matrix":
+        """Numbers and scales yet to come. like: of the dtype of the activations, and on their device"""
+        weight = torch.zeros(rows, -(-columns // PADDING) * PADDING, dtype=torch.int8, device=like.device)
+        return cls.packed(weight, like.new_empty(rows), columns, bias)
 
     @classmethod
     def nearest(
         cls, values: Tensor, dtype: torch.dtype, bias: Tensor | None = None, device: torch.device | None = None
     ) -> "Int8Matrix":
         """The nearest there is to plain values [out, in], which are read a stretch of rows at a time."""
-        weight = torch.empty(values.shape, dtype=torch.int8, device=device or values.device)
-        scale = torch.empty(len(values), dtype=dtype, device=weight.device)
+        like = torch.empty(0, dtype=dtype, device=device or values.device)
+        made = cls.with_room(len(values), values.shape[1], like, bias)
         step = rows_at_once(values.shape[1])
-        for part, numbers, scales in zip(values.split(step), weight.split(step), scale.split(step), strict=True):
+        pieces = (values.split(step), made.numbers().split(step), made.scale.split(step))
+        for part, numbers, scales in zip(*pieces, strict=True):
             nearest_int8(part, numbers, scales)
-        return cls.packed(weight, scale, bias)
+        return made
+
+    def numbers(self) -> Tensor:
+        """int8 [out, in]"""
+        return self.weight[:, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
-        if row_count(x) <= FEW_ROWS_INT8 and has_packed_products(x):
-            y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale)
-            y = y.view(*x.shape[:-1], -1)
+        rows = row_count(x)
+        if rows <= FEW_ROWS_WRITTEN_OUT and is_fused(x):
+            y = written_out(x, self.numbers()) * self.scale
+        elif rows <= FEW_ROWS_INT8 and has_packed_products(x):
+            padded = F.pad(x, (0, self.weight.shape[1] - self.in_features)).flatten(0, -2)
+            y = torch.ops.aten._weight_int8pack_mm(padded, self.weight, self.scale).view(*x.shape[:-1], -1)
         else:
-            parts = self.weight.split(rows_at_once(self.in_features))
+            parts = self.numbers().split(rows_at_once(self.in_features))
             y = torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], dim=-1) * self.scale
         return y if self.bias is None else y + self.bias
 
@@ -68,11 +88,10 @@ class Int8Matrix(Matrix):
         return False            # gathered, a quarter of the bytes takes as long as all of them
 
     def empty_rows(self, rows: int) -> "Int8Matrix":
-        bias = None if self.bias is None else self.bias.new_empty(rows)
-        return Int8Matrix.packed(self.weight.new_empty(rows, self.in_features), self.scale.new_empty(rows), bias)
+        return Int8Matrix.with_room(rows, self.in_features, self.scale, room_for_bias(self, rows))
 
     def empty_columns(self, columns: int) -> "Int8Matrix":
-        return empty_int8(self, columns, self.scale)
+        return Int8Matrix.with_room(self.out_features, columns, self.scale, room_for_bias(self, self.out_features))
 
     def copy_rows(self, source: Matrix, rows: Tensor) -> None:
         assert isinstance(source, Int8Matrix)
@@ -81,16 +100,17 @@ class Int8Matrix(Matrix):
 
     def copy_columns(self, source: Matrix, columns: Tensor) -> None:
         if isinstance(source, Int4Matrix):
-            nearest_int8(source.columns(columns).t(), self.weight, self.scale)
-            if source.bias is not None:
-                self.bias.copy_(source.bias)
+            chosen = source.transposed(slice(None))[columns, : source.out_features]             # [in, out]
+            nearest_int8(chosen.t(), self.numbers(), self.scale)
         else:
             assert isinstance(source, Int8Matrix)
-            super().copy_columns(source, columns)
+            self.numbers().copy_(source.weight.gather(1, columns.expand(source.out_features, -1)))
             self.scale.copy_(source.scale)
+        if source.bias is not None:
+            self.bias.copy_(source.bias)
 
     def values(self) -> Tensor:
-        return self.weight.to(self.scale.dtype) * self.scale.unsqueeze(1)
+        return self.numbers().to(self.scale.dtype) * self.scale.unsqueeze(1)
 
     def read_bytes(self, rows: int | None = None, columns: int | None = None) -> int:
         scales = self.out_features if rows is None else rows
@@ -99,7 +119,8 @@ class Int8Matrix(Matrix):
     @classmethod
     def stack(cls, matrices: Sequence[Matrix]) -> "Int8Matrix":
         whole = super().stack(matrices)
-        whole.scale = torch.cat([matrix.scale for matrix in matrices])  # type: ignore[attr-defined]
+        whole.in_features = matrices[0].in_features
+        whole.scale = torch.cat([matrix.scale for matrix in matrices if isinstance(matrix, Int8Matrix)])
         return whole  # type: ignore[return-value]
 
 
@@ -125,13 +146,15 @@ class Int4Matrix(Matrix):
     @classmethod
     def of_groups(cls, given: Groups, dtype: torch.dtype, bias: Tensor | None = None) -> "Int4Matrix":
         groups = torch.stack([given.scale, given.minimum + 8 * given.scale], dim=-1).to(dtype)          # [out, G, 2]
-        made = cls.empty(len(given.numbers), given.numbers.shape[1], groups.shape[1], groups, bias)
+        size = next(size for size in GROUP_SIZES if given.size % size == 0)
+        groups = groups.repeat_interleave(given.size // size, dim=1)                # wider ones are several alike
+        made = cls.with_room(len(given.numbers), given.numbers.shape[1], groups.shape[1], groups, bias)
         made.fill(given.numbers)
         made.groups[:, : made.out_features] = groups.transpose(0, 1)
         return made
 
     @classmethod
-    def empty(cls, rows: int, columns: int, groups: int, like: Tensor, bias: Tensor | None) -> "Int4Matrix":
+    def with_room(cls, rows: int, columns: int, groups: int, like: Tensor, bias: Tensor | None) -> "Int4Matrix":
         block, _ = layout()
         blocks = -(-rows // block)
         weight = torch.zeros(blocks, columns, block // 2, dtype=torch.uint8)
@@ -174,21 +197,15 @@ class Int4Matrix(Matrix):
         packed = self.weight[blocks].transpose(0, 1)                                # [in, blocks, block / 2]
         return torch.stack([packed & 15, packed >> 4], dim=-2 if halves else -1).flatten(1)
 
-    def columns(self, columns: Tensor) -> Tensor:
-        """What chosen columns stand for, transposed: int64 [k] -> [k, out]"""
-        scale, middle = self.groups[columns // (self.in_features // len(self.groups))].unbind(-1)       # [k, rows]
-        numbers = self.numbers(slice(None))[columns].to(scale.dtype)                # [k, rows]
-        return torch.addcmul(middle, numbers - 8, scale)[:, : self.out_features]
-
     def reads_chosen_rows(self, rows: int) -> bool:
         return False
 
     def empty_rows(self, rows: int) -> "Int4Matrix":
-        bias = None if self.bias is None else self.bias.new_empty(rows)
-        return Int4Matrix.empty(rows, self.in_features, len(self.groups), self.groups, bias)
+        bias = room_for_bias(self, rows)
+        return Int4Matrix.with_room(rows, self.in_features, len(self.groups), self.groups, bias)
 
     def empty_columns(self, columns: int) -> Int8Matrix:
-        return empty_int8(self, columns, self.groups)
+        return Int8Matrix.with_room(self.out_features, columns, self.groups, room_for_bias(self, self.out_features))
 
     def copy_rows(self, source: Matrix, rows: Tensor) -> None:
         assert isinstance(source, Int4Matrix)
@@ -214,7 +231,7 @@ class Int4Matrix(Matrix):
         groups = torch.cat([part.groups[:, : part.out_features] for part in parts], dim=1)
         if all(part.out_features == part.groups.shape[1] for part in parts):        # whole blocks
             return cls.packed(share_storage([part.weight for part in parts]), groups, rows, bias)
-        whole = cls.empty(rows, first.in_features, len(groups), groups, bias)
+        whole = cls.with_room(rows, first.in_features, len(groups), groups, bias)
         whole.fill(torch.cat([part.numbers(slice(None))[:, : part.out_features] for part in parts], dim=1).t())
         whole.groups[:, :rows] = groups
         return whole
@@ -225,10 +242,10 @@ class Int8Embedding(nn.Module):
 
     def __init__(self, matrix: Int8Matrix) -> None:
         super().__init__()
-        self.weight, self.scale = matrix.weight, matrix.scale
+        self.numbers, self.scale = matrix.numbers(), matrix.scale
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.weight[tokens].to(self.scale.dtype) * self.scale[tokens].unsqueeze(-1)
+        return self.numbers[tokens].to(self.scale.dtype) * self.scale[tokens].unsqueeze(-1)
 
 
 def has_packed_products(x: Tensor) -> bool:
@@ -239,11 +256,8 @@ def rows_at_once(columns: int) -> int:
     return max(64, STRETCH // columns)
 
 
-def empty_int8(matrix: Matrix, columns: int, like: Tensor) -> Int8Matrix:
-    """Room for chosen columns. like: of the dtype of the activations"""
-    bias = None if matrix.bias is None else matrix.bias.new_empty(matrix.out_features)
-    weight = torch.empty(matrix.out_features, columns, dtype=torch.int8, device=like.device)
-    return Int8Matrix.packed(weight, like.new_empty(matrix.out_features), bias)
+def room_for_bias(matrix: Matrix, rows: int) -> Tensor | None:
+    return None if matrix.bias is None else matrix.bias.new_empty(rows)
 
 
 def nearest_int8(values: Tensor, numbers: Tensor, scale: Tensor) -> None:
@@ -253,7 +267,7 @@ def nearest_int8(values: Tensor, numbers: Tensor, scale: Tensor) -> None:
     """
     wide = values.float()
     scale.copy_(wide.abs().amax(dim=1) / 127)
-    numbers.copy_((wide / scale.float().clamp_(min=1e-30).unsqueeze(1)).round_().clamp_(-127, 127))
+    numbers.copy_((wide / scale.float().clamp(min=1e-30).unsqueeze(1)).round_().clamp_(-127, 127))
 
 
 def pack(numbers: Tensor, block: int, halves: bool) -> Tensor:

@@ -37,6 +37,10 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     flags.add_argument("--boundary-tokens", type=int, default=1, metavar="K", help="which skip none (default: 1)")
     flags.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE", help="(default: both)")
+    flags.add_argument(
+        "--weights", nargs="+", default=["auto"], metavar="FORM",
+        help="plain, int8, int4 (not in float32), auto: as the checkpoint is (default: auto)",
+    )  # fmt: skip
     flags.add_argument("--device", default="cpu", metavar="cpu|cuda[:i]|mps")
     flags.add_argument("--compile", action="store_true", help="time compiled decode steps beside eager ones")
     flags.add_argument("--compile-only", action="store_true", help="compiled decode steps alone: half the memory")

@@ -112,6 +112,9 @@ def add_machine_flags(flags: argparse.ArgumentParser) -> argparse._ArgumentGroup
     machine = flags.add_argument_group("machine")
     machine.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
     machine.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps")
+    machine.add_argument(
+        "--weights", default="auto", metavar="auto|plain|int8|int4", help="packed or not (auto: as the checkpoint is)"
+    )
     return machine
 
 

@@ -72,7 +72,8 @@ def run(flags: argparse.Namespace) -> None:
     make_folder(flags.out)
     show_progress = sys.stderr.isatty() and not flags.quiet
     engine = loading.load(
-        flags.ckpt, dtype=flags.dtype, device=flags.device, compile=flags.compile, progress=show_progress
+        flags.ckpt, dtype=flags.dtype, device=flags.device, weights=flags.weights, compile=flags.compile,
+        progress=show_progress,
     )
     text, windows = None, []
     if flags.text is not None:

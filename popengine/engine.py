@@ -68,7 +68,8 @@ class Engine:
     model     the language model
     prompts   texts and conversations to token ids; pictures: what a checkpoint that reads images has besides
     compiled  the model's decode step through torch.compile, where that was asked for
-    folder    where the checkpoint lies; progress: whether to show bars on stderr
+    weights   what form its matrices have, for people
+    folder    where the checkpoint lies, and its fingerprint; progress: whether to show bars on stderr
     """
 
     def __init__(
@@ -82,15 +83,18 @@ class Engine:
         max_seq_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        weights: str,
         load_s: float,
         folder: Path,
+        fingerprint: str,
         progress: bool = False,
     ) -> None:
         self.model, self.prompts, self.pictures, self.compiled = model, prompts, pictures, compiled
         self.tokenizer, self.chat_template = prompts.tokenizer, prompts.chat_template
-        self.max_seq_len, self.dtype, self.device, self.load_s = max_seq_len, dtype, device, load_s
+        self.max_seq_len, self.dtype, self.device, self.weights = max_seq_len, dtype, device, weights
+        self.load_s = load_s
         self.end_of_sequence_ids = stop_ids
-        self.folder, self.progress = folder, progress
+        self.folder, self.fingerprint, self.progress = folder, fingerprint, progress
         self.priors: dict[int, Prior] = {}
         self.idle_state: DecodeState | None = None
 

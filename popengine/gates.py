@@ -53,7 +53,9 @@ def run(flags: argparse.Namespace) -> None:
     questions = [] if flags.tasks is None else tasks.questions_for(flags.tasks, flags.samples, flags.seed)
     make_folder(flags.out)
     show_progress = sys.stderr.isatty() and not flags.quiet
-    engine = loading.load(flags.ckpt, dtype=flags.dtype, device=flags.device, progress=show_progress)
+    engine = loading.load(
+        flags.ckpt, dtype=flags.dtype, device=flags.device, weights=flags.weights, progress=show_progress
+    )
     if flags.text is None:
         every = max(1, len(questions) // flags.samples)         # of every kind of question alike
         prompts = gates.of_questions(engine, questions[::every][: flags.samples])

@@ -77,6 +77,7 @@ def run(flags: argparse.Namespace) -> None:
             flags.ckpt,
             dtype=flags.dtype,
             device=flags.device,
+            weights=flags.weights,
             max_seq_len=flags.max_seq_len,
             compile=flags.compile,
             progress=sys.stderr.isatty() and not flags.quiet,

@@ -1,8 +1,8 @@
 """LM-Evaluation-Harness with this engine: python -m popengine.harness --model popengine --model_args ckpt=DIR,...
 
 The arguments are those of `lm_eval`; importing this module is what makes the model name `popengine` known to it. Needs
-the extra `lm-eval`. model_args are ckpt, method, calibration (a saved file), seed, dtype, device, max_length and every
-field of PruningSettings.
+the extra `lm-eval`. model_args are ckpt, method, calibration (a saved file), seed, dtype, weights, device, max_length
+and every field of PruningSettings.
 
 How requests are answered, so that online pruning is what is measured:
 
@@ -56,6 +56,7 @@ class PopengineLM(TemplateLM):
         calibration: str | None = None,
         seed: int = 0,
         dtype: str = "auto",
+        weights: str = "auto",
         device: str | None = None,
         max_length: int | None = None,
         batch_size: int | str = 1,
@@ -69,7 +70,9 @@ class PopengineLM(TemplateLM):
                 raise InputError(f"there is no model argument {name!r}; settings are {', '.join(sorted(known))}")
         chosen = PruningSettings(**settings)
         self.batch_size = whole_number("batch_size", batch_size)
-        self.engine = load(ckpt, dtype=dtype, device=device or "auto", max_seq_len=max_length)
+        self.engine = load(
+            ckpt, dtype=dtype, device=device or "auto", weights=weights, max_seq_len=max_length
+        )
         model = self.engine.model
         loaded = None if calibration is None else load_calibration(Path(calibration), model)
         self.pruning = pruning_for(method, Request(model, chosen, loaded, seed, self.engine.resolve))

@@ -18,7 +18,7 @@ from popengine.pictures.vision import TextOnly, Vision
 from popengine.text.chat import read_chat_template
 from popengine.text.prompts import Prompts
 from popengine.text.tokenizer import FastTokenizer, TextTokenizer, open_tokenizer
-from weights.checkpoint import Checkpoint, GGUFCheckpoint, checkpoint_dtype, open_checkpoint
+from weights.checkpoint import Checkpoint, GGUFCheckpoint, checkpoint_dtype, fingerprint, open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
 from weights.load import load_weights
@@ -41,7 +41,8 @@ def load(
     dtype        of activations and of plain weights: "auto" (the checkpoint's own; with packed weights bfloat16, which
                  their products want; float32 for quantised ones that are made plain), "float32", "bfloat16", "float16"
     device       "auto", "cpu", "cuda", "cuda:1", "mps"
-    weights      "auto" (what the checkpoint keeps packed stays so, on a CPU), "plain", "int8", "int4" (CPU only)
+    weights      "auto" (what the checkpoint keeps packed stays so on a CPU, unless float32 is asked for), "plain",
+                 "int8", "int4" (CPU only)
     max_seq_len  a shorter context than the model's own
     compile      run decode steps through torch.compile: seconds to start, then 1.3 to 2 times as fast on a CPU.
                  Where that does not work, a warning says why and steps run as without it
@@ -51,10 +52,10 @@ def load(
     began = time.perf_counter()
     where = choose_device(device)
     with open_checkpoint(default_checkpoint() if checkpoint is None else checkpoint) as opened:
-        form = choose_form(weights, opened, where)
+        form = choose_form(weights, opened, where, dtype)
         kind = choose_dtype(dtype, opened, where, packed=form != "plain")
         tokenizer, template = open_text_side(opened)
-        loaded = load_model(opened, kind, where, form, progress)
+        loaded, forms = load_model(opened, kind, where, form, progress)
         pictures: TextOnly | Vision
         if isinstance(loaded, LlavaForConditionalGeneration):
             model, pictures = loaded.language_model, Vision(loaded, tokenizer, opened.path)
@@ -77,8 +78,10 @@ def load(
             max_seq_len=context,
             dtype=kind,
             device=where,
+            weights=forms,
             load_s=time.perf_counter() - began,
             folder=opened.path if opened.path.is_dir() else opened.path.parent,
+            fingerprint=fingerprint(opened),
             progress=progress,
         )
 
@@ -95,8 +98,11 @@ def compile_decode(model: LlamaForCausalLM, device: torch.device) -> CompiledDec
 
 def load_model(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, form: str = "plain", progress: bool = False
-) -> LlamaForCausalLM | LlavaForConditionalGeneration:
-    """The forward passes with their weights: laid out without memory first, then filled tensor by tensor."""
+) -> tuple[LlamaForCausalLM | LlavaForConditionalGeneration, str]:
+    """The forward passes with their weights: laid out without memory first, then filled tensor by tensor.
+
+    Returns the model, and what form its matrices have, for people.
+    """
     model_class = architecture(checkpoint.config, str(checkpoint.path))
     with torch.device("meta"):
         model = model_class.from_config(checkpoint.config)
@@ -104,7 +110,7 @@ def load_model(
     pack = None if form == "plain" else Packer(language_model, form, dtype, device)
     load_weights(model, checkpoint, dtype, device, model.locate, model.ignored_keys, progress, pack)
     # What is no part of a checkpoint (rotary frequencies) has yet to follow to the device.
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False), "plain" if pack is None else pack.made
 
 
 def choose_device(name: str) -> torch.device:
@@ -128,10 +134,8 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device, packed: bool) -> torch.dtype:
     if name != "auto" and name not in DTYPES:
         raise InputError(f"dtype must be auto, {', '.join(DTYPES)}, not {name!r}")
-    if name == "auto":
-        dtype = torch.bfloat16 if packed else checkpoint_dtype(checkpoint)
-    else:
-        dtype = DTYPES[name]
+    wanted = torch.bfloat16 if packed else checkpoint_dtype(checkpoint)
+    dtype = wanted if name == "auto" else DTYPES[name]
     try:
         ones = torch.ones(2, 2, dtype=dtype, device=device)
         _ = ones @ ones

@@ -4,7 +4,6 @@ The projections of attention and of feed-forward networks are, and the output pr
 are one tensor. Routers, norms, biases and the vision tower stay plain: they are small, or choose.
 """
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from models.attention import Attention
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.matrix import Matrix
 from models.packed import Int4Matrix, Int8Embedding, Int8Matrix
 from weights.checkpoint import Checkpoint
 from weights.entries import TensorEntry
@@ -27,13 +25,13 @@ FORMS = ("auto", "plain", "int8", "int4")
 GROUP = 32
 
 
-def choose_form(name: str, checkpoint: Checkpoint, device: torch.device) -> str:
-    """InputError for a form that there is not, or that the device lacks."""
+def choose_form(name: str, checkpoint: Checkpoint, device: torch.device, dtype: str) -> str:
+    """InputError for a form that there is not, or that the device lacks. dtype: as it was asked for"""
     if name not in FORMS:
         raise InputError(f"weights must be one of {', '.join(FORMS)}, not {name!r}")
     if name == "auto":
         quantised = any(entry.stored is not None for entry in checkpoint.entries.values())
-        return "auto" if quantised and device.type == "cpu" else "plain"
+        return "auto" if quantised and device.type == "cpu" and dtype != "float32" else "plain"
     if name == "int4" and device.type != "cpu":
         raise InputError(f"weights int4 are multiplied on a CPU only, not on {device}; use int8 or plain")
     return name
@@ -49,7 +47,8 @@ class Packer:
     def __init__(self, language_model: LlamaForCausalLM, form: str, dtype: torch.dtype, device: torch.device) -> None:
         self.form, self.dtype, self.device = form, dtype, device
         self.model = language_model
-        self.places: dict[int, tuple[nn.Module, str]] = {}          # a weight's parent matrix: its parent, and its name
+        self.forms: dict[str, None] = {}                            # in the order in which they were met
+        self.places: dict[int, tuple[nn.Module, str]] = {}          # of a matrix's weight: the parent, and its name
         for module in language_model.modules():
             names: tuple[str, ...] = ()
             if isinstance(module, Attention):
@@ -67,13 +66,21 @@ class Packer:
         parent, attribute = self.places[id(target)]
         rows, columns = target.shape
         four_bits = entry.groups if self.form == "auto" else self.form == "int4"
-        if parent is self.model or not four_bits:
+        as_int8 = parent is self.model or not four_bits
+        made = "int8" if as_int8 else "int4"
+        self.forms[f"{entry.stored} as {made}" if entry.stored else made] = None
+        if as_int8:
             return Packing(lambda values: self.put_int8(parent, attribute, values), rows * (columns + 2))
-        if not entry.groups and columns % GROUP:
-            raise InputError(f"{name} has {columns} columns, which groups of {GROUP} do not divide: use weights int8")
-        size = GROUP if not entry.groups else entry.groups
+        size = entry.groups or GROUP
+        if columns % size or size % GROUP:
+            raise InputError(f"{name} has {columns} columns, which groups of {size} do not divide: use weights int8")
         held = rows * columns // 2 + rows * columns // size * 4
         return Packing(lambda given: self.put_int4(parent, attribute, given), held, from_groups=entry.groups > 0)
+
+    @property
+    def made(self) -> str:
+        """What form the matrices have got, for people."""
+        return ", ".join(self.forms) or "plain"
 
     def put_int8(self, parent: nn.Module, attribute: str, values: Tensor) -> None:
         matrix = Int8Matrix.nearest(values, self.dtype, getattr(parent, attribute).bias, self.device)

@@ -1,13 +1,13 @@
 """Evidence before any token: what a model's channels do on text that it samples itself, from its first token alone.
 
 A short prompt is thin evidence. The prior needs no data: it is made once per checkpoint, kept beside it
-(prior.safetensors) or in the user's cache under a digest of the weights, and counts as so many tokens as the setting
-`prior` says. GLASS (arXiv 2508.14302) fuses ranks to the same end; here squares are added up like any other evidence.
+(prior.safetensors) or in the user's cache, under the checkpoint's fingerprint, and counts as so many tokens as the
+setting `prior` says. GLASS (arXiv 2508.14302) fuses ranks to the same end; here squares are added up like any other
+evidence.
 
 H hidden size, I channels of a network (or coordinates of an attention's heads), n rows that one network sees.
 """
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +40,7 @@ class Sampler(Protocol):
     max_seq_len: int
     device: torch.device
     folder: Path
+    fingerprint: str
     idle_state: Any
 
     def run(self, *arguments: Any, **named: Any) -> Any: ...
@@ -50,7 +51,7 @@ class Sampler(Protocol):
 def prior_for(engine: Sampler, tokens: int, progress: bool) -> Prior:
     """The prior of this engine's model, read where it is kept, else made and kept."""
     model = engine.model
-    name = digest(model)
+    name = engine.fingerprint
     kept = cache_folder() / f"{name}.safetensors"
     found = read(engine.folder / FILE, name, model) or read(kept, name, model)
     if found is None:
@@ -62,17 +63,6 @@ def prior_for(engine: Sampler, tokens: int, progress: bool) -> Prior:
 def observed(model: LlamaForCausalLM) -> dict[str, FeedForward | Attention]:
     """The networks and attentions that a prior knows of, by their place in the model."""
     return {name: one for name, one in model.named_modules() if isinstance(one, (FeedForward, Attention))}
-
-
-def digest(model: LlamaForCausalLM) -> str:
-    """Tells the weights of models apart, in whatever dtype they are loaded."""
-    made = hashlib.sha256()
-    for name, one in observed(model).items():
-        values = (one.down_proj if isinstance(one, FeedForward) else one.o_proj).values()
-        made.update(f"{name} {tuple(values.shape)}".encode())
-        for piece in (values[0], values[-1]):
-            made.update(piece.bfloat16().cpu().view(torch.int16).numpy().tobytes())
-    return made.hexdigest()[:32]
 
 
 @torch.inference_mode()

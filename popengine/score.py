@@ -55,7 +55,7 @@ def run(flags: argparse.Namespace) -> None:
 
     by_name.check_method(flags.method)
     progress = sys.stderr.isatty() and not flags.quiet
-    engine = loading.load(flags.ckpt, dtype=flags.dtype, device=flags.device, progress=progress)
+    engine = loading.load(flags.ckpt, dtype=flags.dtype, device=flags.device, weights=flags.weights, progress=progress)
     scoring.check_context(engine, flags.prompt_tokens, flags.score_tokens)
     text = scoring.read_text(flags.text, engine.tokenizer)
     windows = scoring.cut_windows(text, engine.tokenizer, flags.prompt_tokens, flags.score_tokens, flags.windows)

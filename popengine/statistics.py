@@ -79,6 +79,7 @@ class Statistics:
     evidence_tokens: int
     dense_steps: int
     redraws: int
+    weights: str
     dtype: str
     device: str
 
@@ -115,6 +116,7 @@ def measured(run: Run) -> Statistics:
         evidence_tokens=gathering.tokens,
         dense_steps=gathering.dense_steps,
         redraws=gathering.redraws,
+        weights=engine.weights,
         dtype=str(engine.dtype).removeprefix("torch."),
         device=str(engine.device),
     )
@@ -164,6 +166,7 @@ def report(statistics: Statistics) -> dict[str, Any]:
         "weight_bytes_per_token": statistics.weight_bytes_per_token,
         "dense_weight_bytes_per_token": statistics.dense_weight_bytes_per_token,
         "peak_memory_bytes": statistics.peak_memory_bytes,
+        "weights": statistics.weights,
         "dtype": statistics.dtype,
         "device": statistics.device,
     }
@@ -193,7 +196,7 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
         f"channels  {shown.channels} per FFN: {shown.retained} retained, {shown.candidate} candidate "
         f"({shown.picked} picked per step), {shown.pruned} pruned",
         f"weights   {megabytes(statistics.weight_bytes_per_token)} read per token, {share:.1%} of dense "
-        f"({statistics.dtype}, {statistics.device})",
+        f"({statistics.weights}; {statistics.dtype}, {statistics.device})",
         f"memory    {megabytes(statistics.peak_memory_bytes)} at peak; loaded in {load_s:.1f} s",
     ]
     if statistics.pruning.ratio > 0:

@@ -85,7 +85,7 @@ def random_reference(config: Any, seed: int = 0) -> PreTrainedModel:
 
 def ours(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     with open_checkpoint(folder) as checkpoint:
-        return load_model(checkpoint, dtype, torch.device("cpu"))
+        return load_model(checkpoint, dtype, torch.device("cpu"))[0]
 
 
 def saved_pair(folder: Path, config: Any, **save_options: Any) -> tuple[PreTrainedModel, LlamaForCausalLM]:

@@ -54,3 +54,10 @@ def default_model_of_transformers(default_checkpoint_path: Path) -> Any:
     else:
         where = {"pretrained_model_name_or_path": path}
     return transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def default_gguf(default_checkpoint_path: Path) -> Path:
+    if default_checkpoint_path.suffix != ".gguf":
+        pytest.skip("the default checkpoint came from the Hub, not as .gguf")
+    return default_checkpoint_path

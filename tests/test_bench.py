@@ -205,7 +205,7 @@ def test_weights_for_llama_cpp_are_in_its_order(tmp_path: Path, tied: bool) -> N
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(source.tensors, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as opened:
-        file = write_gguf(opened, torch.float32, tmp_path / "model.gguf")
+        file = write_gguf(opened, "F32", tmp_path / "model.gguf")
     written = {tensor.name: torch.tensor(tensor.data) for tensor in gguf.GGUFReader(file).tensors}
     torch.testing.assert_close(written.pop("rope_freqs.weight"), torch.ones(16))
     expected = source.gguf_tensors()

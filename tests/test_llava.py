@@ -88,7 +88,7 @@ def reference_model(config: LlavaConfig) -> LlavaForConditionalGeneration:
 
 def load_ours(directory: Path) -> OurLlava:
     with open_checkpoint(directory) as checkpoint:
-        model = load_model(checkpoint, torch.float32, torch.device("cpu"))
+        model, _ = load_model(checkpoint, torch.float32, torch.device("cpu"))
     assert isinstance(model, OurLlava)
     return model
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.matrix import Matrix, replace_matrices
-from models.matrix_forms import ChosenColumns, ChosenRows, ColumnMatrix, stacked
+from models.matrix_forms import ChosenColumns, ChosenRows, ColumnMatrix
 
 OUT, IN = 40, 64
 ROWS = (1, 2, 3, 4, 8, 16, 40)

@@ -114,13 +114,6 @@ def test_every_end_of_sequence_id_is_kept(tmp_path: Path) -> None:
     assert (checkpoint.bos_token, checkpoint.eos_token, checkpoint.chat_template) == ("<s>", "</s>", "x")
 
 
-@pytest.fixture(scope="module")
-def default_gguf(default_checkpoint_path: Path) -> Path:
-    if default_checkpoint_path.suffix != ".gguf":
-        pytest.skip("the default checkpoint came from the Hub, not as .gguf")
-    return default_checkpoint_path
-
-
 def assert_read_as_by_transformers(path: Path, reference: Any) -> None:
     checkpoint, state = open_gguf(path), reference.state_dict()
     assert set(checkpoint.entries) | {"lm_head.weight"} == set(state)

@@ -1,5 +1,6 @@
 """Open a checkpoint, wherever it is: a Hugging Face directory, a .gguf file, or the id of a Hub repository."""
 
+import hashlib
 import os
 import re
 from collections import Counter
@@ -12,7 +13,9 @@ from weights.gguf_file import GGUFCheckpoint
 from weights.hub import download, is_hub_id
 from weights.safetensors_files import SafetensorsCheckpoint
 
-__all__ = ["Checkpoint", "GGUFCheckpoint", "SafetensorsCheckpoint", "checkpoint_dtype", "open_checkpoint"]
+__all__ = [
+    "Checkpoint", "GGUFCheckpoint", "SafetensorsCheckpoint", "checkpoint_dtype", "fingerprint", "open_checkpoint",
+]
 
 # Both have: path, config, generation_config, entries, mapped, read(name), read_groups(name), stored_bytes(name),
 # release(name), close(), and `with`.
@@ -46,6 +49,16 @@ def open_file(path: Path) -> GGUFCheckpoint:
     if path.name.endswith((".safetensors", ".json")):
         raise InputError(f"{path} is one file of a checkpoint: name its folder, {path.parent}")
     raise InputError(f"{path} is not a checkpoint: name a Hugging Face directory, a .gguf file or a Hub id")
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Tells checkpoints apart by names, shapes and some bytes of all their tensors, however they are then loaded."""
+    made = hashlib.sha256()
+    for name, entry in sorted(checkpoint.entries.items()):
+        stored = checkpoint.stored_bytes(name)
+        made.update(f"{name} {entry.shape} {len(stored)} ".encode())
+        made.update(torch.cat([stored[:64], stored[-64:]]).numpy().tobytes())
+    return made.hexdigest()[:32]
 
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:

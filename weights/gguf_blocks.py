@@ -13,7 +13,6 @@ from torch import Tensor
 
 from weights.groups import Groups
 
-
 # Numbers that share a scale, in all of them.
 GROUP = 32
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from weights.entries import TensorEntry
 from weights.errors import InputError
+from weights.four_bit_layouts import Layout, find_layout, matrix_entry
+from weights.groups import Groups
 from weights.mapped_file import MappedFile, open_binary
 
 SINGLE_FILE = "model.safetensors"
@@ -74,8 +76,23 @@ class SafetensorsCheckpoint:
         self.entries: dict[str, TensorEntry] = {}
         self._places: dict[str, Place] = {}
         self._files: dict[str, MappedFile] = {}
+        self._layout = find_layout(self.config, directory)
+        self._parts: dict[str, list[str]] = {}      # of matrices of four bits: the tensors that they are kept in
+        self._part_entries: dict[str, TensorEntry] = {}
         for shard, promised in find_shards(directory).items():
             self._open_shard(shard, promised)
+        if self._layout is not None:
+            self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
+            self._join_parts(self._layout)
+
+    def _join_parts(self, layout: Layout) -> None:
+        """Show matrices of four bits as one entry each, X.weight."""
+        for name in [key.removesuffix(".qweight") for key in self.entries if key.endswith(".qweight")]:
+            entry = matrix_entry(name, layout, self.entries, self.read, self.path)
+            keys = [f"{name}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")]
+            self._parts[f"{name}.weight"] = [key for key in keys if key in self.entries]
+            self._part_entries |= {key: self.entries.pop(key) for key in self._parts[f"{name}.weight"]}
+            self.entries[f"{name}.weight"] = entry
 
     def _open_shard(self, shard: str, promised: list[str]) -> None:
         path = self.path / shard
@@ -93,21 +110,32 @@ class SafetensorsCheckpoint:
 
     def read(self, name: str) -> Tensor:
         """The tensor as a view of the mapped file: its entry's shape and dtype, on the CPU, not to be written to."""
-        entry, place = self.entries[name], self._places[name]
+        if name in self._parts:
+            return self.read_groups(name).values()
+        return self._view(name, self.entries[name])
+
+    def read_groups(self, name: str) -> Groups:
+        """A matrix of four-bit numbers as it is kept."""
+        assert self._layout is not None
+        return self._layout.groups(*(self._view(key, self._part_entries[key]) for key in self._parts[name][:3]))
+
+    def _view(self, name: str, entry: TensorEntry) -> Tensor:
+        place = self._places[name]
         raw = self.stored_bytes(name)
         if place.begin % entry.dtype.itemsize:
             raw = raw.clone()  # a tensor must start at a multiple of its element size
         return raw.view(entry.dtype).view(entry.shape)
 
     def stored_bytes(self, name: str) -> Tensor:
-        """uint8, a tensor's bytes in the file."""
-        place = self._places[name]
+        """uint8, a tensor's bytes in the file; of a matrix of four bits its numbers'."""
+        place = self._places[self._parts.get(name, [name])[0]]
         return self._files[place.shard].view(place.begin, place.end)
 
     def release(self, name: str) -> None:
         """Give back the memory that reading `name` took; the tensor can be read again (from the file)."""
-        place = self._places[name]
-        self._files[place.shard].release(place.begin, place.end)
+        for key in self._parts.get(name, [name]):
+            place = self._places[key]
+            self._files[place.shard].release(place.begin, place.end)
 
     def close(self) -> None:
         """Let go of the mapped files; a tensor that was read and not copied keeps its own file mapped."""

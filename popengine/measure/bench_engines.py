@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from models.config import read_llama_config
 from models.pruning.settings import PruningSettings
@@ -22,6 +21,9 @@ from popengine.engine import Engine
 from popengine.statistics import measured
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.gguf_file import LAYER_NAMES, NAMES, ROPE_FACTORS
+
+# .gguf's names of dtypes.
+GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
@@ -150,16 +152,29 @@ class TransformersEngine:
         """There are none: its cache ends with each generation."""
 
 
+def llama_cpp_type(path: Path, form: str, dtype: str) -> str | None:
+    """The type of weights that llama.cpp is given beside ours; None: the very same file."""
+    with open_checkpoint(path) as checkpoint:
+        quantised = any(entry.stored is not None for entry in checkpoint.entries.values())
+    if form == "auto" and quantised and path.is_file() and dtype != "float32":
+        return None
+    return {"int8": "Q8_0", "int4": "Q4_1"}.get(form, GGUF_TYPES[dtype])
+
+
 class LlamaCppEngine:
-    """llama.cpp through llama-cpp-python, on a .gguf of the same weights written for it."""
+    """llama.cpp through llama-cpp-python, on a .gguf of the same weights written for it, or on the checkpoint itself.
 
-    name = "llama.cpp"
+    kind  the type of its matrices; None: those of the checkpoint, which is a .gguf
+    """
 
-    def __init__(self, path: Path, dtype: torch.dtype, context: int, threads: int, folder: Path) -> None:
+    def __init__(self, path: Path, kind: str | None, context: int, threads: int, folder: Path) -> None:
         self.library = import_peer("llama_cpp", "llama-cpp-python")
         self.numpy = import_peer("numpy", "numpy")
-        with open_checkpoint(path) as checkpoint:
-            file = write_gguf(checkpoint, dtype, folder / f"{str(dtype).removeprefix('torch.')}.gguf")
+        self.name = f"llama.cpp, {kind or 'the same file'}"
+        file = path
+        if kind is not None:
+            with open_checkpoint(path) as checkpoint:
+                file = write_gguf(checkpoint, kind, folder / f"{kind}.gguf")
         began = time.perf_counter()
         try:
             self.model = self.library.Llama(
@@ -188,15 +203,14 @@ class LlamaCppEngine:
         """Its cache belongs to the loaded model."""
 
 
-def write_gguf(checkpoint: Checkpoint, dtype: torch.dtype, path: Path) -> Path:
-    """The weights of a Llama in llama.cpp's names and order, matrices in `dtype` and vectors in float32.
+def write_gguf(checkpoint: Checkpoint, kind: str, path: Path) -> Path:
+    """The weights of a Llama in llama.cpp's names and order, matrices of this type and vectors in float32.
 
     There is no vocabulary in it: it is fed with token ids. AbsentPeer for what cannot be written.
     """
     gguf = import_peer("gguf", "gguf, which writes llama.cpp's weights,")
     if checkpoint.config.get("architectures") != ["LlamaForCausalLM"] or checkpoint.config.get("attention_bias"):
         raise AbsentPeer("its weights are written for plain Llama checkpoints only")
-    kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
     config = read_llama_config(checkpoint.config)
     plain_rope = replace(config.rope, rope_type="default")
     factors = rotary_frequencies(plain_rope, config.head_dim) / rotary_frequencies(config.rope, config.head_dim)
@@ -229,9 +243,10 @@ def write_gguf(checkpoint: Checkpoint, dtype: torch.dtype, path: Path) -> Path:
         if "q_proj" in name or "k_proj" in name:
             # llama.cpp rotates neighbouring pairs where Hugging Face rotates the two halves of a head.
             tensor = tensor.view(-1, 2, config.head_dim // 2, config.hidden_size).transpose(1, 2)
-        write_tensor_data(writer, tensor.to(dtype if len(checkpoint.entries[name].shape) > 1 else torch.float32))
+        matrix = gguf.GGMLQuantizationType[kind if len(checkpoint.entries[name].shape) > 1 else "F32"]
+        writer.write_tensor_data(gguf.quantize(tensor.contiguous().float().numpy(), matrix))
         checkpoint.release(name)
-    write_tensor_data(writer, factors)
+    writer.write_tensor_data(factors.numpy())
     writer.close()
     return path
 
@@ -247,12 +262,9 @@ def gguf_name(name: str) -> str:
 
 
 def add_tensor_info(gguf: ModuleType, writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
-    element = 4 if kind == "F32" else 2
-    byte_shape = (*shape[:-1], shape[-1] * element)
-    numpy = importlib.import_module("numpy")
     raw = gguf.GGMLQuantizationType[kind]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[raw]
+    byte_shape = (*shape[:-1], shape[-1] // block * block_bytes)
+    numpy = importlib.import_module("numpy")
     writer.add_tensor_info(name, byte_shape, numpy.dtype("uint8"), numpy.prod(byte_shape).item(), raw_dtype=raw)
 
-
-def write_tensor_data(writer: Any, tensor: Tensor) -> None:
-    writer.write_tensor_data(tensor.contiguous().flatten().view(torch.uint8).numpy())

@@ -8,6 +8,7 @@ measured in the same rounds. Compare figures of one run with each other, never w
 import argparse
 import ctypes
 import gc
+import itertools
 import math
 import os
 import platform
@@ -34,6 +35,7 @@ from popengine.measure.bench_engines import (
     LlamaCppEngine,
     OwnEngine,
     TransformersEngine,
+    llama_cpp_type,
 )
 from popengine.measure.bench_shapes import write_random_checkpoint
 from weights.checkpoint import open_checkpoint
@@ -136,23 +138,30 @@ def measure_dtype(
     note = Progress(f"{dtype}: ")
     prompts: list[list[int]] = []
     counters = compile_counters()
-    for compiled in ([] if flags.compile_only else [False]) + ([True] if flags.compile or flags.compile_only else []):
+    modes = ([] if flags.compile_only else [False]) + ([True] if flags.compile or flags.compile_only else [])
+    # Packed products want half precision.
+    forms = [form for form in flags.weights if form in ("auto", "plain") or dtype != "float32"]
+    for form, compiled in itertools.product(forms, modes):
         mode = "compiled" if compiled else "eager"
-        note(f"loading popengine, {mode}")
+        note(f"loading popengine, {form}, {mode}")
         before = held_bytes(device)
-        engine = load_engine(checkpoint, dtype, device, compiled, absent)
+        engine = load_engine(checkpoint, dtype, device, form, compiled, absent)
         if engine is None:
             continue
+        if len(forms) > 1 or engine.weights != "plain":
+            mode = f"{form} {mode}"
         prompts = prompts or make_prompts(flags, engine)
         own = own_entries(flags, engine, mode)
         first_turns(own, prompts, flags.new_tokens, before, device, note)
         entries += own
     if not entries:
         raise InputError(f"nothing to time: {'; '.join(absent.values())}")
-    for peer in flags.peers:
+    for peer, form in itertools.product(flags.peers, forms):
+        if peer == "transformers" and form != forms[0]:
+            continue                            # it has the plain weights alone
         note(f"loading {peer}")
         before = held_bytes(device)
-        entry = peer_entry(peer, flags, checkpoint, dtype, device, folder, absent)
+        entry = peer_entry(peer, flags, checkpoint, dtype, form, device, folder, absent)
         if entry is not None:
             first_turns([entry], prompts, flags.new_tokens, before, device, note)
             entries.append(entry)
@@ -181,12 +190,12 @@ def measure_dtype(
 
 
 def load_engine(
-    checkpoint: str | Path, dtype: str, device: torch.device, compiled: bool, absent: dict[str, str]
+    checkpoint: str | Path, dtype: str, device: torch.device, form: str, compiled: bool, absent: dict[str, str]
 ) -> Engine | None:
     """Our engine; None and a word in `absent` where compiling was asked for and does not work."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        engine = load(checkpoint, dtype=dtype, device=str(device), compile=compiled)
+        engine = load(checkpoint, dtype=dtype, device=str(device), weights=form, compile=compiled)
     if compiled and engine.compiled is None:
         absent["popengine, compiled"] = str(caught[-1].message)
         return None
@@ -232,6 +241,7 @@ def peer_entry(
     flags: argparse.Namespace,
     checkpoint: str | Path,
     dtype: str,
+    form: str,
     device: torch.device,
     folder: Path,
     absent: dict[str, str],
@@ -248,7 +258,8 @@ def peer_entry(
             raise AbsentPeer("it is compared on one sequence only")
         else:
             context = flags.prompt_tokens + flags.new_tokens
-            contender = LlamaCppEngine(path, DTYPES[dtype], context, torch.get_num_threads(), folder)
+            kind = llama_cpp_type(path, form, dtype)
+            contender = LlamaCppEngine(path, kind, context, torch.get_num_threads(), folder)
     except AbsentPeer as error:
         absent[peer] = str(error)
         return None

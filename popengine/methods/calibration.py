@@ -51,7 +51,7 @@ def fingerprint(model: LlamaForCausalLM) -> str:
     """Tells models apart by places, shapes and some weights of their feed-forward networks."""
     digest = hashlib.sha256()
     for name, ffn in feed_forward_networks(model).items():
-        weight = ffn.down_proj.weight
+        weight = ffn.down_proj.values()
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(weight[0].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,0 +1,324 @@
+"""Packed weights: every product is that of the values they stand for, and a packed model is the plain one on them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import MIXTRAL_TINY, SETTINGS, complete_checkpoint, generated, one_line_error
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models import packed
+from models.matrix import Matrix
+from models.packed import Int4Matrix, Int8Embedding, Int8Matrix
+from models.pruning.settings import DENSE, PruningSettings
+from popengine.engine import Engine
+from popengine.generate import main
+from popengine.loading import load
+from weights.checkpoint import open_checkpoint
+from weights.gguf_blocks import FOUR_BIT_TYPES
+from weights.groups import Groups, group
+
+ROWS = (1, 2, 3, 5, 9, 17, 40)
+KINDS = ("int8", "int4")
+SHAPES = ((64, 64), (80, 96), (192, 128))
+# Of eight bits: any.
+ODD_SHAPES = ((37, 41), (5, 16), (64, 100))
+
+
+def made(kind: str, out: int = 80, columns: int = 96, dtype: torch.dtype = torch.bfloat16, bias: bool = True) -> Any:
+    torch.manual_seed(0)
+    weight, offset = torch.randn(out, columns) / columns**0.5, torch.randn(out).to(dtype) if bias else None
+    if kind == "int8":
+        return Int8Matrix.nearest(weight, dtype, offset)
+    return Int4Matrix.of_groups(group(weight, 32), dtype, offset)
+
+
+def assert_product(y: Tensor, x: Tensor, matrix: Matrix) -> None:
+    bias = None if matrix.bias is None else matrix.bias.float()
+    wanted = F.linear(x.float(), matrix.values().float(), bias)
+    assert y.dtype == x.dtype and y.shape == wanted.shape
+    assert (y.float() - wanted).norm() / wanted.norm() < (1e-6 if x.dtype == torch.float32 else 0.008)
+
+
+@pytest.mark.parametrize(
+    ("kind", "out", "columns"),
+    [*((kind, *shape) for kind in KINDS for shape in SHAPES), *(("int8", *shape) for shape in ODD_SHAPES)],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_are_those_of_the_values(kind: str, out: int, columns: int, dtype: torch.dtype) -> None:
+    for bias in (True, False):
+        matrix = made(kind, out, columns, dtype, bias)
+        for rows in ROWS:
+            x = torch.randn(1, rows, columns).to(dtype)
+            assert_product(matrix(x), x, matrix)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_products_are_those_of_the_values(kind: str) -> None:
+    matrix = made(kind)
+    product = torch.compile(lambda x: matrix(x), dynamic=False)
+    for rows in (1, 3, 4):
+        x = torch.randn(1, rows, 96).bfloat16()
+        with torch.inference_mode():
+            assert_product(product(x), x, matrix)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unpacking_in_stretches_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, x = made(kind, 192, 128), torch.randn(1, 40, 128).bfloat16()
+    whole = matrix(x)
+    monkeypatch.setattr(packed, "STRETCH", 1)
+    torch.testing.assert_close(matrix(x), whole, atol=0.02, rtol=0.02)
+    monkeypatch.undo()
+    assert torch.equal(matrix(x), whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("out", "columns"), SHAPES)
+def test_copies_are_indices_into_the_whole(kind: str, out: int, columns: int) -> None:
+    matrix = made(kind, out, columns)
+    rows, chosen = torch.randperm(out)[: out // 2 + 3].sort().values, torch.randperm(columns)[:37].sort().values
+    below, beside = matrix.empty_rows(len(rows)), matrix.empty_columns(len(chosen))
+    below.copy_rows(matrix, rows)
+    beside.copy_columns(matrix, chosen)
+    assert torch.equal(below.values(), matrix.values()[rows]) and torch.equal(below.bias, matrix.bias[rows])
+    assert torch.equal(beside.bias, matrix.bias) and isinstance(beside, Int8Matrix)
+    wanted = matrix.values()[:, chosen]
+    x = torch.randn(1, 1, 37).bfloat16()
+    assert_product(beside(x), x, beside)
+    if kind == "int8":
+        assert torch.equal(beside.values(), wanted)
+    else:           # four bits have become eight, with a scale per row
+        step = wanted.float().abs().amax(dim=1, keepdim=True) / 127
+        assert ((beside.values() - wanted).float().abs() <= 0.51 * step + 0.005 * wanted.float().abs()).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outs", [(64, 64, 128), (80, 16, 40)], ids=["blocks", "parts"])
+def test_stacked_matrices_are_one(kind: str, outs: tuple[int, ...]) -> None:
+    parts = [made(kind, out) for out in outs]
+    values = [part.values().clone() for part in parts]
+    whole = type(parts[0]).stack(parts)
+    assert torch.equal(whole.values(), torch.cat(values))
+    assert all(torch.equal(part.values(), before) for part, before in zip(parts, values, strict=True))
+    x = torch.randn(1, 3, 96).bfloat16()
+    torch.testing.assert_close(whole(x), torch.cat([part(x) for part in parts], dim=-1), atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("block", [64, 32])
+@pytest.mark.parametrize("halves", [True, False])
+def test_numbers_come_back_from_every_layout(block: int, halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "layout", lambda: (block, halves))
+    given = group(torch.randn(80, 96), 32)
+    matrix = Int4Matrix.of_groups(given, torch.float32)
+    assert torch.equal(matrix.numbers(slice(None))[:, :80].t(), given.numbers)
+    torch.testing.assert_close(matrix.values(), given.values(), atol=1e-5, rtol=1e-5)
+
+
+def test_nearest_numbers_are_half_a_step_off_at_most() -> None:
+    weight = torch.randn(40, 128)
+    weight[3], weight[4, :32] = 0, 0.25
+    eight = Int8Matrix.nearest(weight, torch.bfloat16)
+    assert ((eight.weight * eight.scale[:, None].float() - weight).abs() <= 0.51 * eight.scale[:, None].float()).all()
+    for size in (32, 64, 128):
+        four = group(weight, size)
+        step = four.scale.repeat_interleave(size, dim=1)
+        assert ((four.values() - weight).abs() <= 0.6 * step + 0.01 * weight.abs()).all()
+        # Products read scales in bfloat16, which must not lose anything more.
+        rounded, exact = (Int4Matrix.of_groups(four, dtype).groups.float() for dtype in (torch.bfloat16, torch.float32))
+        torch.testing.assert_close(rounded, exact, atol=1e-6, rtol=1e-6)
+
+
+def test_bytes_are_what_a_product_reads() -> None:
+    eight, four = made("int8", 80, 96), made("int4", 80, 96)
+    assert eight.read_bytes() == 80 * 96 + 80 * 2 and eight.read_bytes(rows=7) == 7 * (96 + 2)
+    assert eight.read_bytes(columns=10) == 80 * 10 + 80 * 2
+    assert four.read_bytes() == 80 * (96 // 2 + 3 * 4) and four.read_bytes(columns=10) == 80 * (10 + 2)
+
+
+def test_an_embedding_looks_up_rows() -> None:
+    matrix, tokens = made("int8"), torch.tensor([[3, 0], [79, 3]])
+    assert torch.equal(Int8Embedding(matrix)(tokens), matrix.values()[tokens])
+
+
+@pytest.mark.parametrize("kind", sorted(FOUR_BIT_TYPES))
+def test_blocks_of_gguf_files_are_read_as_gguf_dequantises_them(kind: str) -> None:
+    number = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[number]
+    random = np.random.default_rng(0)
+    raw = random.integers(0, 256, (18, size), dtype=np.uint8)
+    raw[:, :4] = (random.random((18, 2)) - 0.5).astype(np.float16).view(np.uint8)
+    groups = FOUR_BIT_TYPES[kind](torch.from_numpy(raw.flatten()), (6, 3 * block))
+    assert torch.equal(groups.values(), torch.from_numpy(gguf.dequantize(raw.reshape(6, -1), number)))
+
+
+# Models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return complete_checkpoint(tmp_path_factory.mktemp("packed"), hidden_size=64, intermediate_size=96)
+
+
+def exact_values(matrix: Any) -> Tensor:
+    """What a packed matrix stands for, not rounded to half precision. float32 [out, in]"""
+    if isinstance(matrix, Int8Matrix):
+        return matrix.numbers().float() * matrix.scale.float()[:, None]
+    exact = Int4Matrix.packed(matrix.weight, matrix.groups.float(), matrix.out_features, None)
+    return exact.values()
+
+
+def made_plain(engine: Engine, like: Engine) -> Engine:
+    """`engine` with the values that the packed matrices of `like` stand for."""
+    modules = dict(engine.model.named_modules())
+    for name, matrix in like.model.named_modules():
+        if isinstance(matrix, Int8Matrix | Int4Matrix):
+            modules[name].weight.data.copy_(exact_values(matrix))
+    if isinstance(like.model.model.embed_tokens, Int8Embedding):
+        engine.model.model.embed_tokens.weight.data.copy_(exact_values(like.model.lm_head))
+    return engine
+
+
+@pytest.mark.parametrize("checkpoint", ["llama", "mixtral"])
+def test_a_model_of_int8_is_the_plain_one_on_its_values(folder: Path, checkpoint: str) -> None:
+    """In float32, where products of many rows and of few unpack alike, whatever is pruned."""
+    path = folder if checkpoint == "llama" else MIXTRAL_TINY
+    int8 = load(path, weights="int8", dtype="float32")
+    plain = made_plain(load(path, weights="plain", dtype="float32"), int8)
+    prompts = [list(range(5, 35)), list(range(40, 52))]
+    kinds = SETTINGS | {"dense": DENSE, "skipped": PruningSettings(0.3, prefill_skip=0.5, prior=8)}
+    for name, settings in kinds.items():
+        for own in (prompts[:1], prompts):
+            assert generated(int8, own, 12, settings) == generated(plain, own, 12, settings), name
+
+
+@pytest.mark.parametrize("form", KINDS)
+def test_a_packed_model_is_as_exact_as_a_plain_one_in_bfloat16(folder: Path, form: str) -> None:
+    """Both beside the same values in float32: what is more is the packed products' and copies' own."""
+    engine = load(folder, weights=form)
+    assert engine.dtype == torch.bfloat16
+    others = [made_plain(load(folder, weights="plain", dtype=dtype), engine) for dtype in ("float32", "bfloat16")]
+    for settings in (DENSE, PruningSettings(ffn_ratio=0.4, prefill="dense"), PruningSettings(ffn_ratio=0.4)):
+        errors = torch.zeros(2)                     # summed over prompts: of one, either may come out the better
+        for seed in range(12):
+            tokens = torch.randint(0, 256, (1, 30), generator=torch.Generator().manual_seed(seed))
+            logits = []
+            for one in (engine, *others):
+                with torch.inference_mode():
+                    state = one.model.new_state(1, 40, one.resolve(settings))
+                    found = [one.model.prefill(one.model.embed(tokens), state)]
+                    found += [one.model.decode(torch.tensor([token]), state) for token in (7, 8)]
+                    logits.append(torch.stack(found).float())
+            ours, exact, half = logits
+            errors += torch.stack([(ours - exact).norm(), (half - exact).norm()])
+        assert errors[0] < 1.5 * errors[1]
+
+
+def test_the_default_file_stays_packed_and_equals_its_own_numbers(default_gguf: Path) -> None:
+    engine = load(default_gguf)
+    assert engine.weights == "Q8_0 as int8, Q4_1 as int4" and engine.dtype == torch.bfloat16
+    assert load(default_gguf, dtype="float32").weights == "plain"
+    with open_checkpoint(default_gguf) as checkpoint:
+        for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.down_proj"):
+            matrix = engine.model.model.layers[7].get_submodule(name)
+            stored = checkpoint.read(f"model.layers.7.{name}.weight")
+            assert isinstance(matrix, Int4Matrix)
+            assert (matrix.values() - stored).norm() / stored.norm() < 0.006
+        stored = checkpoint.read("model.embed_tokens.weight")
+        assert (engine.model.lm_head.values() - stored).norm() / stored.norm() < 0.012
+
+
+# GPTQ and AWQ, written out number by number
+
+
+def written(numbers: Tensor, groups: Groups, method: str) -> dict[str, Tensor]:
+    """A matrix in the layout of a method. numbers [out, in]; zeros are whole: minimum = -scale * zero"""
+    zeros = (-groups.minimum / groups.scale).round().int().t()                      # [G, out]
+    order = range(8) if method == "gptq" else (0, 2, 4, 6, 1, 3, 5, 7)
+
+    def joined(eights: Tensor, order: Any) -> Tensor:
+        words = torch.zeros(eights.shape[:-1], dtype=torch.int64)
+        for place, index in enumerate(order):
+            words |= eights[..., index].long() << (4 * place)
+        return torch.where(words >= 2**31, words - 2**32, words).int()
+
+    if method == "gptq":
+        zeros = zeros - 1
+        qweight = joined(numbers.t().reshape(-1, 8, len(numbers)).transpose(1, 2), order)       # [in / 8, out]
+    else:
+        qweight = joined(numbers.t().reshape(numbers.shape[1], -1, 8), order)       # [in, out / 8]
+    found = {"qweight": qweight, "qzeros": joined(zeros.reshape(len(zeros), -1, 8), order),
+             "scales": groups.scale.t().half()}
+    if method == "gptq":
+        found["g_idx"] = torch.arange(numbers.shape[1], dtype=torch.int32) // groups.size
+    return {key: tensor.contiguous() for key, tensor in found.items()}
+
+
+def quantised(folder: Path, source: Path, method: str, size: int = 32, **changes: Any) -> dict[str, Tensor]:
+    """A checkpoint of `source` in the layout of a method; returns the values of its matrices."""
+    generator, values = torch.Generator().manual_seed(0), {}
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if "_proj" in name]:
+        out, columns = tensors.pop(name).shape
+        numbers = torch.randint(0, 16, (out, columns), generator=generator, dtype=torch.uint8)
+        scale = (torch.rand(out, columns // size, generator=generator) * 0.05 + 0.01).half().float()
+        groups = Groups(numbers, scale, -scale * torch.randint(1, 16, scale.shape, generator=generator))
+        values[name] = groups.values()
+        tensors |= {
+            f"{name.removesuffix('weight')}{key}": part for key, part in written(numbers, groups, method).items()
+        }
+    about = {"quant_method": method, "bits": 4, "group_size": size} | changes
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": about}
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((source / file).read_bytes())
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return values
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_gptq_and_awq_are_read_number_by_number(tmp_path: Path, folder: Path, method: str) -> None:
+    values = quantised(tmp_path, folder, method)
+    plain, four = load(tmp_path, weights="plain", dtype="float32"), load(tmp_path)
+    assert four.weights == f"{method.upper()} as int4"
+    for name, wanted in values.items():
+        module = name.removesuffix(".weight")
+        assert torch.equal(plain.model.get_submodule(module).weight, wanted)
+        matrix = four.model.get_submodule(module)
+        assert isinstance(matrix, Int4Matrix)
+        assert (matrix.values() - wanted).norm() / wanted.norm() < 0.006
+    assert isinstance(four.generate("Hello", max_new_tokens=3)[0].text, str)
+
+
+def test_what_cannot_be_read_exactly_is_refused(tmp_path: Path, folder: Path, capsys: Any) -> None:
+    def refused(**changes: Any) -> str:
+        quantised(tmp_path, folder, "gptq", **changes)
+        return one_line_error(main, capsys, "--ckpt", tmp_path, "--prompt", "Hi")
+
+    assert "quantised to 8 bits by gptq; only 4 are read" in refused(bits=8)
+    assert "is quantised ('bitsandbytes')" in refused(quant_method="bitsandbytes")
+    assert "the AWQ layout 'gemv'" in refused(quant_method="awq", version="gemv")
+    quantised(tmp_path, folder, "gptq")
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    save_file(tensors | {f"{name}.g_idx": tensors[f"{name}.g_idx"].flip(0)}, tmp_path / "model.safetensors")
+    assert "desc_act" in one_line_error(main, capsys, "--ckpt", tmp_path, "--prompt", "Hi")
+    save_file(tensors | {f"{name}.scales": tensors[f"{name}.scales"][:, 1:].clone()}, tmp_path / "model.safetensors")
+    assert "do not fit each other" in one_line_error(main, capsys, "--ckpt", tmp_path, "--prompt", "Hi")
+    del tensors[f"{name}.qzeros"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert f"{name} lacks one of qweight" in one_line_error(main, capsys, "--ckpt", tmp_path, "--prompt", "Hi")
+
+
+def test_bad_forms_end_in_one_line(tmp_path: Path, folder: Path, capsys: Any) -> None:
+    error = one_line_error(main, capsys, "--ckpt", folder, "--prompt", "Hi", "--weights", "int3")
+    assert "weights must be one of auto, plain, int8, int4, not 'int3'" in error
+    complete_checkpoint(tmp_path)                                                   # of hidden size 48
+    error = one_line_error(main, capsys, "--ckpt", tmp_path, "--prompt", "Hi", "--weights", "int4")
+    assert "has 48 columns, which groups of 32 do not divide: use weights int8" in error

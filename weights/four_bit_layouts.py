@@ -1,0 +1,103 @@
+"""The layouts of GPTQ and AWQ: matrices of four bits in the safetensors files of the Hub.
+
+Instead of X.weight [out, in] there are X.qweight, X.qzeros, X.scales (and X.g_idx): eight numbers to an int32, a scale
+and a zero for each group of neighbours in a row, w = scale (number - zero). What cannot be kept so exactly is refused.
+Sources: AutoGPTQ (https://github.com/AutoGPTQ/AutoGPTQ) and AutoAWQ (https://github.com/casper-hansen/AutoAWQ).
+
+out and in are the sides of a weight, g the size of a group, G = in / g groups.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weights.entries import TensorEntry
+from weights.errors import InputError
+from weights.groups import Groups
+
+# AWQ's order of eight neighbours in an int32, lowest bits first.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """method  "gptq" or "awq"; offset: what is added to a zero as it is stored"""
+
+    method: str
+    offset: int
+
+    def shape(self, qweight: TensorEntry) -> tuple[int, int]:
+        """(out, in) of the matrix."""
+        first, second = qweight.shape
+        return (second, 8 * first) if self.method == "gptq" else (8 * second, first)
+
+    def groups(self, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Groups:
+        """qweight int32 [in / 8, out] (AWQ: [in, out / 8]), qzeros int32 [G, out / 8], scales [G, out]"""
+        if self.method == "gptq":
+            numbers = eight(qweight.t())                                            # [out, in]
+            zeros = eight(qzeros)                                                   # [G, out]
+        else:
+            places = torch.tensor(AWQ_ORDER).argsort()
+            numbers, zeros = (
+                eight(packed).unflatten(1, (-1, 8))[..., places].flatten(1) for packed in (qweight, qzeros)
+            )
+            numbers = numbers.t().contiguous()                                      # [out, in]
+        scale = scales.float().t().contiguous()                                     # [out, G]
+        return Groups(numbers, scale, -scale * (zeros.t().float() + self.offset))
+
+
+def eight(packed: Tensor) -> Tensor:
+    """int32 [rows, n] -> uint8 [rows, 8 n], lowest bits first"""
+    octets = packed.contiguous().view(torch.uint8)                                  # [rows, 4 n], lowest first
+    return torch.stack([octets & 15, octets >> 4], dim=-1).flatten(1)
+
+
+def find_layout(config: Mapping[str, Any], path: Path) -> Layout | None:
+    """What config.json says of quantisation; InputError for another kind than can be read."""
+    about = config.get("quantization_config")
+    if about is None:
+        return None
+    method = about.get("quant_method") if isinstance(about, dict) else None
+    if method not in ("gptq", "awq"):
+        raise InputError(
+            f"{path} is quantised ({str(method)[:40]!r}), and of quantised checkpoints GPTQ and AWQ with 4 bits are "
+            "read, and .gguf files; take the plain checkpoint and --weights int8 or int4"
+        )
+    bits, version = about.get("bits"), about.get("version", "gemm")
+    if bits != 4:
+        raise InputError(f"{path} is quantised to {bits!r} bits by {method}; only 4 are read")
+    if method == "awq" and str(version).lower() != "gemm":
+        raise InputError(f"{path} has the AWQ layout {str(version)[:40]!r}; only 'gemm' is read")
+    return Layout(method, 1 if method == "gptq" and about.get("checkpoint_format") != "gptq_v2" else 0)
+
+
+def matrix_entry(
+    name: str, layout: Layout, entries: Mapping[str, TensorEntry], read: Callable[[str], Tensor], path: Path
+) -> TensorEntry:
+    """The entry of a matrix that is kept under name.qweight and its neighbours; InputError where they do not fit."""
+    parts = [entries.get(f"{name}.{part}") for part in ("qweight", "qzeros", "scales")]
+    if any(part is None or len(part.shape) != 2 for part in parts):
+        raise InputError(f"{path}: {name} lacks one of qweight, qzeros and scales, or their two dimensions")
+    qweight, qzeros, scales = (part for part in parts if part is not None)
+    out, columns = layout.shape(qweight)
+    count = scales.shape[0]
+    sound = (
+        qweight.dtype == qzeros.dtype == torch.int32 and scales.dtype.is_floating_point and count > 0
+        and scales.shape[1] == out == 8 * qzeros.shape[1] and qzeros.shape[0] == count and columns % count == 0
+    )
+    if not sound:
+        shapes = ", ".join(f"{list(part.shape)} {part.dtype}" for part in (qweight, qzeros, scales))
+        raise InputError(f"{path}: qweight, qzeros and scales of {name} do not fit each other: {shapes}")
+    size = columns // count
+    if f"{name}.g_idx" in entries:
+        in_order = torch.arange(columns, dtype=torch.int32) // size
+        if not torch.equal(read(f"{name}.g_idx").to(torch.int32), in_order):
+            raise InputError(
+                f"{path}: the groups of {name} are not neighbours (desc_act), which int4 products cannot read; "
+                "take a checkpoint made without desc_act"
+            )
+    return TensorEntry((out, columns), torch.float32, layout.method.upper(), groups=size)
