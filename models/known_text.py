@@ -27,10 +27,14 @@ def evaluate(
     state.cache.make_room(len(tokens))
     logits, waiting = [], tokens[:0]
     for token in tokens.split(1):
+        if state.gathering.next_is_dense:
+            logits.append(evaluate_steps(model, waiting, state, observe))
+            waiting = tokens[:0]
         dense, draws = state.gathering.next_step()
         if dense:
-            logits += [evaluate_steps(model, waiting, state, observe), model.dense_step(token, state, draws)]
-        waiting = tokens[:0] if dense else torch.cat([waiting, token])
+            logits.append(model.dense_step(token, state, draws))
+        else:
+            waiting = torch.cat([waiting, token])
     return torch.cat([*logits, evaluate_steps(model, waiting, state, observe)])     # [T, V]
 
 

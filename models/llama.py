@@ -15,7 +15,7 @@ from models.cache import KVCache
 from models.clock import Clock
 from models.config import LlamaConfig, read_llama_config
 from models.feed_forward import ActiveFeedForward, FeedForward
-from models.gathering import Gathering
+from models.gathering import Drift, Gathering
 from models.layers import Embedding, RMSNorm, RotaryEmbedding
 from models.matrix import Matrix
 from models.passes import DecodePass, Observer, PrefillPass, decode_pass, following_pass, prefill_pass, prompt_plan
@@ -46,7 +46,10 @@ class LlamaDecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def prefill(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
-        x = x + self.self_attn.prefill(self.input_layernorm(x), state.keys, state.values, state.heads, step)
+        a = self.self_attn.prefill(self.input_layernorm(x), state.keys, state.values, state.heads, step)    # [B, T, H]
+        if state.drift is not None:
+            state.drift.see(a, step.counted, step.of_prompt)
+        x = x + a
         return x + self.mlp.prefill(self.post_attention_layernorm(x), state.ffn, step)
 
     def pass_by(self, x: Tensor, state: LayerState, waiting: PrefillPass, running: PrefillPass) -> Tensor:
@@ -66,7 +69,10 @@ class LlamaDecoderLayer(nn.Module):
         return torch.cat([rest, self.prefill(last, state, running)], dim=1)
 
     def decode(self, x: Tensor, state: LayerState, step: DecodePass) -> Tensor:
-        x = x + self.self_attn.decode(self.input_layernorm(x), state.keys, state.values, state.heads, step)
+        a = self.self_attn.decode(self.input_layernorm(x), state.keys, state.values, state.heads, step)     # [B, T, H]
+        if state.drift is not None:
+            state.drift.see(a, step.live, of_prompt=False)
+        x = x + a
         return x + self.mlp.decode(self.post_attention_layernorm(x), state.ffn, step)
 
 
@@ -183,9 +189,12 @@ class LlamaForCausalLM(nn.Module):
             LayerState(keys, values, ActiveHeads(layer.self_attn, pruning.rule), layer.new_active(pruning))
             for layer, keys, values in zip(self.model.layers, cache.keys, cache.values, strict=True)
         ]
+        most = pruning.settings.redraw_on_drift
+        if most is not None and pruning.rule.follows_prompt and pruning.ratio > 0:
+            layers[-1].drift = Drift(most, config.hidden_size, self.device)
         live = torch.ones(batch, 1, dtype=torch.bool, device=self.device)
         clocks = Clock(self.device), Clock(self.device)
-        return DecodeState(cache, layers, pruning, live, *clocks, Gathering(pruning, batch))
+        return DecodeState(cache, layers, pruning, live, *clocks, Gathering(pruning, batch, layers[-1].drift))
 
     def prefill(
         self, x: Tensor, state: DecodeState, real: Tensor | None = None, counted: Tensor | None = None,

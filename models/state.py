@@ -8,7 +8,7 @@ from torch import Tensor
 from models.active_heads import ActiveHeads
 from models.cache import KVCache
 from models.clock import Clock
-from models.gathering import Gathering
+from models.gathering import Drift, Gathering
 from models.pruning.resolve import Pruning
 
 
@@ -17,12 +17,14 @@ class LayerState:
     """One layer's share: its slice of the cache, its active heads and its active feed-forward weights.
 
     ffn is what the layer's own feed-forward network made: ActiveFeedForward, or the experts' of a mixture.
+    drift is the last layer's alone, where partitions are drawn anew on it.
     """
 
     keys: Tensor                                                                    # [B, K, S, D]
     values: Tensor                                                                  # [B, K, S, D]
     heads: ActiveHeads
     ffn: Any
+    drift: Drift | None = None
 
 
 @dataclass
@@ -48,9 +50,11 @@ class DecodeState:
         for layer in self.layers:
             layer.heads.restart()
             layer.ffn.restart()
+            if layer.drift is not None:
+                layer.drift.restart()
         self.live.fill_(True)
         self.clock, self.step_clock = Clock(self.live.device), Clock(self.live.device)
-        self.gathering = Gathering(self.pruning, len(self.live))
+        self.gathering = Gathering(self.pruning, len(self.live), self.layers[-1].drift)
 
     def end(self, index: int) -> None:
         """One sequence has ended."""

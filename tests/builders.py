@@ -67,6 +67,7 @@ SETTINGS = {
     "heads": PruningSettings(ffn_ratio=0.0, head_ratio=0.5, candidate_width=0.6),
     "both": PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6),
     "frozen": PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.0),
+    "retained": PruningSettings(ffn_ratio=0.4, candidate_width=0.6, retained_share=0.2),
 }
 
 
@@ -175,7 +176,10 @@ def another_value(name: str) -> Any:
 
 def another_setting(name: str) -> dict[str, Any]:
     """The same as arguments of PruningSettings, with whatever else this setting asks for."""
-    needed = {"redraw_every": {"dense_every": 2}, "boundary_tokens": {"prefill_skip": 0.5}}
+    needed: dict[str, dict[str, Any]] = {
+        "retained_share": {"candidate_width": 1.0}, "redraw_every": {"dense_every": 2},
+        "redraw_on_drift": {"dense_every": 2}, "boundary_tokens": {"prefill_skip": 0.5},
+    }
     return {name: another_value(name)} | needed.get(name, {})
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,9 +116,12 @@ def test_a_batch_of_two_compiles_and_gives_the_eager_tokens(tiny_checkpoint: Pat
     assert generated(load(tiny_checkpoint, compile=True), prompts, 16, POP) == tokens
 
 
-@pytest.mark.parametrize("changes", [{"min_evidence": 40}, {"dense_every": 3, "redraw_every": 6}])
+@pytest.mark.parametrize("changes", [
+    {"min_evidence": 40}, {"dense_every": 3, "redraw_every": 6}, {"dense_every": 3, "redraw_on_drift": 0.3},
+    {"rule": "up", "retained_share": 0.2},
+])
 def test_steps_compiled_before_a_partition_is_drawn_serve_it_afterwards(
-    tiny_checkpoint: Path, changes: dict[str, int]
+    tiny_checkpoint: Path, changes: dict[str, Any]
 ) -> None:
     """Dense steps first or between, then pruned ones: a step compiled on nothing must choose as a drawn one does."""
     settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.4, **changes)

@@ -177,5 +177,5 @@ def test_ratio_zero_is_dense_under_every_method(model: LlamaForCausalLM, calibra
     for method in METHODS:
         if "skip" in method or method == "prefill-only":        # which refuse to skip nothing
             continue
-        pruning = pruning_for(method, Request(model, DENSE, calibration))
+        pruning = pruning_for(method, Request(model, replace(DENSE, prior=1), calibration))
         torch.testing.assert_close(logits_of(model, pruning, tokens, 16), wanted, atol=1e-5, rtol=0)

@@ -13,6 +13,7 @@ from models.pruning.partition import (
     keep_best,
     partition_channels,
     partition_sizes,
+    retained_sizes,
     undecided,
 )
 
@@ -29,6 +30,19 @@ def test_sizes_follow_the_formulas(channels: int, ratio: float, width: float) ->
 def test_width_zero_freezes_and_ratio_zero_keeps_everything() -> None:
     assert partition_sizes(1000, 0.3, 0.0).candidate == 0
     assert partition_sizes(1000, 0.0, 0.1).retained == 1000
+
+
+@given(channels=st.integers(1, 300), ratio=st.floats(0, 0.99), share=st.floats(0, 0.99), width=st.floats(0, 2))
+def test_a_retained_share_is_what_it_says_and_never_costs_a_channel_that_finishes(
+    channels: int, ratio: float, share: float, width: float
+) -> None:
+    sizes, (active, *_) = retained_sizes(channels, ratio, share, width), slow_sizes(channels, ratio, 0)
+    assert sizes.active == active
+    assert sizes.retained == min(round(share * channels), active)
+    assert sizes.channels == channels
+    assert min(sizes.candidate - sizes.pick, sizes.pruned, sizes.pick) >= 0
+    if sizes.pick and width >= 1:
+        assert sizes.pruned == 0
 
 
 def test_widest_width_takes_as_many_candidates_as_the_sizes_allow() -> None:

@@ -21,7 +21,8 @@ from slow_pop import slow_order
 from torch import Tensor
 from transformers import LlamaConfig
 
-from models.feed_forward import FeedForward
+from models.clock import Clock
+from models.feed_forward import ActiveFeedForward, FeedForward
 from models.gathering import Gathering
 from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
@@ -46,8 +47,11 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
     return saved_pair(tmp_path_factory.mktemp("mixtral"), MIXTRAL)[1].double()
 
 
-def slow_step(ffn: FeedForward, x: Tensor, prompt: Tensor, rule: str, active: int) -> Tensor:
-    """One row through a network: every score by its formula, channels that lose set to zero. x [H], prompt [T, H]"""
+def slow_step(ffn: FeedForward, x: Tensor, prompt: Tensor, rule: str, active: int, retained: int) -> Tensor:
+    """One row through a network: every score by its formula, channels that lose set to zero. x [H], prompt [T, H]
+
+    retained  channels, the best of the prompt, that run whatever their score
+    """
     gate, up = ffn.act(x @ ffn.gate_proj.weight.T), x @ ffn.up_proj.weight.T        # [I]
     usual_gate = ffn.act(prompt @ ffn.gate_proj.weight.T).square().mean(dim=0).sqrt()
     usual_up = (prompt @ ffn.up_proj.weight.T).square().mean(dim=0).sqrt()
@@ -59,36 +63,43 @@ def slow_step(ffn: FeedForward, x: Tensor, prompt: Tensor, rule: str, active: in
         "teal": (gate * up).abs(),
         "all-channels": (gate * up).abs() * norms,
     }[rule]
+    of_prompt = ffn.activation(prompt).norm(dim=0) * norms                          # [I]
+    scores[slow_order(of_prompt.tolist())[:retained]] = torch.inf
     keep = torch.zeros_like(scores)
     keep[slow_order(scores.tolist())[:active]] = 1
     return (gate * up * keep) @ ffn.down_proj.weight.T
 
 
+@pytest.mark.parametrize("share", [None, 0.2], ids=["", "retained"])
 @pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("rule", CHEAP)
 @torch.inference_mode()
-def test_each_rule_is_its_formula(rule: str, by_columns: bool, model: LlamaForCausalLM) -> None:
+def test_each_rule_is_its_formula(
+    rule: str, by_columns: bool, share: float | None, model: LlamaForCausalLM
+) -> None:
     """One row, by whichever path reads least; what its path leaves unread is poisoned in the test below."""
     model = stored_by_columns(deepcopy(model).float()) if by_columns else model
     kind = model.lm_head.weight.dtype
-    state = model.new_state(1, 64, resolved(model, PruningSettings(ffn_ratio=0.4, rule=rule)))
+    pruning = resolved(model, PruningSettings(ffn_ratio=0.4, rule=rule, retained_share=share))
+    state = model.new_state(1, 64, pruning)
     prompt = torch.randn(14, SIZES["hidden_size"], dtype=kind)
     ffn, active = model.model.layers[1].mlp, state.layers[1].ffn
     ffn.prefill(prompt[None], active, prefill_pass(model.model.rotary, [None], prompt[None], None))
     _, step = model.begin(torch.tensor([5]), state)
     for x in torch.randn(6, SIZES["hidden_size"], dtype=kind):
-        wanted = slow_step(ffn, x, prompt, rule, active.sizes.active)
+        wanted = slow_step(ffn, x, prompt, rule, active.sizes.active, round(80 * (share or 0)))
         torch.testing.assert_close(ffn.decode(x[None, None], active, step)[0, 0], wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("more", [{"redraw_every": 6}, {"redraw_on_drift": 0.0, "retained_share": 0.3}])
 @pytest.mark.parametrize("rule", RULE_NAMES)
 @torch.inference_mode()
 def test_steps_and_a_known_text_agree_under_every_rule(
-    rule: str, model: LlamaForCausalLM, mixture: LlamaForCausalLM
+    rule: str, more: dict[str, Any], model: LlamaForCausalLM, mixture: LlamaForCausalLM
 ) -> None:
     """Steps read only what the rule chose; a text at once masks. With dense steps and redraws between."""
     for one in (model, mixture):
-        settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.3, rule=rule, dense_every=3, redraw_every=6)
+        settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.3, prior=1, rule=rule, dense_every=3, **more)
         tokens = torch.randint(SIZES["vocab_size"], (40,), generator=torch.Generator().manual_seed(5))
         _, state = prefilled(one, tokens[None, :12], settings)
         steps = torch.cat([one.decode(token[None], state) for token in tokens[12:]])
@@ -101,7 +112,7 @@ def test_steps_and_a_known_text_agree_under_every_rule(
 def test_rows_that_a_cheap_rule_does_not_choose_are_not_read(model: LlamaForCausalLM) -> None:
     model = deepcopy(model)
     pruning = resolved(model, PruningSettings(ffn_ratio=0.4, rule="up"))
-    _, state = prefilled(model, left_padded([14], SIZES["vocab_size"])[0], PruningSettings(ffn_ratio=0.4, rule="up"))
+    _, state = prefilled(model, left_padded([14], SIZES["vocab_size"])[0], pruning)
     layer, active = model.model.layers[0].mlp, state.layers[0].ffn
     x = torch.randn(1, 1, SIZES["hidden_size"], dtype=torch.float64)
     _, step = model.begin(torch.tensor([5]), state)
@@ -112,6 +123,86 @@ def test_rows_that_a_cheap_rule_does_not_choose_are_not_read(model: LlamaForCaus
     torch.testing.assert_close(layer.decode(x, active, step), wanted)
     dense = bytes_per_token(model, resolved(model, DENSE)) - bytes_per_token(model, pruning)
     assert dense == 8 * len(model.model.layers) * SIZES["hidden_size"] * len(losing)
+
+
+@torch.inference_mode()
+def test_a_retained_share_reads_no_more_of_what_is_chosen(model: LlamaForCausalLM) -> None:
+    """Under a cheap rule the retained rows were read anyway; under pop a narrow width prunes the rest for good."""
+    def read(**settings: Any) -> int:
+        return bytes_per_token(model, resolved(model, PruningSettings(ffn_ratio=0.4, **settings)))
+
+    assert read(rule="up", retained_share=0.2) == read(rule="up")
+    row = len(model.model.layers) * SIZES["hidden_size"] * 8
+    assert read(retained_share=0.2, candidate_width=1) - read(retained_share=0.2, candidate_width=0.5) == 3 * 24 * row
+
+
+@torch.inference_mode()
+def test_glass_cuts_by_the_sum_of_two_ranks(model: LlamaForCausalLM, mixture: LlamaForCausalLM) -> None:
+    settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.3, rule="glass", prior=32)
+    generator = torch.Generator().manual_seed(2)
+    for one in (model, mixture):
+        unfused = resolved(one, settings)
+        networks = [module for module in one.modules() if isinstance(module, FeedForward)]
+        of = {(ffn, "h"): torch.rand(ffn.channels, generator=generator) for ffn in networks}
+        tokens, _ = left_padded([3], SIZES["vocab_size"])       # too few to reach every expert
+        drawn = {}
+        for count in (1, 1000):
+            pruning = replace(unfused, rule=unfused.rule.with_prior(Prior(of, count)))
+            _, state = prefilled(one, tokens, pruning)
+            drawn[count] = [held for layer in state.layers for held in getattr(layer.ffn, "active", [layer.ffn])]
+        for ffn, held, again in zip(networks, drawn[1], drawn[1000], strict=True):
+            if held is None:            # an expert is cut when it is first needed: by the prior alone
+                held = again = ActiveFeedForward(ffn, pruning.rule)
+                held.draw(ffn, Clock(ffn.device))
+            usual = slow_order((of[ffn, "h"].sqrt() * ffn.down_norms()).tolist())
+            own = slow_order((held.evidence.squares.sqrt() * ffn.down_norms()).tolist())
+            places = [usual.index(channel) + own.index(channel) * (held.evidence.tokens > 0) for channel in usual]
+            by_place = [usual[place] for place in sorted(range(len(usual)), key=lambda at: (places[at], usual[at]))]
+            assert held.partition.retained.tolist() == sorted(by_place[: held.sizes.retained])
+            assert held.partition.pruned.tolist() == sorted(by_place[held.sizes.resident :])
+            assert torch.equal(held.partition.order, again.partition.order)
+
+
+@torch.inference_mode()
+def test_partitions_are_drawn_anew_where_the_attention_turns(tmp_path: Path) -> None:
+    """Every step dense, so that Hugging Face's own attention output says at which steps the bound was passed."""
+    reference, model = saved_pair(tmp_path, LlamaConfig(**SIZES))
+    tokens = torch.randint(SIZES["vocab_size"], (40,), generator=torch.Generator().manual_seed(3))
+    told: list[Tensor] = []
+    hook = reference.model.layers[-1].self_attn.register_forward_hook(lambda *all: told.append(all[-1][0][0]))
+    reference(tokens[None])
+    hook.remove()
+    (a,) = told                                                                     # [T, H]
+    turned = [1 - torch.cosine_similarity(a[:place].mean(dim=0), a[place], dim=0) for place in range(12, 39)]
+    bound = float(torch.stack(turned).median())
+    settings = PruningSettings(ffn_ratio=0.4, prefill="dense", dense_every=1, redraw_on_drift=bound + 1e-4)
+    _, state = prefilled(model, tokens[None, 20:], settings)
+    for _ in range(2):                  # the last prompt is forgotten
+        model.prefill(model.embed(tokens[None, :12]), state)
+        drawn = []
+        for token in tokens[12:]:
+            before = state.gathering.redraws
+            model.decode(token[None], state)
+            drawn.append(state.gathering.redraws > before)
+        # A step looks at what was seen before it: at the first there is nothing since the prompt.
+        assert drawn == [False, *[bool(one > bound + 1e-4) for one in turned]]
+
+
+@torch.inference_mode()
+def test_neither_padding_nor_an_ended_sequence_makes_the_attention_drift(model: LlamaForCausalLM) -> None:
+    settings = PruningSettings(ffn_ratio=0.4, dense_every=9, redraw_on_drift=0.5)
+    seen = []
+    for other in (5, 60):
+        tokens, real = left_padded([12, 9], SIZES["vocab_size"])
+        tokens[~real] = other
+        _, state = prefilled(model, tokens, settings, real)
+        state.end(1)
+        model.decode(torch.tensor([3, other]), state)
+        seen.append(state.layers[-1].drift)
+    assert seen[0].since.any()
+    torch.testing.assert_close(seen[0].before, seen[1].before)
+    torch.testing.assert_close(seen[0].since, seen[1].since)
+    assert all(layer.drift is None for layer in state.layers[:-1])
 
 
 @torch.inference_mode()
@@ -229,8 +320,25 @@ def test_a_prior_is_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
         ({"prior": -1}, "prior must be between 0 and 1000000, not -1"),
         ({"prior": 10**400}, "prior must be between 0 and 1000000"),
         ({"redraw_every": 4}, "redraw every needs dense every"),
+        ({"redraw_on_drift": 0.5}, "redraw on drift needs dense every"),
+        ({"rule": "glass"}, "rule glass needs a prior of 1 or more"),
     ],
 )
 def test_settings_of_evidence_and_rules_are_checked(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         PruningSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"retained_share": 0.6, "candidate_width": 1}, "retained share 0.6 must stay below the 0.6 of the channels"),
+        ({"retained_share": 0.7, "rule": "up"}, "retained share 0.7 must stay below"),
+        ({"retained_share": 0.2}, "candidate width 0.1 is less than the 0.4 of the channels that are picked"),
+    ],
+)
+def test_a_retained_share_that_does_not_fit_is_refused(
+    settings: dict[str, Any], named: str, model: LlamaForCausalLM
+) -> None:
+    with pytest.raises(InputError, match=named):
+        resolved(model, PruningSettings(ffn_ratio=0.4, **settings))

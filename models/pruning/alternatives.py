@@ -11,22 +11,25 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from models.pruning.partition import ChannelPartition, Evidence, PartitionSizes, all_channel_sizes
+from models.pruning.partition import ChannelPartition, Evidence, PartitionSizes, partition_channels, retained_sizes
 from models.pruning.rules import POP, Network, Prior
 
 
 class AllChannels(POP):
-    """The quality ceiling (POP, Table 6): every step chooses among all channels, and saves nothing but down_proj."""
+    """The quality ceiling (POP, Table 6): every step chooses among all channels, and saves nothing but down_proj.
+
+    |h_i| times the norm of down_proj's column i: that is what WINA (arXiv 2505.19427) does with what feeds down_proj.
+    With a retained share the best by evidence always run, and a step chooses among all others.
+    """
 
     def sizes(self, network: Network) -> PartitionSizes:
-        return all_channel_sizes(network.channels, self.ffn_ratio) if self.ffn_ratio > 0 else super().sizes(network)
+        if self.ffn_ratio == 0:
+            return super().sizes(network)
+        return retained_sizes(network.channels, self.ffn_ratio, self.retained_share or 0.0)
 
 
 class Up(AllChannels):
-    """Cheaper: |up| alone, times what act(gate) usually is, so that only the chosen rows of gate are read.
-
-    Every step chooses among all channels.
-    """
+    """Cheaper: |up| alone, times what act(gate) usually is, so that only the chosen rows of gate are read."""
 
     looks_at, watches = "up", "gate"
 
@@ -56,6 +59,31 @@ class TEAL(AllChannels):
 
     def factors(self, network: Network, watched: Evidence | None) -> Tensor:
         return torch.ones_like(network.down_norms())
+
+
+class GLASS(POP):
+    """The ranks of the prompt's scores and of the prior's, half and half, cut the channels (arXiv 2508.14302).
+
+    However many tokens a prior counts for, its half is a half: it is kept out of the sums. Heads have no second ranking
+    and follow the prompt alone.
+    """
+
+    def new_evidence(self, network: nn.Module, channels: int, device: torch.device, part: str = "h") -> Evidence:
+        return Evidence(channels, device)
+
+    def partition(self, network: Network, evidence: Evidence, sizes: PartitionSizes) -> ChannelPartition:
+        usual = None if self.prior is None else self.prior.of.get((network, "h"))  # type: ignore[arg-type]
+        if usual is None:               # an expert that the model's own text never reached
+            return super().partition(network, evidence, sizes)
+        places = place_by_score(usual.sqrt() * network.down_norms())                # [I]
+        if evidence.tokens >= self.min_tokens:
+            places = places + place_by_score(evidence.scores(network.down_norms()))
+        return partition_channels(-places.float(), sizes)
+
+
+def place_by_score(scores: Tensor) -> Tensor:
+    """The place of each channel by falling score, from 0 (ties: lower channel first). float32 [I] -> int64 [I]"""
+    return scores.sort(descending=True, stable=True).indices.argsort()
 
 
 @dataclass(frozen=True)
@@ -91,5 +119,5 @@ class StaticRule(POP):
 
 
 RULES: dict[str, type[POP]] = {
-    "pop": POP, "all-channels": AllChannels, "up": Up, "gate": Gate, "cats": CATS, "teal": TEAL,
+    "pop": POP, "all-channels": AllChannels, "up": Up, "gate": Gate, "cats": CATS, "teal": TEAL, "glass": GLASS,
 }

@@ -120,10 +120,17 @@ def partition_sizes(channels: int, ratio: float, width: float) -> PartitionSizes
     )
 
 
-def all_channel_sizes(channels: int, ratio: float) -> PartitionSizes:
-    """The all-channel variant (POP, Table 6): every channel is a candidate, each step keeps the best `active`."""
+def retained_sizes(channels: int, ratio: float, share: float, width: float = 1.0) -> PartitionSizes:
+    """Sizes where the retained share stands by itself, so that picks need not be half of the candidates.
+
+    share  of all channels that always run; 0 is the all-channel variant (POP, Table 6): each step keeps the best
+    width  candidates as a share of all channels, at most all that is not retained
+    """
     active = round((1 - ratio) * channels)
-    return PartitionSizes(retained=0, candidate=channels, pruned=0, pick=active)
+    retained = min(round(share * channels), active)
+    pick = active - retained
+    candidate = max(pick, min(round(width * channels), channels - retained)) if pick else 0
+    return PartitionSizes(retained, candidate, channels - retained - candidate, pick)
 
 
 @dataclass(frozen=True)

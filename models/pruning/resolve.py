@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from models.pruning.alternatives import RULES
 from models.pruning.partition import partition_sizes
 from models.pruning.rules import POP
-from models.pruning.settings import DEFAULT_PRUNE_RATIO, PruningSettings, exact_share
+from models.pruning.settings import DEFAULT_PRUNE_RATIO, WIDTH_RULES, PruningSettings, exact_share
 from weights.errors import InputError
 
 
@@ -85,9 +85,30 @@ def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
                 f"head ratio {settings.head_ratio} alone removes {off_heads / total:.3f} of a layer, "
                 f"more than the prune ratio {wanted}; raise the prune ratio or lower the head ratio"
             )
-    rule = RULES[settings.rule](ffn_ratio, settings.candidate_width, settings.head_ratio, settings.min_tokens)
+    check_retained_share(settings, ffn_ratio)
+    rule = RULES[settings.rule](
+        ffn_ratio, settings.candidate_width, settings.head_ratio, settings.min_tokens,
+        retained_share=settings.retained_share,
+    )
     ratio = (ffn_ratio * layer.ffn + off_heads) / total
     return Pruning(ratio, ffn_ratio, settings, rule, deepest(settings, layer.layers), settings.boundary_tokens)
+
+
+def check_retained_share(settings: PruningSettings, ffn_ratio: float) -> None:
+    """Raises InputError for a share that leaves nothing to pick, or fewer candidates than are to be picked."""
+    if settings.retained_share is None or ffn_ratio == 0:
+        return
+    picked = 1 - ffn_ratio - settings.retained_share
+    if picked <= 0:
+        raise InputError(
+            f"retained share {settings.retained_share} must stay below the {1 - ffn_ratio:.3g} of the channels that "
+            "finish a step"
+        )
+    if settings.rule in WIDTH_RULES and settings.candidate_width < picked:
+        raise InputError(
+            f"candidate width {settings.candidate_width} is less than the {picked:.3g} of the channels that are picked "
+            f"beside a retained share of {settings.retained_share}; raise it, to 1 for all others"
+        )
 
 
 def deepest(settings: PruningSettings, layers: int) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from models.pruning.partition import (
     PartitionSizes,
     partition_channels,
     partition_sizes,
+    retained_sizes,
 )
 
 
@@ -51,6 +52,7 @@ class POP:
     width       candidates as a share of the channels
     min_tokens  with evidence of fewer tokens channels are cut by their weights alone
     prior       evidence before any token; None: there is none
+    retained_share  of the channels that always run; None: what the candidates leave (the paper)
     """
 
     ffn_ratio: float
@@ -58,6 +60,7 @@ class POP:
     head_ratio: float = 0.0
     min_tokens: int = 1
     prior: Prior | None = None
+    retained_share: float | None = None
 
     follows_prompt = True
     # A candidate's score is |look| * factor: which of "gate" (act(gate)), "up" and "h" (their product) a step looks at,
@@ -75,7 +78,9 @@ class POP:
 
     def sizes(self, network: Network) -> PartitionSizes:
         """Regions of one network."""
-        return partition_sizes(network.channels, self.ffn_ratio, self.width)
+        if self.retained_share is None or self.ffn_ratio == 0:
+            return partition_sizes(network.channels, self.ffn_ratio, self.width)
+        return retained_sizes(network.channels, self.ffn_ratio, self.retained_share, self.width)
 
     def head_sizes(self, heads: int) -> PartitionSizes:
         """Regions of one group of query heads."""

@@ -13,7 +13,9 @@ from weights.errors import InputError
 
 DEFAULT_PRUNE_RATIO = 0.2
 # Of models/pruning/rules.py, which imports PyTorch and therefore is not asked here.
-RULE_NAMES = ("pop", "all-channels", "up", "gate", "cats", "teal")
+RULE_NAMES = ("pop", "all-channels", "up", "gate", "cats", "teal", "glass")
+# Those whose candidates are as many as the width says; under the others all that is not retained is a candidate.
+WIDTH_RULES = ("pop", "glass")
 
 
 def setting(
@@ -27,9 +29,9 @@ def setting(
     kind              makes its value from a flag's word; metavar: what the help shows (choices speak for themselves)
     least .. choices  values it may have
     column            its heading in tables that compare settings; None: it is compared in none
-    matters           to which of the methods that are compared: "to all", "to pop", "to prompts" (methods that follow
-                      the prompt), "to experts" (those, where a model has experts) or "to skipping" (where prompts skip
-                      layers)
+    matters           to which of the methods that are compared: "to all", "to widths" (rules that choose within the
+                      width), "to rules", "to prompts" (methods that follow the prompt), "to experts" (those, where a
+                      model has experts) or "to skipping" (where prompts skip layers)
     """
     bounds = {"least": least, "below": below, "most": most, "choices": choices}
     metavar = metavar or "|".join(choices)
@@ -61,6 +63,9 @@ class PruningSettings:
                      None: 0.2, unless ffn_ratio says how much
     ffn_ratio        instead of prune_ratio: the share of FFN channels off at a decode step (r)
     candidate_width  candidates as a share of the channels (the paper's gamma); 0 freezes the prefill's mask
+    retained_share   share of the FFN channels that always run. Candidates are then all others (under rules pop and
+                     glass up to the candidate width), and picked is what the ratio leaves. None: the paper's sizes, or
+                     none under rules that choose among all channels
     head_ratio       share of query heads off at a decode step; counts towards prune_ratio
     prefill          "pruned": the prompt is finished on the channels that stay (the paper);
                      "dense": on all of them, so that prompt and first token are the dense model's
@@ -72,6 +77,8 @@ class PruningSettings:
     min_evidence     until the scores have seen so many real tokens, steps run dense and add to them
     dense_every      one step in so many runs dense and adds to the evidence; None: no step does
     redraw_every     at the first dense step after so many steps the partitions are drawn anew; None: they stay
+    redraw_on_drift  at dense steps they are drawn anew where the attention has drifted by more than this since the last
+                     dense step (models/gathering.py); None: they stay
     rule             how channels are scored and cut (models/pruning/rules.py)
     prefill_skip     Prefill-Only pruning (arXiv 2602.03295): the deepest layers, floor(share of them), are skipped for
                      the prompt, all but its last tokens; steps run every layer. A number or a fraction like "1/3"
@@ -88,7 +95,11 @@ class PruningSettings:
     )
     candidate_width: float = setting(
         0.1, "candidates, of all channels (the paper: 0.1)", float, metavar="W", least=0, most=2, column="width",
-        matters="to pop",
+        matters="to widths",
+    )
+    retained_share: float | None = setting(
+        None, "FFN channels that always run, of all; a step then chooses among the others", float, metavar="SHARE",
+        least=0, below=1, column="retained", matters="to rules",
     )
     head_ratio: float = setting(
         0.0, "share of the query heads", float, metavar="R", least=0, below=1, column="heads off", matters="to prompts"
@@ -118,8 +129,15 @@ class PruningSettings:
         None, "every T steps partitions are drawn anew from all evidence so far", int, metavar="T", least=1,
         column="redraw every", matters="to prompts",
     )
+    redraw_on_drift: float | None = setting(
+        None, "also where the last layer's attention output has turned by more than X (1 - cosine), asked at dense "
+        "steps", float, metavar="X", least=0, most=2, column="redraw on drift", matters="to prompts",
+    )
     min_tokens: int = setting(1, "prompt tokens below which an expert counts as not reached", int, metavar="N", least=1)
-    rule: str = setting("pop", "how channels are scored and cut", str, choices=RULE_NAMES)
+    rule: str = setting(
+        "pop", "how channels are scored and cut (all-channels: as WINA does for down_proj; glass: needs a prior)", str,
+        choices=RULE_NAMES,
+    )
     prefill_skip: float | str = setting(
         0.0, "share of the layers, the deepest, that the prompt skips, like 1/3 (default: 0, none)", share,
         metavar="SHARE", least=0, below=1, column="prompt skips",
@@ -132,8 +150,11 @@ class PruningSettings:
     def __post_init__(self) -> None:
         if self.prune_ratio is not None and self.ffn_ratio is not None:
             raise InputError("give a prune ratio or an FFN ratio, not both")
-        if self.redraw_every is not None and self.dense_every is None:
-            raise InputError("redraw every needs dense every: without dense steps there is no new evidence")
+        for name, value in (("redraw every", self.redraw_every), ("redraw on drift", self.redraw_on_drift)):
+            if value is not None and self.dense_every is None:
+                raise InputError(f"{name} needs dense every: without dense steps there is no new evidence")
+        if self.rule == "glass" and self.prior == 0:
+            raise InputError("rule glass needs a prior of 1 or more, whose ranks it joins with the prompt's")
         for one in fields(self):
             check(one, getattr(self, one.name))
 

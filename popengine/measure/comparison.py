@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from models.pruning.resolve import Pruning
-from models.pruning.settings import DENSE, RULE_NAMES, PruningSettings, compared_fields, exact_share
+from models.pruning.settings import DENSE, RULE_NAMES, WIDTH_RULES, PruningSettings, compared_fields, exact_share
 from popengine import __version__
 from popengine.engine import Engine
 from popengine.measure.progress_file import ProgressFile
@@ -69,7 +69,7 @@ class Configuration:
         words = [self.method if self.method in SKIPPING else f"{self.method} {ratio}"]
         for one in compared_fields():
             value, column = getattr(settings, one.name), one.metadata["column"]
-            if column and (value != one.default or (column == "width" and self.method == "pop")):
+            if column and (value != one.default or (column == "width" and self.method in WIDTH_RULES)):
                 words.append(f"{column} {value}")
         return ", ".join(words)
 
@@ -80,8 +80,8 @@ SKIPPING = ("prefill-only", "skip-first", "skip-evenly", "skip-no-boundary")
 
 
 def configurations(flags: argparse.Namespace, mixture: bool) -> list[Configuration]:
-    """The grid, without settings that would not change a method: dense has none, only pop has widths, static methods
-    prune no heads and have no unseen experts, and only prompts that skip layers have a boundary."""
+    """The grid, without settings that would not change a method: dense has none, only pop and glass have widths, static
+    methods prune no heads and have no unseen experts, and only prompts that skip layers have a boundary."""
     ratios = [{"ffn_ratio": ratio} for ratio in flags.ffn_ratio or ()]
     ratios += [{"prune_ratio": ratio} for ratio in flags.prune_ratio or (() if flags.ffn_ratio else (0.2,))]
     made: dict[Configuration, None] = {}
@@ -91,7 +91,8 @@ def configurations(flags: argparse.Namespace, mixture: bool) -> list[Configurati
             continue
         follows = method in FOLLOW_THE_PROMPT
         matter = {
-            "to all": True, "to pop": method == "pop", "to prompts": follows, "to experts": follows and mixture,
+            "to all": True, "to widths": method in WIDTH_RULES, "to rules": method in RULE_NAMES,
+            "to prompts": follows, "to experts": follows and mixture,
             "to skipping": method != "skip-no-boundary",
         }
         others = [one for one in compared_fields() if one.name not in ("prune_ratio", "ffn_ratio")]

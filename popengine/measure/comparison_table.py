@@ -5,7 +5,7 @@ from dataclasses import Field
 from functools import partial
 from typing import Any
 
-from models.pruning.settings import compared_fields, exact_share
+from models.pruning.settings import WIDTH_RULES, compared_fields, exact_share
 
 
 def markdown(
@@ -65,7 +65,7 @@ def markdown(
 def setting_cell(one: Field[Any], row: dict[str, Any]) -> str:
     """A setting, where it matters to the row's method."""
     value, matters = row[one.name], one.metadata["matters"]
-    if row["method"] == "dense" or (matters == "to pop" and row["method"] != "pop"):
+    if row["method"] == "dense" or (matters == "to widths" and row["method"] not in WIDTH_RULES):
         return ""
     if matters == "to skipping" and (exact_share(row["prefill_skip"]) == 0 or row["method"] == "skip-no-boundary"):
         return ""

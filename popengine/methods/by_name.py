@@ -89,7 +89,7 @@ class Request:
                 weight = ffn.down_proj.values()                                     # [H, I]
                 bias = (weight.float() @ off).to(weight.dtype)                      # [H]
             static[ffn] = StaticChannels(partition, bias)
-        return replace(self.pruning(candidate_width=0.0), rule=StaticRule(of=static))
+        return replace(self.pruning(candidate_width=0.0, retained_share=None), rule=StaticRule(of=static))
 
 
 def dense(request: Request) -> Pruning:
@@ -104,7 +104,7 @@ def pop(request: Request) -> Pruning:
 
 def frozen(request: Request) -> Pruning:
     """The prompt's mask at every step: POP of width 0."""
-    return request.pruning(candidate_width=0.0)
+    return request.pruning(candidate_width=0.0, retained_share=None)
 
 
 def by_rule(rule: str) -> Callable[[Request], Pruning]:
