@@ -10,7 +10,7 @@ every product unpacks.
 in and out are the sides of a weight [out, in], g the size of a group, G = in / g groups of a row; T rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -27,10 +27,12 @@ from weights.groups import Groups
 FEW_ROWS_WRITTEN_OUT, FEW_ROWS_INT8, FEW_ROWS_INT4 = 3, 8, 16
 # PyTorch's product of eight bits reads rows by so many numbers at a time, past their end if need be.
 PADDING = 16
+# Rows up to this length are faster written out; longer ones through the packed product, by as much.
+LONGEST_WRITTEN_OUT = 3072
 # Sizes of groups that the product of four bits knows.
 GROUP_SIZES = (256, 128, 64, 32)
 # Weights of a stretch that is unpacked at once.
-STRETCH = 1 << 20
+STRETCH = 1 << 21
 
 
 class Int8Matrix(Matrix):
@@ -74,7 +76,7 @@ class Int8Matrix(Matrix):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
         rows = row_count(x)
-        if rows <= FEW_ROWS_WRITTEN_OUT and is_fused(x):
+        if rows <= FEW_ROWS_WRITTEN_OUT and is_fused(x) and self.in_features <= LONGEST_WRITTEN_OUT:
             y = written_out(x, self.numbers()) * self.scale
         elif rows <= FEW_ROWS_INT8 and has_packed_products(x):
             padded = F.pad(x, (0, self.weight.shape[1] - self.in_features)).flatten(0, -2)
@@ -100,8 +102,10 @@ class Int8Matrix(Matrix):
 
     def copy_columns(self, source: Matrix, columns: Tensor) -> None:
         if isinstance(source, Int4Matrix):
-            chosen = source.transposed(slice(None))[columns, : source.out_features]             # [in, out]
-            nearest_int8(chosen.t(), self.numbers(), self.scale)
+            for blocks, rows in source.stretches():
+                values = source.transposed(blocks)[columns].t()                     # [rows, in], of whole blocks
+                numbers = self.numbers()[rows]
+                nearest_int8(values[: len(numbers)], numbers, self.scale[rows])
         else:
             assert isinstance(source, Int8Matrix)
             self.numbers().copy_(source.weight.gather(1, columns.expand(source.out_features, -1)))
@@ -149,7 +153,8 @@ class Int4Matrix(Matrix):
         size = next(size for size in GROUP_SIZES if given.size % size == 0)
         groups = groups.repeat_interleave(given.size // size, dim=1)                # wider ones are several alike
         made = cls.with_room(len(given.numbers), given.numbers.shape[1], groups.shape[1], groups, bias)
-        made.fill(given.numbers)
+        padded = F.pad(given.numbers, (0, 0, 0, made.groups.shape[1] - made.out_features))
+        made.weight.copy_(pack(padded.t(), *layout()))
         made.groups[:, : made.out_features] = groups.transpose(0, 1)
         return made
 
@@ -160,13 +165,6 @@ class Int4Matrix(Matrix):
         weight = torch.zeros(blocks, columns, block // 2, dtype=torch.uint8)
         return cls.packed(weight, like.new_zeros(groups, blocks * block, 2), rows, bias)
 
-    def fill(self, numbers: Tensor) -> None:
-        """Pack numbers, uint8 [out, in]."""
-        block, halves = layout()
-        rows = len(self.weight) * block
-        padded = numbers if len(numbers) == rows else F.pad(numbers, (0, 0, 0, rows - len(numbers)))
-        torch.ops.aten.copy_(self.weight, pack(padded, block, halves))
-
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
         if row_count(x) <= FEW_ROWS_INT4 and has_packed_products(x):
@@ -175,13 +173,11 @@ class Int4Matrix(Matrix):
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.flatten(0, -2), packed, size, self.groups)
             y = y.view(*x.shape[:-1], -1)
         else:
-            blocks = max(1, rows_at_once(self.in_features) // layout()[0])
-            stretches = range(0, len(self.weight), blocks)
-            y = torch.cat([x @ self.transposed(slice(first, first + blocks)) for first in stretches], dim=-1)
+            y = torch.cat([x @ self.transposed(blocks) for blocks, _ in self.stretches()], dim=-1)
         y = y[..., : self.out_features]
         return y if self.bias is None else y + self.bias
 
-    def transposed(self, blocks: slice) -> Tensor:
+    def transposed(self, blocks: slice = slice(None)) -> Tensor:
         """What the numbers of some blocks stand for: [in, rows] in the dtype of the activations."""
         numbers = self.numbers(blocks)                                              # [in, rows]
         rows = numbers.shape[1]
@@ -191,10 +187,17 @@ class Int4Matrix(Matrix):
         grouped = numbers.to(scale.dtype).unflatten(0, (len(scale), -1))            # [G, g, rows]
         return torch.addcmul(least.unsqueeze(1), grouped, scale.contiguous().unsqueeze(1)).flatten(0, 1)
 
-    def numbers(self, blocks: slice) -> Tensor:
-        """Those of some blocks, unpacked and transposed: uint8 [in, rows]"""
+    def stretches(self) -> Iterator[tuple[slice, slice]]:
+        """Blocks to unpack at once, one stretch after the other, and the rows that they are."""
+        block, _ = layout()
+        step = max(1, rows_at_once(self.in_features) // block)
+        for first in range(0, len(self.weight), step):
+            yield slice(first, first + step), slice(first * block, (first + step) * block)
+
+    def numbers(self, blocks: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        """Those of some blocks and columns, unpacked and transposed: uint8 [in, rows]"""
         _, halves = layout()
-        packed = self.weight[blocks].transpose(0, 1)                                # [in, blocks, block / 2]
+        packed = self.weight[blocks, columns].transpose(0, 1)                       # [in, blocks, block / 2]
         return torch.stack([packed & 15, packed >> 4], dim=-2 if halves else -1).flatten(1)
 
     def reads_chosen_rows(self, rows: int) -> bool:
@@ -209,13 +212,18 @@ class Int4Matrix(Matrix):
 
     def copy_rows(self, source: Matrix, rows: Tensor) -> None:
         assert isinstance(source, Int4Matrix)
-        self.fill(source.numbers(slice(None)).t()[rows])
+        padded = F.pad(rows, (0, self.groups.shape[1] - len(rows)))                 # what is padding is dropped again
+        step = rows_at_once(len(padded))
+        for first in range(0, self.in_features, step):
+            columns = slice(first, first + step)
+            numbers = source.numbers(columns=columns)                               # [in, rows]
+            self.weight[:, columns] = pack(numbers.gather(1, padded.expand(len(numbers), -1)), *layout())
         self.groups[:, : self.out_features] = source.groups[:, rows]
         if source.bias is not None:
             torch.index_select(source.bias, 0, rows, out=self.bias)
 
     def values(self) -> Tensor:
-        return self.transposed(slice(None)).t()[: self.out_features]
+        return self.transposed().t()[: self.out_features]
 
     def read_bytes(self, rows: int | None = None, columns: int | None = None) -> int:
         out = self.out_features if rows is None else rows
@@ -232,7 +240,8 @@ class Int4Matrix(Matrix):
         if all(part.out_features == part.groups.shape[1] for part in parts):        # whole blocks
             return cls.packed(share_storage([part.weight for part in parts]), groups, rows, bias)
         whole = cls.with_room(rows, first.in_features, len(groups), groups, bias)
-        whole.fill(torch.cat([part.numbers(slice(None))[:, : part.out_features] for part in parts], dim=1).t())
+        numbers = torch.cat([part.numbers()[:, : part.out_features] for part in parts], dim=1)      # [in, rows]
+        whole.weight.copy_(pack(F.pad(numbers, (0, whole.groups.shape[1] - rows)), *layout()))
         whole.groups[:, :rows] = groups
         return whole
 
@@ -271,14 +280,13 @@ def nearest_int8(values: Tensor, numbers: Tensor, scale: Tensor) -> None:
 
 
 def pack(numbers: Tensor, block: int, halves: bool) -> Tensor:
-    """Two numbers to a byte, block by block of rows, columns outermost in each. [rows, in] -> [blocks, in, block / 2]
+    """Two numbers to a byte, block by block of rows. uint8 [in, rows] -> [blocks, in, block / 2]
 
     halves  whether a byte holds the same place of a block's two halves, or two neighbouring rows
     """
-    pairs = numbers.view(-1, 2, block // 2, numbers.shape[1])                       # [blocks, 2, block / 2, in]
-    if not halves:
-        pairs = numbers.view(-1, block // 2, 2, numbers.shape[1]).transpose(1, 2)
-    return (pairs[:, 0] | pairs[:, 1] << 4).transpose(1, 2)
+    blocks = numbers.unflatten(1, (-1, block)).transpose(0, 1)                      # [blocks, in, block]
+    low, high = blocks.chunk(2, dim=-1) if halves else blocks.unflatten(-1, (-1, 2)).unbind(-1)
+    return low | high << 4
 
 
 @lru_cache(maxsize=1)
@@ -291,6 +299,6 @@ def layout() -> tuple[int, bool]:
     wanted = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 2).view(torch.uint8).flatten()
     for block in (64, 32):
         for halves in (True, False):
-            if torch.equal(pack(numbers.to(torch.uint8), block, halves).flatten(), wanted):
+            if torch.equal(pack(numbers.t().to(torch.uint8), block, halves).flatten(), wanted):
                 return block, halves
     raise InputError("this PyTorch packs numbers of four bits in an order that popengine does not know: use int8")
