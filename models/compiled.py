@@ -42,7 +42,7 @@ class CompiledDecode:
         # Checking again that inputs have the shapes compiled for takes 4 % of a step: the guards have seen to that.
         # What calls the loops is compiled too: in Python it takes 7 % of a step on packed weights.
         options = {"size_asserts": False, "cpp_wrapper": model.device.type == "cpu"}
-        compile = partial(torch.compile, dynamic=False, options=options)
+        compile = partial(torch.compile, dynamic=False, fullgraph=True, options=options)
         self.begin: Callable[..., tuple[Tensor, DecodePass]] = compile(LlamaForCausalLM.begin)
         self.layers: Callable[..., Tensor] = compile(decode_layers)
         self.begin_dense: Callable[..., tuple[Tensor, PrefillPass]] = compile(LlamaForCausalLM.begin_dense)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from models.clock import Clock
 from models.layers import activation_function
 from models.matrix import Matrix, take_columns, tensor_bytes
-from models.matrix_forms import ChosenColumns, ChosenRows
+from models.matrix_forms import ChosenColumns, ChosenRows, by_columns
+from models.packed import DRAFT_DTYPE, draft_of
 from models.passes import DecodePass, PrefillPass
 from models.products import best, row_count
 from models.pruning.partition import undecided
@@ -44,9 +45,11 @@ class ActiveFeedForward:
         self.gate: AnyMatrix = ffn.gate_proj                                        # [A, H]
         self.up: AnyMatrix = ffn.up_proj                                            # [A, H]
         self.down: AnyMatrix = ffn.down_proj                                        # [H, A]
+        self.drafts = ffn.drafts() if self.prunes and rule.looks_at == "draft" else ()
         if self.prunes and not self.sizes.copied:
             self.candidate_factors = ffn.down_norms().clone()                       # [C]
             self.copies = False                                                     # all are resident, in their order
+            self.down = ffn.down_by_columns()
         elif self.prunes:
             resident = self.sizes.resident
             self.gate = ffn.gate_proj.empty_rows(resident) if copies else ChosenRows(ffn.gate_proj)
@@ -102,6 +105,8 @@ class FeedForward(nn.Module):
         self.down_proj = Matrix(channels, hidden_size, bias=bias)
         self.act = activation_function(act)
         self.norms: Tensor | None = None
+        self.made_drafts: tuple[Matrix, Matrix] | None = None
+        self.made_by_columns: tuple[Matrix] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -150,13 +155,15 @@ class FeedForward(nn.Module):
         """
         sizes, rows = active.sizes, row_count(x)
         looks_first = active.rule.looks_at != "h" and active.gate.reads_chosen_rows(rows)
+        drafts = active.rule.looks_at == "draft"
         if sizes.decides and looks_first and step.observe is None:
-            return self.decode_chosen(x, active, step)
+            return self.decode_drafted(x, active, step) if drafts else self.decode_chosen(x, active, step)
         gate, up = self.act(active.gate(x)), active.up(x)                           # [B, T, A]
         h = gate * up
         if sizes.decides:
             retained, candidate = h.split([sizes.retained, sizes.candidate], dim=-1)
-            look = {"h": h, "gate": gate, "up": up}[active.rule.looks_at][..., sizes.retained :]
+            looks = {"h": h, "gate": gate, "up": up}
+            look = self.drafted(x, active) if drafts else looks[active.rule.looks_at][..., sizes.retained :]
             scores = active.rule.candidate_scores(look, active.candidate_factors, step)         # [C] or [B, T, C]
             if active.down.reads_chosen_columns(rows) and step.observe is None:
                 staying = self.staying(scores, active)                              # [R + K]
@@ -175,10 +182,37 @@ class FeedForward(nn.Module):
         scores = active.rule.candidate_scores(look[..., active.sizes.retained :], active.candidate_factors, step)
         staying = self.staying(scores, active)                                      # [R + K]
         other = second.multiply_rows(x, staying)                                    # [1, 1, R + K]
-        h = look[..., staying] * (other if by_gate else self.act(other))
+        return self.finish(look[..., staying] * (other if by_gate else self.act(other)), staying, active)
+
+    def decode_drafted(self, x: Tensor, active: ActiveFeedForward, step: DecodePass) -> Tensor:
+        """The same of one row where drafts decide: of both factors only the chosen rows are read. x [1, 1, H]"""
+        scores = active.rule.candidate_scores(self.drafted(x, active), active.candidate_factors, step)
+        staying = self.staying(scores, active)                                      # [R + K]
+        gate, up = active.gate.multiply_rows(x, staying), active.up.multiply_rows(x, staying)   # [1, 1, R + K]
+        return self.finish(self.act(gate) * up, staying, active)
+
+    def drafted(self, x: Tensor, active: ActiveFeedForward) -> Tensor:
+        """What drafts say of the candidates. x [B, T, H] -> h [B, T, C]"""
+        gate, up = (draft(x.to(DRAFT_DTYPE)) for draft in active.drafts)            # [B, T, I]
+        return (self.act(gate) * up)[..., active.partition.candidate]
+
+    def drafts(self) -> tuple[Matrix, Matrix]:
+        """Copies of gate_proj and up_proj to score with, made at first use; in a tuple they are no submodules."""
+        if self.made_drafts is None:
+            self.made_drafts = draft_of(self.gate_proj), draft_of(self.up_proj)
+        return self.made_drafts
+
+    def down_by_columns(self) -> Matrix:
+        """down_proj as what reads chosen columns alone, for rules that choose among all: if need be a copy."""
+        if self.made_by_columns is None:
+            self.made_by_columns = (by_columns(self.down_proj),)
+        return self.made_by_columns[0]
+
+    def finish(self, h: Tensor, staying: Tensor, active: ActiveFeedForward) -> Tensor:
+        """down_proj of one row's chosen channels, places among the resident: h [1, 1, k], int64 [k] -> [1, 1, H]"""
         if active.down.reads_chosen_columns(1):
             return active.down.multiply_columns(h, staying)
-        return active.down(torch.zeros_like(look).index_copy(-1, staying, h))
+        return active.down(h.new_zeros(1, 1, active.sizes.resident).index_copy(-1, staying, h))
 
     def staying(self, scores: Tensor, active: ActiveFeedForward) -> Tensor:
         """The retained and the chosen channels, as places among the resident. scores [..., C] -> int64 [R + K]"""

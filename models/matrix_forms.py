@@ -8,24 +8,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.matrix import FEW_ROWS, Matrix, bits, take_columns
-from models.products import add_up_columns, add_up_for_each, row_count, stretches
+from models.products import add_up_columns, add_up_for_each, kept, row_count, stretches
 
 
 class ColumnMatrix(Matrix):
     """The same stored column by column: what eager products of a few rows on a CPU want. float32 and bfloat16 only."""
 
+    parts: int
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> "ColumnMatrix":
+        made: ColumnMatrix = super().of(weight, bias)  # type: ignore[assignment]
+        made.parts = torch.get_num_threads()        # which compiled code could not ask
+        return made
+
     @classmethod
     def from_rows(cls, matrix: Matrix) -> "ColumnMatrix":
         """A matrix stored by rows in this order; its values, its parameter and whoever shares that stay the same."""
         matrix.weight.data = matrix.weight.data.t().contiguous().t()
-        return cls.of(matrix.weight, matrix.bias)  # type: ignore[return-value]
+        return cls.of(matrix.weight, matrix.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = row_count(x)
         if rows > FEW_ROWS[self.weight.dtype]:
             return F.linear(x, self.weight, self.bias)
         if rows == 1:
-            y = add_up_columns(self.weight.t(), stretches(self.in_features, 1)[0], x.flatten())     # [out]
+            y = add_up_columns(self.weight.t(), kept(stretches, self.in_features, 1)[0], x.flatten(), self.parts)
         else:
             y = add_up_for_each(self.weight.t(), x.flatten(0, -2))                  # [T, out]
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
@@ -34,7 +42,7 @@ class ColumnMatrix(Matrix):
         return rows == 1
 
     def multiply_columns(self, x: Tensor, columns: Tensor) -> Tensor:
-        y = add_up_columns(self.weight.t(), columns, x.flatten())                   # [out]
+        y = add_up_columns(self.weight.t(), columns, x.flatten(), self.parts)       # [out]
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
     def reads_chosen_rows(self, rows: int) -> bool:
@@ -53,6 +61,13 @@ class ColumnMatrix(Matrix):
         torch.index_select(bits(source.weight.t()), 0, columns, out=bits(self.weight.t()))
         if source.bias is not None:
             self.bias.copy_(source.bias)
+
+
+def by_columns(matrix: Matrix) -> Matrix:
+    """The matrix itself, or a copy stored by columns where that lets a CPU read chosen ones alone."""
+    if type(matrix) is not Matrix or matrix.weight.device.type != "cpu" or matrix.weight.dtype not in FEW_ROWS:
+        return matrix
+    return ColumnMatrix.of(matrix.weight.t().contiguous().t(), matrix.bias)
 
 
 class ChosenRows(nn.Module):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from models.matrix import Matrix, share_storage
 from models.products import is_fused, row_count, written_out
 from weights.errors import InputError
-from weights.groups import Groups
+from weights.groups import Groups, group
 
 # Up to how many rows a packed product is faster than unpacking, and one that a compiler fuses faster than that
 # (tools/measure_packed.py).
@@ -31,6 +31,8 @@ PADDING = 16
 LONGEST_WRITTEN_OUT = 3072
 # Sizes of groups that the product of four bits knows.
 GROUP_SIZES = (256, 128, 64, 32)
+# Of drafts: their activations, which packed products want in half precision, and their groups.
+DRAFT_DTYPE, DRAFT_GROUP = torch.bfloat16, 32
 # Weights of a stretch that is unpacked at once.
 STRETCH = 1 << 21
 
@@ -244,6 +246,18 @@ class Int4Matrix(Matrix):
         whole.weight.copy_(pack(F.pad(numbers, (0, whole.groups.shape[1] - rows)), *layout()))
         whole.groups[:, :rows] = groups
         return whole
+
+
+def draft_of(matrix: Matrix) -> Matrix:
+    """A copy of few bits to score with: four, where the machine and the groups allow it, else eight."""
+    if isinstance(matrix, Int4Matrix) and matrix.groups.dtype == DRAFT_DTYPE:
+        return matrix
+    four = matrix.weight.device.type == "cpu" and matrix.in_features % DRAFT_GROUP == 0
+    values = matrix.values()
+    bias = None if matrix.bias is None else matrix.bias.to(DRAFT_DTYPE)
+    if four:
+        return Int4Matrix.of_groups(group(values, DRAFT_GROUP), DRAFT_DTYPE, bias)
+    return Int8Matrix.nearest(values, DRAFT_DTYPE, bias)
 
 
 class Int8Embedding(nn.Module):

@@ -10,6 +10,7 @@ size, C candidates.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,15 +47,21 @@ def stretches(count: int, parts: int) -> tuple[Tensor, Tensor]:
         return torch.arange(count), torch.arange(parts) * count // parts
 
 
-def add_up_columns(columns: Tensor, which: Tensor, factors: Tensor) -> Tensor:
+def kept(make: Any, *sizes: int) -> tuple[Tensor, Tensor]:
+    """What a cached function has made of these sizes; a compiler makes it anew, a constant of its code."""
+    made: tuple[Tensor, Tensor] = (make.__wrapped__ if torch.compiler.is_compiling() else make)(*sizes)
+    return made
+
+
+def add_up_columns(columns: Tensor, which: Tensor, factors: Tensor, parts: int) -> Tensor:
     """sum over k of factors[k] * columns[which[k]]: one row's product that reads the columns named and no others.
 
     That is what embedding_bag computes from a table of the columns. Each thread adds up a stretch of them, and so one
     row's product takes half the time of F.linear's (figures in docs/speed.md).
 
-    columns [in, out], on the CPU; which int64 [k]; factors [k] -> [out]
+    columns [in, out], on the CPU; which int64 [k]; factors [k]; parts: how many stretches -> [out]
     """
-    _, begins = stretches(len(which), torch.get_num_threads())
+    _, begins = kept(stretches, len(which), parts)
     sums = F.embedding_bag(which, columns, offsets=begins, per_sample_weights=factors, mode="sum")
     return sums.sum(dim=0)
 
@@ -62,7 +69,7 @@ def add_up_columns(columns: Tensor, which: Tensor, factors: Tensor) -> Tensor:
 def add_up_for_each(columns: Tensor, factors: Tensor) -> Tensor:
     """The same of all columns for several rows, a bag for each. columns [in, out]; factors [T, in] -> [T, out]"""
     rows, count = factors.shape
-    which, begins = every_column(rows, count)
+    which, begins = kept(every_column, rows, count)
     return F.embedding_bag(which, columns, offsets=begins, per_sample_weights=factors.flatten(), mode="sum")
 
 
@@ -101,24 +108,31 @@ def attend_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
     return a.reshape(batch, 1, heads, head_dim)
 
 
-def best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores along the last dimension, best first; of equal scores the earlier one.
-
-    scores  [..., C] -> returns int64 [..., count]
-    """
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-
-
 def keep_best(scores: Tensor, count: int) -> Tensor:
     """True at the `count` highest scores along the last dimension, of equal scores the earlier one.
 
     scores  [..., C] -> returns bool [..., C]. Static in shape and free of data-dependent branches, so that it can
     stand in a compiled decode step.
     """
-    if torch.compiler.is_compiling() and scores.shape[-1] <= MOST_COMPARED:
-        # Rank by comparing every pair: C * C comparisons fuse into one loop, where a sort would be a call out of it.
-        place = torch.arange(scores.shape[-1], device=scores.device)
+    channels = scores.shape[-1]
+    if count in (0, channels):
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
+    if torch.compiler.is_compiling() and channels <= MOST_COMPARED:
+        # Rank by comparing every pair: C * C comparisons fuse into one loop, where a selection would be a call out of
+        # it.
+        place = torch.arange(channels, device=scores.device)
         mine, other = scores.unsqueeze(-1), scores.unsqueeze(-2)                    # [..., C, 1], [..., 1, C]
         better = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))     # [..., C, C]
         return better.sum(dim=-1) < count
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best(scores, count), True)
+    # Not sorted: of 8,192 scores the lowest that stays is found in a twentieth of the time.
+    lowest = scores.kthvalue(channels - count + 1, dim=-1, keepdim=True).values    # [..., 1]
+    above, ties = scores > lowest, scores == lowest                                 # [..., C]
+    return above | (ties & (ties.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Places of the `count` highest scores, in their order in memory, which reads what lies there fastest.
+
+    scores  [C] -> returns int64 [count]
+    """
+    return torch.nonzero_static(keep_best(scores, count), size=count).squeeze(-1)

@@ -80,10 +80,15 @@ def ffn_bytes(ffn: FeedForward, rule: POP | None, batch: int) -> int:
     if rule is None:
         return sum(matrix.read_bytes() for matrix in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
     sizes = rule.sizes(ffn)
-    finishing = sizes.active if ffn.down_proj.reads_chosen_columns(batch) else sizes.resident
+    down = ffn.down_proj if sizes.copied or not sizes.prunes else ffn.down_by_columns()
+    finishing = sizes.active if down.reads_chosen_columns(batch) else sizes.resident
+    drafts = rule.looks_at == "draft" and sizes.decides
     looks_first = rule.looks_at != "h" and ffn.gate_proj.reads_chosen_rows(batch)
     second = sizes.active if looks_first else sizes.resident
-    one, other = (ffn.gate_proj.read_bytes(rows=rows) for rows in (sizes.resident, second))
+    one, other = (
+        ffn.gate_proj.read_bytes(rows=rows) for rows in (second if drafts else sizes.resident, second)
+    )
+    one += sum(draft.read_bytes() for draft in ffn.drafts()) if drafts else 0
     whole = not sizes.copied and finishing == sizes.channels
     return one + other + ffn.down_proj.read_bytes(columns=None if whole else finishing)
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-from models.pruning.settings import PruningSettings, share
+from models.pruning.settings import RULE_NAMES, PruningSettings, share
 from popengine.command import OneLineParser, add_checkpoint_flag, run_as_command
 from weights.errors import InputError
 
@@ -31,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
         "--prune-ratio", type=float, nargs="+", default=[0.0, 0.2, 0.4], metavar="R",
         help="settings to time; the dense network always is among them (default: 0 0.2 0.4)",
     )  # fmt: skip
+    flags.add_argument(
+        "--rule", nargs="+", default=["pop"], metavar="RULE", help=f"{', '.join(RULE_NAMES)} (default: pop)"
+    )
     flags.add_argument(
         "--prefill-skip", type=share, nargs="+", default=[], metavar="SHARE",
         help="time all of these again with prompts that skip the deepest layers, like 1/3 (default: no)",
@@ -76,6 +79,8 @@ def check(flags: argparse.Namespace) -> None:
         least = 2 if name == "new_tokens" else 1
         if getattr(flags, name) < least:
             raise InputError(f"{name.replace('_', ' ')} must be at least {least}, not {getattr(flags, name)}")
+    for rule in flags.rule:
+        PruningSettings(rule=rule)
     for one in flags.prefill_skip:
         PruningSettings(prefill_skip=one, boundary_tokens=flags.boundary_tokens)
     if flags.threads is not None and flags.threads < 1:

@@ -21,11 +21,13 @@ from slow_pop import slow_order
 from torch import Tensor
 from transformers import LlamaConfig
 
+from models import feed_forward, packed
 from models.clock import Clock
 from models.feed_forward import ActiveFeedForward, FeedForward
 from models.gathering import Gathering
 from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
+from models.packed import Int4Matrix, Int8Matrix, draft_of
 from models.passes import prefill_pass
 from models.pruning.resolve import Pruning
 from models.pruning.rules import POP, Prior
@@ -34,7 +36,7 @@ from models.reading import bytes_per_token
 from popengine.loading import load
 from weights.errors import InputError
 
-CHEAP = ("up", "gate", "cats", "teal", "all-channels")
+CHEAP = ("up", "gate", "cats", "teal", "all-channels", "draft")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,13 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
     return saved_pair(tmp_path_factory.mktemp("mixtral"), MIXTRAL)[1].double()
 
 
+@pytest.fixture(autouse=True)
+def exact_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision two paths round scores differently, and choose differently where two are all but equal."""
+    for module in (feed_forward, packed):
+        monkeypatch.setattr(module, "DRAFT_DTYPE", torch.float32)
+
+
 def slow_step(ffn: FeedForward, x: Tensor, prompt: Tensor, rule: str, active: int, retained: int) -> Tensor:
     """One row through a network: every score by its formula, channels that lose set to zero. x [H], prompt [T, H]
 
@@ -56,12 +65,14 @@ def slow_step(ffn: FeedForward, x: Tensor, prompt: Tensor, rule: str, active: in
     usual_gate = ffn.act(prompt @ ffn.gate_proj.weight.T).square().mean(dim=0).sqrt()
     usual_up = (prompt @ ffn.up_proj.weight.T).square().mean(dim=0).sqrt()
     norms = ffn.down_proj.weight.norm(dim=0)
+    draft_gate, draft_up = (draft_of(matrix).values() for matrix in (ffn.gate_proj, ffn.up_proj))
     scores = {
         "up": up.abs() * usual_gate * norms,
         "gate": gate.abs() * usual_up * norms,
         "cats": gate.abs(),
         "teal": (gate * up).abs(),
         "all-channels": (gate * up).abs() * norms,
+        "draft": (ffn.act(x.float() @ draft_gate.T) * (x.float() @ draft_up.T)).abs() * norms,
     }[rule]
     of_prompt = ffn.activation(prompt).norm(dim=0) * norms                          # [I]
     scores[slow_order(of_prompt.tolist())[:retained]] = torch.inf
@@ -123,6 +134,34 @@ def test_rows_that_a_cheap_rule_does_not_choose_are_not_read(model: LlamaForCaus
     torch.testing.assert_close(layer.decode(x, active, step), wanted)
     dense = bytes_per_token(model, resolved(model, DENSE)) - bytes_per_token(model, pruning)
     assert dense == 8 * len(model.model.layers) * SIZES["hidden_size"] * len(losing)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["eight bits", "four bits"])
+@torch.inference_mode()
+def test_a_draft_chooses_and_of_the_weights_only_what_it_chose_is_read(
+    wide: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a compact network of the channels whose drafts score best; in half precision, as it runs."""
+    for module in (feed_forward, packed):
+        monkeypatch.setattr(module, "DRAFT_DTYPE", torch.bfloat16)
+    sizes = SIZES | {"hidden_size": 64} if wide else SIZES
+    model = saved_pair(tmp_path, LlamaConfig(**sizes))[1]
+    pruning = resolved(model, PruningSettings(ffn_ratio=0.4, rule="draft"))
+    _, state = prefilled(model, left_padded([14], sizes["vocab_size"])[0], pruning)
+    layer, active = model.model.layers[0].mlp, state.layers[0].ffn
+    assert isinstance(active.drafts[0], Int4Matrix if wide else Int8Matrix)
+    x = torch.randn(1, 1, sizes["hidden_size"])
+    _, step = model.begin(torch.tensor([5]), state)
+    gate, up = (draft(x.bfloat16()) for draft in active.drafts)
+    scores = (layer.act(gate) * up).float()[0, 0].abs() * layer.down_norms()
+    chosen = scores.argsort(descending=True)[: active.sizes.active]
+    losing = sorted(set(range(layer.channels)) - set(chosen.tolist()))
+    h = layer.activation(x)[..., chosen]
+    wanted = h @ layer.down_proj.weight[:, chosen].T
+    for matrix in (layer.gate_proj, layer.up_proj):
+        matrix.weight[losing] = torch.nan
+    active.down.weight[:, losing] = torch.nan
+    torch.testing.assert_close(layer.decode(x, active, step), wanted)
 
 
 @torch.inference_mode()

@@ -54,13 +54,12 @@ def report(what: str, took: float, read: int) -> None:
 @torch.inference_mode()
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--threads", type=int)
+    flags.add_argument("--threads", type=int, default=torch.get_num_threads())
     threads = flags.parse_args().threads
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     torch._dynamo.config.recompile_limit = 64           # one for every shape below
     fast = {f: torch.compile(f, dynamic=False) for f in (masked, gathered, multiplied)}
-    print(f"{torch.get_num_threads()} threads")
+    print(f"{threads} threads")
     for dtype in (torch.float32, torch.bfloat16):
         for rows, columns in SHAPES:
             print(f"{rows} x {columns}, {dtype}")
@@ -70,7 +69,7 @@ def main() -> None:
             x, everything = torch.randn(columns).to(dtype), torch.arange(columns)
             report("F.linear, by rows", microseconds(lambda w: F.linear(x[None], w), by_rows), read)  # noqa: B023
             report("F.linear, by columns", microseconds(lambda w: F.linear(x[None], w), by_columns), read)  # noqa: B023
-            summed = microseconds(lambda w: add_up_columns(w.t(), everything, x), by_columns)  # noqa: B023
+            summed = microseconds(lambda w: add_up_columns(w.t(), everything, x, threads), by_columns)  # noqa: B023
             report("columns added up (eager steps)", summed, read)
             report("written out and compiled, by rows (compiled steps)",
                    microseconds(lambda w: fast[multiplied](w, x[None]), by_rows), read)  # noqa: B023
@@ -93,9 +92,9 @@ def main() -> None:
             keep = torch.zeros(active, dtype=torch.bool).index_fill(0, winners, True)
             everything = torch.arange(active)
             report("columns added up, masked",
-                   microseconds(lambda w: add_up_columns(w.t(), everything, h * keep), by_columns), read)  # noqa: B023
+                   microseconds(lambda w: add_up_columns(w.t(), everything, h * keep, threads), by_columns), read)  # noqa: B023
             report("columns added up, gathered (eager steps)",
-                   microseconds(lambda w: add_up_columns(w.t(), winners, h[winners]), by_columns), fewer)  # noqa: B023
+                   microseconds(lambda w: add_up_columns(w.t(), winners, h[winners], threads), by_columns), fewer)  # noqa: B023
             report("written out, masked (compiled steps)",
                    microseconds(lambda w: fast[masked](w, h, keep), by_rows), read)  # noqa: B023
             report("written out, gathered",

@@ -61,6 +61,15 @@ class TEAL(AllChannels):
         return torch.ones_like(network.down_norms())
 
 
+class Draft(AllChannels):
+    """The full score from copies of gate_proj and up_proj in four bits; of the weights only what is chosen is read.
+
+    Ours; docs/results.md has what it costs.
+    """
+
+    looks_at = "draft"
+
+
 class GLASS(POP):
     """The ranks of the prompt's scores and of the prior's, half and half, cut the channels (arXiv 2508.14302).
 
@@ -119,5 +128,6 @@ class StaticRule(POP):
 
 
 RULES: dict[str, type[POP]] = {
-    "pop": POP, "all-channels": AllChannels, "up": Up, "gate": Gate, "cats": CATS, "teal": TEAL, "glass": GLASS,
+    "pop": POP, "all-channels": AllChannels, "up": Up, "gate": Gate, "cats": CATS, "teal": TEAL,
+    "glass": GLASS, "draft": Draft,
 }

@@ -63,8 +63,9 @@ class POP:
     retained_share: float | None = None
 
     follows_prompt = True
-    # A candidate's score is |look| * factor: which of "gate" (act(gate)), "up" and "h" (their product) a step looks at,
-    # and which of them the prompt is watched for besides h, if the factor needs it.
+    # A candidate's score is |look| * factor: which of "gate" (act(gate)), "up", "h" (their product) and "draft" (h from
+    # copies of few bits) a step looks at, and for which of the first two besides h the prompt is watched, if the
+    # factor needs it.
     looks_at, watches = "h", ""
 
     def with_prior(self, prior: Prior | None) -> "POP":

@@ -13,7 +13,7 @@ from weights.errors import InputError
 
 DEFAULT_PRUNE_RATIO = 0.2
 # Of models/pruning/rules.py, which imports PyTorch and therefore is not asked here.
-RULE_NAMES = ("pop", "all-channels", "up", "gate", "cats", "teal", "glass")
+RULE_NAMES = ("pop", "all-channels", "up", "gate", "cats", "teal", "glass", "draft")
 # Those whose candidates are as many as the width says; under the others all that is not retained is a candidate.
 WIDTH_RULES = ("pop", "glass")
 

@@ -219,15 +219,17 @@ def make_prompts(flags: argparse.Namespace, engine: Engine) -> list[list[int]]:
 
 def own_entries(flags: argparse.Namespace, engine: Engine, mode: str) -> list[Entry]:
     settings = [
-        PruningSettings(prune_ratio=ratio, prefill_skip=skip, boundary_tokens=flags.boundary_tokens)
+        PruningSettings(prune_ratio=ratio, rule=rule, prefill_skip=skip, boundary_tokens=flags.boundary_tokens)
         for skip in dict.fromkeys([0.0, *flags.prefill_skip])
         for ratio in dict.fromkeys([0.0, *flags.prune_ratio])
+        for rule in dict.fromkeys(flags.rule if ratio else ["pop"])
     ]
     entries = []
     for one in settings:
         pruning = engine.resolve(one)
         read = bytes_per_token(engine.model, pruning, flags.batch)
-        what = [f"POP {one.prune_ratio:g}" if one.prune_ratio else "dense"]
+        name = "POP" if one.rule == "pop" else one.rule
+        what = [f"{name} {one.prune_ratio:g}" if one.prune_ratio else "dense"]
         if pruning.skipped:
             what.append(f"{len(pruning.skipped)} layers skipped")
         entry = Entry(OwnEngine(f"popengine {mode}, {', '.join(what)}", engine, one), mode, one, read)
@@ -426,6 +428,7 @@ def row(entry: Entry) -> dict[str, Any]:
         "engine": entry.contender.name,
         "mode": entry.mode,
         "prune_ratio": entry.settings.prune_ratio if entry.settings else None,
+        "rule": entry.settings.rule if entry.settings else None,
         "prefill_skip": entry.settings.prefill_skip if entry.settings else None,
         "boundary_tokens": entry.settings.boundary_tokens if entry.settings else None,
         "skips": entry.settings is not None and exact_share(entry.settings.prefill_skip) > 0,
