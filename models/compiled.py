@@ -34,8 +34,8 @@ class CompiledDecode:
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model
         self.steps: dict[tuple[int, Pruning], float] = {}
-        # Every step of the one function counts towards this limit, past which PyTorch would silently run eagerly.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # Every step of the one function counts towards these limits, in every engine of the process.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
         layers = tuple(model.model.layers)
         size = max(size for size in range(1, MOST_LAYERS_PER_CALL + 1) if len(layers) % size == 0)
         self.groups = {first: layers[first : first + size] for first in range(0, len(layers), size)}

@@ -108,12 +108,13 @@ def pruning_settings(flags: argparse.Namespace, otherwise: PruningSettings | Non
     return replace(otherwise or PruningSettings(), **given)
 
 
-def add_machine_flags(flags: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_machine_flags(flags: argparse.ArgumentParser, several_forms: bool = False) -> argparse._ArgumentGroup:
     machine = flags.add_argument_group("machine")
     machine.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
     machine.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps")
+    forms = {"nargs": "+", "default": ["auto"]} if several_forms else {"default": "auto"}
     machine.add_argument(
-        "--weights", default="auto", metavar="auto|plain|int8|int4", help="packed or not (auto: as the checkpoint is)"
+        "--weights", metavar="auto|plain|int8|int4", help="packed or not (auto: as the checkpoint is)", **forms
     )
     return machine
 

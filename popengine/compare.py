@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--quiet", action="store_true", help="no progress bars")
     add_scoring_flags(flags)
     add_setting_flags(flags, compared_fields())
-    add_machine_flags(flags)
+    add_machine_flags(flags, several_forms=True)
     return flags
 
 
@@ -57,6 +57,8 @@ def run(flags: argparse.Namespace) -> None:
         raise InputError("give a text to score (--text), tasks (--tasks), or both")
     if flags.time < 0 or (flags.time and flags.text is None):
         raise InputError("--time takes a number of rounds of at least 1, and a text whose first window is decoded")
+    if len(flags.weights) > 1 and (flags.calibration or flags.save_calibration):
+        raise InputError("a saved calibration is of one form of weights; give one --weights, or --calibration-text")
     # PyTorch takes seconds to import: only now that the flags have been understood.
     from popengine import loading
     from popengine.measure import comparison, comparison_table, scoring, tasks
@@ -71,30 +73,34 @@ def run(flags: argparse.Namespace) -> None:
         comparison.load_plots()                         # says so now, not after hours, when matplotlib is missing
     make_folder(flags.out)
     show_progress = sys.stderr.isatty() and not flags.quiet
-    engine = loading.load(
-        flags.ckpt, dtype=flags.dtype, device=flags.device, weights=flags.weights, compile=flags.compile,
-        progress=show_progress,
-    )
+    engines = {
+        form: loading.load(
+            flags.ckpt, dtype=flags.dtype, device=flags.device, weights=form, compile=flags.compile,
+            progress=show_progress,
+        )
+        for form in flags.weights
+    }
+    engine = engines[flags.weights[0]]
     text, windows = None, []
     if flags.text is not None:
         scoring.check_context(engine, flags.prompt_tokens, flags.score_tokens)
         text = scoring.read_text(flags.text, engine.tokenizer)
         windows = scoring.cut_windows(text, engine.tokenizer, flags.prompt_tokens, flags.score_tokens, flags.windows)
-    calibration = scoring.calibration_from(
-        engine, flags.calibration_text, flags.calibration, flags.save_calibration
-    )
-    wanted = comparison.configurations(flags, mixture=hasattr(engine.model.config, "num_experts"))
-    prunings = {                                        # errors come before anything is written
-        one: by_name.pruning_for(
-            one.method, by_name.Request(engine.model, one.settings, calibration, flags.seed, engine.resolve)
-        )
-        for one in wanted
+    calibrations = {
+        form: scoring.calibration_from(own, flags.calibration_text, flags.calibration, flags.save_calibration)
+        for form, own in engines.items()
     }
-    identity = comparison.identity_of(flags, engine, text, calibration)
+    wanted = comparison.configurations(flags, mixture=hasattr(engine.model.config, "num_experts"))
+    prunings = {}                                       # errors come before anything is written
+    for one in wanted:
+        own = engines[one.weights]
+        request = by_name.Request(own.model, one.settings, calibrations[one.weights], flags.seed, own.resolve)
+        prunings[one] = by_name.pruning_for(one.method, request)
+    identity = comparison.identity_of(flags, engines, text, calibrations[flags.weights[0]])
     progress = comparison.ProgressFile(flags.out / "progress.jsonl", identity)
     for note in progress.notes:
         print(f"warning: {note}", file=sys.stderr)
-    compared = comparison.Comparison(engine, prunings, windows, progress, show_progress)
+    compared = comparison.Comparison(engines, prunings, windows, progress, show_progress)
     folder = None if flags.no_plots else flags.out
     result = compared.measure(flags.tasks, flags.questions, flags.seed, flags.time, folder)
     result["about"] = identity | result["about"]

@@ -13,10 +13,11 @@ from builders import MIXTRAL_TINY, SIZES, exit_status, generated, one_line_error
 from transformers import LlamaConfig
 
 from models.pruning.settings import DENSE, PruningSettings
+from models.reading import bytes_per_token
 from popengine.compare import main
 from popengine.loading import load
 from popengine.measure import comparison
-from popengine.measure.scoring import Window, cut_windows, read_text
+from popengine.measure.scoring import Window, cut_windows, log_probabilities, read_text
 from popengine.measure.studies import drift_figures, pick_figures, picks, rank_drift
 from popengine.measure.tasks import Question, is_answered, questions_for
 from popengine.methods.activations import Activation, embedded, watch_dense
@@ -226,6 +227,31 @@ def test_agreement_along_dense_generation_is_what_the_method_would_generate(
         assert row["identical_tokens"] == alike / 2
         assert row["identical_tokens"] / 16 <= row["generated_agreement"] <= 1
     assert rows(tmp_path)[0]["identical_tokens"] == 16
+
+
+def test_forms_of_the_weights_are_compared_with_the_first_ones_dense_model(
+    flags: list[Any], checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    forms = ["--dtype", "bfloat16", "--weights", "plain", "int8", "--time", 2, "--methods", "dense", "draft"]
+    assert status(*flags, *forms, "--out", tmp_path) == 0
+    table = rows(tmp_path)
+    assert [(row["weights"], row["method"], row["ratio"] > 0) for row in table] == [
+        (form, *of) for form in ("plain", "int8") for of in (("dense", False), ("draft", True), ("draft", True))
+    ]
+    whole = read_text(text, load(checkpoint, device="cpu").tokenizer)
+    for row in (table[0], table[3]):
+        engine = load(checkpoint, device="cpu", dtype="bfloat16", weights=row["weights"])
+        assert row["weight_bytes_per_token"] == bytes_per_token(engine.model, engine.resolve(DENSE))
+        losses = [
+            -log_probabilities(engine.model, window, engine.resolve(DENSE))[torch.arange(16), window.continuation]
+            for window in cut_windows(whole, engine.tokenizer, 24, 16, 2)
+        ]
+        assert row["mean_loss"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-6)
+    assert table[0]["weight_share"] == 1 and table[3]["weight_share"] < 0.6
+    assert "| int8 | draft |" in (tmp_path / "table.md").read_text()
+    saved = ["--save-calibration", tmp_path / "c.safetensors", "--calibration-text", text]
+    assert "one --weights" in error(capsys, *flags, *forms, *saved, "--out", tmp_path)
 
 
 def test_picks_count_what_every_step_kept(checkpoint: Path) -> None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from models.pruning.resolve import Pruning
 from models.pruning.settings import DENSE, RULE_NAMES, WIDTH_RULES, PruningSettings, compared_fields, exact_share
+from models.reading import bytes_per_token
 from popengine import __version__
 from popengine.engine import Engine
 from popengine.measure.progress_file import ProgressFile
@@ -29,7 +30,6 @@ from popengine.measure.scoring import (
     WindowScore,
     dense_log_probabilities,
     log_probabilities,
-    read_per_token,
     score_window,
     summarise,
 )
@@ -43,25 +43,30 @@ TIMED_STEPS = 24
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row of the table: a method and the settings that matter to it (the others at their defaults)."""
+    """One row of the table: a method, the settings that matter to it (the others at their defaults), and how the
+    weights are kept."""
 
     method: str
     settings: PruningSettings
+    weights: str = "auto"
 
     def fields(self) -> dict[str, Any]:
         """The settings that tables compare, by name: how a row is told from others, in files too."""
-        return {"method": self.method} | {one.name: getattr(self.settings, one.name) for one in compared_fields()}
+        named = {one.name: getattr(self.settings, one.name) for one in compared_fields()}
+        return {"method": self.method, "weights": self.weights} | named
 
     @classmethod
     def from_fields(cls, named: dict[str, Any]) -> "Configuration":
         """What `fields` gave."""
-        return cls(named["method"], PruningSettings(**{name: named[name] for name in named if name != "method"}))
+        settings = {name: value for name, value in named.items() if name not in ("method", "weights")}
+        return cls(named["method"], PruningSettings(**settings), named["weights"])
 
     @property
     def label(self) -> str:
         """Short, for legends: what differs from the defaults."""
+        form = "" if self.weights == "auto" else f", {self.weights}"
         if self.method == "dense":
-            return "dense"
+            return f"dense{form}"
         settings = self.settings
         ratio = f"{100 * (settings.prune_ratio or 0):g} %"
         if settings.ffn_ratio is not None:
@@ -71,7 +76,7 @@ class Configuration:
             value, column = getattr(settings, one.name), one.metadata["column"]
             if column and (value != one.default or (column == "width" and self.method in WIDTH_RULES)):
                 words.append(f"{column} {value}")
-        return ", ".join(words)
+        return ", ".join(words) + form
 
 
 FOLLOW_THE_PROMPT = (*RULE_NAMES, "frozen")
@@ -85,9 +90,9 @@ def configurations(flags: argparse.Namespace, mixture: bool) -> list[Configurati
     ratios = [{"ffn_ratio": ratio} for ratio in flags.ffn_ratio or ()]
     ratios += [{"prune_ratio": ratio} for ratio in flags.prune_ratio or (() if flags.ffn_ratio else (0.2,))]
     made: dict[Configuration, None] = {}
-    for method in flags.methods:
+    for form, method in itertools.product(flags.weights, flags.methods):
         if method == "dense":
-            made[Configuration("dense", DENSE)] = None
+            made[Configuration("dense", DENSE, form)] = None
             continue
         follows = method in FOLLOW_THE_PROMPT
         matter = {
@@ -105,19 +110,26 @@ def configurations(flags: argparse.Namespace, mixture: bool) -> list[Configurati
                 if method in SKIPPING and len(flags.prefill_skip) > 1:
                     continue                        # 0 was meant for the others
                 settings = replace(settings, boundary_tokens=PruningSettings.boundary_tokens)
-            made[Configuration(method, settings)] = None
+            made[Configuration(method, settings, form)] = None
     return list(made)
 
 
 @dataclass
 class Comparison:
-    """Everything that a run works on. windows are empty without a text."""
+    """Everything that a run works on. windows are empty without a text.
 
-    engine: Engine
+    engines  the checkpoint with its weights kept in each form that is compared; "the dense model" is the first's
+    """
+
+    engines: dict[str, Engine]
     prunings: dict[Configuration, Pruning]
     windows: list[Window]
     progress: ProgressFile
     show_progress: bool
+
+    @property
+    def engine(self) -> Engine:
+        return next(iter(self.engines.values()))
 
     def measure(
         self, tasks: Sequence[str], questions: int, seed: int, rounds: int, plots: Path | None
@@ -141,7 +153,6 @@ class Comparison:
 
     def measure_text(self) -> None:
         """Score every window under every configuration; what has been scored is left out."""
-        model = self.engine.model
         missing = [
             (index, [one for one in self.prunings if text_key(one, index) not in self.progress.records])
             for index in range(len(self.windows))
@@ -153,9 +164,10 @@ class Comparison:
                 if not wanted:
                     continue
                 window = self.windows[index]
-                dense = dense_log_probabilities(model, window)
+                dense = dense_log_probabilities(self.engine.model, window)
                 for one in wanted:
-                    score = score_window(log_probabilities(model, window, self.prunings[one]), dense, window)
+                    own = log_probabilities(self.engines[one.weights].model, window, self.prunings[one])
+                    score = score_window(own, dense, window)
                     self.progress.add(text_key(one, index), asdict(score))
                     bar.update()
 
@@ -176,7 +188,8 @@ class Comparison:
                 for one, pruning in self.prunings.items():
                     key = generated_key(one, index)
                     if key not in self.progress.records:
-                        likeliest = log_probabilities(self.engine.model, generated, pruning).argmax(dim=-1)     # [S]
+                        model = self.engines[one.weights].model
+                        likeliest = log_probabilities(model, generated, pruning).argmax(dim=-1)     # [S]
                         said = likeliest.new_tensor(generated.continuation)
                         self.progress.add(key, {"agreed": (likeliest == said).tolist()})
                     bar.update()
@@ -188,7 +201,8 @@ class Comparison:
         with bar:
             for number, (one, pruning) in itertools.product(range(rounds), self.prunings.items()):
                 if speed_key(one, number) not in self.progress.records:
-                    run = self.engine.run([self.windows[0].prompt], TIMED_STEPS, pruning, ignore_eos=True)
+                    engine = self.engines[one.weights]
+                    run = engine.run([self.windows[0].prompt], TIMED_STEPS, pruning, ignore_eos=True)
                     moments = [time.perf_counter() for _ in run]
                     steps = [later - earlier for earlier, later in itertools.pairwise(moments)]
                     self.progress.add(speed_key(one, number), {"ms": statistics.median(steps) * 1000})
@@ -209,7 +223,9 @@ class Comparison:
                 if key not in self.progress.records:
                     right: dict[str, list[bool]] = {}
                     for question in asked:
-                        right.setdefault(question.task, []).append(is_answered(self.engine, question, pruning))
+                        right.setdefault(question.task, []).append(
+                            is_answered(self.engines[one.weights], question, pruning)
+                        )
                         bar.update()
                     self.progress.add(key, {"right": {task: sum(answers) for task, answers in right.items()},
                                             "asked": {task: len(answers) for task, answers in right.items()}})
@@ -220,8 +236,9 @@ class Comparison:
         """The table."""
         records = self.progress.records
         rows = []
+        dense = bytes_per_token(self.engine.model, self.engine.resolve(DENSE))
         for one, pruning in self.prunings.items():
-            read, dense = read_per_token(self.engine, pruning)
+            read = bytes_per_token(self.engines[one.weights].model, pruning)
             row: dict[str, Any] = {
                 **one.fields(),
                 "ratio": pruning.ratio,
@@ -309,7 +326,8 @@ class Comparison:
 
     def is_usual(self, one: Configuration) -> bool:
         """Whether the plots show this one."""
-        return one.method == "dense" or usual_of(one.settings) == self.usual_settings()
+        usual = one.method == "dense" or usual_of(one.settings) == self.usual_settings()
+        return usual and one.weights == next(iter(self.engines))
 
     def usual_settings(self) -> tuple[object, ...]:
         """What the plots show of settings that are not on their axes: the first of each that was asked for."""
@@ -356,9 +374,10 @@ def load_plots() -> ModuleType:
 
 
 def identity_of(
-    flags: argparse.Namespace, engine: Engine, text: Text | None, calibration: Calibration | None
+    flags: argparse.Namespace, engines: dict[str, Engine], text: Text | None, calibration: Calibration | None
 ) -> dict[str, Any]:
     """What must be the same for measurements to stand side by side."""
+    engine = engines[flags.weights[0]]
     return {
         "checkpoint": "default" if flags.ckpt is None else Path(flags.ckpt).name,
         "model": fingerprint(engine.model),
@@ -369,7 +388,7 @@ def identity_of(
         "questions": flags.questions if flags.tasks else None,
         "seed": flags.seed,
         "calibration": None if calibration is None else calibration.made_from,
-        "dtype": str(engine.dtype).removeprefix("torch."),
+        "dtype": ", ".join(dict.fromkeys(str(one.dtype).removeprefix("torch.") for one in engines.values())),
         "device": engine.device.type,
     }
 

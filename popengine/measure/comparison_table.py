@@ -13,6 +13,7 @@ def markdown(
 ) -> str:
     """The table for people. Columns in which every row is alike are left out."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "weights": lambda row: row["weights"],
         "method": lambda row: row["method"],
         "ratio": lambda row: f"{row['ratio']:.3g}",
         "r (FFN)": lambda row: f"{row['ffn_ratio']:.3g}",

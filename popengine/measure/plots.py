@@ -29,6 +29,8 @@ STYLES = {
     "gate": ("tab:olive", "v"),
     "cats": ("tab:pink", "<"),
     "teal": ("darkgreen", ">"),
+    "glass": ("tab:purple", "d"),
+    "draft": ("navy", "h"),
     "random": ("tab:brown", "x"),
     "magnitude": ("tab:red", "^"),
     "wanda-sp": ("tab:green", "v"),
@@ -191,19 +193,24 @@ def plot_partition_map(networks: Sequence[NetworkPicks], path: Path, label: str)
 
 
 def plot_frontier(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss against what a step reads and against what it takes; what nothing beats in both is joined."""
+    """Loss against what a step reads and against what it takes; what nothing beats in both is joined.
+
+    One form of weights: a colour for each method; several: one for each of them, and the methods' markers tell.
+    """
+    forms = list(dict.fromkeys(row["weights"] for row in rows))
     figure, both = pyplot.subplots(1, 2, figsize=(12.5, 5), sharey=True)
     for axes, name, title in (
         (both[0], "weight_bytes_per_token", "weights read per decoded token, MB"),
         (both[1], "decode_ms_per_token", "time per decoded token, ms"),
     ):
         scale = 1e-6 if name == "weight_bytes_per_token" else 1.0
-        for method in dict.fromkeys(row["method"] for row in rows):
-            own = [row for row in rows if row["method"] == method]
+        for form, method in dict.fromkeys((row["weights"], row["method"]) for row in rows):
+            own = [row for row in rows if (row["weights"], row["method"]) == (form, method)]
             colour, marker = STYLES.get(method, ("tab:cyan", "o"))
             axes.scatter(
-                [row[name] * scale for row in own], [row["mean_loss"] for row in own], color=colour, marker=marker,
-                s=120 if method == "dense" else 42, label=method, zorder=3,
+                [row[name] * scale for row in own], [row["mean_loss"] for row in own],
+                color=colour if len(forms) == 1 else f"C{forms.index(form)}", marker=marker,
+                s=120 if method == "dense" else 42, label=method if len(forms) == 1 else f"{form}, {method}", zorder=3,
             )
         unbeaten = sorted(
             (row[name] * scale, row["mean_loss"]) for row in rows
