@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.clock import Clock
 from models.matrix import tensor_bytes
+from models.passes import View
 from models.pruning.partition import head_scores, partition_channels, undecided
 from models.pruning.rules import POP
 
@@ -24,9 +25,10 @@ class ActiveHeads:
     so that one product gives all three.
     """
 
-    def __init__(self, attention: Any, rule: POP) -> None:
+    def __init__(self, attention: Any, rule: POP, blind: bool = False) -> None:
         groups, heads = attention.head_groups, attention.heads // attention.head_groups
         device = attention.q_proj.weight.device
+        self.view = View(attention.window, blind)
         self.sizes = rule.head_sizes(heads)
         self.prunes = self.sizes.prunes
         self.partition = undecided(self.sizes, (groups,), device)

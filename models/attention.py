@@ -15,7 +15,7 @@ from models.active_heads import ActiveHeads
 from models.config import LlamaConfig
 from models.layers import RMSNorm, rotate
 from models.matrix import Matrix
-from models.passes import DecodePass, PrefillPass
+from models.passes import DecodePass, PrefillPass, View
 from models.products import attend_cache, attend_prompt
 from models.pruning.partition import head_scores
 
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
-        a = attend_prompt(q, k, v, step.masks[self.window])                         # [B, T, N, D]
+        a = attend_prompt(q, k, v, step.masks[View(self.window)])                   # [B, T, N, D]
         return self.o_proj(a.flatten(2))
 
     def prefill(self, x: Tensor, keys: Tensor, values: Tensor, active: ActiveHeads, step: PrefillPass) -> Tensor:
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         q, k, v = (active.in_cache(part) for part in self.queries_keys_values(x, active.whole, step))
         keys.index_copy_(2, step.slots, k)                                          # [B, K, T, D]
         values.index_copy_(2, step.slots, v)
-        a = active.in_model(step.attend(q, k, v, keys, values, self.window)).flatten(2)         # [B, T, N D]
+        a = active.in_model(step.attend(q, k, v, keys, values, active.view)).flatten(2)         # [B, T, N D]
         if step.observe is not None:
             step.observe(self, a, step.rows, None, None)
         if active.prunes:
@@ -121,7 +121,7 @@ class Attention(nn.Module):
         q, k, v = self.queries_keys_values(x, active.qkv, step)                     # [B, A, T, D], [B, K, T, D]
         keys.index_copy_(2, step.slots, active.in_cache(k))
         values.index_copy_(2, step.slots, active.in_cache(v))
-        a = attend_cache(q, *active.in_use(keys, values), step.masks[self.window])  # [B, T, A, D]
+        a = attend_cache(q, *active.in_use(keys, values), step.masks[active.view])    # [B, T, A, D]
         if active.sizes.decides:
             a = self.drop_losing_heads(a, active, step)
         return active.o(a.flatten(2))

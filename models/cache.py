@@ -31,11 +31,13 @@ class KVCache:
         self.length = torch.zeros(1, dtype=torch.int64, device=device)      # [1]
         self.padding = torch.zeros(batch, 1, dtype=torch.int64, device=device)      # [B, 1] slots on the left
         self.slots = torch.arange(capacity, device=device)                  # [S]
+        self.passed_by = torch.zeros(1, dtype=torch.int64, device=device)   # [1] the first slots, in skipped layers
 
     def start(self, prompt_slots: int, real: Tensor | None) -> None:
         """Begin anew with a prompt of `prompt_slots` slots; real [B, T] is False where a slot is padding."""
         self.filled = prompt_slots
         self.length.fill_(prompt_slots)
+        self.passed_by.zero_()
         if real is None:
             self.padding.zero_()
         else:

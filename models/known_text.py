@@ -42,7 +42,7 @@ def evaluate_steps(model: LlamaForCausalLM, tokens: Tensor, state: DecodeState, 
     """The same of steps none of which is dense."""
     x, rotary = model.embed(tokens[None]), model.model.rotary                       # [1, T, H]
     if len(tokens):
-        step = decode_pass(rotary, model.config.windows, x, state.cache, state.live, together=False, observe=observe)
+        step = decode_pass(rotary, state.views, x, state.cache, state.live, together=False, observe=observe)
         x = decode_layers(model.model.layers, x, state.layers, step)
         state.cache.advance(len(tokens))
     return model.head(x)[0]

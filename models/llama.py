@@ -18,7 +18,16 @@ from models.feed_forward import ActiveFeedForward, FeedForward
 from models.gathering import Drift, Gathering
 from models.layers import Embedding, RMSNorm, RotaryEmbedding
 from models.matrix import Matrix
-from models.passes import DecodePass, Observer, PrefillPass, decode_pass, following_pass, prefill_pass, prompt_plan
+from models.passes import (
+    DecodePass,
+    Observer,
+    PrefillPass,
+    View,
+    decode_pass,
+    following_pass,
+    prefill_pass,
+    prompt_plan,
+)
 from models.pruning.partition import PartitionSizes
 from models.pruning.resolve import Pruning
 from models.reading import all_copy_bytes
@@ -162,7 +171,7 @@ class LlamaForCausalLM(nn.Module):
 
     def forward_embedded(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """The same, from embedded tokens (which may be features of pictures). x [B, T, H] -> logits [B, T, V]"""
-        step = prefill_pass(self.model.rotary, self.config.windows, x, real)
+        step = prefill_pass(self.model.rotary, map(View, self.config.windows), x, real)
         for layer in self.model.layers:
             x = layer(x, step)
         return self.head(x)
@@ -185,9 +194,10 @@ class LlamaForCausalLM(nn.Module):
             config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim,
             self.dtype, self.device,
         )
+        blinds = [pruning.blind and index in pruning.skipped for index in range(config.num_hidden_layers)]
         layers = [
-            LayerState(keys, values, ActiveHeads(layer.self_attn, pruning.rule), layer.new_active(pruning))
-            for layer, keys, values in zip(self.model.layers, cache.keys, cache.values, strict=True)
+            LayerState(keys, values, ActiveHeads(layer.self_attn, pruning.rule, blind), layer.new_active(pruning))
+            for layer, keys, values, blind in zip(self.model.layers, cache.keys, cache.values, blinds, strict=True)
         ]
         most = pruning.settings.redraw_on_drift
         if most is not None and pruning.rule.follows_prompt and pruning.ratio > 0:
@@ -211,10 +221,10 @@ class LlamaForCausalLM(nn.Module):
         returns  [B, V]     logits after the last token
         """
         state.start(x.shape[1], real)
-        rotary, windows, pruning = self.model.rotary, self.config.windows, state.pruning
-        whole = prefill_pass(rotary, windows, x, real, counted, state.clock, observe)
+        rotary, views, pruning = self.model.rotary, state.views, state.pruning
+        whole = prefill_pass(rotary, views, x, real, counted, state.clock, observe)
         skipped = pruning.skipped_by(x.shape[1])
-        plan = prompt_plan(whole, len(self.model.layers), skipped, pruning.boundary, rotary, windows, state.cache)
+        plan = prompt_plan(whole, len(self.model.layers), skipped, pruning.boundary, rotary, views, state.cache)
         draws = state.gathering.prompt(min(rows.running.tokens for rows in plan))
         for rows in plan:
             rows.running.draws, rows.running.finish_dense = draws, pruning.settings.prefill == "dense" or not draws
@@ -246,15 +256,14 @@ class LlamaForCausalLM(nn.Module):
     def begin_dense(self, tokens: Tensor, state: DecodeState, draws: bool, live: int) -> tuple[Tensor, PrefillPass]:
         """The beginning of a step on all channels, whose rows are evidence. tokens int64 [B] -> x [B, 1, H]"""
         x = self.embed(tokens.unsqueeze(1))
-        windows = self.config.windows
         return x, following_pass(
-            self.model.rotary, windows, x, state.cache, state.live, live, draws, state.step_clock
+            self.model.rotary, state.views, x, state.cache, state.live, live, draws, state.step_clock
         )
 
     def begin(self, tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodePass]:
         """The beginning of a decode step. tokens int64 [B] -> x [B, 1, H], and a pass whose rows decide together"""
         x = self.embed(tokens.unsqueeze(1))
-        return x, decode_pass(self.model.rotary, self.config.windows, x, state.cache, state.live, together=True)
+        return x, decode_pass(self.model.rotary, state.views, x, state.cache, state.live, together=True)
 
     def ffn_sizes(self, pruning: Pruning) -> PartitionSizes:
         """Regions of the feed-forward networks (of the first layer, where layers differ)."""

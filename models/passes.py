@@ -21,8 +21,21 @@ from models.pruning.partition import Evidence, channel_scores
 
 # Told, by every feed-forward network, what it computed: see FeedForward.prefill and FeedForward.decode.
 Observer = Callable[..., None]
-Masks = dict[int | None, Any]
 Rotary = Callable[..., tuple[Tensor, Tensor]]
+
+
+class View(NamedTuple):
+    """What the rows of a layer see of what came before. The masks of a pass go by it.
+
+    window  tokens a query sees, itself included; None: all before it
+    blind   not the prompt's rows that passed the layer by
+    """
+
+    window: int | None
+    blind: bool = False
+
+
+Masks = dict[View, Any]
 
 
 @dataclass
@@ -32,7 +45,7 @@ class PrefillPass:
     cos, sin      [B, T, D]  rotary embedding of the positions
     slots         int64 [T], the cache slots that these rows fill
     follows       whether rows came before, which these attend to in the cache; else to each other alone
-    masks         by attention window. Of rows that follow: float [B, 1, T, S], 0 where a row may look and -inf
+    masks         by what layers see. Of rows that follow: float [B, 1, T, S], 0 where a row may look and -inf
                   elsewhere; else bool [B, 1, T, T], True where it may look, None: causal and nothing else
     counted       bool [B, T], rows that count as evidence (None: all), `tokens` of them
     draws         partitions are drawn from the evidence so far
@@ -63,11 +76,11 @@ class PrefillPass:
         else:                           # a step, perhaps a compiled one: nobody times its parts
             evidence.add(h, self.counted, self.tokens)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, view: View) -> Tensor:
         """q [B, N, T, D]; k, v [B, K, T, D], of these rows; keys, values [B, K, S, D], the cache -> [B, T, N, D]"""
         if self.follows:
-            return attend_cache(q, keys, values, self.masks[window])
-        return attend_prompt(q, k, v, self.masks[window])
+            return attend_cache(q, keys, values, self.masks[view])
+        return attend_prompt(q, k, v, self.masks[view])
 
     def part(self, rows: Tensor, counted: Tensor | None, tokens: int) -> "PrefillPass":
         """The pass of some rows alone, through a network that does not look at positions. counted bool [1, n]"""
@@ -78,7 +91,7 @@ class PrefillPass:
 class DecodePass:
     """What every layer needs to run rows that come after the prompt.
 
-    cos, sin  [B, T, D]; masks by attention window: float [B, 1, T, S], 0 where a row may look and -inf elsewhere
+    cos, sin  [B, T, D]; masks by what layers see: float [B, 1, T, S], 0 where a row may look and -inf elsewhere
     slots     int64 [T], the cache slots that these rows fill
     live      bool [B, 1], False for sequences that have ended: they do not count when candidates are chosen
     together  whether the rows decide together (the sequences of a batch, at one step) or each for itself
@@ -129,7 +142,7 @@ def visible(queries: Tensor, slots: Tensor, padding: Tensor | None, window: int 
 
 
 def prefill_pass(
-    rotary: Rotary, windows: Iterable[int | None], x: Tensor, real: Tensor | None, counted: Tensor | None = None,
+    rotary: Rotary, views: Iterable[View], x: Tensor, real: Tensor | None, counted: Tensor | None = None,
     clock: Clock | None = None, observe: Observer | None = None,
 ) -> PrefillPass:
     """Of a whole prompt, to be finished on all channels.
@@ -140,10 +153,10 @@ def prefill_pass(
     padding = None if real is None else (~real).sum(dim=1, keepdim=True)            # [B, 1]
     cos, sin = rotary(slots[None] if padding is None else (slots - padding).clamp(min=0), x.dtype)
     masks: Masks = {}
-    for window in set(windows):
-        masks[window] = None
-        if padding is not None or (window is not None and window < len(slots)):
-            masks[window] = visible(slots, slots, padding, window)[:, None]
+    for view in set(views):
+        masks[view] = None
+        if padding is not None or (view.window is not None and view.window < len(slots)):
+            masks[view] = visible(slots, slots, padding, view.window)[:, None]
     counted = real if counted is None else counted
     tokens = x.shape[:-1].numel() if counted is None else int(counted.sum())
     clock = clock or Clock(x.device)
@@ -151,18 +164,18 @@ def prefill_pass(
 
 
 def following_pass(
-    rotary: Rotary, windows: Iterable[int | None], x: Tensor, cache: KVCache, counted: Tensor | None, tokens: int,
+    rotary: Rotary, views: Iterable[View], x: Tensor, cache: KVCache, counted: Tensor | None, tokens: int,
     draws: bool, clock: Clock, observe: Observer | None = None,
 ) -> PrefillPass:
     """Of rows after those in the cache, finished on all channels. x [B, T, H]; counted bool [B, T], `tokens` True"""
     slots = cache.length + torch.arange(x.shape[1], device=x.device)                # [T]
-    cos, sin, masks = in_cache(rotary, windows, cache, slots, x.dtype)
+    cos, sin, masks = in_cache(rotary, views, cache, slots, x.dtype)
     return PrefillPass(cos, sin, slots, True, masks, counted, tokens, draws, True, clock, observe, of_prompt=False)
 
 
 def prompt_plan(
     whole: PrefillPass, layers: int, skipped: Collection[int], boundary: int, rotary: Rotary,
-    windows: Iterable[int | None], cache: KVCache,
+    views: Iterable[View], cache: KVCache,
 ) -> list[LayerRows]:
     """Which rows of a prompt run through each layer: all of them, or in layers that are skipped the boundary alone.
 
@@ -172,9 +185,10 @@ def prompt_plan(
     if not skipped:
         return [LayerRows(whole)] * layers
     rest = len(whole.slots) - boundary
+    cache.passed_by.fill_(rest)
     waiting = replace(whole, cos=whole.cos[:, :rest], sin=whole.sin[:, :rest], slots=whole.slots[:rest])
     slots = whole.slots[rest:]                                                      # [K]
-    cos, sin, masks = in_cache(rotary, windows, cache, slots, whole.cos.dtype)
+    cos, sin, masks = in_cache(rotary, views, cache, slots, whole.cos.dtype)
     counted = None if whole.counted is None else whole.counted[:, rest:]            # [B, K]
     tokens = len(cache.padding) * boundary if counted is None else int(counted.sum())
     running = replace(
@@ -185,21 +199,23 @@ def prompt_plan(
 
 
 def decode_pass(
-    rotary: Rotary, windows: Iterable[int | None], x: Tensor, cache: KVCache, live: Tensor, together: bool,
+    rotary: Rotary, views: Iterable[View], x: Tensor, cache: KVCache, live: Tensor, together: bool,
     observe: Observer | None = None,
 ) -> DecodePass:
     """Of rows after those in the cache. x [B, T, H]; live bool [B, 1]"""
     slots = cache.length if x.shape[1] == 1 else cache.length + torch.arange(x.shape[1], device=x.device)       # [T]
-    return DecodePass(*in_cache(rotary, windows, cache, slots, x.dtype), slots, live, together, observe)
+    return DecodePass(*in_cache(rotary, views, cache, slots, x.dtype), slots, live, together, observe)
 
 
 def in_cache(
-    rotary: Rotary, windows: Iterable[int | None], cache: KVCache, slots: Tensor, dtype: torch.dtype
+    rotary: Rotary, views: Iterable[View], cache: KVCache, slots: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Masks]:
     """Rotary embedding and masks of rows that fill these slots of the cache, int64 [T]."""
     cos, sin = rotary(slots[None] - cache.padding, dtype)                           # [B, T, D]
     masks: Masks = {}
-    for window in set(windows):
-        hidden = ~visible(slots, cache.slots, cache.padding, window)[:, None]       # [B, 1, T, S]
-        masks[window] = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
+    for view in set(views):
+        hidden = ~visible(slots, cache.slots, cache.padding, view.window)[:, None]  # [B, 1, T, S]
+        if view.blind:
+            hidden = hidden | (cache.slots < cache.passed_by)
+        masks[view] = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
     return cos, sin, masks

@@ -9,6 +9,7 @@ from models.active_heads import ActiveHeads
 from models.cache import KVCache
 from models.clock import Clock
 from models.gathering import Drift, Gathering
+from models.passes import View
 from models.pruning.resolve import Pruning
 
 
@@ -43,6 +44,11 @@ class DecodeState:
     clock: Clock
     step_clock: Clock
     gathering: Gathering
+
+    @property
+    def views(self) -> list[View]:
+        """What the layers' rows see."""
+        return [layer.heads.view for layer in self.layers]
 
     def start(self, prompt_slots: int, real: Tensor | None) -> None:
         """Forget the last prompt. real bool [B, T] is False where a slot is padding."""

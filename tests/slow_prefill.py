@@ -7,6 +7,7 @@ does it with Hugging Face's own modules and shares no code with the engine.
 B batch, T prompt tokens, K boundary tokens, H hidden size, V vocabulary.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import DynamicCache
 
 from models.layers import rotate
 from models.llama import LlamaForCausalLM, decode_layers
-from models.passes import decode_pass, prefill_pass
+from models.passes import View, decode_pass, prefill_pass
 from models.pruning.resolve import Pruning
 from models.state import DecodeState
 
@@ -32,7 +33,7 @@ def two_passes(
     state = model.new_state(len(x), capacity, pruning)
     real = None if real is None else real[:, :-boundary]
     state.start(first.shape[1], real)
-    step = prefill_pass(model.model.rotary, model.config.windows, first, real)
+    step = prefill_pass(model.model.rotary, state.views, first, real)
     step.finish_dense = pruning.settings.prefill == "dense"
     for index, (layer, own) in enumerate(zip(model.model.layers, state.layers, strict=True)):
         if index not in skipped:
@@ -46,10 +47,28 @@ def two_passes(
         own.keys[:, :, : first.shape[1]] = rotate(k.transpose(1, 2), step.cos, step.sin)
         own.values[:, :, : first.shape[1]] = v.transpose(1, 2)
     for row in last.split(1, dim=1):                                                # [B, 1, H]
-        one = decode_pass(model.model.rotary, model.config.windows, row, state.cache, state.live, together=True)
+        one = decode_pass(model.model.rotary, state.views, row, state.cache, state.live, together=True)
         out = decode_layers(model.model.layers, row, state.layers, one)
         state.cache.advance()
     return model.head(out)[:, 0], state
+
+
+def without_keys(model: LlamaForCausalLM, tokens: Tensor, kept: int, first: int) -> Tensor:
+    """The control in which skipped layers keep nothing of the rows before the boundary: those layers know of no row
+    before it at all. The whole text at once, without a cache.
+
+    tokens int64 [1, T]; first: the first row of the boundary -> logits of it and what follows [1, T - first, V]
+    """
+    x = model.embed(tokens)
+    step = prefill_pass(model.model.rotary, map(View, model.config.windows), x, None)
+    for layer in model.model.layers[:kept]:
+        x = layer(x, step)
+    x = x[:, first:]
+    masks = {view: None if mask is None else mask[..., first:, first:] for view, mask in step.masks.items()}
+    step = replace(step, cos=step.cos[:, first:], sin=step.sin[:, first:], masks=masks)
+    for layer in model.model.layers[kept:]:
+        x = layer(x, step)
+    return model.head(x)
 
 
 class SlowPrefillOnly:

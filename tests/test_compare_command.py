@@ -25,7 +25,7 @@ from weights.errors import InputError
 
 status, error = partial(exit_status, main), partial(one_line_error, main)
 METHODS = ["dense", "all-channels", "pop", "frozen", "random", "magnitude", "wanda-sp", "flap"]
-SKIPPING = ["prefill-only", "skip-first", "skip-evenly", "skip-no-boundary"]
+SKIPPING = ["prefill-only", "skip-first", "skip-evenly", "skip-no-boundary", "skip-no-keys"]
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_prompts_that_skip_layers_are_compared(flags: list[Any], tmp_path: Path)
     assert status(*flags, "--prefill-skip", 0, "2/3", "--boundary-tokens", 1, 5) == 0
     table = rows(tmp_path)
     # Per ratio: pop without and, for two boundaries, with skipping. The others have no ratio, and one no boundary.
-    assert len(table) == 1 + 2 * (1 + 2) + 3 * 2 + 1
+    assert len(table) == 1 + 2 * (1 + 2) + 4 * 2 + 1
     others = table[1:]
     assert all(row["ratio"] == 0 and row["weight_share"] == 1 for row in others if row["method"] in SKIPPING)
     assert len({row["perplexity"] for row in table}) == len(table)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from models.llava import LlavaForConditionalGeneration as OurLlava
-from models.passes import prefill_pass
+from models.passes import View, prefill_pass
 from models.pruning.partition import channel_scores, partition_channels
 from models.pruning.settings import DENSE, PruningSettings
 from popengine.loading import load_model
@@ -323,7 +323,7 @@ def test_only_text_tokens_count_in_the_scores_when_asked(grouped: tuple) -> None
             model.language_model.prefill(x, state, None, counted)
             orders.append(state.layers[0].ffn.partition.order.tolist())
         layer = model.language_model.model.layers[0]
-        step = prefill_pass(model.language_model.model.rotary, model.language_model.config.windows, x, None)
+        step = prefill_pass(model.language_model.model.rotary, map(View, model.language_model.config.windows), x, None)
         after = x + layer.self_attn(layer.input_layernorm(x), step)
         h = layer.mlp.activation(layer.post_attention_layernorm(after))
         scores = channel_scores(h[is_text][None], layer.mlp.down_norms())

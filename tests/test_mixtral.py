@@ -31,7 +31,7 @@ from models.matrix import Matrix
 from models.matrix_forms import ChosenColumns, ChosenRows
 from models.mixtral import MixtralConfig as OurConfig
 from models.mixtral import MixtralForCausalLM, read_mixtral_config
-from models.passes import prefill_pass
+from models.passes import View, prefill_pass
 from models.pruning.partition import channel_scores, partition_channels, partition_sizes
 from models.pruning.settings import DENSE, PruningSettings
 from models.reading import all_copy_bytes, bytes_per_token, copy_bytes
@@ -115,7 +115,7 @@ def test_an_experts_partition_comes_from_the_tokens_routed_to_it(model: LlamaFor
     _, state = prefilled(model, tokens, FFN, real)
     layer, active = model.model.layers[0], state.layers[0].ffn
     x = model.embed(tokens)
-    step = prefill_pass(model.model.rotary, model.config.windows, x, real)
+    step = prefill_pass(model.model.rotary, map(View, model.config.windows), x, real)
     x = layer.post_attention_layernorm(x + layer.self_attn(layer.input_layernorm(x), step))
     seen: list[list[Tensor]] = [[] for _ in layer.mlp.experts]
     for sequence, slot in real.nonzero().tolist():

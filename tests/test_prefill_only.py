@@ -24,12 +24,13 @@ from builders import (
     saved_pair,
 )
 from PIL import Image
-from slow_prefill import SlowPrefillOnly, two_passes
+from slow_prefill import SlowPrefillOnly, two_passes, without_keys
 from smollm2_text import CHAT_PROMPT
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from models.experts import ActiveExperts
+from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
 from models.pruning.partition import channel_scores, head_scores, partition_channels
 from models.pruning.resolve import LayerWeights, resolve
@@ -104,6 +105,25 @@ def test_one_pass_equals_two(model: LlamaForCausalLM, share: float | str, bounda
         chosen = logits.argmax(-1)
         logits, wanted = model.decode(chosen, state), model.decode(chosen, slow)
         torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("boundary", [1, 5])
+@torch.inference_mode()
+def test_without_keys_skipped_layers_know_of_no_prompt(model: LlamaForCausalLM, boundary: int) -> None:
+    """The paper's control, in a prompt, in steps and in a text at once; a prompt that skips nothing is as it was."""
+    tokens = torch.randint(SIZES["vocab_size"], (1, 20))
+    pruning = pruning_for("skip-no-keys", Request(model, skipping("2/3", boundary)))
+    wanted = without_keys(model, tokens, LAYERS - 2, 12 - boundary)[0, boundary - 1 :]              # [9, V]
+    logits, state = prefilled(model, tokens[:, :12], pruning)
+    steps = [logits, *(model.decode(token, state) for token in tokens[0, 12:].split(1))]
+    torch.testing.assert_close(torch.cat(steps), wanted, atol=1e-5, rtol=1e-5)
+    _, state = prefilled(model, tokens[:, :12], pruning)
+    torch.testing.assert_close(evaluate(model, tokens[0, 12:], state), wanted[1:], atol=1e-5, rtol=1e-5)
+    seeing, _ = prefilled(model, tokens[:, :12], replace(pruning, blind=False))
+    assert (seeing - logits).abs().max() > 1e-3
+    model.prefill(model.embed(tokens[:, :boundary]), state)
+    _, dense = prefilled(model, tokens[:, :boundary], DENSE)
+    assert torch.equal(model.decode(tokens[0, -1:], state), model.decode(tokens[0, -1:], dense))
 
 
 @torch.inference_mode()

@@ -39,6 +39,7 @@ class Pruning:
     ratio      share of a decoder layer's parameters that a decode step leaves out (the headline ratio)
     ffn_ratio  share of FFN channels that do not finish a decode step (r)
     skipped    the layers that a prompt skips (Prefill-Only), all but its last `boundary` tokens
+    blind      a control: what a prompt has left in the layers it skips, nobody looks at
     """
 
     ratio: float
@@ -47,6 +48,7 @@ class Pruning:
     rule: POP
     skipped: tuple[int, ...] = ()
     boundary: int = 1
+    blind: bool = False
 
     def skipped_by(self, tokens: int) -> tuple[int, ...]:
         """The layers that a prompt of so many tokens skips: one that is all boundary skips none."""

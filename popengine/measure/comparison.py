@@ -81,7 +81,7 @@ class Configuration:
 
 FOLLOW_THE_PROMPT = (*RULE_NAMES, "frozen")
 # What only prompts tell from the dense model.
-SKIPPING = ("prefill-only", "skip-first", "skip-evenly", "skip-no-boundary")
+SKIPPING = ("prefill-only", "skip-first", "skip-evenly", "skip-no-boundary", "skip-no-keys")
 
 
 def configurations(flags: argparse.Namespace, mixture: bool) -> list[Configuration]:

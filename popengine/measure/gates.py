@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.llama import LlamaForCausalLM
-from models.passes import prefill_pass
+from models.passes import View, prefill_pass
 from models.pruning.settings import DENSE
 from popengine.engine import Engine
 from popengine.measure.tasks import Question
@@ -94,7 +94,7 @@ def gradients(model: LlamaForCausalLM, x: Tensor, prompt_tokens: int, answer: Se
 
 def gated_loss(model: LlamaForCausalLM, x: Tensor, gates: Tensor, answer: Sequence[int]) -> Tensor:
     """Negative log-probability of the answer, summed, with what layers add times gates. x [1, T, H]; gates [T, L]"""
-    step = prefill_pass(model.model.rotary, model.config.windows, x, None)
+    step = prefill_pass(model.model.rotary, map(View, model.config.windows), x, None)
     for layer, gate in zip(model.model.layers, gates.unbind(dim=1), strict=True):
         gate = gate[:, None].to(x.dtype)                                            # [T, 1]
         x = x + layer.self_attn(layer.input_layernorm(x), step) * gate

@@ -197,6 +197,11 @@ def skip_no_boundary(request: Request) -> Pruning:
     return replace(prefill_only(request), boundary=0)
 
 
+def skip_no_keys(request: Request) -> Pruning:
+    """A control: skipped layers keep nothing of the prompt, so that steps see there what came after it alone."""
+    return replace(prefill_only(request), blind=True)
+
+
 METHODS: dict[str, Callable[[Request], Pruning]] = {
     "dense": dense,
     "pop": pop,
@@ -210,6 +215,7 @@ METHODS: dict[str, Callable[[Request], Pruning]] = {
     "skip-first": skip_first,
     "skip-evenly": skip_evenly,
     "skip-no-boundary": skip_no_boundary,
+    "skip-no-keys": skip_no_keys,
 }
 
 
