@@ -1,0 +1,96 @@
+"""Time every product of packed weights beside the plain one, and measure what the size of a group costs in quality.
+
+    python tools/measure_packed.py                      # products
+    python tools/measure_packed.py --text FILE          # groups of 32, 64 and 128 in the default checkpoint's layers
+
+Products take turns over enough matrices not to be served from the cache: microseconds (median of 9) and GB/s of
+weights. Groups are put where they divide a row. The default checkpoint's weights are groups of 32 already, so that 32
+changes nothing and the others show what they add.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from measure_products import microseconds, report
+from torch import Tensor
+
+from models.matrix import Matrix
+from models.packed import Int4Matrix, Int8Matrix
+from models.products import written_out
+from models.pruning.settings import DENSE
+from popengine.loading import load
+from popengine.measure.scoring import cut_windows, read_text, score_text
+from weights.groups import group
+
+# out, in: gate and up, down of SmolLM2-135M; its lm_head; gate and up, down of a 1B model.
+SHAPES = [(1536, 576), (576, 1536), (49152, 576), (8192, 2048), (2048, 8192)]
+ROWS = (1, 2, 4, 8, 16, 128)
+GROUPS = (32, 64, 128)
+BYTES = 100_000_000                                 # of plain matrices to take turns over
+
+
+def as_packed(matrix: Int8Matrix, x: Tensor) -> Tensor:
+    return torch.ops.aten._weight_int8pack_mm(x, matrix.weight, matrix.scale)
+
+
+def as_written_out(matrix: Int8Matrix, x: Tensor) -> Tensor:
+    return written_out(x, matrix.weight) * matrix.scale
+
+
+def as_unpacked(matrix: Matrix, x: Tensor) -> Tensor:
+    return F.linear(x, matrix.values())
+
+
+def in_groups(matrix: Int4Matrix, x: Tensor) -> Tensor:
+    packed, size = matrix.weight.view(-1, matrix.in_features // 2), matrix.in_features // len(matrix.groups)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, size, matrix.groups)
+
+
+@torch.inference_mode()
+def products() -> None:
+    torch._dynamo.config.recompile_limit = 64
+    written = torch.compile(as_written_out, dynamic=False)
+    for out, columns in SHAPES:
+        values = [torch.randn(out, columns, dtype=torch.bfloat16) for _ in range(max(2, BYTES // (2 * out * columns)))]
+        int8 = [Int8Matrix.nearest(weight, torch.bfloat16) for weight in values]
+        int4 = {
+            size: [Int4Matrix.of_groups(group(weight, size), torch.bfloat16) for weight in values]
+            for size in GROUPS if columns % size == 0
+        }
+        for rows in ROWS:
+            x = torch.randn(rows, columns, dtype=torch.bfloat16)
+            print(f"{out} x {columns}, {rows} rows")
+
+            def timed(what: str, product: Callable[..., Tensor], matrices: list[Matrix], x: Tensor = x) -> None:
+                report(what, microseconds(lambda matrix: product(matrix, x), matrices), matrices[0].read_bytes())
+
+            timed("bfloat16, F.linear", Matrix.forward, [Matrix.of(weight, None) for weight in values])
+            timed("int8, aten's packed product", as_packed, int8)
+            if rows <= 4:
+                timed("int8, written out and compiled", written, int8)
+            timed("int8, unpacked", as_unpacked, int8)
+            for size, matrices in int4.items():
+                timed(f"int4, aten's packed product, groups of {size}", in_groups, matrices)
+            timed("int4, unpacked", as_unpacked, int4[32])
+
+
+@torch.inference_mode()
+def groups(text: Path) -> None:
+    for size in (None, *GROUPS):
+        engine = load(dtype="bfloat16", weights="plain")
+        for matrix in engine.model.model.modules():
+            if size is not None and isinstance(matrix, Matrix) and matrix.in_features % size == 0:
+                matrix.weight.copy_(group(matrix.weight, size).values())
+        windows = cut_windows(read_text(text, engine.tokenizer), engine.tokenizer, 128, 128, 24)
+        summary = score_text(engine.model, windows, engine.resolve(DENSE), False, None)
+        print(f"groups of {size}: perplexity {summary.perplexity:.3f}")
+
+
+if __name__ == "__main__":
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--text", type=Path)
+    given = flags.parse_args()
+    products() if given.text is None else groups(given.text)
