@@ -28,7 +28,7 @@ from models.gathering import Gathering
 from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
 from models.packed import Int4Matrix, Int8Matrix, draft_of
-from models.passes import prefill_pass
+from models.passes import View, prefill_pass
 from models.pruning.resolve import Pruning
 from models.pruning.rules import POP, Prior
 from models.pruning.settings import DENSE, RULE_NAMES, PruningSettings
@@ -95,7 +95,7 @@ def test_each_rule_is_its_formula(
     state = model.new_state(1, 64, pruning)
     prompt = torch.randn(14, SIZES["hidden_size"], dtype=kind)
     ffn, active = model.model.layers[1].mlp, state.layers[1].ffn
-    ffn.prefill(prompt[None], active, prefill_pass(model.model.rotary, [None], prompt[None], None))
+    ffn.prefill(prompt[None], active, prefill_pass(model.model.rotary, [View(None)], prompt[None], None))
     _, step = model.begin(torch.tensor([5]), state)
     for x in torch.randn(6, SIZES["hidden_size"], dtype=kind):
         wanted = slow_step(ffn, x, prompt, rule, active.sizes.active, round(80 * (share or 0)))

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from measure_products import microseconds, report
 from torch import Tensor
 
@@ -40,8 +39,11 @@ def as_written_out(matrix: Int8Matrix, x: Tensor) -> Tensor:
     return written_out(x, matrix.weight) * matrix.scale
 
 
-def as_unpacked(matrix: Matrix, x: Tensor) -> Tensor:
-    return F.linear(x, matrix.values())
+def both_rounded(matrix: Int8Matrix, x: Tensor) -> Tensor:
+    """Activations as whole numbers too, a scale for each row."""
+    scale = x.abs().amax(dim=1, keepdim=True).float() / 127
+    y = torch._int_mm((x / scale).round().to(torch.int8), matrix.numbers().t())
+    return (y * scale * matrix.scale).to(x.dtype)
 
 
 def in_groups(matrix: Int4Matrix, x: Tensor) -> Tensor:
@@ -71,10 +73,13 @@ def products() -> None:
             timed("int8, aten's packed product", as_packed, int8)
             if rows <= 4:
                 timed("int8, written out and compiled", written, int8)
-            timed("int8, unpacked", as_unpacked, int8)
+            if rows > 16:
+                timed("int8, unpacked a stretch at a time", Int8Matrix.forward, int8)
+                timed("int8, activations too", both_rounded, int8)
             for size, matrices in int4.items():
                 timed(f"int4, aten's packed product, groups of {size}", in_groups, matrices)
-            timed("int4, unpacked", as_unpacked, int4[32])
+            if rows > 16:
+                timed("int4, unpacked a stretch at a time", Int4Matrix.forward, int4[32])
 
 
 @torch.inference_mode()
