@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from models import feed_forward, packed
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
 
@@ -61,3 +62,10 @@ def default_gguf(default_checkpoint_path: Path) -> Path:
     if default_checkpoint_path.suffix != ".gguf":
         pytest.skip("the default checkpoint came from the Hub, not as .gguf")
     return default_checkpoint_path
+
+
+@pytest.fixture
+def exact_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision two paths round scores differently, and choose differently where two are all but equal."""
+    for module in (feed_forward, packed):
+        monkeypatch.setattr(module, "DRAFT_DTYPE", torch.float32)

@@ -11,7 +11,6 @@ import torch
 from builders import complete_checkpoint, generated
 from torch import Tensor
 
-from models import feed_forward, packed
 from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import Engine
 from popengine.loading import load
@@ -123,11 +122,9 @@ def test_a_batch_of_two_compiles_and_gives_the_eager_tokens(tiny_checkpoint: Pat
     {"rule": "draft"}, {"rule": "all-channels"},
 ])
 def test_steps_compiled_before_a_partition_is_drawn_serve_it_afterwards(
-    tiny_checkpoint: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, changes: dict[str, Any], exact_drafts: None
 ) -> None:
     """Dense steps first or between, then pruned ones: a step compiled on nothing must choose as a drawn one does."""
-    for module in (feed_forward, packed):       # in half precision two channels are soon alike, and rounding decides
-        monkeypatch.setattr(module, "DRAFT_DTYPE", torch.float32)
     settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.4, **changes)
     tokens = generated(load(tiny_checkpoint), [list(range(30))], 40, settings)
     assert generated(load(tiny_checkpoint, compile=True), [list(range(30))], 40, settings) == tokens

@@ -45,7 +45,7 @@ def test_parallel_and_steps_agree(settings: str, model: LlamaForCausalLM) -> Non
 
 @pytest.mark.parametrize("method", METHODS)
 @torch.inference_mode()
-def test_parallel_and_steps_agree_for_every_method(method: str, model: LlamaForCausalLM) -> None:
+def test_parallel_and_steps_agree_for_every_method(method: str, model: LlamaForCausalLM, exact_drafts: None) -> None:
     skip = "1/3" if "skip" in method or method == "prefill-only" else 0
     settings = PruningSettings(ffn_ratio=0.4, prefill_skip=skip, prior=1)
     steps, parallel = both_ways(model, pruning_for(method, request_for(model, settings)))

@@ -36,6 +36,7 @@ from models.reading import bytes_per_token
 from popengine.loading import load
 from weights.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("exact_drafts")
 CHEAP = ("up", "gate", "cats", "teal", "all-channels", "draft")
 
 
@@ -47,13 +48,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
     return saved_pair(tmp_path_factory.mktemp("mixtral"), MIXTRAL)[1].double()
-
-
-@pytest.fixture(autouse=True)
-def exact_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In half precision two paths round scores differently, and choose differently where two are all but equal."""
-    for module in (feed_forward, packed):
-        monkeypatch.setattr(module, "DRAFT_DTYPE", torch.float32)
 
 
 def slow_step(ffn: FeedForward, x: Tensor, prompt: Tensor, rule: str, active: int, retained: int) -> Tensor:
