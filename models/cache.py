@@ -43,6 +43,19 @@ class KVCache:
         else:
             self.padding.copy_((~real).sum(dim=1, keepdim=True))
 
+    def go_back(self, slots: int) -> None:
+        """Forget what lies beyond the first `slots`."""
+        self.filled = slots
+        self.length.fill_(slots)
+
+    def grow(self, capacity: int) -> None:
+        """To more slots, what is filled staying where it is. These are other tensors than before."""
+        for buffers in (self.keys, self.values):
+            for index, old in enumerate(buffers):
+                buffers[index] = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+                buffers[index][:, :, : self.capacity] = old
+        self.capacity, self.slots = capacity, torch.arange(capacity, device=self.slots.device)
+
     def make_room(self, rows: int = 1) -> None:
         """Before decode steps, on the host: fail instead of writing past the end."""
         if self.filled + rows > self.capacity:

@@ -67,8 +67,9 @@ class Gathering:
         return self.least > 0 or self.dense_every is not None
 
     def prompt(self, tokens: int) -> bool:
-        """A prompt of so many tokens is seen: whether it is enough to draw partitions from."""
+        """A prompt of so many tokens is seen, or more of one: whether there is enough to draw partitions from."""
         self.tokens += tokens
+        self.drawn_at = self.steps
         return self.tokens >= self.least
 
     @property

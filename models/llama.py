@@ -208,21 +208,32 @@ class LlamaForCausalLM(nn.Module):
 
     def prefill(
         self, x: Tensor, state: DecodeState, real: Tensor | None = None, counted: Tensor | None = None,
-        observe: Observer | None = None,
+        observe: Observer | None = None, kept: int = 0,
     ) -> Tensor:
         """Run the prompts: fill the cache; given enough evidence, decide every layer's partition and copy what stays.
 
         Layers that the pruning skips see no more of a prompt than its last tokens: those are their evidence.
+        More of a prompt, as a conversation's next turn is, adds to the evidence, and the partitions are drawn anew.
 
         x        [B, T, H]  embedded prompts, padded on the left
         real     [B, T]     bool, False where a slot is padding; None: no padding
         counted  [B, T]     bool, tokens that count in the scores; None: all real ones
         observe  is told what every feed-forward network and every attention computes
+        kept     slots of the cache that stay, and that these rows come after (without padding); 0: begin anew
         returns  [B, V]     logits after the last token
         """
-        state.start(x.shape[1], real)
         rotary, views, pruning = self.model.rotary, state.views, state.pruning
-        whole = prefill_pass(rotary, views, x, real, counted, state.clock, observe)
+        if kept:
+            state.go_on(kept)
+            tokens = x.shape[:-1].numel() if counted is None else int(counted.sum())
+            whole = following_pass(
+                rotary, views, x, state.cache, counted, tokens, True, state.clock, observe, of_prompt=True
+            )
+            state.cache.make_room(x.shape[1])
+            state.cache.advance(x.shape[1])
+        else:
+            state.start(x.shape[1], real)
+            whole = prefill_pass(rotary, views, x, real, counted, state.clock, observe)
         skipped = pruning.skipped_by(x.shape[1])
         plan = prompt_plan(whole, len(self.model.layers), skipped, pruning.boundary, rotary, views, state.cache)
         draws = state.gathering.prompt(min(rows.running.tokens for rows in plan))

@@ -165,12 +165,12 @@ def prefill_pass(
 
 def following_pass(
     rotary: Rotary, views: Iterable[View], x: Tensor, cache: KVCache, counted: Tensor | None, tokens: int,
-    draws: bool, clock: Clock, observe: Observer | None = None,
+    draws: bool, clock: Clock, observe: Observer | None = None, of_prompt: bool = False,
 ) -> PrefillPass:
     """Of rows after those in the cache, finished on all channels. x [B, T, H]; counted bool [B, T], `tokens` True"""
     slots = cache.length + torch.arange(x.shape[1], device=x.device)                # [T]
     cos, sin, masks = in_cache(rotary, views, cache, slots, x.dtype)
-    return PrefillPass(cos, sin, slots, True, masks, counted, tokens, draws, True, clock, observe, of_prompt=False)
+    return PrefillPass(cos, sin, slots, True, masks, counted, tokens, draws, True, clock, observe, of_prompt=of_prompt)
 
 
 def prompt_plan(

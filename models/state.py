@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.active_heads import ActiveHeads
@@ -30,7 +31,7 @@ class LayerState:
 
 @dataclass
 class DecodeState:
-    """Allocated once for a batch size, a capacity and a pruning; every prefill starts it anew.
+    """Allocated once for a batch size, a capacity and a pruning; a prefill starts it anew, or goes on after a prompt.
 
     live       bool [B, 1], False for a sequence that has ended: it no longer counts when candidates are chosen
     clock      time of the prompt's phases; step_clock: of partitions that are drawn later
@@ -61,6 +62,20 @@ class DecodeState:
         self.live.fill_(True)
         self.clock, self.step_clock = Clock(self.live.device), Clock(self.live.device)
         self.gathering = Gathering(self.pruning, len(self.live), self.layers[-1].drift)
+
+    def go_on(self, kept: int) -> None:
+        """More of a prompt comes, after the first `kept` slots of the cache; what is evidence already stays so."""
+        self.cache.go_back(kept)
+        self.live.fill_(True)
+        self.clock, self.step_clock = Clock(self.live.device), Clock(self.live.device)
+        self.gathering.live = len(self.live)
+
+    @torch.inference_mode()
+    def grow(self, capacity: int) -> None:
+        """Make the cache larger."""
+        self.cache.grow(capacity)
+        for layer, keys, values in zip(self.layers, self.cache.keys, self.cache.values, strict=True):
+            layer.keys, layer.values = keys, values
 
     def end(self, index: int) -> None:
         """One sequence has ended."""

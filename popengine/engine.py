@@ -3,7 +3,7 @@
 B batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +20,7 @@ from models.pruning.rules import Prior
 from models.pruning.settings import RECOMMENDED, PruningSettings
 from models.reading import layer_weights
 from models.state import DecodeState
+from popengine.conversation import Conversation
 from popengine.pictures.images import ImageSource
 from popengine.pictures.vision import TextOnly, Vision
 from popengine.prior import prior_for
@@ -166,6 +167,17 @@ class Engine:
         ids = self.prompts.ids(prompt, raw=raw, system_prompt=system_prompt, images=len(images))
         return self.pieces(self.run([ids], max_new_tokens, pruning, sampling, ignore_eos, images))
 
+    def chat(
+        self,
+        system_prompt: str | None = None,
+        *,
+        pruning: PruningSettings | Pruning | None = None,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 512,
+    ) -> Conversation:
+        """A conversation, whose earlier turns are not computed again. Raises InputError without a chat template."""
+        return Conversation(self, system_prompt, pruning or RECOMMENDED, sampling or Sampling(), max_new_tokens)
+
     def pieces(self, run: Run) -> Iterator[Piece]:
         """The tokens of a run of one prompt as text."""
         text = TextStream(self.tokenizer)
@@ -173,6 +185,14 @@ class Engine:
             assert token is not None
             yield Piece(text.push(token), token)
         yield Piece(text.finish(), None, run.finish_reasons[0], run.prompts[0], measured(run))
+
+    def joined(self, pieces: Iterable[Piece]) -> Generation:
+        """The pieces of one stream as one."""
+        *said, last = pieces
+        assert last.prompt_token_ids is not None and last.finish_reason is not None and last.statistics is not None
+        text = "".join(piece.text for piece in (*said, last))
+        ids = [piece.token_id for piece in said if piece.token_id is not None]
+        return Generation(text, ids, last.prompt_token_ids, last.finish_reason, last.statistics)
 
     def run(
         self,
@@ -182,10 +202,13 @@ class Engine:
         sampling: Sampling | None = None,
         ignore_eos: bool = False,
         images: Sequence[ImageSource] = (),
+        held: DecodeState | None = None,
+        kept: int = 0,
     ) -> Run:
         """Check everything that can be wrong, then a Run over token ids that has computed nothing yet.
 
-        images  those of all prompts, in the order of their image tokens
+        images      those of all prompts, in the order of their image tokens (without those of kept ones)
+        held, kept  see Run
         """
         if max_new_tokens < 1:
             raise InputError(f"the number of new tokens must be at least 1, not {max_new_tokens}")
@@ -200,7 +223,7 @@ class Engine:
         stop_ids = frozenset[int]() if ignore_eos else self.stop_ids
         resolved = self.resolve(pruning or RECOMMENDED)
         pixel_values = self.pictures.pixel_values(images)
-        return Run(self, prompts, max_new_tokens, resolved, sampling or Sampling(), stop_ids, pixel_values)
+        return Run(self, prompts, max_new_tokens, resolved, sampling or Sampling(), stop_ids, pixel_values, held, kept)
 
     def resolve(self, pruning: PruningSettings | Pruning) -> Pruning:
         """Settings made concrete for this model; what is concrete already stays."""
@@ -218,16 +241,22 @@ class Engine:
     @contextmanager
     def borrowed_state(self, batch: int, tokens: int, pruning: Pruning) -> Iterator[DecodeState]:
         """The last run's buffers when they fit, else new ones. A state belongs to one run at a time."""
-        capacity = min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, self.max_seq_len)
         state, self.idle_state = self.idle_state, None
-        if state is None or not state.fits(batch, capacity, pruning):
+        if state is None or not state.fits(batch, self.capacity(tokens), pruning):
             state = None                        # before the new one is allocated: never both
-            with torch.inference_mode():
-                state = self.model.new_state(batch, capacity, pruning, available_memory(self.device))
+            state = self.new_state(batch, tokens, pruning)
         try:
             yield state
         finally:
             self.idle_state = state
+
+    def capacity(self, tokens: int) -> int:
+        """Slots of a cache that so many tokens fit into."""
+        return min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, self.max_seq_len)
+
+    @torch.inference_mode()
+    def new_state(self, batch: int, tokens: int, pruning: Pruning) -> DecodeState:
+        return self.model.new_state(batch, self.capacity(tokens), pruning, available_memory(self.device))
 
     def prepare(self, state: DecodeState) -> float:
         """Before a run: what has to be compiled for it. Returns seconds."""

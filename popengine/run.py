@@ -5,12 +5,14 @@ B batch, T prompt tokens, V vocabulary.
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from models.pruning.resolve import Pruning
+from models.state import DecodeState
 from popengine.sampling import Sampling, next_tokens
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ class Run:
     """One batch on its way: nothing is computed before it is iterated, the prompt at the first step.
 
     Iterating yields, per step, the new token of each sequence, or None for sequences that had ended before.
+
+    held  the state of a conversation, which holds the first `kept` tokens of the one prompt; None: the engine lends one
     """
 
     def __init__(
@@ -32,9 +36,12 @@ class Run:
         sampling: Sampling,
         stop_ids: frozenset[int],
         pixel_values: Tensor | None = None,                                         # [pictures, 3, Y, X]
+        held: DecodeState | None = None,
+        kept: int = 0,
     ) -> None:
         self.engine, self.prompts, self.sampling, self.stop_ids = engine, prompts, sampling, stop_ids
         self.max_new_tokens, self.pruning, self.pixel_values = max_new_tokens, pruning, pixel_values
+        self.held, self.kept = held, kept
         self.generator = sampling.generator(engine.device)
         self.finish_reasons: list[str | None] = [None] * len(prompts)
         self.new_tokens = self.decode_steps = 0
@@ -43,15 +50,16 @@ class Run:
     def __iter__(self) -> Iterator[list[int | None]]:
         engine = self.engine
         longest = max(map(len, self.prompts))
-        with engine.borrowed_state(len(self.prompts), longest + self.max_new_tokens, self.pruning) as self.state:
+        lent = engine.borrowed_state(len(self.prompts), longest + self.max_new_tokens, self.pruning)
+        with lent if self.held is None else nullcontext(self.held) as self.state:
             self.compile_s = engine.prepare(self.state)
-            tokens, real = pad_left(self.prompts, engine.device)
+            tokens, real = pad_left([ids[self.kept :] for ids in self.prompts], engine.device)
             with torch.inference_mode():
                 x, counted, self.image_s = engine.pictures.embed(
                     tokens, real, self.pixel_values, self.pruning.settings.scored_tokens
                 )
                 began = time.perf_counter()
-                logits = engine.model.prefill(x, self.state, real, counted)         # [B, V]
+                logits = engine.model.prefill(x, self.state, real, counted, kept=self.kept)     # [B, V]
                 chosen = next_tokens(logits, self.sampling, self.generator)         # [B]
                 new = self.accept(chosen)
             self.prefill_s = time.perf_counter() - began

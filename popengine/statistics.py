@@ -43,7 +43,8 @@ class ExpertUse:
 class Statistics:
     """Measured over one call of generate or stream; the batch is served as one.
 
-    prompt_tokens        padding not counted; of them, image_tokens stand for pictures
+    prompt_tokens        padding not counted; of them, image_tokens stand for pictures, and kept_tokens were in the
+                         cache already (a conversation's earlier turns; what is counted since then is of all turns)
     image_ms             vision tower and projector
     prefill_ms           embedded prompt to first logits, without the partition
     partition_ms         scores, sort and copy of the active weights; within them: scores_ms, sort_ms, copy_ms
@@ -58,6 +59,7 @@ class Statistics:
 
     prompt_tokens: int
     image_tokens: int
+    kept_tokens: int
     new_tokens: int
     image_ms: float
     prefill_ms: float
@@ -95,6 +97,7 @@ def measured(run: Run) -> Statistics:
     return Statistics(
         prompt_tokens=sum(map(len, run.prompts)),
         image_tokens=engine.pictures.image_tokens(run.prompts),
+        kept_tokens=run.kept,
         new_tokens=run.new_tokens,
         image_ms=run.image_s * 1000,
         prefill_ms=run.prefill_s * 1000 - partition,
@@ -110,7 +113,7 @@ def measured(run: Run) -> Statistics:
         weight_bytes_per_token=pruned + (dense - pruned) * gathering.dense_steps // max(1, gathering.steps),
         dense_weight_bytes_per_token=dense,
         layers=len(run.state.layers),
-        skipped_layers=len(run.pruning.skipped_by(max(map(len, run.prompts)))),
+        skipped_layers=len(run.pruning.skipped_by(max(map(len, run.prompts)) - run.kept)),
         peak_memory_bytes=peak_memory_bytes(engine.device),
         experts=expert_use(run.state),
         evidence_tokens=gathering.tokens,
@@ -147,6 +150,7 @@ def report(statistics: Statistics) -> dict[str, Any]:
     shown = statistics.regions
     return {
         "image_tokens": statistics.image_tokens,
+        "kept_tokens": statistics.kept_tokens,
         "pruning": pruning_report(statistics.pruning)
         | {"retained": shown.retained, "candidate": shown.candidate, "pruned": shown.pruned, "picked": shown.picked,
            "skipped_layers": statistics.skipped_layers},
@@ -181,13 +185,14 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
     """Statistics for people."""
     ended = {"stop": "end of sequence", "length": "as many as asked for"}[finish_reason]
     shown, share = statistics.regions, statistics.weight_bytes_per_token / statistics.dense_weight_bytes_per_token
-    prompt = f"{statistics.prompt_tokens} tokens:"
+    of_which = [f"{statistics.kept_tokens} kept"] if statistics.kept_tokens else []
+    images = ""
     if statistics.image_tokens:
         of_text = statistics.prompt_tokens - statistics.image_tokens
-        prompt = (
-            f"{statistics.prompt_tokens} tokens ({statistics.image_tokens} of images, {of_text} of text): "
-            f"images {statistics.image_ms:.0f} ms,"
-        )
+        of_which += [f"{statistics.image_tokens} of images", f"{of_text} of text"]
+        images = f" images {statistics.image_ms:.0f} ms,"
+    listed = f" ({', '.join(of_which)})" if of_which else ""
+    prompt = f"{statistics.prompt_tokens} tokens{listed}:{images}"
     compiled = f"; compiled before that in {statistics.compile_s:.1f} s" if statistics.compile_s else ""
     found = [
         f"prompt    {prompt} prefill {statistics.prefill_ms:.0f} ms, partition {statistics.partition_ms:.0f} ms",

@@ -1,0 +1,263 @@
+"""A conversation: what is kept from turn to turn is not computed again, and changes no answer."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import LLAVA_TINY, MIXTRAL, MODELS, QWEN2_MOE, SETTINGS, complete_checkpoint, resolved, saved_pair
+
+from models.feed_forward import FeedForward
+from models.pruning.settings import DENSE, PruningSettings
+from popengine.conversation import Conversation, common_prefix
+from popengine.engine import Engine, Generation
+from popengine.loading import load
+from weights.errors import InputError
+
+HALF = PruningSettings(ffn_ratio=0.5, candidate_width=0.3)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return load(complete_checkpoint(tmp_path_factory.mktemp("talker"), max_position_embeddings=512))
+
+
+def asked_afresh(conversation: Conversation) -> Generation:
+    """The answer to the last turn as a run on the whole conversation gives it."""
+    engine, spoken = conversation.engine, conversation.messages[:-1]
+    return engine.generate(
+        spoken, images=conversation.images, max_new_tokens=conversation.max_new_tokens, pruning=conversation.pruning
+    )[0]
+
+
+@pytest.mark.parametrize("name", [*MODELS, "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("settings", SETTINGS)
+@torch.inference_mode()
+def test_a_prompt_in_two_pieces_is_one_prompt(tmp_path: Path, name: str, settings: str) -> None:
+    """Where the prompt is finished on all channels, so that the hidden states are the same: evidence and partition."""
+    models = MODELS | {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE}
+    _, model = saved_pair(tmp_path, models[name])
+    pruning = resolved(model, replace(SETTINGS[settings], prefill="dense"))
+    tokens = torch.randint(96, (1, 30), generator=torch.Generator().manual_seed(3))
+    state, whole = (model.new_state(1, 64, pruning) for _ in range(2))
+    expected = model.prefill(model.embed(tokens), whole)
+    model.prefill(model.embed(tokens[:, :17]), state)
+    for token in (5, 6, 7):                                         # said, and then taken back
+        model.decode(torch.tensor([token]), state)
+    logits = model.prefill(model.embed(tokens[:, 17:]), state, kept=17)
+    assert (state.cache.filled, int(state.cache.length)) == (30, 30)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert state.gathering.tokens == whole.gathering.tokens == 30
+    for mine, theirs in zip(state.layers, whole.layers, strict=True):
+        if isinstance(model.model.layers[0].mlp, FeedForward):
+            torch.testing.assert_close(mine.ffn.evidence.squares, theirs.ffn.evidence.squares, atol=1e-3, rtol=1e-4)
+            assert torch.equal(mine.ffn.partition.order, theirs.ffn.partition.order)
+        else:
+            assert mine.ffn.prompt_tokens == theirs.ffn.prompt_tokens
+        assert torch.equal(mine.heads.partition.order, theirs.heads.partition.order)
+    step = torch.tensor([11])
+    torch.testing.assert_close(model.decode(step, state), model.decode(step, whole), atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_later_pieces_skip_layers_too(tmp_path: Path) -> None:
+    _, model = saved_pair(tmp_path, MODELS["grouped_query"])
+    state = model.new_state(1, 64, resolved(model, replace(HALF, prefill_skip="1/3", boundary_tokens=4)))
+    tokens = torch.randint(96, (1, 30), generator=torch.Generator().manual_seed(3))
+    model.prefill(model.embed(tokens[:, :17]), state)
+    rows = []
+    model.prefill(
+        model.embed(tokens[:, 17:]), state, observe=lambda module, h, *_: rows.append(h.shape[1]), kept=17
+    )
+    assert rows == [13, 13, 13, 13, 4, 4]                           # attention and network of three layers
+    assert state.gathering.tokens == 4 + 4
+    assert all(layer.keys[:, :, :30].abs().sum(dim=(0, 1, 3)).all() for layer in state.layers)
+
+
+def test_later_turns_answer_as_a_fresh_run_does(engine: Engine) -> None:
+    conversation = engine.chat("Be brief.", pruning=DENSE, max_new_tokens=24)
+    for turn, text in enumerate(("Hello there", "And now?", "What else is there to say?")):
+        said = conversation.say(text)
+        assert said.token_ids == asked_afresh(conversation).token_ids
+        assert said.statistics.kept_tokens > 0 or turn == 0
+    assert [message["role"] for message in conversation.messages] == ["system", *["user", "assistant"] * 3]
+
+
+def test_only_what_is_new_is_computed(engine: Engine) -> None:
+    conversation = engine.chat(pruning=HALF, max_new_tokens=20)
+    first = conversation.say("Hello there")
+    rows = []
+    prefill = engine.model.prefill
+    engine.model.prefill = lambda x, *rest, **named: rows.append(x.shape[1]) or prefill(x, *rest, **named)
+    try:
+        second = conversation.say("And now?")
+    finally:
+        engine.model.prefill = prefill
+    said = first.prompt_token_ids + first.token_ids
+    kept = common_prefix(said[:-1], second.prompt_token_ids)        # the last token was chosen and not yet run
+    assert kept >= len(first.prompt_token_ids)
+    assert rows == [len(second.prompt_token_ids) - kept]
+    assert second.statistics.kept_tokens == kept
+    assert second.statistics.evidence_tokens == len(first.prompt_token_ids) + rows[0]
+
+
+def test_evidence_goes_on_and_a_new_beginning_forgets_it(engine: Engine) -> None:
+    conversation = engine.chat(pruning=replace(HALF, dense_every=2, redraw_every=4), max_new_tokens=12)
+    first = conversation.say("Hello there")
+    steps = first.statistics.dense_steps
+    assert steps == 5
+    second = conversation.say("And now?")
+    assert second.statistics.dense_steps > steps
+    assert second.statistics.evidence_tokens == (
+        len(second.prompt_token_ids) - second.statistics.kept_tokens + len(first.prompt_token_ids)
+        + second.statistics.dense_steps
+    )
+    conversation.begin_anew()
+    again = conversation.say("Hello there")
+    assert again.token_ids == first.token_ids
+    assert again.statistics.evidence_tokens == first.statistics.evidence_tokens
+
+
+def test_an_answer_that_reads_otherwise_is_taken_back(engine: Engine) -> None:
+    """As where a template trims: the cache goes back to where the texts part."""
+    conversation = engine.chat(pruning=DENSE, max_new_tokens=24)
+    conversation.say("Hello there")
+    conversation.messages[-1]["content"] = "something else altogether"
+    said = conversation.say("And now?")
+    assert said.token_ids == asked_afresh(conversation).token_ids
+    assert said.statistics.kept_tokens < len(said.prompt_token_ids) - len("something else altogether")
+
+
+def test_an_answer_that_is_ended_early_is_what_was_said(engine: Engine) -> None:
+    conversation = engine.chat(pruning=DENSE, max_new_tokens=30)
+    stream = conversation.stream("Hello there")
+    said = [next(stream).token_id for _ in range(5)]
+    stream.close()
+    assert conversation.messages[-1] == {"role": "assistant", "content": engine.tokenizer.decode(said)}
+    assert conversation.state is not None
+    after = conversation.say("And now?")
+    assert after.statistics.kept_tokens > 0
+    assert after.token_ids == asked_afresh(conversation).token_ids
+    conversation.stream("never listened to").close()
+    assert len(conversation.messages) == 4
+
+
+@pytest.mark.parametrize("settings", [DENSE, HALF], ids=["dense", "half"])
+def test_a_step_that_is_cut_in_two_is_not_gone_on_with(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, settings: PruningSettings
+) -> None:
+    conversation = engine.chat(pruning=settings, max_new_tokens=30)
+    stream = conversation.stream("Hello there")
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(FeedForward, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    assert conversation.state is None
+    after = conversation.say("And now?")
+    assert after.statistics.kept_tokens == 0
+    assert after.token_ids == asked_afresh(conversation).token_ids
+    with monkeypatch.context() as patch:
+        patch.setattr(FeedForward, "prefill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            conversation.say("Not heard")
+    assert len(conversation.messages) == 4
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_settings_may_change_between_turns(engine: Engine) -> None:
+    conversation = engine.chat(pruning=HALF, max_new_tokens=16)
+    conversation.say("Hello there")
+    conversation.pruning = DENSE
+    said = conversation.say("And now?")
+    assert said.statistics.kept_tokens == 0
+    assert said.token_ids == asked_afresh(conversation).token_ids
+
+
+def test_a_full_context_is_said_and_an_answer_ends_with_it(tmp_path: Path) -> None:
+    engine = load(complete_checkpoint(tmp_path, max_position_embeddings=96))
+    conversation = engine.chat(pruning=DENSE, max_new_tokens=60)
+    said = conversation.say("x" * 60)
+    assert len(said.prompt_token_ids) + len(said.token_ids) == 96 or said.finish_reason == "stop"
+    with pytest.raises(InputError, match=r"context is full: .* tokens, and the context holds 96"):
+        conversation.say("y" * 60)
+    assert len(conversation.messages) == 2
+
+
+def test_a_saved_conversation_goes_on(engine: Engine, tmp_path: Path) -> None:
+    conversation = engine.chat("Be brief.", pruning=DENSE, max_new_tokens=16)
+    conversation.say("Hello there")
+    conversation.save(tmp_path / "kept.json")
+    wanted = conversation.say("And now?")
+    another = engine.chat(pruning=DENSE, max_new_tokens=16)
+    another.say("Something else")
+    another.load(tmp_path / "kept.json")
+    assert another.say("And now?").token_ids == wanted.token_ids
+    assert another.messages == conversation.messages
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (lambda text: "{", "not readable as JSON"),
+    (lambda text: text.replace("popengine conversation 1", "popengine conversation 9"), "not a conversation"),
+    (lambda text: text.replace('"model": "', '"model": "0'), "another model"),
+    (lambda text: text.replace('"user"', '"nobody"'), "messages"),
+    (lambda text: text.replace('"Hello there"', '[{"type": "text"}]'), "messages"),
+    (lambda text: text.replace('"images": []', '"images": [1]'), "images"),
+])
+def test_what_is_no_conversation_of_this_model_is_refused(
+    engine: Engine, tmp_path: Path, change: Callable[[str], str], named: str
+) -> None:
+    conversation = engine.chat(pruning=DENSE, max_new_tokens=4)
+    conversation.say("Hello there")
+    path = tmp_path / "kept.json"
+    conversation.save(path)
+    before = list(conversation.messages)
+    path.write_text(change(path.read_text()))
+    with pytest.raises(InputError, match=named):
+        conversation.load(path)
+    with pytest.raises(InputError, match="no such file"):
+        conversation.load(tmp_path / "nowhere.json")
+    with pytest.raises(InputError, match="cannot be saved"):
+        conversation.save(tmp_path / "no" / "folder.json")
+    assert conversation.messages == before
+
+
+def test_nothing_said_is_refused_and_so_is_a_model_without_a_template(engine: Engine, tmp_path: Path) -> None:
+    conversation = engine.chat()
+    for text in ("", "  \n", "bad \udce9 byte"):
+        with pytest.raises(InputError):
+            conversation.say(text)
+    engine.prompts.chat_template, engine.chat_template, before = None, None, engine.chat_template
+    try:
+        with pytest.raises(InputError, match="no chat template"):
+            engine.chat()
+    finally:
+        engine.prompts.chat_template = engine.chat_template = before
+
+
+def test_pictures_may_come_at_any_turn(tmp_path: Path) -> None:
+    engine = load(LLAVA_TINY, dtype="float32")
+    picture = LLAVA_TINY / "example.png"
+    conversation = engine.chat(pruning=DENSE, max_new_tokens=24)
+    for text, images in (("Hello", []), ("What do you see?", [picture]), ("And here?", [picture]), ("Really?", [])):
+        said = conversation.say(text, images)
+        assert said.token_ids == asked_afresh(conversation).token_ids
+    conversation.save(tmp_path / "kept.json")
+    again = engine.chat(pruning=DENSE, max_new_tokens=24)
+    again.load(tmp_path / "kept.json")
+    assert again.say("Well?").token_ids == conversation.say("Well?").token_ids
+
+
+def test_smollm2_answers_a_second_turn_as_a_fresh_run_does(default_checkpoint_path: Path) -> None:
+    engine = load(default_checkpoint_path, dtype="float32")
+    conversation = engine.chat(pruning=DENSE, max_new_tokens=48)
+    for text in ("Name three trees.", "Which of them grows tallest?"):
+        said = conversation.say(text)
+        assert said.token_ids == asked_afresh(conversation).token_ids
+    assert said.statistics.kept_tokens > len(said.prompt_token_ids) / 2
