@@ -21,7 +21,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = OneLineParser(prog="python -m popengine.bench", description=__doc__.splitlines()[0])
+    flags = OneLineParser(
+        "bench", __doc__.splitlines()[0],
+        "bench --compile --against transformers,llama.cpp\nbench --shape llama-3.2-1b --dtype bfloat16",
+        "--shape -p -n --prune-ratio --dtype --weights --compile --against --rounds --json",
+    )
     add_checkpoint_flag(flags)
     flags.add_argument("--shape", metavar="NAME", help="instead: random weights, for example llama-3.2-1b")
     flags.add_argument("-p", "--prompt-tokens", type=int, default=128, metavar="N", help="(default: 128)")

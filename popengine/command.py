@@ -4,26 +4,78 @@ Nothing here imports PyTorch, which takes seconds: a wrong flag should not wait 
 """
 
 import argparse
+import difflib
 import importlib.util
 import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from models.pruning.settings import PruningSettings
+from models.pruning.settings import RECOMMENDED, PruningSettings
 from weights.errors import InputError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Errors as one line, without the usage in front."""
+    """Errors as one line, without the usage in front; help that fits a screen, with what is rare behind --help-all.
+
+    example  a line or two to begin with
+    common   the flags that --help shows
+    """
+
+    def __init__(self, command: str, description: str, example: str, common: str) -> None:
+        self.common = {"--help", "--help-all", "--ckpt", *common.split()}
+        self.shows_all = False
+        self.words: list[str] = []
+        shown = "".join(f"\n    popengine {line}" for line in example.splitlines())
+        super().__init__(
+            prog=f"popengine {command}", usage="%(prog)s [flags]", description=f"{description}\n{shown}",
+            formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32), allow_abbrev=False,
+        )
+        self.add_argument("--help-all", action=HelpAll, nargs=0, help="all flags, the rare ones too")
+
+    def format_help(self) -> str:
+        if self.shows_all:
+            return super().format_help()
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        formatter.start_section("flags")
+        formatter.add_arguments(
+            one for one in self._actions if not one.option_strings or self.common & {*one.option_strings}
+        )
+        formatter.end_section()
+        return formatter.format_help()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.words = [*(sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = [name for word in self.words if (name := word.partition("=")[0]).startswith("--")]
+        meant = next((near for name in unknown if name not in flags and (near := nearest(name, flags))), "")
+        raise InputError(f"{message}{meant} (see --help)")
+
+
+class HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        assert isinstance(parser, OneLineParser)
+        parser.shows_all = True
+        parser.print_help()
+        parser.exit()
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """A question for whoever meant one of these names; empty where none is near."""
+    near = difflib.get_close_matches(word, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def run_as_command(
@@ -68,6 +120,23 @@ def insistent_interrupts() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def noted_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C is noted in this list, so that a step is finished before its loop ends; a second one interrupts."""
+    noted: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def refuse_shadowed_packages() -> None:
     """`models` and `weights` are common names: say so when another package of that name stands in front of ours."""
     ours = Path(__file__).resolve().parent.parent
@@ -84,7 +153,7 @@ def refuse_shadowed_packages() -> None:
 
 def add_checkpoint_flag(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
-        "--ckpt", metavar="DIR|HUB_ID|FILE.gguf", help="checkpoint (default: what `make checkpoint` has fetched)"
+        "--ckpt", metavar="DIR|HUB_ID|FILE.gguf", help="checkpoint (default: SmolLM2-135M-Instruct)"
     )
 
 
@@ -117,6 +186,47 @@ def add_machine_flags(flags: argparse.ArgumentParser, several_forms: bool = Fals
         "--weights", metavar="auto|plain|int8|int4", help="packed or not (auto: as the checkpoint is)", **forms
     )
     return machine
+
+
+def add_generation_flags(flags: argparse.ArgumentParser, new_tokens: int) -> None:
+    """What the commands that generate share."""
+    flags.add_argument(
+        "-n", "--max-new-tokens", type=int, default=new_tokens, metavar="N", help=f"(default: {new_tokens})"
+    )
+    sampling = flags.add_argument_group("sampling")
+    sampling.add_argument("--temperature", "--temp", type=float, default=0.0, metavar="T", help="0 is greedy")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest P of probability")
+    sampling.add_argument("--seed", type=int, metavar="N", help="makes sampling reproducible")
+    add_setting_flags(flags)
+    flags.add_argument(
+        "--paper", action="store_true",
+        help="the paper's rule to the letter, where other flags say nothing, instead of width 0.5 and a prior of 32",
+    )
+    machine = add_machine_flags(flags)
+    machine.add_argument("--max-seq-len", type=int, metavar="N", help="a shorter context than the model's")
+    machine.add_argument("--compile", action="store_true", help="compile the decode step (slow to start, fast to run)")
+    flags.add_argument("--quiet", action="store_true", help="neither statistics nor progress bars")
+
+
+def generation_settings(flags: argparse.Namespace) -> PruningSettings:
+    """What the flags ask for, on top of what is recommended, or of the paper's."""
+    return pruning_settings(flags, PruningSettings() if flags.paper else RECOMMENDED)
+
+
+def load_with_warnings(load: Callable[..., Any], flags: argparse.Namespace) -> Any:
+    """The engine of popengine.loading.load, as these flags ask for it; what there is to warn of goes to stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        engine = load(
+            flags.ckpt, dtype=flags.dtype, device=flags.device, weights=flags.weights, max_seq_len=flags.max_seq_len,
+            compile=flags.compile, progress=sys.stderr.isatty() and not flags.quiet,
+        )
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    for field in engine.unknown_fields:
+        print(f"warning: config.json has a field that popengine does not know and ignores: {field}", file=sys.stderr)
+    return engine
 
 
 def add_scoring_flags(flags: argparse.ArgumentParser) -> None:

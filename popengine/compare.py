@@ -25,9 +25,9 @@ from weights.errors import InputError
 
 def parser() -> argparse.ArgumentParser:
     flags = OneLineParser(
-        prog="popengine-compare",
-        description="Pruning methods side by side: quality on a text and on tasks, and what a decode step reads.",
-        allow_abbrev=False,
+        "compare", "Pruning methods side by side: quality on a text and on tasks, and what a decode step reads.",
+        "compare --text FILE --out DIR --methods dense pop frozen --prune-ratio 0.2 0.4",
+        "--out --text --tasks --methods --prune-ratio --candidate-width --time --windows --dtype --weights",
     )
     add_checkpoint_flag(flags)
     flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the table and the plots go")

@@ -45,16 +45,23 @@ class Conversation:
                              "with a text (--raw)")
         self.engine, self.pruning, self.sampling, self.max_new_tokens = engine, pruning, sampling, max_new_tokens
         self.state: DecodeState | None = None
-        self.begin_anew(system_prompt)
-
-    def begin_anew(self, system_prompt: str | None = None) -> None:
-        """Forget all turns, and the evidence with them."""
         self.messages: list[dict[str, Any]] = []
         self.images: list[ImageSource] = []
-        self.cached: list[int] = []
+        self.instruct(system_prompt)
+
+    def instruct(self, system_prompt: str | None) -> None:
+        """Change what the model is told first (None: nothing); the turns stay, and are computed anew."""
+        first = []
         if system_prompt is not None:
             check_text(system_prompt, "the system prompt")
-            self.messages.append({"role": "system", "content": system_prompt})
+            first = [{"role": "system", "content": system_prompt}]
+        self.messages = first + [message for message in self.messages if message["role"] != "system"]
+        self.cached: list[int] = []
+
+    def begin_anew(self) -> None:
+        """Forget all turns, and the evidence with them; what the model is told first stays."""
+        self.messages = [message for message in self.messages if message["role"] == "system"]
+        self.images, self.cached = [], []
 
     def say(self, text: str, images: Sequence[ImageSource] = ()) -> "Generation":
         """The next turn, and its whole answer. As `stream`"""

@@ -16,8 +16,8 @@ from weights.errors import InputError
 
 def parser() -> argparse.ArgumentParser:
     flags = OneLineParser(
-        prog="python -m popengine.gates", description="How much each layer matters to the prompt, and to the output.",
-        allow_abbrev=False,
+        "gates", "How much each layer matters to the prompt, and to the output.", "gates --text FILE --out DIR",
+        "--out --text --tasks --samples --prompt-tokens --answer-tokens --dtype --weights",
     )
     add_checkpoint_flag(flags)
     flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the table and the plot go")

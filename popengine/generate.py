@@ -7,16 +7,14 @@ both. Bad input is one line on stderr and exit status 2.
 import argparse
 import json
 import sys
-import warnings
 from typing import NoReturn
 
-from models.pruning.settings import RECOMMENDED, PruningSettings
 from popengine.command import (
     OneLineParser,
     add_checkpoint_flag,
-    add_machine_flags,
-    add_setting_flags,
-    pruning_settings,
+    add_generation_flags,
+    generation_settings,
+    load_with_warnings,
     run_as_command,
 )
 from weights.errors import InputError
@@ -24,37 +22,20 @@ from weights.errors import InputError
 
 def parser() -> argparse.ArgumentParser:
     flags = OneLineParser(
-        prog="popengine-generate",
-        description="Generate text with Partition-guided Online Pruning (POP, arXiv 2602.06822).",
-        allow_abbrev=False,
+        "generate", "Generate text with Partition-guided Online Pruning (POP, arXiv 2602.06822).",
+        'generate --prompt "Why is the sky blue?"\ngenerate --ckpt DIR --prompt "..." --prune-ratio 0.4',
+        "--prompt --image -n --temperature --system-prompt --prune-ratio --paper --dtype --weights --compile --json",
     )
     add_checkpoint_flag(flags)
     flags.add_argument("--prompt", required=True, metavar="TEXT|-", help="the prompt; - reads it from standard input")
     flags.add_argument(
         "--image", action="append", default=[], metavar="PATH", help="an image the prompt is about; may be repeated"
     )
-    flags.add_argument("-n", "--max-new-tokens", type=int, default=128, metavar="N")
-    sampling = flags.add_argument_group("sampling")
-    sampling.add_argument("--temperature", "--temp", type=float, default=0.0, metavar="T", help="0 is greedy")
-    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
-    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest P of probability")
-    sampling.add_argument("--seed", type=int, metavar="N", help="makes sampling reproducible")
-    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the end of the sequence")
-    prompting = flags.add_argument_group("prompt")
-    prompting.add_argument("--system-prompt", metavar="TEXT")
-    prompting.add_argument("--raw", action="store_true", help="the prompt as it stands, without the chat template")
-    add_setting_flags(flags)
-    flags.add_argument(
-        "--paper", action="store_true",
-        help="where other flags say nothing, the paper's rule to the letter (pop, evidence from the prompt alone), "
-        "instead of what is recommended (width 0.5, a prior of 32 tokens)",
-    )
-    machine = add_machine_flags(flags)
-    machine.add_argument("--max-seq-len", type=int, metavar="N", help="a shorter context than the model's")
-    machine.add_argument("--compile", action="store_true", help="compile the decode step (slow to start, fast to run)")
-    output = flags.add_argument_group("output")
-    output.add_argument("--quiet", action="store_true", help="neither statistics nor progress bars")
-    output.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text and statistics")
+    flags.add_argument("--system-prompt", metavar="TEXT", help="what the model is told first")
+    flags.add_argument("--raw", action="store_true", help="the prompt as it stands, without the chat template")
+    flags.add_argument("--ignore-eos", action="store_true", help="go on after the end of the sequence")
+    add_generation_flags(flags, new_tokens=128)
+    flags.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text and statistics")
     return flags
 
 
@@ -65,27 +46,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def run(flags: argparse.Namespace) -> None:
     prompt = read_prompt(flags.prompt)
-    pruning = settings(flags)
+    pruning = generation_settings(flags)
     # PyTorch takes seconds to import: only now that the flags have been understood.
     from popengine import loading, statistics
     from popengine.sampling import Sampling
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        engine = loading.load(
-            flags.ckpt,
-            dtype=flags.dtype,
-            device=flags.device,
-            weights=flags.weights,
-            max_seq_len=flags.max_seq_len,
-            compile=flags.compile,
-            progress=sys.stderr.isatty() and not flags.quiet,
-        )
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
-    for field in engine.unknown_fields:
-        print(f"warning: config.json has a field that popengine does not know and ignores: {field}", file=sys.stderr)
+    engine = load_with_warnings(loading.load, flags)
     pieces = engine.stream(
         prompt,
         images=flags.image,
@@ -116,11 +83,6 @@ def run(flags: argparse.Namespace) -> None:
     if not flags.quiet:
         lines = statistics.lines(piece.statistics, piece.finish_reason or "length", engine.load_s)
         print("", *lines, sep="\n", file=sys.stderr)
-
-
-def settings(flags: argparse.Namespace) -> PruningSettings:
-    """What the flags ask for, on top of what is recommended, or of the paper's."""
-    return pruning_settings(flags, PruningSettings() if flags.paper else RECOMMENDED)
 
 
 def read_prompt(text: str) -> str:

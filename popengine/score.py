@@ -24,9 +24,9 @@ from popengine.command import (
 
 def parser() -> argparse.ArgumentParser:
     flags = OneLineParser(
-        prog="popengine-score",
-        description="Perplexity of a text through prefill and decode steps, under a pruning method.",
-        allow_abbrev=False,
+        "score", "Perplexity of a text through prefill and decode steps, under a pruning method.",
+        "score --text FILE --method pop --prune-ratio 0.2",
+        "--text --method --prompt-tokens --score-tokens --windows --prune-ratio --dtype --weights --json",
     )
     add_checkpoint_flag(flags)
     flags.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text to score, UTF-8")

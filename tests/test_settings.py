@@ -10,7 +10,7 @@ from builders import another_setting, another_value
 from models.pruning.resolve import LayerWeights, resolve
 from models.pruning.settings import RECOMMENDED, PruningSettings, compared_fields
 from popengine import compare, generate, score
-from popengine.command import pruning_settings
+from popengine.command import generation_settings, pruning_settings
 from popengine.measure.comparison import Configuration
 from popengine.measure.comparison_table import markdown
 from popengine.statistics import pruning_report
@@ -38,7 +38,7 @@ def test_every_setting_has_a_flag(command: ModuleType, name: str) -> None:
 def test_generate_does_what_is_recommended_unless_the_paper_is_asked_for() -> None:
     words = [*NEEDED[generate], "--prune-ratio", "0.3"]
     read = generate.parser().parse_args
-    recommended, paper = generate.settings(read(words)), generate.settings(read([*words, "--paper"]))
+    recommended, paper = generation_settings(read(words)), generation_settings(read([*words, "--paper"]))
     assert recommended == replace(RECOMMENDED, prune_ratio=0.3) != paper
     assert paper == PruningSettings(prune_ratio=0.3)
 

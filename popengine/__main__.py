@@ -1,0 +1,54 @@
+"""The front door: popengine COMMAND ..., or python -m popengine COMMAND ..."""
+
+import importlib
+import sys
+from typing import NoReturn
+
+from popengine import __version__
+from popengine.command import nearest
+from weights.errors import InputError
+
+COMMANDS = {
+    "chat": "talk to a model",
+    "generate": "answer one prompt",
+    "info": "what a checkpoint is, before anything of it is loaded",
+    "score": "perplexity of a text",
+    "compare": "methods side by side: quality, and what a step reads",
+    "bench": "time steps, beside other engines too",
+    "gates": "how much each layer matters to a prompt",
+    "harness": "tasks of LM-Evaluation-Harness",
+}
+HELP = f"""\
+usage: popengine COMMAND [flags]
+
+    popengine chat                                             the small model that is there by default
+    popengine chat --ckpt DIR --dtype bfloat16                 another model (a folder, a Hub id, a .gguf file)
+    popengine generate --prompt "Why is the sky blue?" --prune-ratio 0.4
+    popengine info DIR
+
+commands
+{chr(10).join(f"  {name:10}{about}" for name, about in COMMANDS.items())}
+
+popengine COMMAND --help shows a command's flags, --help-all the rare ones too; popengine --version"""
+
+
+def main() -> NoReturn:
+    """Entry of `python -m popengine` and of the console script `popengine`."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help", "--help-all", "--version"):
+        print(f"popengine {__version__}" if name == "--version" else HELP)
+        sys.exit(0)
+    try:
+        if name not in COMMANDS:
+            raise InputError(f"{name} is no command{nearest(name, COMMANDS)} (there are {', '.join(COMMANDS)})")
+        command = importlib.import_module(f"popengine.{name}")
+    except InputError as error:                                     # a command may lack what it needs
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [f"popengine {name}", *sys.argv[2:]]
+    command.main()
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

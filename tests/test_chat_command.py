@@ -1,0 +1,182 @@
+"""The conversation as a user has it: lines from a pipe, lines from a terminal, and the front door."""
+
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import LLAVA_TINY, REPOSITORY, complete_checkpoint, exit_status
+
+from popengine import __main__ as front_door
+from popengine.chat import OF_SAMPLING, Chat, main
+from popengine.sampling import Sampling
+
+Talk = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def talk(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Talk:
+    """Lines into a pipe: the exit status, the answers, and what else was said."""
+
+    def lines(*said: str | bytes, flags: tuple[Any, ...] = ("-n", 6)) -> tuple[int, str, str]:
+        text = b"".join((one.encode() if isinstance(one, str) else one) + b"\n" for one in said)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        ckpt = () if "--ckpt" in flags else ("--ckpt", checkpoint)
+        return exit_status(main, *ckpt, "--prune-ratio", 0, *flags), *capsys.readouterr()
+
+    return lines
+
+
+def test_a_pipe_is_answered_line_by_line(talk: Talk, checkpoint: Path) -> None:
+    status, out, err = talk("Hello there", "", " /usr is a folder", "/quit", "not heard", flags=("-n", 6, "--quiet"))
+    assert (status, out.count("\n")) == (0, 2)
+    assert err.count("ended after 6 tokens; /max-new-tokens allows more") == 2
+
+
+def test_settings_are_shown_and_changed(talk: Talk) -> None:
+    status, _, err = talk(
+        "/ratio", "/ratio 0.3", "/prune-ratio", "/ffn-ratio 0.5", "/ffn-ratio", "/rule up", "/rule", "/dense-every 4",
+        "/dense-every none", "/dense-every", "/temperature 0.5", "/temperature", "/max-new-tokens 3",
+        "/max-new-tokens", "Hello", "/stats",
+    )
+    assert status == 0
+    for said in ("prune-ratio 0.0\n", "prune-ratio 0.3\n", "ffn-ratio 0.5\n", "rule up\n", "dense-every None\n",
+                 "temperature 0.5\n", "max-new-tokens 3\n", "ended after 3 tokens", "tokens/s"):
+        assert said in err, said
+
+
+def test_every_setting_can_be_said(talk: Talk) -> None:
+    assert set(OF_SAMPLING) == {one.name for one in fields(Sampling)}
+    status, _, err = talk(*[name for name in Chat.names() if name not in ("/quit", "/stats", "/image", "/load")])
+    assert status == 0
+    for name in Chat.names():
+        assert name == "/help" or name in err, name
+
+
+@pytest.mark.parametrize(("line", "named"), [
+    ("/rato 0.3", "did you mean /ratio?.*/help /image"),
+    ("/ratio a lot", "/prune-ratio takes a number, not 'a lot'"),
+    ("/ratio 0.95", "must stay below"),
+    ("/rule none", "rule must be one of"),
+    ("/redraw-every 4", "needs dense every"),
+    ("/max-new-tokens 0", "at least 1"),
+    ("/temperature -1", "temperature"),
+    ("/load nowhere.json", "nowhere.json: no such file"),
+    ("/save /nowhere/at/all.json", "cannot be saved"),
+    ("/stats", "nothing was answered yet"),
+    (b"caf\xe9", "line 1 on standard input is not UTF-8"),
+    ("x" * 300, "context is full"),
+])
+def test_the_first_wrong_line_of_a_pipe_ends_it(talk: Talk, line: str | bytes, named: str) -> None:
+    status, out, err = talk(line, "not heard")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert all(word in err for word in named.split(".*")), err
+
+
+def test_a_conversation_is_saved_and_goes_on(talk: Talk, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    _, both, _ = talk("/system Be brief.", "Hello", f"/save {kept}", "And now?")
+    assert [one["role"] for one in json.loads(kept.read_text())["messages"]] == ["system", "user", "assistant"]
+    _, second, _ = talk("Something else", "/reset", f"/load {kept}", "And now?")
+    assert second.splitlines()[-1] == both.splitlines()[-1]
+
+
+def test_a_picture_goes_with_the_next_turn(talk: Talk, tmp_path: Path) -> None:
+    flags = ("--ckpt", LLAVA_TINY, "-n", 12)
+    status, out, err = talk(f"/image {LLAVA_TINY / 'example.png'}", "What do you see?", "/stats", flags=flags)
+    assert status == 0
+    assert "of images" in err
+    status, out, err = talk(f"/image {tmp_path / 'nowhere.png'}", flags=flags)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+def test_a_terminal_goes_on_after_mistakes_and_interrupts(tmp_path: Path) -> None:
+    folder = complete_checkpoint(tmp_path, max_position_embeddings=100_000)
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "dumb"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "popengine", "chat", "--ckpt", str(folder), "-n", "50000", "--prune-ratio", "0"],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=environment, cwd=REPOSITORY,
+    )
+    os.close(theirs)
+    shown = ""
+
+    def until(words: str) -> None:
+        nonlocal shown
+        began = time.perf_counter()
+        while words not in shown:
+            assert time.perf_counter() - began < 60, shown
+            shown += os.read(ours, 65536).decode("utf-8", "replace")
+        shown = shown.partition(words)[2]
+
+    def write(line: str) -> None:
+        os.write(ours, line.encode())
+
+    until("/help says more")
+    until("> ")
+    write("/rato\n")
+    until("did you mean /ratio?")
+    write("Hello\n")
+    until("Hello\r\n")
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)               # ends the answer,
+    until("> ")
+    os.killpg(process.pid, signal.SIGINT)               # and here there is none to end
+    until("Ctrl-D or /quit ends the conversation")
+    write("/stats\n")
+    until("nothing was answered yet")                   # to its end
+    write("/save " + str(tmp_path / "kept.json") + "\n/quit\n")
+    assert process.wait(timeout=30) == 0
+    os.close(ours)
+    messages = json.loads((tmp_path / "kept.json").read_text())["messages"]
+    assert [one["role"] for one in messages] == ["user", "assistant"]
+    assert messages[1]["content"]
+
+
+def knock(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["popengine", *words])
+    return exit_status(lambda _: front_door.main())
+
+
+def test_the_front_door_lists_its_commands_and_suggests(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert knock(monkeypatch) == knock(monkeypatch, "--help") == knock(monkeypatch, "--version") == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in front_door.COMMANDS)
+    assert out.endswith("popengine 0.1.0\n")
+    assert knock(monkeypatch, "genrate") == 2
+    assert capsys.readouterr().err.startswith("error: genrate is no command; did you mean generate?")
+    assert knock(monkeypatch, "generate", "--prompt", "x", "--prune-ration", "0.3") == 2
+    assert "did you mean --prune-ratio?" in capsys.readouterr().err
+
+
+def test_the_front_door_leads_to_the_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], checkpoint: Path
+) -> None:
+    assert knock(monkeypatch, "generate", "--ckpt", str(checkpoint), "--prompt", "x", "-n", "3", "--quiet") == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], *([name, "--help"] for name in front_door.COMMANDS if name != "harness")])
+def test_help_fits_a_screen_and_the_rest_is_behind_help_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert knock(monkeypatch, *words) == 0
+    short = capsys.readouterr().out
+    assert short.count("\n") <= 28
+    assert "    popengine " in short.split("flags:" if words else "commands")[0]
+    if words and words[0] != "info":
+        assert knock(monkeypatch, words[0], "--help-all") == 0
+        assert capsys.readouterr().out.count("\n") > short.count("\n")
