@@ -85,13 +85,7 @@ def load_weights(
     line) and when the weights will not fit into memory. At its peak loading takes the memory of the weights plus that
     of the checkpoint's largest tensor.
     """
-    names = list(model.state_dict())
-    located = {name: (name, ()) for name in names}
-    if locate is not None:
-        located |= locate(names, list(checkpoint.entries))
-    wanted = find_sources(model, located, checkpoint, dtype, pack)
-    check_keys(checkpoint, wanted, {key for key, _ in located.values()}, list(ignored))
-
+    wanted = find_all(model, checkpoint, dtype, locate, ignored, pack)
     needed = sum(one.held_bytes for one in wanted)
     require_memory(needed, device, f"{checkpoint.path} in {str(dtype).removeprefix('torch.')}")
 
@@ -109,6 +103,20 @@ def load_weights(
                     one.packing.take(checkpoint.read(key)[one.index])
                 bar.update(one.held_bytes)
             checkpoint.release(key)
+
+
+def find_all(
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, locate: Locate | None = None,
+    ignored: Iterable[str] = (), pack: Pack | None = None,
+) -> list[Wanted]:
+    """Where everything lies that `model` needs, nothing read yet. As for load_weights"""
+    names = list(model.state_dict())
+    located: dict[str, tuple[str, tuple[Any, ...]]] = {name: (name, ()) for name in names}
+    if locate is not None:
+        located |= locate(names, list(checkpoint.entries))
+    wanted = find_sources(model, located, checkpoint, dtype, pack)
+    check_keys(checkpoint, wanted, {key for key, _ in located.values()}, list(ignored))
+    return wanted
 
 
 def find_sources(
