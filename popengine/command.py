@@ -139,6 +139,8 @@ def noted_interrupts() -> Iterator[list[int]]:
 
 def refuse_shadowed_packages() -> None:
     """`models` and `weights` are common names: say so when another package of that name stands in front of ours."""
+    if not PruningSettings.__module__.startswith("models."):
+        return                          # a wheel has them inside popengine (setup.py)
     ours = Path(__file__).resolve().parent.parent
     for name in ("models", "weights"):
         spec = importlib.util.find_spec(name)

@@ -25,10 +25,13 @@ Talk = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def talk(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Talk:
+def talk(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Talk:
     """Lines into a pipe: the exit status, the answers, and what else was said."""
 
     def lines(*said: str | bytes, flags: tuple[Any, ...] = ("-n", 6)) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)                                 # where /save goes without a name
         text = b"".join((one.encode() if isinstance(one, str) else one) + b"\n" for one in said)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
         ckpt = () if "--ckpt" in flags else ("--ckpt", checkpoint)

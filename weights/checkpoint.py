@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from weights.default_checkpoint import small_checkpoint
 from weights.errors import InputError
 from weights.gguf_file import GGUFCheckpoint
 from weights.hub import download, is_hub_id
@@ -27,15 +28,17 @@ COMPUTING_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Read a checkpoint's configuration and the shapes of its tensors; no tensor is read yet.
 
-    source  a directory as `save_pretrained` writes it, a .gguf file, or, when nothing of that name exists, the id
-            (`organisation/name`) of a Hub repository, whose files are downloaded with a progress bar unless they are
-            in the cache
+    source  a directory as `save_pretrained` writes it, a .gguf file, or, when nothing of that name exists, one of the
+            small checkpoints that come along, or the id (`organisation/name`) of a Hub repository, whose files are
+            downloaded with a progress bar unless they are in the cache
     errors  InputError: no such path or repository, no network, and everything that is wrong with the files themselves
     """
     if os.path.isdir(source):
         return SafetensorsCheckpoint(Path(source))
     if os.path.exists(source):
         return open_file(Path(source))
+    if small := small_checkpoint(str(source)):
+        return SafetensorsCheckpoint(small)
     if not isinstance(source, Path) and is_hub_id(source):
         return SafetensorsCheckpoint(download(source))
     raise InputError(

@@ -1,4 +1,4 @@
-"""Where the default checkpoint (SmolLM2-135M-Instruct) lies after `make checkpoint` has fetched it."""
+"""Checkpoints that need no path: the default one, SmolLM2-135M-Instruct, and the small ones that come along."""
 
 from pathlib import Path
 
@@ -17,5 +17,14 @@ def default_checkpoint(directory: Path = DEFAULT_DIRECTORY) -> Path:
         if path.exists():
             return path
     raise InputError(
-        f"the default checkpoint is not in {directory}: run `make checkpoint`, or name a checkpoint with --ckpt"
+        f"the default checkpoint is not in {directory}: run `make checkpoint`, or name a checkpoint with --ckpt (the "
+        "Hub has it as HuggingFaceTB/SmolLM2-135M-Instruct)"
     )
+
+
+def small_checkpoint(name: str) -> Path | None:
+    """A small trained checkpoint, as `llava-tiny` or `weights/llava-tiny`, from whichever folder; None: not one."""
+    for folder in Path(__file__).resolve().parent.glob("*-tiny"):
+        if name in (folder.name, f"weights/{folder.name}"):
+            return folder
+    return None
