@@ -55,8 +55,7 @@ class CompiledDecode:
         torch._dynamo.mark_dynamic(cache.slots, 0)      # the capacity: one compiled step serves them all
         for buffer in cache.keys + cache.values:
             torch._dynamo.mark_dynamic(buffer, 2)
-        key = (len(state.live), state.pruning)
-        if key in self.steps:
+        if self.knows(state):
             return 0.0
         began = time.perf_counter()
         with torch.inference_mode():
@@ -65,8 +64,11 @@ class CompiledDecode:
             self.step(tokens, state, dense=False)
             if state.gathering.ever_dense:
                 self.step(tokens, state, dense=True)
-        self.steps[key] = time.perf_counter() - began
-        return self.steps[key]
+        return self.steps.setdefault(step_of(state), time.perf_counter() - began)
+
+    def knows(self, state: DecodeState) -> bool:
+        """Whether the steps of this state have been compiled."""
+        return step_of(state) in self.steps
 
     def __call__(self, tokens: Tensor, state: DecodeState) -> Tensor:
         """What `decode` of the model computes. tokens int64 [B] -> logits [B, V]"""
@@ -101,6 +103,11 @@ class CompiledDecode:
         checks of every call, which take 5 % of a step.
         """
         return torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)
+
+
+def step_of(state: DecodeState) -> tuple[int, Pruning]:
+    """What tells steps apart that are compiled."""
+    return len(state.live), state.pruning
 
 
 def compiler_problem(device: torch.device) -> str | None:

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from popengine import __version__
 from popengine.command import nearest
+from popengine.waiting import waiting
 from weights.errors import InputError
 
 COMMANDS = {
@@ -41,7 +42,8 @@ def main() -> NoReturn:
     try:
         if name not in COMMANDS:
             raise InputError(f"{name} is no command{nearest(name, COMMANDS)} (there are {', '.join(COMMANDS)})")
-        command = importlib.import_module(f"popengine.{name}")
+        with waiting("starting", sys.stderr.isatty()):              # the harness imports all that lm_eval does
+            command = importlib.import_module(f"popengine.{name}")
     except InputError as error:                                     # a command may lack what it needs
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

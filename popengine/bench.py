@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from models.pruning.settings import RULE_NAMES, PruningSettings, share
-from popengine.command import OneLineParser, add_checkpoint_flag, run_as_command
+from popengine.command import OneLineParser, add_checkpoint_flag, run_as_command, start_pytorch
 from weights.errors import InputError
 
 PEERS = ("transformers", "llama.cpp")
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def run(flags: argparse.Namespace) -> None:
     check(flags)
-    # PyTorch takes seconds to import: only now that the flags have been understood.
+    start_pytorch(flags)
     from popengine.measure import bench_table, benchmark
 
     with tempfile.TemporaryDirectory(prefix="popengine-bench-") as folder:

@@ -22,6 +22,7 @@ from popengine.command import (
     nearest,
     noted_interrupts,
     run_as_command,
+    start_pytorch,
 )
 from weights.errors import InputError
 
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def run(flags: argparse.Namespace) -> None:
     pruning = generation_settings(flags)
-    # PyTorch takes seconds to import: only now that the flags have been understood.
+    start_pytorch(flags)
     from popengine import loading, statistics
     from popengine.sampling import Sampling
 

@@ -5,6 +5,7 @@ Nothing here imports PyTorch, which takes seconds: a wrong flag should not wait 
 
 import argparse
 import difflib
+import importlib
 import importlib.util
 import os
 import signal
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from models.pruning.settings import RECOMMENDED, PruningSettings
+from popengine.waiting import waiting
 from weights.errors import InputError
 
 
@@ -98,6 +100,12 @@ def run_as_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     sys.exit(0)
+
+
+def start_pytorch(flags: argparse.Namespace) -> None:
+    """PyTorch takes seconds to import: only when the flags have been understood, and with a word on a terminal."""
+    with waiting("starting", sys.stderr.isatty() and not getattr(flags, "quiet", False)):
+        importlib.import_module("torch")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from popengine.command import (
     add_setting_flags,
     make_folder,
     run_as_command,
+    start_pytorch,
 )
 from weights.errors import InputError
 
@@ -59,7 +60,7 @@ def run(flags: argparse.Namespace) -> None:
         raise InputError("--time takes a number of rounds of at least 1, and a text whose first window is decoded")
     if len(flags.weights) > 1 and (flags.calibration or flags.save_calibration):
         raise InputError("a saved calibration is of one form of weights; give one --weights, or --calibration-text")
-    # PyTorch takes seconds to import: only now that the flags have been understood.
+    start_pytorch(flags)
     from popengine import loading
     from popengine.measure import comparison, comparison_table, scoring, tasks
     from popengine.methods import by_name

@@ -30,6 +30,7 @@ from popengine.statistics import Statistics, measured
 from popengine.text.chat import end_of_turn_token
 from popengine.text.prompts import Prompt, Prompts
 from popengine.text.tokenizer import TextStream
+from popengine.waiting import waiting
 from weights.errors import InputError
 from weights.memory import available_memory
 
@@ -260,7 +261,10 @@ class Engine:
 
     def prepare(self, state: DecodeState) -> float:
         """Before a run: what has to be compiled for it. Returns seconds."""
-        return 0.0 if self.compiled is None else self.compiled.prepare(state)
+        if self.compiled is None:
+            return 0.0
+        with waiting("compiling", self.progress and not self.compiled.knows(state)):
+            return self.compiled.prepare(state)
 
     def stepping(self) -> AbstractContextManager[object]:
         """Around the steps of a run."""

@@ -10,7 +10,14 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from popengine.command import OneLineParser, add_checkpoint_flag, add_machine_flags, make_folder, run_as_command
+from popengine.command import (
+    OneLineParser,
+    add_checkpoint_flag,
+    add_machine_flags,
+    make_folder,
+    run_as_command,
+    start_pytorch,
+)
 from weights.errors import InputError
 
 
@@ -44,7 +51,7 @@ def run(flags: argparse.Namespace) -> None:
     for name in ("samples", "answer_tokens"):
         if getattr(flags, name) < 1:
             raise InputError(f"{name.replace('_', ' ')} must be at least 1, not {getattr(flags, name)}")
-    # PyTorch takes seconds to import: only now that the flags have been understood.
+    start_pytorch(flags)
     from popengine import loading
     from popengine.measure import gates, scoring, tasks
 

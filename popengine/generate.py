@@ -16,6 +16,7 @@ from popengine.command import (
     generation_settings,
     load_with_warnings,
     run_as_command,
+    start_pytorch,
 )
 from weights.errors import InputError
 
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(flags: argparse.Namespace) -> None:
     prompt = read_prompt(flags.prompt)
     pruning = generation_settings(flags)
-    # PyTorch takes seconds to import: only now that the flags have been understood.
+    start_pytorch(flags)
     from popengine import loading, statistics
     from popengine.sampling import Sampling
 

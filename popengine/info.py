@@ -7,7 +7,7 @@ import argparse
 import json
 from typing import NoReturn
 
-from popengine.command import OneLineParser, add_checkpoint_flag, run_as_command
+from popengine.command import OneLineParser, add_checkpoint_flag, run_as_command, start_pytorch
 from weights.errors import InputError
 
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(flags: argparse.Namespace) -> None:
     if flags.checkpoint and flags.ckpt:
         raise InputError("name one checkpoint, with --ckpt or without")
-    # PyTorch takes seconds to import: only now that the flags have been understood.
+    start_pytorch(flags)
     from popengine import description
 
     found = description.describe(flags.checkpoint or flags.ckpt)

@@ -18,6 +18,7 @@ from popengine.pictures.vision import TextOnly, Vision
 from popengine.text.chat import read_chat_template
 from popengine.text.prompts import Prompts
 from popengine.text.tokenizer import FastTokenizer, TextTokenizer, open_tokenizer
+from popengine.waiting import waiting
 from weights.checkpoint import Checkpoint, GGUFCheckpoint, checkpoint_dtype, fingerprint, open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
@@ -61,7 +62,8 @@ def load(
             model, pictures = loaded.language_model, Vision(loaded, tokenizer, opened.path)
         else:
             model, pictures = loaded, TextOnly(loaded)
-        compiled = compile_decode(model, where) if compile else None
+        with waiting("compiling", progress and compile):
+            compiled = compile_decode(model, where) if compile else None
         if compiled is None and where.type == "cpu" and kind != torch.float16:      # which PyTorch multiplies slowly so
             replace_matrices(model, ColumnMatrix.from_rows)
         context = model.config.max_position_embeddings

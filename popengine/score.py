@@ -19,6 +19,7 @@ from popengine.command import (
     add_setting_flags,
     pruning_settings,
     run_as_command,
+    start_pytorch,
 )
 
 
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def run(flags: argparse.Namespace) -> None:
     settings = pruning_settings(flags)
-    # PyTorch takes seconds to import: only now that the flags have been understood.
+    start_pytorch(flags)
     from popengine import loading, statistics
     from popengine.measure import scoring
     from popengine.methods import by_name

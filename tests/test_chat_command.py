@@ -1,13 +1,16 @@
 """The conversation as a user has it: lines from a pipe, lines from a terminal, and the front door."""
 
+import fcntl
 import io
 import json
 import os
 import pty
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -43,6 +46,7 @@ def talk(
 def test_a_pipe_is_answered_line_by_line(talk: Talk, checkpoint: Path) -> None:
     status, out, err = talk("Hello there", "", " /usr is a folder", "/quit", "not heard", flags=("-n", 6, "--quiet"))
     assert (status, out.count("\n")) == (0, 2)
+    assert "starting" not in err and "loading" not in err
     assert err.count("ended after 6 tokens; /max-new-tokens allows more") == 2
 
 
@@ -107,6 +111,7 @@ def test_a_picture_goes_with_the_next_turn(talk: Talk, tmp_path: Path) -> None:
 def test_a_terminal_goes_on_after_mistakes_and_interrupts(tmp_path: Path) -> None:
     folder = complete_checkpoint(tmp_path, max_position_embeddings=100_000)
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     environment = os.environ | {"TERM": "dumb"}
     process = subprocess.Popen(
         [sys.executable, "-m", "popengine", "chat", "--ckpt", str(folder), "-n", "50000", "--prune-ratio", "0"],
@@ -126,7 +131,8 @@ def test_a_terminal_goes_on_after_mistakes_and_interrupts(tmp_path: Path) -> Non
     def write(line: str) -> None:
         os.write(ours, line.encode())
 
-    until("/help says more")
+    for said in ("starting ...", "loading", "/help says more"):
+        until(said)
     until("> ")
     write("/rato\n")
     until("did you mean /ratio?")

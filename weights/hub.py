@@ -7,6 +7,7 @@ turns what can go wrong into one line each.
 
 import importlib
 import re
+import sys
 from pathlib import Path
 
 from weights.errors import InputError
@@ -34,12 +35,15 @@ def is_hub_id(text: str) -> bool:
 
 
 def download(repository: str) -> Path:
-    """The directory of a repository's files, downloaded when they are not in the cache, with a progress bar on stderr.
+    """The directory of a repository's files, downloaded when they are not in the cache, with a bar on a terminal.
 
     InputError when there is no such repository, it is private or gated, or the network or the disk fails.
     """
     # Imported late: the client takes a while to import, and most checkpoints are on disk.
-    hub, errors = (importlib.import_module(name) for name in ("huggingface_hub", "huggingface_hub.errors"))
+    names = ("huggingface_hub", "huggingface_hub.errors", "huggingface_hub.utils")
+    hub, errors, utils = (importlib.import_module(name) for name in names)
+    if not sys.stderr.isatty():
+        utils.disable_progress_bars()
     neither = f"{repository!r}: no such path, and"
     try:
         path = hub.snapshot_download(
