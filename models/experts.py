@@ -91,6 +91,12 @@ class ActiveExperts:
             self.picks = [old + new for old, new in zip(self.picks, tokens, strict=True)]
             return
         self.prompt_tokens = [old + new for old, new in zip(self.prompt_tokens, tokens, strict=True)]
+        if self.spares_unseen:          # what an earlier turn left whole is cut once a later one reaches it
+            seen = [count >= self.pruning.settings.min_tokens for count in self.prompt_tokens]
+            self.active = [
+                None if now and one is not None and not one.prunes else one
+                for one, now in zip(self.active, seen, strict=True)
+            ]
         most_first = sorted(range(len(tokens)), key=lambda expert: -self.prompt_tokens[expert])
         self.may_copy = most_first[: self.copy_limit]
 

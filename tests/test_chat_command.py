@@ -144,6 +144,7 @@ def test_a_terminal_goes_on_after_mistakes_and_interrupts(tmp_path: Path) -> Non
     write("/ratio\n")
     until("prune-ratio 0.0")
     until("> ")
+    time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)               # and here there is none to end
     until("Ctrl-D or /quit ends the conversation")
     write("/stats\n")

@@ -76,6 +76,23 @@ def test_later_pieces_skip_layers_too(tmp_path: Path) -> None:
     assert all(layer.keys[:, :, :30].abs().sum(dim=(0, 1, 3)).all() for layer in state.layers)
 
 
+@torch.inference_mode()
+def test_an_expert_that_a_later_turn_reaches_is_cut(tmp_path: Path) -> None:
+    _, model = saved_pair(tmp_path, MIXTRAL)
+    state = model.new_state(1, 64, resolved(model, replace(HALF, unseen_experts="dense")))
+    tokens = torch.randint(96, (1, 30), generator=torch.Generator().manual_seed(3))
+    model.prefill(model.embed(tokens[:, :1]), state)
+    for token in tokens[0, 1:16]:
+        model.decode(token[None], state)
+    layers = [layer.ffn for layer in state.layers]
+    assert any(one is not None and not one.prunes for layer in layers for one in layer.active)
+    model.prefill(model.embed(tokens[:, 16:]), state, kept=16)
+    for layer in layers:
+        reached = [one for one, seen in zip(layer.active, layer.prompt_tokens, strict=True) if seen]
+        assert len(reached) > 2
+        assert all(one.prunes and one.evidence.tokens > 0 for one in reached)
+
+
 def test_later_turns_answer_as_a_fresh_run_does(engine: Engine) -> None:
     conversation = engine.chat("Be brief.", pruning=DENSE, max_new_tokens=24)
     for turn, text in enumerate(("Hello there", "And now?", "What else is there to say?")):
