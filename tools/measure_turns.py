@@ -20,7 +20,7 @@ def main() -> None:
     flags.add_argument("--dtype", default="auto")
     flags.add_argument("--rounds", type=int, default=7)
     given = flags.parse_args()
-    engine = load(given.ckpt, dtype=given.dtype, progress=True)
+    engine = load(given.ckpt, dtype=given.dtype)
     for name, pruning in (("dense", DENSE), ("recommended", RECOMMENDED)):
         turns = [second_turn(engine, pruning) for _ in range(given.rounds + 1)][1:]     # the first warms up
         first_token, following, alone = (statistics.median(times) * 1000 for times in zip(*turns, strict=True))
