@@ -226,6 +226,9 @@ class Engine:
                 state = self.model.new_state(batch, capacity, pruning, available_memory(self.device))
         try:
             yield state
+        except InputError:
+            state = None                        # NaN in its cache would be read again, with weight 0, as NaN
+            raise
         finally:
             self.idle_state = state
 

@@ -9,6 +9,7 @@ from builders import complete_checkpoint
 from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import Engine
 from popengine.loading import load
+from popengine.measure.scoring import Window, dense_log_probabilities
 from popengine.sampling import Sampling, next_tokens
 from weights.errors import InputError
 
@@ -94,6 +95,28 @@ def test_top_k_and_top_p_leave_only_the_likeliest() -> None:
     torch.testing.assert_close(counts, logits[0].softmax(0), atol=0.04, rtol=0)
     hot = next_tokens(logits, Sampling(5.0), generator).bincount(minlength=4) / 2000
     torch.testing.assert_close(hot, (logits[0] / 5).softmax(0), atol=0.04, rtol=0)
+
+
+def test_no_temperature_and_no_top_p_is_too_small() -> None:
+    logits = torch.tensor([[0.1, 3.0, 2.0, -1e4]])
+    generator = torch.Generator().manual_seed(0)
+    for temperature, top_p in ((1e-320, 1.0), (1e-45, 1.0), (1.0, 1e-320), (1e-310, 1e-45)):
+        assert next_tokens(logits, Sampling(temperature, top_p=top_p), generator).tolist() == [1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_said_and_leave_nothing_behind(checkpoint: Path, value: float) -> None:
+    engine = load(checkpoint)
+    before = engine.generate("a", max_new_tokens=6, pruning=HALF, raw=True)[0].token_ids
+    (z,) = engine.prompts.ids("z", raw=True)
+    with torch.no_grad():
+        engine.model.model.embed_tokens.weight[z] = value
+    for sampling in (Sampling(), Sampling(1.0, seed=0)):
+        with pytest.raises(InputError, match="not finite for new token 1 of prompt 2: its weights"):
+            engine.generate(["ab", "zz"], max_new_tokens=6, pruning=HALF, raw=True, sampling=sampling)
+        assert engine.generate("a", max_new_tokens=6, pruning=HALF, raw=True)[0].token_ids == before
+    with pytest.raises(InputError, match="not finite for scored token 1"):
+        dense_log_probabilities(engine.model, Window([1, 2], [3, z, 5]))
 
 
 def test_interleaved_streams_do_not_disturb_each_other(engine: Engine) -> None:

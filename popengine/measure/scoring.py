@@ -26,11 +26,14 @@ from models.reading import bytes_per_token
 from popengine.engine import Engine
 from popengine.methods.activations import embedded
 from popengine.methods.calibration import Calibration, calibrate, load_calibration, save_calibration
+from popengine.sampling import require_finite
 from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
 
 CALIBRATION_WINDOW = 128
 CALIBRATION_WINDOWS = 64
+# Beyond it a perplexity is no number.
+MOST_LOSS = 700.0
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def dense_log_probabilities(model: LlamaForCausalLM, window: Window) -> Tensor:
     """The dense model's for every scored token, by one forward pass: float32 [S, V]"""
     ids = torch.tensor([window.ids[:-1]], device=model.device)
     logits = model(ids)[0, len(window.prompt) - 1 :]                                # [S, V]
+    require_finite(logits, "scored token", 1)
     return logits.float().log_softmax(dim=-1)
 
 
@@ -147,7 +151,9 @@ def log_probabilities(
         logits += [model.decode(token[None], state) for token in given]
     elif len(given):
         logits.append(evaluate(model, given, state, observe))
-    return torch.cat(logits).float().log_softmax(dim=-1)
+    together = torch.cat(logits)                                                    # [S, V]
+    require_finite(together, "scored token", 1)
+    return together.float().log_softmax(dim=-1)
 
 
 def score_window(log_p: Tensor, dense_log_p: Tensor, window: Window) -> WindowScore:
@@ -164,6 +170,8 @@ def score_window(log_p: Tensor, dense_log_p: Tensor, window: Window) -> WindowSc
 def summarise(scores: Sequence[WindowScore]) -> Summary:
     means = [sum(score.losses) / len(score.losses) for score in scores]
     mean = sum(means) / len(means)
+    if mean > MOST_LOSS:
+        raise InputError(f"a loss of {mean:.3g} nats per token is no language model's: its weights are damaged")
     spread = sum((value - mean) ** 2 for value in means)
     error = math.sqrt(spread / (len(means) - 1) / len(means)) if len(means) > 1 else math.nan
     tokens = sum(len(score.losses) for score in scores)
