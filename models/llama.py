@@ -3,7 +3,7 @@
 B batch, T rows (prompt tokens, or what follows them), S cache slots, H hidden size, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,6 +122,7 @@ class LlamaForCausalLM(nn.Module):
     # Buffers that old checkpoints carry and that follow from the config.
     ignored_keys = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
     can_compile = True
+    read_config: Callable[..., LlamaConfig] = staticmethod(read_llama_config)
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -134,7 +135,7 @@ class LlamaForCausalLM(nn.Module):
     @classmethod
     def from_config(cls, raw: Mapping[str, Any]) -> "LlamaForCausalLM":
         """A model of empty weights from a parsed config.json."""
-        return cls(read_llama_config(raw))
+        return cls(cls.read_config(raw))
 
     def locate(
         self, parameter_names: list[str], checkpoint_names: list[str]

@@ -34,6 +34,17 @@ class MixtralConfig(LlamaConfig):
     shared_expert_intermediate_size: int = 0
     sparse_layers: tuple[bool, ...] = ()
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        # Where every layer has experts, nothing has the side that layers without them would have.
+        queries = self.num_attention_heads * self.head_dim
+        channels = self.moe_intermediate_size if all(self.sparse_layers) else self.intermediate_size
+        return self.vocab_size, self.hidden_size, queries, channels, self.shared_expert_intermediate_size
+
+    @property
+    def blocks(self) -> int:
+        return self.num_hidden_layers + sum(self.sparse_layers) * self.num_experts
+
 
 FAMILIES = {
     "mixtral": FamilyDefaults(
@@ -68,9 +79,7 @@ def read_mixtral_config(raw: Mapping[str, Any], where: str = "config.json") -> M
     not implemented.
     """
     fields = ConfigReader(raw, where)
-    model_type = fields.get("model_type", "mixtral")
-    if model_type not in FAMILIES:
-        raise InputError(f"{where}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
+    model_type = fields.text("model_type", "mixtral", FAMILIES)
     fields.read.update(TRAINING_FIELDS)
     values = read_decoder_fields(fields, model_type, FAMILIES[model_type])
     layers = values["num_hidden_layers"]
@@ -87,7 +96,7 @@ def read_mixtral_config(raw: Mapping[str, Any], where: str = "config.json") -> M
         # transformers 5 writes Qwen3-MoE's number of experts under Mixtral's name.
         experts = fields.integer("num_experts", fields.integer("num_local_experts", 60 if qwen2 else 128))
         step = fields.integer("decoder_sparse_step", 1)
-        dense_layers = fields.get("mlp_only_layers", [])
+        dense_layers = fields.integers("mlp_only_layers", ())
         values |= {
             "num_experts_per_tok": fields.integer("num_experts_per_tok", 4 if qwen2 else 8),
             "moe_intermediate_size": fields.integer("moe_intermediate_size", 1408 if qwen2 else 768),
@@ -124,14 +133,10 @@ class MixtralDecoderLayer(LlamaDecoderLayer):
 
 class MixtralForCausalLM(LlamaForCausalLM):
     config: MixtralConfig
+    read_config = staticmethod(read_mixtral_config)
     layer_class = MixtralDecoderLayer  # type: ignore[assignment]  # takes the wider config
     # Which experts run is known only at the step, and each choice would be compiled anew.
     can_compile = False
-
-    @classmethod
-    def from_config(cls, raw: Mapping[str, Any]) -> "MixtralForCausalLM":
-        """A model of empty weights from a parsed config.json."""
-        return cls(read_mixtral_config(raw))
 
     def locate(
         self, parameter_names: list[str], checkpoint_names: list[str]

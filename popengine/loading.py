@@ -21,7 +21,8 @@ from popengine.text.tokenizer import FastTokenizer, TextTokenizer, open_tokenize
 from weights.checkpoint import Checkpoint, GGUFCheckpoint, checkpoint_dtype, fingerprint, open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
-from weights.load import load_weights
+from weights.json_files import JsonObject
+from weights.load import load_weights, require_room
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -104,8 +105,10 @@ def load_model(
     Returns the model, and what form its matrices have, for people.
     """
     model_class = architecture(checkpoint.config, str(checkpoint.path))
+    config = model_class.read_config(checkpoint.config)
+    require_room(checkpoint, config.sides, config.blocks)
     with torch.device("meta"):
-        model = model_class.from_config(checkpoint.config)
+        model = model_class(config)  # type: ignore[arg-type]  # its own
     language_model = model.language_model if isinstance(model, LlavaForConditionalGeneration) else model
     pack = None if form == "plain" else Packer(language_model, form, dtype, device)
     load_weights(model, checkpoint, dtype, device, model.locate, model.ignored_keys, progress, pack)
@@ -156,9 +159,7 @@ def end_of_sequence_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> fro
     """Every id that any file of the checkpoint calls an end of sequence."""
     ids: set[int] = set()
     for config in (checkpoint.generation_config, checkpoint.config):
-        named = config.get("eos_token_id")
-        named = named if isinstance(named, list) else [named]
-        ids |= {token for token in named if isinstance(token, int)}
+        ids.update(JsonObject(config, str(checkpoint.path)).integers("eos_token_id", ()))
     if tokenizer.eos_token is not None:
         token = tokenizer.token_id(tokenizer.eos_token)
         ids |= set() if token is None else {token}

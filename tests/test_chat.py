@@ -183,7 +183,7 @@ def test_broken_template_declaration_is_one_line(tmp_path: Path, config: str) ->
 
 def test_template_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match=r"chat_template\.jinja: not readable as UTF-8"):
+    with pytest.raises(InputError, match=r"chat_template\.jinja is not UTF-8 text"):
         read_chat_template(tmp_path)
 
 
@@ -193,7 +193,7 @@ def test_template_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{{ raise_exception('only\nuser \x1b[2J turns') }}", "only user ?[2J turns"),
+        ("{{ raise_exception('only\nuser \x1b[2J turns') }}", "only user \\x1b[2J turns"),
         ("ok\n{% for x in messages %}", "line 2: Unexpected end of template"),
         ("{{ messages.first.content }}", "no attribute 'first'"),
         ("{{ 1 / 0 }}", "division by zero"),

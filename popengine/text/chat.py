@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from popengine.text.tokenizer import TextTokenizer, read_json_object, single_line
+from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
+from weights.json_files import LARGEST_JSON, read_json
+from weights.mapped_file import read_text
 
 # {"role": "user", "content": text}; with pictures, content may be [{"type": "image"}, {"type": "text", "text": ...}].
 Message = dict[str, Any]
@@ -25,19 +27,16 @@ def read_chat_template(directory: Path) -> str | None:
     `chat_template` of tokenizer_config.json: a string, or a list of named ones, of which "default" is taken.
     """
     path = Path(directory) / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not readable as UTF-8 text ({single_line(str(error))})") from error
+    if path.exists():
+        return read_text(path, LARGEST_JSON)
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = Path(directory) / name
-        template = read_json_object(path).get("chat_template")
+        template = read_json(path, optional=True).get("chat_template")
         if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            if "default" not in named:
+            named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            if not named:
                 raise InputError(f'{path}: none of the chat templates is named "default"; use --raw without a template')
-            template = named["default"]
+            template = named[-1].get("template")
         if isinstance(template, str):
             return template
         if template is not None:
@@ -113,7 +112,7 @@ def render_chats(
 
 
 def template_failed(reason: str) -> InputError:
-    return InputError(f"the chat template failed: {single_line(reason)}; --raw sends the prompt without a template")
+    return InputError(f"the chat template failed: {reason}; --raw sends the prompt without a template")
 
 
 def jinja2_folders() -> list[str]:
