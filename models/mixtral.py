@@ -14,7 +14,7 @@ from models.feed_forward import ActiveFeedForward
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from models.pruning.partition import PartitionSizes
 from models.pruning.resolve import Pruning
-from models.reading import all_copy_bytes, copy_bytes
+from models.reading import copy_bytes
 from models.state import DecodeState
 from weights.errors import InputError
 
@@ -147,17 +147,22 @@ class MixtralForCausalLM(LlamaForCausalLM):
         self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None
     ) -> DecodeState:
         """As Llama's; with too little memory for all experts' copies, as many experts per layer get one as fit."""
-        if not pruning.rule.follows_prompt:
-            return super().new_state(batch, capacity, pruning, free_memory)
-        state = super().new_state(batch, capacity, pruning)
-        mixtures = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
-        one_per_layer = sum(copy_bytes(mixture.experts[0], pruning) for mixture in mixtures)
+        state = super().new_state(batch, capacity, pruning, free_memory)
+        one_per_layer = self.expert_copies(pruning)
         if free_memory is not None and one_per_layer:
-            others = all_copy_bytes(self, pruning) - self.config.num_experts * one_per_layer
+            left = free_memory - self.cache_bytes(batch, capacity) - self.least_copies(pruning)
             for layer in state.layers:
                 if isinstance(layer.ffn, ActiveExperts):
-                    layer.ffn.copy_limit = max(0, free_memory - others) // one_per_layer
+                    layer.ffn.copy_limit = left // one_per_layer
         return state
+
+    def expert_copies(self, pruning: Pruning) -> int:
+        """Bytes of a copy of one expert in every layer, where experts may also do without."""
+        mixtures = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+        return pruning.rule.follows_prompt * sum(copy_bytes(mixture.experts[0], pruning) for mixture in mixtures)
+
+    def least_copies(self, pruning: Pruning) -> int:
+        return super().least_copies(pruning) - self.config.num_experts * self.expert_copies(pruning)
 
     def ffn_sizes(self, pruning: Pruning) -> PartitionSizes:
         """Regions of one expert, or of the feed-forward networks where no layer has experts."""

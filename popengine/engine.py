@@ -197,6 +197,7 @@ class Engine:
                     f"the prompt has {len(ids)} tokens and {max_new_tokens} new ones are asked for, together "
                     f"{len(ids) + max_new_tokens}: more than the context of {self.max_seq_len}"
                 )
+            self.model.check_ids(self.pictures.text_ids(ids))
         stop_ids = frozenset[int]() if ignore_eos else self.stop_ids
         resolved = self.resolve(pruning or RECOMMENDED)
         pixel_values = self.pictures.pixel_values(images)

@@ -65,6 +65,7 @@ def load(
         compiled = compile_decode(model, where) if compile else None
         if compiled is None and where.type == "cpu" and kind != torch.float16:      # which PyTorch multiplies slowly so
             replace_matrices(model, ColumnMatrix.from_rows)
+        warn_of_tokens_without_embedding(tokenizer, model, loaded)
         context = model.config.max_position_embeddings
         if max_seq_len is not None:
             if not 1 <= max_seq_len <= context:
@@ -84,6 +85,19 @@ def load(
             folder=opened.path if opened.path.is_dir() else opened.path.parent,
             fingerprint=fingerprint(opened),
             progress=progress,
+        )
+
+
+def warn_of_tokens_without_embedding(
+    tokenizer: TextTokenizer, model: LlamaForCausalLM, loaded: LlamaForCausalLM | LlavaForConditionalGeneration
+) -> None:
+    """The image token of a LLaVA may lie beyond the embedding: it is never looked up."""
+    image = loaded.config.image_token_index if isinstance(loaded, LlavaForConditionalGeneration) else -1
+    rows, tokens = model.config.vocab_size, tokenizer.vocabulary_size
+    if tokens - (image >= rows) > rows:
+        warnings.warn(
+            f"the tokenizer has {tokens} tokens and the model's embedding {rows} rows: a text with one of the last "
+            f"{tokens - rows} is refused", stacklevel=3,
         )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import complete_checkpoint
+from tokenizers import Tokenizer
 
 from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import Engine
@@ -117,6 +118,20 @@ def test_logits_that_are_not_finite_are_said_and_leave_nothing_behind(checkpoint
         assert engine.generate("a", max_new_tokens=6, pruning=HALF, raw=True)[0].token_ids == before
     with pytest.raises(InputError, match="not finite for scored token 1"):
         dense_log_probabilities(engine.model, Window([1, 2], [3, z, 5]))
+
+
+def test_a_token_beyond_the_embedding_is_said_at_load_and_where_it_is_used(tmp_path: Path) -> None:
+    folder = complete_checkpoint(tmp_path)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["<added>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.warns(UserWarning, match="has 262 tokens and the model's embedding 261 rows"):
+        engine = load(folder)
+    assert engine.generate("Hi", max_new_tokens=2, pruning=DENSE)
+    with pytest.raises(InputError, match="the token 261, and the model's embedding only 261 rows"):
+        engine.generate("Hi <added>", max_new_tokens=2, pruning=DENSE)
+    with pytest.raises(InputError, match="the token 261"):
+        dense_log_probabilities(engine.model, Window([1, 2], [261]))
 
 
 def test_interleaved_streams_do_not_disturb_each_other(engine: Engine) -> None:

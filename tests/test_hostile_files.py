@@ -3,6 +3,7 @@
 Every test has a generator of its own; a case is a change to the files of a small checkpoint that works.
 """
 
+import io
 import json
 import shutil
 import time
@@ -16,13 +17,15 @@ import torch
 from builders import LLAVA_TINY, MIXTRAL_TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from popengine.loading import end_of_sequence_ids, load_model
-from popengine.pictures.images import read_image_processing
+from popengine.pictures.images import parse_image_processing, read_image_processing
 from popengine.text.chat import read_chat_template
 from popengine.text.tokenizer import open_tokenizer
 from weights.checkpoint import checkpoint_dtype, open_checkpoint
 from weights.errors import InputError
+from weights.json_files import JsonObject
 from weights.memory import peak_memory_bytes
 
 CPU = torch.device("cpu")
@@ -101,6 +104,7 @@ FIELDS = (
 )
 KINDS = ("qwen2", "qwen3", "mistral", "qwen2_moe", "qwen3_moe", "siglip_vision_model")
 PARTS = ("", "text_config", "vision_config")
+PROCESSING = parse_image_processing(JsonObject({}, "test"))
 families = st.sampled_from(["llama", "mixtral", "llava"])
 
 
@@ -186,7 +190,7 @@ def test_headers_of_weight_files(copies: dict[str, Path], header: dict[str, Any]
         read_all(copies["llama"])
 
 
-@pytest.mark.parametrize("dimensions", [10**6, 10**7])
+@pytest.mark.parametrize("dimensions", [10**6, 7 * 10**6])
 def test_very_many_dimensions_are_said_at_once(copies: dict[str, Path], dimensions: int) -> None:
     shape = "9" + ",9" * (dimensions - 1)
     text = f'{{"x": {{"dtype": "F32", "shape": [{shape}], "data_offsets": [0, 4]}}}}'.encode()
@@ -197,3 +201,35 @@ def test_very_many_dimensions_are_said_at_once(copies: dict[str, Path], dimensio
     ):
         read_all(copies["llama"])
     assert time.process_time() - began < 1.0
+
+
+def picture_file(kind: str, mode: str, side: int) -> bytes:
+    """A file of this kind, or of the nearest that Pillow can write."""
+    picture = Image.new("RGB", (side, side), "teal").convert("L" if mode == "I;16" else mode)
+    picture = Image.new(mode, (side, side)) if mode == "I;16" else picture
+    file = io.BytesIO()
+    try:
+        picture.save(file, kind)
+    except (OSError, ValueError, KeyError):
+        picture.convert("RGB").save(file, kind)
+    return file.getvalue()
+
+
+@cases(400)
+@given(
+    kind=st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "ICO", "EPS"]),
+    mode=st.sampled_from(["1", "L", "P", "RGB", "RGBA", "I;16", "CMYK"]), side=st.sampled_from([1, 7, 40, 5000]),
+    bytes_changed=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6), cut=st.integers(0, 9),
+)
+def test_pictures_of_any_kind_and_damaged_ones(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, mode: str, side: int,
+    bytes_changed: list[tuple[int, int]], cut: int,
+) -> None:
+    content = bytearray(picture_file(kind, mode, side))
+    for place, value in bytes_changed:
+        content[place % len(content)] = value
+    path = tmp_path_factory.getbasetemp() / "picture.png"
+    path.write_bytes(content[: len(content) - cut * len(content) // 10])
+    with bounded():
+        values = PROCESSING.pixel_values(path)
+        assert values.shape == (3, 224, 224) and kind not in ("PPM", "TGA", "ICO", "EPS")

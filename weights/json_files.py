@@ -13,7 +13,7 @@ from weights.errors import InputError, one_line
 from weights.mapped_file import read_bytes
 
 # Far above any real file (an index of 130,000 tensors has 13 MB), far below what would hurt.
-LARGEST_JSON = 32_000_000
+LARGEST_JSON = 16_000_000
 # Numbers that name a size or a place fit into 32 bits everywhere, and those that are multiplied with into float32.
 LARGEST_INTEGER, LARGEST_NUMBER, SMALLEST_NUMBER = 2**31, 1e30, 1e-30
 

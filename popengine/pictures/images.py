@@ -18,8 +18,14 @@ from torch import Tensor
 
 from weights.errors import InputError
 from weights.json_files import JsonObject, read_json, shown
+from weights.mapped_file import open_binary
 
 ImageSource = str | Path | Image.Image
+
+# By their content, whatever they are named: Pillow knows some forty more, of which one starts another program.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# A camera's 24 megapixels; towers read less than one, and a picture takes up to 16 bytes a pixel on its way.
+MOST_PIXELS = 24_000_000
 
 # What a configuration means when it leaves a field out: the defaults of the class it names.
 CLIP_DEFAULTS: dict[str, Any] = {
@@ -84,11 +90,10 @@ class ImageProcessing:
             )
         else:
             return picture
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and new_width * new_height > limit:
+        if new_width * new_height > MOST_PIXELS:
             raise InputError(
                 f"image of {width} x {height} pixels is too long and thin: resized it would have {new_width} x "
-                f"{new_height} pixels, above Pillow's limit of {limit}; crop it first"
+                f"{new_height} pixels, and at most {MOST_PIXELS} are held; crop it first"
             )
         return picture.resize((new_width, new_height), self.resample)
 
@@ -105,28 +110,30 @@ class ImageProcessing:
 def open_image(source: ImageSource) -> Image.Image:
     """A picture from a path or a Pillow image: fully read, turned upright (EXIF), RGB, transparency laid on white.
 
-    Raises InputError where there is no such file, it is not an image, is damaged, or is above Pillow's limit on pixels.
+    Raises InputError where there is no such file, it is no image of FORMATS, is damaged, or has too many pixels.
     """
     if isinstance(source, Image.Image):
         return upright_rgb(source)
     path = Path(source)
     if not path.exists():
         raise InputError(f"no such image: {path}")
-    if not path.is_file():
-        raise InputError(f"not an image: {path} is not a file")
     try:
         with warnings.catch_warnings():
-            # Pillow only warns up to twice its limit; a prompt that needs gigabytes to decode is refused at once.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            warnings.simplefilter("ignore")                     # of Pillow's, about what it makes the best of
+            with open_binary(path) as file, Image.open(file, formats=FORMATS) as picture:
+                if picture.width * picture.height > MOST_PIXELS:
+                    raise InputError(
+                        f"image too large: {path} has {picture.width} x {picture.height} pixels, and at most "
+                        f"{MOST_PIXELS} are read; scale it down first"
+                    )
                 picture.load()
                 return upright_rgb(picture)
+    except InputError:
+        raise
     except UnidentifiedImageError as error:
-        raise InputError(f"not an image that Pillow can read: {path}") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"image too large: {path} is above Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels; scale it down first"
-        ) from error
+        raise InputError(f"not an image of a kind that is read ({', '.join(FORMATS)}): {path}") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"image too large: {path} ({error}); scale it down first") from error
     except MemoryError as error:
         raise InputError(f"image too large for this machine's memory: {path}; scale it down first") from error
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
@@ -136,7 +143,8 @@ def open_image(source: ImageSource) -> Image.Image:
 
 def upright_rgb(picture: Image.Image) -> Image.Image:
     picture = ImageOps.exif_transpose(picture)
-    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+    # Other modes have no transparency, or none that Pillow can convert.
+    if picture.mode in ("LA", "PA", "RGBA", "P", "L", "RGB") and picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         picture = Image.alpha_composite(white, picture)

@@ -52,6 +52,9 @@ class TextOnly:
     def image_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
         return 0
 
+    def text_ids(self, ids: Sequence[int]) -> Sequence[int]:
+        return ids
+
     def embed(
         self, tokens: Tensor, real: Tensor | None, pixel_values: Tensor | None, scored: str
     ) -> tuple[Tensor, Tensor | None, float]:
@@ -166,6 +169,10 @@ class Vision:
     def image_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
         """How many tokens of these prompts stand for pictures."""
         return sum(token == self.image_token_id for ids in prompts for token in ids)
+
+    def text_ids(self, ids: Sequence[int]) -> Sequence[int]:
+        """Those that the embedding is asked for: image tokens are not."""
+        return [token for token in ids if token != self.image_token_id]
 
     def expand(self, ids: list[int], images: int) -> list[int]:
         """Token ids with P image tokens for each one in the text. InputError where they are not as many as images."""
