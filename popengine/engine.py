@@ -120,6 +120,7 @@ class Engine:
         raw: bool = False,
         system_prompt: str | None = None,
         ignore_eos: bool = False,
+        parse_special: bool = False,
     ) -> list[Generation]:
         """Generate for a batch of prompts, decided upon together: one partition and one pick serve the whole batch.
 
@@ -129,14 +130,14 @@ class Engine:
         pruning        None: what is recommended (models/pruning/settings.py); PruningSettings() is the paper's rule
         raw            encode text as it stands, without the chat template
         system_prompt  put before each text prompt as the system's turn
+        parse_special  control tokens that a message spells are those tokens; else (and never in raw text) their letters
         Raises InputError for prompts that are empty or do not fit the context, and for images that cannot be read.
         """
         texts = as_batch(prompts)
         pictures = images_per_prompt(images, texts, one_prompt=texts[0] is prompts)
-        batch = [
-            self.prompts.ids(prompt, raw=raw, system_prompt=system_prompt, images=len(own))
-            for prompt, own in zip(texts, pictures, strict=True)
-        ]
+        batch = self.prompts.batch(
+            texts, [len(own) for own in pictures], raw=raw, system_prompt=system_prompt, parse_special=parse_special
+        )
         all_images = [image for own in pictures for image in own]
         run = self.run(batch, max_new_tokens, pruning, sampling, ignore_eos, all_images)
         token_ids: list[list[int]] = [[] for _ in batch]
@@ -161,9 +162,12 @@ class Engine:
         raw: bool = False,
         system_prompt: str | None = None,
         ignore_eos: bool = False,
+        parse_special: bool = False,
     ) -> Iterator[Piece]:
         """Generate for one prompt, piece by piece. Bad input raises InputError here, before the first piece."""
-        ids = self.prompts.ids(prompt, raw=raw, system_prompt=system_prompt, images=len(images))
+        ids = self.prompts.ids(
+            prompt, raw=raw, system_prompt=system_prompt, images=len(images), parse_special=parse_special
+        )
         return self.pieces(self.run([ids], max_new_tokens, pruning, sampling, ignore_eos, images))
 
     def pieces(self, run: Run) -> Iterator[Piece]:

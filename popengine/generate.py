@@ -43,6 +43,10 @@ def parser() -> argparse.ArgumentParser:
     prompting = flags.add_argument_group("prompt")
     prompting.add_argument("--system-prompt", metavar="TEXT")
     prompting.add_argument("--raw", action="store_true", help="the prompt as it stands, without the chat template")
+    prompting.add_argument(
+        "--parse-special", action="store_true",
+        help="control tokens that a message spells are those tokens (default: their letters, as they were typed)",
+    )
     add_setting_flags(flags)
     flags.add_argument(
         "--paper", action="store_true",
@@ -95,6 +99,7 @@ def run(flags: argparse.Namespace) -> None:
         raw=flags.raw,
         system_prompt=flags.system_prompt,
         ignore_eos=flags.ignore_eos,
+        parse_special=flags.parse_special,
     )
     text, token_ids = [], []
     for piece in pieces:

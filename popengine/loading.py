@@ -73,7 +73,7 @@ def load(
             context = max_seq_len
         return Engine(
             model,
-            Prompts(tokenizer, template, pictures),
+            Prompts(tokenizer, template, pictures, context),
             pictures,
             compiled=compiled,
             stop_ids=end_of_sequence_ids(opened, tokenizer),

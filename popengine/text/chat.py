@@ -17,7 +17,10 @@ from weights.mapped_file import read_text
 Message = dict[str, Any]
 
 SANDBOX = Path(__file__).resolve().with_name("chat_sandbox.py")
-WALL_SECONDS = 30.0  # the limit on processor time in chat_sandbox.py comes first, except where the system has none
+# Of processor time: a render takes a few milliseconds, starting Python and jinja2 about 0.1 s.
+CPU_SECONDS, CPU_SECONDS_EACH = 2, 0.02
+WALL_SECONDS = 30.0  # that comes first, except where the system does not limit it
+LONGEST_TEXT = 1_000_000  # characters, where nobody knows of a context
 
 
 def read_chat_template(directory: Path) -> str | None:
@@ -53,13 +56,17 @@ def render_chat(
     add_generation_prompt: bool = True,
 ) -> str:
     """The text of one conversation as the template writes it, special tokens included."""
-    return render_chats(
-        template,
-        [messages],
-        bos_token=bos_token,
-        eos_token=eos_token,
-        add_generation_prompt=add_generation_prompt,
-    )[0]
+    (text,) = render_chats(
+        template, [messages], bos_token=bos_token, eos_token=eos_token, add_generation_prompt=add_generation_prompt
+    )
+    return unless_failed(text)
+
+
+def unless_failed(text: str | InputError) -> str:
+    """What was rendered; raises why it was not."""
+    if isinstance(text, InputError):
+        raise text
+    return text
 
 
 def render_chats(
@@ -69,20 +76,28 @@ def render_chats(
     bos_token: str | None,
     eos_token: str | None,
     add_generation_prompt: bool = True,
-) -> list[str]:
+    longest: int = LONGEST_TEXT,
+) -> list[str | InputError]:
     """The texts of several conversations, rendered in one short-lived process (about 0.15 s for all of them).
 
-    Templates come with checkpoints and are not trusted: jinja2's sandbox, limits on time and memory, no files.
-    InputError says why a template failed, with the template's own words if it raised them.
+    Templates come with checkpoints and are not trusted: jinja2's sandbox, limits on time and memory, no files, and at
+    most `longest` characters for each text. In the place of a text that failed there is an InputError that says why,
+    with the template's own words if it raised them; one that is nobody's fault but the template's is raised.
     """
+    if not conversations:
+        return []
     variables = {"bos_token": bos_token, "eos_token": eos_token}
     variables = {name: token for name, token in variables.items() if token is not None}  # undefined, not "None"
     common = {**variables, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    seconds = CPU_SECONDS + int(CPU_SECONDS_EACH * len(conversations))
     request = {
         "template": template,
         "conversations": [{"messages": list(messages), **common} for messages in conversations],
         "python_path": jinja2_folders(),
+        "longest": longest,
+        "seconds": seconds,
     }
+    wall_seconds = WALL_SECONDS + 4 * CPU_SECONDS_EACH * len(conversations)
     # Of the environment only what Python itself may need to start and to tell the time.
     kept = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
     try:
@@ -90,13 +105,13 @@ def render_chats(
             [sys.executable, "-I", "-S", str(SANDBOX)],
             input=json.dumps(request).encode("ascii"),
             capture_output=True,
-            timeout=WALL_SECONDS,
+            timeout=wall_seconds,
             env={name: os.environ[name] for name in kept if name in os.environ},
             check=False,
         )
         answer = json.loads(process.stdout)
     except subprocess.TimeoutExpired as error:
-        raise template_failed(f"it took longer than {WALL_SECONDS:.0f} seconds") from error
+        raise template_failed(f"it took longer than {wall_seconds:.0f} seconds") from error
     except OSError as error:
         raise template_failed(f"Python could not be started for it: {error}") from error
     except ValueError as error:
@@ -108,7 +123,7 @@ def render_chats(
         raise template_failed(reason) from error
     if "error" in answer:
         raise template_failed(answer["error"])
-    return list(answer["texts"])
+    return [text if isinstance(text, str) else template_failed(text["error"]) for text in answer["texts"]]
 
 
 def template_failed(reason: str) -> InputError:

@@ -28,7 +28,7 @@ class TextTokenizer(Protocol):
 
     vocabulary_size  the highest id that has a token, plus one
     bos_token        the text of the beginning-of-sequence token, None if there is none; eos_token likewise
-    special_ids      ids that `decode` leaves out: control tokens, not text
+    special_ids      ids that `decode` leaves out: control tokens, not text; special_tokens: how they are written
     byte_ids         ids that stand for one raw byte ("<0x0A>"); empty for byte-level tokenizers, which have none
     """
 
@@ -36,9 +36,10 @@ class TextTokenizer(Protocol):
     bos_token: str | None
     eos_token: str | None
     special_ids: frozenset[int]
+    special_tokens: frozenset[str]
     byte_ids: frozenset[int]
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+    def encode(self, text: str, add_special_tokens: bool, parse_special: bool = True) -> list[int]: ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
@@ -61,6 +62,7 @@ class FastTokenizer:
         self.eos_token = eos_token
         added_tokens = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added_tokens.items() if token.special)
+        self.special_tokens = frozenset(token.content for token in added_tokens.values() if token.special)
         self.vocabulary_size = max(backend.get_vocab_size(with_added_tokens=False), max(added_tokens, default=-1) + 1)
         self.byte_ids = frozenset(
             token_id
@@ -68,12 +70,13 @@ class FastTokenizer:
             if (token_id := backend.token_to_id(f"<0x{byte:02X}>")) is not None
         )
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of `text`; special tokens written out in it become their ids.
+    def encode(self, text: str, add_special_tokens: bool, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`; special tokens written out in it become their ids, or with parse_special False letters.
 
         add_special_tokens  also add what the tokenizer puts around a text (usually BOS in front)
         """
         check_unicode(text)
+        self.backend.encode_special_tokens = not parse_special
         return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -127,10 +130,13 @@ class SentencePieceTokenizer:
         self.special_ids = frozenset(token_id for token_id, token in self.added.items() if token.special)
         self.byte_ids = frozenset(token_id for token_id in pieces if self.backend.is_byte(token_id))
         self.vocabulary_size = max(self.texts) + 1
+        self.special_tokens = frozenset(self.texts[token_id] for token_id in self.special_ids)
         self._added_pattern = added_tokens_pattern(self.added.values())
+        self._text_pattern = added_tokens_pattern(token for token in self.added.values() if not token.special)
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of `text`; special and added tokens written out in it become their ids.
+    def encode(self, text: str, add_special_tokens: bool, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`; special and added tokens written out in it become their ids; with parse_special False
+        special ones become letters.
 
         add_special_tokens  also add BOS in front and EOS behind, where the tokenizer's configuration says so
         """
@@ -139,7 +145,7 @@ class SentencePieceTokenizer:
         if add_special_tokens and self.add_bos and self.bos_token is not None:
             ids.append(self.token_ids[self.bos_token])
         position = 0
-        for found in self._added_pattern.finditer(text):
+        for found in (self._added_pattern if parse_special else self._text_pattern).finditer(text):
             token_id = self.token_ids[found.group()]
             before = text[position : found.start()]
             ids += self._encode_plain(before.rstrip() if self.added[token_id].lstrip else before, position == 0)
