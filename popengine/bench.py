@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from models.pruning.settings import RULE_NAMES, PruningSettings, share
-from popengine.command import OneLineParser, add_checkpoint_flag, run_as_command
+from popengine.command import OneLineParser, add_checkpoint_flag, check_output, run_as_command
 from weights.errors import InputError
 
 PEERS = ("transformers", "llama.cpp")
@@ -97,10 +97,7 @@ def check(flags: argparse.Namespace) -> None:
         if peer not in PEERS:
             raise InputError(f"there is no peer named {peer!r}; peers are {', '.join(PEERS)}")
     if flags.json:
-        try:
-            Path(flags.json).touch()
-        except OSError as error:
-            raise InputError(f"cannot write {flags.json}: {error.strerror}") from None
+        check_output(Path(flags.json))
     for dtype in flags.dtype:
         if dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")

@@ -19,7 +19,10 @@ from popengine.command import (
     pruning_settings,
     run_as_command,
 )
-from weights.errors import InputError
+from weights.errors import InputError, one_line
+
+# Bytes on standard input: no context holds more.
+LARGEST_PROMPT = 64_000_000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,9 +90,10 @@ def run(flags: argparse.Namespace) -> None:
             progress=sys.stderr.isatty() and not flags.quiet,
         )
     for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
+        print(f"warning: {one_line(str(warning.message))}", file=sys.stderr)
     for field in engine.unknown_fields:
-        print(f"warning: config.json has a field that popengine does not know and ignores: {field}", file=sys.stderr)
+        unknown = one_line(field, 100)
+        print(f"warning: config.json has a field that popengine does not know and ignores: {unknown}", file=sys.stderr)
     pieces = engine.stream(
         prompt,
         images=flags.image,
@@ -115,7 +119,7 @@ def run(flags: argparse.Namespace) -> None:
             "text": "".join(text), "token_ids": token_ids[:-1], "prompt_token_ids": piece.prompt_token_ids,
             "finish_reason": piece.finish_reason,
         }
-        print(json.dumps(made | found, ensure_ascii=False))
+        print(json.dumps(made | found, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
         return
     print(flush=True)
     if not flags.quiet:
@@ -132,7 +136,7 @@ def read_prompt(text: str) -> str:
     if text != "-":
         return text
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read(LARGEST_PROMPT).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"the prompt on standard input is not UTF-8 (at byte {error.start})") from None
 
