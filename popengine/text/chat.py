@@ -1,13 +1,13 @@
 """Chat templates: finding a checkpoint's template, rendering it safely, and the token that ends an answer."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from popengine.text.scripts import environment, package_folders
 from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
 from weights.json_files import LARGEST_JSON, read_json
@@ -93,20 +93,18 @@ def render_chats(
     request = {
         "template": template,
         "conversations": [{"messages": list(messages), **common} for messages in conversations],
-        "python_path": jinja2_folders(),
+        "python_path": package_folders("jinja2", "markupsafe"),
         "longest": longest,
         "seconds": seconds,
     }
     wall_seconds = WALL_SECONDS + 4 * CPU_SECONDS_EACH * len(conversations)
-    # Of the environment only what Python itself may need to start and to tell the time.
-    kept = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
     try:
         process = subprocess.run(
             [sys.executable, "-I", "-S", str(SANDBOX)],
             input=json.dumps(request).encode("ascii"),
             capture_output=True,
             timeout=wall_seconds,
-            env={name: os.environ[name] for name in kept if name in os.environ},
+            env=environment(),
             check=False,
         )
         answer = json.loads(process.stdout)
@@ -128,23 +126,6 @@ def render_chats(
 
 def template_failed(reason: str) -> InputError:
     return InputError(f"the chat template failed: {reason}; --raw sends the prompt without a template")
-
-
-def jinja2_folders() -> list[str]:
-    """The folders that hold the packages jinja2 and markupsafe, for a Python that starts without site-packages.
-
-    Taken from this process's search path without the current directory, where a file jinja2.py may lie.
-    """
-    try:
-        here = os.path.realpath(os.getcwd())
-    except FileNotFoundError:  # the current directory was deleted
-        here = ""
-    folders = [entry for entry in sys.path if os.path.isabs(entry) and os.path.realpath(entry) != here]
-    found = [
-        next((folder for folder in folders if os.path.isfile(os.path.join(folder, package, "__init__.py"))), None)
-        for package in ("jinja2", "markupsafe")
-    ]
-    return [folder for folder in found if folder is not None]
 
 
 def end_of_turn_token(template: str, tokenizer: TextTokenizer) -> int | None:

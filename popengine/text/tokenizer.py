@@ -12,9 +12,10 @@ from typing import Any, Protocol
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer
 
+from popengine.text.isolated import IsolatedTokenizer
 from weights.errors import InputError
 from weights.json_files import JsonObject, lfs_hint, read_json, shown
-from weights.mapped_file import read_bytes
+from weights.mapped_file import read_bytes, read_text
 
 # Names under which tokenizer_config.json and special_tokens_map.json declare special tokens, each a string or a dict.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -47,12 +48,14 @@ class TextTokenizer(Protocol):
 
 
 class FastTokenizer:
-    """A `tokenizers.Tokenizer`, with everything that the tokenizer.json it came from says about spaces and BOS."""
+    """A `tokenizers.Tokenizer`, with everything that the tokenizer.json it came from says about spaces and BOS.
 
-    def __init__(self, backend: Tokenizer, bos_token: str | None = None, eos_token: str | None = None) -> None:
-        # A tokenizer.json may carry the truncation and padding of somebody's training run.
-        backend.no_truncation()
-        backend.no_padding()
+    backend  one that was built here (a .gguf's), or that of a tokenizer.json, in a process of its own
+    """
+
+    def __init__(
+        self, backend: Tokenizer | IsolatedTokenizer, bos_token: str | None = None, eos_token: str | None = None
+    ) -> None:
         named = [token for token in (bos_token, eos_token) if token and backend.token_to_id(token) is not None]
         added = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         backend.add_special_tokens([AddedToken(token, normalized=False) for token in named if token not in added])
@@ -64,11 +67,10 @@ class FastTokenizer:
         self.special_ids = frozenset(token_id for token_id, token in added_tokens.items() if token.special)
         self.special_tokens = frozenset(token.content for token in added_tokens.values() if token.special)
         self.vocabulary_size = max(backend.get_vocab_size(with_added_tokens=False), max(added_tokens, default=-1) + 1)
-        self.byte_ids = frozenset(
-            token_id
-            for byte in range(256 if backend.decoder is not None and backend.decoder.decode(["<0x41>"]) == "A" else 0)
-            if (token_id := backend.token_to_id(f"<0x{byte:02X}>")) is not None
-        )
+        letter = backend.token_to_id("<0x41>")
+        has_bytes = letter is not None and backend.decode([letter], skip_special_tokens=False) == "A"
+        of_bytes = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256 if has_bytes else 0)]
+        self.byte_ids = frozenset(token_id for token_id in of_bytes if token_id is not None)
 
     def encode(self, text: str, add_special_tokens: bool, parse_special: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written out in it become their ids, or with parse_special False letters.
@@ -250,12 +252,7 @@ def open_tokenizer(directory: Path) -> TextTokenizer:
 
 def _open_fast(directory: Path) -> FastTokenizer:
     path = directory / "tokenizer.json"
-    content = read_bytes(path, LARGEST_TOKENIZER)
-    try:
-        backend = Tokenizer.from_buffer(content)
-    except Exception as error:  # tokenizers raises bare Exception for some files
-        reason = str(error).removeprefix("Cannot instantiate Tokenizer from buffer: ")
-        raise InputError(f"{path}: not a readable tokenizer.json ({reason}){lfs_hint(content)}") from error
+    backend = IsolatedTokenizer(read_text(path, LARGEST_TOKENIZER), str(path))
     named, extra = _special_tokens(directory)
     # What the configuration adds to the file, in the order of the ids it gives.
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
