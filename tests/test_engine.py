@@ -1,10 +1,11 @@
 """The Python API: batches, streams, sampling, ends of sequences, and what it refuses."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from builders import complete_checkpoint
+from builders import SIZES, complete_checkpoint
 from tokenizers import Tokenizer
 
 from models.pruning.settings import DENSE, PruningSettings
@@ -202,3 +203,40 @@ def test_a_shorter_context_can_be_asked_for(tmp_path: Path) -> None:
         load(folder, max_seq_len=20).generate("a prompt of some length", max_new_tokens=10)
     with pytest.raises(InputError, match="between 1 and the model's 256"):
         load(folder, max_seq_len=1000)
+
+
+def test_bytes_per_token_of_a_batch_count_the_masked_candidates(engine: Engine) -> None:
+    """Alone a step gathers the columns of down_proj that are picked; a batch reads those of all candidates."""
+    one, two = (engine.generate(["same"] * count, max_new_tokens=3, pruning=HALF)[0].statistics for count in (1, 2))
+    layers, hidden, candidates = SIZES["num_hidden_layers"], SIZES["hidden_size"], one.regions.candidate
+    unpicked = layers * hidden * (candidates - one.regions.picked)
+    assert unpicked > 0
+    assert two.weight_bytes_per_token - one.weight_bytes_per_token == 4 * unpicked
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_failures_of_every_kind_leave_the_next_tokens_as_they_were(
+    engine: Engine, checkpoint: Path, tmp_path: Path, threads: int
+) -> None:
+    def tokens() -> list[list[int]]:
+        alone = [engine.generate(one, max_new_tokens=8, pruning=DENSE)[0].token_ids for one in ("a", "bcd")]
+        batch = [one.token_ids for one in engine.generate(["a", "bcd"], max_new_tokens=8, pruning=DENSE)]
+        assert batch == alone
+        return alone
+
+    wanted, before = tokens(), torch.get_num_threads()
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "hidden_size": 1e9}')
+    failures: list[Callable[[], object]] = [
+        lambda: load(tmp_path), lambda: engine.generate("a" * 10**6), lambda: engine.generate("a", images=["no.png"]),
+        lambda: engine.generate("a", max_new_tokens=10**9), lambda: engine.generate("a\udce9"),
+        lambda: engine.model.new_state(1, 10**12, engine.resolve(DENSE), free_memory=10**9),
+        lambda: dense_log_probabilities(engine.model, Window([1], [10**6])),
+    ]
+    torch.set_num_threads(threads)
+    try:
+        for fail in failures:
+            with pytest.raises(InputError):
+                fail()
+            assert tokens() == wanted
+    finally:
+        torch.set_num_threads(before)
