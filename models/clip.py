@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import ConfigReader
+from models.config import MOST_LAYERS, ConfigReader
 from models.layers import activation_function
 from weights.errors import InputError
 
@@ -47,6 +47,11 @@ class VisionConfig:
     def positions(self) -> int:
         return self.patches + self.class_token
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Numbers that are a side of one of its tensors."""
+        return self.hidden_size, self.intermediate_size, self.patch_size, self.positions
+
 
 # What a vision_config may leave out, per model type (transformers' documented defaults), and what the type fixes.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -70,20 +75,18 @@ def read_vision_config(raw: Mapping[str, Any], where: str = "config.json: vision
     Raises InputError for a field of the wrong type and for another kind of tower.
     """
     fields = ConfigReader(raw, where)
-    model_type = fields.get("model_type", "clip_vision_model")
-    if model_type not in FAMILIES:
-        raise InputError(f"{where}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
+    model_type = fields.text("model_type", "clip_vision_model", FAMILIES)
     family = FAMILIES[model_type]
     fields.read.update(UNUSED_FIELDS)
     config = VisionConfig(
         hidden_size=fields.integer("hidden_size", 768),
         intermediate_size=fields.integer("intermediate_size", 3072),
-        num_hidden_layers=fields.integer("num_hidden_layers", 12),
+        num_hidden_layers=fields.integer("num_hidden_layers", 12, most=MOST_LAYERS),
         num_attention_heads=fields.integer("num_attention_heads", 12),
         num_channels=fields.integer("num_channels", 3),
         image_size=fields.integer("image_size", 224),
         patch_size=fields.integer("patch_size", family["patch_size"]),
-        hidden_act=fields.get("hidden_act", family["hidden_act"]),
+        hidden_act=fields.text("hidden_act", family["hidden_act"]),
         layer_norm_eps=fields.number("layer_norm_eps", family["layer_norm_eps"]),
         class_token=family["class_token"],
         pre_layernorm=family["pre_layernorm"],

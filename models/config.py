@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weights.errors import InputError
+from weights.json_files import JsonObject, shown
 
 # Layers are laid out one by one before any weight is looked at: a hostile number must not keep us busy.
 MOST_LAYERS = 1024
@@ -50,50 +51,17 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-class ConfigReader:
-    """Reads typed fields from a config and remembers which, so that none is ignored in silence."""
+class ConfigReader(JsonObject):
+    """A config.json, or a part of it, that remembers which fields were read, so that none is ignored in silence."""
 
     def __init__(self, raw: Mapping[str, Any], where: str = "config.json") -> None:
-        self.raw = raw
-        self.where = where
-        self.read: set[str] = set()
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The field as it stands, or `default` where it is absent or null."""
-        self.read.add(name)
-        value = self.raw.get(name)
-        return default if value is None else value
-
-    def integer(self, name: str, default: int, least: int = 1) -> int:
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{self.where}: {name} must be an integer of at least {least}, not {value!r}")
-        return value
-
-    def number(self, name: str, default: float | None, positive: bool = True) -> float:
-        value = self.get(name, default)
-        good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
-        if not good or (positive and value <= 0):
-            raise InputError(f"{self.where}: {name} must be a {'positive ' if positive else ''}number, not {value!r}")
-        return float(value)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self.get(name, default)
-        if not isinstance(value, bool):
-            raise InputError(f"{self.where}: {name} must be true or false, not {value!r}")
-        return value
-
-    def section(self, name: str) -> "ConfigReader":
-        value = self.get(name, {})
-        if not isinstance(value, Mapping):
-            raise InputError(f"{self.where}: {name} must be an object, not {value!r}")
-        return ConfigReader(value, f"{self.where}: {name}")
+        super().__init__(raw, where)
 
     def finish(self) -> tuple[str, ...]:
         """After every field was read: refuse what is not implemented, return the fields nobody knows."""
         for name, neutral in NEUTRAL_VALUES.items():
             if name in self.raw and name not in self.read and self.raw[name] not in neutral:
-                raise InputError(f"{self.where}: {name} = {self.raw[name]!r} is not implemented")
+                raise InputError(f"{self.where}: {name} = {shown(self.raw[name])} is not implemented")
         known = self.read | HARMLESS_FIELDS | NEUTRAL_VALUES.keys()
         return tuple(name for name in self.raw if name not in known)
 
@@ -138,6 +106,17 @@ class LlamaConfig:
     windows: tuple[int | None, ...]     # per layer: tokens a query sees, itself included; None: all before it
     unknown_fields: tuple[str, ...] = ()
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Numbers that are a side of one of its tensors."""
+        queries = self.num_attention_heads * self.head_dim
+        return self.vocab_size, self.hidden_size, self.intermediate_size, queries
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that have matrices of their own: layers, and in each its experts."""
+        return self.num_hidden_layers
+
 
 @dataclass(frozen=True)
 class FamilyDefaults:
@@ -155,12 +134,10 @@ class FamilyDefaults:
 
 def read_rope(fields: ConfigReader, default_theta: float, max_position_embeddings: int) -> RopeConfig:
     """RoPE from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`."""
-    section = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
+    rope = fields.section("rope_scaling" if fields.get("rope_parameters") is None else "rope_parameters")
     fields.read |= {"rope_scaling", "rope_parameters"}
-    rope = fields.section(section)
     theta = rope.number("rope_theta", fields.number("rope_theta", default_theta))
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    rope.read.add("type")
+    rope_type = rope.text("rope_type", rope.text("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise InputError(
             f"{rope.where}: RoPE type {rope_type!r} is not implemented; implemented are {', '.join(ROPE_TYPES[:-1])}"
@@ -172,31 +149,35 @@ def read_rope(fields: ConfigReader, default_theta: float, max_position_embedding
     if rope_type == "linear":
         values["factor"] = rope.number("factor", None)
     if rope_type in ("llama3", "yarn"):
-        original = fields.get("original_max_position_embeddings") or max_position_embeddings
+        original = fields.integer("original_max_position_embeddings", max_position_embeddings)
         values["original_max_position_embeddings"] = rope.integer("original_max_position_embeddings", original)
     if rope_type == "llama3":
         for name in ("factor", "low_freq_factor", "high_freq_factor"):
             values[name] = rope.number(name, None)
+        if values["high_freq_factor"] <= values["low_freq_factor"]:
+            raise InputError(f"{rope.where}: high_freq_factor must be above low_freq_factor")
     if rope_type == "yarn":
+        if theta <= 1:
+            raise InputError(f"{rope.where}: rope_theta must be above 1 for RoPE type 'yarn', not {theta}")
         factor = rope.number("factor", max_position_embeddings / values["original_max_position_embeddings"])
         values |= {"factor": factor, "beta_fast": rope.number("beta_fast", 32.0)}
         values |= {"beta_slow": rope.number("beta_slow", 1.0), "truncate": rope.boolean("truncate", True)}
         values["attention_factor"] = yarn_attention_factor(rope, factor)
     if rope_type == "factors":
-        values["factors"] = tuple(float(factor) for factor in rope.get("factors", ()))
+        values["factors"] = rope.numbers("factors", ())
     unknown = set(rope.raw) - rope.read
     if rope_type != "default" and unknown:
         raise InputError(f"{rope.where}: {', '.join(sorted(unknown))} is not implemented for RoPE type {rope_type!r}")
     return RopeConfig(**values)
 
 
-def yarn_attention_factor(rope: ConfigReader, factor: float) -> float:
+def yarn_attention_factor(rope: JsonObject, factor: float) -> float:
     """Scale of cos and sin (YaRN, arXiv 2309.00071, Eq. 22; mscale and mscale_all_dim are DeepSeek's addition)."""
 
     def magnitude(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    mscale, mscale_all = (abs(rope.number(name, 0.0, positive=False)) for name in ("mscale", "mscale_all_dim"))
     inferred = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
     return rope.number("attention_factor", inferred)
 
@@ -221,7 +202,8 @@ def layer_windows(fields: ConfigReader, model_type: str, layers: int) -> tuple[i
         windowed = [use_window and i >= max_layers for i in range(layers)]
     by_depth = ["sliding_attention" if with_window else "full_attention" for with_window in windowed]
     layer_types = fields.get("layer_types", by_depth)
-    if len(layer_types) != layers or set(layer_types) - {"sliding_attention", "full_attention"}:
+    kinds = ("sliding_attention", "full_attention")
+    if not isinstance(layer_types, list) or len(layer_types) != layers or any(one not in kinds for one in layer_types):
         raise InputError(
             f"{fields.where}: layer_types must name sliding_attention or full_attention for each of the {layers} layers"
         )
@@ -242,9 +224,7 @@ FAMILIES = {
 
 def read_decoder_fields(fields: ConfigReader, model_type: str, defaults: FamilyDefaults) -> dict[str, Any]:
     """The fields of LlamaConfig, from a config of any family that shares Llama's attention."""
-    layers = fields.integer("num_hidden_layers", 32)
-    if layers > MOST_LAYERS:
-        raise InputError(f"{fields.where}: num_hidden_layers is {layers}; more than {MOST_LAYERS} is not plausible")
+    layers = fields.integer("num_hidden_layers", 32, most=MOST_LAYERS)
     hidden_size = fields.integer("hidden_size", defaults.hidden_size)
     heads = fields.integer("num_attention_heads", 32)
     kv_heads = fields.integer("num_key_value_heads", defaults.num_key_value_heads or heads)
@@ -273,7 +253,7 @@ def read_decoder_fields(fields: ConfigReader, model_type: str, defaults: FamilyD
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "hidden_act": fields.get("hidden_act", "silu"),
+        "hidden_act": fields.text("hidden_act", "silu"),
         "rms_norm_eps": fields.number("rms_norm_eps", defaults.rms_norm_eps),
         "max_position_embeddings": max_positions,
         "tie_word_embeddings": fields.boolean("tie_word_embeddings", False),
@@ -292,8 +272,6 @@ def read_llama_config(raw: Mapping[str, Any], where: str = "config.json") -> Lla
     Raises InputError for a field of the wrong type and for a feature that is not implemented.
     """
     fields = ConfigReader(raw, where)
-    model_type = fields.get("model_type", "llama")
-    if model_type not in FAMILIES:
-        raise InputError(f"{where}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
+    model_type = fields.text("model_type", "llama", FAMILIES)
     values = read_decoder_fields(fields, model_type, FAMILIES[model_type])
     return LlamaConfig(**values, unknown_fields=fields.finish())

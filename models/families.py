@@ -6,6 +6,7 @@ from models.llama import LlamaForCausalLM
 from models.llava import LlavaForConditionalGeneration
 from models.mixtral import MixtralForCausalLM
 from weights.errors import InputError
+from weights.json_files import shown
 
 ARCHITECTURES: dict[str, type[LlamaForCausalLM] | type[LlavaForConditionalGeneration]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
@@ -24,5 +25,6 @@ def architecture(config: dict[str, Any], where: str) -> type[LlamaForCausalLM] |
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else names
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise InputError(f"{where}: architecture {name!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
+        known = ", ".join(ARCHITECTURES)
+        raise InputError(f"{where}: architecture {shown(name)} is not supported; supported are {known}")
     return ARCHITECTURES[name]

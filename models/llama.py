@@ -3,7 +3,7 @@
 B batch, T rows (prompt tokens, or what follows them), S cache slots, H hidden size, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from models.pruning.resolve import Pruning
 from models.reading import all_copy_bytes
 from models.state import DecodeState, LayerState
 from weights.errors import InputError
+from weights.memory import gigabytes
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -122,6 +123,7 @@ class LlamaForCausalLM(nn.Module):
     # Buffers that old checkpoints carry and that follow from the config.
     ignored_keys = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
     can_compile = True
+    read_config: Callable[..., LlamaConfig] = staticmethod(read_llama_config)
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -134,7 +136,7 @@ class LlamaForCausalLM(nn.Module):
     @classmethod
     def from_config(cls, raw: Mapping[str, Any]) -> "LlamaForCausalLM":
         """A model of empty weights from a parsed config.json."""
-        return cls(read_llama_config(raw))
+        return cls(cls.read_config(raw))
 
     def locate(
         self, parameter_names: list[str], checkpoint_names: list[str]
@@ -181,15 +183,16 @@ class LlamaForCausalLM(nn.Module):
     ) -> DecodeState:
         """Cache and buffers for `batch` sequences of up to `capacity` tokens, prompt and new ones together.
 
-        free_memory  bytes that the copies of active weights may take, InputError when they take more; None: any
+        free_memory  bytes that cache and copies of active weights may take, InputError for more; None: any
         """
-        copies = all_copy_bytes(self, pruning)
-        if free_memory is not None and copies > free_memory:
-            raise InputError(
-                f"the weights that stay active take another {copies / 1e9:.1f} GB beside the model, "
-                f"and {free_memory / 1e9:.1f} GB is free: prune more, use a smaller dtype, or run dense (prune ratio 0)"
-            )
         config = self.config
+        cached, copies = self.cache_bytes(batch, capacity), self.least_copies(pruning)
+        if free_memory is not None and cached + copies > free_memory:
+            raise InputError(
+                f"the cache of {batch} x {capacity} tokens takes {gigabytes(cached)} and the weights that stay active "
+                f"another {gigabytes(copies)} beside the model, and {gigabytes(free_memory)} is free: ask for fewer "
+                "tokens, prune more, use a smaller dtype, or run dense (prune ratio 0)"
+            )
         cache = KVCache(
             config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim,
             self.dtype, self.device,
@@ -205,6 +208,22 @@ class LlamaForCausalLM(nn.Module):
         live = torch.ones(batch, 1, dtype=torch.bool, device=self.device)
         clocks = Clock(self.device), Clock(self.device)
         return DecodeState(cache, layers, pruning, live, *clocks, Gathering(pruning, batch, layers[-1].drift))
+
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        one = self.config.num_key_value_heads * self.config.head_dim * self.dtype.itemsize
+        return 2 * self.config.num_hidden_layers * batch * capacity * one
+
+    def least_copies(self, pruning: Pruning) -> int:
+        """Bytes of the copies that a state cannot do without."""
+        return all_copy_bytes(self, pruning)
+
+    def check_ids(self, ids: Iterable[int]) -> None:
+        """InputError for a token without a row in the embedding: some checkpoints add tokens and leave it as it is."""
+        if (highest := max(ids, default=0)) >= self.config.vocab_size:
+            raise InputError(
+                f"the text has the token {highest}, and the model's embedding only {self.config.vocab_size} rows: "
+                "the tokenizer has more tokens than the model was made for; leave that token out of the text"
+            )
 
     def prefill(
         self, x: Tensor, state: DecodeState, real: Tensor | None = None, counted: Tensor | None = None,

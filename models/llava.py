@@ -15,21 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.clip import VisionConfig, VisionTower, read_vision_config
-from models.config import ConfigReader
+from models.config import FAMILIES as LLAMA_FAMILIES
+from models.config import MOST_LAYERS, ConfigReader, LlamaConfig, read_llama_config
 from models.layers import activation_function
 from models.llama import LlamaForCausalLM
-from models.mixtral import MixtralForCausalLM
+from models.mixtral import FAMILIES as MIXTURE_FAMILIES
+from models.mixtral import MixtralConfig, MixtralForCausalLM, read_mixtral_config
 from weights.errors import InputError
-
-LANGUAGE_MODELS: dict[str, type[LlamaForCausalLM]] = {
-    "llama": LlamaForCausalLM,
-    "mistral": LlamaForCausalLM,
-    "qwen2": LlamaForCausalLM,
-    "qwen3": LlamaForCausalLM,
-    "mixtral": MixtralForCausalLM,
-    "qwen2_moe": MixtralForCausalLM,
-    "qwen3_moe": MixtralForCausalLM,
-}
 
 # The tower of a config that has no vision_config at all: CLIP ViT-L/14 at 336 pixels, LLaVA 1.5's own.
 DEFAULT_VISION = {
@@ -54,6 +46,7 @@ class LlavaConfig:
     vision_feature_select_strategy   "default" drops each picture's first vector (CLIP's class token), "full" keeps it
     """
 
+    text: LlamaConfig
     vision: VisionConfig
     image_token_index: int
     vision_feature_layer: tuple[int, ...]
@@ -63,47 +56,52 @@ class LlavaConfig:
     unknown_fields: tuple[str, ...] = ()
 
     @property
+    def sides(self) -> tuple[int, ...]:
+        """As LlamaConfig's."""
+        return self.text.sides + self.vision.sides
+
+    @property
+    def blocks(self) -> int:
+        """As LlamaConfig's."""
+        return self.text.blocks + self.vision.num_hidden_layers
+
+    @property
     def tokens_per_image(self) -> int:
         """P: feature vectors of one picture, each the place of one token."""
         return self.vision.positions - (self.vision_feature_select_strategy == "default")
 
 
 def read_llava_config(raw: Mapping[str, Any], where: str = "config.json") -> LlavaConfig:
-    """LlavaConfig from a parsed config.json, missing fields filled with LLaVA's defaults (text_config is read apart).
+    """LlavaConfig from a parsed config.json, missing fields filled with LLaVA's defaults.
 
     Raises InputError for a field of the wrong type and for a tower that is not supported.
     """
     fields = ConfigReader(raw, where)
-    fields.read.update(UNUSED_FIELDS, ("text_config", "tie_word_embeddings"))
-    fields.section("vision_config")
-    layers = fields.get("vision_feature_layer", -2)
-    layers = layers if isinstance(layers, list) else [layers]
-    if not layers or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
-        raise InputError(f"{where}: vision_feature_layer must be an integer or a list of integers, not {layers!r}")
-    strategy = fields.get("vision_feature_select_strategy", "default")
-    if strategy not in ("default", "full"):
-        raise InputError(f"{where}: vision_feature_select_strategy must be default or full, not {strategy!r}")
+    fields.read.update(UNUSED_FIELDS)
+    layers = fields.integers("vision_feature_layer", (-2,))
+    if not 1 <= len(layers) <= MOST_LAYERS:
+        raise InputError(f"{where}: vision_feature_layer names {len(layers)} layers; at least one is needed")
     return LlavaConfig(
-        vision=read_vision_config(raw.get("vision_config") or DEFAULT_VISION, f"{where}: vision_config"),
+        text=read_text_config(fields),
+        vision=read_vision_config(fields.section("vision_config").raw or DEFAULT_VISION, f"{where}: vision_config"),
         image_token_index=fields.integer("image_token_index", fields.integer("image_token_id", 32000, 0), 0),
         vision_feature_layer=tuple(layers),
-        vision_feature_select_strategy=strategy,
-        projector_hidden_act=fields.get("projector_hidden_act", "gelu"),
+        vision_feature_select_strategy=fields.text("vision_feature_select_strategy", "default", ("default", "full")),
+        projector_hidden_act=fields.text("projector_hidden_act", "gelu"),
         multimodal_projector_bias=fields.boolean("multimodal_projector_bias", True),
         unknown_fields=fields.finish(),
     )
 
 
-def language_model_from_config(raw: Mapping[str, Any], where: str = "config.json") -> LlamaForCausalLM:
-    """The language model of a LLaVA config, of empty weights: any of the Llama family or a mixture of experts."""
-    text = dict(ConfigReader(raw, where).section("text_config").raw)
-    model_type = text.setdefault("model_type", "llama")
-    if model_type not in LANGUAGE_MODELS:
-        raise InputError(f"{where}: text_config: model_type {model_type!r} is not one of {', '.join(LANGUAGE_MODELS)}")
+def read_text_config(fields: ConfigReader) -> LlamaConfig:
+    """The config of the language model: any of the Llama family or a mixture of experts."""
+    text = fields.section("text_config")
+    model_type = text.text("model_type", "llama", (*LLAMA_FAMILIES, *MIXTURE_FAMILIES))
+    raw = {"model_type": model_type, **{name: value for name, value in text.raw.items() if value is not None}}
     # Older checkpoints say in text_config whether the output projection is tied, newer ones beside it.
-    if raw.get("tie_word_embeddings"):
-        text["tie_word_embeddings"] = True
-    return LANGUAGE_MODELS[model_type].from_config(text)
+    if fields.boolean("tie_word_embeddings", False):
+        raw["tie_word_embeddings"] = True
+    return (read_mixtral_config if model_type in MIXTURE_FAMILIES else read_llama_config)(raw, text.where)
 
 
 class Projector(nn.Module):
@@ -127,12 +125,15 @@ class LlavaForConditionalGeneration(nn.Module):
     `language_model.decode` as for any text model.
     """
 
-    def __init__(self, config: LlavaConfig, language_model: LlamaForCausalLM) -> None:
+    read_config = staticmethod(read_llava_config)
+
+    def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
         self.config = config
         self.vision_tower = VisionTower(config.vision, config.vision_feature_layer)
-        self.multi_modal_projector = Projector(config, language_model.config.hidden_size)
-        self.language_model = language_model
+        self.multi_modal_projector = Projector(config, config.text.hidden_size)
+        text = config.text
+        self.language_model = MixtralForCausalLM(text) if isinstance(text, MixtralConfig) else LlamaForCausalLM(text)
         unbuilt = range(len(self.vision_tower.encoder.layers), config.vision.num_hidden_layers)
         # What lies beyond the deepest hidden state that is read, and buffers that follow from the config.
         self.ignored_keys = (
@@ -145,7 +146,7 @@ class LlavaForConditionalGeneration(nn.Module):
     @classmethod
     def from_config(cls, raw: Mapping[str, Any]) -> "LlavaForConditionalGeneration":
         """A model of empty weights from a parsed config.json."""
-        return cls(read_llava_config(raw), language_model_from_config(raw))
+        return cls(read_llava_config(raw))
 
     def locate(
         self, parameter_names: list[str], checkpoint_names: list[str]

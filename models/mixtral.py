@@ -14,7 +14,7 @@ from models.feed_forward import ActiveFeedForward
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from models.pruning.partition import PartitionSizes
 from models.pruning.resolve import Pruning
-from models.reading import all_copy_bytes, copy_bytes
+from models.reading import copy_bytes
 from models.state import DecodeState
 from weights.errors import InputError
 
@@ -33,6 +33,17 @@ class MixtralConfig(LlamaConfig):
     norm_topk_prob: bool = True
     shared_expert_intermediate_size: int = 0
     sparse_layers: tuple[bool, ...] = ()
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        # Where every layer has experts, nothing has the side that layers without them would have.
+        queries = self.num_attention_heads * self.head_dim
+        channels = self.moe_intermediate_size if all(self.sparse_layers) else self.intermediate_size
+        return self.vocab_size, self.hidden_size, queries, channels, self.shared_expert_intermediate_size
+
+    @property
+    def blocks(self) -> int:
+        return self.num_hidden_layers + sum(self.sparse_layers) * self.num_experts
 
 
 FAMILIES = {
@@ -68,9 +79,7 @@ def read_mixtral_config(raw: Mapping[str, Any], where: str = "config.json") -> M
     not implemented.
     """
     fields = ConfigReader(raw, where)
-    model_type = fields.get("model_type", "mixtral")
-    if model_type not in FAMILIES:
-        raise InputError(f"{where}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
+    model_type = fields.text("model_type", "mixtral", FAMILIES)
     fields.read.update(TRAINING_FIELDS)
     values = read_decoder_fields(fields, model_type, FAMILIES[model_type])
     layers = values["num_hidden_layers"]
@@ -87,7 +96,7 @@ def read_mixtral_config(raw: Mapping[str, Any], where: str = "config.json") -> M
         # transformers 5 writes Qwen3-MoE's number of experts under Mixtral's name.
         experts = fields.integer("num_experts", fields.integer("num_local_experts", 60 if qwen2 else 128))
         step = fields.integer("decoder_sparse_step", 1)
-        dense_layers = fields.get("mlp_only_layers", [])
+        dense_layers = fields.integers("mlp_only_layers", ())
         values |= {
             "num_experts_per_tok": fields.integer("num_experts_per_tok", 4 if qwen2 else 8),
             "moe_intermediate_size": fields.integer("moe_intermediate_size", 1408 if qwen2 else 768),
@@ -124,14 +133,10 @@ class MixtralDecoderLayer(LlamaDecoderLayer):
 
 class MixtralForCausalLM(LlamaForCausalLM):
     config: MixtralConfig
+    read_config = staticmethod(read_mixtral_config)
     layer_class = MixtralDecoderLayer  # type: ignore[assignment]  # takes the wider config
     # Which experts run is known only at the step, and each choice would be compiled anew.
     can_compile = False
-
-    @classmethod
-    def from_config(cls, raw: Mapping[str, Any]) -> "MixtralForCausalLM":
-        """A model of empty weights from a parsed config.json."""
-        return cls(read_mixtral_config(raw))
 
     def locate(
         self, parameter_names: list[str], checkpoint_names: list[str]
@@ -142,17 +147,22 @@ class MixtralForCausalLM(LlamaForCausalLM):
         self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None
     ) -> DecodeState:
         """As Llama's; with too little memory for all experts' copies, as many experts per layer get one as fit."""
-        if not pruning.rule.follows_prompt:
-            return super().new_state(batch, capacity, pruning, free_memory)
-        state = super().new_state(batch, capacity, pruning)
-        mixtures = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
-        one_per_layer = sum(copy_bytes(mixture.experts[0], pruning) for mixture in mixtures)
+        state = super().new_state(batch, capacity, pruning, free_memory)
+        one_per_layer = self.expert_copies(pruning)
         if free_memory is not None and one_per_layer:
-            others = all_copy_bytes(self, pruning) - self.config.num_experts * one_per_layer
+            left = free_memory - self.cache_bytes(batch, capacity) - self.least_copies(pruning)
             for layer in state.layers:
                 if isinstance(layer.ffn, ActiveExperts):
-                    layer.ffn.copy_limit = max(0, free_memory - others) // one_per_layer
+                    layer.ffn.copy_limit = left // one_per_layer
         return state
+
+    def expert_copies(self, pruning: Pruning) -> int:
+        """Bytes of a copy of one expert in every layer, where experts may also do without."""
+        mixtures = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+        return pruning.rule.follows_prompt * sum(copy_bytes(mixture.experts[0], pruning) for mixture in mixtures)
+
+    def least_copies(self, pruning: Pruning) -> int:
+        return super().least_copies(pruning) - self.config.num_experts * self.expert_copies(pruning)
 
     def ffn_sizes(self, pruning: Pruning) -> PartitionSizes:
         """Regions of one expert, or of the feed-forward networks where no layer has experts."""

@@ -7,16 +7,19 @@ popengine/measure/benchmark.py says how. Compare figures of one run with each ot
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import NoReturn
 
 from models.pruning.settings import RULE_NAMES, PruningSettings, share
-from popengine.command import OneLineParser, add_checkpoint_flag, run_as_command, start_pytorch
+from popengine.command import OneLineParser, add_checkpoint_flag, check_output, run_as_command, start_pytorch
 from weights.errors import InputError
 
 PEERS = ("transformers", "llama.cpp")
+# Of everything that is counted: a million tokens, sequences or rounds.
+MOST = 1_000_000
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -80,15 +83,17 @@ def run(flags: argparse.Namespace) -> None:
 def check(flags: argparse.Namespace) -> None:
     """Refuse before the first engine is loaded what would only show after the last."""
     for name in ("prompt_tokens", "new_tokens", "batch", "rounds"):
-        least = 2 if name == "new_tokens" else 1
-        if getattr(flags, name) < least:
-            raise InputError(f"{name.replace('_', ' ')} must be at least {least}, not {getattr(flags, name)}")
+        least, value = 2 if name == "new_tokens" else 1, getattr(flags, name)
+        if not least <= value <= MOST:
+            allowed = f"at least {least}" if value < least else f"at most {MOST}"
+            raise InputError(f"{name.replace('_', ' ')} must be {allowed}, not {value}")
     for rule in flags.rule:
         PruningSettings(rule=rule)
     for one in flags.prefill_skip:
         PruningSettings(prefill_skip=one, boundary_tokens=flags.boundary_tokens)
-    if flags.threads is not None and flags.threads < 1:
-        raise InputError(f"threads must be at least 1, not {flags.threads}")
+    processors = os.cpu_count() or 1
+    if flags.threads is not None and not 1 <= flags.threads <= processors:
+        raise InputError(f"threads must be at least 1, not {flags.threads}, and at most the {processors} processors")
     if flags.shape and flags.ckpt:
         raise InputError("give a checkpoint or a shape, not both")
     flags.peers = peers(flags)
@@ -96,10 +101,7 @@ def check(flags: argparse.Namespace) -> None:
         if peer not in PEERS:
             raise InputError(f"there is no peer named {peer!r}; peers are {', '.join(PEERS)}")
     if flags.json:
-        try:
-            Path(flags.json).touch()
-        except OSError as error:
-            raise InputError(f"cannot write {flags.json}: {error.strerror}") from None
+        check_output(Path(flags.json))
     for dtype in flags.dtype:
         if dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")

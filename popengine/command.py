@@ -7,6 +7,7 @@ import argparse
 import difflib
 import importlib
 import importlib.util
+import io
 import os
 import signal
 import sys
@@ -17,11 +18,11 @@ from contextlib import contextmanager
 from dataclasses import Field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from models.pruning.settings import RECOMMENDED, PruningSettings
 from popengine.waiting import waiting
-from weights.errors import InputError
+from weights.errors import InputError, one_line
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -84,22 +85,63 @@ def run_as_command(
     run: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, arguments: list[str] | None
 ) -> NoReturn:
     """Run a command with these arguments (None: those of the process) and exit with its status."""
+    open_standard_streams()
+    status = 2
     try:
         flags = parser.parse_args(arguments)
         refuse_shadowed_packages()
         with insistent_interrupts():
             run(flags)
+        sys.stdout.flush()
+        status = 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        complain(f"error: {error}")
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
+        complain("")
+        status = 130
     except BrokenPipeError:
-        # Whoever read our output has gone: nothing is left to say, not even by the interpreter's flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    sys.exit(0)
+        silence(sys.stdout)         # whoever read our output has gone, and nothing is left to say
+        status = 141
+    except OSError as error:
+        of_file = "" if error.filename is None else f" ({error.filename})"
+        complain(one_line(f"error: reading or writing failed: {error.strerror or error}{of_file}"))
+    except MemoryError:
+        complain("error: this machine has too little memory for that; ask for less, or for a smaller dtype")
+    sys.exit(status)
+
+
+def complain(line: str) -> None:
+    """One line on stderr, where there is one that takes it."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{line}\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:
+            silence(stream)
+
+
+def silence(stream: TextIO) -> None:
+    """What is still in its buffer must not be tried again, by the interpreter at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def open_standard_streams() -> None:
+    """Streams that are closed lead nowhere, so that no file of ours takes their place; a terminal that cannot show a
+    letter shows its escape."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)      # takes the least number that is free: this one
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  # for as long as the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        complain("error: standard output is closed")
+        sys.exit(2)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def start_pytorch(flags: argparse.Namespace) -> None:
@@ -233,9 +275,10 @@ def load_with_warnings(load: Callable[..., Any], flags: argparse.Namespace) -> A
             compile=flags.compile, progress=sys.stderr.isatty() and not flags.quiet,
         )
     for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
+        print(f"warning: {one_line(str(warning.message))}", file=sys.stderr)
     for field in engine.unknown_fields:
-        print(f"warning: config.json has a field that popengine does not know and ignores: {field}", file=sys.stderr)
+        unknown = one_line(field, 100)
+        print(f"warning: config.json has a field that popengine does not know and ignores: {unknown}", file=sys.stderr)
     return engine
 
 
@@ -251,11 +294,27 @@ def add_scoring_flags(flags: argparse.ArgumentParser) -> None:
     calibration.add_argument("--calibration", type=Path, metavar="FILE.safetensors", help="one that was saved")
 
 
-def make_folder(folder: Path) -> None:
-    """Raises InputError for a folder that cannot be made or written to."""
+def make_folder(folder: Path, *names: str) -> None:
+    """Raises InputError for a folder that cannot be made or written to, or where a file of these names cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: the output folder cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{folder}: the output folder cannot be written to")
+    for name in names:
+        check_output(folder / name)
+
+
+def check_output(path: Path) -> None:
+    """Before the work whose results go there: InputError where a file cannot be written, or is something else."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a file, and is not replaced by one")
+    is_new = not path.exists()
+    try:
+        with path.open("a"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None

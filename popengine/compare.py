@@ -7,6 +7,7 @@ Every method with every setting that matters to it, on the same windows of a tex
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,11 +18,12 @@ from popengine.command import (
     add_machine_flags,
     add_scoring_flags,
     add_setting_flags,
+    check_output,
     make_folder,
     run_as_command,
     start_pytorch,
 )
-from weights.errors import InputError
+from weights.errors import InputError, one_line
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,7 +74,10 @@ def run(flags: argparse.Namespace) -> None:
     comparison.configurations(flags, mixture=True)      # says what is out of range, before anything is loaded
     if flags.text is not None and not flags.no_plots:
         comparison.load_plots()                         # says so now, not after hours, when matplotlib is missing
-    make_folder(flags.out)
+    plots = ("perplexity.png", "agreement.png", "rank_drift.png", "frontier.png", "partition.png")
+    make_folder(flags.out, "table.json", "table.md", "progress.jsonl", *plots)
+    if flags.save_calibration is not None:
+        check_output(flags.save_calibration)
     show_progress = sys.stderr.isatty() and not flags.quiet
     engines = {
         form: loading.load(
@@ -98,9 +103,10 @@ def run(flags: argparse.Namespace) -> None:
         request = by_name.Request(own.model, one.settings, calibrations[one.weights], flags.seed, own.resolve)
         prunings[one] = by_name.pruning_for(one.method, request)
     identity = comparison.identity_of(flags, engines, text, calibrations[flags.weights[0]])
-    progress = comparison.ProgressFile(flags.out / "progress.jsonl", identity)
+    is_sound = partial(comparison.is_sound, scored=identity["score_tokens"])
+    progress = comparison.ProgressFile(flags.out / "progress.jsonl", identity, is_sound)
     for note in progress.notes:
-        print(f"warning: {note}", file=sys.stderr)
+        print(f"warning: {one_line(note)}", file=sys.stderr)
     compared = comparison.Comparison(engines, prunings, windows, progress, show_progress)
     folder = None if flags.no_plots else flags.out
     result = compared.measure(flags.tasks, flags.questions, flags.seed, flags.time, folder)

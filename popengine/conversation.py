@@ -18,8 +18,8 @@ from popengine.pictures.images import ImageSource
 from popengine.run import Run
 from popengine.sampling import Sampling
 from popengine.text.prompts import check_text
-from popengine.text.tokenizer import read_json_object
 from weights.errors import InputError
+from weights.json_files import read_json
 
 if TYPE_CHECKING:
     from popengine.engine import Engine, Generation, Piece
@@ -139,7 +139,7 @@ class Conversation:
         path = Path(path)
         if not path.is_file():
             raise InputError(f"{path}: no such file")
-        kept = read_json_object(path)
+        kept = read_json(path)
         if kept.get("format") != FORMAT:
             raise InputError(f"{path} is not a conversation that popengine saved ({FORMAT})")
         if kept.get("model") != self.engine.fingerprint:

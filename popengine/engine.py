@@ -122,6 +122,7 @@ class Engine:
         raw: bool = False,
         system_prompt: str | None = None,
         ignore_eos: bool = False,
+        parse_special: bool = False,
     ) -> list[Generation]:
         """Generate for a batch of prompts, decided upon together: one partition and one pick serve the whole batch.
 
@@ -131,14 +132,14 @@ class Engine:
         pruning        None: what is recommended (models/pruning/settings.py); PruningSettings() is the paper's rule
         raw            encode text as it stands, without the chat template
         system_prompt  put before each text prompt as the system's turn
+        parse_special  control tokens that a message spells are those tokens; else (and never in raw text) their letters
         Raises InputError for prompts that are empty or do not fit the context, and for images that cannot be read.
         """
         texts = as_batch(prompts)
         pictures = images_per_prompt(images, texts, one_prompt=texts[0] is prompts)
-        batch = [
-            self.prompts.ids(prompt, raw=raw, system_prompt=system_prompt, images=len(own))
-            for prompt, own in zip(texts, pictures, strict=True)
-        ]
+        batch = self.prompts.batch(
+            texts, [len(own) for own in pictures], raw=raw, system_prompt=system_prompt, parse_special=parse_special
+        )
         all_images = [image for own in pictures for image in own]
         run = self.run(batch, max_new_tokens, pruning, sampling, ignore_eos, all_images)
         token_ids: list[list[int]] = [[] for _ in batch]
@@ -163,9 +164,12 @@ class Engine:
         raw: bool = False,
         system_prompt: str | None = None,
         ignore_eos: bool = False,
+        parse_special: bool = False,
     ) -> Iterator[Piece]:
         """Generate for one prompt, piece by piece. Bad input raises InputError here, before the first piece."""
-        ids = self.prompts.ids(prompt, raw=raw, system_prompt=system_prompt, images=len(images))
+        ids = self.prompts.ids(
+            prompt, raw=raw, system_prompt=system_prompt, images=len(images), parse_special=parse_special
+        )
         return self.pieces(self.run([ids], max_new_tokens, pruning, sampling, ignore_eos, images))
 
     def chat(
@@ -221,6 +225,7 @@ class Engine:
                     f"the prompt has {len(ids)} tokens and {max_new_tokens} new ones are asked for, together "
                     f"{len(ids) + max_new_tokens}: more than the context of {self.max_seq_len}"
                 )
+            self.model.check_ids(self.pictures.text_ids(ids))
         stop_ids = frozenset[int]() if ignore_eos else self.stop_ids
         resolved = self.resolve(pruning or RECOMMENDED)
         pixel_values = self.pictures.pixel_values(images)
@@ -248,6 +253,9 @@ class Engine:
             state = self.new_state(batch, tokens, pruning)
         try:
             yield state
+        except InputError:
+            state = None                        # NaN in its cache would be read again, with weight 0, as NaN
+            raise
         finally:
             self.idle_state = state
 

@@ -58,7 +58,7 @@ def run(flags: argparse.Namespace) -> None:
     if not flags.no_plots:
         from popengine.measure import plots
     questions = [] if flags.tasks is None else tasks.questions_for(flags.tasks, flags.samples, flags.seed)
-    make_folder(flags.out)
+    make_folder(flags.out, "gates.json", "gates.md", "gates.png")
     show_progress = sys.stderr.isatty() and not flags.quiet
     engine = loading.load(
         flags.ckpt, dtype=flags.dtype, device=flags.device, weights=flags.weights, progress=show_progress

@@ -20,6 +20,9 @@ from popengine.command import (
 )
 from weights.errors import InputError
 
+# Bytes on standard input: no context holds more.
+LARGEST_PROMPT = 64_000_000
+
 
 def parser() -> argparse.ArgumentParser:
     flags = OneLineParser(
@@ -34,6 +37,10 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--system-prompt", metavar="TEXT", help="what the model is told first")
     flags.add_argument("--raw", action="store_true", help="the prompt as it stands, without the chat template")
+    flags.add_argument(
+        "--parse-special", action="store_true",
+        help="control tokens that a message spells are those tokens (default: their letters, as they were typed)",
+    )
     flags.add_argument("--ignore-eos", action="store_true", help="go on after the end of the sequence")
     add_generation_flags(flags, new_tokens=128)
     flags.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text and statistics")
@@ -63,6 +70,7 @@ def run(flags: argparse.Namespace) -> None:
         raw=flags.raw,
         system_prompt=flags.system_prompt,
         ignore_eos=flags.ignore_eos,
+        parse_special=flags.parse_special,
     )
     text, token_ids = [], []
     for piece in pieces:
@@ -78,7 +86,7 @@ def run(flags: argparse.Namespace) -> None:
             "text": "".join(text), "token_ids": token_ids[:-1], "prompt_token_ids": piece.prompt_token_ids,
             "finish_reason": piece.finish_reason,
         }
-        print(json.dumps(made | found, ensure_ascii=False))
+        print(json.dumps(made | found, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
         return
     print(flush=True)
     if not flags.quiet:
@@ -90,7 +98,7 @@ def read_prompt(text: str) -> str:
     if text != "-":
         return text
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read(LARGEST_PROMPT).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"the prompt on standard input is not UTF-8 (at byte {error.start})") from None
 

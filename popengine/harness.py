@@ -30,6 +30,7 @@ from popengine.methods.calibration import load_calibration
 from popengine.sampling import Sampling
 from popengine.text.chat import render_chat
 from weights.errors import InputError
+from weights.json_files import shown
 
 try:
     import lm_eval.models  # noqa: F401  # its own models: it registers them by itself only while there are no others
@@ -70,6 +71,9 @@ class PopengineLM(TemplateLM):
                 raise InputError(f"there is no model argument {name!r}; settings are {', '.join(sorted(known))}")
         chosen = PruningSettings(**settings)
         self.batch_size = whole_number("batch_size", batch_size)
+        max_length = None if max_length is None else whole_number("max_length", max_length)
+        if type(seed) is not int:
+            raise InputError(f"seed must be a whole number, not {shown(seed)}")
         self.engine = load(
             ckpt, dtype=dtype, device=device or "auto", weights=weights, max_seq_len=max_length
         )
@@ -179,14 +183,19 @@ class PopengineLM(TemplateLM):
                 f"generation argument {unknown[0]!r} is not implemented; there are {', '.join(GENERATION_ARGUMENTS)}"
             )
         until = arguments.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
+        stops = [until] if isinstance(until, str) else until
+        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+            raise InputError(f"until must be a text or a list of texts, not {shown(until)}")
         new_tokens = whole_number("max_gen_toks", arguments.get("max_gen_toks", DEFAULT_NEW_TOKENS))
         room = self.engine.max_seq_len - new_tokens
         if room < 1:
             raise InputError(f"max_gen_toks {new_tokens} leaves no room in the context of {self.engine.max_seq_len}")
         samples = arguments.get("do_sample", bool(arguments.get("temperature")))
-        temperature = float(arguments.get("temperature", 1.0)) if samples else 0.0
-        sampling = Sampling(temperature, int(arguments.get("top_k", 0)), float(arguments.get("top_p", 1.0)))
+        try:
+            temperature = float(arguments.get("temperature", 1.0)) if samples else 0.0
+            sampling = Sampling(temperature, int(arguments.get("top_k", 0)), float(arguments.get("top_p", 1.0)))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"a generation argument is not the number it should be: {error}") from None
         run = self.engine.run([ids[-room:] for ids in prompts], new_tokens, self.pruning, sampling)
         token_ids: list[list[int]] = [[] for _ in prompts]
         for step in run:
@@ -225,7 +234,7 @@ def first_stop(text: str, stops: Sequence[str]) -> int | None:
 def whole_number(name: str, value: Any) -> int:
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = 0
     if number < 1:
         raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")

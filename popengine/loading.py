@@ -22,7 +22,8 @@ from popengine.waiting import waiting
 from weights.checkpoint import Checkpoint, GGUFCheckpoint, checkpoint_dtype, fingerprint, open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
-from weights.load import load_weights
+from weights.json_files import JsonObject
+from weights.load import load_weights, require_room
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,6 +67,7 @@ def load(
             compiled = compile_decode(model, where) if compile else None
         if compiled is None and where.type == "cpu" and kind != torch.float16:      # which PyTorch multiplies slowly so
             replace_matrices(model, ColumnMatrix.from_rows)
+        warn_of_tokens_without_embedding(tokenizer, model, loaded)
         context = model.config.max_position_embeddings
         if max_seq_len is not None:
             if not 1 <= max_seq_len <= context:
@@ -73,7 +75,7 @@ def load(
             context = max_seq_len
         return Engine(
             model,
-            Prompts(tokenizer, template, pictures),
+            Prompts(tokenizer, template, pictures, context),
             pictures,
             compiled=compiled,
             stop_ids=end_of_sequence_ids(opened, tokenizer),
@@ -85,6 +87,19 @@ def load(
             folder=opened.path if opened.path.is_dir() else opened.path.parent,
             fingerprint=fingerprint(opened),
             progress=progress,
+        )
+
+
+def warn_of_tokens_without_embedding(
+    tokenizer: TextTokenizer, model: LlamaForCausalLM, loaded: LlamaForCausalLM | LlavaForConditionalGeneration
+) -> None:
+    """The image token of a LLaVA may lie beyond the embedding: it is never looked up."""
+    image = loaded.config.image_token_index if isinstance(loaded, LlavaForConditionalGeneration) else -1
+    rows, tokens = model.config.vocab_size, tokenizer.vocabulary_size
+    if tokens - (image >= rows) > rows:
+        warnings.warn(
+            f"the tokenizer has {tokens} tokens and the model's embedding {rows} rows: a text with one of the last "
+            f"{tokens - rows} is refused", stacklevel=3,
         )
 
 
@@ -106,8 +121,10 @@ def load_model(
     Returns the model, and what form its matrices have, for people.
     """
     model_class = architecture(checkpoint.config, str(checkpoint.path))
+    config = model_class.read_config(checkpoint.config)
+    require_room(checkpoint, config.sides, config.blocks)
     with torch.device("meta"):
-        model = model_class.from_config(checkpoint.config)
+        model = model_class(config)  # type: ignore[arg-type]  # its own
     language_model = model.language_model if isinstance(model, LlavaForConditionalGeneration) else model
     pack = None if form == "plain" else Packer(language_model, form, dtype, device)
     load_weights(model, checkpoint, dtype, device, model.locate, model.ignored_keys, progress, pack)
@@ -158,9 +175,7 @@ def end_of_sequence_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> fro
     """Every id that any file of the checkpoint calls an end of sequence."""
     ids: set[int] = set()
     for config in (checkpoint.generation_config, checkpoint.config):
-        named = config.get("eos_token_id")
-        named = named if isinstance(named, list) else [named]
-        ids |= {token for token in named if isinstance(token, int)}
+        ids.update(JsonObject(config, str(checkpoint.path)).integers("eos_token_id", ()))
     if tokenizer.eos_token is not None:
         token = tokenizer.token_id(tokenizer.eos_token)
         ids |= set() if token is None else {token}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.pruning.resolve import Pruning
 from models.state import DecodeState
-from popengine.sampling import Sampling, next_tokens
+from popengine.sampling import Sampling, next_tokens, require_finite
 
 if TYPE_CHECKING:
     from popengine.engine import Engine
@@ -60,7 +60,7 @@ class Run:
                 )
                 began = time.perf_counter()
                 logits = engine.model.prefill(x, self.state, real, counted, kept=self.kept)     # [B, V]
-                chosen = next_tokens(logits, self.sampling, self.generator)         # [B]
+                chosen = self.choose(logits)                                        # [B]
                 new = self.accept(chosen)
             self.prefill_s = time.perf_counter() - began
             yield new
@@ -68,11 +68,16 @@ class Run:
                 began = time.perf_counter()
                 with torch.inference_mode(), engine.stepping():
                     logits = engine.decode(chosen, self.state)                      # [B, V]
-                    chosen = next_tokens(logits, self.sampling, self.generator)     # [B]
+                    chosen = self.choose(logits)                                    # [B]
                     new = self.accept(chosen)
                 self.decode_s += time.perf_counter() - began
                 self.decode_steps += 1
                 yield new
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """logits [B, V] -> int64 [B]"""
+        require_finite(logits, f"new token {self.new_tokens + 1} of prompt", 1)
+        return next_tokens(logits, self.sampling, self.generator)
 
     def accept(self, chosen: Tensor) -> list[int | None]:
         """Take one token per sequence that is still running, and end those that are done."""

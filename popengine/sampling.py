@@ -7,6 +7,9 @@ from torch import Tensor
 
 from weights.errors import InputError
 
+# The least that float32 can sensibly divide by.
+COLDEST = 1e-30
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -43,11 +46,22 @@ class Sampling:
         return generator
 
 
+def require_finite(logits: Tensor, kind: str, first: int) -> None:
+    """InputError where no token can be chosen by logits, [n, V], that are of tokens from number `first` on."""
+    sound = logits.max(dim=-1).values.isfinite()                                    # [n], NaN comes through a maximum
+    if not sound.all():
+        raise InputError(
+            f"the model gave logits that are not finite for {kind} {first + int((~sound).nonzero()[0])}: its weights "
+            "are damaged, or the dtype is too small for them (--dtype float32)"
+        )
+
+
 def next_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
     """logits [B, V] -> int64 [B]"""
     if sampling.temperature == 0:
         return logits.max(dim=-1).indices       # the same as argmax, which on a CPU is slower, in bfloat16 five times
-    logits = logits.float() / sampling.temperature
+    # Relative to the best, so that no temperature is too small: what is far below it underflows, and the best stays.
+    logits = (logits - logits.max(dim=-1, keepdim=True).values).float() / max(sampling.temperature, COLDEST)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]                  # [B, 1]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -55,6 +69,6 @@ def next_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator |
     if sampling.top_p < 1:
         falling, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = falling.cumsum(dim=-1) - falling                                   # probability of the better ones
-        falling = falling.masked_fill(before >= sampling.top_p, 0)
+        falling = falling.masked_fill((before >= sampling.top_p) & (before > 0), 0)     # however small, one stays
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, falling)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)

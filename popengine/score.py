@@ -17,6 +17,7 @@ from popengine.command import (
     add_machine_flags,
     add_scoring_flags,
     add_setting_flags,
+    check_output,
     pruning_settings,
     run_as_command,
     start_pytorch,
@@ -55,6 +56,8 @@ def run(flags: argparse.Namespace) -> None:
     from popengine.methods import by_name
 
     by_name.check_method(flags.method)
+    if flags.save_calibration is not None:
+        check_output(flags.save_calibration)
     progress = sys.stderr.isatty() and not flags.quiet
     engine = loading.load(flags.ckpt, dtype=flags.dtype, device=flags.device, weights=flags.weights, progress=progress)
     scoring.check_context(engine, flags.prompt_tokens, flags.score_tokens)

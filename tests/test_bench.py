@@ -229,7 +229,7 @@ def test_weights_for_llama_cpp_are_in_its_order(tmp_path: Path, tied: bool) -> N
         (["--device", "tpu"], "device must be"),
         (["--prefill-skip", "1/3", "3/2"], "prefill skip must be at least 0 and below 1, not 3/2"),
         (["--prefill-skip", "1/3", "--boundary-tokens", 0], "boundary tokens must be at least 1, not 0"),
-        (["--json", "/nowhere/bench.json"], "cannot write /nowhere/bench.json"),
+        (["--json", "/nowhere/bench.json"], "/nowhere/bench.json cannot be written"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )

@@ -183,7 +183,7 @@ def test_broken_template_declaration_is_one_line(tmp_path: Path, config: str) ->
 
 def test_template_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match=r"chat_template\.jinja: not readable as UTF-8"):
+    with pytest.raises(InputError, match=r"chat_template\.jinja is not UTF-8 text"):
         read_chat_template(tmp_path)
 
 
@@ -193,7 +193,7 @@ def test_template_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{{ raise_exception('only\nuser \x1b[2J turns') }}", "only user ?[2J turns"),
+        ("{{ raise_exception('only\nuser \x1b[2J turns') }}", "only user \\x1b[2J turns"),
         ("ok\n{% for x in messages %}", "line 2: Unexpected end of template"),
         ("{{ messages.first.content }}", "no attribute 'first'"),
         ("{{ 1 / 0 }}", "division by zero"),
@@ -201,7 +201,7 @@ def test_template_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
         ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "nests too deeply"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nests too deeply"),
         ("{{ 'x' * 10 ** 10 }}", "memory"),
-        ("{{ 'x' * 100000000 }}", "memory"),
+        ("{{ 'x' * 100000000 }}", "100000000 letters, more than the context"),
         ("{{ messages[0].content * 10 ** 10 }}", "memory"),
         ("{{ '%10000000000d' % 1 }}", "memory"),
         ("{{ '{:>10000000000}'.format(1) }}", "memory"),
@@ -239,8 +239,8 @@ def test_sandbox_process_can_neither_read_nor_write(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(Path(popengine.text.chat.SANDBOX).parent)!r})
 import chat_sandbox, socket, subprocess
-chat_sandbox.limit_resources()
-assert chat_sandbox.render_all("ok", [{{}}]) == ["ok"]
+chat_sandbox.limit_resources(5)
+assert chat_sandbox.render_all("ok", [{{}}], 10) == ["ok"]
 for attempt in (lambda: open({str(target)!r}, "w"), lambda: open("/etc/hostname"), socket.socket,
                 lambda: subprocess.run(["true"], capture_output=True)):
     try:

@@ -220,7 +220,7 @@ def test_a_saved_conversation_goes_on(engine: Engine, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "named"), [
-    (lambda text: "{", "not readable as JSON"),
+    (lambda text: "{", "is not valid JSON"),
     (lambda text: text.replace("popengine conversation 1", "popengine conversation 9"), "not a conversation"),
     (lambda text: text.replace('"model": "', '"model": "0'), "another model"),
     (lambda text: text.replace('"user"', '"nobody"'), "messages"),

@@ -1,14 +1,17 @@
 """The Python API: batches, streams, sampling, ends of sequences, and what it refuses."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from builders import complete_checkpoint
+from builders import SIZES, complete_checkpoint
+from tokenizers import Tokenizer
 
 from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import Engine
 from popengine.loading import load
+from popengine.measure.scoring import Window, dense_log_probabilities
 from popengine.sampling import Sampling, next_tokens
 from weights.errors import InputError
 
@@ -96,6 +99,42 @@ def test_top_k_and_top_p_leave_only_the_likeliest() -> None:
     torch.testing.assert_close(hot, (logits[0] / 5).softmax(0), atol=0.04, rtol=0)
 
 
+def test_no_temperature_and_no_top_p_is_too_small() -> None:
+    logits = torch.tensor([[0.1, 3.0, 2.0, -1e4]])
+    generator = torch.Generator().manual_seed(0)
+    for temperature, top_p in ((1e-320, 1.0), (1e-45, 1.0), (1.0, 1e-320), (1e-310, 1e-45)):
+        assert next_tokens(logits, Sampling(temperature, top_p=top_p), generator).tolist() == [1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_said_and_leave_nothing_behind(checkpoint: Path, value: float) -> None:
+    engine = load(checkpoint)
+    before = engine.generate("a", max_new_tokens=6, pruning=HALF, raw=True)[0].token_ids
+    (z,) = engine.prompts.ids("z", raw=True)
+    with torch.no_grad():
+        engine.model.model.embed_tokens.weight[z] = value
+    for sampling in (Sampling(), Sampling(1.0, seed=0)):
+        with pytest.raises(InputError, match="not finite for new token 1 of prompt 2: its weights"):
+            engine.generate(["ab", "zz"], max_new_tokens=6, pruning=HALF, raw=True, sampling=sampling)
+        assert engine.generate("a", max_new_tokens=6, pruning=HALF, raw=True)[0].token_ids == before
+    with pytest.raises(InputError, match="not finite for scored token 1"):
+        dense_log_probabilities(engine.model, Window([1, 2], [3, z, 5]))
+
+
+def test_a_token_beyond_the_embedding_is_said_at_load_and_where_it_is_used(tmp_path: Path) -> None:
+    folder = complete_checkpoint(tmp_path)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["<added>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.warns(UserWarning, match="has 262 tokens and the model's embedding 261 rows"):
+        engine = load(folder)
+    assert engine.generate("Hi", max_new_tokens=2, pruning=DENSE)
+    with pytest.raises(InputError, match="the token 261, and the model's embedding only 261 rows"):
+        engine.generate("Hi <added>", max_new_tokens=2, pruning=DENSE)
+    with pytest.raises(InputError, match="the token 261"):
+        dense_log_probabilities(engine.model, Window([1, 2], [261]))
+
+
 def test_interleaved_streams_do_not_disturb_each_other(engine: Engine) -> None:
     prompts = ["one thing", "or another"]
     wanted = [engine.generate(prompt, max_new_tokens=10, pruning=HALF)[0].token_ids for prompt in prompts]
@@ -164,3 +203,40 @@ def test_a_shorter_context_can_be_asked_for(tmp_path: Path) -> None:
         load(folder, max_seq_len=20).generate("a prompt of some length", max_new_tokens=10)
     with pytest.raises(InputError, match="between 1 and the model's 256"):
         load(folder, max_seq_len=1000)
+
+
+def test_bytes_per_token_of_a_batch_count_the_masked_candidates(engine: Engine) -> None:
+    """Alone a step gathers the columns of down_proj that are picked; a batch reads those of all candidates."""
+    one, two = (engine.generate(["same"] * count, max_new_tokens=3, pruning=HALF)[0].statistics for count in (1, 2))
+    layers, hidden, candidates = SIZES["num_hidden_layers"], SIZES["hidden_size"], one.regions.candidate
+    unpicked = layers * hidden * (candidates - one.regions.picked)
+    assert unpicked > 0
+    assert two.weight_bytes_per_token - one.weight_bytes_per_token == 4 * unpicked
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_failures_of_every_kind_leave_the_next_tokens_as_they_were(
+    engine: Engine, checkpoint: Path, tmp_path: Path, threads: int
+) -> None:
+    def tokens() -> list[list[int]]:
+        alone = [engine.generate(one, max_new_tokens=8, pruning=DENSE)[0].token_ids for one in ("a", "bcd")]
+        batch = [one.token_ids for one in engine.generate(["a", "bcd"], max_new_tokens=8, pruning=DENSE)]
+        assert batch == alone
+        return alone
+
+    wanted, before = tokens(), torch.get_num_threads()
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "hidden_size": 1e9}')
+    failures: list[Callable[[], object]] = [
+        lambda: load(tmp_path), lambda: engine.generate("a" * 10**6), lambda: engine.generate("a", images=["no.png"]),
+        lambda: engine.generate("a", max_new_tokens=10**9), lambda: engine.generate("a\udce9"),
+        lambda: engine.model.new_state(1, 10**12, engine.resolve(DENSE), free_memory=10**9),
+        lambda: dense_log_probabilities(engine.model, Window([1], [10**6])),
+    ]
+    torch.set_num_threads(threads)
+    try:
+        for fail in failures:
+            with pytest.raises(InputError):
+                fail()
+            assert tokens() == wanted
+    finally:
+        torch.set_num_threads(before)

@@ -1,17 +1,21 @@
 """Image processing: the same pixel values as transformers' Pillow processors, and one clear line for a bad picture."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from transformers.image_utils import load_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from popengine.measure.picture_tasks import picture_questions
-from popengine.pictures.images import open_image, parse_image_processing, read_image_processing
+from popengine.pictures import images
+from popengine.pictures.images import open_image, parse_image_processing, read_image_processing, upright_rgb
 from weights.errors import InputError
+from weights.json_files import JsonObject
 
 
 def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -57,7 +61,8 @@ def test_pixel_values_equal_the_siglip_processor() -> None:
     picture = noise(75, 51)
     for settings in ({}, {"size": {"height": 28, "width": 28}}):
         expected = SiglipImageProcessorPil(**settings)(picture, return_tensors="pt")["pixel_values"][0]
-        ours = parse_image_processing({"image_processor_type": "SiglipImageProcessorFast", **settings}, "test")
+        named = {"image_processor_type": "SiglipImageProcessorFast", **settings}
+        ours = parse_image_processing(JsonObject(named, "test"))
         torch.testing.assert_close(ours.pixel_values(picture), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -96,26 +101,37 @@ def test_a_picture_that_cannot_be_read_is_one_clear_line(tmp_path: Path, monkeyp
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:1500])
     (tmp_path / "text.png").write_text("not a picture", encoding="utf-8")
     (tmp_path / "empty.png").touch()
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    noise(150, 100).save(tmp_path / "large.png")  # Pillow alone would only warn
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+    monkeypatch.setattr(images, "MOST_PIXELS", 10_000)
+    noise(150, 100).save(tmp_path / "large.png")
     noise(150, 200).save(tmp_path / "bomb.png")
     for name, message in [
         ("missing.png", "no such image"),
-        ("", "is not a file"),
+        ("", "is not a file, but a directory"),
+        ("pipe.png", "is not a file, but a pipe or device"),
+        ("script.png", "not an image of a kind that is read"),
         ("text.png", "not an image"),
         ("empty.png", "not an image"),
         ("cut.png", "damaged or truncated image"),
         ("cut.jpg", "damaged or truncated image"),
-        ("large.png", "image too large.*limit of 10000 pixels"),
-        ("bomb.png", "image too large.*limit of 10000 pixels"),
+        ("large.png", "image too large.*at most 10000 are read"),
+        ("bomb.png", "image too large.*at most 10000 are read"),
     ]:
         with pytest.raises(InputError, match=message) as raised:
             open_image(tmp_path / name)
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "I", "F", "LA", "CMYK", "YCbCr", "HSV", "LAB"])
+def test_every_mode_is_read_as_transformers_reads_it(mode: str) -> None:
+    wide = Image.frombytes("I;16", (9, 7), bytes(range(126)))
+    picture = wide if mode == "I;16" else noise(9, 7).convert(mode) if mode not in ("I", "F") else wide.convert(mode)
+    assert upright_rgb(picture).tobytes() == load_image(picture).tobytes()
+
+
 def test_a_long_thin_picture_is_refused_before_it_is_blown_up() -> None:
-    processing = parse_image_processing({}, "test")
+    processing = parse_image_processing(JsonObject({}, "test"))
     with pytest.raises(InputError, match="100000 x 1 pixels is too long and thin"):
         processing.pixel_values(Image.new("RGB", (100_000, 1)))
 
@@ -124,13 +140,13 @@ def test_bad_configuration_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no image processor configuration"):
         read_image_processing(tmp_path)
     for content, message in [
-        ("{", "broken image processor configuration.*preprocessor_config.json"),
-        ([1], "holds no JSON object"),
-        ({"size": {"width": 3}}, "no 'height' in size or crop_size"),
-        ({"size": {"shortest_edge": 0}}, "a size of 0 pixels"),
-        ({"size": "large"}, "broken image processor configuration"),
-        ({"image_mean": [0.5]}, "image_mean is .* three numbers are needed"),
-        ({"image_std": [0, 1, 1]}, "none of image_std may be 0"),
+        ("{", "preprocessor_config.json is not valid JSON"),
+        ([1], "is not a JSON object, but list"),
+        ({"size": {"width": 3}}, "size: height must be an integer of at least 1 and at most .*, not None"),
+        ({"size": {"shortest_edge": 0}}, "shortest_edge must be an integer .*, not 0"),
+        ({"size": "large"}, "size must be an object, not 'large'"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean must be one number or three, not 2"),
+        ({"image_std": [0, 1, 1]}, "image_std must be a positive number, not 0"),
         ({"resample": 77}, "77"),
         ({"do_pad": True}, "do_pad is not supported"),
         ({"image_processor_type": "LlavaNextImageProcessor"}, "'LlavaNextImageProcessor' is not supported.*CLIPImage"),
@@ -138,5 +154,5 @@ def test_bad_configuration_is_one_clear_line(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message) as raised:
             read_image_processing(written(tmp_path, content))
         assert "\n" not in str(raised.value)
-    with pytest.raises(InputError, match="image_processor is not a JSON object"):
+    with pytest.raises(InputError, match="image_processor must be an object, not 3"):
         read_image_processing(written(tmp_path, {"image_processor": 3}, "processor_config.json"))

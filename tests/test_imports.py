@@ -18,7 +18,7 @@ PACKAGES = ("weights", "models", "popengine")
 LEVELS = ["weights", "models", "methods, text and pictures", "the engine's files", "popengine", "measure", "commands"]
 # Who knows the type of its engine, and no more.
 TYPES_ONLY_CIRCLES = [("popengine.run", "popengine.engine"), ("popengine.conversation", "popengine.engine")]
-ISOLATED_SCRIPT = "popengine.text.chat_sandbox"
+ISOLATED_SCRIPTS = ("popengine.text.chat_sandbox", "popengine.text.tokenizer_sandbox")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def problems(root: Path) -> list[str]:
     for name, path in modules.items():
         may_hide = {"run"} if is_command(name, path) else set()
         for one in imports_of(name, path, modules):
-            if one.function and not one.by_call and one.function not in may_hide and name != ISOLATED_SCRIPT:
+            if one.function and not one.by_call and one.function not in may_hide and name not in ISOLATED_SCRIPTS:
                 found.append(f"{name} imports {one.target} inside {one.function}")
             if one.target not in modules:
                 continue

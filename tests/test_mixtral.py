@@ -292,7 +292,8 @@ def test_scarce_memory_limits_the_copies_and_changes_no_token(
         logits, state = prefilled(mixture, tokens, FFN)
         experts_per_layer = sum(copy_bytes(layer.mlp.experts[0], state.pruning) for layer in mixture.model.layers)
         enough_for_two = all_copy_bytes(mixture, state.pruning) - 3 * experts_per_layer
-        scarce = mixture.new_state(1, 64, state.pruning, free_memory=enough_for_two)
+        free = enough_for_two + mixture.cache_bytes(1, 64)
+        scarce = mixture.new_state(1, 64, state.pruning, free_memory=free)
         torch.testing.assert_close(mixture.prefill(mixture.embed(tokens), scarce), logits, atol=1e-5, rtol=1e-5)
         for _ in range(16):
             chosen = logits.argmax(-1)
@@ -341,8 +342,18 @@ def test_weight_bytes_count_experts_without_a_copy_whole(model: LlamaForCausalLM
 def test_a_dense_network_whose_copies_do_not_fit_is_refused(tmp_path: Path) -> None:
     llama = saved_pair(tmp_path, LlamaConfig(**SIZES))[1]
     pruning = resolved(llama, FFN)
-    with pytest.raises(InputError, match=r"stay active take another .* GB"):
+    with pytest.raises(InputError, match=r"stay active another .* MB beside the model, and 0.0 MB is free"):
         llama.new_state(1, 64, pruning, free_memory=1000)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.4])
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_allocated(
+    model: LlamaForCausalLM, tmp_path: Path, ratio: float
+) -> None:
+    for one in (model, saved_pair(tmp_path, LlamaConfig(**SIZES))[1]):
+        pruning = resolved(one, PruningSettings(ffn_ratio=ratio))
+        with pytest.raises(InputError, match=r"the cache of 4 x 1000000000 tokens takes .* GB"):
+            one.new_state(4, 10**9, pruning, free_memory=10**10)
 
 
 @pytest.mark.parametrize("prune_ratio", [0.2, 0.4])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,8 @@ from popengine.generate import main
 from popengine.loading import load
 from popengine.measure.picture_tasks import picture_questions
 from popengine.pictures.vision import Vision
-from popengine.text.chat import render_chat
+from popengine.text.chat import render_chats
+from popengine.text.prompts import Messages
 from weights.errors import InputError
 
 QUESTIONS = picture_questions(12, seed=1)
@@ -99,7 +101,7 @@ def test_a_slow_implementation_with_hooks_gives_the_same_answers(
 @pytest.mark.parametrize("pruning", [DENSE, PruningSettings(prune_ratio=0.2), PruningSettings(prune_ratio=0.4)])
 def test_the_shipped_checkpoint_answers_held_out_questions(engine: Engine, pruning: PruningSettings) -> None:
     """The kinds it has learnt, with a floor under what was measured, so that only something broken falls through."""
-    frame = engine.prompts.text("QUESTION", False, None, 1)[0].removeprefix("<s>")  # one template run serves all
+    frame = engine.prompts.texts(["QUESTION"], [1])[0][0].removeprefix("<s>")  # one template run serves all
     right = 0
     for question in picture_questions(30, seed=7, kinds=["colour", "shape", "list"]):
         prompt = frame.replace("QUESTION", question.question)
@@ -139,7 +141,7 @@ def test_each_prompt_of_a_batch_has_images_of_its_own(engine: Engine) -> None:
 
 def test_images_stand_where_the_prompt_or_the_template_or_the_rule_puts_them(engine: Engine) -> None:
     def text(prompt: object, images: int, raw: bool = False) -> str:
-        return engine.prompts.text(prompt, raw, None, images)[0]  # type: ignore[arg-type]
+        return engine.prompts.texts([prompt], [images], raw)[0][0]  # type: ignore[arg-type]
 
     assert text("Which?", 2) == "<s>USER:\n<image>\n<image>\nWhich?\nASSISTANT:\n"
     assert text("In <image> and in <image>?", 2) == "<s>USER:\nIn <image> and in <image>?\nASSISTANT:\n"
@@ -156,18 +158,18 @@ def test_images_stand_where_the_prompt_or_the_template_or_the_rule_puts_them(eng
     knows_texts_only = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
     messages = [{"role": "user", "content": "Which?"}]
 
-    def render(messages: list) -> str:
-        return render_chat(knows_texts_only, messages, bos_token=None, eos_token=None)
+    def render(conversations: Sequence[Messages]) -> list[str | InputError]:
+        return render_chats(knows_texts_only, conversations, bos_token=None, eos_token=None)
 
-    assert engine.pictures.render(messages, 2, render) == "[user] <image>\n<image>\nWhich?"
+    assert engine.pictures.render([messages], [2], render) == ["[user] <image>\n<image>\nWhich?"]
 
 
 def test_without_a_template_images_stand_before_the_text(altered: Path) -> None:
     (altered / "chat_template.jinja").unlink()
     bare = load(altered)
-    assert bare.prompts.text("Which?", False, None, 1) == ("<image>\nWhich?", True)
-    assert bare.prompts.text("Which?", False, None, 0) == ("Which?", True)
-    assert bare.prompts.text("Is it <image>?", False, None, 1) == ("Is it <image>?", True)
+    assert bare.prompts.texts(["Which?"], [1])[0] == ("<image>\nWhich?", True)
+    assert bare.prompts.texts(["Which?"], [0])[0] == ("Which?", True)
+    assert bare.prompts.texts(["Is it <image>?"], [1])[0] == ("Is it <image>?", True)
 
 
 def test_scores_of_text_tokens_only_make_another_partition(engine: Engine) -> None:
@@ -237,7 +239,7 @@ def test_a_broken_image_processor_matters_only_when_there_is_an_image(altered: P
     config = json.loads(path.read_text(encoding="utf-8"))
     for content, message in [
         (None, "no image processor configuration"),
-        ("{", "broken image processor configuration"),
+        ("{", "is not valid JSON"),
         (config["image_processor"] | {"crop_size": 32}, "32 x 32 pixels, and the vision tower reads 48 x 48"),
         (config["image_processor"] | {"do_center_crop": False}, "48 x 49 pixels after the image processor"),
     ]:

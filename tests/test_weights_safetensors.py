@@ -209,18 +209,18 @@ def test_generation_config_is_optional(tmp_path: Path) -> None:
         ("{}", torch.bfloat16, torch.bfloat16),
         ('{"torch_dtype": null}', torch.float32, torch.float32),
         ('{"torch_dtype": "auto"}', torch.float16, torch.float16),
-        ('{"torch_dtype": "int8"}', torch.float32, None),
-        ('{"torch_dtype": {}, "dtype": ["x"]}', torch.float32, None),
-        ("{}", torch.float64, None),
+        ('{"torch_dtype": "int8"}', torch.float32, "choose one of float32, bfloat16, float16"),
+        ('{"torch_dtype": {}, "dtype": "float32"}', torch.float32, "torch_dtype must be a text, not an object"),
+        ("{}", torch.float64, "choose one of float32, bfloat16, float16"),
     ],
 )
 def test_auto_dtype_is_the_config_s_else_the_tensors(
-    tmp_path: Path, config: str, tensors: torch.dtype, expected: torch.dtype | None
+    tmp_path: Path, config: str, tensors: torch.dtype, expected: torch.dtype | str
 ) -> None:
     checkpoint = open_checkpoint(directory_with(tmp_path / "d", save({"a": torch.ones(3, dtype=tensors)}), config))
     assert isinstance(checkpoint, SafetensorsCheckpoint)
-    if expected is not None:
+    if isinstance(expected, torch.dtype):
         assert checkpoint_dtype(checkpoint) == expected
     else:
-        with pytest.raises(InputError, match="choose one of float32, bfloat16, float16"):
+        with pytest.raises(InputError, match=expected):
             checkpoint_dtype(checkpoint)

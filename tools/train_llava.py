@@ -326,7 +326,7 @@ def held_out_accuracy(engine: Engine, pruning: PruningSettings, count: int, seed
     right = dict.fromkeys(KINDS, 0)
     questions = picture_questions(count, seed)
     # The template runs in a process of its own: one run serves all questions.
-    frame = engine.prompts.text("QUESTION", False, None, 1)[0].removeprefix("<s>")
+    frame = engine.prompts.texts(["QUESTION"], [1])[0][0].removeprefix("<s>")
     for question in questions:
         prompt = frame.replace("QUESTION", question.question)
         picture = question.picture(PICTURE_SIZE)

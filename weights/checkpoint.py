@@ -2,16 +2,16 @@
 
 import hashlib
 import os
-import re
 from collections import Counter
 from pathlib import Path
 
 import torch
 
 from weights.default_checkpoint import small_checkpoint
-from weights.errors import InputError
+from weights.errors import InputError, one_line
 from weights.gguf_file import GGUFCheckpoint
 from weights.hub import download, is_hub_id
+from weights.json_files import JsonObject, shown
 from weights.safetensors_files import SafetensorsCheckpoint
 
 __all__ = [
@@ -42,7 +42,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if not isinstance(source, Path) and is_hub_id(source):
         return SafetensorsCheckpoint(download(source))
     raise InputError(
-        f"{one_line(str(source))!r}: no such path, and not the id of a Hub repository (organisation/name) either"
+        f"{one_line(str(source), 200)!r}: no such path, and not the id of a Hub repository (organisation/name) either"
     )
 
 
@@ -69,11 +69,10 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
     InputError when that is none of float32, bfloat16 and float16.
     """
-    text_config = checkpoint.config.get("text_config")
-    for config in (checkpoint.config, text_config if isinstance(text_config, dict) else {}):
-        named = config.get("torch_dtype") or config.get("dtype")
-        if named is not None and named != "auto":
-            name = str(named).removeprefix("torch.")
+    config = JsonObject(checkpoint.config, str(checkpoint.path))
+    for fields in (config, config.section("text_config")):
+        name = fields.text("torch_dtype", fields.text("dtype", "auto")).removeprefix("torch.")
+        if name != "auto":
             break
     else:
         elements: Counter[torch.dtype] = Counter()
@@ -82,11 +81,5 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
         name = str(elements.most_common(1)[0][0]).removeprefix("torch.") if elements else "float32"
     if name not in COMPUTING_DTYPES:
         choices = ", ".join(COMPUTING_DTYPES)
-        raise InputError(f"{checkpoint.path} is in the dtype {one_line(name)}; choose one of {choices} with --dtype")
+        raise InputError(f"{checkpoint.path} is in the dtype {shown(name)}; choose one of {choices} with --dtype")
     return COMPUTING_DTYPES[name]
-
-
-def one_line(text: str, limit: int = 200) -> str:
-    """Text from outside made fit for a message: white space run together, cut at `limit` characters."""
-    text = re.sub(r"\s+", " ", text)
-    return text if len(text) <= limit else text[:limit] + "..."

@@ -117,6 +117,21 @@ def find_all(
     wanted = find_sources(model, located, checkpoint, dtype, pack)
     check_keys(checkpoint, wanted, {key for key, _ in located.values()}, list(ignored))
     return wanted
+def require_room(checkpoint: Checkpoint, sides: Iterable[int], blocks: int) -> None:
+    """InputError for a model that is larger than what is there: it must not even be laid out.
+
+    sides   numbers that are each to be a side of a tensor
+    blocks  layers and experts, which have matrices of their own (or a place each in a tensor of three dimensions)
+    """
+    shapes = [entry.shape for entry in checkpoint.entries.values()]
+    longest = max((side for shape in shapes for side in shape), default=0)
+    matrices = sum(shape[0] if len(shape) == 3 else 1 for shape in shapes if len(shape) > 1)
+    if (largest := max(sides)) > longest:
+        raise InputError(f"{checkpoint.path}: its config has a size of {largest}, and no tensor a side above {longest}")
+    if blocks > matrices:
+        raise InputError(
+            f"{checkpoint.path}: its config has {blocks} layers and experts, and there are only {matrices} matrices"
+        )
 
 
 def find_sources(

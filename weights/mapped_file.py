@@ -1,6 +1,8 @@
 """A file mapped into memory, whose pages are given back as soon as they have been used."""
 
 import mmap
+import os
+import stat
 import warnings
 from pathlib import Path
 from typing import BinaryIO
@@ -37,8 +39,27 @@ class MappedFile:
 
 
 def open_binary(path: Path) -> BinaryIO:
-    """Open a file for reading, or InputError."""
+    """Open a file for reading, or InputError. A pipe, a device or a socket is none, and is not waited for."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise InputError(f"{path} is not a file, but a {'directory' if path.is_dir() else 'pipe or device'}")
         return open(path, "rb")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """A whole file of at most so many bytes, or InputError."""
+    with open_binary(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise InputError(f"{path} has more than {most} bytes, which no file of its kind has")
+    return data
+
+
+def read_text(path: Path, most: int) -> str:
+    """The same of a file of UTF-8 text."""
+    try:
+        return read_bytes(path, most).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (at byte {error.start})") from error

@@ -6,7 +6,7 @@ is read here by hand because the mapping must be ours: a page of a mapped file c
 has been touched, and `release` gives each tensor's pages back as soon as it has been copied.
 """
 
-import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,15 @@ from weights.entries import TensorEntry
 from weights.errors import InputError
 from weights.four_bit_layouts import Layout, find_layout, matrix_entry
 from weights.groups import Groups
-from weights.mapped_file import MappedFile, open_binary
+from weights.json_files import LARGEST_JSON, JsonObject, parse_json, read_json
+from weights.mapped_file import MappedFile
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-# Far above any real header (a million tensors), far below what would hurt; the format's own library has the same limit.
-LARGEST_HEADER = 100_000_000
+# No tensor of a model has more; what a header says of more is not even multiplied out.
+MOST_DIMENSIONS = 8
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -69,10 +70,7 @@ class SafetensorsCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.path = directory
         self.config: dict[str, Any] = read_config(directory)
-        generation_config = directory / "generation_config.json"
-        self.generation_config: dict[str, Any] = (
-            read_json_object(generation_config) if generation_config.exists() else {}
-        )
+        self.generation_config: dict[str, Any] = read_json(directory / "generation_config.json", optional=True)
         self.entries: dict[str, TensorEntry] = {}
         self._places: dict[str, Place] = {}
         self._files: dict[str, MappedFile] = {}
@@ -154,7 +152,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a directory, or InputError that says what the directory lacks."""
     path = directory / "config.json"
     if path.exists():
-        return read_json_object(path)
+        return read_json(path)
     try:
         contents = sorted(item.name for item in directory.iterdir())
     except OSError as error:
@@ -182,8 +180,8 @@ def find_shards(directory: Path) -> dict[str, list[str]]:
             )
         raise InputError(f"{directory} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
 
-    weight_map = read_json_object(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map = JsonObject(read_json(index_path), str(index_path)).section("weight_map").raw
+    if not weight_map:
         raise InputError(f"{index_path} has no weight_map that names a shard for each tensor")
     shards: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
@@ -206,9 +204,9 @@ def read_header(file: MappedFile, path: Path) -> tuple[dict[str, TensorEntry], d
     header_size = int.from_bytes(file.data[:8], "little")
     if size < 8 or header_size > size - 8:
         raise InputError(f"{path} is truncated or not safetensors: {size} bytes, its header alone {header_size}")
-    if header_size > LARGEST_HEADER:
-        raise InputError(f"{path} is not safetensors: a header of {header_size} bytes is over {LARGEST_HEADER}")
-    header = parse_json_object(file.data[8 : 8 + header_size], f"the header of {path}", repeats_allowed=False)
+    if header_size > LARGEST_JSON:
+        raise InputError(f"{path} is not safetensors: a header of {header_size} bytes is over {LARGEST_JSON}")
+    header = parse_json(file.data[8 : 8 + header_size], f"the header of {path}", repeats_allowed=False)
     header.pop("__metadata__", None)
 
     data_start = 8 + header_size
@@ -241,10 +239,12 @@ def read_entry(name: str, description: Any, path: Path) -> tuple[TensorEntry, tu
     offsets: Any = description.get("data_offsets")
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise InputError(f"{path}: {name} has the dtype {dtype_name!r}; known are {', '.join(DTYPES)}")
-    if not is_list_of_sizes(shape):
-        raise InputError(f"{path} is corrupt: the shape of {name} is not a list of sizes")
+    if not is_list_of_sizes(shape) or len(shape) > MOST_DIMENSIONS:
+        raise InputError(f"{path} is corrupt: the shape of {name} is not a list of at most {MOST_DIMENSIONS} sizes")
     if not is_list_of_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InputError(f"{path} is corrupt: the data_offsets of {name} are not a begin and an end")
+    if math.prod(max(size, 1) for size in shape) >= 2**63:
+        raise InputError(f"{path} is corrupt: {name} {shape} has more numbers than can be counted")
     entry = TensorEntry(tuple(shape), DTYPES[dtype_name])
     begin, end = offsets
     if entry.elements * entry.dtype.itemsize != end - begin:
@@ -258,37 +258,6 @@ def read_entry(name: str, description: Any, path: Path) -> tuple[TensorEntry, tu
 def is_list_of_sizes(value: Any) -> bool:
     """Whether a value from JSON is a list of integers that a 64-bit size can hold."""
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file whose top level is an object, or InputError."""
-    with open_binary(path) as file:
-        return parse_json_object(file.read(), str(path))
-
-
-def parse_json_object(data: bytes, where: str, repeats_allowed: bool = True) -> dict[str, Any]:
-    """JSON text whose top level is an object, or InputError that begins with `where`."""
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=None if repeats_allowed else object_without_repeats)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where} is not UTF-8 text (byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise InputError(f"{where} is not valid JSON: {error.msg} ({place})") from error
-    except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, endless nesting
-        raise InputError(f"{where} is not usable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{where} is not a JSON object, but {type(value).__name__}")
-    return value
-
-
-def object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key is given twice")
-    return values
-
-
 
 
 def some_of(names: list[str], limit: int = 10) -> str:

@@ -174,6 +174,8 @@ def check(one: Field[Any], value: Any) -> None:
             value = exact_share(value)
         except ValueError:
             raise InputError(f"{name} must be a number or a fraction like 1/3, not {value}") from None
+    elif type(value) not in (int, float) or (bounds["type"] is int and type(value) is not int):
+        raise InputError(f"{name} must be a {'whole ' if bounds['type'] is int else ''}number, not {value!r}")
     sound = least <= value and (below is None or value < below) and (most is None or value <= most)
     if not sound:       # nan is not sound either
         allowed = f"at least {least}" if most is None else f"between {least} and {most}"

@@ -41,6 +41,7 @@ from popengine.measure.bench_shapes import write_random_checkpoint
 from weights.checkpoint import open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
+from weights.memory import available_memory, gigabytes
 
 # The array whose sum shows the memory's speed, in bytes: far larger than any cache.
 SUMMED_BYTES = 1 << 29
@@ -207,6 +208,13 @@ def make_prompts(flags: argparse.Namespace, engine: Engine) -> list[list[int]]:
 
     Each further sequence of a batch begins one token later.
     """
+    if flags.prompt_tokens + flags.new_tokens > engine.max_seq_len:
+        raise InputError(
+            f"{flags.prompt_tokens} + {flags.new_tokens} tokens are more than the context of {engine.max_seq_len}"
+        )
+    cached, free = engine.model.cache_bytes(flags.batch, flags.prompt_tokens), available_memory(engine.device)
+    if free is not None and cached > free:
+        raise InputError(f"{flags.batch} sequences need a cache of {gigabytes(cached)}, and {gigabytes(free)} is free")
     count = flags.prompt_tokens + flags.batch - 1
     if flags.shape:
         generator = torch.Generator().manual_seed(0)

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import itertools
 import json
+import math
 import operator
 import os
 import platform
@@ -351,6 +352,29 @@ def generated_key(one: Configuration | None, window: int) -> str:
 
 def speed_key(one: Configuration, turn: int) -> str:
     return f"speed {turn}: {json.dumps(one.fields())}"
+
+
+def is_sound(record: dict[str, Any], scored: int | None) -> bool:
+    """Whether a record of a progress file is what `Comparison` wrote under its key. scored: tokens of a window"""
+    of = record["key"].partition(" ")[0]
+
+    def listed(name: str, *kinds: type) -> bool:
+        values = record.get(name)
+        return isinstance(values, list) and len(values) == scored and all(
+            type(one) in kinds and math.isfinite(one) and one >= least for one in values
+        )
+
+    least = -1e-3                               # a divergence of nothing may round below 0
+    if of == "window":
+        return listed("losses", float) and listed("agreed", bool) and listed("divergences", float)
+    if of == "generated":
+        return listed("ids", int) if record["key"].endswith(": tokens") else listed("agreed", bool)
+    if of == "speed":
+        return type(record.get("ms")) is float and 0 < record["ms"] < math.inf
+    right, asked = record.get("right"), record.get("asked")
+    return isinstance(right, dict) and isinstance(asked, dict) and right.keys() == asked.keys() and all(
+        type(right[task]) is type(asked[task]) is int and 0 <= right[task] <= asked[task] for task in asked
+    )
 
 
 def share_by_position(by_window: Sequence[Sequence[bool]]) -> list[float]:

@@ -5,20 +5,29 @@ complete, so only the last one of a killed run can be torn.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from weights.errors import InputError
+from weights.mapped_file import read_bytes
+
+# Bytes; a long comparison has a few million.
+LARGEST_PROGRESS = 1_000_000_000
 
 
 class ProgressFile:
-    """Records by their `key`. notes  what a user should be told about the file that was found."""
+    """Records by their `key`.
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    notes     what a user should be told about the file that was found
+    is_sound  whether a record from the file has all that its key promises; one that was edited is made again
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], is_sound: Callable[[dict[str, Any]], bool]) -> None:
         self.path = path
         self.notes: list[str] = []
         self.records: dict[str, dict[str, Any]] = {}
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        text = read_bytes(path, LARGEST_PROGRESS).decode("utf-8", "replace") if path.exists() else ""
         entries = [parsed(line) for line in text.splitlines()]
         head = entries[0] if entries else None
         found = head.get("comparison") if head is not None else None
@@ -26,7 +35,8 @@ class ProgressFile:
             differs = ", ".join(name for name in identity if found.get(name) != identity[name])
             raise InputError(f"{path.parent} holds another comparison ({differs} differ): give another --out folder")
         # Without its first line nobody can say what the others are of.
-        sound = [entry for entry in entries[1:] if entry is not None and "key" in entry] if found == identity else []
+        known = entries[1:] if found == identity else []
+        sound = [one for one in known if one is not None and isinstance(one.get("key"), str) and is_sound(one)]
         self.records = {entry["key"]: entry for entry in sound}
         damaged = bool(text) and (len(sound) != len(entries) - 1 or found != identity or not text.endswith("\n"))
         if damaged:
@@ -52,7 +62,7 @@ def parsed(line: str) -> dict[str, Any] | None:
     """The object on a line, or None where the line is damaged."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None
 

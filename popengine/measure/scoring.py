@@ -26,11 +26,17 @@ from models.reading import bytes_per_token
 from popengine.engine import Engine
 from popengine.methods.activations import embedded
 from popengine.methods.calibration import Calibration, calibrate, load_calibration, save_calibration
+from popengine.sampling import require_finite
 from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
+from weights.mapped_file import read_text as read_file
 
 CALIBRATION_WINDOW = 128
 CALIBRATION_WINDOWS = 64
+# Bytes of a text that is scored: tokenizing takes some 500 times as much memory.
+LARGEST_TEXT = 20_000_000
+# Beyond it a perplexity is no number.
+MOST_LOSS = 700.0
 
 
 @dataclass(frozen=True)
@@ -82,14 +88,9 @@ class Text:
 
 def read_text(path: Path, tokenizer: TextTokenizer) -> Text:
     """Raises InputError for a file that cannot be read or is not UTF-8."""
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: the text cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: the text is not UTF-8 (at byte {error.start})") from None
-    return Text(path.name, hashlib.sha256(data).hexdigest()[:16], tokenizer.encode(text, add_special_tokens=False))
+    text = read_file(path, LARGEST_TEXT)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Text(path.name, digest, tokenizer.encode(text, add_special_tokens=False))
 
 
 def cut_windows(
@@ -122,8 +123,10 @@ def cut_windows(
 
 def dense_log_probabilities(model: LlamaForCausalLM, window: Window) -> Tensor:
     """The dense model's for every scored token, by one forward pass: float32 [S, V]"""
+    model.check_ids(window.ids)
     ids = torch.tensor([window.ids[:-1]], device=model.device)
     logits = model(ids)[0, len(window.prompt) - 1 :]                                # [S, V]
+    require_finite(logits, "scored token", 1)
     return logits.float().log_softmax(dim=-1)
 
 
@@ -138,6 +141,7 @@ def log_probabilities(
 
     observe  is told every pick of the parallel evaluation
     """
+    model.check_ids(window.ids)
     device = model.device
     prompt = torch.tensor([window.prompt], device=device)                           # [1, T]
     given = torch.tensor(window.continuation[:-1], device=device)                   # [S - 1]
@@ -147,7 +151,9 @@ def log_probabilities(
         logits += [model.decode(token[None], state) for token in given]
     elif len(given):
         logits.append(evaluate(model, given, state, observe))
-    return torch.cat(logits).float().log_softmax(dim=-1)
+    together = torch.cat(logits)                                                    # [S, V]
+    require_finite(together, "scored token", 1)
+    return together.float().log_softmax(dim=-1)
 
 
 def score_window(log_p: Tensor, dense_log_p: Tensor, window: Window) -> WindowScore:
@@ -164,6 +170,8 @@ def score_window(log_p: Tensor, dense_log_p: Tensor, window: Window) -> WindowSc
 def summarise(scores: Sequence[WindowScore]) -> Summary:
     means = [sum(score.losses) / len(score.losses) for score in scores]
     mean = sum(means) / len(means)
+    if mean > MOST_LOSS:
+        raise InputError(f"a loss of {mean:.3g} nats per token is no language model's: its weights are damaged")
     spread = sum((value - mean) ** 2 for value in means)
     error = math.sqrt(spread / (len(means) - 1) / len(means)) if len(means) > 1 else math.nan
     tokens = sum(len(score.losses) for score in scores)

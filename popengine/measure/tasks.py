@@ -15,6 +15,8 @@ from popengine.pictures.images import ImageSource
 from weights.errors import InputError
 
 MAX_ANSWER_TOKENS = 64
+# Of every kind: they are all made before the first is asked.
+MOST_QUESTIONS = 10_000
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ def questions_for(task_set: str, count: int, seed: int) -> list[Question]:
     """Raises InputError for an unknown set of tasks."""
     if task_set not in TASK_SETS:
         raise InputError(f"unknown tasks {task_set!r}; there are {', '.join(TASK_SETS)}")
-    if count < 1:
-        raise InputError(f"questions per task must be at least 1, not {count}")
+    if not 1 <= count <= MOST_QUESTIONS:
+        raise InputError(f"questions per task must be at least 1 and at most {MOST_QUESTIONS}, not {count}")
     return TASK_SETS[task_set](count, seed)
 
 

@@ -60,4 +60,5 @@ def watch_dense(model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation]
 @torch.inference_mode()
 def embedded(model: LlamaForCausalLM, ids: list[int]) -> Tensor:
     """Token ids as `watch_dense` takes them: [1, T, H]"""
+    model.check_ids(ids)
     return model.embed(torch.tensor([ids], device=model.device))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.llama import LlamaForCausalLM
 from popengine.methods.activations import Activation, feed_forward_networks, watch_dense
-from weights.errors import InputError
+from weights.errors import InputError, one_line
 
 FORMAT = "popengine calibration 1"
 
@@ -116,6 +116,11 @@ def load_calibration(path: Path, model: LlamaForCausalLM) -> Calibration:
         )
     moments = {}
     for name, ffn in networks.items():
-        mean, variance = (tensors[f"{name}.{key}"].to(ffn.device) for key in ("mean", "variance"))
-        moments[name] = Moments(int(tensors[f"{name}.tokens"]), mean, variance)
-    return Calibration(moments, metadata["made_from"], metadata["model"])
+        mean, variance, tokens = (tensors.get(f"{name}.{key}") for key in ("mean", "variance", "tokens"))
+        if mean is None or variance is None or tokens is None or not (
+            mean.shape == variance.shape == (ffn.channels,) and tokens.numel() == 1 and int(tokens) >= 0
+            and mean.isfinite().all() and variance.isfinite().all() and (variance >= 0).all()
+        ):
+            raise InputError(f"{path}: what it says of {name} is damaged; make it again with --calibration-text")
+        moments[name] = Moments(int(tokens), mean.float().to(ffn.device), variance.float().to(ffn.device))
+    return Calibration(moments, one_line(metadata.get("made_from", "")), metadata["model"])

@@ -7,7 +7,6 @@ as in transformers' Pillow image processors, so the pixel values are the same to
 C colour channels (always 3), Y rows, X columns.
 """
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from weights.errors import InputError
+from weights.json_files import JsonObject, read_json, shown
+from weights.mapped_file import open_binary
 
 ImageSource = str | Path | Image.Image
+
+# By their content, whatever they are named: Pillow knows some forty more, of which one starts another program.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# A camera's 24 megapixels; towers read less than one, and a picture takes up to 16 bytes a pixel on its way.
+MOST_PIXELS = 24_000_000
 
 # What a configuration means when it leaves a field out: the defaults of the class it names.
 CLIP_DEFAULTS: dict[str, Any] = {
@@ -28,8 +34,6 @@ CLIP_DEFAULTS: dict[str, Any] = {
     "resample": Image.Resampling.BICUBIC,
     "do_center_crop": True,
     "crop_size": {"height": 224, "width": 224},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
     "do_normalize": True,
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
@@ -86,11 +90,10 @@ class ImageProcessing:
             )
         else:
             return picture
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and new_width * new_height > limit:
+        if new_width * new_height > MOST_PIXELS:
             raise InputError(
                 f"image of {width} x {height} pixels is too long and thin: resized it would have {new_width} x "
-                f"{new_height} pixels, above Pillow's limit of {limit}; crop it first"
+                f"{new_height} pixels, and at most {MOST_PIXELS} are held; crop it first"
             )
         return picture.resize((new_width, new_height), self.resample)
 
@@ -107,28 +110,30 @@ class ImageProcessing:
 def open_image(source: ImageSource) -> Image.Image:
     """A picture from a path or a Pillow image: fully read, turned upright (EXIF), RGB, transparency laid on white.
 
-    Raises InputError where there is no such file, it is not an image, is damaged, or is above Pillow's limit on pixels.
+    Raises InputError where there is no such file, it is no image of FORMATS, is damaged, or has too many pixels.
     """
     if isinstance(source, Image.Image):
         return upright_rgb(source)
     path = Path(source)
     if not path.exists():
         raise InputError(f"no such image: {path}")
-    if not path.is_file():
-        raise InputError(f"not an image: {path} is not a file")
     try:
         with warnings.catch_warnings():
-            # Pillow only warns up to twice its limit; a prompt that needs gigabytes to decode is refused at once.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            warnings.simplefilter("ignore")                     # of Pillow's, about what it makes the best of
+            with open_binary(path) as file, Image.open(file, formats=FORMATS) as picture:
+                if picture.width * picture.height > MOST_PIXELS:
+                    raise InputError(
+                        f"image too large: {path} has {picture.width} x {picture.height} pixels, and at most "
+                        f"{MOST_PIXELS} are read; scale it down first"
+                    )
                 picture.load()
                 return upright_rgb(picture)
+    except InputError:
+        raise
     except UnidentifiedImageError as error:
-        raise InputError(f"not an image that Pillow can read: {path}") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"image too large: {path} is above Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels; scale it down first"
-        ) from error
+        raise InputError(f"not an image of a kind that is read ({', '.join(FORMATS)}): {path}") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"image too large: {path} ({error}); scale it down first") from error
     except MemoryError as error:
         raise InputError(f"image too large for this machine's memory: {path}; scale it down first") from error
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
@@ -138,7 +143,8 @@ def open_image(source: ImageSource) -> Image.Image:
 
 def upright_rgb(picture: Image.Image) -> Image.Image:
     picture = ImageOps.exif_transpose(picture)
-    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+    # Other modes have no transparency, or none that Pillow can convert.
+    if picture.mode in ("LA", "PA", "RGBA", "P", "L", "RGB") and picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         picture = Image.alpha_composite(white, picture)
@@ -150,79 +156,62 @@ def read_image_processing(directory: Path) -> ImageProcessing:
 
     Raises InputError where neither file is there, a file is broken, or it asks for a step that is not done here.
     """
-    nested = read_json(directory / "processor_config.json").get("image_processor")
-    if nested is not None:
-        return parse_image_processing(nested, f"{directory / 'processor_config.json'}, image_processor")
+    joint = directory / "processor_config.json"
+    nested = JsonObject(read_json(joint, optional=True), str(joint))
+    if nested.get("image_processor") is not None:
+        return parse_image_processing(nested.section("image_processor"))
     path = directory / "preprocessor_config.json"
     if not path.exists():
         raise InputError(
             f"no image processor configuration in {directory}: "
             "preprocessor_config.json, or processor_config.json with an image_processor part, is needed to read images"
         )
-    return parse_image_processing(read_json(path), str(path))
+    return parse_image_processing(JsonObject(read_json(path), str(path)))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"broken image processor configuration: {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"broken image processor configuration: {path} holds no JSON object")
-    return content
-
-
-def parse_image_processing(content: Any, where: str) -> ImageProcessing:
-    if not isinstance(content, dict):
-        raise InputError(f"broken image processor configuration: {where} is not a JSON object")
-    name = str(content.get("image_processor_type") or content.get("feature_extractor_type") or "CLIPImageProcessor")
+def parse_image_processing(fields: JsonObject) -> ImageProcessing:
+    name = fields.text("image_processor_type", fields.text("feature_extractor_type", "CLIPImageProcessor"))
     name = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
     if name not in DEFAULTS:
-        raise InputError(f"image processor {name!r} is not supported ({where}); supported are {', '.join(DEFAULTS)}")
-    if content.get("do_pad"):
-        raise InputError(f"image processor with do_pad is not supported ({where})")
-    fields = DEFAULTS[name] | {key: value for key, value in content.items() if value is not None}
-    size = fields["size"]
-    if isinstance(size, int):
-        size = {"shortest_edge": size} if name != "SiglipImageProcessor" else {"height": size, "width": size}
-    try:
-        keeps_proportions = "shortest_edge" in size
-        if "longest_edge" in size:
-            raise ValueError("size.longest_edge is not supported")
-        resample = fields["resample"]
-        if isinstance(fields["crop_size"], int):
-            fields["crop_size"] = {"height": fields["crop_size"], "width": fields["crop_size"]}
-        normalized = bool(fields["do_normalize"])
-        return ImageProcessing(
-            shortest_edge=positive(size["shortest_edge"]) if fields["do_resize"] and keeps_proportions else None,
-            resize_to=height_and_width(size) if fields["do_resize"] and not keeps_proportions else None,
-            resample=Image.Resampling(resample),
-            crop_to=height_and_width(fields["crop_size"]) if fields["do_center_crop"] else None,
-            rescale_factor=float(fields["rescale_factor"]) if fields["do_rescale"] else None,
-            mean=three(fields["image_mean"], "image_mean") if normalized else None,
-            std=three(fields["image_std"], "image_std") if normalized else None,
+        raise InputError(
+            f"{fields.where}: image processor {shown(name)} is not supported; supported are {', '.join(DEFAULTS)}"
         )
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"no {error} in size or crop_size" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"broken image processor configuration: {where}: {reason}") from error
+    if fields.boolean("do_pad", False):
+        raise InputError(f"{fields.where}: an image processor with do_pad is not supported")
+    default = DEFAULTS[name]
+    resized, cropped, normalized = (fields.boolean(f"do_{step}", default[f"do_{step}"])
+                                    for step in ("resize", "center_crop", "normalize"))
+    size = size_of(fields, "size", default["size"], square=name == "SiglipImageProcessor")
+    if size.get("longest_edge") is not None:
+        raise InputError(f"{size.where}: longest_edge is not supported")
+    keeps_proportions = size.get("shortest_edge") is not None
+    crop = size_of(fields, "crop_size", default["crop_size"], square=True)
+    return ImageProcessing(
+        shortest_edge=size.integer("shortest_edge", None) if resized and keeps_proportions else None,
+        resize_to=height_and_width(size) if resized and not keeps_proportions else None,
+        resample=Image.Resampling(fields.integer("resample", int(default["resample"]), 0, 5)),
+        crop_to=height_and_width(crop) if cropped else None,
+        rescale_factor=fields.number("rescale_factor", 1 / 255) if fields.boolean("do_rescale", True) else None,
+        mean=three(fields, "image_mean", default["image_mean"], positive=False) if normalized else None,
+        std=three(fields, "image_std", default["image_std"], positive=True) if normalized else None,
+    )
 
 
-def height_and_width(size: dict[str, Any]) -> tuple[int, int]:
-    return positive(size["height"]), positive(size["width"])
+def size_of(fields: JsonObject, name: str, default: dict[str, int], square: bool) -> JsonObject:
+    """A size as an object; a bare number stands for both sides of a square, or for the shortest edge."""
+    value = fields.get(name, default)
+    if isinstance(value, int):
+        value = {"height": value, "width": value} if square else {"shortest_edge": value}
+    return JsonObject({name: value}, fields.where).section(name)
 
 
-def positive(pixels: Any) -> int:
-    if not isinstance(pixels, int) or pixels < 1:
-        raise ValueError(f"a size of {pixels!r} pixels; a whole number above 0 is needed")
-    return pixels
+def height_and_width(size: JsonObject) -> tuple[int, int]:
+    return size.integer("height", None), size.integer("width", None)
 
 
-def three(values: Any, name: str) -> tuple[float, ...]:
+def three(fields: JsonObject, name: str, default: list[float], positive: bool) -> tuple[float, ...]:
     """A value per colour channel; one number stands for all three."""
-    numbers = tuple(float(value) for value in (values if isinstance(values, list) else [values] * 3))
-    if len(numbers) != 3 or (name == "image_std" and 0.0 in numbers):
-        raise ValueError(f"{name} is {values!r}; three numbers are needed, and none of image_std may be 0")
-    return numbers
+    values = fields.numbers(name, default, positive)
+    if len(values) not in (1, 3):
+        raise InputError(f"{fields.where}: {name} must be one number or three, not {len(values)}")
+    return values * (3 // len(values))

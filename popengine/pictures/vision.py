@@ -7,7 +7,7 @@ checkpoint without a template, at the front of the first user's text, one line p
 B batch, T prompt tokens, P image tokens per picture, H hidden size of the language model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,17 @@ from models.clock import Clock
 from models.llama import LlamaForCausalLM
 from models.llava import LlavaForConditionalGeneration
 from popengine.pictures.images import ImageProcessing, ImageSource, read_image_processing
+from popengine.text.chat import unless_failed
+from popengine.text.prompts import Messages, Render
 from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
-
-Messages = list[dict[str, Any]]
 
 
 class TextOnly:
     """What the engine asks about pictures where a checkpoint reads none."""
 
     unknown_fields: tuple[str, ...] = ()
+    meant: tuple[str, ...] = ()
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model
@@ -36,8 +37,8 @@ class TextOnly:
     def plain_text(self, prompt: str, images: int) -> str:
         return prompt
 
-    def render(self, messages: Messages, images: int, render: Callable[[Messages], str]) -> str:
-        return render(messages)
+    def render(self, conversations: Sequence[Messages], images: Sequence[int], render: Render) -> list[str]:
+        return [unless_failed(text) for text in render(conversations)]
 
     def expand(self, ids: list[int], images: int) -> list[int]:
         if images:
@@ -51,6 +52,9 @@ class TextOnly:
 
     def image_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
         return 0
+
+    def text_ids(self, ids: Sequence[int]) -> Sequence[int]:
+        return ids
 
     def embed(
         self, tokens: Tensor, real: Tensor | None, pixel_values: Tensor | None, scored: str
@@ -80,6 +84,11 @@ class Vision:
                 "and the tokenizer has no such token"
             )
         return token
+
+    @property
+    def meant(self) -> tuple[str, ...]:
+        """Whoever writes <image> into a message says where a picture stands."""
+        return (self.image_token,)
 
     @cached_property
     def processing(self) -> ImageProcessing:
@@ -144,19 +153,27 @@ class Vision:
     def parts(self, content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
-    def render(self, messages: Messages, images: int, render: Callable[[Messages], str]) -> str:
-        """The prompt's text; `render` is the chat template. Falls back to plain texts where it knows no image parts."""
-        messages = self.messages(messages, images)
-        texts = [str(part["text"]) for message in messages for part in message["content"] if part.get("type") == "text"]
-        pictures = sum(part.get("type") == "image" for message in messages for part in message["content"])
-        written = sum(text.count(self.image_token) for text in texts)
-        try:
-            text = render(messages)
-        except InputError:
-            text = ""
-        if text.count(self.image_token) == pictures + written and all(piece.strip() in text for piece in texts):
-            return text
-        return render([message | {"content": self.plain(message["content"])} for message in messages])
+    def render(self, conversations: Sequence[Messages], images: Sequence[int], render: Render) -> list[str]:
+        """The prompts' texts; `render` is the chat template. Plain texts again for one that knows no image parts."""
+        parted = [self.messages(messages, count) for messages, count in zip(conversations, images, strict=True)]
+        texts = render(parted)
+        again = [index for index, text in enumerate(texts) if not self.is_complete(text, parted[index])]
+        plain = [[message | {"content": self.plain(message["content"])} for message in parted[index]]
+                 for index in again]
+        for index, text in zip(again, render(plain), strict=True):
+            texts[index] = text
+        return [unless_failed(text) for text in texts]
+
+    def is_complete(self, text: str | InputError, messages: Messages) -> bool:
+        """Whether a rendered text has every text and every picture of its messages."""
+        parts = [part for message in messages for part in message["content"]]
+        written = [str(part["text"]) for part in parts if part.get("type") == "text"]
+        pictures = sum(part.get("type") == "image" for part in parts)
+        pictures += sum(piece.count(self.image_token) for piece in written)
+        return (
+            isinstance(text, str) and text.count(self.image_token) == pictures
+            and all(piece.strip() in text for piece in written)
+        )
 
     def plain(self, parts: list[dict[str, Any]]) -> str:
         """Parts as one text: images first, one line each."""
@@ -166,6 +183,10 @@ class Vision:
     def image_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
         """How many tokens of these prompts stand for pictures."""
         return sum(token == self.image_token_id for ids in prompts for token in ids)
+
+    def text_ids(self, ids: Sequence[int]) -> Sequence[int]:
+        """Those that the embedding is asked for: image tokens are not."""
+        return [token for token in ids if token != self.image_token_id]
 
     def expand(self, ids: list[int], images: int) -> list[int]:
         """Token ids with P image tokens for each one in the text. InputError where they are not as many as images."""

@@ -1,21 +1,26 @@
 """Chat templates: finding a checkpoint's template, rendering it safely, and the token that ends an answer."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from popengine.text.tokenizer import TextTokenizer, read_json_object, single_line
+from popengine.text.scripts import environment, package_folders
+from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
+from weights.json_files import LARGEST_JSON, read_json
+from weights.mapped_file import read_text
 
 # {"role": "user", "content": text}; with pictures, content may be [{"type": "image"}, {"type": "text", "text": ...}].
 Message = dict[str, Any]
 
 SANDBOX = Path(__file__).resolve().with_name("chat_sandbox.py")
-WALL_SECONDS = 30.0  # the limit on processor time in chat_sandbox.py comes first, except where the system has none
+# Of processor time: a render takes a few milliseconds, starting Python and jinja2 about 0.1 s.
+CPU_SECONDS, CPU_SECONDS_EACH = 2, 0.02
+WALL_SECONDS = 30.0  # that comes first, except where the system does not limit it
+LONGEST_TEXT = 1_000_000  # characters, where nobody knows of a context
 
 
 def read_chat_template(directory: Path) -> str | None:
@@ -25,19 +30,16 @@ def read_chat_template(directory: Path) -> str | None:
     `chat_template` of tokenizer_config.json: a string, or a list of named ones, of which "default" is taken.
     """
     path = Path(directory) / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not readable as UTF-8 text ({single_line(str(error))})") from error
+    if path.exists():
+        return read_text(path, LARGEST_JSON)
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = Path(directory) / name
-        template = read_json_object(path).get("chat_template")
+        template = read_json(path, optional=True).get("chat_template")
         if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            if "default" not in named:
+            named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            if not named:
                 raise InputError(f'{path}: none of the chat templates is named "default"; use --raw without a template')
-            template = named["default"]
+            template = named[-1].get("template")
         if isinstance(template, str):
             return template
         if template is not None:
@@ -54,13 +56,17 @@ def render_chat(
     add_generation_prompt: bool = True,
 ) -> str:
     """The text of one conversation as the template writes it, special tokens included."""
-    return render_chats(
-        template,
-        [messages],
-        bos_token=bos_token,
-        eos_token=eos_token,
-        add_generation_prompt=add_generation_prompt,
-    )[0]
+    (text,) = render_chats(
+        template, [messages], bos_token=bos_token, eos_token=eos_token, add_generation_prompt=add_generation_prompt
+    )
+    return unless_failed(text)
+
+
+def unless_failed(text: str | InputError) -> str:
+    """What was rendered; raises why it was not."""
+    if isinstance(text, InputError):
+        raise text
+    return text
 
 
 def render_chats(
@@ -70,34 +76,40 @@ def render_chats(
     bos_token: str | None,
     eos_token: str | None,
     add_generation_prompt: bool = True,
-) -> list[str]:
+    longest: int = LONGEST_TEXT,
+) -> list[str | InputError]:
     """The texts of several conversations, rendered in one short-lived process (about 0.15 s for all of them).
 
-    Templates come with checkpoints and are not trusted: jinja2's sandbox, limits on time and memory, no files.
-    InputError says why a template failed, with the template's own words if it raised them.
+    Templates come with checkpoints and are not trusted: jinja2's sandbox, limits on time and memory, no files, and at
+    most `longest` characters for each text. In the place of a text that failed there is an InputError that says why,
+    with the template's own words if it raised them; one that is nobody's fault but the template's is raised.
     """
+    if not conversations:
+        return []
     variables = {"bos_token": bos_token, "eos_token": eos_token}
     variables = {name: token for name, token in variables.items() if token is not None}  # undefined, not "None"
     common = {**variables, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    seconds = CPU_SECONDS + int(CPU_SECONDS_EACH * len(conversations))
     request = {
         "template": template,
         "conversations": [{"messages": list(messages), **common} for messages in conversations],
-        "python_path": jinja2_folders(),
+        "python_path": package_folders("jinja2", "markupsafe"),
+        "longest": longest,
+        "seconds": seconds,
     }
-    # Of the environment only what Python itself may need to start and to tell the time.
-    kept = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
+    wall_seconds = WALL_SECONDS + 4 * CPU_SECONDS_EACH * len(conversations)
     try:
         process = subprocess.run(
             [sys.executable, "-I", "-S", str(SANDBOX)],
             input=json.dumps(request).encode("ascii"),
             capture_output=True,
-            timeout=WALL_SECONDS,
-            env={name: os.environ[name] for name in kept if name in os.environ},
+            timeout=wall_seconds,
+            env=environment(),
             check=False,
         )
         answer = json.loads(process.stdout)
     except subprocess.TimeoutExpired as error:
-        raise template_failed(f"it took longer than {WALL_SECONDS:.0f} seconds") from error
+        raise template_failed(f"it took longer than {wall_seconds:.0f} seconds") from error
     except OSError as error:
         raise template_failed(f"Python could not be started for it: {error}") from error
     except ValueError as error:
@@ -109,28 +121,11 @@ def render_chats(
         raise template_failed(reason) from error
     if "error" in answer:
         raise template_failed(answer["error"])
-    return list(answer["texts"])
+    return [text if isinstance(text, str) else template_failed(text["error"]) for text in answer["texts"]]
 
 
 def template_failed(reason: str) -> InputError:
-    return InputError(f"the chat template failed: {single_line(reason)}; --raw sends the prompt without a template")
-
-
-def jinja2_folders() -> list[str]:
-    """The folders that hold the packages jinja2 and markupsafe, for a Python that starts without site-packages.
-
-    Taken from this process's search path without the current directory, where a file jinja2.py may lie.
-    """
-    try:
-        here = os.path.realpath(os.getcwd())
-    except FileNotFoundError:  # the current directory was deleted
-        here = ""
-    folders = [entry for entry in sys.path if os.path.isabs(entry) and os.path.realpath(entry) != here]
-    found = [
-        next((folder for folder in folders if os.path.isfile(os.path.join(folder, package, "__init__.py"))), None)
-        for package in ("jinja2", "markupsafe")
-    ]
-    return [folder for folder in found if folder is not None]
+    return InputError(f"the chat template failed: {reason}; --raw sends the prompt without a template")
 
 
 def end_of_turn_token(template: str, tokenizer: TextTokenizer) -> int | None:

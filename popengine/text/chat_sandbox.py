@@ -10,19 +10,17 @@ import time
 from datetime import datetime
 from typing import Any, NoReturn
 
-CPU_SECONDS = 5  # a render takes a few milliseconds, starting Python and jinja2 about 0.1 s
 MEMORY_BYTES = 1 << 30
-LONGEST_TEXT = 20_000_000  # characters
 
 
-def limit_resources() -> None:
+def limit_resources(seconds: int) -> None:
     """Sets limits on processor time and memory, where the system has them; nothing may be dumped or written."""
     try:
         import resource
     except ImportError:  # not POSIX: the time limit of the parent remains
         return
     limits = {
-        resource.RLIMIT_CPU: (CPU_SECONDS, CPU_SECONDS + 1),
+        resource.RLIMIT_CPU: (seconds, seconds + 1),
         resource.RLIMIT_AS: (MEMORY_BYTES, MEMORY_BYTES),
         resource.RLIMIT_FSIZE: (0, 0),
         resource.RLIMIT_CORE: (0, 0),
@@ -44,8 +42,8 @@ def close_the_door() -> None:
         return
 
 
-def render_all(template: str, conversations: list[dict[str, Any]]) -> list[str]:
-    """The text of each conversation; each is the dict of variables the template sees."""
+def render_all(template: str, conversations: list[dict[str, Any]], longest: int) -> list[str | dict[str, str]]:
+    """The text of each conversation, or why there is none; each is the dict of variables the template sees."""
     import jinja2.debug
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -103,26 +101,35 @@ def render_all(template: str, conversations: list[dict[str, Any]]) -> list[str]:
     close_the_door()
 
     compiled = environment.from_string(template)
-    texts = [compiled.render(variables) for variables in conversations]
-    if sum(map(len, texts)) > LONGEST_TEXT:
-        raise MemoryError
+    texts: list[str | dict[str, str]] = []
+    for variables in conversations:
+        try:
+            text = compiled.render(variables)
+            fits = len(text) <= longest
+            texts.append(text if fits else {"error": f"it writes {len(text)} letters, more than the context can hold"})
+        except Exception as error:
+            texts.append({"error": words_of(error)})
     return texts
 
 
+def words_of(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "it needs too much memory"
+    if isinstance(error, RecursionError):
+        return "it nests too deeply"
+    where = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
+    return f"{where}{getattr(error, 'message', None) or str(error) or type(error).__name__}"
+
+
 def main() -> None:
-    limit_resources()
     try:
         request = json.load(sys.stdin)
+        limit_resources(request["seconds"])
         sys.path.extend(request["python_path"])
-        answer: dict[str, Any] = {"texts": render_all(request["template"], request["conversations"])}
-    except MemoryError:
-        answer = {"error": "it needs too much memory"}
-    except RecursionError:
-        answer = {"error": "it nests too deeply"}
+        texts = render_all(request["template"], request["conversations"], request["longest"])
+        answer: dict[str, Any] = {"texts": texts}
     except Exception as error:
-        where = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
-        message = getattr(error, "message", None) or str(error) or type(error).__name__
-        answer = {"error": f"{where}{message}"}
+        answer = {"error": words_of(error)}
     sys.stdout.write(json.dumps(answer))
 
 

@@ -1,10 +1,11 @@
 """Prompts to token ids: through the chat template where there is one, with the places of pictures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from popengine.text.chat import render_chat
+from popengine.text.chat import render_chats
+from popengine.text.spelled import NOTHING_SPELLED, Spelled
 from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
 
@@ -13,53 +14,103 @@ Messages = list[dict[str, Any]]
 Prompt = str | Messages
 
 
+# Several conversations as texts, in one go: of one that cannot be rendered, why not.
+Render = Callable[[Sequence[Messages]], list[str | InputError]]
+
+# Of a text that may fit a context: words of a language have four letters a token, runs of spaces have more. Tokenizing
+# takes some 500 bytes a letter, so that what cannot fit must not get there.
+LETTERS_PER_TOKEN = 16
+
+
 class Placing(Protocol):
-    """How pictures get their places in a text and among its tokens (popengine.pictures.vision)."""
+    """How pictures get their places in a text and among its tokens (popengine.pictures.vision).
+
+    meant  control tokens that a message may spell and mean
+    """
+
+    @property
+    def meant(self) -> tuple[str, ...]: ...
 
     def plain_text(self, prompt: str, images: int) -> str: ...
 
-    def render(self, messages: Messages, images: int, render: Callable[[Messages], str]) -> str: ...
+    def render(self, conversations: Sequence[Messages], images: Sequence[int], render: Render) -> list[str]: ...
 
     def expand(self, ids: list[int], images: int) -> list[int]: ...
 
 
 class Prompts:
-    """The text side of a checkpoint."""
+    """The text side of a checkpoint. context: the tokens that a prompt has room in"""
 
-    def __init__(self, tokenizer: TextTokenizer, chat_template: str | None, placing: Placing) -> None:
+    def __init__(self, tokenizer: TextTokenizer, chat_template: str | None, placing: Placing, context: int) -> None:
         self.tokenizer, self.chat_template, self.placing = tokenizer, chat_template, placing
+        self.longest = LETTERS_PER_TOKEN * context
 
     def ids(
-        self, prompt: Prompt, *, raw: bool = False, system_prompt: str | None = None, images: int = 0
+        self, prompt: Prompt, *, raw: bool = False, system_prompt: str | None = None, images: int = 0,
+        parse_special: bool = False,
     ) -> list[int]:
-        """Token ids of a prompt: through the chat template if there is one and `raw` does not forbid it.
+        """Token ids of one prompt, as `batch` gives them for several."""
+        return self.batch([prompt], [images], raw=raw, system_prompt=system_prompt, parse_special=parse_special)[0]
 
-        images  how many are given with it; each has as many image tokens among the ids as the vision tower makes
+    def batch(
+        self, prompts: Sequence[Prompt], images: Sequence[int], *, raw: bool = False, system_prompt: str | None = None,
+        parse_special: bool = False,
+    ) -> list[list[int]]:
+        """Token ids of prompts: through the chat template if there is one and `raw` does not forbid it.
+
+        images         how many are given with each; each has as many image tokens among the ids as the vision tower
+                       makes
+        parse_special  whether control tokens that a message spells are those tokens, and not their letters
         Raises InputError for an empty prompt, and where text or images do not suit the checkpoint.
         """
-        text, add_special_tokens = self.text(prompt, raw, system_prompt, images)
-        return self.placing.expand(self.tokenizer.encode(text, add_special_tokens), images)
+        tokens = set() if parse_special else set(self.tokenizer.special_tokens) - set(self.placing.meant)
+        spelled = Spelled(tokens, [*prompts, system_prompt or ""], self.chat_template or "")
+        made = []
+        for text, adds_special in self.texts(prompts, images, raw, system_prompt, spelled):
+            if len(text) > self.longest:
+                raise InputError(
+                    f"the prompt has {len(text)} letters, more than the context of "
+                    f"{self.longest // LETTERS_PER_TOKEN} tokens can hold"
+                )
+            made.append(self.tokenizer.encode(text, True) if adds_special else spelled.encode(text, self.tokenizer))
+        return [self.placing.expand(ids, count) for ids, count in zip(made, images, strict=True)]
 
-    def text(self, prompt: Prompt, raw: bool, system_prompt: str | None, images: int) -> tuple[str, bool]:
-        """A prompt as it goes to the tokenizer, and whether that still has to add its special tokens."""
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise InputError("the prompt is empty: give at least one token of text")
-            check_text(prompt, "the prompt")
-        if isinstance(prompt, str) and (raw or self.chat_template is None):
-            if system_prompt is not None:
-                raise InputError("a system prompt needs a chat template, and this prompt is encoded without one")
-            return prompt if raw else self.placing.plain_text(prompt, images), True
+    def texts(
+        self, prompts: Sequence[Prompt], images: Sequence[int], raw: bool = False, system_prompt: str | None = None,
+        spelled: Spelled = NOTHING_SPELLED,
+    ) -> list[tuple[str, bool]]:
+        """Prompts as they go to the tokenizer, and whether that still has to add its special tokens."""
+        found: dict[int, tuple[str, bool]] = {}
+        chats: dict[int, Messages] = {}
+        for index, (prompt, count) in enumerate(zip(prompts, images, strict=True)):
+            if isinstance(prompt, str):
+                if not prompt.strip():
+                    raise InputError("the prompt is empty: give at least one token of text")
+                check_text(prompt, "the prompt")
+            if isinstance(prompt, str) and (raw or self.chat_template is None):
+                if system_prompt is not None:
+                    raise InputError("a system prompt needs a chat template, and this prompt is encoded without one")
+                found[index] = prompt if raw else self.placing.plain_text(prompt, count), True
+            else:
+                chats[index] = spelled.hide(self.messages(prompt, system_prompt))
+        if chats:
+            render = partial(
+                render_chats, str(self.chat_template), bos_token=self.tokenizer.bos_token,
+                eos_token=self.tokenizer.eos_token, longest=self.longest,
+            )
+            texts = self.placing.render([*chats.values()], [images[index] for index in chats], render)
+            # The template has written the special tokens itself.
+            found |= {index: (text, False) for index, text in zip(chats, texts, strict=True)}
+        return [found[index] for index in range(len(prompts))]
+
+    def messages(self, prompt: Prompt, system_prompt: str | None) -> Messages:
         if self.chat_template is None:
             raise InputError("this checkpoint has no chat template: give the prompt as one text")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if system_prompt is not None:
             check_text(system_prompt, "the system prompt")
             messages = [{"role": "system", "content": system_prompt}, *messages]
-        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
-        render = partial(render_chat, self.chat_template, bos_token=bos, eos_token=eos)
-        # The template has written the special tokens itself.
-        return self.placing.render(messages, images, render), False
+        return messages
 
 
 def check_text(text: str, what: str) -> None:

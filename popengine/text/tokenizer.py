@@ -4,7 +4,6 @@ tokenizer.json is read by `tokenizers` (FastTokenizer), tokenizer.model by `sent
 Both decode as Hugging Face does; TextStream works on either.
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,11 +12,16 @@ from typing import Any, Protocol
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer
 
+from popengine.text.isolated import IsolatedTokenizer
 from weights.errors import InputError
+from weights.json_files import JsonObject, lfs_hint, read_json, shown
+from weights.mapped_file import read_bytes, read_text
 
 # Names under which tokenizer_config.json and special_tokens_map.json declare special tokens, each a string or a dict.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SPACE_MARK = "▁"  # sentencepiece's visible space
+# Of tokenizer.json and tokenizer.model: far above any real one (Gemma's has 33 MB).
+LARGEST_TOKENIZER = 64_000_000
 
 
 class TextTokenizer(Protocol):
@@ -25,7 +29,7 @@ class TextTokenizer(Protocol):
 
     vocabulary_size  the highest id that has a token, plus one
     bos_token        the text of the beginning-of-sequence token, None if there is none; eos_token likewise
-    special_ids      ids that `decode` leaves out: control tokens, not text
+    special_ids      ids that `decode` leaves out: control tokens, not text; special_tokens: how they are written
     byte_ids         ids that stand for one raw byte ("<0x0A>"); empty for byte-level tokenizers, which have none
     """
 
@@ -33,9 +37,10 @@ class TextTokenizer(Protocol):
     bos_token: str | None
     eos_token: str | None
     special_ids: frozenset[int]
+    special_tokens: frozenset[str]
     byte_ids: frozenset[int]
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+    def encode(self, text: str, add_special_tokens: bool, parse_special: bool = True) -> list[int]: ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
@@ -43,12 +48,14 @@ class TextTokenizer(Protocol):
 
 
 class FastTokenizer:
-    """A `tokenizers.Tokenizer`, with everything that the tokenizer.json it came from says about spaces and BOS."""
+    """A `tokenizers.Tokenizer`, with everything that the tokenizer.json it came from says about spaces and BOS.
 
-    def __init__(self, backend: Tokenizer, bos_token: str | None = None, eos_token: str | None = None) -> None:
-        # A tokenizer.json may carry the truncation and padding of somebody's training run.
-        backend.no_truncation()
-        backend.no_padding()
+    backend  one that was built here (a .gguf's), or that of a tokenizer.json, in a process of its own
+    """
+
+    def __init__(
+        self, backend: Tokenizer | IsolatedTokenizer, bos_token: str | None = None, eos_token: str | None = None
+    ) -> None:
         named = [token for token in (bos_token, eos_token) if token and backend.token_to_id(token) is not None]
         added = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         backend.add_special_tokens([AddedToken(token, normalized=False) for token in named if token not in added])
@@ -58,19 +65,20 @@ class FastTokenizer:
         self.eos_token = eos_token
         added_tokens = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added_tokens.items() if token.special)
+        self.special_tokens = frozenset(token.content for token in added_tokens.values() if token.special)
         self.vocabulary_size = max(backend.get_vocab_size(with_added_tokens=False), max(added_tokens, default=-1) + 1)
-        self.byte_ids = frozenset(
-            token_id
-            for byte in range(256 if backend.decoder is not None and backend.decoder.decode(["<0x41>"]) == "A" else 0)
-            if (token_id := backend.token_to_id(f"<0x{byte:02X}>")) is not None
-        )
+        letter = backend.token_to_id("<0x41>")
+        has_bytes = letter is not None and backend.decode([letter], skip_special_tokens=False) == "A"
+        of_bytes = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256 if has_bytes else 0)]
+        self.byte_ids = frozenset(token_id for token_id in of_bytes if token_id is not None)
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of `text`; special tokens written out in it become their ids.
+    def encode(self, text: str, add_special_tokens: bool, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`; special tokens written out in it become their ids, or with parse_special False letters.
 
         add_special_tokens  also add what the tokenizer puts around a text (usually BOS in front)
         """
         check_unicode(text)
+        self.backend.encode_special_tokens = not parse_special
         return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -124,10 +132,13 @@ class SentencePieceTokenizer:
         self.special_ids = frozenset(token_id for token_id, token in self.added.items() if token.special)
         self.byte_ids = frozenset(token_id for token_id in pieces if self.backend.is_byte(token_id))
         self.vocabulary_size = max(self.texts) + 1
+        self.special_tokens = frozenset(self.texts[token_id] for token_id in self.special_ids)
         self._added_pattern = added_tokens_pattern(self.added.values())
+        self._text_pattern = added_tokens_pattern(token for token in self.added.values() if not token.special)
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of `text`; special and added tokens written out in it become their ids.
+    def encode(self, text: str, add_special_tokens: bool, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`; special and added tokens written out in it become their ids; with parse_special False
+        special ones become letters.
 
         add_special_tokens  also add BOS in front and EOS behind, where the tokenizer's configuration says so
         """
@@ -136,7 +147,7 @@ class SentencePieceTokenizer:
         if add_special_tokens and self.add_bos and self.bos_token is not None:
             ids.append(self.token_ids[self.bos_token])
         position = 0
-        for found in self._added_pattern.finditer(text):
+        for found in (self._added_pattern if parse_special else self._text_pattern).finditer(text):
             token_id = self.token_ids[found.group()]
             before = text[position : found.start()]
             ids += self._encode_plain(before.rstrip() if self.added[token_id].lstrip else before, position == 0)
@@ -241,11 +252,7 @@ def open_tokenizer(directory: Path) -> TextTokenizer:
 
 def _open_fast(directory: Path) -> FastTokenizer:
     path = directory / "tokenizer.json"
-    try:
-        backend = Tokenizer.from_buffer(path.read_bytes())
-    except Exception as error:  # tokenizers raises bare Exception for some files
-        reason = single_line(str(error).removeprefix("Cannot instantiate Tokenizer from buffer: "))
-        raise InputError(f"{path}: not a readable tokenizer.json ({reason}){lfs_hint(path)}") from error
+    backend = IsolatedTokenizer(read_text(path, LARGEST_TOKENIZER), str(path))
     named, extra = _special_tokens(directory)
     # What the configuration adds to the file, in the order of the ids it gives.
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -261,19 +268,19 @@ def _open_fast(directory: Path) -> FastTokenizer:
 
 def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
     path = directory / "tokenizer.model"
-    config = read_json_object(directory / "tokenizer_config.json")
+    config = read_json(directory / "tokenizer_config.json", optional=True)
     named, extra = _special_tokens(directory)
     prefix_space = "always" if config.get("legacy") else "first"
     if config.get("add_prefix_space") is False:
         prefix_space = "never"
+    model = read_bytes(path, LARGEST_TOKENIZER)
     try:
-        model = path.read_bytes()
         if SentencePieceProcessor(model_proto=model or b"\0").get_piece_size() == 0:
             raise RuntimeError("no pieces")
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"{path}: not a sentencepiece model ({single_line(str(error))}); a checkpoint whose tokenizer.model is "
-            f"in another format needs tokenizer.json beside it{lfs_hint(path)}"
+            f"{path}: not a sentencepiece model ({error}); a checkpoint whose tokenizer.model is in another format "
+            f"needs tokenizer.json beside it{lfs_hint(model)}"
         ) from error
     backend = SentencePieceProcessor(model_proto=model)
     added = _added_tokens(directory, [*named.values(), *extra])
@@ -300,9 +307,9 @@ def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
 
 def _special_tokens(directory: Path) -> tuple[dict[str, str], list[str]]:
     """The special tokens that the files beside the tokenizer name: those with a role by name, then all others."""
-    declared = dict(read_json_object(directory / "tokenizer_config.json"))
+    declared = dict(read_json(directory / "tokenizer_config.json", optional=True))
     if "added_tokens_decoder" not in declared:  # as transformers: only older folders need the second file
-        declared.update(read_json_object(directory / "special_tokens_map.json"))
+        declared.update(read_json(directory / "special_tokens_map.json", optional=True))
     named = {name: text for name in SPECIAL_TOKEN_NAMES if (text := token_text(declared.get(name)))}
     extra = declared.get("extra_special_tokens") or declared.get("additional_special_tokens") or []
     listed = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
@@ -314,23 +321,23 @@ def _added_tokens(directory: Path, special: list[str]) -> dict[int, AddedToken]:
 
     special  which of the tokens in added_tokens.json, a plain {token: id}, are special
     """
-    path = directory / "tokenizer_config.json"
+    config = directory / "tokenizer_config.json"
+    declared = JsonObject(read_json(config, optional=True), str(config)).section("added_tokens_decoder")
     added: dict[int, AddedToken] = {}
-    try:
-        if declared := read_json_object(path).get("added_tokens_decoder"):
-            for token_id, fields in declared.items():
-                fields = {key: value for key, value in fields.items() if key != "__type"}
-                added[int(token_id)] = AddedToken(**fields)
-        else:
-            path = directory / "added_tokens.json"
-            for content, token_id in read_json_object(path).items():
-                is_special = content in special
-                added[int(token_id)] = AddedToken(content, special=is_special, normalized=not is_special)
-    except (TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = single_line(str(error))
-        raise InputError(f"{path}: added tokens are not in the form that Hugging Face writes ({reason})") from error
+    for number in declared.raw:
+        if not re.fullmatch(r"[0-9]{1,9}", number):
+            raise InputError(f"{declared.where}: {shown(number)} is no token id")
+        token = declared.section(number)
+        is_special = token.boolean("special", False)
+        flags = {name: token.boolean(name, False) for name in ("single_word", "lstrip", "rstrip")}
+        normalized = token.boolean("normalized", not is_special)
+        added[int(number)] = AddedToken(token.text("content"), special=is_special, normalized=normalized, **flags)
+    if not added:
+        path = directory / "added_tokens.json"
+        older = JsonObject(read_json(path, optional=True), str(path))
+        for content in older.raw:
+            is_special = content in special
+            added[older.integer(content, None, 0)] = AddedToken(content, special=is_special, normalized=not is_special)
     return added
 
 
@@ -360,38 +367,8 @@ def check_unicode(text: str) -> None:
         ) from error
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} when the file is absent; InputError when it holds something else."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({single_line(str(error))}){lfs_hint(path)}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
 def token_text(token: Any) -> str | None:
     """A token as configuration files write it: a string, or a dict with its text under "content"."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
-
-
-def lfs_hint(path: Path) -> str:
-    """The commonest reason for a file that is not what its name says."""
-    try:
-        with path.open("rb") as file:
-            is_pointer = file.read(24).startswith(b"version https://git-lfs")
-    except OSError:
-        return ""
-    return "; it is a Git LFS pointer, fetch the file itself with `git lfs pull`" if is_pointer else ""
-
-
-def single_line(message: str) -> str:
-    """`message` as one line of printable characters, at most 300 of them."""
-    words = " ".join(message.split())
-    printable = "".join(character if character.isprintable() else "?" for character in words)
-    return printable if len(printable) <= 300 else printable[:297] + "..."

@@ -1,0 +1,112 @@
+"""A tokenizer.json in a process of its own (tokenizer_sandbox.py), to be used like a `tokenizers.Tokenizer`."""
+
+import json
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tokenizers import AddedToken
+
+from popengine.text.scripts import environment, package_folders
+from weights.errors import InputError
+from weights.json_files import lfs_hint
+
+SANDBOX = Path(__file__).resolve().with_name("tokenizer_sandbox.py")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+class IsolatedTokenizer:
+    """What FastTokenizer asks of its backend, asked of a process that has bounds on time and memory.
+
+    A request past the bounds ends the process, and is an InputError; the next one finds a new process, which is told
+    all that the last one was told. where: how messages call the file
+    """
+
+    def __init__(self, content: str, where: str) -> None:
+        self.where = where
+        self.told: list[list[Any]] = [["load", content, package_folders("tokenizers")]]
+        self.process: subprocess.Popen[str] | None = None
+        self.lock = threading.Lock()
+        self.encode_special_tokens = False
+        self.ask("size")
+
+    def ask(self, *request: Any, keep: bool = False) -> Any:
+        """One request and its answer. keep: a new process has to be told it, too"""
+        with self.lock:
+            try:
+                if self.process is None:
+                    self.start()
+                answer = self.exchange(request)
+            except BaseException:
+                self.stop()                     # an answer that nobody waits for must not become the next one's
+                raise
+        if keep:
+            self.told.append(list(request))
+        return answer
+
+    def start(self) -> None:
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(SANDBOX)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, encoding="ascii", start_new_session=True,
+                env=environment() | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"},
+            )
+        except OSError as error:
+            raise InputError(f"{self.where}: Python could not be started for it: {error}") from error
+        self.finalizer = weakref.finalize(self, end, self.process)
+        for request in self.told:
+            self.exchange(request)
+
+    def exchange(self, request: Sequence[Any]) -> Any:
+        assert self.process is not None and self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            found = json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            what = "reading it" if request[0] == "load" else "what was asked of it"
+            raise InputError(f"{self.where}: {what} took more time or memory than any tokenizer needs") from None
+        if "error" in found:
+            reason = found["error"].removeprefix("Cannot instantiate Tokenizer from string: ")
+            hint = lfs_hint(self.told[0][1][:100].encode())
+            raise InputError(f"{self.where}: not a readable tokenizer.json ({reason}){hint}")
+        return found["answer"]
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process = None
+            self.finalizer()
+
+    def add_tokens(self, tokens: Sequence[AddedToken], special: bool = False) -> None:
+        told = [(token.content, {name: getattr(token, name) for name in FLAGS}) for token in tokens]
+        if told:
+            self.ask("add", told, special, keep=True)
+
+    def add_special_tokens(self, tokens: Sequence[AddedToken]) -> None:
+        self.add_tokens(tokens, special=True)
+
+    def get_added_tokens_decoder(self) -> dict[int, AddedToken]:
+        return {number: AddedToken(content, **flags) for number, content, flags in self.ask("added")}
+
+    def get_vocab_size(self, with_added_tokens: bool) -> int:
+        """Without added tokens."""
+        return self.ask("size")
+
+    def token_to_id(self, token: str) -> int | None:
+        return self.ask("number", token)
+
+    def encode(self, text: str, add_special_tokens: bool) -> SimpleNamespace:
+        return SimpleNamespace(ids=self.ask("encode", text, add_special_tokens, not self.encode_special_tokens))
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return self.ask("decode", ids, skip_special_tokens)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()

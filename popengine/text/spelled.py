@@ -1,0 +1,71 @@
+"""Who says what: a message that spells a control token means its letters, and only a chat template writes the token.
+
+Before rendering, every such spelling is hidden behind a character that nothing else uses; in the rendered text a
+stretch between the template's own control tokens that holds one is encoded without special tokens. Texts that spell
+none go through all of this unchanged.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from popengine.text.tokenizer import TextTokenizer
+
+PRIVATE_USE = range(0xE000, 0xF900)
+
+
+class Spelled:
+    """The control tokens that messages spell, each with the character that stands for it."""
+
+    def __init__(self, tokens: Collection[str], messages: Any, template: str) -> None:
+        text = "\n".join([template, *leaves(messages)])
+        found = [token for token in sorted(tokens, key=len, reverse=True) if token and token in text]
+        marks = (chr(code) for code in PRIVATE_USE if chr(code) not in text)
+        self.marks = dict(zip(found, marks, strict=False))
+        self.tokens = {mark: token for token, mark in self.marks.items()}
+
+    def hide(self, value: Any) -> Any:
+        """Messages with marks in the place of tokens, in whatever they consist of."""
+        if isinstance(value, str):
+            return any_of(self.marks).sub(lambda found: self.marks[found.group()], value)
+        if isinstance(value, dict):
+            return {name: self.hide(inner) for name, inner in value.items()}
+        return [self.hide(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+    def encode(self, text: str, tokenizer: TextTokenizer) -> list[int]:
+        """Token ids of a rendered text, in which marks stand for letters."""
+        marks = any_of(self.tokens)
+        if not marks.search(text):
+            return tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        meant = ""                              # a stretch whose control tokens the template has written
+        for piece in re.split(f"({any_of(tokenizer.special_tokens).pattern})", text):
+            if not marks.search(piece):
+                meant += piece
+                continue
+            ids += tokenizer.encode(meant, add_special_tokens=False)
+            letters = marks.sub(lambda found: self.tokens[found.group()], piece)
+            ids += tokenizer.encode(letters, add_special_tokens=False, parse_special=False)
+            meant = ""
+        return ids + tokenizer.encode(meant, add_special_tokens=False)
+
+
+def leaves(value: Any) -> Iterable[str]:
+    """Every text that messages consist of."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from leaves(inner)
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from leaves(inner)
+
+
+def any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of these words, the longest where several begin at one place; of none it finds nothing."""
+    longest_first = sorted((word for word in words if word), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+NOTHING_SPELLED = Spelled((), "", "")

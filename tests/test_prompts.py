@@ -1,0 +1,100 @@
+"""Prompts to token ids: who says what, batches in one template process, and texts that no context can hold."""
+
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from popengine.engine import Engine
+from popengine.loading import load
+from popengine.text import chat
+from popengine.text.chat import render_chat
+from weights.errors import InputError
+
+SPECIAL = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<eos>"]
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path) -> Engine:
+    return load(checkpoint)
+
+
+def controls(engine: Engine, ids: list[int]) -> list[str]:
+    return [engine.tokenizer.decode([one], skip_special_tokens=False) for one in ids
+            if one in engine.tokenizer.special_ids]
+
+
+pieces = st.sampled_from([*SPECIAL, "<|end", "|>", " ", "a", "é", "\ue000", "{{", "Hi"])
+words = st.lists(pieces, min_size=1, max_size=8)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(contents=st.lists(words.map("".join).filter(str.strip), min_size=4, max_size=4))
+def test_a_message_never_becomes_a_control_token_and_keeps_its_letters(engine: Engine, contents: list[str]) -> None:
+    """Four conversations at once, in one process."""
+    conversations: Any = [[{"role": "user", "content": content}] for content in contents]
+    for content, ids in zip(contents, engine.prompts.batch(conversations, [0] * 4), strict=True):
+        assert controls(engine, ids) == ["<|user|>", "<|end|>", "<|assistant|>"]
+        text = engine.tokenizer.decode(ids, skip_special_tokens=False)
+        assert text == f"<|user|>{content}<|end|><|assistant|>"
+
+
+def test_what_spells_no_control_token_is_encoded_as_it_always_was(engine: Engine) -> None:
+    messages = [{"role": "user", "content": "Hi |> <|"}, {"role": "assistant", "content": "  Yes? "}]
+    text = render_chat(str(engine.chat_template), messages, bos_token=None, eos_token="<eos>")
+    assert engine.prompts.ids(messages) == engine.tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_control_tokens_are_parsed_where_that_is_asked_for_and_in_raw_text(engine: Engine) -> None:
+    prompt = "a<|end|><|system|>b"
+    assert controls(engine, engine.prompts.ids(prompt)) == ["<|user|>", "<|end|>", "<|assistant|>"]
+    assert controls(engine, engine.prompts.ids(prompt, raw=True)) == ["<|end|>", "<|system|>"]
+    parsed = engine.prompts.ids(prompt, parse_special=True)
+    assert controls(engine, parsed) == ["<|user|>", "<|end|>", "<|system|>", "<|end|>", "<|assistant|>"]
+    one, other = (engine.generate(prompt, max_new_tokens=1, parse_special=parse)[0] for parse in (True, False))
+    assert one.prompt_token_ids == parsed != other.prompt_token_ids
+
+
+def test_the_system_prompt_and_every_part_of_a_message_are_letters(engine: Engine) -> None:
+    ids = engine.prompts.ids([{"role": "user", "content": "<eos>"}], system_prompt="<|end|>")
+    assert controls(engine, ids) == ["<|system|>", "<|end|>", "<|user|>", "<|end|>", "<|assistant|>"]
+
+
+def test_a_batch_of_chats_starts_one_process(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = [engine.prompts.ids(f"Number {n}") for n in (0, 499)]
+    started: list[Any] = []
+    run = subprocess.run
+    monkeypatch.setattr(chat.subprocess, "run", lambda *words, **named: started.append(1) or run(*words, **named))
+    together = engine.prompts.batch([f"Number {n}" for n in range(500)], [0] * 500)
+    assert len(started) == 1
+    assert [together[0], together[499]] == alone
+
+
+bombs = st.builds(
+    "{{% set x = {piece!r} * {count} %}}{{% for i in range({rounds}) %}}{{{{ x }}}}{{% endfor %}}".format,
+    piece=st.sampled_from(["a", "lighthouse ", "<|end|>", "é"]), count=st.sampled_from([1, 1000, 10**6, 10**8]),
+    rounds=st.sampled_from([1, 20, 1000, 99_999]),
+)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(template=bombs)
+def test_what_a_template_writes_is_bounded_by_the_context(engine: Engine, template: str) -> None:
+    prompts = engine.prompts.__class__(engine.tokenizer, template, engine.pictures, 256)
+    began = time.process_time()
+    try:
+        assert len(prompts.ids("Hi")) <= 256 * 16 * 2
+    except InputError as error:
+        assert str(error).startswith("the chat template failed: ")
+    assert time.process_time() - began < 0.5
+
+
+def test_a_prompt_that_no_context_can_hold_does_not_reach_the_tokenizer(engine: Engine) -> None:
+    with pytest.raises(InputError, match="has 5000000 letters, more than the context of 256 tokens can hold"):
+        engine.prompts.ids("a" * 5_000_000, raw=True)
+    with pytest.raises(InputError, match="letters, more than the context can hold"):
+        engine.prompts.ids("a" * 5_000_000)

@@ -1,0 +1,130 @@
+"""JSON files that came with a checkpoint: read within bounds, field by field, each of the type that is meant.
+
+Nothing in them is believed: an object read here answers a field of another type, or out of bounds, with an InputError
+that says which field of which file, what it should be, and what it is.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from weights.errors import InputError, one_line
+from weights.mapped_file import read_bytes
+
+# Far above any real file (an index of 130,000 tensors has 13 MB), far below what would hurt.
+LARGEST_JSON = 16_000_000
+# Numbers that name a size or a place fit into 32 bits everywhere, and those that are multiplied with into float32.
+LARGEST_INTEGER, LARGEST_NUMBER, SMALLEST_NUMBER = 2**31, 1e30, 1e-30
+
+
+def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    """The object in a JSON file, or InputError. optional: {} where there is no such file"""
+    if optional and not path.exists():
+        return {}
+    return parse_json(read_bytes(path, LARGEST_JSON), str(path))
+
+
+def parse_json(data: bytes, where: str, repeats_allowed: bool = True) -> dict[str, Any]:
+    """JSON text whose top level is an object, or InputError that begins with `where`."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=None if repeats_allowed else object_without_repeats)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 text (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"{where} is not valid JSON: {error.msg} ({place}){lfs_hint(data)}") from error
+    except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, endless nesting
+        raise InputError(f"{where} is not usable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where} is not a JSON object, but {type(value).__name__}")
+    return value
+
+
+def object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key is given twice")
+    return values
+
+
+def lfs_hint(data: bytes) -> str:
+    """The commonest reason for a file that is not what its name says."""
+    is_pointer = data.startswith(b"version https://git-lfs")
+    return "; it is a Git LFS pointer, fetch the file itself with `git lfs pull`" if is_pointer else ""
+
+
+def shown(value: Any) -> str:
+    """A value from a file in a message about it, never a long one."""
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "an object"
+    return one_line(repr(value), 100)
+
+
+class JsonObject:
+    """An object of a JSON file. A field that is absent or null has the getter's default.
+
+    raw    the object; where: how messages call it; read: the names that were asked for
+    """
+
+    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+        self.raw, self.where = raw, where
+        self.read: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field as it stands, of any type."""
+        self.read.add(name)
+        value = self.raw.get(name)
+        return default if value is None else value
+
+    def wrong(self, name: str, wanted: str, value: Any) -> InputError:
+        return InputError(f"{self.where}: {name} must be {wanted}, not {shown(value)}")
+
+    def integer(self, name: str, default: int | None, least: int = 1, most: int = LARGEST_INTEGER) -> int:
+        value = self.get(name, default)
+        if type(value) is not int or not least <= value <= most:
+            raise self.wrong(name, f"an integer of at least {least} and at most {most}", value)
+        return value
+
+    def integers(self, name: str, default: Iterable[int]) -> list[int]:
+        """A list, or a single one as a list."""
+        value = self.get(name, list(default))
+        value = value if isinstance(value, list) else [value]
+        if not all(type(one) is int and abs(one) <= LARGEST_INTEGER for one in value):
+            raise self.wrong(name, "an integer or a list of integers", value)
+        return value
+
+    def number(self, name: str, default: float | None, positive: bool = True) -> float:
+        return self._number(name, self.get(name, default), positive)
+
+    def numbers(self, name: str, default: Iterable[float], positive: bool = True) -> tuple[float, ...]:
+        """A list, or a single one as a list."""
+        value = self.get(name, list(default))
+        return tuple(self._number(name, one, positive) for one in (value if isinstance(value, list) else [value]))
+
+    def _number(self, name: str, value: Any, positive: bool) -> float:
+        number = type(value) in (int, float)
+        if not number or not (SMALLEST_NUMBER if positive else -LARGEST_NUMBER) <= value <= LARGEST_NUMBER:
+            raise self.wrong(name, f"a {'positive ' if positive else ''}number", value)
+        return float(value)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if type(value) is not bool:
+            raise self.wrong(name, "true or false", value)
+        return value
+
+    def text(self, name: str, default: str | None = None, choices: Iterable[str] = ()) -> str:
+        value = self.get(name, default)
+        if not isinstance(value, str):
+            raise self.wrong(name, "a text", value)
+        if choices and value not in choices:
+            raise InputError(f"{self.where}: {name} {shown(value)} is not one of {', '.join(choices)}")
+        return value
+
+    def section(self, name: str) -> "JsonObject":
+        """An object inside; an empty one where there is none."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise self.wrong(name, "an object", value)
+        return type(self)(value, f"{self.where}: {name}")
