@@ -29,7 +29,7 @@ check: $(VENV)/dev-is-installed
 	$(BIN)/mypy
 
 bench: $(VENV)/dev-is-installed checkpoint
-	$(BIN)/python -m popengine.bench --compile --against transformers,llama.cpp $(BENCH)
+	$(BIN)/python -m popengine.bench --compile --dtype bfloat16 --weights plain auto --against transformers,llama.cpp $(BENCH)
 
 checkpoint: $(VENV)/run-is-installed
 	@$(BIN)/python tools/fetch_default.py

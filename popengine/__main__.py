@@ -1,6 +1,8 @@
 """The front door: popengine COMMAND ..., or python -m popengine COMMAND ..."""
 
+import argparse
 import importlib
+import os
 import sys
 from typing import NoReturn
 
@@ -35,6 +37,8 @@ popengine COMMAND --help shows a command's flags, --help-all the rare ones too; 
 
 def main() -> NoReturn:
     """Entry of `python -m popengine` and of the console script `popengine`."""
+    if "_ARGCOMPLETE" in os.environ:
+        complete()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help", "--help-all", "--version"):
         print(f"popengine {__version__}" if name == "--version" else HELP)
@@ -50,6 +54,20 @@ def main() -> NoReturn:
     sys.argv = [f"popengine {name}", *sys.argv[2:]]
     command.main()
     sys.exit(0)
+
+
+def complete() -> NoReturn:
+    """Say what could come next, to a shell that asks by way of argcomplete (the extra `completion`)."""
+    argcomplete = importlib.import_module("argcomplete")
+    line = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
+    name = line.split()[1] if len(f"{line}.".split()) > 2 else ""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("command", choices=[*COMMANDS])
+    if name in COMMANDS and name != "harness":                      # whose flags are lm_eval's
+        os.environ["_ARGCOMPLETE"] = "2"                            # what is completed begins at the second word
+        parser = importlib.import_module(f"popengine.{name}").parser()
+    argcomplete.autocomplete(parser)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Prints microseconds (median of 9) and GB/s of weights, for products that take turns over enough matrices not to be
 served from the cache. In the second table a down_proj of A active channels keeps K of them at this step: masking reads
-all A columns, gathering only K.
+all A columns, gathering only K. In the third a share of the rows, or of the columns, is chosen among all.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from models.products import add_up_columns, add_up_for_each, written_out
 # out, in: gate and up, down, o of SmolLM2-135M; its lm_head; gate and up of a 1B model.
 SHAPES = [(1536, 576), (576, 1536), (576, 576), (49152, 576), (8192, 2048)]
 GATHERS = [(576, 794, 717), (2048, 4236, 3826)]     # H, A, K: SmolLM2-135M and a 1B model at 40 %
+CHOSEN = [(1536, 576), (8192, 2048), (14336, 4096)]  # channels, H: SmolLM2-135M, 1B and 8B models
 ROWS = (2, 3, 4, 8, 16)                             # of a batch
 BYTES = 200_000_000                                 # of matrices to take turns over
 
@@ -31,6 +32,10 @@ def masked(down: Tensor, h: Tensor, keep: Tensor) -> Tensor:
 
 def gathered(down: Tensor, h: Tensor, winners: Tensor) -> Tensor:
     return written_out(h[None, winners], down[:, winners])
+
+
+def chosen_rows(weight: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    return written_out(x, weight[rows])
 
 
 def multiplied(weight: Tensor, x: Tensor) -> Tensor:
@@ -58,7 +63,7 @@ def main() -> None:
     threads = flags.parse_args().threads
     torch.set_num_threads(threads)
     torch._dynamo.config.recompile_limit = 64           # one for every shape below
-    fast = {f: torch.compile(f, dynamic=False) for f in (masked, gathered, multiplied)}
+    fast = {f: torch.compile(f, dynamic=False) for f in (masked, gathered, multiplied, chosen_rows)}
     print(f"{threads} threads")
     for dtype in (torch.float32, torch.bfloat16):
         for rows, columns in SHAPES:
@@ -99,6 +104,20 @@ def main() -> None:
                    microseconds(lambda w: fast[masked](w, h, keep), by_rows), read)  # noqa: B023
             report("written out, gathered",
                    microseconds(lambda w: fast[gathered](w, h, winners), by_rows), fewer)  # noqa: B023
+        for channels, hidden in CHOSEN:
+            read = channels * hidden * dtype.itemsize
+            weights = [torch.randn(channels, hidden).to(dtype) for _ in range(max(2, BYTES // read))]
+            x, h = torch.randn(1, hidden).to(dtype), torch.randn(channels).to(dtype)
+            print(f"{channels} channels of {hidden}, chosen among all, {dtype}")
+            report("all rows, written out", microseconds(lambda w: fast[multiplied](w, x), weights), read)  # noqa: B023
+            for share in (0.5, 0.4, 0.3, 0.2):
+                count = round(share * channels)
+                rows = torch.randperm(channels)[:count].sort().values
+                few = count * hidden * dtype.itemsize
+                report(f"{share:.0%} of the rows, gathered",
+                       microseconds(lambda w: fast[chosen_rows](w, x, rows), weights), few)  # noqa: B023
+                report(f"{share:.0%} of the columns, added up",
+                       microseconds(lambda w: add_up_columns(w, rows, h[rows], threads), weights), few)  # noqa: B023
 
 
 if __name__ == "__main__":

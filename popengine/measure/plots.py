@@ -212,10 +212,10 @@ def plot_frontier(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 color=colour if len(forms) == 1 else f"C{forms.index(form)}", marker=marker,
                 s=120 if method == "dense" else 42, label=method if len(forms) == 1 else f"{form}, {method}", zorder=3,
             )
-        unbeaten = sorted(
-            (row[name] * scale, row["mean_loss"]) for row in rows
-            if not any(other[name] < row[name] and other["mean_loss"] <= row["mean_loss"] for other in rows)
-        )
+        points = sorted((row[name] * scale, row["mean_loss"]) for row in rows)
+        unbeaten = [
+            point for place, point in enumerate(points) if all(point[1] < earlier[1] for earlier in points[:place])
+        ]
         axes.plot(*zip(*unbeaten, strict=True), color="black", linewidth=0.8, linestyle=":", zorder=1)
         axes.set_xlabel(title)
         axes.grid(alpha=0.3)

@@ -141,17 +141,21 @@ class Vision:
 
     def messages(self, messages: Messages, images: int) -> Messages:
         """A conversation with every content as a list of parts, images placed if none of it says where they stand."""
-        parted = [message | {"content": self.parts(message["content"])} for message in messages]
+        parted = [message | {"content": self.parts(message.get("content"))} for message in messages]
         parts = [part for message in parted for part in message["content"]]
         placed = any(part.get("type") == "image" or self.image_token in str(part.get("text")) for part in parts)
         for message in [] if placed else parted:
-            if message["role"] == "user":
+            if message.get("role") == "user":
                 message["content"] = [{"type": "image"}] * images + message["content"]
                 break
         return parted
 
-    def parts(self, content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    def parts(self, content: Any) -> list[dict[str, Any]]:
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}]
+        if isinstance(content, list) and all(map(is_part, content)):
+            return content
+        raise InputError('a message\'s content must be a text, or a list of parts like {"type": "text", "text": "..."}')
 
     def render(self, conversations: Sequence[Messages], images: Sequence[int], render: Render) -> list[str]:
         """The prompts' texts; `render` is the chat template. Plain texts again for one that knows no image parts."""
@@ -200,3 +204,8 @@ class Vision:
         for token in ids:
             expanded += [token] * (self.tokens_per_image if token == self.image_token_id else 1)
         return expanded
+
+
+def is_part(part: Any) -> bool:
+    """Whether this is a part of a message: a text or what has another type."""
+    return isinstance(part, dict) and ("text" in part or part.get("type") not in (None, "text"))
