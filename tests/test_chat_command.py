@@ -194,3 +194,18 @@ def test_help_fits_a_screen_and_the_rest_is_behind_help_all(
     if words and words[0] != "info":
         assert knock(monkeypatch, words[0], "--help-all") == 0
         assert capsys.readouterr().out.count("\n") > short.count("\n")
+
+
+@pytest.mark.parametrize(("line", "wanted"), [
+    ("popengine ch", {"chat"}), ("popengine ", set(front_door.COMMANDS)), ("popengine chat", {"chat"}),
+    ("popengine generate --prune-r", {"--prune-ratio"}), ("popengine harness --ta", set()),
+])
+def test_a_shell_is_told_what_could_come_next(line: str, wanted: set[str], tmp_path: Path) -> None:
+    asked = {
+        "_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "told"), "_ARGCOMPLETE_IFS": "\n",
+        "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9",
+    }
+    command = [sys.executable, "-m", "popengine"]
+    subprocess.run(command, env=os.environ | asked, cwd=REPOSITORY, check=False, timeout=60, capture_output=True)
+    told = (tmp_path / "told").read_text() if (tmp_path / "told").exists() else ""
+    assert {word.strip() for word in told.split("\n")} - {""} - {"-h", "--help"} == wanted

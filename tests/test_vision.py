@@ -154,9 +154,9 @@ def test_images_stand_where_the_prompt_or_the_template_or_the_rule_puts_them(eng
     written = "<s>USER:\nHello.\nASSISTANT:\nYes?</s>\nUSER:\n<image>\nWhat is it?\nASSISTANT:\n"
     assert text(talk, 1) == written
 
-    for wrong in ({"role": "user"}, {"role": "user", "content": [{"type": "text"}]}, {"role": "user", "content": ["x"]}):
+    for wrong in ({}, {"content": [{"type": "text"}]}, {"content": ["x"]}):
         with pytest.raises(InputError, match="content must be a text, or a list of parts"):
-            text([wrong], 1)
+            text([{"role": "user"} | wrong], 1)
 
     assert isinstance(engine.pictures, Vision)
     knows_texts_only = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
