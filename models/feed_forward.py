@@ -126,6 +126,17 @@ class FeedForward(nn.Module):
         """x [..., H] -> h [..., I], what down_proj reads."""
         return self.act(self.gate_proj(x)) * self.up_proj(x)
 
+    def copying_saves(self, rule: POP) -> bool:
+        """Whether compact copies of the resident channels read no more than the whole: of down_proj's columns in four
+        bits the copy has eight, and where nearly all are resident, that is more."""
+        sizes = rule.sizes(self)
+        if not sizes.copied or rule.looks_at != "h":
+            return True
+        factors = (self.gate_proj, self.up_proj)
+        copied = sum(matrix.read_bytes(rows=sizes.resident) for matrix in factors)
+        copied += self.down_proj.read_bytes(columns=sizes.resident)
+        return copied <= sum(matrix.read_bytes() for matrix in (*factors, self.down_proj))
+
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(x))
 

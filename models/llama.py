@@ -49,7 +49,7 @@ class LlamaDecoderLayer(nn.Module):
 
     def new_active(self, pruning: Pruning) -> Any:
         """What decode steps are to read of the feed-forward network."""
-        return ActiveFeedForward(self.mlp, pruning.rule)
+        return ActiveFeedForward(self.mlp, pruning.rule, self.mlp.copying_saves(pruning.rule))
 
     def forward(self, x: Tensor, step: PrefillPass) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), step)

@@ -66,7 +66,7 @@ def attention_bytes(attention: Any, rule: POP) -> int:
 
 def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: POP, batch: int, active: ActiveExperts | None) -> int:
     if isinstance(mlp, FeedForward):
-        return ffn_bytes(mlp, rule, batch)
+        return ffn_bytes(mlp, rule if mlp.copying_saves(rule) else None, batch)
     each = [
         ffn_bytes(expert, None if active is not None and active.is_whole(index) else rule, 1)
         for index, expert in enumerate(mlp.experts)
@@ -131,4 +131,7 @@ def copy_bytes(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
 
 def all_copy_bytes(model: Any, pruning: Pruning) -> int:
     """The same for every layer of a language model."""
-    return sum(copy_bytes(layer.mlp, pruning) for layer in model.model.layers)
+    return sum(
+        copy_bytes(layer.mlp, pruning) for layer in model.model.layers
+        if isinstance(layer.mlp, MixtureOfExperts) or layer.mlp.copying_saves(pruning.rule)
+    )

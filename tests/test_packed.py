@@ -17,6 +17,7 @@ from models import packed
 from models.matrix import Matrix
 from models.packed import Int4Matrix, Int8Embedding, Int8Matrix
 from models.pruning.settings import DENSE, PruningSettings
+from models.reading import bytes_per_token
 from popengine.engine import Engine
 from popengine.generate import main
 from popengine.loading import load
@@ -161,6 +162,9 @@ def test_blocks_of_gguf_files_are_read_as_gguf_dequantises_them(kind: str) -> No
 # Models
 
 
+WIDE = PruningSettings(ffn_ratio=0.26, candidate_width=0.5)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return complete_checkpoint(tmp_path_factory.mktemp("packed"), hidden_size=64, intermediate_size=96)
@@ -199,12 +203,32 @@ def test_a_model_of_int8_is_the_plain_one_on_its_values(folder: Path, checkpoint
 
 
 @pytest.mark.parametrize("form", KINDS)
+def test_copies_that_would_read_more_than_the_whole_are_not_made(folder: Path, form: str) -> None:
+    """In four bits a copy of nearly all channels reads more, because down_proj's has eight."""
+    engine = load(folder, weights=form)
+    for settings, whole in ((PruningSettings(ffn_ratio=0.4), False), (WIDE, form == "int4")):
+        pruning = engine.resolve(settings)
+        state = engine.model.new_state(1, 40, pruning)
+        assert (state.layers[0].ffn.copied_bytes() == 0) == whole
+        read, dense = (bytes_per_token(engine.model, one, 1, state) for one in (pruning, engine.resolve(DENSE)))
+        assert (read == dense) == whole and read <= dense
+
+
+def test_compiled_steps_without_copies_serve_every_prompt(folder: Path) -> None:
+    engine = load(folder, weights="int4", compile=True)
+    prompts = [torch.randint(0, 256, (20,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in (0, 1)]
+    first, other, again = (generated(engine, [prompt], 12, WIDE) for prompt in (*prompts, prompts[0]))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("form", KINDS)
 def test_a_packed_model_is_as_exact_as_a_plain_one_in_bfloat16(folder: Path, form: str) -> None:
     """Both beside the same values in float32: what is more is the packed products' and copies' own."""
     engine = load(folder, weights=form)
     assert engine.dtype == torch.bfloat16
     others = [made_plain(load(folder, weights="plain", dtype=dtype), engine) for dtype in ("float32", "bfloat16")]
-    for settings in (DENSE, PruningSettings(ffn_ratio=0.4, prefill="dense"), PruningSettings(ffn_ratio=0.4)):
+    usual = (PruningSettings(ffn_ratio=0.4, prefill="dense"), PruningSettings(ffn_ratio=0.4))
+    for settings in (DENSE, *usual, WIDE):
         errors = torch.zeros(2)                     # summed over prompts: of one, either may come out the better
         for seed in range(12):
             tokens = torch.randint(0, 256, (1, 30), generator=torch.Generator().manual_seed(seed))
