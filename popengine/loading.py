@@ -16,6 +16,7 @@ from popengine.engine import Engine
 from popengine.packing import Packer, choose_form
 from popengine.pictures.vision import TextOnly, Vision
 from popengine.text.chat import read_chat_template
+from popengine.text.isolated import IsolatedTokenizer
 from popengine.text.prompts import Prompts
 from popengine.text.tokenizer import FastTokenizer, TextTokenizer, open_tokenizer
 from popengine.waiting import waiting
@@ -166,8 +167,8 @@ def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device, packed
 def open_text_side(checkpoint: Checkpoint) -> tuple[TextTokenizer, str | None]:
     """Tokenizer and chat template, from the files beside the weights or from inside a .gguf."""
     if isinstance(checkpoint, GGUFCheckpoint):
-        tokenizer = FastTokenizer(checkpoint.tokenizer, checkpoint.bos_token, checkpoint.eos_token)
-        return tokenizer, checkpoint.chat_template
+        backend = IsolatedTokenizer(checkpoint.tokenizer_json, str(checkpoint.path))
+        return FastTokenizer(backend, checkpoint.bos_token, checkpoint.eos_token), checkpoint.chat_template
     return open_tokenizer(checkpoint.path), read_chat_template(checkpoint.path)
 
 
