@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -54,11 +55,15 @@ def load(
     """
     began = time.perf_counter()
     where = choose_device(device)
-    with open_checkpoint(default_checkpoint() if checkpoint is None else checkpoint) as opened:
+    with (
+        open_checkpoint(default_checkpoint() if checkpoint is None else checkpoint) as opened,
+        ThreadPoolExecutor(max_workers=1) as beside,
+    ):
         form = choose_form(weights, opened, where, dtype)
         kind = choose_dtype(dtype, opened, where, packed=form != "plain")
-        tokenizer, template = open_text_side(opened)
+        text_side = beside.submit(open_text_side, opened)       # waits for a process most of its time
         loaded, forms = load_model(opened, kind, where, form, progress)
+        tokenizer, template = text_side.result()
         pictures: TextOnly | Vision
         if isinstance(loaded, LlavaForConditionalGeneration):
             model, pictures = loaded.language_model, Vision(loaded, tokenizer, opened.path)

@@ -74,9 +74,6 @@ def tokenizer_json(metadata: Metadata) -> str:
         parts, begins = sentencepiece_parts(metadata, tokens, vocabulary, types), True
     else:
         raise InputError(f"{metadata.path} has a tokenizer of the kind {kind!r}; supported are 'gpt2' and 'llama'")
-    for left, right in parts["model"]["merges"]:
-        if not {left, right, left + right} <= vocabulary.keys():
-            raise InputError(f"{metadata.path} is corrupt: {left!r} and {right!r} do not merge into a token")
 
     ends = metadata.flag("tokenizer.ggml.add_eos_token", default=False)
     begins = metadata.flag("tokenizer.ggml.add_bos_token", default=begins)
@@ -102,12 +99,13 @@ def byte_level_parts(metadata: Metadata, vocabulary: dict[str, int]) -> tuple[di
             f"{metadata.path}: its tokenizer splits text as {pre!r} (tokenizer.ggml.pre); supported are "
             f"{', '.join(PRE_TOKENIZERS)}"
         )
-    merges = []
-    for merge in metadata.strings("tokenizer.ggml.merges"):
+    merges = metadata.strings("tokenizer.ggml.merges")
+    for merge in merges:
         left, _, right = merge.partition(" ")
         if not left or not right or " " in right:
             raise InputError(f"{metadata.path} is corrupt: the merge {merge!r} is not two tokens with a space between")
-        merges.append((left, right))
+        if not (left in vocabulary and right in vocabulary and left + right in vocabulary):
+            raise InputError(f"{metadata.path} is corrupt: {left!r} and {right!r} do not merge into a token")
     parts = {
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
         "pre_tokenizer": PRE_TOKENIZERS[pre],
