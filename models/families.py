@@ -5,10 +5,11 @@ from typing import Any
 from models.llama import LlamaForCausalLM
 from models.llava import LlavaForConditionalGeneration
 from models.mixtral import MixtralForCausalLM
+from models.picture_model import PictureModel
 from weights.errors import InputError
 from weights.json_files import shown
 
-ARCHITECTURES: dict[str, type[LlamaForCausalLM] | type[LlavaForConditionalGeneration]] = {
+ARCHITECTURES: dict[str, type[LlamaForCausalLM] | type[PictureModel]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
     "MistralForCausalLM": LlamaForCausalLM,
     "Qwen2ForCausalLM": LlamaForCausalLM,
@@ -20,7 +21,7 @@ ARCHITECTURES: dict[str, type[LlamaForCausalLM] | type[LlavaForConditionalGenera
 }
 
 
-def architecture(config: dict[str, Any], where: str) -> type[LlamaForCausalLM] | type[LlavaForConditionalGeneration]:
+def architecture(config: dict[str, Any], where: str) -> type[LlamaForCausalLM] | type[PictureModel]:
     """The class of a config.json. Raises InputError for one that is not supported."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else names

@@ -9,7 +9,7 @@ import torch
 from models.experts import MixtureOfExperts
 from models.families import architecture
 from models.llama import LlamaForCausalLM
-from models.llava import LlavaForConditionalGeneration
+from models.picture_model import PictureModel
 from models.reading import layer_weights
 from popengine.loading import DTYPES, choose_dtype, open_text_side
 from popengine.packing import Packer, choose_form
@@ -54,7 +54,7 @@ def of_model(checkpoint: Checkpoint) -> dict[str, Any]:
         model = architecture(checkpoint.config, str(checkpoint.path)).from_config(checkpoint.config)
     pictures = None
     language_model: LlamaForCausalLM
-    if isinstance(model, LlavaForConditionalGeneration):
+    if isinstance(model, PictureModel):
         language_model, unknown = model.language_model, model.config.unknown_fields
         pictures = {"tokens_per_image": model.config.tokens_per_image, "pixels": model.config.vision.image_size}
     else:

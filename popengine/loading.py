@@ -9,9 +9,9 @@ import torch
 from models.compiled import CompiledDecode, compiler_problem
 from models.families import architecture
 from models.llama import LlamaForCausalLM
-from models.llava import LlavaForConditionalGeneration
 from models.matrix import replace_matrices
 from models.matrix_forms import ColumnMatrix
+from models.picture_model import PictureModel
 from popengine.engine import Engine
 from popengine.packing import Packer, choose_form
 from popengine.pictures.vision import TextOnly, Vision
@@ -59,7 +59,7 @@ def load(
         tokenizer, template = open_text_side(opened)
         loaded, forms = load_model(opened, kind, where, form, progress)
         pictures: TextOnly | Vision
-        if isinstance(loaded, LlavaForConditionalGeneration):
+        if isinstance(loaded, PictureModel):
             model, pictures = loaded.language_model, Vision(loaded, tokenizer, opened.path)
         else:
             model, pictures = loaded, TextOnly(loaded)
@@ -91,10 +91,10 @@ def load(
 
 
 def warn_of_tokens_without_embedding(
-    tokenizer: TextTokenizer, model: LlamaForCausalLM, loaded: LlamaForCausalLM | LlavaForConditionalGeneration
+    tokenizer: TextTokenizer, model: LlamaForCausalLM, loaded: LlamaForCausalLM | PictureModel
 ) -> None:
-    """The image token of a LLaVA may lie beyond the embedding: it is never looked up."""
-    image = loaded.config.image_token_index if isinstance(loaded, LlavaForConditionalGeneration) else -1
+    """The image token may lie beyond the embedding: it is never looked up."""
+    image = loaded.config.image_token_index if isinstance(loaded, PictureModel) else -1
     rows, tokens = model.config.vocab_size, tokenizer.vocabulary_size
     if tokens - (image >= rows) > rows:
         warnings.warn(
@@ -115,7 +115,7 @@ def compile_decode(model: LlamaForCausalLM, device: torch.device) -> CompiledDec
 
 def load_model(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, form: str = "plain", progress: bool = False
-) -> tuple[LlamaForCausalLM | LlavaForConditionalGeneration, str]:
+) -> tuple[LlamaForCausalLM | PictureModel, str]:
     """The forward passes with their weights: laid out without memory first, then filled tensor by tensor.
 
     Returns the model, and what form its matrices have, for people.
@@ -124,8 +124,8 @@ def load_model(
     config = model_class.read_config(checkpoint.config)
     require_room(checkpoint, config.sides, config.blocks)
     with torch.device("meta"):
-        model = model_class(config)  # type: ignore[arg-type]  # its own
-    language_model = model.language_model if isinstance(model, LlavaForConditionalGeneration) else model
+        model = model_class(config)
+    language_model = model.language_model if isinstance(model, PictureModel) else model
     pack = None if form == "plain" else Packer(language_model, form, dtype, device)
     load_weights(model, checkpoint, dtype, device, model.locate, model.ignored_keys, progress, pack)
     # What is no part of a checkpoint (rotary frequencies) has yet to follow to the device.
