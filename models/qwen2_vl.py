@@ -363,6 +363,10 @@ class Qwen2VLForConditionalGeneration(PictureModel):
         self.around_image = (config.vision_start_token_id,), (config.vision_end_token_id,)
         self.refused_tokens = ((config.video_token_id, "a video"),)
 
+    def sizes(self) -> dict[str, int | None]:
+        vision = self.config.vision
+        return {"tokens_per_image": None, "pixels": vision.patch_size * vision.spatial_merge_size}
+
     def encode_images(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Patches [P, C] of pictures to their features [n, H]"""
         return self.visual(pixel_values, grids)

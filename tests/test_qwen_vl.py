@@ -14,16 +14,9 @@ from safetensors.torch import load_file, save_file
 from slow_masked import in_model_order, masked_decode
 from slow_pop import SlowPOP
 from slow_prefill import two_passes
+from tiny_qwen_vl import AFTER, BEFORE, FAMILIES, IMAGE, PROCESSOR, VARIANTS, picture, reference_model
 from torch import Tensor
-from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import Qwen2VLImageProcessorPil
 
 from models.known_text import evaluate
 from models.pruning.settings import DENSE, PruningSettings
@@ -34,71 +27,6 @@ from popengine.pictures.patches import parse_patch_processing
 from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
 from weights.json_files import JsonObject
-
-IMAGE, VIDEO, BEFORE, AFTER = 90, 91, 92, 93
-TOKENS = {
-    "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": BEFORE, "vision_end_token_id": AFTER
-}  # fmt: skip
-TEXT = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
-}  # fmt: skip
-SECTIONS = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-VISION = {"depth": 3, "num_heads": 2, "patch_size": 4}
-WIDE = VISION | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 40}
-PROCESSOR = {
-    "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 8 * 8 * 4, "max_pixels": 8 * 8 * 40
-}  # fmt: skip
-
-
-def qwen2(**text: Any) -> tuple:
-    vision = VISION | {"embed_dim": 32, "mlp_ratio": 2, "hidden_size": 64}
-    config = Qwen2VLConfig(text_config=TEXT | {"rope_parameters": SECTIONS} | text, vision_config=vision, **TOKENS)
-    return Qwen2VLForConditionalGeneration, config
-
-
-def qwen2_5(**text: Any) -> tuple:
-    vision = WIDE | {"window_size": 19, "fullatt_block_indexes": [1]}       # windows of 2 x 2 tokens
-    config = Qwen2_5_VLConfig(text_config=TEXT | {"rope_parameters": SECTIONS} | text, vision_config=vision, **TOKENS)
-    return Qwen2_5_VLForConditionalGeneration, config
-
-
-def qwen3(**text: Any) -> tuple:
-    vision = WIDE | {"num_position_embeddings": 25, "deepstack_visual_indexes": [0, 2]}
-    rope = SECTIONS | {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
-    text = TEXT | {"rope_parameters": rope, "head_dim": 16} | text
-    return Qwen3VLForConditionalGeneration, Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
-
-
-YARN = {
-    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e6,
-    "mrope_section": [2, 3, 3],
-}  # fmt: skip
-VARIANTS = {
-    "qwen2": qwen2(),
-    "qwen2 window": qwen2(use_sliding_window=True, sliding_window=9, max_window_layers=2),
-    "qwen2.5": qwen2_5(),
-    "qwen2.5 yarn": qwen2_5(rope_parameters=YARN),
-    "qwen3": qwen3(),
-    "qwen3 biased": qwen3(attention_bias=True),
-}
-FAMILIES = ["qwen2", "qwen2.5", "qwen3"]
-
-
-def reference_model(variant: str, tied: bool = False) -> Any:
-    """Weights large enough that a wrong detail shows: norms, biases and all."""
-    torch.manual_seed(0)
-    model_class, config = VARIANTS[variant]
-    config = deepcopy(config)
-    config.tie_word_embeddings = tied
-    model = model_class._from_config(config, attn_implementation="eager").eval().float()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name and name.endswith("weight"):
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(std=0.15)
-    return model
 
 
 def load_ours(directory: Path) -> OurQwen:
@@ -122,11 +50,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     return saved_pair(request.param, tmp_path_factory.mktemp("qwen"))
-
-
-def picture(width: int, height: int) -> Image.Image:
-    noise = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(width * height))
-    return Image.fromarray(noise.to(torch.uint8).numpy())
 
 
 # Of 2 x 3, 5 x 3 and 4 x 4 tokens: windows that are whole and such that are cut, and every grid another.

@@ -71,7 +71,7 @@ class TextOnly:
     def expand(self, ids: list[int], images: Sequence[ImageSource]) -> list[int]:
         if images:
             raise InputError(
-                "an image was given, and this checkpoint is a text model; a LLaVA checkpoint reads images"
+                "an image was given, and this checkpoint is a text model; LLaVA and Qwen-VL checkpoints read images"
             )
         return ids
 
@@ -118,7 +118,9 @@ class Vision:
     @property
     def meant(self) -> tuple[str, ...]:
         """Whoever writes <image> into a message says where a picture stands."""
-        return (self.image_token,)
+        before, after = self.model.around_image
+        around = (self.tokenizer.decode([token], skip_special_tokens=False) for token in (*before, *after))
+        return self.image_token, *around
 
     @cached_property
     def written(self) -> str:
