@@ -82,25 +82,31 @@ def without_keys(model: LlamaForCausalLM, tokens: Tensor, kept: int, first: int)
 
 
 class SlowPrefillOnly:
-    """Greedy generation with a Hugging Face model of the Llama family; its last `skipped` layers skip the prompt."""
+    """Greedy generation with a Hugging Face model of the Llama family; its last `skipped` layers skip the prompt.
 
-    def __init__(self, model: Any, skipped: int, boundary: int) -> None:
-        self.model, self.boundary = model, boundary
-        self.kept = len(model.model.layers) - skipped
+    body  the language model of one with pictures, which must all stand before the boundary
+    """
+
+    def __init__(self, model: Any, skipped: int, boundary: int, body: Any = None) -> None:
+        self.model, self.boundary, self.body = model, boundary, body or model.model
+        self.kept = len(self.body.layers) - skipped
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int], count: int) -> list[int]:
-        body, cache = self.model.model, DynamicCache()
+    def generate(
+        self, prompt: list[int], count: int, positions: Tensor | None = None, **prompt_inputs: Any
+    ) -> list[int]:
+        body, cache = self.body, DynamicCache()
         layers = body.layers
         first, last = torch.tensor([prompt[: -self.boundary]]), torch.tensor([prompt[-self.boundary :]])
         reached: list[Tensor] = []
         hook = layers[self.kept - 1].register_forward_hook(lambda *told: reached.append(first_of(told[-1])))
         body.layers = layers[: self.kept]
-        body(first, past_key_values=cache, use_cache=True)
+        self.model.model(first, past_key_values=cache, use_cache=True, **prompt_inputs)
         body.layers = layers
         hook.remove()
         (x,) = reached                                                              # [1, T - K, H]
-        cos, sin = body.rotary_emb(x, torch.arange(x.shape[1])[None])               # [1, T - K, D]
+        positions = torch.arange(x.shape[1])[None] if positions is None else positions[..., : x.shape[1]]
+        cos, sin = body.rotary_emb(x, positions)                                    # [1, T - K, D]
         for layer in layers[self.kept :]:
             attention, normed = layer.self_attn, layer.input_layernorm(x)
             heads = (1, x.shape[1], -1, attention.head_dim)

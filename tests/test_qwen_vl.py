@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from slow_masked import in_model_order, masked_decode
 from slow_pop import SlowPOP
-from slow_prefill import two_passes
+from slow_prefill import SlowPrefillOnly, two_passes
 from tiny_qwen_vl import AFTER, BEFORE, FAMILIES, IMAGE, PROCESSOR, VARIANTS, picture, reference_model
 from torch import Tensor
 from transformers import Qwen2VLImageProcessorPil
@@ -230,6 +230,27 @@ def test_layers_that_skip_the_prompt_see_pictures_where_they_stand(family: tuple
         logits, wanted = (text.decode(torch.tensor(token), one) for one in (state, slow))
 
 
+@pytest.mark.parametrize("boundary", [1, 4])
+def test_a_slow_implementation_that_skips_layers_gives_the_same_tokens(family: tuple, boundary: int) -> None:
+    """Prefill-Only pruning on transformers' own modules."""
+    reference, ours = family
+    settings = PruningSettings(prune_ratio=0.0, prefill_skip="1/4", boundary_tokens=boundary)
+    prompt: list[int | Image.Image] = [2, PICTURES[0], 3, PICTURES[1], 8]
+    with torch.inference_mode():
+        logits, state = prefilled(ours, [prompt], resolved(ours.language_model, settings))
+        new = [int(logits.argmax())]
+        while len(new) < 48:
+            new.append(int(ours.language_model.decode(torch.tensor(new[-1:]), state).argmax()))
+    given = inputs(prompt)[-1]
+    tokens, types = given.pop("input_ids"), given.pop("mm_token_type_ids")
+    del given["attention_mask"]
+    positions, _ = reference.model.get_rope_index(tokens, types, given["image_grid_thw"])
+    slow = SlowPrefillOnly(reference, 1, boundary, reference.model.language_model)
+    given["mm_token_type_ids"] = types[:, :-boundary]
+    assert new == slow.generate(tokens[0].tolist(), 48, positions, **given)
+    assert len(set(new)) > 5
+
+
 SIZES = [(24, 16), (37, 26), (8, 8), (5, 4), (300, 40), (40, 301), (17, 131), (64, 64)]
 
 
@@ -316,7 +337,7 @@ def as_older(raw: dict[str, Any]) -> dict[str, Any]:
     """A config as the checkpoints were released: the language model's fields beside the tower's, and older names."""
     text, vision = raw.pop("text_config"), raw["vision_config"]
     rope = text.pop("rope_parameters")
-    sections = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    sections = {name: value for name, value in rope.items() if name.startswith("mrope")} | {"type": "mrope"}
     vision["in_chans"] = vision.pop("in_channels")
     vision["spatial_patch_size"] = vision["patch_size"]
     vision.pop("rope_parameters", None)
@@ -343,12 +364,12 @@ def test_every_spelling_is_read(variant: str, spelling: str, tied: bool, tmp_pat
     for pattern, name in SPELLINGS[spelling]:
         tensors = {re.sub(pattern, name, key): tensor for key, tensor in tensors.items()}
     save_file(tensors, path)
-    if spelling == "as released" and variant != "qwen3":
-        raw = as_older(json.loads((tmp_path / "config.json").read_text()))
+    nested = json.loads((tmp_path / "config.json").read_text())
+    for raw in (nested, nested["text_config"] | nested, as_older(deepcopy(nested))):
         (tmp_path / "config.json").write_text(json.dumps(raw))
-    again = load_ours(tmp_path)
-    assert again.config == config
-    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in expected.items())
+        again = load_ours(tmp_path)
+        assert again.config == config
+        assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in expected.items())
 
 
 def test_keys_that_nobody_knows_are_named(tmp_path: Path) -> None:
