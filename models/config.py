@@ -81,6 +81,7 @@ class RopeConfig:
     attention_factor: float = 1.0       # yarn: cos and sin are scaled by it
     truncate: bool = True               # yarn
     factors: tuple[float, ...] = ()     # factors: one divisor per frequency, as .gguf files store them
+    streams: tuple[int, ...] = ()       # of pictures: which of three positions each frequency turns with
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from models.matrix import Matrix
 from models.passes import (
     DecodePass,
     Observer,
+    PictureRows,
     PrefillPass,
     View,
     decode_pass,
@@ -171,11 +172,14 @@ class LlamaForCausalLM(nn.Module):
         """
         return self.forward_embedded(self.embed(tokens), real)
 
-    def forward_embedded(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+    def forward_embedded(self, x: Tensor, real: Tensor | None = None, pictures: PictureRows | None = None) -> Tensor:
         """The same, from embedded tokens (which may be features of pictures). x [B, T, H] -> logits [B, T, V]"""
-        step = prefill_pass(self.model.rotary, map(View, self.config.windows), x, real)
-        for layer in self.model.layers:
+        given = pictures or PictureRows()
+        step = prefill_pass(self.model.rotary, map(View, self.config.windows), x, real, positions=given.positions)
+        for index, layer in enumerate(self.model.layers):
             x = layer(x, step)
+            if index < len(given.added):
+                x = x + given.added[index]
         return self.head(x)
 
     def new_state(
@@ -227,7 +231,7 @@ class LlamaForCausalLM(nn.Module):
 
     def prefill(
         self, x: Tensor, state: DecodeState, real: Tensor | None = None, counted: Tensor | None = None,
-        observe: Observer | None = None, kept: int = 0,
+        observe: Observer | None = None, kept: int = 0, pictures: PictureRows | None = None,
     ) -> Tensor:
         """Run the prompts: fill the cache; given enough evidence, decide every layer's partition and copy what stays.
 
@@ -239,27 +243,33 @@ class LlamaForCausalLM(nn.Module):
         counted  [B, T]     bool, tokens that count in the scores; None: all real ones
         observe  is told what every feed-forward network and every attention computes
         kept     slots of the cache that stay, and that these rows come after (without padding); 0: begin anew
+        pictures what the rows have because of pictures in the prompt
         returns  [B, V]     logits after the last token
         """
         rotary, views, pruning = self.model.rotary, state.views, state.pruning
+        given = pictures or PictureRows()
         if kept:
-            state.go_on(kept)
+            state.go_on(kept, given.rope_delta)
             tokens = x.shape[:-1].numel() if counted is None else int(counted.sum())
             whole = following_pass(
-                rotary, views, x, state.cache, counted, tokens, True, state.clock, observe, of_prompt=True
+                rotary, views, x, state.cache, counted, tokens, True, state.clock, observe, True, given.positions
             )
             state.cache.make_room(x.shape[1])
             state.cache.advance(x.shape[1])
         else:
-            state.start(x.shape[1], real)
-            whole = prefill_pass(rotary, views, x, real, counted, state.clock, observe)
+            state.start(x.shape[1], real, given.rope_delta)
+            whole = prefill_pass(rotary, views, x, real, counted, state.clock, observe, given.positions)
         skipped = pruning.skipped_by(x.shape[1])
-        plan = prompt_plan(whole, len(self.model.layers), skipped, pruning.boundary, rotary, views, state.cache)
+        plan = prompt_plan(whole, len(self.model.layers), skipped, pruning.boundary, views, state.cache)
         draws = state.gathering.prompt(min(rows.running.tokens for rows in plan))
         for rows in plan:
             rows.running.draws, rows.running.finish_dense = draws, pruning.settings.prefill == "dense" or not draws
-        for layer, own, (running, waiting) in zip(self.model.layers, state.layers, plan, strict=True):
+        for index, (layer, own, (running, waiting)) in enumerate(
+            zip(self.model.layers, state.layers, plan, strict=True)
+        ):
             x = layer.prefill(x, own, running) if waiting is None else layer.pass_by(x, own, waiting, running)
+            if index < len(given.added):
+                x = x + given.added[index]
         return self.head(x[:, -1:])[:, 0]                                           # [B, V]
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:

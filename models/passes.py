@@ -7,7 +7,7 @@ each for itself. A mixture hands each of its experts a part of a pass.
 B batch, T rows, S slots that are seen, D head size, n rows of a part.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,6 +36,20 @@ class View(NamedTuple):
 
 
 Masks = dict[View, Any]
+
+
+@dataclass
+class PictureRows:
+    """What rows of a prompt have because of its pictures, beside their embeddings.
+
+    positions   int64 [3, B, T], by time, row and column; None: one after the other, as in a text
+    rope_delta  int64 [B, 1], what is added to the positions of the tokens after the prompt; None: nothing
+    added       [B, T, H] each: what is added to the rows that leave the first layers (DeepStack)
+    """
+
+    positions: Tensor | None = None
+    rope_delta: Tensor | None = None
+    added: Sequence[Tensor] = ()
 
 
 @dataclass
@@ -143,15 +157,18 @@ def visible(queries: Tensor, slots: Tensor, padding: Tensor | None, window: int 
 
 def prefill_pass(
     rotary: Rotary, views: Iterable[View], x: Tensor, real: Tensor | None, counted: Tensor | None = None,
-    clock: Clock | None = None, observe: Observer | None = None,
+    clock: Clock | None = None, observe: Observer | None = None, positions: Tensor | None = None,
 ) -> PrefillPass:
     """Of a whole prompt, to be finished on all channels.
 
     x [B, T, H]; real bool [B, T], None: no padding; counted bool [B, T], None: all real ones
+    positions int64 [3, B, T], None: one after the other
     """
     slots = torch.arange(x.shape[1], device=x.device)                               # [T]
     padding = None if real is None else (~real).sum(dim=1, keepdim=True)            # [B, 1]
-    cos, sin = rotary(slots[None] if padding is None else (slots - padding).clamp(min=0), x.dtype)
+    if positions is None:
+        positions = slots[None] if padding is None else (slots - padding).clamp(min=0)
+    cos, sin = rotary(positions, x.dtype)
     masks: Masks = {}
     for view in set(views):
         masks[view] = None
@@ -166,16 +183,20 @@ def prefill_pass(
 def following_pass(
     rotary: Rotary, views: Iterable[View], x: Tensor, cache: KVCache, counted: Tensor | None, tokens: int,
     draws: bool, clock: Clock, observe: Observer | None = None, of_prompt: bool = False,
+    positions: Tensor | None = None,
 ) -> PrefillPass:
-    """Of rows after those in the cache, finished on all channels. x [B, T, H]; counted bool [B, T], `tokens` True"""
+    """Of rows after those in the cache, finished on all channels. x [B, T, H]; counted bool [B, T], `tokens` True
+
+    positions int64 [3, B, T], None: one after the other
+    """
     slots = cache.length + torch.arange(x.shape[1], device=x.device)                # [T]
-    cos, sin, masks = in_cache(rotary, views, cache, slots, x.dtype)
+    cos, sin = rotary(cache.positions(slots) if positions is None else positions, x.dtype)
+    masks = masks_in_cache(views, cache, slots, x.dtype)
     return PrefillPass(cos, sin, slots, True, masks, counted, tokens, draws, True, clock, observe, of_prompt=of_prompt)
 
 
 def prompt_plan(
-    whole: PrefillPass, layers: int, skipped: Collection[int], boundary: int, rotary: Rotary,
-    views: Iterable[View], cache: KVCache,
+    whole: PrefillPass, layers: int, skipped: Collection[int], boundary: int, views: Iterable[View], cache: KVCache,
 ) -> list[LayerRows]:
     """Which rows of a prompt run through each layer: all of them, or in layers that are skipped the boundary alone.
 
@@ -186,14 +207,14 @@ def prompt_plan(
         return [LayerRows(whole)] * layers
     rest = len(whole.slots) - boundary
     cache.passed_by.fill_(rest)
-    waiting = replace(whole, cos=whole.cos[:, :rest], sin=whole.sin[:, :rest], slots=whole.slots[:rest])
-    slots = whole.slots[rest:]                                                      # [K]
-    cos, sin, masks = in_cache(rotary, views, cache, slots, whole.cos.dtype)
+    waiting, last = (
+        replace(whole, cos=whole.cos[:, rows], sin=whole.sin[:, rows], slots=whole.slots[rows])
+        for rows in (slice(rest), slice(rest, None))
+    )
+    masks = masks_in_cache(views, cache, last.slots, last.cos.dtype)
     counted = None if whole.counted is None else whole.counted[:, rest:]            # [B, K]
     tokens = len(cache.padding) * boundary if counted is None else int(counted.sum())
-    running = replace(
-        whole, cos=cos, sin=sin, slots=slots, follows=True, masks=masks, counted=counted, tokens=tokens
-    )
+    running = replace(last, follows=True, masks=masks, counted=counted, tokens=tokens)
     passed_by = LayerRows(running, waiting)
     return [passed_by if index in skipped else LayerRows(whole) for index in range(layers)]
 
@@ -204,18 +225,16 @@ def decode_pass(
 ) -> DecodePass:
     """Of rows after those in the cache. x [B, T, H]; live bool [B, 1]"""
     slots = cache.length if x.shape[1] == 1 else cache.length + torch.arange(x.shape[1], device=x.device)       # [T]
-    return DecodePass(*in_cache(rotary, views, cache, slots, x.dtype), slots, live, together, observe)
+    cos, sin = rotary(cache.positions(slots), x.dtype)                              # [B, T, D]
+    return DecodePass(cos, sin, masks_in_cache(views, cache, slots, x.dtype), slots, live, together, observe)
 
 
-def in_cache(
-    rotary: Rotary, views: Iterable[View], cache: KVCache, slots: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Masks]:
-    """Rotary embedding and masks of rows that fill these slots of the cache, int64 [T]."""
-    cos, sin = rotary(slots[None] - cache.padding, dtype)                           # [B, T, D]
+def masks_in_cache(views: Iterable[View], cache: KVCache, slots: Tensor, dtype: torch.dtype) -> Masks:
+    """Masks of rows that fill these slots of the cache, int64 [T]."""
     masks: Masks = {}
     for view in set(views):
         hidden = ~visible(slots, cache.slots, cache.padding, view.window)[:, None]  # [B, 1, T, S]
         if view.blind:
             hidden = hidden | (cache.slots < cache.passed_by)
         masks[view] = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
-    return cos, sin, masks
+    return masks
