@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from models.gemma3 import Gemma3ForCausalLM
 from models.llama import LlamaForCausalLM
 from models.llava import LlavaForConditionalGeneration
 from models.mixtral import MixtralForCausalLM
@@ -17,6 +18,7 @@ ARCHITECTURES: dict[str, type[LlamaForCausalLM] | type[PictureModel]] = {
     "MixtralForCausalLM": MixtralForCausalLM,
     "Qwen2MoeForCausalLM": MixtralForCausalLM,
     "Qwen3MoeForCausalLM": MixtralForCausalLM,
+    "Gemma3ForCausalLM": Gemma3ForCausalLM,
     "LlavaForConditionalGeneration": LlavaForConditionalGeneration,
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
 from models.layers import rotate
 from models.llama import LlamaForCausalLM, decode_layers
@@ -44,7 +45,7 @@ def two_passes(
         normed = layer.input_layernorm(first)
         k, v = attention.k_proj(normed).view(heads), attention.v_proj(normed).view(heads)       # [B, T - K, heads, D]
         k = k if attention.k_norm is None else attention.k_norm(k)
-        own.keys[:, :, : first.shape[1]] = rotate(k.transpose(1, 2), step.cos, step.sin)
+        own.keys[:, :, : first.shape[1]] = rotate(k.transpose(1, 2), *step.turns[own.heads.view])
         own.values[:, :, : first.shape[1]] = v.transpose(1, 2)
     for row in last.split(1, dim=1):                                                # [B, 1, H]
         one = decode_pass(model.model.rotary, state.views, row, state.cache, state.live, together=True)
@@ -65,7 +66,8 @@ def without_keys(model: LlamaForCausalLM, tokens: Tensor, kept: int, first: int)
         x = layer(x, step)
     x = x[:, first:]
     masks = {view: None if mask is None else mask[..., first:, first:] for view, mask in step.masks.items()}
-    step = replace(step, cos=step.cos[:, first:], sin=step.sin[:, first:], masks=masks)
+    turns = {view: (cos[:, first:], sin[:, first:]) for view, (cos, sin) in step.turns.items()}
+    step = replace(step, turns=turns, masks=masks)
     for layer in model.model.layers[kept:]:
         x = layer(x, step)
     return model.head(x)
@@ -90,9 +92,11 @@ class SlowPrefillOnly:
         body.layers = layers
         hook.remove()
         (x,) = reached                                                              # [1, T - K, H]
-        cos, sin = body.rotary_emb(x, torch.arange(x.shape[1])[None])               # [1, T - K, D]
+        positions = torch.arange(x.shape[1])[None]                                  # [1, T - K]
         for layer in layers[self.kept :]:
             attention, normed = layer.self_attn, layer.input_layernorm(x)
+            kinds = [attention.layer_type] if isinstance(attention, Gemma3Attention) else []
+            cos, sin = body.rotary_emb(x, positions, *kinds)                        # [1, T - K, D]
             heads = (1, x.shape[1], -1, attention.head_dim)
             k, v = attention.k_proj(normed).view(heads), attention.v_proj(normed).view(heads)
             k = attention.k_norm(k) if hasattr(attention, "k_norm") else k
