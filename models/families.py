@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from models.gemma3 import Gemma3ForCausalLM
+from models.gemma3 import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 from models.llama import LlamaForCausalLM
 from models.llava import LlavaForConditionalGeneration
 from models.mixtral import MixtralForCausalLM
@@ -19,6 +19,7 @@ ARCHITECTURES: dict[str, type[LlamaForCausalLM] | type[PictureModel]] = {
     "Qwen2MoeForCausalLM": MixtralForCausalLM,
     "Qwen3MoeForCausalLM": MixtralForCausalLM,
     "Gemma3ForCausalLM": Gemma3ForCausalLM,
+    "Gemma3ForConditionalGeneration": Gemma3ForConditionalGeneration,
     "LlavaForConditionalGeneration": LlavaForConditionalGeneration,
 }
 

@@ -8,16 +8,22 @@ B batch, T rows, H hidden size of the language model, V vocabulary, F hidden siz
 picture.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.clip import VisionConfig, VisionTower, read_vision_config
 from models.config import ConfigReader, FamilyDefaults, LlamaConfig, RopeConfig, read_decoder_fields, read_rope
 from models.layers import RMSNorm, RotaryEmbedding
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from models.llava import LlavaForConditionalGeneration
+from models.passes import PictureRows
+from models.picture_model import Grid, PictureModel
 from weights.errors import InputError
 from weights.json_files import JsonObject
 
@@ -138,3 +144,133 @@ class Gemma3ForCausalLM(LlamaForCausalLM):
         """tokens int64 [B, T] -> [B, T, H], times the root of H as the dtype rounds it (55.5 in bfloat16 for 55.4)"""
         x = super().embed(tokens)
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+
+
+@dataclass(frozen=True)
+class Gemma3Config:
+    """What joins the tower to the language model. Field names are Hugging Face's.
+
+    boi_token_index, eoi_token_index  tokens before and after those of a picture
+    """
+
+    text: Gemma3TextConfig
+    vision: VisionConfig
+    image_token_index: int
+    boi_token_index: int
+    eoi_token_index: int
+    mm_tokens_per_image: int
+    unknown_fields: tuple[str, ...] = ()
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """As LlamaConfig's."""
+        return self.text.sides + self.vision.sides
+
+    @property
+    def blocks(self) -> int:
+        """As LlamaConfig's."""
+        return self.text.blocks + self.vision.num_hidden_layers
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.mm_tokens_per_image
+
+    @property
+    def pooled(self) -> int:
+        """Side of the square of patches that one image token is the mean of."""
+        return self.vision.image_size // self.vision.patch_size // math.isqrt(self.mm_tokens_per_image)
+
+
+def read_gemma3_config(raw: Mapping[str, Any], where: str = "config.json") -> Gemma3Config:
+    """Gemma3Config from a parsed config.json, missing fields filled with Gemma-3's defaults.
+
+    Raises InputError for a field of the wrong type, for another tower, and for patches that do not make up the tokens.
+    """
+    fields = ConfigReader(raw, where)
+    text, vision = fields.section("text_config"), fields.section("vision_config")
+    vision.text("model_type", "siglip_vision_model", ("siglip_vision_model",))
+    tied = fields.boolean("tie_word_embeddings", text.boolean("tie_word_embeddings", True))
+    of_tower = read_vision_config({**vision.raw, "model_type": "siglip_vision_model"}, vision.where)
+    tokens, side = fields.integer("mm_tokens_per_image", 256), of_tower.image_size // of_tower.patch_size
+    if math.isqrt(tokens) ** 2 != tokens or side % math.isqrt(tokens):
+        raise InputError(
+            f"{where}: mm_tokens_per_image ({tokens}) must be a square of a number that divides the {side} patches on "
+            "a side of a picture"
+        )
+    return Gemma3Config(
+        text=read_gemma3_text_config({**text.raw, "tie_word_embeddings": tied}, text.where),
+        vision=of_tower,
+        image_token_index=fields.integer("image_token_index", fields.integer("image_token_id", 262_144, 0), 0),
+        boi_token_index=fields.integer("boi_token_index", fields.integer("boi_token_id", 255_999, 0), 0),
+        eoi_token_index=fields.integer("eoi_token_index", fields.integer("eoi_token_id", 256_000, 0), 0),
+        mm_tokens_per_image=tokens,
+        unknown_fields=fields.finish(),
+    )
+
+
+class Gemma3VisionTower(VisionTower):
+    """SigLIP's tower to its end, the LayerNorm behind its layers with it."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__(config, (-1,))
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [pictures, 3, Y, X] -> [pictures, patches, F]"""
+        return self.post_layernorm(super().forward(pixel_values))
+
+
+class Gemma3MultiModalProjector(nn.Module):
+    """Patches to image tokens: the means of squares of them, normed, at the language model's size."""
+
+    def __init__(self, config: Gemma3Config) -> None:
+        super().__init__()
+        size = config.vision.hidden_size
+        self.mm_input_projection_weight = nn.Parameter(torch.empty(size, config.text.hidden_size))      # [F, H]
+        self.mm_soft_emb_norm = Gemma3RMSNorm(size, config.vision.layer_norm_eps)
+        self.pooled = config.pooled
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[pictures, patches, F] -> [pictures, P, H]"""
+        side = math.isqrt(x.shape[1])
+        grid = x.transpose(1, 2).unflatten(2, (side, side))                         # [pictures, F, side, side]
+        means = F.avg_pool2d(grid, self.pooled).flatten(2).transpose(1, 2)          # [pictures, P, F]
+        return self.mm_soft_emb_norm(means) @ self.mm_input_projection_weight
+
+
+class Gemma3ForConditionalGeneration(PictureModel):
+    """Vision tower, projector and language model."""
+
+    read_config = staticmethod(read_gemma3_config)
+    spellings = LlavaForConditionalGeneration.spellings
+    # Buffers that follow from the config, and SigLIP's pooling head, which plays no part.
+    ignored_keys = (r".*rotary_emb\.inv_freq", r".*vision_tower\..*position_ids", r".*vision_tower\.(.*\.)?head\..*")
+
+    def __init__(self, config: Gemma3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_tower = Gemma3VisionTower(config.vision)
+        self.multi_modal_projector = Gemma3MultiModalProjector(config)
+        self.language_model = Gemma3ForCausalLM(config.text)
+
+    @property
+    def mark(self) -> int:
+        return self.config.boi_token_index
+
+    @property
+    def written_as(self) -> tuple[int | str, ...]:
+        return "\n\n", self.mark, self.config.image_token_index, self.config.eoi_token_index, "\n\n"
+
+    def encode_images(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Tensor:
+        """Pictures as the language model reads them: pixel_values [pictures, 3, Y, X] -> [pictures, P, H]"""
+        weight = self.multi_modal_projector.mm_input_projection_weight
+        return self.multi_modal_projector(self.vision_tower(pixel_values.to(weight.dtype)))
+
+    def place(
+        self, tokens: Tensor, real: Tensor | None, features: Tensor | None, grids: Sequence[Grid] = (), kept: int = 0
+    ) -> tuple[Tensor, PictureRows | None]:
+        """As PictureModel's; image tokens without another between them are one picture's."""
+        is_image = self.is_image(tokens)                                            # [B, T]
+        begins = is_image & ~F.pad(is_image, (1, 0))[:, :-1]                        # [B, T]
+        blocks = torch.where(is_image, begins.cumsum(dim=1), -1)                    # [B, T]
+        return self.embed(tokens[:, kept:], features), PictureRows(blocks=blocks) if is_image.any() else None

@@ -1,18 +1,25 @@
 """Gemma-3 held to Hugging Face's, from tiny random models that the real loader reads: text, and text with pictures."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from builders import SIZES, greedy, left_padded, ours, prefilled, resolved, saved_pair
+from safetensors.torch import load_file, save_file
 from slow_pop import SlowPOP
 from slow_prefill import SlowPrefillOnly
-from transformers import Gemma3TextConfig
+from torch import Tensor
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
-from models.gemma3 import GLOBAL_THETA, LOCAL_THETA, Gemma3ForCausalLM, read_gemma3_text_config
+from models.gemma3 import GLOBAL_THETA, LOCAL_THETA, Gemma3ForCausalLM, read_gemma3_config, read_gemma3_text_config
+from models.gemma3 import Gemma3ForConditionalGeneration as OurGemma
+from models.pruning.resolve import Pruning
 from models.pruning.settings import DENSE, PruningSettings
+from popengine.loading import load_model
+from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
 
 TEXT = SIZES | {"head_dim": 16, "sliding_window": 5, "sliding_window_pattern": 3}
@@ -138,3 +145,236 @@ def test_both_spellings_of_rope_read_alike() -> None:
 def test_what_is_not_implemented_or_cannot_be_is_named(change: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named), torch.device("meta"):
         Gemma3ForCausalLM(read_gemma3_text_config(TEXT | change))
+
+
+BEGIN, IMAGE, END = 90, 91, 92
+VISION = {
+    "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 24,
+    "patch_size": 4, "model_type": "siglip_vision_model", "vision_use_head": False,
+}  # fmt: skip
+
+
+def picture_config(**text: Any) -> Gemma3Config:
+    return Gemma3Config(
+        text_config=Gemma3TextConfig(**TEXT | text), vision_config=VISION, mm_tokens_per_image=9,
+        image_token_index=IMAGE, boi_token_index=BEGIN, eoi_token_index=END,
+    )
+
+
+# A picture has 9 tokens: a window of 5 hides its first from its last, one of 12 never cuts one.
+PICTURE_VARIANTS = {
+    "a window within a picture": picture_config(),
+    "a wider one": picture_config(sliding_window=12, rope_parameters=LINEAR),
+    "another scale": picture_config(num_key_value_heads=4, query_pre_attn_scalar=7),
+}
+
+
+def reference_model(config: Gemma3Config) -> Gemma3ForConditionalGeneration:
+    """Weights large enough that a wrong detail shows: norms, biases and all."""
+    torch.manual_seed(0)
+    config.text_config._attn_implementation = "eager"
+    model = Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.15)
+    return model
+
+
+def load_pictured(folder: Path) -> OurGemma:
+    with open_checkpoint(folder) as checkpoint:
+        model, _ = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    assert isinstance(model, OurGemma)
+    return model
+
+
+@pytest.fixture(scope="module", params=PICTURE_VARIANTS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    reference = reference_model(PICTURE_VARIANTS[request.param])
+    folder = tmp_path_factory.mktemp("gemma")
+    reference.save_pretrained(folder)
+    return reference, load_pictured(folder)
+
+
+def prompt(*parts: int) -> list[int]:
+    """Text tokens, as many as each number says (0: a picture)."""
+    tokens: list[int] = []
+    for part in parts:
+        text = [(7 * len(tokens) + i) % 80 + 1 for i in range(part)]
+        tokens += text if part else [BEGIN, *[IMAGE] * 9, END]
+    return tokens
+
+
+def pictures(count: int) -> Tensor:
+    return torch.randn(count, 3, 24, 24, generator=torch.Generator().manual_seed(count))
+
+
+def padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, prompts))
+    real = torch.tensor([[False] * (longest - len(ids)) + [True] * len(ids) for ids in prompts])
+    return torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts]), real
+
+
+BATCHES = {
+    "one picture": ([prompt(3, 0, 6)], 1),
+    "pictures at both ends": ([prompt(0, 4, 0)], 2),
+    "side by side": ([[5, *[IMAGE] * 18, 7, 8]], 2),
+    "text only": ([prompt(17)], 0),
+    "a batch": ([prompt(2, 0, 5), prompt(9), prompt(1, 0, 0, 3)], 3),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@torch.inference_mode()
+def test_logits_with_pictures_equal_hugging_face(pair: tuple, batch: str) -> None:
+    """Without a cache and with one: the picture's rows see each other, those after them see as text does."""
+    reference, model = pair
+    prompts, count = BATCHES[batch]
+    tokens, real = padded(prompts)
+    pixel_values = pictures(count) if count else None
+    new = torch.tensor([[5, 1, 7], [1, 2, 3], [9, 9, 4]])[: len(tokens)]
+    all_tokens = torch.cat([tokens, new], dim=1)
+    all_real = torch.cat([real, torch.ones_like(new, dtype=torch.bool)], dim=1)
+    wanted = reference(
+        all_tokens, pixel_values=pixel_values, attention_mask=all_real.long(),
+        position_ids=(all_real.cumsum(1) - 1).clamp(min=0), token_type_ids=(all_tokens == IMAGE).long(),
+    ).logits
+    assert (model(all_tokens, pixel_values, all_real) - wanted)[all_real].abs().max() <= 1e-4
+    state = model.language_model.new_state(len(tokens), all_tokens.shape[1], resolved(model.language_model, DENSE))
+    features = None if pixel_values is None else model.encode_images(pixel_values)
+    x, rows = model.place(tokens, real, features)
+    logits = model.language_model.prefill(x, state, real, pictures=rows)
+    for step in range(new.shape[1]):
+        assert (logits - wanted[:, tokens.shape[1] - 1 + step]).abs().max() <= 1e-4
+        logits = model.language_model.decode(new[:, step], state)
+
+
+@torch.inference_mode()
+def test_what_looks_both_ways_is_there(pair: tuple) -> None:
+    """That the test above can fail: without blocks the logits are others."""
+    model = pair[1]
+    tokens = torch.tensor([prompt(3, 0, 6)])
+    x, rows = model.place(tokens, None, model.encode_images(pictures(1)))
+    causal, both_ways = (model.language_model.forward_embedded(x, None, given) for given in (None, rows))
+    assert (causal - both_ways).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kept", [4, 15, 17])
+@torch.inference_mode()
+def test_a_prompt_in_two_pieces_gives_the_same(pair: tuple, kept: int) -> None:
+    """More of a prompt with pictures behind what the cache holds, as a conversation's next turn."""
+    model = pair[1]
+    text, ids = model.language_model, prompt(3, 0, 2, 0, 6)
+    features, settings = model.encode_images(pictures(2)), resolved(model.language_model, DENSE)
+    whole, parts = (text.new_state(1, 64, settings) for _ in range(2))
+    x, rows = model.place(torch.tensor([ids]), None, features)
+    wanted = text.prefill(x, whole, pictures=rows)
+    seen = ids[:kept].count(IMAGE) // 9
+    x, rows = model.place(torch.tensor([ids[:kept]]), None, features[:seen] if seen else None)
+    text.prefill(x, parts, pictures=rows)
+    x, rows = model.place(torch.tensor([ids]), None, features[seen:], kept=kept)
+    torch.testing.assert_close(text.prefill(x, parts, kept=kept, pictures=rows), wanted, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def tokens_after(model: OurGemma, ids: list[int], pixel_values: Tensor, count: int, pruning: Pruning) -> list[int]:
+    state = model.language_model.new_state(1, 128, pruning)
+    x, rows = model.place(torch.tensor([ids]), None, model.encode_images(pixel_values))
+    tokens = [int(model.language_model.prefill(x, state, pictures=rows).argmax())]
+    while len(tokens) < count:
+        tokens.append(int(model.language_model.decode(torch.tensor(tokens[-1:]), state).argmax()))
+    return tokens
+
+
+@pytest.mark.parametrize("prefill", ["pruned", "dense"])
+@pytest.mark.parametrize("ratio", [0.2, 0.4])
+def test_pop_with_pictures_gives_the_tokens_of_a_slow_implementation(
+    ratio: float, prefill: Literal["pruned", "dense"], pair: tuple
+) -> None:
+    reference, model = pair
+    ids, pixel_values = prompt(2, 0, 3, 0, 8), pictures(2)
+    settings = PruningSettings(prune_ratio=ratio, candidate_width=0.3, prefill=prefill)
+    pruning = resolved(model.language_model, settings)
+    tokens = tokens_after(model, ids, pixel_values, 48, pruning)
+    slow = SlowPOP(reference, pruning.ffn_ratio, 0.3, prefill, layers=reference.model.language_model.layers)
+    types = (torch.tensor([ids]) == IMAGE).long()
+    try:
+        assert tokens == slow.generate(ids, 48, pixel_values=pixel_values, token_type_ids=types)
+    finally:
+        slow.remove_hooks()
+
+
+HUB_SPELLINGS = {
+    "released": [
+        (r"^model\.language_model\.", "language_model.model."), (r"^lm_head\.", "language_model.lm_head."),
+        (r"^(model\.)?vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
+        (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
+    ],
+    "transformers 5": [
+        (r"^language_model\.model\.", "model.language_model."), (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
+        (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+    ],
+    "transformers 4.52": [
+        (r"^language_model\.model\.", "model.language_model."), (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower.vision_model."),
+        (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", HUB_SPELLINGS)
+def test_every_spelling_of_the_keys_is_read_and_no_other(spelling: str, tmp_path: Path) -> None:
+    reference_model(PICTURE_VARIANTS["a wider one"]).save_pretrained(tmp_path)
+    expected = load_pictured(tmp_path).state_dict()
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    for pattern, name in HUB_SPELLINGS[spelling]:
+        tensors = {re.sub(pattern, name, key): tensor for key, tensor in tensors.items()}
+    save_file(tensors, path)
+    found = load_pictured(tmp_path).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    save_file(tensors | {"multi_modal_projector.linear_1.bias": torch.ones(4)}, path)
+    with pytest.raises(InputError, match=r"1 unexpected: multi_modal_projector\.linear_1\.bias"):
+        load_pictured(tmp_path)
+
+
+def test_the_released_config_of_a_model_with_pictures() -> None:
+    """Of the 4 billion model, less what says nothing about the computation."""
+    raw = {
+        "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999, "eoi_token_index": 256000,
+        "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02, "mm_tokens_per_image": 256,
+        "model_type": "gemma3", "text_config": {
+            "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+        },
+        "vision_config": {
+            "hidden_size": 1152, "image_size": 896, "intermediate_size": 4304, "model_type": "siglip_vision_model",
+            "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False,
+        },
+    }  # fmt: skip
+    config = read_gemma3_config(raw)
+    assert not config.unknown_fields + config.text.unknown_fields + config.vision.unknown_fields
+    assert (config.tokens_per_image, config.pooled, config.text.vocab_size) == (256, 4, 262_208)
+    assert config.text.tie_word_embeddings
+    bare = read_gemma3_config({name: raw[name] for name in ("text_config", "vision_config")})
+    assert bare == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vision_config": {"model_type": "clip_vision_model"}}, "'clip_vision_model' is not one of siglip"),
+        ({"text_config": {"model_type": "llama"}}, "text_config: model_type 'llama' is not one of gemma3_text"),
+        ({"mm_tokens_per_image": 8}, r"mm_tokens_per_image \(8\) must be a square"),
+        ({"mm_tokens_per_image": 16}, "divides the 6 patches"),
+        ({"vision_config": VISION | {"image_size": 3}}, "patch_size .* must not be larger than image_size"),
+        ({"image_token_index": "<image>"}, "image_token_index must be an integer"),
+        ({"text_config": {"final_logit_softcapping": 30.0}}, "text_config: final_logit_softcapping = 30.0"),
+    ],
+)
+def test_a_config_with_pictures_that_cannot_be_is_one_clear_line(fields: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_gemma3_config({"vision_config": VISION, "mm_tokens_per_image": 9} | fields)
