@@ -78,17 +78,19 @@ class SlowPrefillOnly:
 
     def __init__(self, model: Any, skipped: int, boundary: int) -> None:
         self.model, self.boundary = model, boundary
-        self.kept = len(model.model.layers) - skipped
+        self.body = getattr(model.model, "language_model", model.model)
+        self.kept = len(self.body.layers) - skipped
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int], count: int) -> list[int]:
-        body, cache = self.model.model, DynamicCache()
+    def generate(self, prompt: list[int], count: int, **first_inputs: Any) -> list[int]:
+        """first_inputs: what the tokens before the boundary have besides."""
+        body, cache = self.body, DynamicCache()
         layers = body.layers
         first, last = torch.tensor([prompt[: -self.boundary]]), torch.tensor([prompt[-self.boundary :]])
         reached: list[Tensor] = []
         hook = layers[self.kept - 1].register_forward_hook(lambda *told: reached.append(first_of(told[-1])))
         body.layers = layers[: self.kept]
-        body(first, past_key_values=cache, use_cache=True)
+        self.model.model(first, past_key_values=cache, use_cache=True, **first_inputs)
         body.layers = layers
         hook.remove()
         (x,) = reached                                                              # [1, T - K, H]

@@ -16,9 +16,11 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Tex
 
 from models.gemma3 import GLOBAL_THETA, LOCAL_THETA, Gemma3ForCausalLM, read_gemma3_config, read_gemma3_text_config
 from models.gemma3 import Gemma3ForConditionalGeneration as OurGemma
-from models.pruning.resolve import Pruning
+from models.pruning.resolve import Pruning, resolve
 from models.pruning.settings import DENSE, PruningSettings
+from models.reading import layer_weights
 from popengine.loading import load_model
+from popengine.measure.bench_shapes import SHAPES
 from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
 
@@ -89,6 +91,19 @@ def test_prefill_only_gives_the_tokens_of_a_slow_implementation(boundary: int, s
     tokens = greedy(model, prompt, 48, settings)
     assert tokens == SlowPrefillOnly(reference, skipped, boundary).generate(prompt, 48)
     assert len(set(tokens)) > 5
+
+
+@pytest.mark.parametrize(("name", "at_20"), [("270m", 28.3), ("1b", 22.5), ("4b", 24.0), ("12b", 25.3), ("27b", 23.8)])
+def test_ratios_of_the_released_shapes(name: str, at_20: float) -> None:
+    """r from sizes alone, as the paper's Table 8: what attention has of a layer, feed-forward networks give besides."""
+    shape = SHAPES[f"gemma-3-{name}"]
+    with torch.device("meta"):
+        weights = layer_weights(Gemma3ForCausalLM(read_gemma3_text_config(shape)))
+    heads = 2 * (shape.get("num_attention_heads", 8) + shape.get("num_key_value_heads", 4)) * shape["head_dim"]
+    assert weights.attention == shape["hidden_size"] * heads
+    assert weights.ffn == 3 * shape["hidden_size"] * shape["intermediate_size"]
+    for ratio, wanted in ((0.2, at_20), (0.4, 2 * at_20)):
+        assert 100 * resolve(PruningSettings(ratio), weights).ffn_ratio == pytest.approx(wanted, abs=0.11)
 
 
 def test_a_config_that_says_almost_nothing_takes_the_defaults() -> None:
@@ -304,6 +319,36 @@ def test_pop_with_pictures_gives_the_tokens_of_a_slow_implementation(
         assert tokens == slow.generate(ids, 48, pixel_values=pixel_values, token_type_ids=types)
     finally:
         slow.remove_hooks()
+
+
+@pytest.mark.parametrize("boundary", [1, 4])
+def test_prefill_only_with_pictures_gives_the_tokens_of_a_slow_implementation(boundary: int, pair: tuple) -> None:
+    reference, model = pair
+    ids, pixel_values = prompt(2, 0, 3, 0, 8), pictures(2)
+    settings = PruningSettings(prune_ratio=0, prefill_skip="1/3", boundary_tokens=boundary)
+    tokens = tokens_after(model, ids, pixel_values, 48, resolved(model.language_model, settings))
+    types = (torch.tensor([ids[:-boundary]]) == IMAGE).long()
+    slow = SlowPrefillOnly(reference, 1, boundary)
+    assert tokens == slow.generate(ids, 48, pixel_values=pixel_values, token_type_ids=types)
+
+
+@torch.inference_mode()
+def test_a_boundary_within_a_picture_sees_all_of_it(pair: tuple) -> None:
+    """In a layer that the prompt skips the boundary's rows look at the cache, and there at those after them too."""
+    model = pair[1]
+    text, ids = model.language_model, prompt(3, 0)[:-1]
+    x, rows = model.place(torch.tensor([ids]), None, model.encode_images(pictures(1)))
+    seen: dict[Any, Tensor] = {}
+
+    def observe(network: Any, output: Tensor, *_: Any) -> None:
+        seen[network] = output
+
+    last = text.model.layers[-1].self_attn
+    text.prefill(x, text.new_state(1, 64, resolved(text, DENSE)), observe=observe, pictures=rows)
+    wanted = seen[last]                                                             # [1, T, N D]
+    skipping = PruningSettings(prune_ratio=0, prefill_skip="1/3", boundary_tokens=5)
+    text.prefill(x, text.new_state(1, 64, resolved(text, skipping)), observe=observe, pictures=rows)
+    torch.testing.assert_close(seen[last], wanted[:, -5:], atol=1e-5, rtol=1e-5)
 
 
 HUB_SPELLINGS = {
