@@ -7,6 +7,9 @@ from models.llama import LlamaForCausalLM
 from models.llava import LlavaForConditionalGeneration
 from models.mixtral import MixtralForCausalLM
 from models.picture_model import PictureModel
+from models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from models.qwen2_vl import Qwen2VLForConditionalGeneration
+from models.qwen3_vl import Qwen3VLForConditionalGeneration
 from weights.errors import InputError
 from weights.json_files import shown
 
@@ -21,6 +24,9 @@ ARCHITECTURES: dict[str, type[LlamaForCausalLM] | type[PictureModel]] = {
     "Gemma3ForCausalLM": Gemma3ForCausalLM,
     "Gemma3ForConditionalGeneration": Gemma3ForConditionalGeneration,
     "LlavaForConditionalGeneration": LlavaForConditionalGeneration,
+    "Qwen2VLForConditionalGeneration": Qwen2VLForConditionalGeneration,
+    "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VLForConditionalGeneration,
+    "Qwen3VLForConditionalGeneration": Qwen3VLForConditionalGeneration,
 }
 
 

@@ -71,6 +71,10 @@ class PictureModel(nn.Module):
                 return ours + key[matched.end() :]
         return key
 
+    def sizes(self) -> dict[str, int | None]:
+        """How large pictures are, and how many tokens each has; None: any size, as many as such squares fit in."""
+        return {"tokens_per_image": self.config.tokens_per_image, "pixels": self.config.vision.image_size}
+
     def is_image(self, tokens: Tensor) -> Tensor:
         """Which tokens are image tokens: int64 [B, T] -> bool [B, T]"""
         return tokens == self.config.image_token_index

@@ -56,7 +56,7 @@ def of_model(checkpoint: Checkpoint) -> dict[str, Any]:
     language_model: LlamaForCausalLM
     if isinstance(model, PictureModel):
         language_model, unknown = model.language_model, model.config.unknown_fields
-        pictures = {"tokens_per_image": model.config.tokens_per_image, "pixels": model.config.vision.image_size}
+        pictures = model.sizes()
     else:
         language_model, unknown = model, ()
     config, layer, mlp = language_model.config, layer_weights(language_model), language_model.model.layers[0].mlp
@@ -145,8 +145,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     if experts is not None:
         said.append(f"experts     {experts['experts']} a layer, {experts['per_token']} for each token")
     if pictures is not None:
-        said.append(f"pictures    {pictures['pixels']} x {pictures['pixels']} pixels, {pictures['tokens_per_image']} "
-                    "tokens each")
+        square, tokens = f"{pictures['pixels']} x {pictures['pixels']} pixels", pictures["tokens_per_image"]
+        each = f"of any size, a token for each {square}" if tokens is None else f"{square}, {tokens} tokens each"
+        said.append(f"pictures    {each}")
     if found["turns"] is None:
         said.append("turns       no chat template: --raw text alone, no conversation")
     else:

@@ -12,8 +12,10 @@ from models.llama import LlamaForCausalLM
 from models.matrix import replace_matrices
 from models.matrix_forms import ColumnMatrix
 from models.picture_model import PictureModel
+from models.qwen2_vl import Qwen2VLForConditionalGeneration
 from popengine.engine import Engine
 from popengine.packing import Packer, choose_form
+from popengine.pictures.patches import PatchVision
 from popengine.pictures.vision import TextOnly, Vision
 from popengine.text.chat import read_chat_template
 from popengine.text.prompts import Prompts
@@ -60,7 +62,8 @@ def load(
         loaded, forms = load_model(opened, kind, where, form, progress)
         pictures: TextOnly | Vision
         if isinstance(loaded, PictureModel):
-            model, pictures = loaded.language_model, Vision(loaded, tokenizer, opened.path)
+            vision = PatchVision if isinstance(loaded, Qwen2VLForConditionalGeneration) else Vision
+            model, pictures = loaded.language_model, vision(loaded, tokenizer, opened.path)
         else:
             model, pictures = loaded, TextOnly(loaded)
         with waiting("compiling", progress and compile):

@@ -29,8 +29,9 @@ def masked_decode(model: LlamaForCausalLM, tokens: Tensor, decided: DecodeState,
     state    holds the cache of these steps, with its heads in the model's own order; its partitions are not looked at
     """
     cache, x = state.cache, model.embed(tokens.unsqueeze(1))                        # [B, 1, H]
+    position = cache.filled - cache.padding + cache.rope_delta                      # [B, 1]
     for layer, own, other in zip(model.model.layers, state.layers, decided.layers, strict=True):
-        cos, sin = model.model.rotary(cache.filled - cache.padding, x.dtype, layer.self_attn.window)    # [B, 1, D]
+        cos, sin = model.model.rotary(position, x.dtype, layer.self_attn.window)    # [B, 1, D]
         a = masked_attention(
             layer.self_attn, layer.input_layernorm(x), own.keys, own.values, other.heads.partition, decided.live[:, 0],
             cos, sin, cache.filled, cache.padding,
@@ -120,7 +121,7 @@ def times(matrix: Any, x: Tensor) -> Tensor:
 
 def in_model_order(state: DecodeState, copy: DecodeState) -> None:
     """Copy a cache, undoing the order that pruned heads of multi-head attention give it."""
-    copy.start(state.cache.filled, None)
+    copy.start(state.cache.filled, None, state.cache.rope_delta)
     copy.cache.padding.copy_(state.cache.padding)
     for source, target in zip(state.layers, copy.layers, strict=True):
         order = source.heads.cache_order

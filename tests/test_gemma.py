@@ -328,7 +328,7 @@ def test_prefill_only_with_pictures_gives_the_tokens_of_a_slow_implementation(bo
     settings = PruningSettings(prune_ratio=0, prefill_skip="1/3", boundary_tokens=boundary)
     tokens = tokens_after(model, ids, pixel_values, 48, resolved(model.language_model, settings))
     types = (torch.tensor([ids[:-boundary]]) == IMAGE).long()
-    slow = SlowPrefillOnly(reference, 1, boundary)
+    slow = SlowPrefillOnly(reference, 1, boundary, body=reference.model.language_model)
     assert tokens == slow.generate(ids, 48, pixel_values=pixel_values, token_type_ids=types)
 
 

@@ -74,7 +74,7 @@ class TextOnly:
     def expand(self, ids: list[int], images: Sequence[ImageSource]) -> list[int]:
         if images:
             raise InputError(
-                "an image was given, and this checkpoint is a text model; a LLaVA checkpoint reads images"
+                "an image was given, and this checkpoint is a text model; LLaVA and Qwen-VL checkpoints read images"
             )
         return ids
 
@@ -130,7 +130,9 @@ class Vision:
     @property
     def meant(self) -> tuple[str, ...]:
         """Whoever writes <image> into a message says where a picture stands."""
-        return (self.mark,)
+        before, after = self.model.around_image
+        around = (self.tokenizer.decode([token], skip_special_tokens=False) for token in (*before, *after))
+        return self.mark, *around
 
     @cached_property
     def written(self) -> str:
