@@ -11,8 +11,9 @@ from builders import SIZES, greedy, left_padded, ours, prefilled, resolved, save
 from safetensors.torch import load_file, save_file
 from slow_pop import SlowPOP
 from slow_prefill import SlowPrefillOnly
+from tiny_gemma import VISION, reference_model
 from torch import Tensor
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
+from transformers import Gemma3Config, Gemma3TextConfig
 
 from models.gemma3 import GLOBAL_THETA, LOCAL_THETA, Gemma3ForCausalLM, read_gemma3_config, read_gemma3_text_config
 from models.gemma3 import Gemma3ForConditionalGeneration as OurGemma
@@ -163,12 +164,6 @@ def test_what_is_not_implemented_or_cannot_be_is_named(change: dict[str, Any], n
 
 
 BEGIN, IMAGE, END = 90, 91, 92
-VISION = {
-    "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 24,
-    "patch_size": 4, "model_type": "siglip_vision_model", "vision_use_head": False,
-}  # fmt: skip
-
-
 def picture_config(**text: Any) -> Gemma3Config:
     return Gemma3Config(
         text_config=Gemma3TextConfig(**TEXT | text), vision_config=VISION, mm_tokens_per_image=9,
@@ -182,20 +177,6 @@ PICTURE_VARIANTS = {
     "a wider one": picture_config(sliding_window=12, rope_parameters=LINEAR),
     "another scale": picture_config(num_key_value_heads=4, query_pre_attn_scalar=7),
 }
-
-
-def reference_model(config: Gemma3Config) -> Gemma3ForConditionalGeneration:
-    """Weights large enough that a wrong detail shows: norms, biases and all."""
-    torch.manual_seed(0)
-    config.text_config._attn_implementation = "eager"
-    model = Gemma3ForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name and name.endswith("weight"):
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(std=0.15)
-    return model
 
 
 def load_pictured(folder: Path) -> OurGemma:

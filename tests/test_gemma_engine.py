@@ -8,13 +8,8 @@ import pytest
 import torch
 from builders import exit_status, generated, one_line_error
 from PIL import Image
-from test_gemma import VISION, reference_model
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor, PreTrainedTokenizerFast
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from tiny_gemma import complete_gemma, new_processor, picture
+from transformers import Gemma3ForConditionalGeneration, Gemma3Processor
 
 from models.pruning.settings import DENSE, PruningSettings
 from popengine import compare, generate, score
@@ -24,72 +19,17 @@ from popengine.loading import load
 from popengine.pictures.vision import Vision
 from weights.errors import InputError
 
-SPECIAL = {
-    "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "boi_token": "<start_of_image>",
-    "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>",
-}  # fmt: skip
-TURN_ENDS = ["<start_of_turn>", "<end_of_turn>"]
-# As the family's does: no turn of a system's own, and the mark of a picture in the place of an image part.
-TEMPLATE = (
-    "{{ bos_token }}{% set told = namespace(text='') %}{% for turn in messages %}{% if turn.role == 'system' %}"
-    "{% set told.text = (turn.content if turn.content is string else turn.content[0].text) + '\n\n' %}{% else %}"
-    "<start_of_turn>{{ 'model' if turn.role == 'assistant' else turn.role }}\n{{ told.text }}"
-    "{% set told.text = '' %}{% if turn.content is string %}{{ turn.content }}{% else %}"
-    "{% for part in turn.content %}{{ '<start_of_image>' if part.type == 'image' else part.text }}{% endfor %}"
-    "{% endif %}"
-    "<end_of_turn>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-
-
-def picture(width: int, height: int) -> Image.Image:
-    """Colours that change over the picture, so that a wrong resize shows."""
-    rows = torch.arange(height)[:, None, None] * 255 // height
-    columns = torch.arange(width)[None, :, None] * 255 // width
-    values = torch.cat([rows.expand(-1, width, 1), columns.expand(height, -1, 1), (rows * columns) % 256], dim=-1)
-    return Image.frombytes("RGB", (width, height), values.to(torch.uint8).numpy().tobytes())
-
-
 PICTURES = [picture(61, 33), picture(20, 47), picture(24, 24)]
 
 
 @pytest.fixture(scope="module")
-def processor(tmp_path_factory: pytest.TempPathFactory) -> Gemma3Processor:
-    """transformers' own, with a tokenizer whose tokens of newlines depend on what is beside them, as Gemma's do."""
-    newline = ByteLevel(add_prefix_space=False).pre_tokenize_str("\n")[0][0]
-    pieces = [*sorted(ByteLevel.alphabet()), newline * 2, newline * 3]
-    backend = Tokenizer(BPE(
-        vocab={piece: index for index, piece in enumerate(pieces)},
-        merges=[(newline, newline), (newline * 2, newline)],
-    ))  # fmt: skip
-    backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = ByteLevelDecoder()
-    backend.add_special_tokens([AddedToken(token, special=True) for token in [*SPECIAL.values(), *TURN_ENDS]])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, **{name: SPECIAL[name] for name in ("bos_token", "eos_token", "pad_token")},
-        extra_special_tokens={name: SPECIAL[name] for name in ("boi_token", "eoi_token", "image_token")},
-        padding_side="left",
-    )
-    images = Gemma3ImageProcessorPil(size={"height": 24, "width": 24})
-    return Gemma3Processor(images, tokenizer, chat_template=TEMPLATE, image_seq_length=9)
+def processor() -> Gemma3Processor:
+    return new_processor()
 
 
 @pytest.fixture(scope="module")
-def checkpoint(processor: Gemma3Processor, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, tokenizer = tmp_path_factory.mktemp("gemma"), processor.tokenizer
-    config = Gemma3Config(
-        text_config={
-            "vocab_size": tokenizer.convert_tokens_to_ids("<image_soft_token>") + 3, "hidden_size": 64,
-            "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 3, "max_position_embeddings": 512,
-            "query_pre_attn_scalar": 16, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-        },
-        vision_config=VISION, mm_tokens_per_image=9, image_token_index=tokenizer.image_token_id,
-        boi_token_index=tokenizer.boi_token_id, eoi_token_index=tokenizer.eoi_token_id,
-        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")],
-    )  # fmt: skip
-    reference_model(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return complete_gemma(tmp_path_factory.mktemp("gemma"))
 
 
 @pytest.fixture(scope="module")
