@@ -41,7 +41,9 @@ class CompiledDecode:
         self.groups = {first: layers[first : first + size] for first in range(0, len(layers), size)}
         # Checking again that inputs have the shapes compiled for takes 4 % of a step: the guards have seen to that.
         # What calls the loops is compiled too: in Python it takes 7 % of a step on packed weights.
-        options = {"size_asserts": False, "cpp_wrapper": model.device.type == "cpu"}
+        # That cannot call a sum over ranks.
+        in_cpp = model.device.type == "cpu" and model.config.ranks.count == 1
+        options = {"size_asserts": False, "cpp_wrapper": in_cpp}
         compile = partial(torch.compile, dynamic=False, fullgraph=True, options=options)
         self.begin: Callable[..., tuple[Tensor, DecodePass]] = compile(LlamaForCausalLM.begin)
         self.layers: Callable[..., Tensor] = compile(decode_layers)

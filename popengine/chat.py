@@ -24,7 +24,7 @@ from popengine.command import (
     run_as_command,
     start_pytorch,
 )
-from popengine.torchrun import heard_by_all, is_first, told_by_first
+from popengine.processes import is_first
 from weights.errors import InputError
 
 try:
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(flags: argparse.Namespace) -> None:
     pruning = generation_settings(flags)
     start_pytorch(flags)
-    from popengine import loading, statistics
+    from popengine import loading, statistics, torchrun
     from popengine.sampling import Sampling
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
@@ -77,11 +77,11 @@ def run(flags: argparse.Namespace) -> None:
         flags.system_prompt, pruning=pruning, sampling=sampling, max_new_tokens=flags.max_new_tokens
     )
     engine.resolve(pruning)                 # what is wrong with it, and the prior, before anything is said
-    chat = Chat(conversation, statistics)
-    typed = told_by_first(sys.stdin.isatty() and sys.stdout.isatty())
+    chat = Chat(conversation, statistics, torchrun)
+    typed = torchrun.told_by_first(sys.stdin.isatty() and sys.stdout.isatty())
     if typed and not flags.quiet:
         tell(f"{engine.folder.name}, {engine.weights}, {str(engine.dtype).removeprefix('torch.')}; /help says more")
-    for line in heard_by_all(typed_lines() if typed else piped_lines()):
+    for line in torchrun.heard_by_all(typed_lines() if typed else piped_lines()):
         if line.strip() == "/quit":
             return
         try:
@@ -135,11 +135,12 @@ def tell(words: str) -> None:
 class Chat:
     """What lines do to a conversation. A command is a method: its name after `on_`, its argument one text.
 
-    statistics  the module popengine.statistics
+    statistics, torchrun  the modules of popengine, which import PyTorch
     """
 
-    def __init__(self, conversation: Any, statistics: Any) -> None:
-        self.conversation, self.engine, self.statistics = conversation, conversation.engine, statistics
+    def __init__(self, conversation: Any, statistics: Any, torchrun: Any) -> None:
+        self.conversation, self.engine = conversation, conversation.engine
+        self.statistics, self.torchrun = statistics, torchrun
         self.images: list[str] = []
         self.last: Any = None                                       # the last piece of the last answer
 
@@ -175,7 +176,7 @@ class Chat:
             for piece in pieces:
                 print(piece.text, end="", flush=True)
                 self.last = piece if piece.finish_reason else self.last
-                if told_by_first(bool(noted)):
+                if self.torchrun.told_by_first(bool(noted)):
                     break
         print(flush=True)
         if piece.finish_reason == "length":

@@ -14,14 +14,14 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import Field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from models.pruning.settings import RECOMMENDED, PruningSettings
-from popengine import torchrun
+from popengine.processes import is_first, is_one_of_several
 from popengine.waiting import waiting
 from weights.errors import InputError, one_line
 
@@ -88,10 +88,13 @@ def run_as_command(
     """Run a command with these arguments (None: those of the process) and exit with its status."""
     open_standard_streams()
     status, said = 2, ""
+    torchrun = None                 # that module imports PyTorch, which takes seconds
     try:
         flags = parser.parse_args(arguments)
         refuse_shadowed_packages()
-        with insistent_interrupts(), torchrun.one_of_several(flags):
+        if is_one_of_several():
+            torchrun = importlib.import_module("popengine.torchrun")
+        with insistent_interrupts(), torchrun.one_of_several(flags) if torchrun else nullcontext():
             run(flags)
             sys.stdout.flush()
         status = 0
@@ -108,10 +111,11 @@ def run_as_command(
     except MemoryError:
         said = "error: this machine has too little memory for that; ask for less, or for a smaller dtype"
     except RuntimeError as error:
-        if not torchrun.was_started():
+        if torchrun is None:
             raise
         said = one_line(f"error: the ranks have lost each other, or one has failed: {error}")
-    if status in (2, 130) and torchrun.says_why_it_failed():
+    is_heard = torchrun.says_why_it_failed() if torchrun else is_first()
+    if status in (2, 130) and is_heard:
         complain(said)
     sys.exit(status)
 

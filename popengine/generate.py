@@ -18,7 +18,7 @@ from popengine.command import (
     run_as_command,
     start_pytorch,
 )
-from popengine.torchrun import is_first, told_by_first
+from popengine.processes import is_first
 from weights.errors import InputError
 
 # Bytes on standard input: no context holds more.
@@ -55,13 +55,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def run(flags: argparse.Namespace) -> None:
-    prompt = read_prompt(flags.prompt) if is_first() else ""
     pruning = generation_settings(flags)
     start_pytorch(flags)
-    prompt = told_by_first(prompt)
-    from popengine import loading, statistics
+    from popengine import loading, statistics, torchrun
     from popengine.sampling import Sampling
 
+    prompt = torchrun.told_by_first(read_prompt(flags.prompt) if is_first() else None)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     engine = load_with_warnings(loading.load, flags)
     pieces = engine.stream(

@@ -23,8 +23,9 @@ from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.pruning.rules import Prior
 from models.pruning.settings import DENSE
+from popengine.processes import is_first
 from popengine.sampling import Sampling
-from popengine.torchrun import from_each, is_first
+from popengine.torchrun import from_each
 
 FORMAT = "popengine prior 1"
 # A network or attention, and which part of it: "h", what feeds down_proj or o_proj, or its factors "gate" and "up".

@@ -12,7 +12,8 @@ import torch
 
 from models.pruning.settings import PruningSettings
 from popengine.loading import load
-from popengine.torchrun import is_first, ranks
+from popengine.processes import is_first
+from popengine.torchrun import ranks
 
 
 def answers(case: dict[str, Any]) -> dict[str, Any]:

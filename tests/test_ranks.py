@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import LLAVA_TINY, MIXTRAL_TINY, complete_checkpoint
+from builders import LLAVA_TINY, MIXTRAL_TINY
 from ranks_worker import answers
 
 from models.llama import LlamaForCausalLM
@@ -42,7 +42,7 @@ def in_one_process(count: int, one: dict[str, Any]) -> dict[str, Any]:
 def test_ranks_equal_one_process_with_as_many_groups(
     count: int, tmp_path: Path, default_gguf: Path, checkpoint: Path
 ) -> None:
-    """Dense logits within 1e-5 and the same greedy tokens: dense, POP, Prefill-Only, evidence, heads, packed, compiled."""
+    """Dense logits within 1e-5 and the same greedy tokens: POP, Prefill-Only, evidence, pictures, packed, compiled."""
     if count == 3:                      # SmolLM2 has three key/value heads
         text = "The lighthouse at Orrin Point was built in 1858 from yellow brick, and"
         cases = [
