@@ -6,9 +6,10 @@ A field that changes what the model computes and that is not implemented here is
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from models.ranks import Ranks, shared_sizes
 from weights.errors import InputError
 from weights.json_files import JsonObject, shown
 
@@ -110,6 +111,11 @@ class LlamaConfig:
     query_key_norm: bool
     windows: tuple[int | None, ...]     # per layer: tokens a query sees, itself included; None: all before it
     unknown_fields: tuple[str, ...] = ()
+    ranks: Ranks = field(default_factory=Ranks, compare=False)
+
+    def shared_by(self, ranks: Ranks) -> "LlamaConfig":
+        """What one rank's part of the model needs to know. InputError for sizes that the ranks do not divide."""
+        return replace(self, ranks=ranks, **ranks.divided(shared_sizes(self)))  # type: ignore[arg-type]
 
     @property
     def attention_scale(self) -> float:

@@ -43,6 +43,7 @@ class LlamaDecoderLayer(nn.Module):
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
+        self.ranks = config.ranks
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, config.windows[index])
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -66,15 +67,16 @@ class LlamaDecoderLayer(nn.Module):
         return y
 
     def forward(self, x: Tensor, step: PrefillPass) -> Tensor:
-        x = x + self.attended(self.self_attn(self.input_layernorm(x), step))
-        return x + self.after_mlp(self.mlp(self.before_mlp(x)))
+        x = x + self.attended(self.ranks.sum(self.self_attn(self.input_layernorm(x), step)))
+        return x + self.after_mlp(self.ranks.sum(self.mlp(self.before_mlp(x))))
 
     def prefill(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
         a = self.self_attn.prefill(self.input_layernorm(x), state.keys, state.values, state.heads, step)    # [B, T, H]
+        a = self.ranks.sum(a)
         if state.drift is not None:
             state.drift.see(a, step.counted, step.of_prompt)
         x = x + self.attended(a)
-        return x + self.after_mlp(self.mlp.prefill(self.before_mlp(x), state.ffn, step))
+        return x + self.after_mlp(self.ranks.sum(self.mlp.prefill(self.before_mlp(x), state.ffn, step)))
 
     def pass_by(self, x: Tensor, state: LayerState, waiting: PrefillPass, running: PrefillPass) -> Tensor:
         """A prompt that skips this layer, all but its last rows (Prefill-Only pruning, arXiv 2602.03295, Eq. 14, 15).
@@ -94,10 +96,11 @@ class LlamaDecoderLayer(nn.Module):
 
     def decode(self, x: Tensor, state: LayerState, step: DecodePass) -> Tensor:
         a = self.self_attn.decode(self.input_layernorm(x), state.keys, state.values, state.heads, step)     # [B, T, H]
+        a = self.ranks.sum(a)
         if state.drift is not None:
             state.drift.see(a, step.live, of_prompt=False)
         x = x + self.attended(a)
-        return x + self.after_mlp(self.mlp.decode(self.before_mlp(x), state.ffn, step))
+        return x + self.after_mlp(self.ranks.sum(self.mlp.decode(self.before_mlp(x), state.ffn, step)))
 
 
 def prefill_layers(

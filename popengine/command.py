@@ -88,10 +88,11 @@ def run_as_command(
     open_standard_streams()
     status = 2
     try:
-        flags = parser.parse_args(arguments)
-        refuse_shadowed_packages()
-        with insistent_interrupts():
-            run(flags)
+        with among_ranks():
+            flags = parser.parse_args(arguments)
+            refuse_shadowed_packages()
+            with insistent_interrupts():
+                run(flags)
         sys.stdout.flush()
         status = 0
     except InputError as error:
@@ -108,6 +109,25 @@ def run_as_command(
     except MemoryError:
         complain("error: this machine has too little memory for that; ask for less, or for a smaller dtype")
     sys.exit(status)
+
+
+@contextmanager
+def among_ranks() -> Iterator[None]:
+    """Under torchrun: whatever goes wrong on any of the ranks, one of them says so in one line, and all end."""
+    try:
+        yield
+    except BaseException as error:
+        if not started_by_torchrun() or (isinstance(error, SystemExit) and not error.code):
+            raise
+        stderr = sys.__stderr__ or sys.stderr           # ranks that are silent have another
+        line, status = importlib.import_module("popengine.torchrun").last_words(error)
+        if line:
+            print(f"error: {line}", file=stderr, flush=True)
+        os._exit(status)                                # at a usual end, PyTorch would wait for ranks that have gone
+
+
+def started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def complain(line: str) -> None:
@@ -148,6 +168,8 @@ def start_pytorch(flags: argparse.Namespace) -> None:
     """PyTorch takes seconds to import: only when the flags have been understood, and with a word on a terminal."""
     with waiting("starting", sys.stderr.isatty() and not getattr(flags, "quiet", False)):
         importlib.import_module("torch")
+    if started_by_torchrun():
+        importlib.import_module("popengine.torchrun").join(flags)
 
 
 @contextmanager

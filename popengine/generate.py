@@ -54,9 +54,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def run(flags: argparse.Namespace) -> None:
-    prompt = read_prompt(flags.prompt)
     pruning = generation_settings(flags)
     start_pytorch(flags)
+    prompt = read_prompt(flags.prompt)
     from popengine import loading, statistics
     from popengine.sampling import Sampling
 

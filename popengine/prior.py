@@ -54,7 +54,8 @@ def prior_for(engine: Sampler, tokens: int, progress: bool) -> Prior:
     name = engine.fingerprint
     kept = cache_folder() / f"{name}.safetensors"
     found = read(engine.folder / FILE, name, model) or read(kept, name, model)
-    if found is None:
+    lacking = model.config.ranks.sum(torch.tensor([float(found is None)], device=engine.device))
+    if found is None or lacking > 0:
         found = make(engine, progress)
         write(kept, name, found, model)
     return Prior(found, tokens)
@@ -106,7 +107,7 @@ def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[Part, Tensor] |
     """A prior that was kept; None where there is none of this model: it is then made again."""
     if not path.is_file():              # nor a pipe, which would be waited for
         return None
-    places = observed(model)
+    places, ranks = observed(model), model.config.ranks
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
@@ -120,16 +121,19 @@ def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[Part, Tensor] |
     found: dict[Part, Tensor] = {}
     for key, tensor in tensors.items():
         place, _, part = key.rpartition(" ")
-        if place not in sizes or tensor.shape != (sizes[place],) or not tensor.isfinite().all():
+        if place not in sizes or tensor.shape != (sizes[place] * ranks.size,) or not tensor.isfinite().all():
             return None
-        found[places[place], part] = tensor.float().to(model.device)
+        found[places[place], part] = ranks.own(tensor).float().to(model.device)
     return found
 
 
 def write(path: Path, name: str, prior: dict[Part, Tensor], model: LlamaForCausalLM) -> None:
     """Keep a prior; where that cannot be done it is made again next time."""
     places: dict[nn.Module, str] = {one: place for place, one in observed(model).items()}
-    tensors = {f"{places[one]} {part}": values.cpu().contiguous() for (one, part), values in prior.items()}
+    ranks = model.config.ranks
+    tensors = {f"{places[one]} {part}": ranks.joined(values).cpu() for (one, part), values in prior.items()}
+    if ranks.rank > 0:
+        return
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

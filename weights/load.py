@@ -17,6 +17,10 @@ from weights.memory import require_memory
 # For each parameter, the checkpoint key that holds it and an index into that tensor (() is all of it).
 Locate = Callable[[list[str], list[str]], dict[str, tuple[str, tuple[Any, ...]]]]
 
+# Which part of a tensor a parameter is, where several processes share the model: from the parameter, the index of all
+# of it and the entry, to the index of the part and how many processes have such a part each.
+Share = Callable[[Tensor, tuple[Any, ...], TensorEntry], tuple[tuple[Any, ...], int]]
+
 NAMES_SHOWN = 10
 
 # torch shares a copy of more elements than the first of these out over its threads. On a machine whose cores have other
@@ -53,6 +57,7 @@ class Wanted:
     index: tuple[Any, ...]
     dtype: torch.dtype  # in memory
     packing: Packing | None = None
+    parts: int = 1  # processes that share it
 
     @property
     def held_bytes(self) -> int:
@@ -69,6 +74,7 @@ def load_weights(
     ignored: Iterable[str] = (),
     progress: bool = False,
     pack: Pack | None = None,
+    share: Share | None = None,
 ) -> None:
     """Give every parameter and persistent buffer of `model` its values from `checkpoint`.
 
@@ -79,13 +85,14 @@ def load_weights(
     ignored   regular expressions of whole checkpoint keys that may be there and are not needed
     progress  a bar on stderr
     pack      says which parameters are packed instead
+    share     says which parameters are a part of what the checkpoint has; None: all are whole
 
     Tied parameters (one object under several names) are read once and stay tied; all but one of their names may be
     absent. InputError, before anything is allocated, when keys are missing, unexpected or of another shape (all in one
     line) and when the weights will not fit into memory. At its peak loading takes the memory of the weights plus that
     of the checkpoint's largest tensor.
     """
-    wanted = find_all(model, checkpoint, dtype, locate, ignored, pack)
+    wanted = find_all(model, checkpoint, dtype, locate, ignored, pack, share)
     needed = sum(one.held_bytes for one in wanted)
     require_memory(needed, device, f"{checkpoint.path} in {str(dtype).removeprefix('torch.')}")
 
@@ -98,7 +105,7 @@ def load_weights(
                 if one.packing is None:
                     put(model, one, read_piece(checkpoint, one, device))
                 elif one.packing.from_groups:
-                    one.packing.take(checkpoint.read_groups(key))
+                    one.packing.take(checkpoint.read_groups(key).part(one.index, key))
                 else:
                     one.packing.take(checkpoint.read(key)[one.index])
                 bar.update(one.held_bytes)
@@ -107,16 +114,18 @@ def load_weights(
 
 def find_all(
     model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, locate: Locate | None = None,
-    ignored: Iterable[str] = (), pack: Pack | None = None,
+    ignored: Iterable[str] = (), pack: Pack | None = None, share: Share | None = None,
 ) -> list[Wanted]:
     """Where everything lies that `model` needs, nothing read yet. As for load_weights"""
     names = list(model.state_dict())
     located: dict[str, tuple[str, tuple[Any, ...]]] = {name: (name, ()) for name in names}
     if locate is not None:
         located |= locate(names, list(checkpoint.entries))
-    wanted = find_sources(model, located, checkpoint, dtype, pack)
+    wanted = find_sources(model, located, checkpoint, dtype, pack, share)
     check_keys(checkpoint, wanted, {key for key, _ in located.values()}, list(ignored))
     return wanted
+
+
 def require_room(checkpoint: Checkpoint, sides: Iterable[int], blocks: int) -> None:
     """InputError for a model that is larger than what is there: it must not even be laid out.
 
@@ -136,7 +145,7 @@ def require_room(checkpoint: Checkpoint, sides: Iterable[int], blocks: int) -> N
 
 def find_sources(
     model: nn.Module, located: dict[str, tuple[str, tuple[Any, ...]]], checkpoint: Checkpoint, dtype: torch.dtype,
-    pack: Pack | None,
+    pack: Pack | None, share: Share | None,
 ) -> list[Wanted]:
     """What the model needs, one item for each tensor object; a tied one comes from the first name that is there."""
     targets = model.state_dict(keep_vars=True)  # the objects themselves, so that tied names show as one object
@@ -151,7 +160,10 @@ def find_sources(
         kind = dtype if target.is_floating_point() else target.dtype
         entry = checkpoint.entries.get(key)
         packing = None if pack is None or entry is None else pack(target, key, entry)
-        wanted.append(Wanted(names, target, key, index, kind, packing))
+        parts = 1
+        if share is not None and entry is not None:
+            index, parts = share(target, index, entry)
+        wanted.append(Wanted(names, target, key, index, kind, packing, parts))
     return wanted
 
 
@@ -169,7 +181,7 @@ def check_keys(checkpoint: Checkpoint, wanted: list[Wanted], known: set[str], ig
         entry = checkpoint.entries.get(one.key)
         if entry is None:
             continue
-        used[one.key] = used.get(one.key, 0) + one.target.numel()
+        used[one.key] = used.get(one.key, 0) + one.target.numel() * one.parts
         shape = piece_shape(entry, one.index)
         if shape != tuple(one.target.shape):
             misshaped.append(f"{one.key} {list(entry.shape)} for {one.names[0]} {list(one.target.shape)}")
