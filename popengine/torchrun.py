@@ -79,13 +79,14 @@ def stop(*_: Any) -> NoReturn:
 
 def last_words(error: BaseException) -> tuple[str, int]:
     """What to say of an error, and the status to end with. Empty where another rank has said what is wrong."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun ends all ranks once one has ended
     status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 2
     try:
         first = connect().add(FAILED, 1) == 1
     except (RuntimeError, OSError):     # torchrun itself has gone
         first = True
     if not first:
-        time.sleep(LAST_WORDS_S)        # torchrun ends all ranks once one has ended
+        time.sleep(LAST_WORDS_S)
         return "", status
     return f"rank {os.environ['RANK']}: {in_words(error)}", status
 
