@@ -6,10 +6,10 @@ A field that changes what the model computes and that is not implemented here is
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
-from models.ranks import Ranks, shared_sizes
+from models.ranks import ALONE, Ranks
 from weights.errors import InputError
 from weights.json_files import JsonObject, shown
 
@@ -111,11 +111,7 @@ class LlamaConfig:
     query_key_norm: bool
     windows: tuple[int | None, ...]     # per layer: tokens a query sees, itself included; None: all before it
     unknown_fields: tuple[str, ...] = ()
-    ranks: Ranks = field(default_factory=Ranks, compare=False)
-
-    def shared_by(self, ranks: Ranks) -> "LlamaConfig":
-        """What one rank's part of the model needs to know. InputError for sizes that the ranks do not divide."""
-        return replace(self, ranks=ranks, **ranks.divided(shared_sizes(self)))  # type: ignore[arg-type]
+    ranks: Ranks = ALONE                # with several, heads and channels are those of one
 
     @property
     def attention_scale(self) -> float:

@@ -1,87 +1,72 @@
-"""The ranks that a model is split over: processes that torchrun has started, a share of every layer each.
+"""Tensor parallelism: several processes ("ranks") that hold a share of a model each (arXiv 1909.08053, section 3).
 
-A rank holds N / ranks query heads with their key/value heads, and I / ranks channels of every feed-forward network. Its
-attention and its network put out parts of a sum, which the ranks add up: two sums a layer, and no others.
+A rank has its share of the attention heads and of every network's channels, so what its o_proj and down_proj put out
+is a part of a sum: two sums over all ranks in every layer, which stand where they happen (models/llama.py). Of the
+vocabulary it has some rows. Norms, routers and vision towers are whole everywhere.
+
+A model is laid out for one rank by a config of that rank's heads and channels. Whoever started the processes has
+joined them before (popengine/torchrun.py); with one process nothing here imports or does anything.
+
+V vocabulary.
 """
 
-import math
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from weights.errors import InputError
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ranks:
-    """This rank among `size`. One process by itself is rank 0 of 1, and nothing here does anything.
+    """index: which of `count` ranks this process is"""
 
-    sum_s  seconds spent in sums so far, waiting for the other ranks included; compiled steps do not count theirs
-    """
+    index: int = 0
+    count: int = 1
 
-    rank: int = 0
-    size: int = 1
-    sum_s: float = 0.0
+    def stretch(self, size: int) -> slice:
+        """This rank's of so many things that lie in a row."""
+        return slice(size * self.index // self.count, size * (self.index + 1) // self.count)
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x, on every rank. Any shape, x is not to be used again."""
-        if self.size == 1:
-            return x
-        x = x.contiguous()
-        if torch.compiler.is_compiling():
-            dist.all_reduce(x)
-            return x
-        began = time.perf_counter()
-        dist.all_reduce(x)
-        self.sum_s += time.perf_counter() - began
-        return x
+    def add_up(self, part: Tensor) -> Tensor:
+        """The sum of what each rank has. In the place of `part` where there are several, the same everywhere."""
+        if self.count > 1:
+            part = part.contiguous()
+            torch.distributed.all_reduce(part)
+        return part
 
-    def agreed(self, x: Tensor) -> Tensor:
-        """Rank 0's x, on every rank."""
-        if self.size > 1:
-            dist.broadcast(x, 0)
-        return x
-
-    def joined(self, part: Tensor) -> Tensor:
-        """All ranks' parts [n], one after the other -> [n ranks]"""
-        if self.size == 1:
+    def join_rows(self, part: Tensor, size: int) -> Tensor:
+        """What each rank has of `size` outputs, side by side. [..., rows of this rank] -> [..., size]"""
+        if self.count == 1:
             return part
-        parts = [torch.empty_like(part) for _ in range(self.size)]
-        dist.all_gather(parts, part.contiguous())
-        return torch.cat(parts)
+        most = -(-size // self.count)
+        padded = F.pad(part, (0, most - part.shape[-1])).contiguous()
+        parts = [torch.empty_like(padded) for _ in range(self.count)]
+        torch.distributed.all_gather(parts, padded)
+        owned = (Ranks(index, self.count).stretch(size) for index in range(self.count))
+        return torch.cat([one[..., : own.stop - own.start] for one, own in zip(parts, owned, strict=True)], dim=-1)
 
-    def own(self, whole: Tensor) -> Tensor:
-        """The reverse: this rank's part of [n ranks] -> [n]"""
-        return whole.chunk(self.size)[self.rank]
 
-    def divided(self, sizes: dict[str, int]) -> dict[str, int]:
-        """A rank's share of what a model has so many of. InputError for numbers that the ranks do not divide."""
-        if uneven := [f"{count} {name.replace('_', ' ')}" for name, count in sizes.items() if count % self.size]:
-            common = math.gcd(*sizes.values())
-            fitting = ", ".join(str(number) for number in range(1, common + 1) if common % number == 0)
+ALONE = Ranks()
+# What a config counts that is shared out. Each of them must divide, or a rank would have half a head.
+SHARED = {
+    "num_key_value_heads": "key/value heads", "num_attention_heads": "query heads",
+    "intermediate_size": "channels of a feed-forward network", "moe_intermediate_size": "channels of an expert",
+    "shared_expert_intermediate_size": "channels of the shared expert",
+}
+
+
+def share_of(config: Any, ranks: Ranks) -> Any:
+    """The config of one rank's share of a language model. InputError for numbers that the ranks do not divide."""
+    counts = {name: getattr(config, name) for name in SHARED if getattr(config, name, 0)}
+    for name, count in counts.items():
+        if count % ranks.count:
+            could = [str(ranks) for ranks in range(1, 65) if not any(one % ranks for one in counts.values())]
             raise InputError(
-                f"{self.size} ranks cannot share {', '.join(uneven)} evenly; so many ranks could: {fitting}"
+                f"{count} {SHARED[name]} cannot be shared out over {ranks.count} ranks; {', '.join(could)} "
+                f"{'ranks are' if len(could) > 1 else 'rank is'} possible with this model"
             )
-        return {name: count // self.size for name, count in sizes.items()}
-
-
-def ranks_here() -> Ranks:
-    """Those of torch.distributed, where they have been joined (popengine/torchrun.py)."""
-    if dist.is_available() and dist.is_initialized():
-        return Ranks(dist.get_rank(), dist.get_world_size())
-    return Ranks()
-
-
-# Of a config: what ranks share. Experts and shared experts are networks too, and have channels of their own.
-SHARED_FIELDS = (
-    "num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-)
-
-
-def shared_sizes(config: Any) -> dict[str, int]:
-    return {name: getattr(config, name) for name in SHARED_FIELDS if getattr(config, name, 0)}
+    return replace(config, ranks=ranks, **{name: count // ranks.count for name, count in counts.items()})

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from models.pruning.settings import RECOMMENDED, PruningSettings
+from popengine import torchrun
 from popengine.waiting import waiting
 from weights.errors import InputError, one_line
 
@@ -86,48 +87,33 @@ def run_as_command(
 ) -> NoReturn:
     """Run a command with these arguments (None: those of the process) and exit with its status."""
     open_standard_streams()
-    status = 2
+    status, said = 2, ""
     try:
-        with among_ranks():
-            flags = parser.parse_args(arguments)
-            refuse_shadowed_packages()
-            with insistent_interrupts():
-                run(flags)
-        sys.stdout.flush()
+        flags = parser.parse_args(arguments)
+        refuse_shadowed_packages()
+        with insistent_interrupts(), torchrun.one_of_several(flags):
+            run(flags)
+            sys.stdout.flush()
         status = 0
     except InputError as error:
-        complain(f"error: {error}")
+        said = f"error: {error}"
     except KeyboardInterrupt:
-        complain("")
         status = 130
     except BrokenPipeError:
         silence(sys.stdout)         # whoever read our output has gone, and nothing is left to say
         status = 141
     except OSError as error:
         of_file = "" if error.filename is None else f" ({error.filename})"
-        complain(one_line(f"error: reading or writing failed: {error.strerror or error}{of_file}"))
+        said = one_line(f"error: reading or writing failed: {error.strerror or error}{of_file}")
     except MemoryError:
-        complain("error: this machine has too little memory for that; ask for less, or for a smaller dtype")
-    sys.exit(status)
-
-
-@contextmanager
-def among_ranks() -> Iterator[None]:
-    """Under torchrun: whatever goes wrong on any of the ranks, one of them says so in one line, and all end."""
-    try:
-        yield
-    except BaseException as error:
-        if not started_by_torchrun() or (isinstance(error, SystemExit) and not error.code):
+        said = "error: this machine has too little memory for that; ask for less, or for a smaller dtype"
+    except RuntimeError as error:
+        if not torchrun.was_started():
             raise
-        stderr = sys.__stderr__ or sys.stderr           # ranks that are silent have another
-        line, status = importlib.import_module("popengine.torchrun").last_words(error)
-        if line:
-            print(f"error: {line}", file=stderr, flush=True)
-        os._exit(status)                                # at a usual end, PyTorch would wait for ranks that have gone
-
-
-def started_by_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+        said = one_line(f"error: the ranks have lost each other, or one has failed: {error}")
+    if status in (2, 130) and torchrun.says_why_it_failed():
+        complain(said)
+    sys.exit(status)
 
 
 def complain(line: str) -> None:
@@ -168,8 +154,6 @@ def start_pytorch(flags: argparse.Namespace) -> None:
     """PyTorch takes seconds to import: only when the flags have been understood, and with a word on a terminal."""
     with waiting("starting", sys.stderr.isatty() and not getattr(flags, "quiet", False)):
         importlib.import_module("torch")
-    if started_by_torchrun():
-        importlib.import_module("popengine.torchrun").join(flags)
 
 
 @contextmanager

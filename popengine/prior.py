@@ -24,6 +24,7 @@ from models.llama import LlamaForCausalLM
 from models.pruning.rules import Prior
 from models.pruning.settings import DENSE
 from popengine.sampling import Sampling
+from popengine.torchrun import from_each, is_first
 
 FORMAT = "popengine prior 1"
 # A network or attention, and which part of it: "h", what feeds down_proj or o_proj, or its factors "gate" and "up".
@@ -54,8 +55,8 @@ def prior_for(engine: Sampler, tokens: int, progress: bool) -> Prior:
     name = engine.fingerprint
     kept = cache_folder() / f"{name}.safetensors"
     found = read(engine.folder / FILE, name, model) or read(kept, name, model)
-    lacking = model.config.ranks.sum(torch.tensor([float(found is None)], device=engine.device))
-    if found is None or lacking > 0:
+    everywhere = from_each(found is not None)           # a rank on another machine may not have it
+    if found is None or not all(everywhere):
         found = make(engine, progress)
         write(kept, name, found, model)
     return Prior(found, tokens)
@@ -107,7 +108,7 @@ def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[Part, Tensor] |
     """A prior that was kept; None where there is none of this model: it is then made again."""
     if not path.is_file():              # nor a pipe, which would be waited for
         return None
-    places, ranks = observed(model), model.config.ranks
+    places = observed(model)
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
@@ -121,9 +122,10 @@ def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[Part, Tensor] |
     found: dict[Part, Tensor] = {}
     for key, tensor in tensors.items():
         place, _, part = key.rpartition(" ")
-        if place not in sizes or tensor.shape != (sizes[place] * ranks.size,) or not tensor.isfinite().all():
+        tensor = tensor[model.config.ranks.stretch(len(tensor))] if tensor.dim() else tensor
+        if place not in sizes or tensor.shape != (sizes[place],) or not tensor.isfinite().all():
             return None
-        found[places[place], part] = ranks.own(tensor).float().to(model.device)
+        found[places[place], part] = tensor.float().to(model.device)
     return found
 
 
@@ -131,8 +133,11 @@ def write(path: Path, name: str, prior: dict[Part, Tensor], model: LlamaForCausa
     """Keep a prior; where that cannot be done it is made again next time."""
     places: dict[nn.Module, str] = {one: place for place, one in observed(model).items()}
     ranks = model.config.ranks
-    tensors = {f"{places[one]} {part}": ranks.joined(values).cpu() for (one, part), values in prior.items()}
-    if ranks.rank > 0:
+    tensors = {
+        f"{places[one]} {part}": ranks.join_rows(values, ranks.count * len(values)).cpu().contiguous()
+        for (one, part), values in prior.items()
+    }
+    if not is_first():
         return
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     try:

@@ -80,8 +80,7 @@ class Run:
     def choose(self, logits: Tensor) -> Tensor:
         """logits [B, V] -> int64 [B]"""
         require_finite(logits, f"new token {self.new_tokens + 1} of prompt", 1)
-        # Ranks on unlike machines may round otherwise: rank 0's choice is everybody's.
-        return self.engine.model.config.ranks.agreed(next_tokens(logits, self.sampling, self.generator))
+        return next_tokens(logits, self.sampling, self.generator)
 
     def accept(self, chosen: Tensor) -> list[int | None]:
         """Take one token per sequence that is still running, and end those that are done."""

@@ -1,119 +1,133 @@
-"""Started by torchrun, a command's processes join here: one speaks, all read the same, and none waits for a dead one.
+"""Several processes that hold one model: joining those that torchrun has started, what they agree on, who speaks.
 
-    torchrun --nproc-per-node N -m popengine.generate ...
+`torchrun --nproc-per-node N -m popengine.generate ...` starts a command N times. The first rank reads standard input,
+writes results and speaks; of the others nothing is heard, unless one of them is the first to fail.
 """
 
-import io
+import importlib
 import os
-import signal
+import shutil
 import sys
-import time
-from argparse import Namespace
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from models.ranks import Ranks, ranks_here
+from models.ranks import ALONE, Ranks
 from weights.errors import InputError
 
-# How long ranks wait for each other at the start, and how long for the one that says what is wrong, in seconds.
-START_S, LAST_WORDS_S = 60.0, 1.0
-FAILED = "popengine failed"
+# A rank that waits so long for another has lost it.
+PATIENCE = timedelta(minutes=10)
+# Flags that name files, which may lie elsewhere on another machine, and where results are written.
+OF_FILES = ("ckpt", "text", "image", "calibration", "calibration_text")
+RESULTS = ("out", "json", "save_calibration")
 
 
-def join(flags: Namespace) -> None:
-    """Find the other ranks. InputError where one does not come, or was started otherwise."""
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    signal.signal(signal.SIGTERM, stop)
-    wait_for_all(rank, size)
-    on_cards = getattr(flags, "device", "cpu") != "cpu" and torch.cuda.is_available()
-    if on_cards:
-        if (local := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
-            raise InputError(f"rank {rank} has no card: {torch.cuda.device_count()} are here; start fewer per node")
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if on_cards else "gloo")
-    require_alike(f"PyTorch {torch.__version__}")
-    said = {name: value for name, value in vars(flags).items() if name not in ("ckpt", "words")}
-    require_alike(f"flags {said}")
-    sys.stdin = io.TextIOWrapper(io.BufferedReader(SharedInput(ranks_here())), "utf-8")
-    if rank > 0:
-        sys.stdout, sys.stderr = open(os.devnull, "w"), open(os.devnull, "w")  # noqa: SIM115  # for the whole run
+def was_started() -> bool:
+    """Whether torchrun has started this process, and others beside it."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def wait_for_all(rank: int, size: int) -> None:
-    """Until every rank is there, or one has failed: torch.distributed would wait for it."""
-    store, began = connect(), time.monotonic()
-    store.set(f"popengine came {rank}", "")
-    while not store.check([f"popengine came {one}" for one in range(size)]):
-        if store.check([FAILED]):
-            raise InputError("another rank has failed")
-        if time.monotonic() - began > START_S:
-            raise InputError(f"not all of {size} ranks have started within {START_S:.0f} s")
-        time.sleep(0.05)
+def is_first() -> bool:
+    """Whether this is the process that reads standard input, writes results and speaks."""
+    return not was_started() or os.environ.get("RANK", "0") == "0"
 
 
-def connect() -> dist.TCPStore:
-    """The table of words that torchrun keeps for all ranks."""
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=10)
-    )
+def distributed() -> Any:
+    """PyTorch takes seconds to import: only where there are ranks."""
+    return importlib.import_module("torch.distributed")
 
 
-def require_alike(mine: str) -> None:
-    """InputError where this is not the same on all ranks; by itself a process is alike."""
-    ranks = ranks_here()
-    if ranks.size == 1:
+def ranks() -> Ranks:
+    """What this process is among others. Joins them where torchrun has started it and nobody has yet."""
+    if not was_started():
+        return ALONE
+    group = distributed()
+    if not group.is_initialized():
+        torch = importlib.import_module("torch")
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        try:
+            group.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"the ranks could not join: {error}") from None
+    return Ranks(group.get_rank(), group.get_world_size())
+
+
+def from_each(value: Any) -> list[Any]:
+    """What each rank has."""
+    ours = ranks()
+    found: list[Any] = [value] * ours.count
+    if ours.count > 1:
+        distributed().all_gather_object(found, value)
+    return found
+
+
+def told_by_first(value: Any) -> Any:
+    """What the first rank has, on every rank: a seed that it has drawn, a text that it has read."""
+    box = [value]
+    if ranks().count > 1:
+        distributed().broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def agree(on: dict[str, Any]) -> None:
+    """InputError where ranks were started with other flags, files or versions than the first."""
+    found = from_each(on)
+    for index, theirs in enumerate(found):
+        for name in on:
+            if theirs[name] != found[0][name]:
+                raise InputError(f"rank {index} has another {name} than rank 0: {theirs[name]}, not {found[0][name]}")
+
+
+def heard_by_all(lines: Iterable[str]) -> Iterator[str]:
+    """Lines that the first rank reads, on every rank."""
+    iterator = iter(lines) if is_first() else iter(())
+    while (line := told_by_first(next(iterator, None))) is not None:
+        yield line
+
+
+@contextmanager
+def one_of_several(flags: Any) -> Iterator[None]:
+    """A command on every rank: joined, of the same flags, and with one of them that speaks and writes results.
+
+    The others write theirs to a folder that is thrown away, which begins as a copy of what is there already.
+    """
+    if not was_started():
+        yield
         return
-    all_have: list[Any] = [None] * ranks.size
-    dist.all_gather_object(all_have, mine)
-    for rank, other in enumerate(all_have):
-        if other != all_have[0]:
-            raise InputError(f"ranks must be started alike: rank 0 has {all_have[0]}, rank {rank} has {other}")
+    with tempfile.TemporaryDirectory() as thrown_away, open(os.devnull, "w") as nowhere:
+        ranks()
+        torch, popengine = sys.modules["torch"], importlib.import_module("popengine")
+        shown = {name: str(value) for name, value in sorted(vars(flags).items()) if name not in (*OF_FILES, *RESULTS)}
+        versions = {"version of popengine": popengine.__version__, "version of PyTorch": torch.__version__}
+        agree(versions | {f"--{name.replace('_', '-')}": value for name, value in shown.items()})
+        if not is_first():
+            for name in RESULTS:
+                asked = getattr(flags, name, None)
+                if asked:
+                    private = Path(thrown_away) / Path(asked).name
+                    if Path(asked).is_dir():
+                        shutil.copytree(asked, private)
+                    setattr(flags, name, type(asked)(private))
+            sys.stdout = sys.stderr = nowhere
+        from_each(None)                 # copied, before the first rank writes
+        try:
+            yield
+            distributed().destroy_process_group()
+        finally:
+            sys.stdout, sys.stderr = sys.__stdout__ or nowhere, sys.__stderr__ or nowhere
 
 
-def stop(*_: Any) -> NoReturn:
-    raise InputError("torchrun has stopped this rank: another one has ended, or the run was interrupted")
-
-
-def last_words(error: BaseException) -> tuple[str, int]:
-    """What to say of an error, and the status to end with. Empty where another rank has said what is wrong."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun ends all ranks once one has ended
-    status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 2
+def says_why_it_failed() -> bool:
+    """Whether this rank is the first to fail, and so says why; before the ranks have joined it is the first rank."""
+    group = sys.modules.get("torch.distributed")
+    if not was_started() or group is None or not group.is_initialized():
+        return is_first()
     try:
-        first = connect().add(FAILED, 1) == 1
-    except (RuntimeError, OSError):     # torchrun itself has gone
-        first = True
-    if not first:
-        time.sleep(LAST_WORDS_S)
-        return "", status
-    return f"rank {os.environ['RANK']}: {in_words(error)}", status
-
-
-def in_words(error: BaseException) -> str:
-    line = " ".join(str(error).split())[:300]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in line:
-        return f"too little memory: {line}; start more ranks, or use a --dtype with fewer bytes"
-    if isinstance(error, dist.DistError) or "gloo" in line or "Connection" in line:
-        return f"another rank has ended, or cannot be reached ({line[:100]})"
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    return line if isinstance(error, InputError) else f"{type(error).__name__}: {line}"
-
-
-class SharedInput(io.RawIOBase):
-    """Standard input of all ranks: what rank 0 reads. All must read alike."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self.file = ranks, sys.stdin.buffer if ranks.rank == 0 else None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        # One line at a time, so that a conversation need not end before it begins.
-        given: list[Any] = [self.file.readline(len(buffer)) if self.file is not None else None]
-        dist.broadcast_object_list(given, 0)
-        buffer[: len(given[0])] = given[0]
-        return len(given[0])
+        return group.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:                # the store has gone with the one that has spoken
+        return False

@@ -1,66 +1,54 @@
-"""What ranks and one process compute alike: cases that tests/test_ranks.py runs in both, here started by torchrun."""
+"""What two ranks and one process compute alike: tests/test_ranks_together.py runs it in both, here under torchrun."""
 
 import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
 from builders import LLAVA_TINY, MIXTRAL_TINY
-from smollm2_text import CHAT_PROMPT
 from torch import Tensor
 
 from models.pruning.settings import PruningSettings
 from popengine.loading import load
 from popengine.sampling import Sampling
-from popengine.torchrun import join
-from weights.default_checkpoint import default_checkpoint
-from weights.memory import peak_memory_bytes
 
 POP = {"ffn_ratio": 0.4, "candidate_width": 0.3}
 EVIDENCE = {"min_evidence": 30, "dense_every": 4, "redraw_every": 8, "prior": 16}
 SORTING = "sort 52713=12357; sort 9140=0149; sort 36627=23667; sort 4802=0248; sort 73150?"
 
-# By number of ranks: a name, the checkpoint (None: the tiny one that a test made), how it is loaded, what is pruned.
-CASES: dict[int, list[tuple[str, Path | None, dict[str, Any], dict[str, Any]]]] = {
-    2: [
-        ("dense", None, {}, {"prune_ratio": 0.0}),
-        ("pop", None, {}, POP),
-        ("heads", None, {}, POP | {"head_ratio": 0.5, "candidate_width": 0.6}),
-        ("evidence", None, {}, POP | EVIDENCE),
-        ("draft", None, {}, POP | {"rule": "draft", "candidate_width": 1.0}),
-        ("glass", None, {}, POP | {"rule": "glass", "prior": 16}),
-        ("prefill skip", None, {}, POP | {"prefill_skip": "1/3"}),
-        # Pruned, copies of four bits' columns are of eight, with a scale over a rank's own: near, and not equal.
-        ("int4", None, {"weights": "int4"}, {"prune_ratio": 0.0}),
-        ("mixtral dense", MIXTRAL_TINY, {}, {"prune_ratio": 0.0}),
-        ("mixtral", MIXTRAL_TINY, {}, POP),
-        ("mixtral evidence", MIXTRAL_TINY, {}, POP | EVIDENCE),
-        ("llava dense", LLAVA_TINY, {}, {"prune_ratio": 0.0}),
-        ("llava", LLAVA_TINY, {}, POP),
-        ("llava skip", LLAVA_TINY, {}, POP | {"prefill_skip": "1/4"}),
-    ],
-    3: [
-        ("smollm2 dense", default_checkpoint(), {}, {"prune_ratio": 0.0}),
-        ("smollm2", default_checkpoint(), {}, {"prune_ratio": 0.4}),
-    ],
-}
+# A name, the checkpoint (None: the tiny one that a test made), how it is loaded, what is pruned.
+CASES: list[tuple[str, Path | None, dict[str, Any], dict[str, Any]]] = [
+    ("dense", None, {}, {"prune_ratio": 0.0}),
+    ("pop", None, {}, POP),
+    ("heads", None, {}, POP | {"head_ratio": 0.5, "candidate_width": 0.6}),
+    ("evidence", None, {}, POP | EVIDENCE),
+    ("draft", None, {}, POP | {"rule": "draft", "candidate_width": 1.0}),
+    ("glass", None, {}, POP | {"rule": "glass", "prior": 16}),
+    ("prefill skip", None, {}, POP | {"prefill_skip": "1/3"}),
+    # Pruned, copies of four bits' columns are of eight, with a scale over a rank's own: near, and not equal.
+    ("int4", None, {"weights": "int4"}, {"prune_ratio": 0.0}),
+    ("mixtral dense", MIXTRAL_TINY, {}, {"prune_ratio": 0.0}),
+    ("mixtral", MIXTRAL_TINY, {}, POP),
+    ("mixtral evidence", MIXTRAL_TINY, {}, POP | EVIDENCE),
+    ("llava dense", LLAVA_TINY, {}, {"prune_ratio": 0.0}),
+    ("llava", LLAVA_TINY, {}, POP),
+    ("llava skip", LLAVA_TINY, {}, POP | {"prefill_skip": "1/4"}),
+]
 
 
 @torch.inference_mode()
-def compute(tiny: Path, ranks: int, groups: int) -> dict[str, tuple[Tensor, list[int]]]:
-    """Of every case for so many ranks: logits of the prompt, and of 48 greedy tokens those and the tokens."""
+def compute(tiny: Path, groups: int) -> dict[str, tuple[Tensor, list[int]]]:
+    """Of every case: logits of the prompt, and of 48 greedy tokens those and the tokens."""
     found, engine, loaded = {}, None, None
-    for name, checkpoint, how, settings in CASES[ranks]:
+    for name, checkpoint, how, settings in CASES:
         path = tiny if checkpoint is None else checkpoint
         if loaded != (path, how):
             engine, loaded = load(path, dtype="float32", device="cpu", **how), (path, how)
         assert engine is not None
-        prompt = CHAT_PROMPT if path == default_checkpoint() else SORTING
         images = [LLAVA_TINY / "example.png"] if path == LLAVA_TINY else []
         pruning = engine.resolve(PruningSettings(**settings, groups=groups))
         pieces = list(engine.stream(
-            prompt, images=images, max_new_tokens=48, pruning=pruning, sampling=Sampling(), ignore_eos=True
+            SORTING, images=images, max_new_tokens=48, pruning=pruning, sampling=Sampling(), ignore_eos=True
         ))
         ids = pieces[-1].prompt_token_ids
         tokens = [piece.token_id for piece in pieces[:-1]]
@@ -73,9 +61,6 @@ def compute(tiny: Path, ranks: int, groups: int) -> dict[str, tuple[Tensor, list
 
 
 if __name__ == "__main__":
-    join(Namespace(device="cpu"))
-    tiny, output, ranks = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    found = compute(tiny, ranks, 1)
+    found = compute(Path(sys.argv[1]), 1)
     # Every rank says what it has found: they must not differ.
-    rank = torch.distributed.get_rank()
-    torch.save((found, peak_memory_bytes(torch.device("cpu"))), output / f"{rank}.pt")
+    torch.save(found, Path(sys.argv[2]) / f"{torch.distributed.get_rank()}.pt")

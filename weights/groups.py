@@ -4,12 +4,9 @@ out and in are the sides of a weight [out, in], g the size of a group of neighbo
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from weights.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -28,19 +25,12 @@ class Groups:
         """Of a group."""
         return self.numbers.shape[1] // self.scale.shape[1]
 
-    def part(self, index: tuple[Any, ...], name: str) -> "Groups":
-        """At an index of slices of the two sides, () for all. InputError where columns are not whole groups."""
-        if not index:
-            return self
-        rows, columns = index
-        first, last, _ = columns.indices(self.numbers.shape[1])
-        if first % self.size or last % self.size:
-            raise InputError(
-                f"{name}: a part of {last - first} columns is not whole groups of {self.size}: "
-                "use weights int8 or plain"
-            )
-        of_groups = slice(first // self.size, last // self.size)
-        return Groups(self.numbers[index], self.scale[rows, of_groups], self.minimum[rows, of_groups])
+    def part(self, dim: int, own: slice) -> "Groups":
+        """Some rows (dim 0), or some columns (1) that begin and end with groups."""
+        if dim == 0:
+            return Groups(self.numbers[own], self.scale[own], self.minimum[own])
+        groups = slice(own.start // self.size, own.stop // self.size)
+        return Groups(self.numbers[:, own], self.scale[:, groups], self.minimum[:, groups])
 
     def values(self) -> Tensor:
         """float32 [out, in]"""
