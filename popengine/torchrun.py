@@ -108,7 +108,7 @@ def one_of_several(flags: Any) -> Iterator[None]:
         if not is_first():
             for name in RESULTS:
                 asked = getattr(flags, name, None)
-                if asked:
+                if asked and not isinstance(asked, bool):       # of some commands --json names no file
                     private = Path(thrown_away) / Path(asked).name
                     if Path(asked).is_dir():
                         shutil.copytree(asked, private)
