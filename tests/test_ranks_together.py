@@ -121,3 +121,12 @@ def test_an_interrupt_ends_all(tiny: Path) -> None:
     process.send_signal(signal.SIGINT)
     status, _, lines = said(process, 20)
     assert status != 0 and len(lines) <= 1
+
+
+def test_two_hosts_give_the_text_of_one_process() -> None:
+    done = subprocess.run(
+        ["tools/two_hosts.sh"], cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=False
+    )
+    if done.stdout.startswith("skipped"):
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0 and "the same text" in done.stdout, done.stderr
