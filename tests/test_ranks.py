@@ -74,17 +74,3 @@ def test_what_ranks_do_not_divide_is_named(checkpoint: Path) -> None:
     config = LlamaForCausalLM.read_config(json.loads((checkpoint / "config.json").read_text()))
     with pytest.raises(InputError, match=r"cannot be shared out over 7 ranks; 1, 2.* ranks are possible"):
         share_of(config, Ranks(0, 7))
-
-
-def test_a_command_speaks_once_and_fails_once(tmp_path: Path) -> None:
-    good = torchrun(
-        2, "-m", "popengine.generate", "--ckpt", str(MIXTRAL_TINY), "--prompt", "-", "-n", "4", "--temperature", "1",
-        "--json", "--prune-ratio", "0.4", input=SORT,
-    )
-    assert good.returncode == 0, good.stderr[-2000:]
-    assert json.loads(good.stdout)["prompt_token_ids"]
-    bad = torchrun(2, "-m", "popengine.generate", "--ckpt", str(tmp_path), "--prompt", "x")
-    assert bad.returncode != 0
-    assert [line for line in bad.stderr.splitlines() if line.startswith("error: ")] == [
-        f"error: {tmp_path}: no config.json there"
-    ] or bad.stderr.count("\nerror: ") + bad.stderr.startswith("error: ") == 1

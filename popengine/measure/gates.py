@@ -105,8 +105,8 @@ def gated_loss(
     )
     for index, (layer, gate) in enumerate(zip(model.model.layers, gates.unbind(dim=1), strict=True)):
         gate = gate[:, None].to(x.dtype)                                            # [T, 1]
-        x = x + layer.attended(layer.self_attn(layer.input_layernorm(x), step)) * gate
-        x = x + layer.after_mlp(layer.mlp(layer.before_mlp(x))) * gate
+        x = x + layer.attended(layer.ranks.add_up(layer.self_attn(layer.input_layernorm(x), step))) * gate
+        x = x + layer.after_mlp(layer.ranks.add_up(layer.mlp(layer.before_mlp(x)))) * gate
         x = x + given.added[index] if index < len(given.added) else x
     logits = model.head(x[:, -len(answer) :])[0]                                    # [A, V]
     said = torch.tensor(answer, device=x.device)                                    # [A]

@@ -1,0 +1,66 @@
+"""What two ranks and one process compute alike: tests/test_ranks_together.py runs it in both, here under torchrun."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from builders import LLAVA_TINY, MIXTRAL_TINY
+from torch import Tensor
+
+from models.pruning.settings import PruningSettings
+from popengine.loading import load
+from popengine.sampling import Sampling
+
+POP = {"ffn_ratio": 0.4, "candidate_width": 0.3}
+EVIDENCE = {"min_evidence": 30, "dense_every": 4, "redraw_every": 8, "prior": 16}
+SORTING = "sort 52713=12357; sort 9140=0149; sort 36627=23667; sort 4802=0248; sort 73150?"
+
+# A name, the checkpoint (None: the tiny one that a test made), how it is loaded, what is pruned.
+CASES: list[tuple[str, Path | None, dict[str, Any], dict[str, Any]]] = [
+    ("dense", None, {}, {"prune_ratio": 0.0}),
+    ("pop", None, {}, POP),
+    ("heads", None, {}, POP | {"head_ratio": 0.5, "candidate_width": 0.6}),
+    ("evidence", None, {}, POP | EVIDENCE),
+    ("draft", None, {}, POP | {"rule": "draft", "candidate_width": 1.0}),
+    ("glass", None, {}, POP | {"rule": "glass", "prior": 16}),
+    ("prefill skip", None, {}, POP | {"prefill_skip": "1/3"}),
+    # Pruned, copies of four bits' columns are of eight, with a scale over a rank's own: near, and not equal.
+    ("int4", None, {"weights": "int4"}, {"prune_ratio": 0.0}),
+    ("mixtral dense", MIXTRAL_TINY, {}, {"prune_ratio": 0.0}),
+    ("mixtral", MIXTRAL_TINY, {}, POP),
+    ("mixtral evidence", MIXTRAL_TINY, {}, POP | EVIDENCE),
+    ("llava dense", LLAVA_TINY, {}, {"prune_ratio": 0.0}),
+    ("llava", LLAVA_TINY, {}, POP),
+    ("llava skip", LLAVA_TINY, {}, POP | {"prefill_skip": "1/4"}),
+]
+
+
+@torch.inference_mode()
+def compute(tiny: Path, groups: int) -> dict[str, tuple[Tensor, list[int]]]:
+    """Of every case: logits of the prompt, and of 48 greedy tokens those and the tokens."""
+    found, engine, loaded = {}, None, None
+    for name, checkpoint, how, settings in CASES:
+        path = tiny if checkpoint is None else checkpoint
+        if loaded != (path, how):
+            engine, loaded = load(path, dtype="float32", device="cpu", **how), (path, how)
+        assert engine is not None
+        images = [LLAVA_TINY / "example.png"] if path == LLAVA_TINY else []
+        pruning = engine.resolve(PruningSettings(**settings, groups=groups))
+        pieces = list(engine.stream(
+            SORTING, images=images, max_new_tokens=48, pruning=pruning, sampling=Sampling(), ignore_eos=True
+        ))
+        ids = pieces[-1].prompt_token_ids
+        tokens = [piece.token_id for piece in pieces[:-1]]
+        state = engine.model.new_state(1, len(ids) + 49, pruning)
+        given = torch.tensor([[token % engine.model.config.vocab_size for token in ids]])
+        logits = [engine.model.prefill(engine.model.embed(given), state)]                       # [1, V]
+        logits += [engine.model.decode(torch.tensor([token]), state) for token in tokens[:8]]
+        found[name] = torch.cat(logits), tokens
+    return found
+
+
+if __name__ == "__main__":
+    found = compute(Path(sys.argv[1]), 1)
+    # Every rank says what it has found: they must not differ.
+    torch.save(found, Path(sys.argv[2]) / f"{torch.distributed.get_rank()}.pt")

@@ -1,0 +1,132 @@
+"""Ranks: processes that torchrun starts compute what one process does with as many groups, and end together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from builders import REPOSITORY, complete_checkpoint
+from rank_cases import compute
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With biases everywhere, and sides that two ranks share in whole groups of four bits."""
+    return complete_checkpoint(
+        tmp_path_factory.mktemp("ranks"), hidden_size=128, head_dim=32, intermediate_size=128, attention_bias=True,
+        mlp_bias=True, num_attention_heads=8, num_key_value_heads=2,
+    )
+
+
+def started(ranks: int, *arguments: object, **changes: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*TORCHRUN, str(ranks), *map(str, arguments)], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"} | changes,
+    )
+
+
+def said(process: subprocess.Popen[str], within: float = 60) -> tuple[int, str, list[str]]:
+    """Status, standard output, and the lines that ranks (not torchrun) say on stderr."""
+    out, err = process.communicate(timeout=within)
+    return process.returncode, out, [line for line in err.splitlines() if line.startswith("error:")]
+
+
+def test_ranks_compute_what_one_process_does_with_as_many_groups(
+    tiny: Path, tmp_path: Path
+) -> None:
+    status, out, lines = said(started(2, REPOSITORY / "tests" / "rank_cases.py", tiny, tmp_path), 120)
+    assert status == 0, (out, lines)
+    alone = compute(tiny, 2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.keys() == alone.keys()
+        for name, (logits, tokens) in found.items():
+            wanted, wanted_tokens = alone[name]
+            largest = max(1.0, float(wanted.abs().max()))          # sums of other parts round otherwise
+            assert float((logits - wanted).abs().max()) <= 1e-5 * largest, name
+            assert tokens == wanted_tokens, name
+
+
+def test_a_command_speaks_once_and_samples_alike(tiny: Path) -> None:
+    flags = ("--ckpt", tiny, "--prompt", "abc", "-n", 12, "--temperature", 1, "--paper", "--json", "--ignore-eos")
+    status, out, lines = said(started(2, "-m", "popengine.generate", *flags))
+    assert (status, lines) == (0, [])
+    assert len(json.loads(out)["token_ids"]) == 12              # of one rank, one object
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "words"),
+    [
+        (("--prune-ratio", "2"), 2, "prune ratio must be"),
+        ((), 3, "cannot be shared out over 3 ranks"),
+        (("--image", "nowhere.png"), 2, "this checkpoint is a text model"),
+    ],
+)
+def test_what_is_wrong_is_said_once_and_all_end(tiny: Path, flags: tuple[str, ...], ranks: int, words: str) -> None:
+    began = time.monotonic()
+    status, out, lines = said(started(ranks, "-m", "popengine.generate", "--ckpt", tiny, "--prompt", "a", *flags))
+    assert status != 0 and out == "" and time.monotonic() - began < 30
+    assert len(lines) == 1 and words in lines[0]
+
+
+DIFFERENTLY = """
+import os, runpy, sys
+rank, (_, checkpoint, how) = os.environ["RANK"], sys.argv
+sys.argv = ["generate", "--ckpt", checkpoint, "--prompt", "a", "-n", rank if how == "flags" else "99"]
+if how == "dies":
+    from popengine import run
+    def accept(self, chosen):
+        self.new_tokens += 1
+        if rank == "1" and self.new_tokens == 5:
+            os.kill(os.getpid(), 9)
+        return [0]
+    run.Run.accept = accept
+if how == "memory" and rank == "1":
+    from models import llama
+    def new_state(*_, **__):
+        raise MemoryError("of this test")
+    llama.LlamaForCausalLM.new_state = new_state
+runpy.run_module("popengine.generate", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("flags", "rank 1 has another --max-new-tokens than rank 0"), ("dies", "lost each other"),
+        ("memory", "too little memory"),
+    ],
+)
+def test_ranks_end_together(tiny: Path, tmp_path: Path, how: str, words: str) -> None:
+    (tmp_path / "differently.py").write_text(DIFFERENTLY)
+    began = time.monotonic()
+    status, _, lines = said(started(2, tmp_path / "differently.py", tiny, how))
+    assert status != 0 and time.monotonic() - began < 30
+    assert len(lines) == 1 and words in lines[0], lines
+
+
+def test_an_interrupt_ends_all(tiny: Path) -> None:
+    flags = ("--ckpt", tiny, "--prompt", "a", "-n", 200, "--ignore-eos", "--paper", "--prune-ratio", 0)
+    process = started(2, "-m", "popengine.generate", *flags)
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    status, _, lines = said(process, 20)
+    assert status != 0 and len(lines) <= 1
+
+
+def test_two_hosts_give_the_text_of_one_process() -> None:
+    done = subprocess.run(
+        ["tools/two_hosts.sh"], cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=False
+    )
+    if done.stdout.startswith("skipped"):
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0 and "the same text" in done.stdout, done.stderr
