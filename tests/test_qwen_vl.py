@@ -22,7 +22,7 @@ from models.known_text import evaluate
 from models.pruning.settings import DENSE, PruningSettings
 from models.qwen2_vl import Qwen2VLForConditionalGeneration as OurQwen
 from popengine.loading import load_model
-from popengine.pictures.images import image_size
+from popengine.pictures.images import image_size, processor_fields
 from popengine.pictures.patches import parse_patch_processing
 from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
@@ -319,6 +319,17 @@ def test_processors_as_released_equal_hugging_face(name: str, raw: dict, sizes: 
     for size in sizes:
         wanted = expected(images=[picture(*size)], return_tensors="pt")["pixel_values"]
         assert (ours.pixel_values(picture(*size)) - wanted).abs().max() <= 1e-3
+
+
+def test_processors_as_transformers_saves_them_are_read(tmp_path: Path) -> None:
+    """Alone, and as a part of processor_config.json."""
+    Qwen2VLImageProcessorPil(**PROCESSOR).save_pretrained(tmp_path)
+    wanted = parse_patch_processing(JsonObject(PROCESSOR, "here"))
+    assert parse_patch_processing(processor_fields(tmp_path)) == wanted
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": saved}))
+    assert parse_patch_processing(processor_fields(tmp_path)) == wanted
 
 
 def test_a_picture_lying_on_its_side_is_measured_upright(tmp_path: Path) -> None:
