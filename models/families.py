@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from models.gemma3 import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 from models.llama import LlamaForCausalLM
 from models.llava import LlavaForConditionalGeneration
 from models.mixtral import MixtralForCausalLM
@@ -20,6 +21,8 @@ ARCHITECTURES: dict[str, type[LlamaForCausalLM] | type[PictureModel]] = {
     "MixtralForCausalLM": MixtralForCausalLM,
     "Qwen2MoeForCausalLM": MixtralForCausalLM,
     "Qwen3MoeForCausalLM": MixtralForCausalLM,
+    "Gemma3ForCausalLM": Gemma3ForCausalLM,
+    "Gemma3ForConditionalGeneration": Gemma3ForConditionalGeneration,
     "LlavaForConditionalGeneration": LlavaForConditionalGeneration,
     "Qwen2VLForConditionalGeneration": Qwen2VLForConditionalGeneration,
     "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VLForConditionalGeneration,

@@ -63,8 +63,11 @@ class RotaryEmbedding(nn.Module):
         with torch.device("cpu"):
             self.register_buffer("frequencies", rotary_frequencies(rope, head_dim), persistent=False)
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [B, T], or of pictures [3, B, T] -> cos, sin [B, T, D], computed in float32."""
+    def forward(self, positions: Tensor, dtype: torch.dtype, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """positions [B, T], or of pictures [3, B, T] -> cos, sin [B, T, D], computed in float32.
+
+        window  of the layers it is for: other families turn by it
+        """
         wide = positions[..., None] if positions.dim() == 2 else positions[self.streams].movedim(0, -1)
         angles = wide.float() * self.frequencies                                    # [B, T, D/2]
         angles = torch.cat([angles, angles], dim=-1)                                # [B, T, D]

@@ -34,6 +34,16 @@ class PictureModel(nn.Module):
     around_image: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     refused_tokens: tuple[tuple[int, str], ...] = ()
 
+    @property
+    def mark(self) -> int:
+        """The token that prompts and chat templates have for a picture."""
+        return self.config.image_token_index
+
+    @property
+    def written_as(self) -> tuple[int | str, ...]:
+        """What it stands for, as it is tokenised: texts, and tokens by their ids."""
+        return (self.mark,)
+
     @classmethod
     def from_config(cls, raw: Any) -> "PictureModel":
         """A model of empty weights from a parsed config.json."""

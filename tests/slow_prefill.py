@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
 from models.layers import rotate
 from models.llama import LlamaForCausalLM
-from models.passes import PictureRows, View, decode_pass, prefill_pass
+from models.passes import PictureRows, View, decode_pass, prefill_pass, turned
 from models.pruning.resolve import Pruning
 from models.state import DecodeState
 
@@ -51,12 +52,12 @@ def two_passes(
         normed = layer.input_layernorm(first)
         k, v = attention.k_proj(normed).view(heads), attention.v_proj(normed).view(heads)       # [B, T - K, heads, D]
         k = k if attention.k_norm is None else attention.k_norm(k)
-        own.keys[:, :, : first.shape[1]] = rotate(k.transpose(1, 2), step.cos, step.sin)
+        own.keys[:, :, : first.shape[1]] = rotate(k.transpose(1, 2), *step.turns[own.heads.view])
         own.values[:, :, : first.shape[1]] = v.transpose(1, 2)
     for index, out in zip(range(first.shape[1], x.shape[1]), last.split(1, dim=1), strict=True):      # [B, 1, H]
         one = decode_pass(model.model.rotary, state.views, out, state.cache, state.live, together=True)
         if pictures is not None:
-            one.cos, one.sin = model.model.rotary(positions[..., index : index + 1], out.dtype)
+            one.turns = turned(model.model.rotary, state.views, positions[..., index : index + 1], out.dtype)
         for layer, own, more in zip(model.model.layers, state.layers, added, strict=True):
             out = layer.decode(out, own, one) + more[:, index : index + 1]
         state.cache.advance()
@@ -75,7 +76,8 @@ def without_keys(model: LlamaForCausalLM, tokens: Tensor, kept: int, first: int)
         x = layer(x, step)
     x = x[:, first:]
     masks = {view: None if mask is None else mask[..., first:, first:] for view, mask in step.masks.items()}
-    step = replace(step, cos=step.cos[:, first:], sin=step.sin[:, first:], masks=masks)
+    turns = {view: (cos[:, first:], sin[:, first:]) for view, (cos, sin) in step.turns.items()}
+    step = replace(step, turns=turns, masks=masks)
     for layer in model.model.layers[kept:]:
         x = layer(x, step)
     return model.head(x)
@@ -106,9 +108,10 @@ class SlowPrefillOnly:
         hook.remove()
         (x,) = reached                                                              # [1, T - K, H]
         positions = torch.arange(x.shape[1])[None] if positions is None else positions[..., : x.shape[1]]
-        cos, sin = body.rotary_emb(x, positions)                                    # [1, T - K, D]
         for layer in layers[self.kept :]:
             attention, normed = layer.self_attn, layer.input_layernorm(x)
+            kinds = [attention.layer_type] if isinstance(attention, Gemma3Attention) else []
+            cos, sin = body.rotary_emb(x, positions, *kinds)                        # [1, T - K, D]
             heads = (1, x.shape[1], -1, attention.head_dim)
             k, v = attention.k_proj(normed).view(heads), attention.v_proj(normed).view(heads)
             k = attention.k_norm(k) if hasattr(attention, "k_norm") else k

@@ -18,6 +18,7 @@ from builders import LLAVA_TINY, MIXTRAL_TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_gemma import complete_gemma
 from tiny_qwen_vl import FAMILIES as QWENS
 from tiny_qwen_vl import complete_qwen
 
@@ -183,6 +184,34 @@ def test_any_value_in_what_a_qwen_vl_reads(
             grid = processing.grid(picture.height, picture.width)
             if grid[0] * grid[1] < 1000:
                 model.encode_images(processing.pixel_values(picture), [grid])
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return complete_gemma(tmp_path_factory.mktemp("gemma"))
+
+
+GEMMA_FIELDS = (
+    "model_type", "text_config", "vision_config", "mm_tokens_per_image", "image_token_index", "boi_token_index",
+    "eoi_token_id", "tie_word_embeddings", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_activation", "query_pre_attn_scalar",
+    "sliding_window", "sliding_window_pattern", "layer_types", "rope_theta", "rope_local_base_freq", "rope_scaling",
+    "rope_parameters", "full_attention", "sliding_attention", "final_logit_softcapping", "attn_logit_softcapping",
+    "use_bidirectional_attention", "attention_bias", "image_size", "patch_size", "vision_use_head", "layer_norm_eps",
+)
+
+
+@cases(400)
+@given(
+    fields=st.dictionaries(st.sampled_from(GEMMA_FIELDS), values | numbers, min_size=1, max_size=3),
+    part=st.sampled_from(["", "text_config", "vision_config", "rope_parameters"]),
+)
+def test_any_value_in_what_a_gemma_reads(gemma: Path, part: str, fields: dict[str, Any]) -> None:
+    path = gemma / "config.json"
+    whole = json.loads(path.read_text())
+    (whole["text_config"][part] if part == "rope_parameters" else whole.get(part, whole)).update(fields)
+    with changed(path, json.dumps(whole).encode()), bounded():
+        read_all(gemma)
 
 
 FILES = (

@@ -15,6 +15,17 @@ from models.families import architecture
 from models.mixtral import MIXTRAL_NAMES
 from weights.errors import InputError
 
+# What Gemma-3 models have in common; of those that read pictures the shape is the text model's.
+GEMMA3: dict[str, Any] = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 262208, "head_dim": 256,
+    "max_position_embeddings": 131072, "sliding_window": 1024, "tie_word_embeddings": True,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}  # fmt: skip
+SMALL_GEMMA3 = GEMMA3 | {
+    "vocab_size": 262144, "num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": 32768,
+    "sliding_window": 512, "rope_scaling": None,
+}  # fmt: skip
+
 # Qwen2-VL, Qwen2.5-VL and Qwen3-VL: hidden size, FFN channels, layers, heads, key/value heads, tokens, and whether the
 # output projection is the embedding; then the tower's size, channels and blocks where they are not all the family's.
 QWEN_VL: dict[str, dict[str, Any]] = {
@@ -83,6 +94,20 @@ SHAPES: dict[str, dict[str, Any]] = {
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         },
+    },
+    "gemma-3-270m": SMALL_GEMMA3 | {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
+    "gemma-3-1b": SMALL_GEMMA3 | {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26},
+    "gemma-3-4b": GEMMA3 | {
+        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+    "gemma-3-12b": GEMMA3 | {
+        "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48, "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+    },
+    "gemma-3-27b": GEMMA3 | {
+        "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 62, "num_attention_heads": 32,
+        "num_key_value_heads": 16, "head_dim": 128, "query_pre_attn_scalar": 168,
     },
     **{name: qwen_vl(name.rpartition("-")[0], **sizes) for name, sizes in QWEN_VL.items()},
 }  # fmt: skip

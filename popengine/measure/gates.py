@@ -100,11 +100,13 @@ def gated_loss(
 ) -> Tensor:
     """Negative log-probability of the answer, summed, with what layers add times gates. x [1, T, H]; gates [T, L]"""
     given = pictures or PictureRows()
-    step = prefill_pass(model.model.rotary, map(View, model.config.windows), x, None, positions=given.positions)
+    step = prefill_pass(
+        model.model.rotary, map(View, model.config.windows), x, None, positions=given.positions, blocks=given.blocks
+    )
     for index, (layer, gate) in enumerate(zip(model.model.layers, gates.unbind(dim=1), strict=True)):
         gate = gate[:, None].to(x.dtype)                                            # [T, 1]
-        x = x + layer.self_attn(layer.input_layernorm(x), step) * gate
-        x = x + layer.mlp(layer.post_attention_layernorm(x)) * gate
+        x = x + layer.attended(layer.self_attn(layer.input_layernorm(x), step)) * gate
+        x = x + layer.after_mlp(layer.mlp(layer.before_mlp(x))) * gate
         x = x + given.added[index] if index < len(given.added) else x
     logits = model.head(x[:, -len(answer) :])[0]                                    # [A, V]
     said = torch.tensor(answer, device=x.device)                                    # [A]

@@ -46,10 +46,12 @@ SIGLIP_DEFAULTS = CLIP_DEFAULTS | {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
+GEMMA3_DEFAULTS = SIGLIP_DEFAULTS | {"resample": Image.Resampling.BILINEAR}
 DEFAULTS = {
     "CLIPImageProcessor": CLIP_DEFAULTS,
     "LlavaImageProcessor": CLIP_DEFAULTS,
     "SiglipImageProcessor": SIGLIP_DEFAULTS,
+    "Gemma3ImageProcessor": GEMMA3_DEFAULTS,
 }
 
 
@@ -214,11 +216,12 @@ def parse_image_processing(fields: JsonObject) -> ImageProcessing:
         raise InputError(
             f"{fields.where}: image processor {shown(name)} is not supported; supported are {', '.join(DEFAULTS)}"
         )
-    if fields.boolean("do_pad", False):
-        raise InputError(f"{fields.where}: an image processor with do_pad is not supported")
+    for step in ("do_pad", "do_pan_and_scan"):
+        if fields.boolean(step, False):
+            raise InputError(f"{fields.where}: an image processor with {step} is not supported")
     default = DEFAULTS[name]
     resized, cropped = (fields.boolean(f"do_{step}", default[f"do_{step}"]) for step in ("resize", "center_crop"))
-    size = size_of(fields, "size", default["size"], square=name == "SiglipImageProcessor")
+    size = size_of(fields, "size", default["size"], square="height" in default["size"])
     if size.get("longest_edge") is not None:
         raise InputError(f"{size.where}: longest_edge is not supported")
     keeps_proportions = size.get("shortest_edge") is not None

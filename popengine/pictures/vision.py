@@ -68,6 +68,9 @@ class TextOnly:
     def render(self, conversations: Sequence[Messages], images: Sequence[int], render: Render) -> list[str]:
         return [unless_failed(text) for text in render(conversations)]
 
+    def written_out(self, text: str) -> str:
+        return text
+
     def expand(self, ids: list[int], images: Sequence[ImageSource]) -> list[int]:
         if images:
             raise InputError(
@@ -105,28 +108,37 @@ class Vision:
         return self.model.config.unknown_fields + self.model.config.vision.unknown_fields
 
     @cached_property
-    def image_token(self) -> str:
-        """The image token as it is written in prompts."""
-        token = self.tokenizer.decode([self.image_token_id], skip_special_tokens=False)
-        if not token or self.tokenizer.token_id(token) != self.image_token_id:
+    def mark(self) -> str:
+        """What prompts and chat templates have for a picture."""
+        return self.token(self.model.mark)
+
+    def token(self, index: int) -> str:
+        """A token of pictures as it is written."""
+        token = self.tokenizer.decode([index], skip_special_tokens=False)
+        if not token or self.tokenizer.token_id(token) != index:
             raise InputError(
-                f"{self.directory}: config.json says that images stand at token {self.image_token_id}, "
+                f"{self.directory}: config.json says that images stand at token {index}, "
                 "and the tokenizer has no such token"
             )
         return token
+
+    def written_out(self, text: str) -> str:
+        """A text with everything that its marks stand for."""
+        pieces = (piece if isinstance(piece, str) else self.token(piece) for piece in self.model.written_as)
+        return text.replace(self.mark, "".join(pieces))
 
     @property
     def meant(self) -> tuple[str, ...]:
         """Whoever writes <image> into a message says where a picture stands."""
         before, after = self.model.around_image
         around = (self.tokenizer.decode([token], skip_special_tokens=False) for token in (*before, *after))
-        return self.image_token, *around
+        return self.mark, *around
 
     @cached_property
     def written(self) -> str:
         """A picture as it is written in prompts where no template does it."""
         before, after = (self.tokenizer.decode([*ids], skip_special_tokens=False) for ids in self.model.around_image)
-        return before + self.image_token + after
+        return before + self.mark + after
 
     @cached_property
     def processing(self) -> ImageProcessing:
@@ -191,7 +203,7 @@ class Vision:
         """A conversation with every content as a list of parts, images placed if none of it says where they stand."""
         parted = [message | {"content": self.parts(message.get("content"))} for message in messages]
         parts = [part for message in parted for part in message["content"]]
-        placed = any(part.get("type") == "image" or self.image_token in str(part.get("text")) for part in parts)
+        placed = any(part.get("type") == "image" or self.mark in str(part.get("text")) for part in parts)
         for message in [] if placed else parted:
             if message.get("role") == "user":
                 message["content"] = [{"type": "image"}] * images + message["content"]
@@ -221,9 +233,9 @@ class Vision:
         parts = [part for message in messages for part in message["content"]]
         written = [str(part["text"]) for part in parts if part.get("type") == "text"]
         pictures = sum(part.get("type") == "image" for part in parts)
-        pictures += sum(piece.count(self.image_token) for piece in written)
+        pictures += sum(piece.count(self.mark) for piece in written)
         return (
-            isinstance(text, str) and text.count(self.image_token) == pictures
+            isinstance(text, str) and text.count(self.mark) == pictures
             and all(piece.strip() in text for piece in written)
         )
 
@@ -245,7 +257,7 @@ class Vision:
         found, count = ids.count(self.image_token_id), len(images)
         if found != count:
             raise InputError(
-                f"the prompt has {found} image {'token' if found == 1 else 'tokens'} ({self.image_token}) and "
+                f"the prompt has {found} image {'token' if found == 1 else 'tokens'} ({self.mark}) and "
                 f"{count} {'image was' if count == 1 else 'images were'} given: there must be as many"
             )
         for token, what in self.model.refused_tokens:
