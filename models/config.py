@@ -204,6 +204,7 @@ def layer_windows(fields: ConfigReader, model_type: str, layers: int) -> tuple[i
         return (None if window is None else fields.integer("sliding_window", window),) * layers
     # Gemma, and Qwen with a switch: either a list of layer types or a rule that is each family's own.
     use_window = model_type == "gemma3_text" or fields.boolean("use_sliding_window", False)
+    fields.read.add("sliding_window")       # even where the switch says that it is not used
     window = fields.integer("sliding_window", 4096) if use_window else None
     max_layers = fields.integer("max_window_layers", 28, least=0)
     if model_type == "qwen3_moe":

@@ -18,11 +18,13 @@ from tiny_qwen_vl import AFTER, BEFORE, FAMILIES, IMAGE, PROCESSOR, VARIANTS, pi
 from torch import Tensor
 from transformers import Qwen2VLImageProcessorPil
 
+from models.families import architecture
 from models.known_text import evaluate
 from models.pruning.settings import DENSE, PruningSettings
 from models.qwen2_vl import Qwen2VLForConditionalGeneration as OurQwen
 from popengine.loading import load_model
-from popengine.pictures.images import image_size
+from popengine.measure.bench_shapes import SHAPES
+from popengine.pictures.images import image_size, processor_fields
 from popengine.pictures.patches import parse_patch_processing
 from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
@@ -321,6 +323,17 @@ def test_processors_as_released_equal_hugging_face(name: str, raw: dict, sizes: 
         assert (ours.pixel_values(picture(*size)) - wanted).abs().max() <= 1e-3
 
 
+def test_processors_as_transformers_saves_them_are_read(tmp_path: Path) -> None:
+    """Alone, and as a part of processor_config.json."""
+    Qwen2VLImageProcessorPil(**PROCESSOR).save_pretrained(tmp_path)
+    wanted = parse_patch_processing(JsonObject(PROCESSOR, "here"))
+    assert parse_patch_processing(processor_fields(tmp_path)) == wanted
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": saved}))
+    assert parse_patch_processing(processor_fields(tmp_path)) == wanted
+
+
 def test_a_picture_lying_on_its_side_is_measured_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -398,6 +411,65 @@ def test_every_spelling_is_read(variant: str, spelling: str, tied: bool, tmp_pat
         again = load_ours(tmp_path)
         assert again.config == config
         assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
+# What config.json has on the Hub, less what says nothing about the computation.
+PLACES = {"vision_start_token_id": 151652, "vision_end_token_id": 151653, "image_token_id": 151655,
+          "video_token_id": 151656}
+QWEN2_7B = PLACES | {
+    "vision_token_id": 151654, "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944,
+    "max_window_layers": 28, "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "sliding_window": 32768, "use_sliding_window": False,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 152064,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+}
+PATCHES = {"num_heads": 16, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+ON_THE_HUB: dict[str, dict[str, Any]] = {
+    "qwen2-vl-7b": QWEN2_7B | {
+        "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl",
+        "max_position_embeddings": 32768,
+        "vision_config": PATCHES | {
+            "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "in_chans": 3, "hidden_size": 3584,
+            "spatial_patch_size": 14,
+        },
+    },
+    "qwen2.5-vl-7b": QWEN2_7B | {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
+        "max_position_embeddings": 128000,
+        "vision_config": PATCHES | {
+            "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "in_chans": 3,
+            "out_hidden_size": 3584, "spatial_patch_size": 14, "window_size": 112, "tokens_per_second": 2,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+    },
+    "qwen3-vl-8b": PLACES | {
+        "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "tie_word_embeddings": False,
+        "text_config": {
+            "attention_bias": False, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+            "intermediate_size": 12288, "max_position_embeddings": 262144, "model_type": "qwen3_vl_text",
+            "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+            "rope_theta": 5000000, "vocab_size": 151936,
+        },
+        "vision_config": PATCHES | {
+            "deepstack_visual_indexes": [8, 16, 24], "depth": 27, "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 1152, "in_channels": 3, "intermediate_size": 4304, "model_type": "qwen3_vl",
+            "num_position_embeddings": 2304, "out_hidden_size": 4096, "patch_size": 16,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON_THE_HUB)
+def test_configs_on_the_hub_are_those_of_the_bench_shapes(name: str) -> None:
+    """Which leave out what is the families' own: so the defaults are right, and no released field is unknown."""
+    family = architecture(ON_THE_HUB[name], name)
+    config = family.read_config(ON_THE_HUB[name])
+    assert config == family.read_config(SHAPES[name])
+    assert not config.unknown_fields + config.vision.unknown_fields + config.text.unknown_fields
+    assert [config.text.rope.streams.count(stream) for stream in range(3)] == (
+        [24, 20, 20] if name == "qwen3-vl-8b" else [16, 24, 24]
+    )
 
 
 def test_keys_that_nobody_knows_are_named(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class TextOnly:
     def expand(self, ids: list[int], images: Sequence[ImageSource]) -> list[int]:
         if images:
             raise InputError(
-                "an image was given, and this checkpoint is a text model; LLaVA and Qwen-VL checkpoints read images"
+                "an image was given, and this checkpoint is a text model; LLaVA, Qwen-VL and Gemma-3 read images"
             )
         return ids
 
