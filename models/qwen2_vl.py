@@ -70,8 +70,8 @@ class QwenVisionConfig:
     @property
     def sides(self) -> tuple[int, ...]:
         """As LlamaConfig's."""
-        patch = self.patch_size, self.temporal_patch_size
-        return 3 * self.hidden_size, self.merged_size, self.out_hidden_size, self.intermediate_size, *patch
+        patch = max(self.patch_size, self.temporal_patch_size)
+        return 3 * self.hidden_size, self.merged_size, self.out_hidden_size, self.intermediate_size, patch
 
 
 @dataclass(frozen=True)
@@ -298,11 +298,9 @@ class VisionTower(nn.Module):
             self.register_buffer("frequencies", frequencies, persistent=False)
 
     def build(self) -> None:
-        """The modules."""
         config = self.config
         self.patch_embed = PatchEmbedding(config, bias=False)
-        blocks = (VisionBlock(config, nn.LayerNorm, VisionMLP(config)) for _ in range(config.depth))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(VisionBlock(config, nn.LayerNorm, VisionMLP(config)) for _ in range(config.depth))
         self.merger = PatchMerger(config, nn.LayerNorm)
 
     def places(self, grids: Sequence[Grid]) -> Tensor:

@@ -1,6 +1,8 @@
 """Packed weights: every product is that of the values they stand for, and a packed model is the plain one on them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from builders import MIXTRAL_TINY, SETTINGS, complete_checkpoint, generated, one_line_error
 from safetensors.torch import load_file, save_file
+from tiny_qwen_vl import complete_qwen, picture
 from torch import Tensor
 
 from models import packed
@@ -24,6 +27,8 @@ from popengine.loading import load
 from weights.checkpoint import open_checkpoint
 from weights.gguf_blocks import FOUR_BIT_TYPES
 from weights.groups import Groups, group
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ROWS = (1, 2, 3, 5, 9, 17, 40)
 KINDS = ("int8", "int4")
@@ -288,7 +293,7 @@ def quantised(folder: Path, source: Path, method: str, size: int = 32, **changes
     """A checkpoint of `source` in the layout of a method; returns the values of its matrices."""
     generator, values = torch.Generator().manual_seed(0), {}
     tensors = load_file(source / "model.safetensors")
-    for name in [name for name in tensors if "_proj" in name]:
+    for name in [name for name in tensors if name.endswith("_proj.weight") and "visual" not in name]:
         out, columns = tensors.pop(name).shape
         numbers = torch.randint(0, 16, (out, columns), generator=generator, dtype=torch.uint8)
         scale = (torch.rand(out, columns // size, generator=generator) * 0.05 + 0.01).half().float()
@@ -299,8 +304,9 @@ def quantised(folder: Path, source: Path, method: str, size: int = 32, **changes
         }
     about = {"quant_method": method, "bits": 4, "group_size": size} | changes
     config = json.loads((source / "config.json").read_text()) | {"quantization_config": about}
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / file).write_bytes((source / file).read_bytes())
+    for file in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        if (source / file).exists():
+            (folder / file).write_bytes((source / file).read_bytes())
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors")
     return values
@@ -318,6 +324,20 @@ def test_gptq_and_awq_are_read_number_by_number(tmp_path: Path, folder: Path, me
         assert isinstance(matrix, Int4Matrix)
         assert (matrix.values() - wanted).norm() / wanted.norm() < 0.006
     assert isinstance(four.generate("Hello", max_new_tokens=3)[0].text, str)
+
+
+def test_four_bits_beside_a_vision_tower(tmp_path: Path) -> None:
+    """As Qwen2.5-VL is released by AWQ: the tower stays as it is."""
+    source, folder = complete_qwen(tmp_path / "plain", "qwen2.5"), tmp_path / "awq"
+    folder.mkdir()
+    values = quantised(folder, source, "awq")
+    four = load(folder)
+    assert four.weights == "AWQ as int4"
+    name, wanted = next(iter(values.items()))
+    matrix = four.model.get_submodule(name.replace("language_model.", "").removesuffix(".weight"))
+    assert (matrix.values() - wanted).norm() / wanted.norm() < 0.006
+    answer = four.generate("Hello", images=[picture(24, 16)], max_new_tokens=3)[0]
+    assert answer.statistics.image_tokens == 6
 
 
 def test_what_cannot_be_read_exactly_is_refused(tmp_path: Path, folder: Path, capsys: Any) -> None:
@@ -346,3 +366,17 @@ def test_bad_forms_end_in_one_line(tmp_path: Path, folder: Path, capsys: Any) ->
     complete_checkpoint(tmp_path)                                                   # of hidden size 48
     error = one_line_error(main, capsys, "--ckpt", tmp_path, "--prompt", "Hi", "--weights", "int4")
     assert "has 48 columns, which groups of 32 do not divide: use weights int8" in error
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
+def test_the_default_run_takes_little_memory_beside_torch(default_gguf: Path) -> None:
+    """As `make run`: loading, a prompt of 170 tokens, steps. In a process of its own: 217 MB were measured."""
+    script = (
+        "import re, torch; peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        f"before = peak(); import popengine; engine = popengine.load({str(default_gguf)!r})\n"
+        f"prompt = open({str(ROOT / 'tools' / 'demonstration_prompt.txt')!r}).read()\n"
+        "engine.generate(prompt, max_new_tokens=3, pruning=popengine.PruningSettings(candidate_width=0.5))\n"
+        "print(peak() - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(run.stdout) < 280_000

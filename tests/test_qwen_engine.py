@@ -19,6 +19,7 @@ from popengine.info import main as info
 from popengine.loading import load
 from popengine.measure.gates import gated_loss
 from popengine.measure.scoring import Window, dense_log_probabilities, log_probabilities
+from popengine.methods.by_name import Request, pruning_for
 from popengine.pictures.patches import PatchVision
 from weights.errors import InputError
 
@@ -96,6 +97,13 @@ def test_every_setting_runs_with_a_picture(engine: Engine) -> None:
     ):
         answer = engine.generate("What?", images=[TALL], pruning=settings, max_new_tokens=6, ignore_eos=True)[0]
         assert len(answer.token_ids) == 6
+
+
+@pytest.mark.parametrize("method", ["frozen", "all-channels", "random", "magnitude"])
+def test_baselines_run_with_a_picture(engine: Engine, method: str) -> None:
+    pruning = pruning_for(method, Request(engine.model, PRUNED))
+    answer = engine.generate("What?", images=[TALL], pruning=pruning, max_new_tokens=6, ignore_eos=True)[0]
+    assert len(answer.token_ids) == 6
 
 
 def test_packed_weights_read_pictures(folder: Path, engine: Engine) -> None:

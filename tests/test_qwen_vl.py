@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from slow_masked import in_model_order, masked_decode
 from slow_pop import SlowPOP
 from slow_prefill import SlowPrefillOnly, two_passes
-from tiny_qwen_vl import AFTER, BEFORE, FAMILIES, IMAGE, PROCESSOR, VARIANTS, picture, reference_model
+from tiny_qwen_vl import AFTER, BEFORE, FAMILIES, IMAGE, PROCESSOR, VARIANTS, picture, randomised, reference_model
 from torch import Tensor
 from transformers import Qwen2VLImageProcessorPil
 
@@ -249,6 +249,34 @@ def test_a_slow_implementation_that_skips_layers_gives_the_same_tokens(family: t
     given["mm_token_type_ids"] = types[:, :-boundary]
     assert new == slow.generate(tokens[0].tolist(), 48, positions, **given)
     assert len(set(new)) > 5
+
+
+RELEASED = {
+    "qwen2": {"patch_size": 14},
+    "qwen2.5": {"patch_size": 14, "window_size": 112},
+    "qwen3": {"patch_size": 16, "num_position_embeddings": 2304},
+}
+
+
+@pytest.mark.parametrize("variant", RELEASED)
+@torch.inference_mode()
+def test_towers_of_the_released_patches_and_windows_equal_hugging_face(variant: str, tmp_path: Path) -> None:
+    """Pictures of a common size, of one token's height, and of more rows than the learned positions have."""
+    model_class, config = VARIANTS[variant]
+    config = deepcopy(config)
+    for name, value in RELEASED[variant].items():
+        setattr(config.vision_config, name, value)
+    reference = randomised(model_class, config)
+    reference.save_pretrained(tmp_path)
+    ours = load_ours(tmp_path)
+    processor = Qwen2VLImageProcessorPil(patch_size=config.vision_config.patch_size)
+    given = processor(images=[picture(320, 240), picture(29, 400), picture(60, 900)], return_tensors="pt")
+    grids = [(int(y) // 2, int(x) // 2) for _, y, x in given["image_grid_thw"]]
+    wanted = reference.model.visual(given["pixel_values"], grid_thw=given["image_grid_thw"])
+    found = ours.encode_images(given["pixel_values"], grids)
+    deeper = getattr(wanted, "deepstack_features", None)
+    features = wanted.pooler_output if deeper is None else torch.stack([wanted.pooler_output, *deeper])
+    assert (found - features).abs().max() <= 1e-4
 
 
 SIZES = [(24, 16), (37, 26), (8, 8), (5, 4), (300, 40), (40, 301), (17, 131), (64, 64)]
