@@ -36,6 +36,7 @@ VARIANTS: dict[str, Any] = {
     "rope scaling": Gemma3TextConfig(**TEXT, rope_parameters=LINEAR),
     "own scale": Gemma3TextConfig(**TEXT | {"num_key_value_heads": 1}, query_pre_attn_scalar=5),
     "biases, untied": Gemma3TextConfig(**TEXT, attention_bias=True, tie_word_embeddings=False),
+    "soft cap": Gemma3TextConfig(**TEXT, final_logit_softcapping=3.0),
     "window over all": Gemma3TextConfig(**TEXT | {"sliding_window": 64, "num_key_value_heads": 4}),
 }
 
@@ -143,7 +144,7 @@ def test_both_spellings_of_rope_read_alike() -> None:
     ("change", "named"),
     [
         ({"model_type": "gemma2"}, "'gemma2' is not one of gemma3_text"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not implemented"),
+        ({"final_logit_softcapping": 0}, "final_logit_softcapping must be a positive number"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not implemented"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not implemented"),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_type is not a kind of layer"),
@@ -398,7 +399,7 @@ def test_the_released_config_of_a_model_with_pictures() -> None:
         ({"mm_tokens_per_image": 16}, "divides the 6 patches"),
         ({"vision_config": VISION | {"image_size": 3}}, "patch_size .* must not be larger than image_size"),
         ({"image_token_index": "<image>"}, "image_token_index must be an integer"),
-        ({"text_config": {"final_logit_softcapping": 30.0}}, "text_config: final_logit_softcapping = 30.0"),
+        ({"text_config": {"attn_logit_softcapping": 30.0}}, "text_config: attn_logit_softcapping = 30.0"),
     ],
 )
 def test_a_config_with_pictures_that_cannot_be_is_one_clear_line(fields: dict, message: str) -> None:
