@@ -249,6 +249,20 @@ def test_logits_with_pictures_equal_hugging_face(pair: tuple, batch: str) -> Non
 
 
 @torch.inference_mode()
+def test_a_picture_of_the_released_geometry_has_256_tokens(tmp_path: Path) -> None:
+    """896 pixels in patches of 14, of which 4 x 4 make a token: means and their order are transformers'."""
+    config = picture_config()
+    config.vision_config.image_size, config.vision_config.patch_size = 896, 14
+    config.vision_config.num_hidden_layers, config.mm_tokens_per_image = 1, 256
+    reference = reference_model(config)
+    reference.save_pretrained(tmp_path)
+    pixel_values = torch.randn(1, 3, 896, 896, generator=torch.Generator().manual_seed(0))
+    wanted = reference.get_image_features(pixel_values).pooler_output
+    assert wanted.shape == (1, 256, 48)
+    torch.testing.assert_close(load_pictured(tmp_path).encode_images(pixel_values), wanted, atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
 def test_what_looks_both_ways_is_there(pair: tuple) -> None:
     """That the test above can fail: without blocks the logits are others."""
     model = pair[1]
