@@ -133,9 +133,6 @@ def keep_best(scores: Tensor, count: int) -> Tensor:
     return above | (ties & (ties.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
 
 
-def best(scores: Tensor, count: int) -> Tensor:
-    """Places of the `count` highest scores, in their order in memory, which reads what lies there fastest.
-
-    scores  [C] -> returns int64 [count]
-    """
-    return torch.nonzero_static(keep_best(scores, count), size=count).squeeze(-1)
+def places(keep: Tensor, count: int) -> Tensor:
+    """Where `count` are True, in memory's order, which reads what lies there fastest. bool [C] -> int64 [count]"""
+    return torch.nonzero_static(keep, size=count).squeeze(-1)
