@@ -49,7 +49,7 @@ class CompiledDecode:
         self.layers: Callable[..., Tensor] = compile(decode_layers)
         self.begin_dense: Callable[..., tuple[Tensor, PrefillPass]] = compile(LlamaForCausalLM.begin_dense)
         self.dense_layers: Callable[..., Tensor] = compile(prefill_layers)
-        self.head: Callable[..., Tensor] = compile(LlamaForCausalLM.head)
+        self.head: Callable[..., Tensor] = compile(type(model).head)
 
     def prepare(self, state: DecodeState) -> float:
         """Have the steps of this state compiled, so that no step of a run waits for it; returns the seconds it took."""

@@ -46,10 +46,12 @@ class Gemma3TextConfig(LlamaConfig):
 
     local_rope             of layers with a window
     query_pre_attn_scalar  products of queries and keys are divided by its root
+    final_logit_softcapping  logits are bent to stay within it; None: they are not, as in all released models
     """
 
     local_rope: RopeConfig = field(default_factory=RopeConfig)
     query_pre_attn_scalar: float = 256
+    final_logit_softcapping: float | None = None
 
     @property
     def attention_scale(self) -> float:
@@ -79,10 +81,12 @@ def read_gemma3_text_config(raw: Mapping[str, Any], where: str = "config.json") 
     fields.read.update(("rope_theta", "rope_local_base_freq", *UNUSED_FIELDS))
     values = read_decoder_fields(fields, "gemma3_text", FamilyDefaults())
     local = ConfigReader({"rope_parameters": of_window}, where)
+    cap = None if fields.get("final_logit_softcapping") is None else fields.number("final_logit_softcapping", None)
     return Gemma3TextConfig(
         **values | {"hidden_act": fields.text("hidden_activation")},
         local_rope=read_rope(local, LOCAL_THETA, values["max_position_embeddings"]),
         query_pre_attn_scalar=fields.number("query_pre_attn_scalar", None),
+        final_logit_softcapping=cap,
         unknown_fields=fields.finish(),
     )
 
@@ -144,6 +148,11 @@ class Gemma3ForCausalLM(LlamaForCausalLM):
         """tokens int64 [B, T] -> [B, T, H], times the root of H as the dtype rounds it (55.5 in bfloat16 for 55.4)"""
         x = super().embed(tokens)
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Final norm and output projection, within the soft cap. x [B, T, H] -> logits [B, T, V]"""
+        logits, cap = super().head(x), self.config.final_logit_softcapping
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ VARIANTS: dict[str, Any] = {
     "rope scaling": Gemma3TextConfig(**TEXT, rope_parameters=LINEAR),
     "own scale": Gemma3TextConfig(**TEXT | {"num_key_value_heads": 1}, query_pre_attn_scalar=5),
     "biases, untied": Gemma3TextConfig(**TEXT, attention_bias=True, tie_word_embeddings=False),
+    "soft cap": Gemma3TextConfig(**TEXT, final_logit_softcapping=3.0),
     "window over all": Gemma3TextConfig(**TEXT | {"sliding_window": 64, "num_key_value_heads": 4}),
 }
 
@@ -143,7 +144,7 @@ def test_both_spellings_of_rope_read_alike() -> None:
     ("change", "named"),
     [
         ({"model_type": "gemma2"}, "'gemma2' is not one of gemma3_text"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not implemented"),
+        ({"final_logit_softcapping": 0}, "final_logit_softcapping must be a positive number"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not implemented"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not implemented"),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_type is not a kind of layer"),
@@ -245,6 +246,20 @@ def test_logits_with_pictures_equal_hugging_face(pair: tuple, batch: str) -> Non
     for step in range(new.shape[1]):
         assert (logits - wanted[:, tokens.shape[1] - 1 + step]).abs().max() <= 1e-4
         logits = model.language_model.decode(new[:, step], state)
+
+
+@torch.inference_mode()
+def test_a_picture_of_the_released_geometry_has_256_tokens(tmp_path: Path) -> None:
+    """896 pixels in patches of 14, of which 4 x 4 make a token: means and their order are transformers'."""
+    config = picture_config()
+    config.vision_config.image_size, config.vision_config.patch_size = 896, 14
+    config.vision_config.num_hidden_layers, config.mm_tokens_per_image = 1, 256
+    reference = reference_model(config)
+    reference.save_pretrained(tmp_path)
+    pixel_values = torch.randn(1, 3, 896, 896, generator=torch.Generator().manual_seed(0))
+    wanted = reference.get_image_features(pixel_values).pooler_output
+    assert wanted.shape == (1, 256, 48)
+    torch.testing.assert_close(load_pictured(tmp_path).encode_images(pixel_values), wanted, atol=1e-4, rtol=0)
 
 
 @torch.inference_mode()
@@ -398,7 +413,7 @@ def test_the_released_config_of_a_model_with_pictures() -> None:
         ({"mm_tokens_per_image": 16}, "divides the 6 patches"),
         ({"vision_config": VISION | {"image_size": 3}}, "patch_size .* must not be larger than image_size"),
         ({"image_token_index": "<image>"}, "image_token_index must be an integer"),
-        ({"text_config": {"final_logit_softcapping": 30.0}}, "text_config: final_logit_softcapping = 30.0"),
+        ({"text_config": {"attn_logit_softcapping": 30.0}}, "text_config: attn_logit_softcapping = 30.0"),
     ],
 )
 def test_a_config_with_pictures_that_cannot_be_is_one_clear_line(fields: dict, message: str) -> None:

@@ -10,14 +10,17 @@ from builders import exit_status, generated, one_line_error
 from PIL import Image
 from tiny_gemma import complete_gemma, new_processor, picture
 from transformers import Gemma3ForConditionalGeneration, Gemma3Processor
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from models.pruning.settings import DENSE, PruningSettings
 from popengine import compare, generate, score
 from popengine.engine import Engine
 from popengine.info import main as info
 from popengine.loading import load
+from popengine.pictures.images import parse_image_processing
 from popengine.pictures.vision import Vision
 from weights.errors import InputError
+from weights.json_files import JsonObject
 
 PICTURES = [picture(61, 33), picture(20, 47), picture(24, 24)]
 
@@ -70,6 +73,12 @@ def test_prompts_pixels_and_logits_equal_transformers(
     inputs["input_ids"] = inputs["input_ids"].masked_fill(~real, 0)
     theirs = reference.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None)
     assert torch.equal(made.T, theirs[:, inputs["input_ids"].shape[1] :])
+
+
+def test_a_processor_that_says_nothing_takes_the_defaults() -> None:
+    processing = parse_image_processing(JsonObject({"image_processor_type": "Gemma3ImageProcessorFast"}, "test"))
+    wanted = torch.as_tensor(Gemma3ImageProcessorPil()(PICTURES[0], return_tensors="pt")["pixel_values"][0])
+    assert (processing.pixel_values(PICTURES[0]) - wanted).abs().max() <= 1e-3
 
 
 def generated_with(
