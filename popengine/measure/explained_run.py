@@ -63,6 +63,8 @@ class NetworkRecord:
     picked, wanted  by frame, bool [I] in the order of the columns: what the step ran of the candidates, and what the
                     dense model ranks highest there, as many as a step runs
     moved           by frame, mean |rank there - rank in the prompt| / I
+    left_out       by frame, the share of dense's squared scores in channels that the step did not run, and the least
+                    that as many channels could have left out
     """
 
     layer: int
@@ -72,6 +74,7 @@ class NetworkRecord:
     picked: dict[int, Tensor] = field(default_factory=dict)
     wanted: dict[int, Tensor] = field(default_factory=dict)
     moved: dict[int, float] = field(default_factory=dict)
+    left_out: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def drawing(self, frame: int) -> Drawing | None:
         """The one that holds for a frame's step."""
@@ -303,10 +306,18 @@ def watch(engine: Engine, run: Run, new: list[int], records: list[NetworkRecord]
         for position, own in zip(positions[~within].tolist(), scores[~within], strict=True):
             frame = position - prompt + 1
             drawing = record.drawing(frame)
-            if drawing is not None:
-                rank = ranks(own)                                                   # [I]
-                record.moved[frame] = float((rank - ranks(drawing.scores)).abs().float().mean()) / len(rank)
-                record.wanted[frame] = (rank < drawing.partition.sizes.active)[drawing.order]
+            if drawing is None:
+                continue
+            rank, sizes, squares = ranks(own), drawing.partition.sizes, own.square()                # [I] each
+            record.moved[frame] = float((rank - ranks(drawing.scores)).abs().float().mean()) / len(rank)
+            if frame in record.picked:          # neither a dense step nor an expert that the pruned model passed by
+                wanted, ran = rank < sizes.active, record.picked[frame].clone()
+                ran[: sizes.retained] = True
+                record.wanted[frame] = wanted[drawing.order]
+                of_all = squares.sum().clamp(min=1e-30)
+                record.left_out[frame] = (
+                    float(squares[drawing.order][~ran].sum() / of_all), float(squares[~wanted].sum() / of_all)
+                )
 
     watch_dense(engine.model, x, note)
     return (shares / max(1, seen)).tolist()
@@ -342,6 +353,7 @@ def encoded(record: NetworkRecord) -> dict[str, Any]:
         "wanted": masks(record.wanted),
         "moved": {frame: rounded(value) for frame, value in record.moved.items()},
         "changed": changed,
+        "left_out": {frame: [rounded(one) for one in pair] for frame, pair in record.left_out.items()},
     }
 
 

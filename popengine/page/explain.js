@@ -150,6 +150,9 @@ function fillWrong() {
   const chance = mean(measured.map(row => (row.channels - row.resident) / row.channels));
   byId("wrong").textContent = `The partition is right where the dense model wants no pruned channel. Of the channels that it `
     + `wanted at a step, ${percent(share)} were pruned here (a partition by chance: ${percent(chance)}).`;
+  const lost = which => mean(measured.map(row => mean(Object.values(row.left_out).map(pair => pair[which]))));
+  item(`Not every missed channel matters much. Weighed by their squared scores, the channels that a step did not run make `
+    + `${percent(lost(0))} of a layer's total; the same number of channels, chosen freely at every token, would have left out ${percent(lost(1))}.`);
   const byLayer = measured.map(row => [mean([...row.missed.values()]), row]).sort((a, b) => b[0] - a[0]);
   item(`Worst: ${byLayer.slice(0, 3).map(([value, row]) => `${row.name} (${percent(value)})`).join("; ")}. Best: ${byLayer.slice(-1).map(([value, row]) => `${row.name} (${percent(value)})`)[0]}.`);
   const perStep = frames.map((_, at) => [mean(measured.filter(row => row.missed.has(at)).map(row => row.missed.get(at))), at]).slice(1).sort((a, b) => b[0] - a[0]);
@@ -169,10 +172,10 @@ function fillTable() {
     const row = table.insertRow();
     for (const text of cells) { const cell = document.createElement(kind); cell.textContent = text; row.append(cell); }
   };
-  line(["network", "moved", "changed", "missed"], "th");
+  line(["network", "moved", "changed", "missed", "left out, weighed"], "th");
   for (const row of rows) {
     const of = (values, show) => values === undefined ? "–" : show(values);
-    line([row.name, of(row.moved[frame], value => value.toFixed(3)), of(row.changed[frame], percent), of(row.missed.get(frame), percent)], "td");
+    line([row.name, of(row.moved[frame], value => value.toFixed(3)), of(row.changed[frame], percent), of(row.missed.get(frame), percent), of(row.left_out[frame]?.[0], percent)], "td");
   }
 }
 
@@ -498,7 +501,7 @@ function drawAll() {
 
 function showLayer() {
   const row = rows[selected], wanted = row.wanted.get(frame), picked = row.picked.get(frame);
-  byId("layer-name").textContent = `${row.name} of ${run.layers_in_all}`;
+  byId("layer-name").textContent = `${row.name} (of ${run.layers_in_all} layers)`;
   drawCurve();
   drawHistory();
   let words = `${row.retained} channels retained, ${row.candidate} candidates of which a step picks ${row.picks}, ${row.channels - row.resident} pruned.`;
@@ -507,7 +510,7 @@ function showLayer() {
     for (let column = 0; column < row.channels; column++) {
       if (bit(wanted, column)) counts[column < row.retained ? 0 : column >= row.resident ? 3 : picked && bit(picked, column - row.retained) ? 1 : 2]++;
     }
-    words += ` Of the ${row.active} that dense wants for this token, ${counts[0]} are retained, ${counts[1]} picked, ${counts[2]} candidates that lost, and ${counts[3]} pruned.`;
+    words += ` Of the ${row.active} that dense wants for this token, ${counts[0]} are retained, ${counts[1]} picked, ${counts[2]} candidates that lost, and ${counts[3]} pruned; weighed by squared score, the step left out ${percent(row.left_out[frame][0])} (at best ${percent(row.left_out[frame][1])}).`;
   }
   byId("split").textContent = words;
 }
@@ -614,7 +617,7 @@ for (const name of ["history", "chances", "times"]) {
 document.addEventListener("keydown", onKey);
 layOut();
 const wished = /^#(\d+)(?:,(\d+))?$/.exec(location.hash);                           // page.html#token,layer
-selected = Math.min(rows.length - 1, wished && wished[2] ? Number(wished[2]) : Math.floor(rows.length / 2));
+selected = Math.min(rows.length - 1, wished && wished[2] ? Number(wished[2]) : Math.max(0, rows.findIndex((row, index) => index >= rows.length / 2 && row.picked.size)));
 show(wished ? Number(wished[1]) - 1 : Math.min(1, last));
 drawHeads();
 showPictures();
