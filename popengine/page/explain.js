@@ -110,6 +110,7 @@ function fillWords() {
   byId("verdict").textContent = steps.length
     ? `In this run a step read ${percent(read)} of the dense model's weights and took ${percent(time)} of its time (medians), and `
       + `${agreed} of ${frames.length} tokens are what the dense model would have said.`
+      + (time > 1 ? " Here it was not faster: on a model and a machine like this, choosing channels costs more than not reading the others saves." : "")
     : `This run has one new token, which the prompt gave: there is no step to watch. ${agreed ? "Dense would have said it too." : "Dense would have said another."}`;
   const spare = rows.find(row => row.drawings.length) || rows[0];
   const words = {
@@ -144,6 +145,10 @@ function fillWrong() {
   const measured = drawn.filter(row => row.missed.size);
   if (!measured.length) {
     byId("wrong").textContent = "There is no partition, or no step, in this run that could be wrong.";
+    return;
+  }
+  if (measured.every(row => row.resident === row.channels)) {
+    byId("wrong").textContent = "In this run no channel is out of a step's reach: the prompt prunes none for good, so it could not be wrong about one.";
     return;
   }
   const share = mean(measured.map(row => mean([...row.missed.values()])));
@@ -617,7 +622,7 @@ for (const name of ["history", "chances", "times"]) {
 document.addEventListener("keydown", onKey);
 layOut();
 const wished = /^#(\d+)(?:,(\d+))?$/.exec(location.hash);                           // page.html#token,layer
-selected = Math.min(rows.length - 1, wished && wished[2] ? Number(wished[2]) : Math.max(0, rows.findIndex((row, index) => index >= rows.length / 2 && row.picked.size)));
+selected = Math.min(rows.length - 1, wished && wished[2] ? Number(wished[2]) : Math.max(0, rows.findIndex((row, index) => index >= Math.floor(rows.length / 2) && row.picked.size)));
 show(wished ? Number(wished[1]) - 1 : Math.min(1, last));
 drawHeads();
 showPictures();
