@@ -18,7 +18,7 @@ from models.pruning.resolve import Pruning
 from models.state import DecodeState
 
 # Layers that one call of compiled code runs at most.
-MOST_LAYERS_PER_CALL = 4
+MOST_LAYERS_PER_CALL = 5
 
 
 class CompiledDecode:

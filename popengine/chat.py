@@ -158,8 +158,8 @@ class Chat:
         name, _, argument = line.strip().partition(" ")
         if name not in self.names():
             raise InputError(
-                f"{name} is no command{nearest(name, self.names())} (begin with a space to say it all the same); there "
-                f"are {' '.join(self.names())}"
+                f"{name} is no command (/help lists them; begin with a space to say it all the same)"
+                f"{nearest(name, self.names())}"
             )
         name, argument = name[1:].replace("-", "_"), argument.strip()
         if name in SETTINGS:
@@ -183,15 +183,18 @@ class Chat:
             tell(f"ended after {said} tokens; {more}")
 
     def set(self, name: str, word: str) -> None:
-        """Show a setting, or change it from the next turn on."""
+        """Change a setting from the next turn on, and show what it is."""
+        conversation = self.conversation
+        shown = name.replace("_", "-")
+        if word:
+            self.change(name, shown, word)
+        found = vars(conversation) | vars(conversation.sampling)
+        found |= self.statistics.pruning_report(self.engine.resolve(conversation.pruning))
+        tell(f"{shown} {found[name]}")
+
+    def change(self, name: str, shown: str, word: str) -> None:
         conversation = self.conversation
         owner = "pruning" if name in OF_PRUNING else "sampling" if name in OF_SAMPLING else None
-        shown = name.replace("_", "-")
-        if not word:
-            found = vars(conversation) | vars(conversation.sampling)
-            found |= self.statistics.pruning_report(self.engine.resolve(conversation.pruning))
-            tell(f"{shown} {found[name]}")
-            return
         try:
             value = None if word == "none" else SETTINGS[name](word)
         except ValueError:

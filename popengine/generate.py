@@ -28,7 +28,8 @@ def parser() -> argparse.ArgumentParser:
     flags = OneLineParser(
         "generate", "Generate text with Partition-guided Online Pruning (POP, arXiv 2602.06822).",
         'generate --prompt "Why is the sky blue?"\ngenerate --ckpt DIR --prompt "..." --prune-ratio 0.4',
-        "--prompt --image -n --temperature --system-prompt --prune-ratio --paper --dtype --weights --compile --json",
+        "--prompt --image -n --temperature --system-prompt --raw --prune-ratio --paper --dtype --weights --compile "
+        "--json",
     )
     add_checkpoint_flag(flags)
     flags.add_argument("--prompt", required=True, metavar="TEXT|-", help="the prompt; - reads it from standard input")

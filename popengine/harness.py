@@ -29,6 +29,7 @@ from popengine.methods.by_name import Request, pruning_for
 from popengine.methods.calibration import load_calibration
 from popengine.sampling import Sampling
 from popengine.text.chat import render_chat
+from popengine.text.spelled import Spelled
 from weights.errors import InputError
 from weights.json_files import shown
 
@@ -80,6 +81,8 @@ class PopengineLM(TemplateLM):
         model = self.engine.model
         loaded = None if calibration is None else load_calibration(Path(calibration), model)
         self.pruning = pruning_for(method, Request(model, chosen, loaded, seed, self.engine.resolve))
+        special = self.engine.tokenizer.special_tokens
+        self.spelled = Spelled(special, list(special), self.engine.chat_template or "")
 
     @property
     def eot_token_id(self) -> int:
@@ -96,7 +99,9 @@ class PopengineLM(TemplateLM):
         return self.eot_token_id if begin is None else begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """None: as the tokenizer does, unless the text begins with its token already."""
+        """None: as the tokenizer does, unless the text begins with its token already, or a template has written it."""
+        if self.spelled.is_in(string):
+            return self.spelled.encode(string, self.engine.tokenizer)
         begin = self.engine.tokenizer.bos_token
         if add_special_tokens is None:
             add_special_tokens = not (begin and string.startswith(begin))
@@ -213,8 +218,8 @@ class PopengineLM(TemplateLM):
             raise InputError("this checkpoint has no chat template: leave --apply_chat_template out")
         tokenizer = self.engine.tokenizer
         return render_chat(
-            self.engine.chat_template, chat_history, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token,
-            add_generation_prompt=add_generation_prompt,
+            self.engine.chat_template, self.spelled.hide(chat_history),
+            bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, add_generation_prompt=add_generation_prompt,
         )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

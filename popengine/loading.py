@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from popengine.engine import Engine
 from popengine.packing import Packer, choose_form
 from popengine.pictures.vision import TextOnly, Vision
 from popengine.text.chat import read_chat_template
+from popengine.text.isolated import IsolatedTokenizer
 from popengine.text.prompts import Prompts
 from popengine.text.tokenizer import FastTokenizer, TextTokenizer, open_tokenizer
 from popengine.waiting import waiting
@@ -53,11 +55,15 @@ def load(
     """
     began = time.perf_counter()
     where = choose_device(device)
-    with open_checkpoint(default_checkpoint() if checkpoint is None else checkpoint) as opened:
+    with (
+        open_checkpoint(default_checkpoint() if checkpoint is None else checkpoint) as opened,
+        ThreadPoolExecutor(max_workers=1) as beside,
+    ):
         form = choose_form(weights, opened, where, dtype)
         kind = choose_dtype(dtype, opened, where, packed=form != "plain")
-        tokenizer, template = open_text_side(opened)
+        text_side = beside.submit(open_text_side, opened)       # waits for a process most of its time
         loaded, forms = load_model(opened, kind, where, form, progress)
+        tokenizer, template = text_side.result()
         pictures: TextOnly | Vision
         if isinstance(loaded, LlavaForConditionalGeneration):
             model, pictures = loaded.language_model, Vision(loaded, tokenizer, opened.path)
@@ -166,8 +172,8 @@ def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device, packed
 def open_text_side(checkpoint: Checkpoint) -> tuple[TextTokenizer, str | None]:
     """Tokenizer and chat template, from the files beside the weights or from inside a .gguf."""
     if isinstance(checkpoint, GGUFCheckpoint):
-        tokenizer = FastTokenizer(checkpoint.tokenizer, checkpoint.bos_token, checkpoint.eos_token)
-        return tokenizer, checkpoint.chat_template
+        backend = IsolatedTokenizer(checkpoint.tokenizer_json, str(checkpoint.path))
+        return FastTokenizer(backend, checkpoint.bos_token, checkpoint.eos_token), checkpoint.chat_template
     return open_tokenizer(checkpoint.path), read_chat_template(checkpoint.path)
 
 

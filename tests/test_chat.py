@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import popengine.text.chat
 from popengine.text.chat import end_of_turn_token, read_chat_template, render_chat, render_chats
+from popengine.text.isolated import IsolatedTokenizer
 from popengine.text.tokenizer import FastTokenizer
 from weights.errors import InputError
 
@@ -297,7 +298,7 @@ def tokenizer() -> FastTokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"])
-    return FastTokenizer(backend, bos_token="<s>", eos_token="</s>")
+    return FastTokenizer(IsolatedTokenizer(backend.to_str(), "here"), bos_token="<s>", eos_token="</s>")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def controls(engine: Engine, ids: list[int]) -> list[str]:
             if one in engine.tokenizer.special_ids]
 
 
-pieces = st.sampled_from([*SPECIAL, "<|end", "|>", " ", "a", "é", "\ue000", "{{", "Hi"])
+pieces = st.sampled_from([*SPECIAL, "<|end", "|>", " ", "a", "é", "\U000f0000", "{{", "Hi"])
 words = st.lists(pieces, min_size=1, max_size=8)
 
 

@@ -11,6 +11,7 @@ from sentencepiece import SentencePieceTrainer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+from popengine.text.isolated import IsolatedTokenizer
 from popengine.text.tokenizer import FastTokenizer, TextStream, TextTokenizer, open_tokenizer
 from weights.errors import InputError
 
@@ -253,6 +254,40 @@ def test_an_id_without_a_token_is_no_text(tmp_path: Path, sentencepiece_model: b
     assert stream(tokenizer, [beyond, *ids, beyond + 7]) == "hello"
 
 
+# --- letters that spell control tokens
+
+
+@pytest.mark.parametrize("rule", ["byte level", "byte fallback", "first", "always", "never", "metaspace"])
+def test_letters_after_a_control_token_are_as_the_rest_of_a_text(
+    rule: str, tmp_path: Path, sentencepiece_model: bytes
+) -> None:
+    flags = {"always": {"legacy": True}, "never": {"add_prefix_space": False}}.get(rule, {})
+    if rule == "metaspace":         # of tokenizer.json, as transformers 5 writes Llama's: a space at the very start
+        (tmp_path / "source").mkdir()
+        source = sentencepiece_directory(tmp_path / "source", sentencepiece_model)
+        AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path)
+        content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+        content["normalizer"] = None
+        content["pre_tokenizer"] = {
+            "type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False,
+        }
+        write_json(tmp_path / "tokenizer.json", content)
+        tokenizer = open_tokenizer(tmp_path)
+    elif rule.startswith("byte"):
+        tokenizer = tokenizer_of(rule, tmp_path, sentencepiece_model)
+    else:
+        tokenizer = open_tokenizer(sentencepiece_directory(tmp_path, sentencepiece_model, **flags))
+    end = tokenizer.token_id("</s>")
+    for text in ("hello again", " hello", "a", "", "\n"):
+        follows = tokenizer.encode(text, add_special_tokens=False, parse_special=False, begins=False)
+        assert [end, *follows] == tokenizer.encode("</s>" + text, add_special_tokens=False)
+    spelled = tokenizer.encode("hello </s> you", add_special_tokens=False, parse_special=False, begins=False)
+    assert not tokenizer.special_ids & set(spelled)
+    assert tokenizer.decode([end, *spelled], skip_special_tokens=False).replace("</s> hello", "</s>hello") == (
+        "</s>hello </s> you"
+    )
+
+
 # --- streaming
 
 
@@ -420,6 +455,6 @@ def test_lone_surrogate_is_refused(any_tokenizer: TextTokenizer) -> None:
 def test_fast_tokenizer_marks_the_named_tokens_special() -> None:
     backend = byte_level_backend()
     backend.add_tokens([AddedToken("<end>", special=False)])
-    tokenizer = FastTokenizer(backend, bos_token=None, eos_token="<end>")
+    tokenizer = FastTokenizer(IsolatedTokenizer(backend.to_str(), "here"), bos_token=None, eos_token="<end>")
     assert tokenizer.token_id("<end>") in tokenizer.special_ids
     assert tokenizer.decode(tokenizer.encode("hello<end>", add_special_tokens=False)) == "hello"

@@ -46,9 +46,13 @@ def open_gguf(path: Path) -> GGUFCheckpoint:
     return checkpoint
 
 
+def tokenizer_of(path: Path) -> Tokenizer:
+    return Tokenizer.from_str(open_gguf(path).tokenizer_json)
+
+
 def message_of(path: Path) -> str:
     with pytest.raises(InputError) as caught:
-        _ = open_gguf(path).tokenizer
+        _ = tokenizer_of(path)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -161,11 +165,11 @@ def assert_same_tokens(ours: Tokenizer, reference: Tokenizer) -> None:
 @pytest.mark.parametrize("pre", [pre for pre in PRE_TOKENIZERS if pre != "smollm"])
 def test_byte_level_tokens_are_those_of_transformers(tmp_path: Path, pre: str) -> None:
     path = tiny_file(tmp_path / "m.gguf", byte_level_metadata(pre))
-    assert_same_tokens(open_gguf(path).tokenizer, read_by_transformers(path))
+    assert_same_tokens(tokenizer_of(path), read_by_transformers(path))
 
 
 def test_tokens_of_the_default_checkpoint_are_those_of_transformers_and_llama_cpp(default_gguf: Path) -> None:
-    ours, reference = open_gguf(default_gguf).tokenizer, read_by_transformers(default_gguf)
+    ours, reference = tokenizer_of(default_gguf), read_by_transformers(default_gguf)
     # transformers 5 does not know this file's pre-tokenizer and takes GPT-2's, which never joins the spaces before a
     # number. With the one SmolLM2's own tokenizer.json has, all agree.
     reference.pre_tokenizer = pre_tokenizers.Sequence(
@@ -185,7 +189,7 @@ def test_tokens_of_the_default_checkpoint_are_those_of_transformers_and_llama_cp
 def test_sentencepiece_tokens_are_those_of_sentencepiece_and_transformers(tmp_path: Path) -> None:
     model = sentencepiece_model()
     path = tiny_file(tmp_path / "m.gguf", sentencepiece_metadata(model), without=("tokenizer.ggml.merges",))
-    ours, reference = open_gguf(path).tokenizer, read_by_transformers(path)
+    ours, reference = tokenizer_of(path), read_by_transformers(path)
     for text in TEXT[:-1]:
         ids = ours.encode(text, add_special_tokens=False).ids
         assert ids == model.encode(text), text
@@ -197,11 +201,11 @@ def test_sentencepiece_tokens_are_those_of_sentencepiece_and_transformers(tmp_pa
 
 def test_sentencepiece_merges_follow_the_scores_not_the_ids(tmp_path: Path) -> None:
     metadata = sentencepiece_metadata(sentencepiece_model())
-    in_order = open_gguf(tiny_file(tmp_path / "m.gguf", metadata)).tokenizer
+    in_order = tokenizer_of(tiny_file(tmp_path / "m.gguf", metadata))
     for key in ("tokens", "scores", "token_type"):
         column = metadata[f"tokenizer.ggml.{key}"]
         metadata[f"tokenizer.ggml.{key}"] = column[:4] + column[:3:-1]
-    reversed_ids = open_gguf(tiny_file(tmp_path / "r.gguf", metadata)).tokenizer
+    reversed_ids = tokenizer_of(tiny_file(tmp_path / "r.gguf", metadata))
     for text in TEXT:
         assert reversed_ids.encode(text).tokens == in_order.encode(text).tokens
 
@@ -209,7 +213,7 @@ def test_sentencepiece_merges_follow_the_scores_not_the_ids(tmp_path: Path) -> N
 def test_sentencepiece_without_a_space_before_the_text(tmp_path: Path) -> None:
     model = sentencepiece_model(space_prefix=False)
     more = sentencepiece_metadata(model) | {"tokenizer.ggml.add_space_prefix": False}
-    ours = open_gguf(tiny_file(tmp_path / "m.gguf", more)).tokenizer
+    ours = tokenizer_of(tiny_file(tmp_path / "m.gguf", more))
     for text in TEXT:
         ids = ours.encode(text, add_special_tokens=False).ids
         assert ids == model.encode(text), text
@@ -222,7 +226,7 @@ def test_sentencepiece_without_a_space_before_the_text(tmp_path: Path) -> None:
 )
 def test_bos_and_eos_are_added_as_the_file_says(tmp_path: Path, flags: dict[str, bool], expected: str) -> None:
     path = tiny_file(tmp_path / "m.gguf", {f"tokenizer.ggml.{name}": value for name, value in flags.items()})
-    assert "".join(open_gguf(path).tokenizer.encode("ab").tokens) == expected
+    assert "".join(tokenizer_of(path).encode("ab").tokens) == expected
 
 
 # What is refused
@@ -244,7 +248,7 @@ def test_files_that_are_not_supported_say_why(tmp_path: Path) -> None:
     assert "is not in its vocabulary" in message_of(tiny_file(path, {"tokenizer.ggml.eos_token_id": 77}))
     repeated = {"tokenizer.ggml.tokens": ["a", "a", "b", "ab", "c"]}
     assert "twice in its vocabulary" in message_of(tiny_file(path, repeated))
-    assert "its tokenizer cannot be built" in message_of(tiny_file(path, {"tokenizer.ggml.merges": ["a z"]}))
+    assert "'a' and 'z' do not merge into a token" in message_of(tiny_file(path, {"tokenizer.ggml.merges": ["a z"]}))
     assert "the merge 'ab'" in message_of(tiny_file(path, {"tokenizer.ggml.merges": ["ab"]}))
 
 
@@ -314,7 +318,7 @@ def test_any_changed_byte_is_an_input_error_or_loads(tmp_path: Path) -> None:
         path.write_bytes(changed)
         try:
             checkpoint = open_gguf(path)
-            checkpoint.tokenizer.encode("ab <s> ba")
+            _ = checkpoint.tokenizer_json
             for name in checkpoint.entries:
                 checkpoint.read(name)
         except InputError:

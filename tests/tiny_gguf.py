@@ -127,8 +127,8 @@ def write_gguf(
 
 def byte_level_metadata(pre: str) -> dict[str, Any]:
     """A byte-level BPE trained on TEXT as `pre` splits it, with special tokens at both ends of the vocabulary."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
+    empty = json.loads(Tokenizer(models.BPE()).to_str())
+    tokenizer = Tokenizer.from_str(json.dumps(empty | {"pre_tokenizer": PRE_TOKENIZERS[pre]}))
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, special_tokens=["<|start|>", "<|end|>"])

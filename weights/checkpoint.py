@@ -61,6 +61,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         stored = checkpoint.stored_bytes(name)
         made.update(f"{name} {entry.shape} {len(stored)} ".encode())
         made.update(torch.cat([stored[:64], stored[-64:]]).numpy().tobytes())
+        checkpoint.release(name)
     return made.hexdigest()[:32]
 
 

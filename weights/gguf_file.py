@@ -14,14 +14,13 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from weights.entries import TensorEntry
 from weights.errors import InputError
 from weights.gguf_blocks import FOUR_BIT_TYPES, GROUP
 from weights.gguf_header import GGUFHeader, Metadata, read_header
-from weights.gguf_tokenizer import build_tokenizer, special_id
+from weights.gguf_tokenizer import special_id, tokenizer_json
 from weights.groups import Groups
 from weights.mapped_file import MappedFile
 
@@ -69,7 +68,7 @@ class GGUFCheckpoint:
     generation_config  {"eos_token_id": [every id that ends a text or a turn]}
     entries            every tensor under its Hugging Face name, in the order of the file
     mapped             False: `read` returns tensors of their own
-    tokenizer          a tokenizers.Tokenizer, built from the metadata when it is first asked for
+    tokenizer_json     what a tokenizer.json would say, written from the metadata when it is first asked for
     chat_template      jinja text or None
     bos_token          the text of the token that begins a text, or None; eos_token: of the one that ends it
     """
@@ -120,8 +119,8 @@ class GGUFCheckpoint:
         self.chat_template = metadata.text("tokenizer.chat_template", default="") or None
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return build_tokenizer(self._metadata)
+    def tokenizer_json(self) -> str:
+        return tokenizer_json(self._metadata)
 
     def read(self, name: str) -> Tensor:
         """The tensor in its entry's shape and dtype, on the CPU, dequantised and in Hugging Face's order."""

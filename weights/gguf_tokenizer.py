@@ -1,14 +1,11 @@
-"""The tokenizer of a .gguf file, rebuilt from its metadata with `tokenizers`.
+"""The tokenizer of a .gguf file, written from its metadata as a tokenizer.json.
 
 Two kinds: "gpt2", byte-level BPE with merges, whose way of splitting text into words is named by
 tokenizer.ggml.pre; and "llama", the BPE of sentencepiece with scores and byte fallback.
 """
 
+import json
 from typing import Any
-
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from tokenizers.normalizers import Normalizer
-from tokenizers.pre_tokenizers import PreTokenizer
 
 from weights.errors import InputError
 from weights.gguf_header import Metadata
@@ -31,33 +28,28 @@ TEKKEN = (
 )
 
 
-def words_of_gpt2() -> PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+WORDS_OF_GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
-def digits_then_words() -> PreTokenizer:
-    """Every digit by itself first, so that the spaces before a number are one run: what SmolLM was trained with."""
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words_of_gpt2()])
+def in_order(kind: str, *steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", kind: list(steps)}
 
 
-def words_by(pattern: str) -> PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+def words_by(pattern: str) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return in_order("pretokenizers", split, WORDS_OF_GPT2 | {"use_regex": False})
 
 
 # tokenizer.ggml.pre. Each of these was held to llama.cpp and to transformers; "default" is what the latter takes it for
 # (a file says it when its converter did not know the tokenizer).
 PRE_TOKENIZERS = {
-    "default": words_of_gpt2,
-    "gpt-2": words_of_gpt2,
-    "smollm": digits_then_words,
-    "llama-bpe": lambda: words_by(LLAMA3),
-    "qwen2": lambda: words_by(QWEN2),
-    "tekken": lambda: words_by(TEKKEN),
+    "default": WORDS_OF_GPT2,
+    "gpt-2": WORDS_OF_GPT2,
+    # Every digit by itself first, so that the spaces before a number are one run: what SmolLM was trained with.
+    "smollm": in_order("pretokenizers", {"type": "Digits", "individual_digits": True}, WORDS_OF_GPT2),
+    "llama-bpe": words_by(LLAMA3),
+    "qwen2": words_by(QWEN2),
+    "tekken": words_by(TEKKEN),
 }
 # A word that is a token is taken whole, whatever the merges say.
 WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")
@@ -65,8 +57,8 @@ WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")
 BEGIN_WITH_BOS = ("llama-bpe", "tekken")
 
 
-def build_tokenizer(metadata: Metadata) -> Tokenizer:
-    """The `tokenizers.Tokenizer` that a .gguf file describes; InputError for a kind that is not supported."""
+def tokenizer_json(metadata: Metadata) -> str:
+    """The tokenizer.json that a .gguf file describes; InputError for a kind that is not supported."""
     kind = metadata.text("tokenizer.ggml.model")
     tokens = metadata.strings("tokenizer.ggml.tokens")
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
@@ -76,30 +68,30 @@ def build_tokenizer(metadata: Metadata) -> Tokenizer:
     if len(types) not in (0, len(tokens)):
         raise InputError(f"{metadata.path} is corrupt: {len(tokens)} tokens, but {len(types)} token types")
 
-    try:
-        if kind == "gpt2":
-            tokenizer, begins = byte_level_tokenizer(metadata, vocabulary)
-        elif kind == "llama":
-            tokenizer, begins = sentencepiece_tokenizer(metadata, tokens, vocabulary, types), True
-        else:
-            raise InputError(f"{metadata.path} has a tokenizer of the kind {kind!r}; supported are 'gpt2' and 'llama'")
-    except InputError:
-        raise
-    except Exception as error:  # tokenizers reports a contradiction in its input as a plain Exception
-        raise InputError(f"{metadata.path}: its tokenizer cannot be built: {error}") from error
+    if kind == "gpt2":
+        parts, begins = byte_level_parts(metadata, vocabulary)
+    elif kind == "llama":
+        parts, begins = sentencepiece_parts(metadata, tokens, vocabulary, types), True
+    else:
+        raise InputError(f"{metadata.path} has a tokenizer of the kind {kind!r}; supported are 'gpt2' and 'llama'")
 
-    of_type = [(token, number) for token, number in zip(tokens, types, strict=False) if token]
-    tokenizer.add_special_tokens([special_token(token) for token, number in of_type if number == CONTROL])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token, number in of_type if number == USER_DEFINED])
     ends = metadata.flag("tokenizer.ggml.add_eos_token", default=False)
     begins = metadata.flag("tokenizer.ggml.add_bos_token", default=begins)
-    tokenizer.post_processor = between(
-        special_id(metadata, "bos") if begins else None, special_id(metadata, "eos") if ends else None, tokens
-    )
-    return tokenizer
+    bos, eos = special_id(metadata, "bos") if begins else None, special_id(metadata, "eos") if ends else None
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return json.dumps({
+        "version": "1.0",
+        "added_tokens": [
+            {"id": token_id, "content": token, "special": number == CONTROL, **plain}
+            for (token, token_id), number in zip(vocabulary.items(), types, strict=False)
+            if token and number in (CONTROL, USER_DEFINED)
+        ],
+        "post_processor": between(bos, eos, tokens),
+        **parts,
+    })
 
 
-def byte_level_tokenizer(metadata: Metadata, vocabulary: dict[str, int]) -> tuple[Tokenizer, bool]:
+def byte_level_parts(metadata: Metadata, vocabulary: dict[str, int]) -> tuple[dict[str, Any], bool]:
     """Byte-level BPE, and whether such a one begins a text with bos when the file does not say."""
     pre = metadata.text("tokenizer.ggml.pre", default="default")
     if pre not in PRE_TOKENIZERS:
@@ -107,23 +99,25 @@ def byte_level_tokenizer(metadata: Metadata, vocabulary: dict[str, int]) -> tupl
             f"{metadata.path}: its tokenizer splits text as {pre!r} (tokenizer.ggml.pre); supported are "
             f"{', '.join(PRE_TOKENIZERS)}"
         )
-    merges = []
-    for merge in metadata.strings("tokenizer.ggml.merges"):
+    merges = metadata.strings("tokenizer.ggml.merges")
+    for merge in merges:
         left, _, right = merge.partition(" ")
         if not left or not right or " " in right:
             raise InputError(f"{metadata.path} is corrupt: the merge {merge!r} is not two tokens with a space between")
-        merges.append((left, right))
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in WHOLE_WORDS_FIRST))
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer, pre in BEGIN_WITH_BOS
+        if not (left in vocabulary and right in vocabulary and left + right in vocabulary):
+            raise InputError(f"{metadata.path} is corrupt: {left!r} and {right!r} do not merge into a token")
+    parts = {
+        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+        "pre_tokenizer": PRE_TOKENIZERS[pre],
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges, "ignore_merges": pre in WHOLE_WORDS_FIRST},
+        "decoder": WORDS_OF_GPT2,
+    }
+    return parts, pre in BEGIN_WITH_BOS
 
 
-def sentencepiece_tokenizer(
+def sentencepiece_parts(
     metadata: Metadata, tokens: list[str], vocabulary: dict[str, int], types: Any
-) -> Tokenizer:
+) -> dict[str, Any]:
     """BPE over characters in which ▁ stands for a space, bytes as <0x..> where a character has no token."""
     scores = metadata.numbers("tokenizer.ggml.scores")
     if len(scores) != len(tokens):
@@ -142,36 +136,43 @@ def sentencepiece_tokenizer(
     # sentencepiece joins the pair whose whole scores best; the sort keeps the order of equals.
     merges.sort(key=lambda merge: -merge[0])
     unknown = special_id(metadata, "unknown")
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocabulary,
-            merges=[(left, right) for _, left, right in merges],
-            unk_token=None if unknown is None else tokens[unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    steps: list[Normalizer] = [normalizers.Replace(" ", "▁")]
-    after: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    before: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    after: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}
+    ]
     if metadata.flag("tokenizer.ggml.add_space_prefix", default=True):
-        steps.insert(0, normalizers.Prepend("▁"))
-        after.append(decoders.Strip(content=" ", left=1, right=0))
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.decoder = decoders.Sequence(after)
-    return tokenizer
+        before.insert(0, {"type": "Prepend", "prepend": "▁"})
+        after.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {
+        "normalizer": in_order("normalizers", *before),
+        "model": {
+            "type": "BPE",
+            "vocab": vocabulary,
+            "merges": [(left, right) for _, left, right in merges],
+            "unk_token": None if unknown is None else tokens[unknown],
+            "fuse_unk": True,
+            "byte_fallback": True,
+        },
+        "decoder": in_order("decoders", *after),
+    }
 
 
-def between(bos: int | None, eos: int | None, tokens: list[str]) -> processors.TemplateProcessing | None:
+def between(bos: int | None, eos: int | None, tokens: list[str]) -> dict[str, Any] | None:
     """What puts the bos token before a text and the eos token after it, each where it is not None."""
-    marks = [(tokens[token_id], token_id) for token_id in (bos, eos) if token_id is not None]
+    marks = {token_id: {"SpecialToken": {"id": tokens[token_id], "type_id": 0}}
+             for token_id in (bos, eos) if token_id is not None}
     if not marks:
         return None
-    pieces = [*([tokens[bos]] if bos is not None else []), "$A", *([tokens[eos]] if eos is not None else [])]
-    return processors.TemplateProcessing(single=pieces, special_tokens=marks)
-
-
-def special_token(token: str) -> AddedToken:
-    return AddedToken(token, normalized=False, special=True)
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [*([marks[bos]] if bos is not None else []), text, *([marks[eos]] if eos is not None else [])],
+        "pair": [],
+        "special_tokens": {
+            tokens[token_id]: {"id": tokens[token_id], "ids": [token_id], "tokens": [tokens[token_id]]}
+            for token_id in marks
+        },
+    }
 
 
 def special_id(metadata: Metadata, which: str) -> int | None:

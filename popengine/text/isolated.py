@@ -1,5 +1,6 @@
-"""A tokenizer.json in a process of its own (tokenizer_sandbox.py), to be used like a `tokenizers.Tokenizer`."""
+"""A checkpoint's tokenizer in a process of its own (tokenizer_sandbox.py): what can be asked of it."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -7,7 +8,6 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from tokenizers import AddedToken
@@ -20,20 +20,18 @@ SANDBOX = Path(__file__).resolve().with_name("tokenizer_sandbox.py")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-class IsolatedTokenizer:
-    """What FastTokenizer asks of its backend, asked of a process that has bounds on time and memory.
+class Isolated:
+    """A process that holds a tokenizer, with bounds on time and memory.
 
     A request past the bounds ends the process, and is an InputError; the next one finds a new process, which is told
     all that the last one was told. where: how messages call the file
     """
 
-    def __init__(self, content: str, where: str) -> None:
+    def __init__(self, package: str, content: str, where: str) -> None:
         self.where = where
-        self.told: list[list[Any]] = [["load", content, package_folders("tokenizers")]]
+        self.told: list[list[Any]] = [["load", package, content, package_folders(package)]]
         self.process: subprocess.Popen[str] | None = None
         self.lock = threading.Lock()
-        self.encode_special_tokens = False
-        self.ask("size")
 
     def ask(self, *request: Any, keep: bool = False) -> Any:
         """One request and its answer. keep: a new process has to be told it, too"""
@@ -73,8 +71,7 @@ class IsolatedTokenizer:
             raise InputError(f"{self.where}: {what} took more time or memory than any tokenizer needs") from None
         if "error" in found:
             reason = found["error"].removeprefix("Cannot instantiate Tokenizer from string: ")
-            hint = lfs_hint(self.told[0][1][:100].encode())
-            raise InputError(f"{self.where}: not a readable tokenizer.json ({reason}){hint}")
+            raise InputError(f"{self.where}: its tokenizer cannot be built ({reason})")
         return found["answer"]
 
     def stop(self) -> None:
@@ -82,29 +79,60 @@ class IsolatedTokenizer:
             self.process = None
             self.finalizer()
 
+
+class IsolatedTokenizer(Isolated):
+    """That of a tokenizer.json. content: the file's text"""
+
+    def __init__(self, content: str, where: str) -> None:
+        super().__init__("tokenizers", content, where)
+        try:
+            self.size: int = self.ask("size")       # of the vocabulary, without added tokens
+        except InputError as error:
+            raise InputError(f"{error}{lfs_hint(content[:100].encode())}") from None
+
     def add_tokens(self, tokens: Sequence[AddedToken], special: bool = False) -> None:
         told = [(token.content, {name: getattr(token, name) for name in FLAGS}) for token in tokens]
         if told:
             self.ask("add", told, special, keep=True)
 
-    def add_special_tokens(self, tokens: Sequence[AddedToken]) -> None:
-        self.add_tokens(tokens, special=True)
-
-    def get_added_tokens_decoder(self) -> dict[int, AddedToken]:
+    def added_tokens(self) -> dict[int, AddedToken]:
         return {number: AddedToken(content, **flags) for number, content, flags in self.ask("added")}
-
-    def get_vocab_size(self, with_added_tokens: bool) -> int:
-        """Without added tokens."""
-        return self.ask("size")
 
     def token_to_id(self, token: str) -> int | None:
         return self.ask("number", token)
 
-    def encode(self, text: str, add_special_tokens: bool) -> SimpleNamespace:
-        return SimpleNamespace(ids=self.ask("encode", text, add_special_tokens, not self.encode_special_tokens))
+    def encode(self, text: str, add_special_tokens: bool, parse_special: bool, begins: bool) -> list[int]:
+        return self.ask("encode", text, add_special_tokens, parse_special, begins)
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self.ask("decode", ids, skip_special_tokens)
+
+
+class IsolatedSentencePiece(Isolated):
+    """That of a tokenizer.model.
+
+    texts           every piece, by its id
+    controls        ids of control tokens and the unknown one; byte_ids: of raw bytes
+    bos_id, eos_id  -1 where the model has none
+    """
+
+    def __init__(self, content: bytes, where: str) -> None:
+        super().__init__("sentencepiece", base64.b64encode(content or b"\0").decode(), where)
+        try:
+            found = self.ask("pieces")
+        except InputError as error:
+            raise InputError(
+                f"{error}; a checkpoint whose tokenizer.model is not sentencepiece's needs tokenizer.json beside "
+                f"it{lfs_hint(content)}"
+            ) from None
+        self.texts: list[str] = found["texts"]
+        self.controls: list[int] = found["controls"]
+        self.byte_ids: list[int] = found["bytes"]
+        self.bos_id: int = found["bos"]
+        self.eos_id: int = found["eos"]
+
+    def encode(self, text: str) -> list[int]:
+        return self.ask("encode", text)
 
 
 def end(process: subprocess.Popen[str]) -> None:

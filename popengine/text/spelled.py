@@ -11,7 +11,7 @@ from typing import Any
 
 from popengine.text.tokenizer import TextTokenizer
 
-PRIVATE_USE = range(0xE000, 0xF900)
+PRIVATE_USE = range(0xF0000, 0xFFFFE)     # not the lower one, where fonts of symbols live
 
 
 class Spelled:
@@ -32,10 +32,13 @@ class Spelled:
             return {name: self.hide(inner) for name, inner in value.items()}
         return [self.hide(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
+    def is_in(self, text: str) -> bool:
+        return any_of(self.tokens).search(text) is not None
+
     def encode(self, text: str, tokenizer: TextTokenizer) -> list[int]:
         """Token ids of a rendered text, in which marks stand for letters."""
         marks = any_of(self.tokens)
-        if not marks.search(text):
+        if not self.is_in(text):
             return tokenizer.encode(text, add_special_tokens=False)
         ids: list[int] = []
         meant = ""                              # a stretch whose control tokens the template has written
@@ -43,11 +46,11 @@ class Spelled:
             if not marks.search(piece):
                 meant += piece
                 continue
-            ids += tokenizer.encode(meant, add_special_tokens=False)
+            ids += tokenizer.encode(meant, add_special_tokens=False, begins=not ids)
             letters = marks.sub(lambda found: self.tokens[found.group()], piece)
-            ids += tokenizer.encode(letters, add_special_tokens=False, parse_special=False)
+            ids += tokenizer.encode(letters, add_special_tokens=False, parse_special=False, begins=not ids)
             meant = ""
-        return ids + tokenizer.encode(meant, add_special_tokens=False)
+        return ids + tokenizer.encode(meant, add_special_tokens=False, begins=not ids)
 
 
 def leaves(value: Any) -> Iterable[str]:

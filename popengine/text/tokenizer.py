@@ -1,7 +1,7 @@
 """Text to token ids and back, for both kinds of tokenizer file a checkpoint brings, and decoding while tokens arrive.
 
-tokenizer.json is read by `tokenizers` (FastTokenizer), tokenizer.model by `sentencepiece` (SentencePieceTokenizer).
-Both decode as Hugging Face does; TextStream works on either.
+tokenizer.json is read by `tokenizers` (FastTokenizer), tokenizer.model by `sentencepiece` (SentencePieceTokenizer),
+each in a process of its own (popengine/text/isolated.py). Both decode as Hugging Face does; TextStream works on either.
 """
 
 import re
@@ -9,12 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 
-from popengine.text.isolated import IsolatedTokenizer
+from popengine.text.isolated import IsolatedSentencePiece, IsolatedTokenizer
 from weights.errors import InputError
-from weights.json_files import JsonObject, lfs_hint, read_json, shown
+from weights.json_files import JsonObject, read_json, shown
 from weights.mapped_file import read_bytes, read_text
 
 # Names under which tokenizer_config.json and special_tokens_map.json declare special tokens, each a string or a dict.
@@ -40,7 +39,9 @@ class TextTokenizer(Protocol):
     special_tokens: frozenset[str]
     byte_ids: frozenset[int]
 
-    def encode(self, text: str, add_special_tokens: bool, parse_special: bool = True) -> list[int]: ...
+    def encode(
+        self, text: str, add_special_tokens: bool, parse_special: bool = True, begins: bool = True
+    ) -> list[int]: ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
@@ -48,42 +49,39 @@ class TextTokenizer(Protocol):
 
 
 class FastTokenizer:
-    """A `tokenizers.Tokenizer`, with everything that the tokenizer.json it came from says about spaces and BOS.
+    """The tokenizer of a tokenizer.json, with everything that the file says about spaces and BOS."""
 
-    backend  one that was built here (a .gguf's), or that of a tokenizer.json, in a process of its own
-    """
-
-    def __init__(
-        self, backend: Tokenizer | IsolatedTokenizer, bos_token: str | None = None, eos_token: str | None = None
-    ) -> None:
+    def __init__(self, backend: IsolatedTokenizer, bos_token: str | None = None, eos_token: str | None = None) -> None:
         named = [token for token in (bos_token, eos_token) if token and backend.token_to_id(token) is not None]
-        added = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-        backend.add_special_tokens([AddedToken(token, normalized=False) for token in named if token not in added])
+        added = {token.content for token in backend.added_tokens().values() if token.special}
+        backend.add_tokens([AddedToken(token, normalized=False) for token in named if token not in added], special=True)
 
         self.backend = backend
         self.bos_token = bos_token
         self.eos_token = eos_token
-        added_tokens = backend.get_added_tokens_decoder()
+        added_tokens = backend.added_tokens()
         self.special_ids = frozenset(token_id for token_id, token in added_tokens.items() if token.special)
         self.special_tokens = frozenset(token.content for token in added_tokens.values() if token.special)
-        self.vocabulary_size = max(backend.get_vocab_size(with_added_tokens=False), max(added_tokens, default=-1) + 1)
+        self.vocabulary_size = max(backend.size, max(added_tokens, default=-1) + 1)
         letter = backend.token_to_id("<0x41>")
         has_bytes = letter is not None and backend.decode([letter], skip_special_tokens=False) == "A"
         of_bytes = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256 if has_bytes else 0)]
         self.byte_ids = frozenset(token_id for token_id in of_bytes if token_id is not None)
 
-    def encode(self, text: str, add_special_tokens: bool, parse_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool, parse_special: bool = True, begins: bool = True
+    ) -> list[int]:
         """Token ids of `text`; special tokens written out in it become their ids, or with parse_special False letters.
 
         add_special_tokens  also add what the tokenizer puts around a text (usually BOS in front)
+        begins              False for what follows a control token: some put a space before a text, not before the rest
         """
         check_unicode(text)
-        self.backend.encode_special_tokens = not parse_special
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return self.backend.encode(text, add_special_tokens, parse_special, begins)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; an id without a token (a padded vocabulary has some) is no text."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        return self.backend.decode(list(ids), skip_special_tokens)
 
     def token_id(self, token: str) -> int | None:
         """The id of the token that is written `token`, None if there is no such token."""
@@ -100,7 +98,7 @@ class SentencePieceTokenizer:
 
     def __init__(
         self,
-        model: bytes,
+        backend: IsolatedSentencePiece,
         *,
         bos_token: str | None = None,
         eos_token: str | None = None,
@@ -109,38 +107,37 @@ class SentencePieceTokenizer:
         add_bos: bool = True,
         add_eos: bool = False,
     ) -> None:
-        # Protobuf merges what is appended: normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}.
-        # Spaces are then all ours; the characters' normalization stays as the model has it.
-        self.backend = SentencePieceProcessor(model_proto=model + b"\x1a\x04\x18\x00\x20\x00")
-        pieces = range(self.backend.get_piece_size())
+        self.backend = backend
         self.prefix_space = prefix_space
 
-        self.texts = {token_id: self.backend.id_to_piece(token_id) for token_id in pieces}
-        controls = [i for i in pieces if self.backend.is_control(i) or self.backend.is_unknown(i)]
-        self.added = {token_id: AddedToken(self.texts[token_id], special=True) for token_id in controls}
+        self.texts = dict(enumerate(backend.texts))
+        self.added = {token_id: AddedToken(self.texts[token_id], special=True) for token_id in backend.controls}
         self.added.update(added_tokens or {})
         self.texts.update({token_id: token.content for token_id, token in self.added.items()})
         self.token_ids = {token: token_id for token_id, token in self.texts.items()}
 
-        self.bos_token = bos_token or self.texts.get(self.backend.bos_id())  # -1 where the model has none
-        self.eos_token = eos_token or self.texts.get(self.backend.eos_id())
+        self.bos_token = bos_token or self.texts.get(backend.bos_id)
+        self.eos_token = eos_token or self.texts.get(backend.eos_id)
         self.add_bos = add_bos and self.bos_token in self.token_ids
         self.add_eos = add_eos and self.eos_token in self.token_ids
         for name in (self.bos_token, self.eos_token):
             if name in self.token_ids:
                 self.added.setdefault(self.token_ids[name], AddedToken(name)).special = True
         self.special_ids = frozenset(token_id for token_id, token in self.added.items() if token.special)
-        self.byte_ids = frozenset(token_id for token_id in pieces if self.backend.is_byte(token_id))
+        self.byte_ids = frozenset(backend.byte_ids)
         self.vocabulary_size = max(self.texts) + 1
         self.special_tokens = frozenset(self.texts[token_id] for token_id in self.special_ids)
         self._added_pattern = added_tokens_pattern(self.added.values())
         self._text_pattern = added_tokens_pattern(token for token in self.added.values() if not token.special)
 
-    def encode(self, text: str, add_special_tokens: bool, parse_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool, parse_special: bool = True, begins: bool = True
+    ) -> list[int]:
         """Token ids of `text`; special and added tokens written out in it become their ids; with parse_special False
         special ones become letters.
 
         add_special_tokens  also add BOS in front and EOS behind, where the tokenizer's configuration says so
+        begins              as FastTokenizer's
         """
         check_unicode(text)
         ids: list[int] = []
@@ -150,12 +147,13 @@ class SentencePieceTokenizer:
         for found in (self._added_pattern if parse_special else self._text_pattern).finditer(text):
             token_id = self.token_ids[found.group()]
             before = text[position : found.start()]
-            ids += self._encode_plain(before.rstrip() if self.added[token_id].lstrip else before, position == 0)
+            before = before.rstrip() if self.added[token_id].lstrip else before
+            ids += self._encode_plain(before, begins and position == 0)
             ids.append(token_id)
             position = found.end()
             if self.added[token_id].rstrip:
                 position += len(text[position:]) - len(text[position:].lstrip())
-        ids += self._encode_plain(text[position:], position == 0)
+        ids += self._encode_plain(text[position:], begins and position == 0)
         if add_special_tokens and self.add_eos and self.eos_token is not None:
             ids.append(self.token_ids[self.eos_token])
         return ids
@@ -164,7 +162,7 @@ class SentencePieceTokenizer:
         wants_prefix = self.prefix_space == "always" or (self.prefix_space == "first" and is_first)
         if text and wants_prefix and not text.startswith((" ", SPACE_MARK)):
             text = " " + text
-        return list(self.backend.encode(text))
+        return self.backend.encode(text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; an id without a token is no text.
@@ -255,13 +253,14 @@ def _open_fast(directory: Path) -> FastTokenizer:
     backend = IsolatedTokenizer(read_text(path, LARGEST_TOKENIZER), str(path))
     named, extra = _special_tokens(directory)
     # What the configuration adds to the file, in the order of the ids it gives.
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    known = {token.content for token in backend.added_tokens().values()}
     declared = _added_tokens(directory, [*named.values(), *extra])
     backend.add_tokens([token for _, token in sorted(declared.items()) if token.content not in known])
-    by_content = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    backend.add_special_tokens(
+    by_content = {token.content: token for token in backend.added_tokens().values()}
+    backend.add_tokens(
         [by_content.get(name, AddedToken(name, normalized=False)) for name in named.values()]
-        + [AddedToken(name, normalized=False) for name in extra if name not in by_content]
+        + [AddedToken(name, normalized=False) for name in extra if name not in by_content],
+        special=True,
     )
     return FastTokenizer(backend, bos_token=named.get("bos_token"), eos_token=named.get("eos_token"))
 
@@ -273,29 +272,21 @@ def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
     prefix_space = "always" if config.get("legacy") else "first"
     if config.get("add_prefix_space") is False:
         prefix_space = "never"
-    model = read_bytes(path, LARGEST_TOKENIZER)
-    try:
-        if SentencePieceProcessor(model_proto=model or b"\0").get_piece_size() == 0:
-            raise RuntimeError("no pieces")
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"{path}: not a sentencepiece model ({error}); a checkpoint whose tokenizer.model is in another format "
-            f"needs tokenizer.json beside it{lfs_hint(model)}"
-        ) from error
-    backend = SentencePieceProcessor(model_proto=model)
+    backend = IsolatedSentencePiece(read_bytes(path, LARGEST_TOKENIZER), str(path))
     added = _added_tokens(directory, [*named.values(), *extra])
-    next_id = max(backend.get_piece_size(), max(added, default=-1) + 1)
+    next_id = max(len(backend.texts), max(added, default=-1) + 1)
     placed = {token.content: token_id for token_id, token in added.items()}
     for name in (*named.values(), *extra):
         if name not in placed:
-            placed[name] = backend.piece_to_id(name)
-            if backend.id_to_piece(placed[name]) != name:  # piece_to_id gives the unknown id for what it does not know
+            if name in backend.texts:
+                placed[name] = backend.texts.index(name)
+            else:
                 placed[name], next_id = next_id, next_id + 1
             added[placed[name]] = AddedToken(name, special=True, normalized=False)
     for name in named.values():
         added[placed[name]].special = True
     return SentencePieceTokenizer(
-        model,
+        backend,
         bos_token=named.get("bos_token"),
         eos_token=named.get("eos_token"),
         added_tokens=added,

@@ -1,20 +1,21 @@
-"""Holds the tokenizer of a tokenizer.json in a process of its own: a request a line on stdin, an answer on stdout.
+"""Holds a checkpoint's tokenizer in a process of its own: a request a line on stdin, an answer a line on stdout.
 
 The file came with somebody's checkpoint, and what it may ask of the library is not bounded: expressions that run away,
-steps that blow text up, contradictions at which the Rust side panics. `popengine.text.isolated` runs this file as a
-script, isolated (`python -I -S`). It imports the standard library and tokenizers.
+steps that blow text up, contradictions at which native code panics or crashes. `popengine.text.isolated` runs this file
+as a script, isolated (`python -I -S`). It imports the standard library and the library that the file is for.
 """
 
+import base64
 import json
+import signal
 import sys
 from typing import Any
 
-# Beside what a request is given for its letters: importing, and a file that is read.
-SECONDS, MEMORY_BYTES = 1, 500_000_000
-# Of processor time and memory for a letter; real tokenizers take a tenth of both.
-SECONDS_A_LETTER, BYTES_A_LETTER = 20e-6, 5_000
-# For a byte of tokenizer.json, as objects.
-BYTES_A_BYTE = 100
+# Of processor time: for a request, for each of its letters, and for each byte of the file when it is read. Real
+# tokenizers take a tenth of each.
+SECONDS, SECONDS_A_LETTER, SECONDS_A_BYTE = 1.0, 20e-6, 0.5e-6
+# Of address space, likewise; a third of each.
+MEMORY_BYTES, BYTES_A_LETTER, BYTES_A_BYTE = 300_000_000, 500, 60
 LONGEST_ANSWER = 50_000_000
 
 
@@ -24,12 +25,10 @@ def allow(letters: int, file_bytes: int) -> None:
         import resource
     except ImportError:  # not POSIX
         return
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = int(used.ru_utime + used.ru_stime + SECONDS + (letters + file_bytes) * SECONDS_A_LETTER) + 1
+    signal.setitimer(signal.ITIMER_PROF, SECONDS + letters * SECONDS_A_LETTER + file_bytes * SECONDS_A_BYTE)
     memory = MEMORY_BYTES + BYTES_A_LETTER * letters + BYTES_A_BYTE * file_bytes
-    limits = {resource.RLIMIT_CPU: seconds, resource.RLIMIT_AS: memory, resource.RLIMIT_CORE: 0}
     # After the first request nothing more is opened or written.
-    limits |= {resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NOFILE: 0}
+    limits = {resource.RLIMIT_AS: memory, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NOFILE: 0}
     for kind, soft in limits.items():
         try:
             resource.setrlimit(kind, (soft, resource.getrlimit(kind)[1]))
@@ -37,8 +36,11 @@ def allow(letters: int, file_bytes: int) -> None:
             continue
 
 
-class Holder:
-    """The tokenizer, and what can be asked of it."""
+class FastHolder:
+    """The tokenizer of a tokenizer.json, and what can be asked of it."""
+
+    # Stands in front of a text that follows a control token, as that token would.
+    BEFORE = "\ufdd0before\ufdd1"
 
     def __init__(self, content: str) -> None:
         import tokenizers
@@ -64,12 +66,47 @@ class Holder:
     def number(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
 
-    def encode(self, text: str, add_special_tokens: bool, parse_special: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool, parse_special: bool, begins: bool) -> list[int]:
         self.backend.encode_special_tokens = not parse_special
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if begins:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        self.backend.add_tokens([self.added_token(self.BEFORE, normalized=False)])
+        before = self.backend.token_to_id(self.BEFORE)
+        ids = self.backend.encode(self.BEFORE + text, add_special_tokens=add_special_tokens).ids
+        return [number for number in ids if number != before]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+class SentencePieceHolder:
+    """A sentencepiece model, and what can be asked of it."""
+
+    def __init__(self, content: str) -> None:
+        import sentencepiece
+
+        # Protobuf merges what is appended: normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}.
+        # Spaces are then all ours; the characters' normalization stays as the model has it.
+        model = base64.b64decode(content) + b"\x1a\x04\x18\x00\x20\x00"
+        self.backend = sentencepiece.SentencePieceProcessor(model_proto=model)
+        if self.backend.get_piece_size() == 0:
+            raise RuntimeError("no pieces")
+
+    def pieces(self) -> dict[str, Any]:
+        numbers = range(self.backend.get_piece_size())
+        is_control, is_unknown, is_byte = self.backend.is_control, self.backend.is_unknown, self.backend.is_byte
+        return {
+            "texts": [self.backend.id_to_piece(number) for number in numbers],
+            "controls": [number for number in numbers if is_control(number) or is_unknown(number)],
+            "bytes": [number for number in numbers if is_byte(number)],
+            "bos": self.backend.bos_id(), "eos": self.backend.eos_id(),          # -1 where the model has none
+        }
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.backend.encode(text))
+
+
+HOLDERS: dict[str, Any] = {"tokenizers": FastHolder, "sentencepiece": SentencePieceHolder}
 
 
 def main() -> None:
@@ -78,11 +115,11 @@ def main() -> None:
         name, *words = json.loads(line)
         try:
             if name == "load":
-                sys.path.extend(words[1])
-                import tokenizers  # noqa: F401  # while files can be opened
-
-                allow(0, len(words[0]))
-                holder, answer = Holder(words[0]), None
+                package, content, folders = words
+                sys.path.extend(folders)
+                __import__(package)             # while files can be opened
+                allow(0, len(content))
+                holder, answer = HOLDERS[package](content), None
             else:
                 allow(len(line), 0)
                 answer = getattr(holder, name)(*words)
