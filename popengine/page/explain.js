@@ -125,6 +125,7 @@ function fillWords() {
   const skipped = run.layers.filter(layer => layer.skipped).map(layer => layer.index);
   if (skipped.length) notes.push(`Layers ${skipped.join(", ")} were skipped by the prompt (Prefill-Only pruning), all but its last ${pruning.boundary_tokens}; they are marked ○, and their scores come from those tokens alone.`);
   if (!prunes) notes.push("Nothing is pruned in this run, so there are no regions to colour.");
+  if (prunes && steps.length && steps.every(one => one.bytes >= one.dense_bytes)) notes.push("In this form of weights a copy of the channels that stay would be no smaller than the whole, so these steps read everything: pruned channels are left out of the result, not of the reading.");
   if (frames.length && prunes && drawn.some(row => row.drawings[0].frame > 0) && !isMixture) notes.push(`Until step ${drawn[0].drawings[0].frame} there was too little evidence to draw a partition: those steps were dense.`);
   if (run.greedy && run.replayed_alike < frames.length) notes.push(`Picks were recorded by running the same tokens once more; by rounding, ${frames.length - run.replayed_alike} of its ${frames.length} first choices differ from the run's.`);
   byId("map-note").textContent = notes.join(" ");
