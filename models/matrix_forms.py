@@ -36,14 +36,14 @@ class ColumnMatrix(Matrix):
             y = add_up_columns(self.weight.t(), kept(stretches, self.in_features, 1)[0], x.flatten(), self.parts)
         else:
             y = add_up_for_each(self.weight.t(), x.flatten(0, -2))                  # [T, out]
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], y.shape[-1])
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
     def reads_chosen_columns(self, rows: int) -> bool:
         return rows == 1
 
     def multiply_columns(self, x: Tensor, columns: Tensor) -> Tensor:
         y = add_up_columns(self.weight.t(), columns, x.flatten(), self.parts)       # [out]
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], y.shape[-1])
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
     def reads_chosen_rows(self, rows: int) -> bool:
         return False            # which lie scattered over all columns

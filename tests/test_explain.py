@@ -108,6 +108,9 @@ def test_dense_steps_and_redraws_are_told(engine: Engine) -> None:
     (network,) = found["layers"][0]["networks"]
     assert [one["frame"] for one in network["drawings"]] == [0, 6]
     assert not {*dense} & {*network["picked"]["frames"]} and not {*dense} & {*network["wanted"]["frames"]}
+    # Packed matrices take no product of no rows, which a dense first step leaves.
+    packed = load(engine.folder, weights="int8")
+    assert recorded(packed, PruningSettings(dense_every=1), count=3)["frames"][1]["dense_step"]
     late = recorded(engine, PruningSettings(ffn_ratio=0.5, min_evidence=15))
     assert late["layers"][0]["networks"][0]["drawings"][0]["frame"] == 15 - len(late["prompt"])
 

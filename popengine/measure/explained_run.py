@@ -47,12 +47,13 @@ SHARED = "shared"
 class Drawing:
     """A partition that holds from a frame on. Columns of the page: region after region, in each the best score first.
 
-    order int64 [I], the channel of each column; scores float32 [I], of the evidence, by channel
+    order int64 [I], the channel of each column; scores float32 [I], of the evidence, and rank int64 [I], by channel
     """
 
     frame: int
     order: Tensor
     scores: Tensor
+    rank: Tensor
     partition: ChannelPartition
 
 
@@ -95,7 +96,7 @@ class NetworkRecord:
         partition = active.partition
         regions = (partition.retained, partition.candidate, partition.pruned)
         order = torch.cat([one[scores[one].argsort(descending=True, stable=True)] for one in regions])
-        self.drawings.append(Drawing(frame, order, scores, partition))
+        self.drawings.append(Drawing(frame, order, scores, ranks(scores), partition))
 
 
 def networks(model: Any) -> list[NetworkRecord]:
@@ -303,21 +304,21 @@ def watch(engine: Engine, run: Run, new: list[int], records: list[NetworkRecord]
         if energy.any():
             shares.add_(energy / energy.sum())
             seen += 1
-        for position, own in zip(positions[~within].tolist(), scores[~within], strict=True):
+        scores, rank = scores[~within], ranks(scores[~within])                      # [n, I] of the steps alone
+        for row, position in enumerate(positions[~within].tolist()):
             frame = position - prompt + 1
             drawing = record.drawing(frame)
             if drawing is None:
                 continue
-            rank, sizes, squares = ranks(own), drawing.partition.sizes, own.square()                # [I] each
-            record.moved[frame] = float((rank - ranks(drawing.scores)).abs().float().mean()) / len(rank)
+            sizes = drawing.partition.sizes
+            record.moved[frame] = float((rank[row] - drawing.rank).abs().float().mean()) / len(drawing.rank)
             if frame in record.picked:          # neither a dense step nor an expert that the pruned model passed by
-                wanted, ran = rank < sizes.active, record.picked[frame].clone()
+                wanted, squares = (rank[row] < sizes.active)[drawing.order], scores[row].square()[drawing.order]
+                ran = record.picked[frame].clone()
                 ran[: sizes.retained] = True
-                record.wanted[frame] = wanted[drawing.order]
                 of_all = squares.sum().clamp(min=1e-30)
-                record.left_out[frame] = (
-                    float(squares[drawing.order][~ran].sum() / of_all), float(squares[~wanted].sum() / of_all)
-                )
+                record.wanted[frame] = wanted
+                record.left_out[frame] = float(squares[~ran].sum() / of_all), float(squares[~wanted].sum() / of_all)
 
     watch_dense(engine.model, x, note)
     return (shares / max(1, seen)).tolist()
@@ -359,11 +360,12 @@ def encoded(record: NetworkRecord) -> dict[str, Any]:
 
 def masks(by_frame: dict[int, Tensor]) -> dict[str, Any]:
     """bool [n] each, as bits."""
-    packed = []
-    for mask in by_frame.values():
-        bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -len(mask) % 8)).view(-1, 8)
-        packed.append((bits << torch.arange(8, device=bits.device)).sum(dim=-1).to(torch.uint8))
-    return {"frames": list(by_frame), "bits": base64_of(torch.cat(packed)) if packed else ""}
+    bits = ""
+    if by_frame:
+        mask = torch.stack([*by_frame.values()]).to(torch.uint8)                    # [F, n]
+        eights = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8))
+        bits = base64_of((eights << torch.arange(8, device=mask.device)).sum(dim=-1).to(torch.uint8))
+    return {"frames": list(by_frame), "bits": bits}
 
 
 def base64_of(values: Tensor) -> str:

@@ -338,7 +338,7 @@ function drawCurve() {
   }
 }
 
-function drawLines(canvas, series, most) {
+function drawLines(canvas, series, most, label) {
   // Lines over the frames, with a cursor at the present one. series: [colour, value of a frame or undefined]
   const {pen, width, height} = fit(canvas), across = at => 4 + at / Math.max(1, last) * (width - 8);
   const up = value => height - 6 - Math.min(1, value / most) * (height - 14);
@@ -362,17 +362,20 @@ function drawLines(canvas, series, most) {
   pen.globalAlpha = 0.5;
   pen.fillRect(across(frame) - 0.75, 0, 1.5, height);
   pen.globalAlpha = 1;
-  return {pen, across, up, width, height};
+  pen.fillStyle = colours.soft;
+  pen.textAlign = "right";
+  pen.fillText(label, width - 2, 15);
+  return {pen, across, up, height};
 }
 
 function drawHistory() {
   const row = rows[selected];
-  drawLines(byId("history"), [["changed", at => row.changed[at]], ["moved", at => row.moved[at]], ["missed", at => row.missed.get(at)]],
-    Math.max(0.34, ...Object.values(row.changed), ...Object.values(row.moved), ...row.missed.values()));
+  const most = Math.max(0.34, ...Object.values(row.changed), ...Object.values(row.moved), ...row.missed.values());
+  drawLines(byId("history"), [["changed", at => row.changed[at]], ["moved", at => row.moved[at]], ["missed", at => row.missed.get(at)]], most, most.toFixed(2));
 }
 
 function drawChances() {
-  const {pen, across, up} = drawLines(byId("chances"), [["dense", at => frames[at].dense_probability], ["ours", at => frames[at].probability]], 1);
+  const {pen, across, up} = drawLines(byId("chances"), [["dense", at => frames[at].dense_probability], ["ours", at => frames[at].probability]], 1, "100 %");
   pen.fillStyle = colours.missed;
   frames.forEach((one, at) => { if (!one.agrees) { pen.beginPath(); pen.arc(across(at), up(one.probability), 3.2, 0, 7); pen.fill(); } });
 }
@@ -381,13 +384,10 @@ function drawTimes() {
   const steps = frames.slice(1), all = steps.flatMap(one => [one.ms, one.dense_ms]).sort((a, b) => a - b);
   const most = 1.25 * (all[Math.floor(all.length * 0.98)] || 1);
   const of = name => at => at ? frames[at][name] : undefined;
-  const {pen, across, height, width} = drawLines(byId("times"), [["dense", of("dense_ms")], ["ours", of("ms")]], most);
+  const {pen, across, height} = drawLines(byId("times"), [["dense", of("dense_ms")], ["ours", of("ms")]], most, `${most.toFixed(0)} ms`);
   frames.forEach((one, at) => {
     if (one.dense_step) { pen.fillStyle = colours[one.redrawn ? "missed" : "retained"]; pen.fillRect(across(at) - 1.5, height - 5, 3, 5); }
   });
-  pen.fillStyle = colours.soft;
-  pen.textAlign = "right";
-  pen.fillText(`${most.toFixed(0)} ms`, width - 2, 14);
 }
 
 function drawGrid(canvas, cells, colour) {
