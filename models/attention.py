@@ -26,7 +26,7 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, window: int | None) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.window = config.head_dim, window
+        self.head_dim, self.window, self.scale = config.head_dim, window, config.attention_scale
         hidden = config.hidden_size
         self.q_proj = Matrix(hidden, self.heads * self.head_dim, bias=config.qkv_bias)
         self.k_proj = Matrix(hidden, self.kv_heads * self.head_dim, bias=config.qkv_bias)
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         return (heads[:, None] * self.head_dim + torch.arange(self.head_dim, device=heads.device)).flatten()
 
     def queries_keys_values(
-        self, x: Tensor, qkv: Matrix, step: PrefillPass | DecodePass
+        self, x: Tensor, qkv: Matrix, step: PrefillPass | DecodePass, view: View
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One product for all three, one rotation for the first two.
 
@@ -72,7 +72,7 @@ class Attention(nn.Module):
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)                 # [B, T, A + K, D]
         else:
             qk = projected[:, :, : -self.kv_heads]
-        turned = rotate(qk.transpose(1, 2), step.cos, step.sin)                     # [B, A + K, T, D]
+        turned = rotate(qk.transpose(1, 2), *step.turns[view])                      # [B, A + K, T, D]
         q, k = turned.tensor_split([-self.kv_heads], dim=1)
         return q, k, v.transpose(1, 2)
 
@@ -83,16 +83,17 @@ class Attention(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
-        a = attend_prompt(q, k, v, step.masks[View(self.window)])                   # [B, T, N, D]
+        view = View(self.window)
+        q, k = rotate(q, *step.turns[view]), rotate(k, *step.turns[view])
+        a = attend_prompt(q, k, v, step.masks[view], self.scale)                    # [B, T, N, D]
         return self.o_proj(a.flatten(2))
 
     def prefill(self, x: Tensor, keys: Tensor, values: Tensor, active: ActiveHeads, step: PrefillPass) -> Tensor:
         """Run the prompt and write its keys and values to the cache, [B, K, S, D]. x [B, T, H] -> [B, T, H]"""
-        q, k, v = (active.in_cache(part) for part in self.queries_keys_values(x, active.whole, step))
+        q, k, v = (active.in_cache(part) for part in self.queries_keys_values(x, active.whole, step, active.view))
         keys.index_copy_(2, step.slots, k)                                          # [B, K, T, D]
         values.index_copy_(2, step.slots, v)
-        a = active.in_model(step.attend(q, k, v, keys, values, active.view)).flatten(2)         # [B, T, N D]
+        a = active.in_model(step.attend(q, k, v, keys, values, active.view, self.scale)).flatten(2)     # [B, T, N D]
         if step.observe is not None:
             step.observe(self, a, step.rows, None, None)
         if active.prunes:
@@ -113,15 +114,15 @@ class Attention(nn.Module):
         )
         if self.k_norm is not None:
             k = self.k_norm(k)
-        keys.index_copy_(2, step.slots, active.in_cache(rotate(k, step.cos, step.sin)))
+        keys.index_copy_(2, step.slots, active.in_cache(rotate(k, *step.turns[active.view])))
         values.index_copy_(2, step.slots, active.in_cache(v))
 
     def decode(self, x: Tensor, keys: Tensor, values: Tensor, active: ActiveHeads, step: DecodePass) -> Tensor:
         """Run rows: add their keys and values to the cache, attend with the resident heads. x [B, T, H]"""
-        q, k, v = self.queries_keys_values(x, active.qkv, step)                     # [B, A, T, D], [B, K, T, D]
+        q, k, v = self.queries_keys_values(x, active.qkv, step, active.view)        # [B, A, T, D], [B, K, T, D]
         keys.index_copy_(2, step.slots, active.in_cache(k))
         values.index_copy_(2, step.slots, active.in_cache(v))
-        a = attend_cache(q, *active.in_use(keys, values), step.masks[active.view])    # [B, T, A, D]
+        a = attend_cache(q, *active.in_use(keys, values), step.masks[active.view], self.scale)      # [B, T, A, D]
         if active.sizes.decides:
             a = self.drop_losing_heads(a, active, step)
         return active.o(a.flatten(2))

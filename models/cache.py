@@ -30,11 +30,13 @@ class KVCache:
         self.filled = 0
         self.length = torch.zeros(1, dtype=torch.int64, device=device)      # [1]
         self.padding = torch.zeros(batch, 1, dtype=torch.int64, device=device)      # [B, 1] slots on the left
+        self.rope_delta = torch.zeros(batch, 1, dtype=torch.int64, device=device)   # [B, 1] of what follows pictures
         self.slots = torch.arange(capacity, device=device)                  # [S]
         self.passed_by = torch.zeros(1, dtype=torch.int64, device=device)   # [1] the first slots, in skipped layers
 
-    def start(self, prompt_slots: int, real: Tensor | None) -> None:
+    def start(self, prompt_slots: int, real: Tensor | None, rope_delta: Tensor | None = None) -> None:
         """Begin anew with a prompt of `prompt_slots` slots; real [B, T] is False where a slot is padding."""
+        self.shift(rope_delta)
         self.filled = prompt_slots
         self.length.fill_(prompt_slots)
         self.passed_by.zero_()
@@ -42,6 +44,17 @@ class KVCache:
             self.padding.zero_()
         else:
             self.padding.copy_((~real).sum(dim=1, keepdim=True))
+
+    def shift(self, rope_delta: Tensor | None) -> None:
+        """How far the positions of what is to come are from one for each token, int64 [B, 1]; None: not at all."""
+        if rope_delta is None:
+            self.rope_delta.zero_()
+        else:
+            self.rope_delta.copy_(rope_delta)
+
+    def positions(self, slots: Tensor) -> Tensor:
+        """Of the tokens of a text that fill these slots, int64 [T] -> [B, T]"""
+        return slots - self.padding + self.rope_delta
 
     def go_back(self, slots: int) -> None:
         """Forget what lies beyond the first `slots`."""

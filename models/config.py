@@ -15,6 +15,9 @@ from weights.json_files import JsonObject, shown
 # Layers are laid out one by one before any weight is looked at: a hostile number must not keep us busy.
 MOST_LAYERS = 1024
 
+# Model types whose config says whether attention has biases.
+BIASED_BY_CONFIG = ("llama", "qwen3", "qwen3_moe", "gemma3_text")
+
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")
 
 # Fields that say nothing about what is computed at inference: provenance, training, token ids (read elsewhere) and
@@ -48,6 +51,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (None,),
     "use_mrope": (None, False),
     "attention_chunk_size": (None,),
+    "use_bidirectional_attention": (None, False),
 }
 
 
@@ -81,6 +85,7 @@ class RopeConfig:
     attention_factor: float = 1.0       # yarn: cos and sin are scaled by it
     truncate: bool = True               # yarn
     factors: tuple[float, ...] = ()     # factors: one divisor per frequency, as .gguf files store them
+    streams: tuple[int, ...] = ()       # of pictures: which of three positions each frequency turns with
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,11 @@ class LlamaConfig:
     query_key_norm: bool
     windows: tuple[int | None, ...]     # per layer: tokens a query sees, itself included; None: all before it
     unknown_fields: tuple[str, ...] = ()
+
+    @property
+    def attention_scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.head_dim**-0.5
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -190,13 +200,16 @@ def layer_windows(fields: ConfigReader, model_type: str, layers: int) -> tuple[i
         default = 4096 if model_type == "mistral" and "sliding_window" not in fields.raw else None
         window = fields.get("sliding_window", default)
         return (None if window is None else fields.integer("sliding_window", window),) * layers
-    # Qwen: a switch, and either a list of layer types or a rule that is each family's own.
-    use_window = fields.boolean("use_sliding_window", False)
+    # Gemma, and Qwen with a switch: either a list of layer types or a rule that is each family's own.
+    use_window = model_type == "gemma3_text" or fields.boolean("use_sliding_window", False)
     window = fields.integer("sliding_window", 4096) if use_window else None
     max_layers = fields.integer("max_window_layers", 28, least=0)
     if model_type == "qwen3_moe":
         return (window,) * layers
-    if model_type == "qwen2_moe":
+    if model_type == "gemma3_text":
+        pattern = fields.integer("sliding_window_pattern", 6)
+        windowed = [(i + 1) % pattern > 0 for i in range(layers)]
+    elif model_type == "qwen2_moe":
         windowed = [use_window and i % 2 == 0 and i < max_layers for i in range(layers)]
     else:
         windowed = [use_window and i >= max_layers for i in range(layers)]
@@ -244,7 +257,7 @@ def read_decoder_fields(fields: ConfigReader, model_type: str, defaults: FamilyD
     rope = read_rope(fields, defaults.rope_theta, max_positions)
     if rope.rope_type == "factors" and len(rope.factors) != head_dim // 2:
         raise InputError(f"{fields.where}: {len(rope.factors)} RoPE factors for {head_dim // 2} frequencies")
-    biased = fields.boolean("attention_bias", False) if model_type in ("llama", "qwen3", "qwen3_moe") else False
+    biased = fields.boolean("attention_bias", False) if model_type in BIASED_BY_CONFIG else False
     return {
         "vocab_size": fields.integer("vocab_size", defaults.vocab_size),
         "hidden_size": hidden_size,
@@ -261,7 +274,7 @@ def read_decoder_fields(fields: ConfigReader, model_type: str, defaults: FamilyD
         "qkv_bias": biased or model_type in ("qwen2", "qwen2_moe"),
         "output_bias": biased,
         "mlp_bias": fields.boolean("mlp_bias", False) if model_type == "llama" else False,
-        "query_key_norm": model_type in ("qwen3", "qwen3_moe"),
+        "query_key_norm": model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         "windows": layer_windows(fields, model_type, layers),
     }
 

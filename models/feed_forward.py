@@ -19,7 +19,7 @@ from models.matrix import Matrix, take_columns, tensor_bytes
 from models.matrix_forms import ChosenColumns, ChosenRows, by_columns
 from models.packed import DRAFT_DTYPE, draft_of
 from models.passes import DecodePass, PrefillPass
-from models.products import best, row_count
+from models.products import places, row_count
 from models.pruning.partition import undecided
 from models.pruning.rules import POP
 
@@ -228,5 +228,6 @@ class FeedForward(nn.Module):
     def staying(self, scores: Tensor, active: ActiveFeedForward) -> Tensor:
         """The retained and the chosen channels, as places among the resident. scores [..., C] -> int64 [R + K]"""
         retained = torch.arange(active.sizes.retained, device=scores.device)        # [R]
-        chosen = active.sizes.retained + best(scores.flatten(), active.sizes.pick)  # [K]
+        keep = active.partition.pick(scores.flatten())                              # [C]
+        chosen = active.sizes.retained + places(keep, active.sizes.pick)            # [K]
         return torch.cat([retained, chosen])

@@ -58,14 +58,18 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, rope: RopeConfig, head_dim: int) -> None:
         super().__init__()
-        self.scale = rope.attention_factor
+        self.scale, self.streams = rope.attention_factor, list(rope.streams)
         # On the CPU even while the model is being laid out on the meta device: these are values, not a shape.
         with torch.device("cpu"):
             self.register_buffer("frequencies", rotary_frequencies(rope, head_dim), persistent=False)
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [B, T] -> cos, sin [B, T, D], computed in float32."""
-        angles = positions[..., None].float() * self.frequencies                    # [B, T, D/2]
+    def forward(self, positions: Tensor, dtype: torch.dtype, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """positions [B, T], or of pictures [3, B, T] -> cos, sin [B, T, D], computed in float32.
+
+        window  of the layers it is for: other families turn by it
+        """
+        wide = positions[..., None] if positions.dim() == 2 else positions[self.streams].movedim(0, -1)
+        angles = wide.float() * self.frequencies                                    # [B, T, D/2]
         angles = torch.cat([angles, angles], dim=-1)                                # [B, T, D]
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 

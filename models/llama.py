@@ -21,6 +21,7 @@ from models.matrix import Matrix
 from models.passes import (
     DecodePass,
     Observer,
+    PictureRows,
     PrefillPass,
     View,
     decode_pass,
@@ -51,16 +52,29 @@ class LlamaDecoderLayer(nn.Module):
         """What decode steps are to read of the feed-forward network."""
         return ActiveFeedForward(self.mlp, pruning.rule, self.mlp.copying_saves(pruning.rule))
 
+    # What a layer is but for its norms is written here; a family that norms elsewhere says where in these three.
+    def attended(self, a: Tensor) -> Tensor:
+        """What attention adds, from what it puts out. [B, T, H]"""
+        return a
+
+    def before_mlp(self, x: Tensor) -> Tensor:
+        """What the feed-forward network reads. [B, T, H]"""
+        return self.post_attention_layernorm(x)
+
+    def after_mlp(self, y: Tensor) -> Tensor:
+        """What the feed-forward network adds, from what it puts out. [B, T, H]"""
+        return y
+
     def forward(self, x: Tensor, step: PrefillPass) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), step)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.attended(self.self_attn(self.input_layernorm(x), step))
+        return x + self.after_mlp(self.mlp(self.before_mlp(x)))
 
     def prefill(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
         a = self.self_attn.prefill(self.input_layernorm(x), state.keys, state.values, state.heads, step)    # [B, T, H]
         if state.drift is not None:
             state.drift.see(a, step.counted, step.of_prompt)
-        x = x + a
-        return x + self.mlp.prefill(self.post_attention_layernorm(x), state.ffn, step)
+        x = x + self.attended(a)
+        return x + self.after_mlp(self.mlp.prefill(self.before_mlp(x), state.ffn, step))
 
     def pass_by(self, x: Tensor, state: LayerState, waiting: PrefillPass, running: PrefillPass) -> Tensor:
         """A prompt that skips this layer, all but its last rows (Prefill-Only pruning, arXiv 2602.03295, Eq. 14, 15).
@@ -82,8 +96,8 @@ class LlamaDecoderLayer(nn.Module):
         a = self.self_attn.decode(self.input_layernorm(x), state.keys, state.values, state.heads, step)     # [B, T, H]
         if state.drift is not None:
             state.drift.see(a, step.live, of_prompt=False)
-        x = x + a
-        return x + self.mlp.decode(self.post_attention_layernorm(x), state.ffn, step)
+        x = x + self.attended(a)
+        return x + self.after_mlp(self.mlp.decode(self.before_mlp(x), state.ffn, step))
 
 
 def prefill_layers(
@@ -171,11 +185,16 @@ class LlamaForCausalLM(nn.Module):
         """
         return self.forward_embedded(self.embed(tokens), real)
 
-    def forward_embedded(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+    def forward_embedded(self, x: Tensor, real: Tensor | None = None, pictures: PictureRows | None = None) -> Tensor:
         """The same, from embedded tokens (which may be features of pictures). x [B, T, H] -> logits [B, T, V]"""
-        step = prefill_pass(self.model.rotary, map(View, self.config.windows), x, real)
-        for layer in self.model.layers:
+        given = pictures or PictureRows()
+        step = prefill_pass(
+            self.model.rotary, map(View, self.config.windows), x, real, positions=given.positions, blocks=given.blocks
+        )
+        for index, layer in enumerate(self.model.layers):
             x = layer(x, step)
+            if index < len(given.added):
+                x = x + given.added[index]
         return self.head(x)
 
     def new_state(
@@ -227,7 +246,7 @@ class LlamaForCausalLM(nn.Module):
 
     def prefill(
         self, x: Tensor, state: DecodeState, real: Tensor | None = None, counted: Tensor | None = None,
-        observe: Observer | None = None, kept: int = 0,
+        observe: Observer | None = None, kept: int = 0, pictures: PictureRows | None = None,
     ) -> Tensor:
         """Run the prompts: fill the cache; given enough evidence, decide every layer's partition and copy what stays.
 
@@ -239,27 +258,36 @@ class LlamaForCausalLM(nn.Module):
         counted  [B, T]     bool, tokens that count in the scores; None: all real ones
         observe  is told what every feed-forward network and every attention computes
         kept     slots of the cache that stay, and that these rows come after (without padding); 0: begin anew
+        pictures what the rows have because of pictures in the prompt
         returns  [B, V]     logits after the last token
         """
         rotary, views, pruning = self.model.rotary, state.views, state.pruning
+        given = pictures or PictureRows()
         if kept:
-            state.go_on(kept)
+            state.go_on(kept, given.rope_delta)
             tokens = x.shape[:-1].numel() if counted is None else int(counted.sum())
             whole = following_pass(
-                rotary, views, x, state.cache, counted, tokens, True, state.clock, observe, of_prompt=True
+                rotary, views, x, state.cache, counted, tokens, True, state.clock, observe, True, given.positions,
+                given.blocks,
             )
             state.cache.make_room(x.shape[1])
             state.cache.advance(x.shape[1])
         else:
-            state.start(x.shape[1], real)
-            whole = prefill_pass(rotary, views, x, real, counted, state.clock, observe)
+            state.start(x.shape[1], real, given.rope_delta)
+            whole = prefill_pass(rotary, views, x, real, counted, state.clock, observe, given.positions, given.blocks)
         skipped = pruning.skipped_by(x.shape[1])
-        plan = prompt_plan(whole, len(self.model.layers), skipped, pruning.boundary, rotary, views, state.cache)
+        plan = prompt_plan(
+            whole, len(self.model.layers), skipped, pruning.boundary, views, state.cache, x.dtype, given.blocks
+        )
         draws = state.gathering.prompt(min(rows.running.tokens for rows in plan))
         for rows in plan:
             rows.running.draws, rows.running.finish_dense = draws, pruning.settings.prefill == "dense" or not draws
-        for layer, own, (running, waiting) in zip(self.model.layers, state.layers, plan, strict=True):
+        for index, (layer, own, (running, waiting)) in enumerate(
+            zip(self.model.layers, state.layers, plan, strict=True)
+        ):
             x = layer.prefill(x, own, running) if waiting is None else layer.pass_by(x, own, waiting, running)
+            if index < len(given.added):
+                x = x + given.added[index]
         return self.head(x[:, -1:])[:, 0]                                           # [B, V]
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:

@@ -7,7 +7,6 @@ does on text: online pruning treats it exactly so, and leaves the tower and the 
 B batch, T prompt tokens, P image tokens per picture, H hidden size of the language model, V vocabulary.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from models.layers import activation_function
 from models.llama import LlamaForCausalLM
 from models.mixtral import FAMILIES as MIXTURE_FAMILIES
 from models.mixtral import MixtralConfig, MixtralForCausalLM, read_mixtral_config
+from models.picture_model import Grid, PictureModel
 from weights.errors import InputError
 
 # The tower of a config that has no vision_config at all: CLIP ViT-L/14 at 336 pixels, LLaVA 1.5's own.
@@ -118,14 +118,16 @@ class Projector(nn.Module):
         return self.linear_2(self.act(self.linear_1(x)))
 
 
-class LlavaForConditionalGeneration(nn.Module):
-    """Vision tower, projector and language model.
-
-    To generate: `encode_images` once per picture, `embed` once per prompt, then `language_model.prefill` and
-    `language_model.decode` as for any text model.
-    """
+class LlavaForConditionalGeneration(PictureModel):
+    """Vision tower, projector and language model."""
 
     read_config = staticmethod(read_llava_config)
+    spellings = (
+        (r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
+        (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
+        (r"model\.language_model\.", "language_model.model."),
+        (r"lm_head\.", "language_model.lm_head."),
+    )
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
@@ -143,76 +145,9 @@ class LlavaForConditionalGeneration(nn.Module):
             rf".*vision_tower\.(vision_model\.)?encoder\.layers\.({'|'.join(map(str, unbuilt))})\..*",
         )
 
-    @classmethod
-    def from_config(cls, raw: Mapping[str, Any]) -> "LlavaForConditionalGeneration":
-        """A model of empty weights from a parsed config.json."""
-        return cls(read_llava_config(raw))
-
-    def locate(
-        self, parameter_names: list[str], checkpoint_names: list[str]
-    ) -> dict[str, tuple[str, tuple[Any, ...]]]:
-        """Where each parameter stands in a checkpoint, whichever release of transformers has written it."""
-        stored_as = {our_name(key): key for key in checkpoint_names}
-        prefix = "language_model."
-        of_text = self.language_model.locate(
-            [name.removeprefix(prefix) for name in parameter_names if name.startswith(prefix)],
-            [name.removeprefix(prefix) for name in stored_as if name.startswith(prefix)],
-        )
-        places: dict[str, tuple[str, tuple[Any, ...]]] = {name: (name, ()) for name in parameter_names}
-        places |= {prefix + name: (prefix + key, index) for name, (key, index) in of_text.items()}
-        return {name: (stored_as.get(key, key), index) for name, (key, index) in places.items()}
-
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
+    def encode_images(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Tensor:
         """Pictures as the language model reads them: pixel_values [pictures, 3, Y, X] -> [pictures, P, H]"""
         x = self.vision_tower(pixel_values.to(self.multi_modal_projector.linear_1.weight.dtype))
         if self.config.vision_feature_select_strategy == "default":
             x = x[:, 1:]
         return self.multi_modal_projector(x)
-
-    def embed(self, tokens: Tensor, image_features: Tensor | None = None) -> Tensor:
-        """Prompts with their pictures in place: int64 [B, T] -> [B, T, H], what `language_model.prefill` takes.
-
-        image_features  [pictures, P, H] from encode_images, in the order in which their image tokens stand in the
-                        batch, prompt by prompt; None: no pictures
-        Raises InputError when the image tokens are not as many as the feature vectors.
-        """
-        is_image = self.is_image(tokens)                                            # [B, T]
-        places = int(is_image.sum())
-        features = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
-        if places != features:
-            raise InputError(f"the prompts have {places} image tokens, and the images have {features} feature vectors")
-        # The image token's id may lie beyond the vocabulary: it is never looked up.
-        x = self.language_model.embed(tokens.masked_fill(is_image, 0))              # [B, T, H]
-        if image_features is None:
-            return x
-        return x.masked_scatter(is_image.unsqueeze(-1), image_features.to(x.dtype))
-
-    def is_image(self, tokens: Tensor) -> Tensor:
-        """Which tokens are image tokens: int64 [B, T] -> bool [B, T]"""
-        return tokens == self.config.image_token_index
-
-    def forward(self, tokens: Tensor, pixel_values: Tensor | None = None, real: Tensor | None = None) -> Tensor:
-        """The dense network without a cache.
-
-        tokens int64 [B, T]; pixel_values [pictures, 3, Y, X]; real bool [B, T], False for padding -> logits [B, T, V]
-        """
-        features = None if pixel_values is None else self.encode_images(pixel_values)
-        return self.language_model.forward_embedded(self.embed(tokens, features), real)
-
-
-# Names that releases of transformers have given to the same weights, and ours.
-SPELLINGS: Sequence[tuple[str, str]] = (
-    (r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
-    (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
-    (r"model\.language_model\.", "language_model.model."),
-    (r"lm_head\.", "language_model.lm_head."),
-)
-
-
-def our_name(key: str) -> str:
-    """The parameter that a checkpoint's key stands for; names that are ours already, or nobody's, stay."""
-    for pattern, ours in SPELLINGS:
-        matched = re.match(pattern, key)
-        if matched:
-            return ours + key[matched.end() :]
-    return key

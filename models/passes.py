@@ -7,11 +7,12 @@ each for itself. A mixture hands each of its experts a part of a pass.
 B batch, T rows, S slots that are seen, D head size, n rows of a part.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.cache import KVCache
@@ -25,7 +26,7 @@ Rotary = Callable[..., tuple[Tensor, Tensor]]
 
 
 class View(NamedTuple):
-    """What the rows of a layer see of what came before. The masks of a pass go by it.
+    """What the rows of a layer see of what came before. The masks and rotary embeddings of a pass go by it.
 
     window  tokens a query sees, itself included; None: all before it
     blind   not the prompt's rows that passed the layer by
@@ -36,13 +37,30 @@ class View(NamedTuple):
 
 
 Masks = dict[View, Any]
+Turns = dict[View, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class PictureRows:
+    """What rows of a prompt have because of its pictures, beside their embeddings.
+
+    positions   int64 [3, B, T], by time, row and column; None: one after the other, as in a text
+    rope_delta  int64 [B, 1], what is added to the positions of the tokens after the prompt; None: nothing
+    added       [B, T, H] each: what is added to the rows that leave the first layers (DeepStack)
+    blocks      int64 [B, slots so far], by slot: rows of one number see each other both ways; -1 those of no picture
+    """
+
+    positions: Tensor | None = None
+    rope_delta: Tensor | None = None
+    added: Sequence[Tensor] = ()
+    blocks: Tensor | None = None
 
 
 @dataclass
 class PrefillPass:
     """What every layer needs to run a prompt, or more of one.
 
-    cos, sin      [B, T, D]  rotary embedding of the positions
+    turns         by what layers see: cos, sin [B, T, D], rotary embedding of the positions
     slots         int64 [T], the cache slots that these rows fill
     follows       whether rows came before, which these attend to in the cache; else to each other alone
     masks         by what layers see. Of rows that follow: float [B, 1, T, S], 0 where a row may look and -inf
@@ -54,8 +72,7 @@ class PrefillPass:
     of_prompt     whether these are rows of a prompt; else of a later step
     """
 
-    cos: Tensor
-    sin: Tensor
+    turns: Turns
     slots: Tensor
     follows: bool
     masks: Masks
@@ -76,11 +93,13 @@ class PrefillPass:
         else:                           # a step, perhaps a compiled one: nobody times its parts
             evidence.add(h, self.counted, self.tokens)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, view: View) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, view: View, scale: float
+    ) -> Tensor:
         """q [B, N, T, D]; k, v [B, K, T, D], of these rows; keys, values [B, K, S, D], the cache -> [B, T, N, D]"""
         if self.follows:
-            return attend_cache(q, keys, values, self.masks[view])
-        return attend_prompt(q, k, v, self.masks[view])
+            return attend_cache(q, keys, values, self.masks[view], scale)
+        return attend_prompt(q, k, v, self.masks[view], scale)
 
     def part(self, rows: Tensor, counted: Tensor | None, tokens: int) -> "PrefillPass":
         """The pass of some rows alone, through a network that does not look at positions. counted bool [1, n]"""
@@ -91,14 +110,14 @@ class PrefillPass:
 class DecodePass:
     """What every layer needs to run rows that come after the prompt.
 
-    cos, sin  [B, T, D]; masks by what layers see: float [B, 1, T, S], 0 where a row may look and -inf elsewhere
+    turns     by what layers see: cos, sin [B, T, D]
+    masks     by what layers see: float [B, 1, T, S], 0 where a row may look and -inf elsewhere
     slots     int64 [T], the cache slots that these rows fill
     live      bool [B, 1], False for sequences that have ended: they do not count when candidates are chosen
     together  whether the rows decide together (the sequences of a batch, at one step) or each for itself
     """
 
-    cos: Tensor
-    sin: Tensor
+    turns: Turns
     masks: Masks
     slots: Tensor
     live: Tensor
@@ -126,56 +145,80 @@ class LayerRows(NamedTuple):
     waiting: PrefillPass | None = None
 
 
-def visible(queries: Tensor, slots: Tensor, padding: Tensor | None, window: int | None) -> Tensor:
+def visible(
+    queries: Tensor, slots: Tensor, padding: Tensor | None, window: int | None, blocks: Tensor | None = None
+) -> Tensor:
     """Where rows may look: at what is not after them, nor padding, nor further back than the window, counted with them.
 
-    A row of padding sees itself, so that no row of the softmax is empty.
+    The rows of one picture may also look at those after them, where there are blocks. A row of padding sees itself, so
+    that no row of the softmax is empty.
 
-    queries int64 [T], the slots of the rows; slots int64 [S]; padding int64 [B, 1], slots on the left that are none
-    -> bool [B or 1, T, S]
+    queries int64 [T], the slots of the rows; slots int64 [S]; padding int64 [B, 1], slots on the left that are none;
+    blocks int64 [B, at most S], see PictureRows -> bool [B or 1, T, S]
     """
     query, key = queries[:, None], slots[None, :]
     seen = key <= query                                                             # [T, S]
+    if blocks is not None:
+        other = F.pad(blocks, (0, len(slots) - blocks.shape[1]), value=-1)[:, None]             # [B, 1, S]
+        own = other[..., queries].transpose(1, 2)                                   # [B, T, 1]
+        seen = seen | ((own == other) & (own >= 0))                                 # [B, T, S]
     if window is not None:
         seen = seen & (key > query - window)
-    return seen[None] if padding is None else (seen & (key >= padding[:, None])) | (key == query)       # [B, T, S]
+    if padding is None:
+        return seen.view(-1, *seen.shape[-2:])
+    return (seen & (key >= padding[:, None])) | (key == query)                     # [B, T, S]
 
 
 def prefill_pass(
     rotary: Rotary, views: Iterable[View], x: Tensor, real: Tensor | None, counted: Tensor | None = None,
-    clock: Clock | None = None, observe: Observer | None = None,
+    clock: Clock | None = None, observe: Observer | None = None, positions: Tensor | None = None,
+    blocks: Tensor | None = None,
 ) -> PrefillPass:
     """Of a whole prompt, to be finished on all channels.
 
     x [B, T, H]; real bool [B, T], None: no padding; counted bool [B, T], None: all real ones
+    positions int64 [3, B, T], None: one after the other; blocks int64 [B, T], see PictureRows
     """
     slots = torch.arange(x.shape[1], device=x.device)                               # [T]
     padding = None if real is None else (~real).sum(dim=1, keepdim=True)            # [B, 1]
-    cos, sin = rotary(slots[None] if padding is None else (slots - padding).clamp(min=0), x.dtype)
+    if positions is None:
+        positions = slots[None] if padding is None else (slots - padding).clamp(min=0)
+    views = set(views)
     masks: Masks = {}
-    for view in set(views):
+    for view in views:
         masks[view] = None
-        if padding is not None or (view.window is not None and view.window < len(slots)):
-            masks[view] = visible(slots, slots, padding, view.window)[:, None]
+        if padding is not None or blocks is not None or (view.window is not None and view.window < len(slots)):
+            masks[view] = visible(slots, slots, padding, view.window, blocks)[:, None]
     counted = real if counted is None else counted
     tokens = x.shape[:-1].numel() if counted is None else int(counted.sum())
     clock = clock or Clock(x.device)
-    return PrefillPass(cos, sin, slots, False, masks, counted, tokens, True, True, clock, observe)
+    turns = turned(rotary, views, positions, x.dtype)
+    return PrefillPass(turns, slots, False, masks, counted, tokens, True, True, clock, observe)
+
+
+def turned(rotary: Rotary, views: Iterable[View], positions: Tensor, dtype: torch.dtype) -> Turns:
+    """Rotary embeddings for every kind of layer. positions int64 [B, T] or [3, B, T]"""
+    return {view: rotary(positions, dtype, view.window) for view in set(views)}
 
 
 def following_pass(
     rotary: Rotary, views: Iterable[View], x: Tensor, cache: KVCache, counted: Tensor | None, tokens: int,
     draws: bool, clock: Clock, observe: Observer | None = None, of_prompt: bool = False,
+    positions: Tensor | None = None, blocks: Tensor | None = None,
 ) -> PrefillPass:
-    """Of rows after those in the cache, finished on all channels. x [B, T, H]; counted bool [B, T], `tokens` True"""
+    """Of rows after those in the cache, finished on all channels. x [B, T, H]; counted bool [B, T], `tokens` True
+
+    positions int64 [3, B, T], None: one after the other; blocks int64 [B, slots so far], see PictureRows
+    """
     slots = cache.length + torch.arange(x.shape[1], device=x.device)                # [T]
-    cos, sin, masks = in_cache(rotary, views, cache, slots, x.dtype)
-    return PrefillPass(cos, sin, slots, True, masks, counted, tokens, draws, True, clock, observe, of_prompt=of_prompt)
+    turns = turned(rotary, views, cache.positions(slots) if positions is None else positions, x.dtype)
+    masks = masks_in_cache(views, cache, slots, x.dtype, blocks)
+    return PrefillPass(turns, slots, True, masks, counted, tokens, draws, True, clock, observe, of_prompt=of_prompt)
 
 
 def prompt_plan(
-    whole: PrefillPass, layers: int, skipped: Collection[int], boundary: int, rotary: Rotary,
-    views: Iterable[View], cache: KVCache,
+    whole: PrefillPass, layers: int, skipped: Collection[int], boundary: int, views: Iterable[View], cache: KVCache,
+    dtype: torch.dtype, blocks: Tensor | None = None,
 ) -> list[LayerRows]:
     """Which rows of a prompt run through each layer: all of them, or in layers that are skipped the boundary alone.
 
@@ -186,14 +229,17 @@ def prompt_plan(
         return [LayerRows(whole)] * layers
     rest = len(whole.slots) - boundary
     cache.passed_by.fill_(rest)
-    waiting = replace(whole, cos=whole.cos[:, :rest], sin=whole.sin[:, :rest], slots=whole.slots[:rest])
-    slots = whole.slots[rest:]                                                      # [K]
-    cos, sin, masks = in_cache(rotary, views, cache, slots, whole.cos.dtype)
+    waiting, last = (
+        replace(
+            whole, slots=whole.slots[rows],
+            turns={view: (cos[:, rows], sin[:, rows]) for view, (cos, sin) in whole.turns.items()},
+        )
+        for rows in (slice(rest), slice(rest, None))
+    )
+    masks = masks_in_cache(views, cache, last.slots, dtype, blocks)
     counted = None if whole.counted is None else whole.counted[:, rest:]            # [B, K]
     tokens = len(cache.padding) * boundary if counted is None else int(counted.sum())
-    running = replace(
-        whole, cos=cos, sin=sin, slots=slots, follows=True, masks=masks, counted=counted, tokens=tokens
-    )
+    running = replace(last, follows=True, masks=masks, counted=counted, tokens=tokens)
     passed_by = LayerRows(running, waiting)
     return [passed_by if index in skipped else LayerRows(whole) for index in range(layers)]
 
@@ -204,18 +250,18 @@ def decode_pass(
 ) -> DecodePass:
     """Of rows after those in the cache. x [B, T, H]; live bool [B, 1]"""
     slots = cache.length if x.shape[1] == 1 else cache.length + torch.arange(x.shape[1], device=x.device)       # [T]
-    return DecodePass(*in_cache(rotary, views, cache, slots, x.dtype), slots, live, together, observe)
+    turns = turned(rotary, views, cache.positions(slots), x.dtype)
+    return DecodePass(turns, masks_in_cache(views, cache, slots, x.dtype), slots, live, together, observe)
 
 
-def in_cache(
-    rotary: Rotary, views: Iterable[View], cache: KVCache, slots: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Masks]:
-    """Rotary embedding and masks of rows that fill these slots of the cache, int64 [T]."""
-    cos, sin = rotary(slots[None] - cache.padding, dtype)                           # [B, T, D]
+def masks_in_cache(
+    views: Iterable[View], cache: KVCache, slots: Tensor, dtype: torch.dtype, blocks: Tensor | None = None
+) -> Masks:
+    """Masks of rows that fill these slots of the cache, int64 [T]; blocks: see PictureRows."""
     masks: Masks = {}
     for view in set(views):
-        hidden = ~visible(slots, cache.slots, cache.padding, view.window)[:, None]  # [B, 1, T, S]
+        hidden = ~visible(slots, cache.slots, cache.padding, view.window, blocks)[:, None]      # [B, 1, T, S]
         if view.blind:
             hidden = hidden | (cache.slots < cache.passed_by)
         masks[view] = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
-    return cos, sin, masks
+    return masks

@@ -80,14 +80,16 @@ def every_column(rows: int, count: int) -> tuple[Tensor, Tensor]:
         return torch.arange(count).repeat(rows), torch.arange(rows) * count
 
 
-def attend_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attention of a prompt to itself. q [B, N, T, D]; k, v [B, K, T, D] -> [B, T, N, D]; no mask: causal."""
     grouped = q.shape[1] != k.shape[1]
-    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    a = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
     return a.transpose(1, 2)                                                        # [B, T, N, D]
 
 
-def attend_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def attend_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Attention of rows to the cache. Slots not filled yet have weight 0.
 
     The query heads that share a key/value head stand as if they were its queries, so that nothing is repeated.
@@ -97,14 +99,15 @@ def attend_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
     batch, heads, rows, head_dim = q.shape
     if rows > 1:
         grouped = heads != keys.shape[1]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
+        a = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        return a.transpose(1, 2)
     q = q.reshape(batch, keys.shape[1], -1, head_dim)                               # [B, K, N/K, D]
     if batch == 1 and is_fused(q):
         products = q.unsqueeze(3).float() * keys.unsqueeze(2).float()               # [B, K, N/K, S, D]
-        weights = (products.sum(dim=-1) * head_dim**-0.5 + mask).softmax(dim=-1)    # [B, K, N/K, S]
+        weights = (products.sum(dim=-1) * scale + mask).softmax(dim=-1)    # [B, K, N/K, S]
         a = (weights.unsqueeze(-1) * values.unsqueeze(2).float()).sum(dim=-2)       # [B, K, N/K, D]
         return a.to(q.dtype).reshape(batch, 1, heads, head_dim)
-    a = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)             # [B, K, N/K, D]
+    a = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)            # [B, K, N/K, D]
     return a.reshape(batch, 1, heads, head_dim)
 
 
@@ -130,9 +133,6 @@ def keep_best(scores: Tensor, count: int) -> Tensor:
     return above | (ties & (ties.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
 
 
-def best(scores: Tensor, count: int) -> Tensor:
-    """Places of the `count` highest scores, in their order in memory, which reads what lies there fastest.
-
-    scores  [C] -> returns int64 [count]
-    """
-    return torch.nonzero_static(keep_best(scores, count), size=count).squeeze(-1)
+def places(keep: Tensor, count: int) -> Tensor:
+    """Where `count` are True, in memory's order, which reads what lies there fastest. bool [C] -> int64 [count]"""
+    return torch.nonzero_static(keep, size=count).squeeze(-1)

@@ -51,9 +51,9 @@ class DecodeState:
         """What the layers' rows see."""
         return [layer.heads.view for layer in self.layers]
 
-    def start(self, prompt_slots: int, real: Tensor | None) -> None:
-        """Forget the last prompt. real bool [B, T] is False where a slot is padding."""
-        self.cache.start(prompt_slots, real)
+    def start(self, prompt_slots: int, real: Tensor | None, rope_delta: Tensor | None = None) -> None:
+        """Forget the last prompt. real bool [B, T] is False where a slot is padding; rope_delta: see PictureRows"""
+        self.cache.start(prompt_slots, real, rope_delta)
         for layer in self.layers:
             layer.heads.restart()
             layer.ffn.restart()
@@ -63,9 +63,10 @@ class DecodeState:
         self.clock, self.step_clock = Clock(self.live.device), Clock(self.live.device)
         self.gathering = Gathering(self.pruning, len(self.live), self.layers[-1].drift)
 
-    def go_on(self, kept: int) -> None:
+    def go_on(self, kept: int, rope_delta: Tensor | None = None) -> None:
         """More of a prompt comes, after the first `kept` slots of the cache; what is evidence already stays so."""
         self.cache.go_back(kept)
+        self.cache.shift(rope_delta)
         self.live.fill_(True)
         self.clock, self.step_clock = Clock(self.live.device), Clock(self.live.device)
         self.gathering.live = len(self.live)

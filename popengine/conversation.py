@@ -78,7 +78,7 @@ class Conversation:
         parts = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
         messages = [*self.messages, {"role": "user", "content": parts if images else text}]
         pictures = [*self.images, *images]
-        ids = self.engine.prompts.ids(messages, images=len(pictures))
+        ids = self.engine.prompts.ids(messages, images=pictures)
         room = self.engine.max_seq_len - len(ids)
         if room < 1:
             raise InputError(
@@ -90,15 +90,13 @@ class Conversation:
         if self.state is None or self.state.pruning != pruning:
             self.cached, self.state = [], None      # before the new one is allocated: never both
         kept = common_prefix(self.cached, ids[:-1])         # the last is computed anew: its logits were not kept
-        image_tokens = self.engine.pictures.image_tokens
-        seen = len(pictures) * image_tokens([ids[:kept]]) // max(1, image_tokens([ids]))
         capacity = self.engine.capacity(len(ids) + new_tokens)
         if self.state is None:
             self.state = self.engine.new_state(1, capacity, pruning)
         elif self.state.cache.capacity < capacity:
             self.state.grow(capacity)
         run = self.engine.run(
-            [ids], new_tokens, pruning, self.sampling, images=pictures[seen:], held=self.state, kept=kept
+            [ids], new_tokens, pruning, self.sampling, images=pictures, held=self.state, kept=kept
         )
         return self.answer(run, messages, pictures)
 

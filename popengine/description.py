@@ -9,7 +9,7 @@ import torch
 from models.experts import MixtureOfExperts
 from models.families import architecture
 from models.llama import LlamaForCausalLM
-from models.llava import LlavaForConditionalGeneration
+from models.picture_model import PictureModel
 from models.reading import layer_weights
 from popengine.loading import DTYPES, choose_dtype, open_text_side
 from popengine.packing import Packer, choose_form
@@ -54,9 +54,9 @@ def of_model(checkpoint: Checkpoint) -> dict[str, Any]:
         model = architecture(checkpoint.config, str(checkpoint.path)).from_config(checkpoint.config)
     pictures = None
     language_model: LlamaForCausalLM
-    if isinstance(model, LlavaForConditionalGeneration):
+    if isinstance(model, PictureModel):
         language_model, unknown = model.language_model, model.config.unknown_fields
-        pictures = {"tokens_per_image": model.config.tokens_per_image, "pixels": model.config.vision.image_size}
+        pictures = model.sizes()
     else:
         language_model, unknown = model, ()
     config, layer, mlp = language_model.config, layer_weights(language_model), language_model.model.layers[0].mlp
@@ -145,8 +145,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     if experts is not None:
         said.append(f"experts     {experts['experts']} a layer, {experts['per_token']} for each token")
     if pictures is not None:
-        said.append(f"pictures    {pictures['pixels']} x {pictures['pixels']} pixels, {pictures['tokens_per_image']} "
-                    "tokens each")
+        square, tokens = f"{pictures['pixels']} x {pictures['pixels']} pixels", pictures["tokens_per_image"]
+        each = f"of any size, a token for each {square}" if tokens is None else f"{square}, {tokens} tokens each"
+        said.append(f"pictures    {each}")
     if found["turns"] is None:
         said.append("turns       no chat template: --raw text alone, no conversation")
     else:

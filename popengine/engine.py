@@ -127,8 +127,8 @@ class Engine:
         """Generate for a batch of prompts, decided upon together: one partition and one pick serve the whole batch.
 
         prompts        one prompt or a list; a prompt is text, or a conversation as chat templates take it
-        images         paths or Pillow images, for a LLaVA checkpoint: those of the one prompt, or a list for each of
-                       several prompts (see popengine.pictures.vision for where they stand in the text)
+        images         paths or Pillow images, for a checkpoint that reads them: of the one prompt, or a list for each
+                       of several prompts (see popengine.pictures.vision for where they stand in the text)
         pruning        None: what is recommended (models/pruning/settings.py); PruningSettings() is the paper's rule
         raw            encode text as it stands, without the chat template
         system_prompt  put before each text prompt as the system's turn
@@ -137,9 +137,7 @@ class Engine:
         """
         texts = as_batch(prompts)
         pictures = images_per_prompt(images, texts, one_prompt=texts[0] is prompts)
-        batch = self.prompts.batch(
-            texts, [len(own) for own in pictures], raw=raw, system_prompt=system_prompt, parse_special=parse_special
-        )
+        batch = self.prompts.batch(texts, pictures, raw=raw, system_prompt=system_prompt, parse_special=parse_special)
         all_images = [image for own in pictures for image in own]
         run = self.run(batch, max_new_tokens, pruning, sampling, ignore_eos, all_images)
         token_ids: list[list[int]] = [[] for _ in batch]
@@ -168,7 +166,7 @@ class Engine:
     ) -> Iterator[Piece]:
         """Generate for one prompt, piece by piece. Bad input raises InputError here, before the first piece."""
         ids = self.prompts.ids(
-            prompt, raw=raw, system_prompt=system_prompt, images=len(images), parse_special=parse_special
+            prompt, raw=raw, system_prompt=system_prompt, images=images, parse_special=parse_special
         )
         return self.pieces(self.run([ids], max_new_tokens, pruning, sampling, ignore_eos, images))
 
@@ -212,7 +210,7 @@ class Engine:
     ) -> Run:
         """Check everything that can be wrong, then a Run over token ids that has computed nothing yet.
 
-        images      those of all prompts, in the order of their image tokens (without those of kept ones)
+        images      those of all prompts, in the order of their image tokens
         held, kept  see Run
         """
         if max_new_tokens < 1:
@@ -228,8 +226,8 @@ class Engine:
             self.model.check_ids(self.pictures.text_ids(ids))
         stop_ids = frozenset[int]() if ignore_eos else self.stop_ids
         resolved = self.resolve(pruning or RECOMMENDED)
-        pixel_values = self.pictures.pixel_values(images)
-        return Run(self, prompts, max_new_tokens, resolved, sampling or Sampling(), stop_ids, pixel_values, held, kept)
+        given = self.pictures.given(images, prompts[0][:kept])
+        return Run(self, prompts, max_new_tokens, resolved, sampling or Sampling(), stop_ids, given, held, kept)
 
     def resolve(self, pruning: PruningSettings | Pruning) -> Pruning:
         """Settings made concrete for this model; what is concrete already stays."""

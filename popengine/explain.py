@@ -63,7 +63,7 @@ def run(flags: argparse.Namespace) -> None:
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     engine = load_with_warnings(loading.load, flags)
-    ids = engine.prompts.ids(prompt, raw=flags.raw, system_prompt=flags.system_prompt, images=len(flags.image))
+    ids = engine.prompts.ids(prompt, raw=flags.raw, system_prompt=flags.system_prompt, images=flags.image)
     found = explained_run(engine, ids, flags.max_new_tokens, pruning, sampling, flags.image, flags.ignore_eos)
     found["model"] = Path(flags.ckpt).name if flags.ckpt else "SmolLM2-135M-Instruct"
     flags.out.write_text(page(found), encoding="utf-8")

@@ -30,7 +30,7 @@ from popengine.methods.calibration import load_calibration
 from popengine.sampling import Sampling
 from popengine.text.chat import render_chat
 from popengine.text.spelled import Spelled
-from weights.errors import InputError
+from weights.errors import InputError, one_line
 from weights.json_files import shown
 
 try:
@@ -250,8 +250,8 @@ def main() -> NoReturn:
     """lm_eval's own command line, with our errors in one line."""
     try:
         cli_evaluate()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, ValueError) as error:       # the latter lm_eval's, of tasks and flags that it does not know
+        print(one_line(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
 

@@ -10,11 +10,13 @@ import torch
 from models.compiled import CompiledDecode, compiler_problem
 from models.families import architecture
 from models.llama import LlamaForCausalLM
-from models.llava import LlavaForConditionalGeneration
 from models.matrix import replace_matrices
 from models.matrix_forms import ColumnMatrix
+from models.picture_model import PictureModel
+from models.qwen2_vl import Qwen2VLForConditionalGeneration
 from popengine.engine import Engine
 from popengine.packing import Packer, choose_form
+from popengine.pictures.patches import PatchVision
 from popengine.pictures.vision import TextOnly, Vision
 from popengine.text.chat import read_chat_template
 from popengine.text.isolated import IsolatedTokenizer
@@ -65,8 +67,9 @@ def load(
         loaded, forms = load_model(opened, kind, where, form, progress)
         tokenizer, template = text_side.result()
         pictures: TextOnly | Vision
-        if isinstance(loaded, LlavaForConditionalGeneration):
-            model, pictures = loaded.language_model, Vision(loaded, tokenizer, opened.path)
+        if isinstance(loaded, PictureModel):
+            vision = PatchVision if isinstance(loaded, Qwen2VLForConditionalGeneration) else Vision
+            model, pictures = loaded.language_model, vision(loaded, tokenizer, opened.path)
         else:
             model, pictures = loaded, TextOnly(loaded)
         with waiting("compiling", progress and compile):
@@ -97,10 +100,10 @@ def load(
 
 
 def warn_of_tokens_without_embedding(
-    tokenizer: TextTokenizer, model: LlamaForCausalLM, loaded: LlamaForCausalLM | LlavaForConditionalGeneration
+    tokenizer: TextTokenizer, model: LlamaForCausalLM, loaded: LlamaForCausalLM | PictureModel
 ) -> None:
-    """The image token of a LLaVA may lie beyond the embedding: it is never looked up."""
-    image = loaded.config.image_token_index if isinstance(loaded, LlavaForConditionalGeneration) else -1
+    """The image token may lie beyond the embedding: it is never looked up."""
+    image = loaded.config.image_token_index if isinstance(loaded, PictureModel) else -1
     rows, tokens = model.config.vocab_size, tokenizer.vocabulary_size
     if tokens - (image >= rows) > rows:
         warnings.warn(
@@ -121,7 +124,7 @@ def compile_decode(model: LlamaForCausalLM, device: torch.device) -> CompiledDec
 
 def load_model(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, form: str = "plain", progress: bool = False
-) -> tuple[LlamaForCausalLM | LlavaForConditionalGeneration, str]:
+) -> tuple[LlamaForCausalLM | PictureModel, str]:
     """The forward passes with their weights: laid out without memory first, then filled tensor by tensor.
 
     Returns the model, and what form its matrices have, for people.
@@ -130,8 +133,8 @@ def load_model(
     config = model_class.read_config(checkpoint.config)
     require_room(checkpoint, config.sides, config.blocks)
     with torch.device("meta"):
-        model = model_class(config)  # type: ignore[arg-type]  # its own
-    language_model = model.language_model if isinstance(model, LlavaForConditionalGeneration) else model
+        model = model_class(config)
+    language_model = model.language_model if isinstance(model, PictureModel) else model
     pack = None if form == "plain" else Packer(language_model, form, dtype, device)
     load_weights(model, checkpoint, dtype, device, model.locate, model.ignored_keys, progress, pack)
     # What is no part of a checkpoint (rotary frequencies) has yet to follow to the device.

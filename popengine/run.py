@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.pruning.resolve import Pruning
 from models.state import DecodeState
+from popengine.pictures.vision import Given
 from popengine.sampling import Sampling, next_tokens, require_finite
 
 if TYPE_CHECKING:
@@ -35,12 +36,12 @@ class Run:
         pruning: Pruning,
         sampling: Sampling,
         stop_ids: frozenset[int],
-        pixel_values: Tensor | None = None,                                         # [pictures, 3, Y, X]
+        given: Given,
         held: DecodeState | None = None,
         kept: int = 0,
     ) -> None:
         self.engine, self.prompts, self.sampling, self.stop_ids = engine, prompts, sampling, stop_ids
-        self.max_new_tokens, self.pruning, self.pixel_values = max_new_tokens, pruning, pixel_values
+        self.max_new_tokens, self.pruning, self.given = max_new_tokens, pruning, given
         self.held, self.kept = held, kept
         self.generator = sampling.generator(engine.device)
         self.finish_reasons: list[str | None] = [None] * len(prompts)
@@ -53,13 +54,15 @@ class Run:
         lent = engine.borrowed_state(len(self.prompts), longest + self.max_new_tokens, self.pruning)
         with lent if self.held is None else nullcontext(self.held) as self.state:
             self.compile_s = engine.prepare(self.state)
-            tokens, real = pad_left([ids[self.kept :] for ids in self.prompts], engine.device)
+            tokens, real = pad_left(self.prompts, engine.device)
             with torch.inference_mode():
-                x, counted, self.image_s = engine.pictures.embed(
-                    tokens, real, self.pixel_values, self.pruning.settings.scored_tokens
+                x, counted, pictures, self.image_s = engine.pictures.embed(
+                    tokens, real, self.given, self.pruning.settings.scored_tokens, self.kept
                 )
                 began = time.perf_counter()
-                logits = engine.model.prefill(x, self.state, real, counted, kept=self.kept)     # [B, V]
+                logits = engine.model.prefill(
+                    x, self.state, real, counted, kept=self.kept, pictures=pictures
+                )                                                                   # [B, V]
                 chosen = self.choose(logits)                                        # [B]
                 new = self.accept(chosen)
             self.prefill_s = time.perf_counter() - began

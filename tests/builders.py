@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     MixtralConfig,
     PreTrainedModel,
@@ -56,6 +57,9 @@ MODELS: dict[str, Any] = {
     "biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "qwen2_window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
     "query_key_norm": Qwen3Config(**SIZES, head_dim=16),
+    "gemma3": Gemma3TextConfig(
+        **SIZES, head_dim=16, sliding_window=6, sliding_window_pattern=2, query_pre_attn_scalar=9
+    ),
 }
 MIXTRAL = MixtralConfig(**SIZES | {"num_local_experts": 5})
 QWEN2_MOE = Qwen2MoeConfig(

@@ -6,7 +6,6 @@ candidates. With the fast step it shares norms, rotary embedding and activation 
 B sequences, H hidden size, I FFN channels, N query heads, K key/value heads, S cache slots, D head size.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -30,17 +29,20 @@ def masked_decode(model: LlamaForCausalLM, tokens: Tensor, decided: DecodeState,
     state    holds the cache of these steps, with its heads in the model's own order; its partitions are not looked at
     """
     cache, x = state.cache, model.embed(tokens.unsqueeze(1))                        # [B, 1, H]
-    cos, sin = model.model.rotary(cache.filled - cache.padding, x.dtype)            # [B, 1, D]
+    position = cache.filled - cache.padding + cache.rope_delta                      # [B, 1]
     for layer, own, other in zip(model.model.layers, state.layers, decided.layers, strict=True):
-        x = x + masked_attention(
+        cos, sin = model.model.rotary(position, x.dtype, layer.self_attn.window)    # [B, 1, D]
+        a = masked_attention(
             layer.self_attn, layer.input_layernorm(x), own.keys, own.values, other.heads.partition, decided.live[:, 0],
             cos, sin, cache.filled, cache.padding,
         )
-        normed = layer.post_attention_layernorm(x)
+        x = x + layer.attended(a)
+        normed = layer.before_mlp(x)
         if isinstance(layer.mlp, MixtureOfExperts):
-            x = x + masked_mixture(layer.mlp, normed, other.ffn, decided.live[:, 0])
+            y = masked_mixture(layer.mlp, normed, other.ffn, decided.live[:, 0])
         else:
-            x = x + masked_network(layer.mlp, normed, other.ffn.partition, decided.live[:, 0])
+            y = masked_network(layer.mlp, normed, other.ffn.partition, decided.live[:, 0])
+        x = x + layer.after_mlp(y)
     cache.advance()
     return times(model.lm_head, model.model.norm(x[:, 0]))
 
@@ -88,7 +90,7 @@ def masked_attention(
     repeats = attention.heads // attention.kv_heads
     seen_keys = keys[:, :, : slot + 1].repeat_interleave(repeats, dim=1)            # [B, N, slot + 1, D]
     seen_values = values[:, :, : slot + 1].repeat_interleave(repeats, dim=1)
-    products = (q * seen_keys).sum(dim=-1) / math.sqrt(attention.head_dim)          # [B, N, slot + 1]
+    products = (q * seen_keys).sum(dim=-1) * attention.scale                        # [B, N, slot + 1]
     slots = torch.arange(slot + 1)
     hidden = slots < padding                                                        # [B, slot + 1]
     if attention.window is not None:
@@ -119,7 +121,7 @@ def times(matrix: Any, x: Tensor) -> Tensor:
 
 def in_model_order(state: DecodeState, copy: DecodeState) -> None:
     """Copy a cache, undoing the order that pruned heads of multi-head attention give it."""
-    copy.start(state.cache.filled, None)
+    copy.start(state.cache.filled, None, state.cache.rope_delta)
     copy.cache.padding.copy_(state.cache.padding)
     for source, target in zip(state.layers, copy.layers, strict=True):
         order = source.heads.cache_order

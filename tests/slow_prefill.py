@@ -13,42 +13,53 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
 from models.layers import rotate
-from models.llama import LlamaForCausalLM, decode_layers
-from models.passes import View, decode_pass, prefill_pass
+from models.llama import LlamaForCausalLM
+from models.passes import PictureRows, View, decode_pass, prefill_pass, turned
 from models.pruning.resolve import Pruning
 from models.state import DecodeState
 
 
 def two_passes(
     model: LlamaForCausalLM, x: Tensor, pruning: Pruning, skipped: tuple[int, ...], boundary: int,
-    real: Tensor | None = None, capacity: int = 64,
+    real: Tensor | None = None, capacity: int = 64, pictures: PictureRows | None = None,
 ) -> tuple[Tensor, DecodeState]:
     """Of the dense model or one with a static mask: evidence would come in two pieces.
 
-    x [B, T, H], T > K; real [B, T], none of the boundary padding -> logits [B, V] after the prompt, and the state
+    x [B, T, H], T > K; real [B, T], none of the boundary padding; pictures: what the rows have because of pictures
+    -> logits [B, V] after the prompt, and the state
     """
+    positions = torch.arange(x.shape[1])[None] if pictures is None else pictures.positions
+    added = [torch.zeros_like(x)] * len(model.model.layers)
+    if pictures is not None:
+        added[: len(pictures.added)] = pictures.added
     first, last = x[:, :-boundary], x[:, -boundary:]                                # [B, T - K, H], [B, K, H]
     state = model.new_state(len(x), capacity, pruning)
     real = None if real is None else real[:, :-boundary]
-    state.start(first.shape[1], real)
-    step = prefill_pass(model.model.rotary, state.views, first, real)
+    state.start(first.shape[1], real, None if pictures is None else pictures.rope_delta)
+    step = prefill_pass(
+        model.model.rotary, state.views, first, real, positions=None if real is not None else positions[..., :-boundary]
+    )
     step.finish_dense = pruning.settings.prefill == "dense"
     for index, (layer, own) in enumerate(zip(model.model.layers, state.layers, strict=True)):
         if index not in skipped:
-            first = layer.prefill(first, own, step)
+            first = layer.prefill(first, own, step) + added[index][:, :-boundary]
             continue
         attention = layer.self_attn
         heads = (len(x), -1, attention.kv_heads, attention.head_dim)
         normed = layer.input_layernorm(first)
         k, v = attention.k_proj(normed).view(heads), attention.v_proj(normed).view(heads)       # [B, T - K, heads, D]
         k = k if attention.k_norm is None else attention.k_norm(k)
-        own.keys[:, :, : first.shape[1]] = rotate(k.transpose(1, 2), step.cos, step.sin)
+        own.keys[:, :, : first.shape[1]] = rotate(k.transpose(1, 2), *step.turns[own.heads.view])
         own.values[:, :, : first.shape[1]] = v.transpose(1, 2)
-    for row in last.split(1, dim=1):                                                # [B, 1, H]
-        one = decode_pass(model.model.rotary, state.views, row, state.cache, state.live, together=True)
-        out = decode_layers(model.model.layers, row, state.layers, one)
+    for index, out in zip(range(first.shape[1], x.shape[1]), last.split(1, dim=1), strict=True):      # [B, 1, H]
+        one = decode_pass(model.model.rotary, state.views, out, state.cache, state.live, together=True)
+        if pictures is not None:
+            one.turns = turned(model.model.rotary, state.views, positions[..., index : index + 1], out.dtype)
+        for layer, own, more in zip(model.model.layers, state.layers, added, strict=True):
+            out = layer.decode(out, own, one) + more[:, index : index + 1]
         state.cache.advance()
     return model.head(out)[:, 0], state
 
@@ -65,34 +76,42 @@ def without_keys(model: LlamaForCausalLM, tokens: Tensor, kept: int, first: int)
         x = layer(x, step)
     x = x[:, first:]
     masks = {view: None if mask is None else mask[..., first:, first:] for view, mask in step.masks.items()}
-    step = replace(step, cos=step.cos[:, first:], sin=step.sin[:, first:], masks=masks)
+    turns = {view: (cos[:, first:], sin[:, first:]) for view, (cos, sin) in step.turns.items()}
+    step = replace(step, turns=turns, masks=masks)
     for layer in model.model.layers[kept:]:
         x = layer(x, step)
     return model.head(x)
 
 
 class SlowPrefillOnly:
-    """Greedy generation with a Hugging Face model of the Llama family; its last `skipped` layers skip the prompt."""
+    """Greedy generation with a Hugging Face model of the Llama family; its last `skipped` layers skip the prompt.
 
-    def __init__(self, model: Any, skipped: int, boundary: int) -> None:
-        self.model, self.boundary = model, boundary
-        self.kept = len(model.model.layers) - skipped
+    body  the language model of one with pictures, which must all stand before the boundary
+    """
+
+    def __init__(self, model: Any, skipped: int, boundary: int, body: Any = None) -> None:
+        self.model, self.boundary, self.body = model, boundary, body or model.model
+        self.kept = len(self.body.layers) - skipped
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int], count: int) -> list[int]:
-        body, cache = self.model.model, DynamicCache()
+    def generate(
+        self, prompt: list[int], count: int, positions: Tensor | None = None, **prompt_inputs: Any
+    ) -> list[int]:
+        body, cache = self.body, DynamicCache()
         layers = body.layers
         first, last = torch.tensor([prompt[: -self.boundary]]), torch.tensor([prompt[-self.boundary :]])
         reached: list[Tensor] = []
         hook = layers[self.kept - 1].register_forward_hook(lambda *told: reached.append(first_of(told[-1])))
         body.layers = layers[: self.kept]
-        body(first, past_key_values=cache, use_cache=True)
+        self.model.model(first, past_key_values=cache, use_cache=True, **prompt_inputs)
         body.layers = layers
         hook.remove()
         (x,) = reached                                                              # [1, T - K, H]
-        cos, sin = body.rotary_emb(x, torch.arange(x.shape[1])[None])               # [1, T - K, D]
+        positions = torch.arange(x.shape[1])[None] if positions is None else positions[..., : x.shape[1]]
         for layer in layers[self.kept :]:
             attention, normed = layer.self_attn, layer.input_layernorm(x)
+            kinds = [attention.layer_type] if isinstance(attention, Gemma3Attention) else []
+            cos, sin = body.rotary_emb(x, positions, *kinds)                        # [1, T - K, D]
             heads = (1, x.shape[1], -1, attention.head_dim)
             k, v = attention.k_proj(normed).view(heads), attention.v_proj(normed).view(heads)
             k = attention.k_norm(k) if hasattr(attention, "k_norm") else k

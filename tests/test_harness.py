@@ -130,6 +130,10 @@ def test_the_command_and_its_errors(
         main()
     assert end.value.code == 0
     assert "local_choice" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command, f"ckpt={checkpoint}", "--tasks", "unheard-of"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and "error: Tasks not found: unheard-of" in capsys.readouterr().err.splitlines()
     missing = tmp_path / "none"
     monkeypatch.setattr("popengine.harness.cli_evaluate", lambda: PopengineLM(str(missing)))
     with pytest.raises(SystemExit) as end:

@@ -18,9 +18,13 @@ from builders import LLAVA_TINY, MIXTRAL_TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_gemma import complete_gemma
+from tiny_qwen_vl import FAMILIES as QWENS
+from tiny_qwen_vl import complete_qwen
 
 from popengine.loading import end_of_sequence_ids, load_model
-from popengine.pictures.images import parse_image_processing, read_image_processing
+from popengine.pictures.images import parse_image_processing, processor_fields, read_image_processing
+from popengine.pictures.patches import parse_patch_processing
 from popengine.text.chat import read_chat_template
 from popengine.text.tokenizer import open_tokenizer
 from weights.checkpoint import checkpoint_dtype, open_checkpoint
@@ -138,6 +142,76 @@ def test_no_size_in_a_config_is_built_before_it_is_held_to_the_tensors(
     with changed(path, json.dumps(config).encode()), bounded():
         read_all(copies[family])
     assert time.process_time() - began < 1.0 and peak_memory_bytes(CPU) - before < 300_000_000
+
+
+@pytest.fixture(scope="module")
+def qwens(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: complete_qwen(tmp_path_factory.mktemp("qwen"), name) for name in QWENS}
+
+
+QWEN_FIELDS = (
+    "model_type", "depth", "embed_dim", "hidden_size", "out_hidden_size", "intermediate_size", "mlp_ratio", "num_heads",
+    "in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size", "window_size", "fullatt_block_indexes",
+    "num_position_embeddings", "deepstack_visual_indexes", "hidden_act", "rope_parameters", "rope_scaling",
+    "image_token_id", "video_token_id", "tie_word_embeddings", "text_config", "vision_config", "head_dim", "vocab_size",
+    "num_hidden_layers", "min_pixels", "max_pixels", "merge_size", "size", "do_resize", "resample", "image_mean",
+)
+
+
+@cases(400)
+@given(
+    family=st.sampled_from(QWENS), fields=st.dictionaries(st.sampled_from(QWEN_FIELDS), values, min_size=1, max_size=3),
+    part=st.sampled_from(["config", "text_config", "vision_config", "rope_parameters", "preprocessor_config"]),
+    section=st.lists(numbers, max_size=4), size=st.sampled_from([(4, 4), (40, 30), (800, 4), (1, 1)]),
+)
+def test_any_value_in_what_a_qwen_vl_reads(
+    qwens: dict[str, Path], family: str, part: str, fields: dict[str, Any], section: list[Any], size: tuple[int, int]
+) -> None:
+    folder = qwens[family]
+    path = folder / ("preprocessor_config.json" if part == "preprocessor_config" else "config.json")
+    whole = json.loads(path.read_text())
+    if part == "rope_parameters":
+        whole["text_config"][part]["mrope_section"] = section
+    else:
+        whole.get(part, whole).update(fields)
+    with changed(path, json.dumps(whole).encode()), bounded():
+        with open_checkpoint(folder) as checkpoint:
+            model, _ = load_model(checkpoint, torch.float32, CPU)
+        processing = parse_patch_processing(processor_fields(folder))
+        read = model.config.vision.patch_size, model.config.vision.spatial_merge_size
+        if (processing.patch_size, processing.merge_size, processing.frames) == (*read, 2):
+            picture = Image.new("RGB", size)
+            grid = processing.grid(picture.height, picture.width)
+            if grid[0] * grid[1] < 1000:
+                model.encode_images(processing.pixel_values(picture), [grid])
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return complete_gemma(tmp_path_factory.mktemp("gemma"))
+
+
+GEMMA_FIELDS = (
+    "model_type", "text_config", "vision_config", "mm_tokens_per_image", "image_token_index", "boi_token_index",
+    "eoi_token_id", "tie_word_embeddings", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_activation", "query_pre_attn_scalar",
+    "sliding_window", "sliding_window_pattern", "layer_types", "rope_theta", "rope_local_base_freq", "rope_scaling",
+    "rope_parameters", "full_attention", "sliding_attention", "final_logit_softcapping", "attn_logit_softcapping",
+    "use_bidirectional_attention", "attention_bias", "image_size", "patch_size", "vision_use_head", "layer_norm_eps",
+)
+
+
+@cases(400)
+@given(
+    fields=st.dictionaries(st.sampled_from(GEMMA_FIELDS), values | numbers, min_size=1, max_size=3),
+    part=st.sampled_from(["", "text_config", "vision_config", "rope_parameters"]),
+)
+def test_any_value_in_what_a_gemma_reads(gemma: Path, part: str, fields: dict[str, Any]) -> None:
+    path = gemma / "config.json"
+    whole = json.loads(path.read_text())
+    (whole["text_config"][part] if part == "rope_parameters" else whole.get(part, whole)).update(fields)
+    with changed(path, json.dumps(whole).encode()), bounded():
+        read_all(gemma)
 
 
 FILES = (

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from builders import MIXTRAL_TINY, SETTINGS, complete_checkpoint, generated, one_line_error
 from safetensors.torch import load_file, save_file
+from tiny_qwen_vl import complete_qwen, picture
 from torch import Tensor
 
 from models import packed
@@ -292,7 +293,7 @@ def quantised(folder: Path, source: Path, method: str, size: int = 32, **changes
     """A checkpoint of `source` in the layout of a method; returns the values of its matrices."""
     generator, values = torch.Generator().manual_seed(0), {}
     tensors = load_file(source / "model.safetensors")
-    for name in [name for name in tensors if "_proj" in name]:
+    for name in [name for name in tensors if name.endswith("_proj.weight") and "visual" not in name]:
         out, columns = tensors.pop(name).shape
         numbers = torch.randint(0, 16, (out, columns), generator=generator, dtype=torch.uint8)
         scale = (torch.rand(out, columns // size, generator=generator) * 0.05 + 0.01).half().float()
@@ -303,8 +304,9 @@ def quantised(folder: Path, source: Path, method: str, size: int = 32, **changes
         }
     about = {"quant_method": method, "bits": 4, "group_size": size} | changes
     config = json.loads((source / "config.json").read_text()) | {"quantization_config": about}
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / file).write_bytes((source / file).read_bytes())
+    for file in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        if (source / file).exists():
+            (folder / file).write_bytes((source / file).read_bytes())
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors")
     return values
@@ -322,6 +324,20 @@ def test_gptq_and_awq_are_read_number_by_number(tmp_path: Path, folder: Path, me
         assert isinstance(matrix, Int4Matrix)
         assert (matrix.values() - wanted).norm() / wanted.norm() < 0.006
     assert isinstance(four.generate("Hello", max_new_tokens=3)[0].text, str)
+
+
+def test_four_bits_beside_a_vision_tower(tmp_path: Path) -> None:
+    """As Qwen2.5-VL is released by AWQ: the tower stays as it is."""
+    source, folder = complete_qwen(tmp_path / "plain", "qwen2.5"), tmp_path / "awq"
+    folder.mkdir()
+    values = quantised(folder, source, "awq")
+    four = load(folder)
+    assert four.weights == "AWQ as int4"
+    name, wanted = next(iter(values.items()))
+    matrix = four.model.get_submodule(name.replace("language_model.", "").removesuffix(".weight"))
+    assert (matrix.values() - wanted).norm() / wanted.norm() < 0.006
+    answer = four.generate("Hello", images=[picture(24, 16)], max_new_tokens=3)[0]
+    assert answer.statistics.image_tokens == 6
 
 
 def test_what_cannot_be_read_exactly_is_refused(tmp_path: Path, folder: Path, capsys: Any) -> None:

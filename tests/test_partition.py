@@ -130,6 +130,25 @@ def test_groups_are_cut_independently() -> None:
         assert torch.equal(together.order[row], partition_channels(scores[row], sizes).order)
 
 
+@pytest.mark.parametrize("groups", [2, 3])
+def test_stretches_of_channels_are_each_cut_and_picked_from_alone(groups: int) -> None:
+    scores, looks = torch.rand(2, 24 * groups, generator=torch.Generator().manual_seed(0))
+    one = partition_sizes(24, 0.4, 0.3)
+    whole = partition_channels(scores, one.times(groups))
+    assert whole.sizes.channels == 24 * groups
+    picked = whole.candidate[whole.pick(looks[whole.candidate])].tolist()
+    wanted: dict[str, list[int]] = {"retained": [], "candidate": [], "pruned": [], "picked": []}
+    for first in range(0, 24 * groups, 24):
+        alone = partition_channels(scores[first : first + 24], one)
+        for region in ("retained", "candidate", "pruned"):
+            wanted[region] += (getattr(alone, region) + first).tolist()
+        keep = alone.pick(looks[first : first + 24][alone.candidate])
+        wanted["picked"] += (alone.candidate[keep] + first).tolist()
+    for region in ("retained", "candidate", "pruned"):
+        assert getattr(whole, region).tolist() == wanted[region]
+    assert picked == wanted["picked"]
+
+
 def test_a_partition_prints_itself_readably() -> None:
     partition = partition_channels(torch.rand(10), partition_sizes(10, 0.4, 0.4))
     assert repr(partition) == "ChannelPartition(10 channels: 4 retained, 4 candidate (pick 2), 2 pruned)"

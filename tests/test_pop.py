@@ -75,10 +75,10 @@ def test_the_widest_width_chooses_among_all_channels(model: LlamaForCausalLM, ru
             x, step = model.begin(chosen, reference)
             for layer, own in zip(model.model.layers, reference.layers, strict=True):
                 normed = layer.input_layernorm(x)
-                x = x + layer.self_attn.decode(normed, own.keys, own.values, own.heads, step)
-                h = layer.mlp.activation(layer.post_attention_layernorm(x))
+                x = x + layer.attended(layer.self_attn.decode(normed, own.keys, own.values, own.heads, step))
+                h = layer.mlp.activation(layer.before_mlp(x))
                 best = keep_best(channel_scores(h, layer.mlp.down_norms()), h.shape[-1] // 2)
-                x = x + layer.mlp.down_proj(h * best)
+                x = x + layer.after_mlp(layer.mlp.down_proj(h * best))
             reference.cache.advance()
             torch.testing.assert_close(model.lm_head(model.model.norm(x[:, -1])), logits, atol=1e-5, rtol=1e-5)
 

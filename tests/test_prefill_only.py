@@ -227,9 +227,9 @@ def test_image_tokens_are_prompt_tokens() -> None:
     picture = Image.new("RGB", (64, 64), (200, 30, 30))
     share = f"{engine.model.config.num_hidden_layers - 1}/{engine.model.config.num_hidden_layers}"
     pruning = engine.resolve(skipping(share))
-    ids = engine.prompts.ids("What colour is it?", images=1)
+    ids = engine.prompts.ids("What colour is it?", images=[picture])
     tokens = torch.tensor([ids])
-    x, _, _ = engine.pictures.embed(tokens, None, engine.pictures.pixel_values([picture]), "all")
+    x = engine.pictures.embed(tokens, None, engine.pictures.given([picture])).x
     state = engine.model.new_state(1, 256, pruning)
     logits = engine.model.prefill(x, state)
     wanted, _ = two_passes(engine.model, x, engine.resolve(DENSE), pruning.skipped, 1, capacity=256)

@@ -37,7 +37,7 @@ words = st.lists(pieces, min_size=1, max_size=8)
 def test_a_message_never_becomes_a_control_token_and_keeps_its_letters(engine: Engine, contents: list[str]) -> None:
     """Four conversations at once, in one process."""
     conversations: Any = [[{"role": "user", "content": content}] for content in contents]
-    for content, ids in zip(contents, engine.prompts.batch(conversations, [0] * 4), strict=True):
+    for content, ids in zip(contents, engine.prompts.batch(conversations, [()] * 4), strict=True):
         assert controls(engine, ids) == ["<|user|>", "<|end|>", "<|assistant|>"]
         text = engine.tokenizer.decode(ids, skip_special_tokens=False)
         assert text == f"<|user|>{content}<|end|><|assistant|>"
@@ -69,7 +69,7 @@ def test_a_batch_of_chats_starts_one_process(engine: Engine, monkeypatch: pytest
     started: list[Any] = []
     run = subprocess.run
     monkeypatch.setattr(chat.subprocess, "run", lambda *words, **named: started.append(1) or run(*words, **named))
-    together = engine.prompts.batch([f"Number {n}" for n in range(500)], [0] * 500)
+    together = engine.prompts.batch([f"Number {n}" for n in range(500)], [()] * 500)
     assert len(started) == 1
     assert [together[0], together[499]] == alone
 

@@ -64,7 +64,8 @@ def test_the_shipped_checkpoint_equals_hugging_face(engine: Engine, reference: H
     )
     assert isinstance(engine.pictures, Vision)
     real = inputs["attention_mask"].bool()
-    ids = [engine.prompts.ids("What do you see?", images=len(own)) for own in prompts]
+    shown = [[QUESTIONS[index].picture() for index in own] for own in prompts]
+    ids = [engine.prompts.ids("What do you see?", images=own) for own in shown]
     assert ids == [row[mask].tolist() for row, mask in zip(inputs["input_ids"], real, strict=True)]
     pixel_values = engine.pictures.pixel_values(images) if images else None
     if pixel_values is not None:
@@ -93,7 +94,7 @@ def test_a_slow_implementation_with_hooks_gives_the_same_answers(
     assert isinstance(engine.pictures, Vision)
     for question in (QUESTIONS[2], QUESTIONS[5]):
         picture = question.picture()
-        ids = engine.prompts.ids(question.question, images=1)
+        ids = engine.prompts.ids(question.question, images=[picture])
         (run,) = zip(*engine.run([ids], 24, settings, ignore_eos=True, images=[picture]), strict=True)
         assert list(run) == slow.generate(ids, 24, pixel_values=engine.pictures.pixel_values([picture]))
 
@@ -115,14 +116,14 @@ def test_a_picture_is_encoded_once_and_counted_apart(engine: Engine, monkeypatch
     encoded: list[int] = []
     encode = engine.pictures.model.encode_images
     monkeypatch.setattr(
-        engine.pictures.model, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode(pixels)
+        engine.pictures.model, "encode_images", lambda pixels, grids: encoded.append(len(pixels)) or encode(pixels)
     )
     (answer,) = engine.generate(
         "What do you see?", images=[QUESTIONS[0].picture()] * 2, max_new_tokens=8, ignore_eos=True
     )
     assert encoded == [2]
     statistics = answer.statistics
-    assert statistics.image_tokens == 2 * engine.pictures.tokens_per_image == 72
+    assert statistics.image_tokens == 2 * engine.pictures.model.config.tokens_per_image == 72
     assert statistics.prompt_tokens == len(answer.prompt_token_ids) > 72
     assert statistics.image_ms > 0
     assert engine.generate("What do you see?", max_new_tokens=2)[0].statistics.image_tokens == 0

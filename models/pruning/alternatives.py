@@ -22,10 +22,10 @@ class AllChannels(POP):
     With a retained share the best by evidence always run, and a step chooses among all others.
     """
 
-    def sizes(self, network: Network) -> PartitionSizes:
+    def sizes_of(self, channels: int) -> PartitionSizes:
         if self.ffn_ratio == 0:
-            return super().sizes(network)
-        return retained_sizes(network.channels, self.ffn_ratio, self.retained_share or 0.0)
+            return super().sizes_of(channels)
+        return retained_sizes(channels, self.ffn_ratio, self.retained_share or 0.0)
 
 
 class Up(AllChannels):
@@ -84,15 +84,18 @@ class GLASS(POP):
         usual = None if self.prior is None else self.prior.of.get((network, "h"))  # type: ignore[arg-type]
         if usual is None:               # an expert that the model's own text never reached
             return super().partition(network, evidence, sizes)
-        places = place_by_score(usual.sqrt() * network.down_norms())                # [I]
+        places = place_by_score(usual.sqrt() * network.down_norms(), self.groups)   # [I]
         if evidence.tokens >= self.min_tokens:
-            places = places + place_by_score(evidence.scores(network.down_norms()))
+            places = places + place_by_score(evidence.scores(network.down_norms()), self.groups)
         return partition_channels(-places.float(), sizes)
 
 
-def place_by_score(scores: Tensor) -> Tensor:
-    """The place of each channel by falling score, from 0 (ties: lower channel first). float32 [I] -> int64 [I]"""
-    return scores.sort(descending=True, stable=True).indices.argsort()
+def place_by_score(scores: Tensor, groups: int = 1) -> Tensor:
+    """The place of each channel in its group by falling score, from 0 (ties: lower channel first).
+
+    float32 [I] -> int64 [I]
+    """
+    return scores.view(groups, -1).sort(descending=True, stable=True).indices.argsort().flatten()
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,13 @@ class PartitionSizes:
     candidate: int
     pruned: int
     pick: int
+    groups: int = 1                 # equal stretches of the channels that are cut alike, each by itself
+
+    def times(self, groups: int) -> "PartitionSizes":
+        """Of so many groups of channels, where these are the sizes of one."""
+        return PartitionSizes(
+            groups * self.retained, groups * self.candidate, groups * self.pruned, groups * self.pick, groups
+        )
 
     @property
     def channels(self) -> int:
@@ -167,7 +174,7 @@ class ChannelPartition:
 
         candidate_scores [..., C] float32, in the order of `candidate` -> bool [..., C] with `sizes.pick` True
         """
-        return keep_best(candidate_scores, self.sizes.pick)
+        return keep_best_of_each(candidate_scores, self.sizes)
 
     def __repr__(self) -> str:
         groups = "x".join(map(str, self.order.shape[:-1]))
@@ -185,11 +192,20 @@ def partition_channels(scores: Tensor, sizes: PartitionSizes) -> ChannelPartitio
     """
     if scores.shape[-1] != sizes.channels:
         raise ValueError(f"scores of {scores.shape[-1]} channels cannot be cut into regions of {sizes.channels}")
-    by_score = scores.sort(dim=-1, descending=True, stable=True).indices            # [..., I]
-    region = torch.zeros_like(by_score, dtype=torch.int8)                           # [..., I], 0 retained
-    region.scatter_(-1, by_score[..., sizes.retained : sizes.resident], 1)          # candidate
-    region.scatter_(-1, by_score[..., sizes.resident :], 2)                         # pruned
-    return ChannelPartition(region.sort(dim=-1, stable=True).indices, sizes)
+    each = scores.unflatten(-1, (sizes.groups, -1))                                 # [..., G, I / G]
+    by_score = each.sort(dim=-1, descending=True, stable=True).indices
+    region = torch.zeros_like(by_score, dtype=torch.int8)                           # 0 retained
+    retained, resident = sizes.retained // sizes.groups, sizes.resident // sizes.groups
+    region.scatter_(-1, by_score[..., retained:resident], 1)                        # candidate
+    region.scatter_(-1, by_score[..., resident:], 2)                                # pruned
+    return ChannelPartition(region.flatten(-2).sort(dim=-1, stable=True).indices, sizes)    # [..., I]
+
+
+def keep_best_of_each(scores: Tensor, sizes: PartitionSizes) -> Tensor:
+    """The candidates that are picked, of each group as many. scores [..., C] -> bool [..., C]"""
+    if sizes.groups == 1:
+        return keep_best(scores, sizes.pick)
+    return keep_best(scores.unflatten(-1, (sizes.groups, -1)), sizes.pick // sizes.groups).flatten(-2)
 
 
 def undecided(sizes: PartitionSizes, groups: tuple[int, ...], device: torch.device) -> ChannelPartition:

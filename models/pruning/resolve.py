@@ -90,7 +90,7 @@ def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
     check_retained_share(settings, ffn_ratio)
     rule = RULES[settings.rule](
         ffn_ratio, settings.candidate_width, settings.head_ratio, settings.min_tokens,
-        retained_share=settings.retained_share,
+        retained_share=settings.retained_share, groups=settings.groups,
     )
     ratio = (ffn_ratio * layer.ffn + off_heads) / total
     return Pruning(ratio, ffn_ratio, settings, rule, deepest(settings, layer.layers), settings.boundary_tokens)

@@ -21,6 +21,7 @@ from models.pruning.partition import (
     partition_sizes,
     retained_sizes,
 )
+from weights.errors import InputError
 
 
 class Network(Protocol):
@@ -53,6 +54,7 @@ class POP:
     min_tokens  with evidence of fewer tokens channels are cut by their weights alone
     prior       evidence before any token; None: there is none
     retained_share  of the channels that always run; None: what the candidates leave (the paper)
+    groups      equal stretches of a network's channels that are cut alike, each by itself
     """
 
     ffn_ratio: float
@@ -61,6 +63,7 @@ class POP:
     min_tokens: int = 1
     prior: Prior | None = None
     retained_share: float | None = None
+    groups: int = 1
 
     follows_prompt = True
     # A candidate's score is |look| * factor: which of "gate" (act(gate)), "up", "h" (their product) and "draft" (h from
@@ -78,10 +81,16 @@ class POP:
         return Evidence(channels, device, self.prior.of[network, part] * self.prior.tokens, self.prior.tokens)
 
     def sizes(self, network: Network) -> PartitionSizes:
-        """Regions of one network."""
+        """Regions of one network. InputError for channels that the groups do not divide."""
+        if network.channels % self.groups:
+            raise InputError(f"{network.channels} channels of a network cannot be cut in {self.groups} equal groups")
+        return self.sizes_of(network.channels // self.groups).times(self.groups)
+
+    def sizes_of(self, channels: int) -> PartitionSizes:
+        """Regions of one group of channels."""
         if self.retained_share is None or self.ffn_ratio == 0:
-            return partition_sizes(network.channels, self.ffn_ratio, self.width)
-        return retained_sizes(network.channels, self.ffn_ratio, self.retained_share, self.width)
+            return partition_sizes(channels, self.ffn_ratio, self.width)
+        return retained_sizes(channels, self.ffn_ratio, self.retained_share, self.width)
 
     def head_sizes(self, heads: int) -> PartitionSizes:
         """Regions of one group of query heads."""

@@ -83,6 +83,7 @@ class PruningSettings:
     prefill_skip     Prefill-Only pruning (arXiv 2602.03295): the deepest layers, floor(share of them), are skipped for
                      the prompt, all but its last tokens; steps run every layer. A number or a fraction like "1/3"
     boundary_tokens  how many of the last prompt tokens run through the skipped layers all the same
+    groups           equal stretches of a network's channels that are cut alike, each by itself: what as many ranks do
     Raises InputError for a value out of bounds.
     """
 
@@ -145,6 +146,10 @@ class PruningSettings:
     boundary_tokens: int = setting(
         1, "the last K prompt tokens run through skipped layers too (default: 1)", int, metavar="K", least=1,
         column="boundary tokens", matters="to skipping",
+    )
+    groups: int = setting(
+        1, "channels are cut alike in so many equal stretches, as so many ranks do", int, metavar="N", least=1,
+        column="groups",
     )
 
     def __post_init__(self) -> None:

@@ -30,8 +30,8 @@ from models.state import DecodeState, LayerState
 from popengine.engine import Engine
 from popengine.measure.studies import ranks
 from popengine.methods.activations import Activation, watch_dense
-from popengine.pictures.images import ImageSource, open_image
-from popengine.pictures.vision import Vision
+from popengine.pictures.images import ImageProcessing, ImageSource, open_image
+from popengine.pictures.vision import Embedded, Vision
 from popengine.run import Run
 from popengine.sampling import Sampling
 from popengine.statistics import measured, report
@@ -40,6 +40,8 @@ from weights.errors import InputError
 
 # Of the layers' records as JSON: what is above it would make a page of more than 5 MB.
 MOST_BYTES = 4_300_000
+# Of a picture on the page.
+MOST_PIXELS_A_SIDE = 448
 SHARED = "shared"
 
 
@@ -183,18 +185,19 @@ def explained_run(
         "layers_in_all": len(layers),
         "experts": experts,
         "heads": heads,
-        "pictures": [picture_of(engine, image) for image in images],
-        "tokens_per_picture": sum(not engine.pictures.text_ids([token]) for token in prompt) // max(1, len(images)),
+        "pictures": [
+            {"address": picture_of(engine, image), "rows": rows, "columns": columns}
+            for image, (rows, columns) in zip(images, run.given.grids, strict=True)
+        ],
         "rule": settings.rule,
         "statistics": statistics,
     }
 
 
-def embedded_prompt(engine: Engine, run: Run) -> tuple[Tensor, Tensor | None]:
-    """x [1, T, H], and which tokens count, bool [1, T]"""
-    tokens = torch.tensor(run.prompts, device=engine.device)
-    x, counted, _ = engine.pictures.embed(tokens, None, run.pixel_values, run.pruning.settings.scored_tokens)
-    return x, counted
+def embedded(engine: Engine, run: Run, new: list[int]) -> Embedded:
+    """The prompt and new tokens, with its pictures in place."""
+    tokens = torch.tensor([[*run.prompts[0], *new]], device=engine.device)
+    return engine.pictures.embed(tokens, None, run.given, run.pruning.settings.scored_tokens)
 
 
 @torch.inference_mode()
@@ -202,8 +205,8 @@ def dense_steps(engine: Engine, run: Run, new: list[int]) -> tuple[Frames, list[
     """What the dense model says at each frame of this text, and the milliseconds of its steps."""
     state = engine.new_state(1, len(run.prompts[0]) + len(new), engine.resolve(DENSE))
     engine.prepare(state)
-    found, milliseconds = Frames(), [0.0]
-    found.add(engine.model.prefill(embedded_prompt(engine, run)[0], state), new[0])
+    found, milliseconds, prompt = Frames(), [0.0], embedded(engine, run, [])
+    found.add(engine.model.prefill(prompt.x, state, pictures=prompt.pictures), new[0])
     for token, following in pairwise(new):
         began = time.perf_counter()
         with engine.stepping():
@@ -221,9 +224,9 @@ def pruned_steps(
     """The run's steps once more, looked at: what they say, which are dense, which draw anew, experts, heads."""
     state = engine.new_state(1, len(run.prompts[0]) + len(new), run.pruning)
     by_network = {one.ffn: one for one in records}
-    x, counted = embedded_prompt(engine, run)
+    prompt = embedded(engine, run, [])
     found, dense_frames, redraws, experts = Frames(), set(), set(), []
-    found.add(engine.model.prefill(x, state, None, counted), new[0])
+    found.add(engine.model.prefill(prompt.x, state, None, prompt.counted, pictures=prompt.pictures), new[0])
     note_drawings(records, state, 0)
     heads = head_regions(state)
     for frame, (token, following) in enumerate(pairwise(new), start=1):
@@ -283,9 +286,7 @@ def watch(engine: Engine, run: Run, new: list[int], records: list[NetworkRecord]
 
     Returns each prompt token's share of the evidence: of the squared scores, the mean over networks, float [T].
     """
-    x, counted = embedded_prompt(engine, run)
-    following = torch.tensor([new[:-1]], dtype=torch.int64, device=engine.device)   # [1, F - 1]
-    x = torch.cat([x, engine.model.embed(following).to(x.dtype)], dim=1)            # [1, T + F - 1, H]
+    text = embedded(engine, run, new[:-1])                                          # of T + F - 1 rows
     prompt, by_network = len(run.prompts[0]), {one.ffn: one for one in records}
     skipped = run.pruning.skipped_by(prompt)
     shares, seen = torch.zeros(prompt, device=engine.device), 0
@@ -297,8 +298,8 @@ def watch(engine: Engine, run: Run, new: list[int], records: list[NetworkRecord]
         within = positions < prompt
         energy = torch.zeros(prompt, device=engine.device)
         energy[positions[within]] = scores[within].square().sum(dim=-1)
-        if counted is not None:
-            energy *= counted[0]
+        if text.counted is not None:
+            energy *= text.counted[0, :prompt]
         if record.layer in skipped:
             energy[: -run.pruning.boundary] = 0
         if energy.any():
@@ -320,7 +321,7 @@ def watch(engine: Engine, run: Run, new: list[int], records: list[NetworkRecord]
                 record.wanted[frame] = wanted
                 record.left_out[frame] = float(squares[~ran].sum() / of_all), float(squares[~wanted].sum() / of_all)
 
-    watch_dense(engine.model, x, note)
+    watch_dense(engine.model, text.x, note, text.pictures)
     return (shares / max(1, seen)).tolist()
 
 
@@ -386,10 +387,13 @@ def fitting(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def picture_of(engine: Engine, image: ImageSource) -> str:
-    """A picture as the vision tower sees it, as a data: address."""
+    """A picture as the vision tower sees it, cut where it cuts, as a data: address."""
     assert isinstance(engine.pictures, Vision)
-    processing, file = engine.pictures.processing, BytesIO()
-    processing.cropped(processing.resized(open_image(image))).save(file, "JPEG", quality=88)
+    picture, processing, file = open_image(image), engine.pictures.processing, BytesIO()
+    if isinstance(processing, ImageProcessing):
+        picture = processing.cropped(processing.resized(picture))
+    picture.thumbnail((MOST_PIXELS_A_SIDE, MOST_PIXELS_A_SIDE))
+    picture.save(file, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 

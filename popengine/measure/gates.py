@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.llama import LlamaForCausalLM
-from models.passes import View, prefill_pass
+from models.passes import PictureRows, View, prefill_pass
 from models.pruning.settings import DENSE
 from popengine.engine import Engine
 from popengine.measure.tasks import Question
@@ -69,7 +69,7 @@ def answered(
 
 
 def of_questions(engine: Engine, questions: Sequence[Question]) -> list[tuple[list[int], Sequence[ImageSource]]]:
-    return [(engine.prompts.ids(one.prompt, images=len(one.images)), one.images) for one in questions]
+    return [(engine.prompts.ids(one.prompt, images=one.images), one.images) for one in questions]
 
 
 def study(engine: Engine, samples: Sequence[Sample], show_progress: bool) -> GateStudy:
@@ -78,27 +78,36 @@ def study(engine: Engine, samples: Sequence[Sample], show_progress: bool) -> Gat
     for sample in tqdm(samples, desc="gates", unit="sample", disable=not show_progress):
         tokens = torch.tensor([sample.prompt + sample.answer[:-1]], device=engine.device)       # [1, T]
         with torch.no_grad():
-            x, _, _ = engine.pictures.embed(tokens, None, engine.pictures.pixel_values(sample.images), "all")
-        total += gradients(engine.model, x, len(sample.prompt), sample.answer).square()
+            rows = engine.pictures.embed(tokens, None, engine.pictures.given(sample.images))
+        found = gradients(engine.model, rows.x, len(sample.prompt), sample.answer, rows.pictures)
+        total += found.square()
     return GateStudy(total.cpu() / len(samples), len(samples))
 
 
-def gradients(model: LlamaForCausalLM, x: Tensor, prompt_tokens: int, answer: Sequence[int]) -> Tensor:
+def gradients(
+    model: LlamaForCausalLM, x: Tensor, prompt_tokens: int, answer: Sequence[int], pictures: PictureRows | None = None
+) -> Tensor:
     """dLoss / dg of both gates of every layer (Eq. 8). x [1, N + A - 1, H], embedded -> float32 [2, L]"""
     with torch.enable_grad():
         gates = torch.ones(2, len(model.model.layers), device=x.device, requires_grad=True)
         after_prompt = torch.arange(x.shape[1], device=x.device) >= prompt_tokens - 1           # [T]
-        loss = gated_loss(model, x, gates[after_prompt.long()], answer)                         # gates [T, L]
+        loss = gated_loss(model, x, gates[after_prompt.long()], answer, pictures)               # gates [T, L]
         return torch.autograd.grad(loss, gates)[0]
 
 
-def gated_loss(model: LlamaForCausalLM, x: Tensor, gates: Tensor, answer: Sequence[int]) -> Tensor:
+def gated_loss(
+    model: LlamaForCausalLM, x: Tensor, gates: Tensor, answer: Sequence[int], pictures: PictureRows | None = None
+) -> Tensor:
     """Negative log-probability of the answer, summed, with what layers add times gates. x [1, T, H]; gates [T, L]"""
-    step = prefill_pass(model.model.rotary, map(View, model.config.windows), x, None)
-    for layer, gate in zip(model.model.layers, gates.unbind(dim=1), strict=True):
+    given = pictures or PictureRows()
+    step = prefill_pass(
+        model.model.rotary, map(View, model.config.windows), x, None, positions=given.positions, blocks=given.blocks
+    )
+    for index, (layer, gate) in enumerate(zip(model.model.layers, gates.unbind(dim=1), strict=True)):
         gate = gate[:, None].to(x.dtype)                                            # [T, 1]
-        x = x + layer.self_attn(layer.input_layernorm(x), step) * gate
-        x = x + layer.mlp(layer.post_attention_layernorm(x)) * gate
+        x = x + layer.attended(layer.self_attn(layer.input_layernorm(x), step)) * gate
+        x = x + layer.after_mlp(layer.mlp(layer.before_mlp(x))) * gate
+        x = x + given.added[index] if index < len(given.added) else x
     logits = model.head(x[:, -len(answer) :])[0]                                    # [A, V]
     said = torch.tensor(answer, device=x.device)                                    # [A]
     return F.cross_entropy(logits.float(), said, reduction="sum")

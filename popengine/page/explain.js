@@ -421,32 +421,35 @@ function drawHeads() {
 }
 
 function showPictures() {
-  // Image tokens lie over the picture in lines, where they are a square (one more is the tower's own summary).
-  const tokens = run.prompt.filter(one => one.image), each = run.tokens_per_picture;
-  const side = Math.floor(Math.sqrt(each)), spare = each - side * side;
-  run.pictures.forEach((address, which) => {
+  // Image tokens lie over the picture line by line. Where the model says no grid they are a square, or a square and
+  // the tower's own summary before it.
+  const tokens = run.prompt.filter(one => one.image);
+  let first = 0;
+  run.pictures.forEach((picture_of, which) => {
+    const each = picture_of.rows * picture_of.columns, side = Math.floor(Math.sqrt(each)), own = tokens.slice(first, first += each);
+    const [lines, across] = picture_of.rows > 1 ? [picture_of.rows, picture_of.columns] : [side, side];
+    own.splice(0, each - lines * across === 1 ? 1 : 0);
+    const isGrid = own.length === lines * across;
     const canvas = document.createElement("canvas"), words = document.createElement("p"), picture = new Image();
     words.className = "small";
     canvas.setAttribute("role", "img");
     canvas.setAttribute("aria-label", `Picture ${which + 1} with its ${each} image tokens`);
     byId("pictures").append(canvas, words);
-    const isSquare = side > 0 && spare <= 1;
-    words.textContent = isSquare ? `Picture ${which + 1} as the model sees it: ${side} × ${side} image tokens. The brighter a square, the more of the channels' scores comes from it.`
-      : `Picture ${which + 1} as the model sees it. Its ${each} image tokens are not a square grid, so they are not laid over it.`;
+    words.textContent = isGrid ? `Picture ${which + 1} as the model sees it: ${lines} × ${across} image tokens. The brighter a square, the more of the channels' scores comes from it.`
+      : `Picture ${which + 1} as the model sees it. Its ${each} image tokens are no grid, so they are not laid over it.`;
     picture.onload = () => {
       const size = Math.min(300, canvas.clientWidth), high = size * picture.height / picture.width, {pen} = fit(canvas, high);
       canvas.style.width = size + "px";
       pen.imageSmoothingEnabled = picture.width > 150;
       pen.drawImage(picture, 0, 0, size, high);
-      const own = tokens.slice(which * each + spare, (which + 1) * each), most = Math.max(...own.map(one => one.share), 1e-12);
+      const most = Math.max(...own.map(one => one.share), 1e-12);
       own.forEach((one, index) => {
-        if (!isSquare) return;
-        const x = index % side * size / side, y = Math.floor(index / side) * high / side;
+        if (!isGrid) return;
         pen.fillStyle = `rgba(17, 21, 27, ${0.72 * (1 - Math.sqrt(one.share / most))})`;
-        pen.fillRect(x, y, size / side - 1, high / side - 1);
+        pen.fillRect(index % across * size / across, Math.floor(index / across) * high / lines, size / across - 1, high / lines - 1);
       });
     };
-    picture.src = address;
+    picture.src = picture_of.address;
   });
 }
 

@@ -8,12 +8,13 @@ C colour channels (always 3), Y rows, X columns.
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from weights.errors import InputError
@@ -21,6 +22,7 @@ from weights.json_files import JsonObject, read_json, shown
 from weights.mapped_file import open_binary
 
 ImageSource = str | Path | Image.Image
+Taken = TypeVar("Taken")
 
 # By their content, whatever they are named: Pillow knows some forty more, of which one starts another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -44,11 +46,33 @@ SIGLIP_DEFAULTS = CLIP_DEFAULTS | {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
+GEMMA3_DEFAULTS = SIGLIP_DEFAULTS | {"resample": Image.Resampling.BILINEAR}
 DEFAULTS = {
     "CLIPImageProcessor": CLIP_DEFAULTS,
     "LlavaImageProcessor": CLIP_DEFAULTS,
     "SiglipImageProcessor": SIGLIP_DEFAULTS,
+    "Gemma3ImageProcessor": GEMMA3_DEFAULTS,
 }
+
+
+@dataclass(frozen=True)
+class Colours:
+    """How bytes become numbers. None skips the step."""
+
+    rescale_factor: float | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+    def values(self, picture: Image.Image) -> Tensor:
+        """A picture as it is -> float32 [C, Y, X]"""
+        x = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        x = x.view(picture.height, picture.width, 3).permute(2, 0, 1)  # [C, Y, X]
+        if self.rescale_factor is not None:
+            x = x.double() * self.rescale_factor
+        x = x.float()
+        if self.mean is not None and self.std is not None:
+            x = (x - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+        return x.contiguous()
 
 
 @dataclass(frozen=True)
@@ -59,9 +83,7 @@ class ImageProcessing:
     resize_to: tuple[int, int] | None  # ... or resize to exactly this
     resample: Image.Resampling
     crop_to: tuple[int, int] | None
-    rescale_factor: float | None
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
+    colours: Colours
 
     def pixel_values(self, image: ImageSource) -> Tensor:
         """One picture, a path or a Pillow image, as the vision tower reads it: float32 [C, Y, X].
@@ -69,14 +91,7 @@ class ImageProcessing:
         Raises InputError for a picture that cannot be read or is too large.
         """
         picture = self.cropped(self.resized(open_image(image)))
-        x = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        x = x.view(picture.height, picture.width, 3).permute(2, 0, 1)  # [C, Y, X]
-        if self.rescale_factor is not None:
-            x = x.double() * self.rescale_factor
-        x = x.float()
-        if self.mean is not None and self.std is not None:
-            x = (x - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
-        return x.contiguous()
+        return self.colours.values(picture)
 
     def resized(self, picture: Image.Image) -> Image.Image:
         width, height = picture.size
@@ -112,8 +127,18 @@ def open_image(source: ImageSource) -> Image.Image:
 
     Raises InputError where there is no such file, it is no image of FORMATS, is damaged, or has too many pixels.
     """
+    return from_image(source, upright_rgb)
+
+
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """Height and width of the picture that `open_image` would give, which is not read for it."""
+    return from_image(source, upright_size)
+
+
+def from_image(source: ImageSource, take: Callable[[Image.Image], Taken]) -> Taken:
+    """What `take` takes from a picture. InputError as open_image"""
     if isinstance(source, Image.Image):
-        return upright_rgb(source)
+        return take(source)
     path = Path(source)
     if not path.exists():
         raise InputError(f"no such image: {path}")
@@ -126,8 +151,7 @@ def open_image(source: ImageSource) -> Image.Image:
                         f"image too large: {path} has {picture.width} x {picture.height} pixels, and at most "
                         f"{MOST_PIXELS} are read; scale it down first"
                     )
-                picture.load()
-                return upright_rgb(picture)
+                return take(picture)
     except InputError:
         raise
     except UnidentifiedImageError as error:
@@ -141,7 +165,13 @@ def open_image(source: ImageSource) -> Image.Image:
         raise InputError(f"damaged or truncated image: {path} ({reason})") from error
 
 
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    lying = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (picture.width, picture.height) if lying else (picture.height, picture.width)
+
+
 def upright_rgb(picture: Image.Image) -> Image.Image:
+    picture.load()
     picture = ImageOps.exif_transpose(picture)
     # Other modes have no transparency, or none that Pillow can convert.
     if picture.mode in ("LA", "PA", "RGBA", "P", "L", "RGB") and picture.has_transparency_data:
@@ -156,32 +186,42 @@ def read_image_processing(directory: Path) -> ImageProcessing:
 
     Raises InputError where neither file is there, a file is broken, or it asks for a step that is not done here.
     """
+    return parse_image_processing(processor_fields(directory))
+
+
+def processor_fields(directory: Path) -> JsonObject:
+    """What the checkpoint says about its image processor. InputError where neither file is there, or one is broken"""
     joint = directory / "processor_config.json"
     nested = JsonObject(read_json(joint, optional=True), str(joint))
     if nested.get("image_processor") is not None:
-        return parse_image_processing(nested.section("image_processor"))
+        return nested.section("image_processor")
     path = directory / "preprocessor_config.json"
     if not path.exists():
         raise InputError(
             f"no image processor configuration in {directory}: "
             "preprocessor_config.json, or processor_config.json with an image_processor part, is needed to read images"
         )
-    return parse_image_processing(JsonObject(read_json(path), str(path)))
+    return JsonObject(read_json(path), str(path))
+
+
+def processor_name(fields: JsonObject, default: str) -> str:
+    """The class of the image processor, whichever of its variants."""
+    name = fields.text("image_processor_type", fields.text("feature_extractor_type", default))
+    return name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
 
 
 def parse_image_processing(fields: JsonObject) -> ImageProcessing:
-    name = fields.text("image_processor_type", fields.text("feature_extractor_type", "CLIPImageProcessor"))
-    name = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    name = processor_name(fields, "CLIPImageProcessor")
     if name not in DEFAULTS:
         raise InputError(
             f"{fields.where}: image processor {shown(name)} is not supported; supported are {', '.join(DEFAULTS)}"
         )
-    if fields.boolean("do_pad", False):
-        raise InputError(f"{fields.where}: an image processor with do_pad is not supported")
+    for step in ("do_pad", "do_pan_and_scan"):
+        if fields.boolean(step, False):
+            raise InputError(f"{fields.where}: an image processor with {step} is not supported")
     default = DEFAULTS[name]
-    resized, cropped, normalized = (fields.boolean(f"do_{step}", default[f"do_{step}"])
-                                    for step in ("resize", "center_crop", "normalize"))
-    size = size_of(fields, "size", default["size"], square=name == "SiglipImageProcessor")
+    resized, cropped = (fields.boolean(f"do_{step}", default[f"do_{step}"]) for step in ("resize", "center_crop"))
+    size = size_of(fields, "size", default["size"], square="height" in default["size"])
     if size.get("longest_edge") is not None:
         raise InputError(f"{size.where}: longest_edge is not supported")
     keeps_proportions = size.get("shortest_edge") is not None
@@ -191,6 +231,13 @@ def parse_image_processing(fields: JsonObject) -> ImageProcessing:
         resize_to=height_and_width(size) if resized and not keeps_proportions else None,
         resample=Image.Resampling(fields.integer("resample", int(default["resample"]), 0, 5)),
         crop_to=height_and_width(crop) if cropped else None,
+        colours=parse_colours(fields, default),
+    )
+
+
+def parse_colours(fields: JsonObject, default: dict[str, Any]) -> Colours:
+    normalized = fields.boolean("do_normalize", default["do_normalize"])
+    return Colours(
         rescale_factor=fields.number("rescale_factor", 1 / 255) if fields.boolean("do_rescale", True) else None,
         mean=three(fields, "image_mean", default["image_mean"], positive=False) if normalized else None,
         std=three(fields, "image_std", default["image_std"], positive=True) if normalized else None,

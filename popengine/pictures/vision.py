@@ -1,28 +1,56 @@
-"""The picture side of a LLaVA checkpoint: images to features, and the places of their tokens in a prompt.
+"""The picture side of a checkpoint: images to features, and the places of their tokens in a prompt.
 
 Where an image token is put, in this order: where the prompt says `<image>` (or whatever the checkpoint calls it);
 where the chat template puts the image parts of a message; and, for a template that knows no image parts and for a
 checkpoint without a template, at the front of the first user's text, one line per image.
 
-B batch, T prompt tokens, P image tokens per picture, H hidden size of the language model.
+B batch, T prompt tokens, H hidden size of the language model.
 """
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.clock import Clock
 from models.llama import LlamaForCausalLM
-from models.llava import LlavaForConditionalGeneration
+from models.passes import PictureRows
+from models.picture_model import Grid, PictureModel
 from popengine.pictures.images import ImageProcessing, ImageSource, read_image_processing
 from popengine.text.chat import unless_failed
 from popengine.text.prompts import Messages, Render
 from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
+
+
+class Given(NamedTuple):
+    """The pictures of a run.
+
+    grids         of all of them; new_grids: of those whose tokens the cache does not hold yet
+    pixel_values  of those; None: there are none
+    """
+
+    grids: Sequence[Grid] = ()
+    new_grids: Sequence[Grid] = ()
+    pixel_values: Tensor | None = None
+
+
+class Embedded(NamedTuple):
+    """Prompts on their way into the language model, as its `prefill` takes them.
+
+    x         [B, T, H], the rows; counted bool [B, T], those that count in the scores, None: all real ones
+    pictures  what the rows have because of pictures
+    seconds   that the pictures took
+    """
+
+    x: Tensor
+    counted: Tensor | None = None
+    pictures: PictureRows | None = None
+    seconds: float = 0.0
 
 
 class TextOnly:
@@ -40,15 +68,21 @@ class TextOnly:
     def render(self, conversations: Sequence[Messages], images: Sequence[int], render: Render) -> list[str]:
         return [unless_failed(text) for text in render(conversations)]
 
-    def expand(self, ids: list[int], images: int) -> list[int]:
+    def written_out(self, text: str) -> str:
+        return text
+
+    def expand(self, ids: list[int], images: Sequence[ImageSource]) -> list[int]:
         if images:
             raise InputError(
-                "an image was given, and this checkpoint is a text model; a LLaVA checkpoint reads images"
+                "an image was given, and this checkpoint is a text model; LLaVA and Qwen-VL checkpoints read images"
             )
         return ids
 
     def pixel_values(self, images: Sequence[ImageSource]) -> Tensor | None:
         return None
+
+    def given(self, images: Sequence[ImageSource], kept: Sequence[int] = ()) -> Given:
+        return Given()
 
     def image_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
         return 0
@@ -57,38 +91,54 @@ class TextOnly:
         return ids
 
     def embed(
-        self, tokens: Tensor, real: Tensor | None, pixel_values: Tensor | None, scored: str
-    ) -> tuple[Tensor, Tensor | None, float]:
-        return self.model.embed(tokens), None, 0.0
+        self, tokens: Tensor, real: Tensor | None, given: Given, scored: str = "all", kept: int = 0
+    ) -> Embedded:
+        return Embedded(self.model.embed(tokens[:, kept:]))
 
 
 class Vision:
-    """The same where it does. Nothing is read from disk before the first image."""
+    """The same where it does, as LLaVA does: square pictures of one size. Nothing is read before the first image."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, tokenizer: TextTokenizer, directory: Path) -> None:
+    def __init__(self, model: PictureModel, tokenizer: TextTokenizer, directory: Path) -> None:
         self.model, self.tokenizer, self.directory = model, tokenizer, directory
         self.image_token_id = model.config.image_token_index
-        self.tokens_per_image = model.config.tokens_per_image
 
     @property
     def unknown_fields(self) -> tuple[str, ...]:
         return self.model.config.unknown_fields + self.model.config.vision.unknown_fields
 
     @cached_property
-    def image_token(self) -> str:
-        """The image token as it is written in prompts."""
-        token = self.tokenizer.decode([self.image_token_id], skip_special_tokens=False)
-        if not token or self.tokenizer.token_id(token) != self.image_token_id:
+    def mark(self) -> str:
+        """What prompts and chat templates have for a picture."""
+        return self.token(self.model.mark)
+
+    def token(self, index: int) -> str:
+        """A token of pictures as it is written."""
+        token = self.tokenizer.decode([index], skip_special_tokens=False)
+        if not token or self.tokenizer.token_id(token) != index:
             raise InputError(
-                f"{self.directory}: config.json says that images stand at token {self.image_token_id}, "
+                f"{self.directory}: config.json says that images stand at token {index}, "
                 "and the tokenizer has no such token"
             )
         return token
 
+    def written_out(self, text: str) -> str:
+        """A text with everything that its marks stand for."""
+        pieces = (piece if isinstance(piece, str) else self.token(piece) for piece in self.model.written_as)
+        return text.replace(self.mark, "".join(pieces))
+
     @property
     def meant(self) -> tuple[str, ...]:
         """Whoever writes <image> into a message says where a picture stands."""
-        return (self.image_token,)
+        before, after = self.model.around_image
+        around = (self.tokenizer.decode([token], skip_special_tokens=False) for token in (*before, *after))
+        return self.mark, *around
+
+    @cached_property
+    def written(self) -> str:
+        """A picture as it is written in prompts where no template does it."""
+        before, after = (self.tokenizer.decode([*ids], skip_special_tokens=False) for ids in self.model.around_image)
+        return before + self.mark + after
 
     @cached_property
     def processing(self) -> ImageProcessing:
@@ -116,24 +166,34 @@ class Vision:
                 )
         return torch.stack(pictures)
 
-    def embed(
-        self, tokens: Tensor, real: Tensor | None, pixel_values: Tensor | None, scored: str
-    ) -> tuple[Tensor, Tensor | None, float]:
-        """The prompts with their pictures in place, which tokens count in the scores, and the seconds pictures took.
+    def grid(self, image: ImageSource) -> Grid:
+        """Rows and columns of an image's tokens. InputError for one that cannot be read."""
+        return 1, self.model.config.tokens_per_image
 
-        tokens int64 [B, T]; real bool [B, T] or None; pixel_values [pictures, 3, Y, X] or None; scored "all" or "text"
-        returns  [B, T, H]; bool [B, T], None for all real ones; seconds
+    def given(self, images: Sequence[ImageSource], kept: Sequence[int] = ()) -> Given:
+        """The images of a run, in the order of their tokens; kept: ids that the cache holds already."""
+        grids = [self.grid(image) for image in images]
+        ends = [*accumulate(rows * columns for rows, columns in grids)]
+        seen = sum(end <= self.image_tokens([kept]) for end in ends)
+        return Given(grids, grids[seen:], self.pixel_values(images[seen:]))
+
+    def embed(
+        self, tokens: Tensor, real: Tensor | None, given: Given, scored: str = "all", kept: int = 0
+    ) -> Embedded:
+        """The prompts with their pictures in place.
+
+        tokens int64 [B, T]; real bool [B, T] or None; scored "all" or "text"; kept: tokens that get no row any more
         """
         clock, features = Clock(tokens.device), None
-        if pixel_values is not None:
+        if given.pixel_values is not None:
             with clock.phase("images"):
-                features = self.model.encode_images(pixel_values.to(tokens.device))     # [pictures, P, H]
-        x = self.model.embed(tokens, features)                                      # [B, T, H]
+                features = self.model.encode_images(given.pixel_values.to(tokens.device), given.new_grids)
+        x, pictures = self.model.place(tokens, real, features, given.grids, kept)   # [B, T - kept, H]
         counted = None
         if scored == "text":
-            text = ~self.model.is_image(tokens)                                     # [B, T]
-            counted = text if real is None else text & real
-        return x, counted, clock.milliseconds("images") / 1000
+            counted = ~self.model.is_image(tokens[:, kept:])                        # [B, T - kept]
+            counted = counted if real is None else counted & real
+        return Embedded(x, counted, pictures, clock.milliseconds("images") / 1000)
 
     def plain_text(self, prompt: str, images: int) -> str:
         """A prompt that no template goes over."""
@@ -143,7 +203,7 @@ class Vision:
         """A conversation with every content as a list of parts, images placed if none of it says where they stand."""
         parted = [message | {"content": self.parts(message.get("content"))} for message in messages]
         parts = [part for message in parted for part in message["content"]]
-        placed = any(part.get("type") == "image" or self.image_token in str(part.get("text")) for part in parts)
+        placed = any(part.get("type") == "image" or self.mark in str(part.get("text")) for part in parts)
         for message in [] if placed else parted:
             if message.get("role") == "user":
                 message["content"] = [{"type": "image"}] * images + message["content"]
@@ -173,16 +233,16 @@ class Vision:
         parts = [part for message in messages for part in message["content"]]
         written = [str(part["text"]) for part in parts if part.get("type") == "text"]
         pictures = sum(part.get("type") == "image" for part in parts)
-        pictures += sum(piece.count(self.image_token) for piece in written)
+        pictures += sum(piece.count(self.mark) for piece in written)
         return (
-            isinstance(text, str) and text.count(self.image_token) == pictures
+            isinstance(text, str) and text.count(self.mark) == pictures
             and all(piece.strip() in text for piece in written)
         )
 
     def plain(self, parts: list[dict[str, Any]]) -> str:
         """Parts as one text: images first, one line each."""
         pictures = sum(part.get("type") == "image" for part in parts)
-        return f"{self.image_token}\n" * pictures + "".join(str(part.get("text", "")) for part in parts)
+        return f"{self.written}\n" * pictures + "".join(str(part.get("text", "")) for part in parts)
 
     def image_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
         """How many tokens of these prompts stand for pictures."""
@@ -192,17 +252,21 @@ class Vision:
         """Those that the embedding is asked for: image tokens are not."""
         return [token for token in ids if token != self.image_token_id]
 
-    def expand(self, ids: list[int], images: int) -> list[int]:
-        """Token ids with P image tokens for each one in the text. InputError where they are not as many as images."""
-        found = ids.count(self.image_token_id)
-        if found != images:
+    def expand(self, ids: list[int], images: Sequence[ImageSource]) -> list[int]:
+        """Token ids with as many image tokens as each image has. InputError where the text has not one for each."""
+        found, count = ids.count(self.image_token_id), len(images)
+        if found != count:
             raise InputError(
-                f"the prompt has {found} image {'token' if found == 1 else 'tokens'} ({self.image_token}) and "
-                f"{images} {'image was' if images == 1 else 'images were'} given: there must be as many"
+                f"the prompt has {found} image {'token' if found == 1 else 'tokens'} ({self.mark}) and "
+                f"{count} {'image was' if count == 1 else 'images were'} given: there must be as many"
             )
+        for token, what in self.model.refused_tokens:
+            if token in ids:
+                raise InputError(f"the prompt has the token of {what}, which is not read here: give images")
+        sizes = [rows * columns for rows, columns in map(self.grid, images)][::-1]
         expanded: list[int] = []
         for token in ids:
-            expanded += [token] * (self.tokens_per_image if token == self.image_token_id else 1)
+            expanded += [token] * (sizes.pop() if token == self.image_token_id else 1)
         return expanded
 
 

@@ -35,7 +35,9 @@ class Placing(Protocol):
 
     def render(self, conversations: Sequence[Messages], images: Sequence[int], render: Render) -> list[str]: ...
 
-    def expand(self, ids: list[int], images: int) -> list[int]: ...
+    def written_out(self, text: str) -> str: ...
+
+    def expand(self, ids: list[int], images: Sequence[Any]) -> list[int]: ...
 
 
 class Prompts:
@@ -46,34 +48,34 @@ class Prompts:
         self.longest = LETTERS_PER_TOKEN * context
 
     def ids(
-        self, prompt: Prompt, *, raw: bool = False, system_prompt: str | None = None, images: int = 0,
+        self, prompt: Prompt, *, raw: bool = False, system_prompt: str | None = None, images: Sequence[Any] = (),
         parse_special: bool = False,
     ) -> list[int]:
         """Token ids of one prompt, as `batch` gives them for several."""
         return self.batch([prompt], [images], raw=raw, system_prompt=system_prompt, parse_special=parse_special)[0]
 
     def batch(
-        self, prompts: Sequence[Prompt], images: Sequence[int], *, raw: bool = False, system_prompt: str | None = None,
-        parse_special: bool = False,
+        self, prompts: Sequence[Prompt], images: Sequence[Sequence[Any]], *, raw: bool = False,
+        system_prompt: str | None = None, parse_special: bool = False,
     ) -> list[list[int]]:
         """Token ids of prompts: through the chat template if there is one and `raw` does not forbid it.
 
-        images         how many are given with each; each has as many image tokens among the ids as the vision tower
-                       makes
+        images         those of each; each has as many image tokens among the ids as the vision tower makes
         parse_special  whether control tokens that a message spells are those tokens, and not their letters
         Raises InputError for an empty prompt, and where text or images do not suit the checkpoint.
         """
         tokens = set() if parse_special else set(self.tokenizer.special_tokens) - set(self.placing.meant)
         spelled = Spelled(tokens, [*prompts, system_prompt or ""], self.chat_template or "")
         made = []
-        for text, adds_special in self.texts(prompts, images, raw, system_prompt, spelled):
+        for text, adds_special in self.texts(prompts, [len(own) for own in images], raw, system_prompt, spelled):
+            text = self.placing.written_out(text)
             if len(text) > self.longest:
                 raise InputError(
                     f"the prompt has {len(text)} letters, more than the context of "
                     f"{self.longest // LETTERS_PER_TOKEN} tokens can hold"
                 )
             made.append(self.tokenizer.encode(text, True) if adds_special else spelled.encode(text, self.tokenizer))
-        return [self.placing.expand(ids, count) for ids, count in zip(made, images, strict=True)]
+        return [self.placing.expand(ids, own) for ids, own in zip(made, images, strict=True)]
 
     def texts(
         self, prompts: Sequence[Prompt], images: Sequence[int], raw: bool = False, system_prompt: str | None = None,

@@ -1,0 +1,132 @@
+"""What every model that reads pictures has: a language model, and pictures that take the places of image tokens.
+
+B batch, T prompt tokens, H hidden size, n image tokens of all pictures.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.llama import LlamaForCausalLM
+from models.passes import PictureRows
+from weights.errors import InputError
+
+# Rows and columns of the image tokens that one picture has.
+Grid = tuple[int, int]
+
+
+class PictureModel(nn.Module):
+    """To generate: `encode_images` once per picture, `place` once per prompt, then `language_model.prefill` and
+    `language_model.decode` as for any text model.
+
+    spellings      patterns of names that releases of transformers have given to the same weights, and ours
+    around_image   token ids that stand before and after a picture where no template puts them
+    refused_tokens what no prompt may have, and what it stands for
+    """
+
+    config: Any
+    language_model: LlamaForCausalLM
+    ignored_keys: tuple[str, ...] = ()
+    read_config: Callable[..., Any]
+    spellings: tuple[tuple[str, str], ...] = ()
+    around_image: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    refused_tokens: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def mark(self) -> int:
+        """The token that prompts and chat templates have for a picture."""
+        return self.config.image_token_index
+
+    @property
+    def written_as(self) -> tuple[int | str, ...]:
+        """What it stands for, as it is tokenised: texts, and tokens by their ids."""
+        return (self.mark,)
+
+    @classmethod
+    def from_config(cls, raw: Any) -> "PictureModel":
+        """A model of empty weights from a parsed config.json."""
+        return cls(cls.read_config(raw))
+
+    def locate(
+        self, parameter_names: list[str], checkpoint_names: list[str]
+    ) -> dict[str, tuple[str, tuple[Any, ...]]]:
+        """Where each parameter stands in a checkpoint, whichever release of transformers has written it."""
+        stored_as = {self.our_name(key): key for key in checkpoint_names}
+        prefix = "language_model."
+        of_text = self.language_model.locate(
+            [name.removeprefix(prefix) for name in parameter_names if name.startswith(prefix)],
+            [name.removeprefix(prefix) for name in stored_as if name.startswith(prefix)],
+        )
+        places: dict[str, tuple[str, tuple[Any, ...]]] = {name: (name, ()) for name in parameter_names}
+        places |= {prefix + name: (prefix + key, index) for name, (key, index) in of_text.items()}
+        return {name: (stored_as.get(key, key), index) for name, (key, index) in places.items()}
+
+    def our_name(self, key: str) -> str:
+        """The parameter that a checkpoint's key stands for; names that are ours already, or nobody's, stay."""
+        for pattern, ours in self.spellings:
+            matched = re.match(pattern, key)
+            if matched:
+                return ours + key[matched.end() :]
+        return key
+
+    def sizes(self) -> dict[str, int | None]:
+        """How large pictures are, and how many tokens each has; None: any size, as many as such squares fit in."""
+        return {"tokens_per_image": self.config.tokens_per_image, "pixels": self.config.vision.image_size}
+
+    def is_image(self, tokens: Tensor) -> Tensor:
+        """Which tokens are image tokens: int64 [B, T] -> bool [B, T]"""
+        return tokens == self.config.image_token_index
+
+    def embed(self, tokens: Tensor, image_features: Tensor | None = None) -> Tensor:
+        """Prompts with their pictures in place: int64 [B, T] -> [B, T, H], what `language_model.prefill` takes.
+
+        image_features  [..., H] from encode_images, in the order in which their image tokens stand in the batch,
+                        prompt by prompt; None: no pictures
+        Raises InputError when the image tokens are not as many as the feature vectors.
+        """
+        is_image = self.is_image(tokens)                                            # [B, T]
+        places = int(is_image.sum())
+        features = 0 if image_features is None else image_features.shape[:-1].numel()
+        if places != features:
+            raise InputError(f"the prompts have {places} image tokens, and the images have {features} feature vectors")
+        # The image token's id may lie beyond the vocabulary: it is never looked up.
+        x = self.language_model.embed(tokens.masked_fill(is_image, 0))              # [B, T, H]
+        if image_features is None:
+            return x
+        return x.masked_scatter(is_image.unsqueeze(-1), image_features.to(x.dtype))
+
+    def encode_images(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Pictures as the language model reads them.
+
+        pixel_values as the image processor makes them; grids of the same pictures -> [..., H], or more where `place`
+        knows what to do with it
+        """
+        raise NotImplementedError
+
+    def place(
+        self, tokens: Tensor, real: Tensor | None, features: Tensor | None, grids: Sequence[Grid], kept: int = 0
+    ) -> tuple[Tensor, PictureRows | None]:
+        """Prompts with their pictures in place, and what their rows have besides.
+
+        tokens    int64 [B, T]; real bool [B, T], False for padding, None: no padding
+        features  from encode_images, of the pictures after the first `kept` tokens; None: there are none
+        grids     of all pictures, in the order of their image tokens
+        kept      tokens that the cache holds already, and that get no row
+        returns   [B, T - kept, H]
+        """
+        return self.embed(tokens[:, kept:], features), None
+
+    def forward(
+        self, tokens: Tensor, pixel_values: Tensor | None = None, real: Tensor | None = None,
+        grids: Sequence[Grid] = (),
+    ) -> Tensor:
+        """The dense network without a cache.
+
+        tokens int64 [B, T]; pixel_values and grids of all pictures; real bool [B, T], False for padding
+        -> logits [B, T, V]
+        """
+        features = None if pixel_values is None else self.encode_images(pixel_values, grids)
+        x, pictures = self.place(tokens, real, features, grids)
+        return self.language_model.forward_embedded(x, real, pictures)
