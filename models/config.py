@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from models.ranks import ALONE, Ranks
 from weights.errors import InputError
 from weights.json_files import JsonObject, shown
 
@@ -110,6 +111,7 @@ class LlamaConfig:
     query_key_norm: bool
     windows: tuple[int | None, ...]     # per layer: tokens a query sees, itself included; None: all before it
     unknown_fields: tuple[str, ...] = ()
+    ranks: Ranks = ALONE                # with several, heads and channels are those of one
 
     @property
     def attention_scale(self) -> float:

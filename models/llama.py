@@ -43,6 +43,7 @@ class LlamaDecoderLayer(nn.Module):
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
+        self.ranks = config.ranks
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, config.windows[index])
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -66,15 +67,16 @@ class LlamaDecoderLayer(nn.Module):
         return y
 
     def forward(self, x: Tensor, step: PrefillPass) -> Tensor:
-        x = x + self.attended(self.self_attn(self.input_layernorm(x), step))
-        return x + self.after_mlp(self.mlp(self.before_mlp(x)))
+        x = x + self.attended(self.ranks.add_up(self.self_attn(self.input_layernorm(x), step)))
+        return x + self.after_mlp(self.ranks.add_up(self.mlp(self.before_mlp(x))))
 
     def prefill(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
         a = self.self_attn.prefill(self.input_layernorm(x), state.keys, state.values, state.heads, step)    # [B, T, H]
+        a = self.ranks.add_up(a)
         if state.drift is not None:
             state.drift.see(a, step.counted, step.of_prompt)
         x = x + self.attended(a)
-        return x + self.after_mlp(self.mlp.prefill(self.before_mlp(x), state.ffn, step))
+        return x + self.after_mlp(self.ranks.add_up(self.mlp.prefill(self.before_mlp(x), state.ffn, step)))
 
     def pass_by(self, x: Tensor, state: LayerState, waiting: PrefillPass, running: PrefillPass) -> Tensor:
         """A prompt that skips this layer, all but its last rows (Prefill-Only pruning, arXiv 2602.03295, Eq. 14, 15).
@@ -94,10 +96,11 @@ class LlamaDecoderLayer(nn.Module):
 
     def decode(self, x: Tensor, state: LayerState, step: DecodePass) -> Tensor:
         a = self.self_attn.decode(self.input_layernorm(x), state.keys, state.values, state.heads, step)     # [B, T, H]
+        a = self.ranks.add_up(a)
         if state.drift is not None:
             state.drift.see(a, step.live, of_prompt=False)
         x = x + self.attended(a)
-        return x + self.after_mlp(self.mlp.decode(self.before_mlp(x), state.ffn, step))
+        return x + self.after_mlp(self.ranks.add_up(self.mlp.decode(self.before_mlp(x), state.ffn, step)))
 
 
 def prefill_layers(
@@ -125,7 +128,8 @@ class LlamaModel(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer_class: type[LlamaDecoderLayer]) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        own = config.ranks.stretch(config.vocab_size)
+        self.embed_tokens = Embedding(own.stop - own.start, config.hidden_size)
         layers = (layer_class(config, index) for index in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]  # iterates as what it holds
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -143,7 +147,7 @@ class LlamaForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = LlamaModel(config, self.layer_class)
-        self.lm_head = Matrix(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Matrix(config.hidden_size, self.model.embed_tokens.num_embeddings, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -172,11 +176,17 @@ class LlamaForCausalLM(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens int64 [B, T] -> [B, T, H]"""
-        return self.model.embed_tokens(tokens)
+        ranks = self.config.ranks
+        if ranks.count == 1:
+            return self.model.embed_tokens(tokens)
+        own = ranks.stretch(self.config.vocab_size)
+        elsewhere = (tokens < own.start) | (tokens >= own.stop)                     # [B, T]
+        x = self.model.embed_tokens((tokens - own.start).masked_fill(elsewhere, 0))
+        return ranks.add_up(x.masked_fill(elsewhere.unsqueeze(-1), 0))
 
     def head(self, x: Tensor) -> Tensor:
         """Final norm and output projection. x [B, T, H] -> logits [B, T, V]"""
-        return self.lm_head(self.model.norm(x))
+        return self.config.ranks.join_rows(self.lm_head(self.model.norm(x)), self.config.vocab_size)
 
     def forward(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
         """The dense network without a cache.

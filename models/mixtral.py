@@ -141,7 +141,8 @@ class MixtralForCausalLM(LlamaForCausalLM):
     def locate(
         self, parameter_names: list[str], checkpoint_names: list[str]
     ) -> dict[str, tuple[str, tuple[Any, ...]]]:
-        return locate_experts(parameter_names, checkpoint_names, self.config.moe_intermediate_size)
+        channels = self.config.moe_intermediate_size * self.config.ranks.count      # as the checkpoint has them
+        return locate_experts(parameter_names, checkpoint_names, channels)
 
     def new_state(
         self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None

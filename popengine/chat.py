@@ -24,6 +24,7 @@ from popengine.command import (
     run_as_command,
     start_pytorch,
 )
+from popengine.torchrun import heard_by_all, is_first, told_by_first
 from weights.errors import InputError
 
 try:
@@ -77,10 +78,10 @@ def run(flags: argparse.Namespace) -> None:
     )
     engine.resolve(pruning)                 # what is wrong with it, and the prior, before anything is said
     chat = Chat(conversation, statistics)
-    typed = sys.stdin.isatty() and sys.stdout.isatty()
+    typed = told_by_first(sys.stdin.isatty() and sys.stdout.isatty())
     if typed and not flags.quiet:
         tell(f"{engine.folder.name}, {engine.weights}, {str(engine.dtype).removeprefix('torch.')}; /help says more")
-    for line in typed_lines() if typed else piped_lines():
+    for line in heard_by_all(typed_lines() if typed else piped_lines()):
         if line.strip() == "/quit":
             return
         try:
@@ -174,7 +175,7 @@ class Chat:
             for piece in pieces:
                 print(piece.text, end="", flush=True)
                 self.last = piece if piece.finish_reason else self.last
-                if noted:
+                if told_by_first(bool(noted)):
                     break
         print(flush=True)
         if piece.finish_reason == "length":
@@ -233,7 +234,8 @@ class Chat:
         tell("\n".join(found))
 
     def on_save(self, path: str) -> None:
-        self.conversation.save(path or "conversation.json")
+        if is_first():
+            self.conversation.save(path or "conversation.json")
 
     def on_load(self, path: str) -> None:
         self.conversation.load(path or "conversation.json")

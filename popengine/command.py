@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from models.pruning.settings import RECOMMENDED, PruningSettings
+from popengine import torchrun
 from popengine.waiting import waiting
 from weights.errors import InputError, one_line
 
@@ -86,27 +87,32 @@ def run_as_command(
 ) -> NoReturn:
     """Run a command with these arguments (None: those of the process) and exit with its status."""
     open_standard_streams()
-    status = 2
+    status, said = 2, ""
     try:
         flags = parser.parse_args(arguments)
         refuse_shadowed_packages()
-        with insistent_interrupts():
+        with insistent_interrupts(), torchrun.one_of_several(flags):
             run(flags)
-        sys.stdout.flush()
+            sys.stdout.flush()
         status = 0
     except InputError as error:
-        complain(f"error: {error}")
+        said = f"error: {error}"
     except KeyboardInterrupt:
-        complain("")
         status = 130
     except BrokenPipeError:
         silence(sys.stdout)         # whoever read our output has gone, and nothing is left to say
         status = 141
     except OSError as error:
         of_file = "" if error.filename is None else f" ({error.filename})"
-        complain(one_line(f"error: reading or writing failed: {error.strerror or error}{of_file}"))
+        said = one_line(f"error: reading or writing failed: {error.strerror or error}{of_file}")
     except MemoryError:
-        complain("error: this machine has too little memory for that; ask for less, or for a smaller dtype")
+        said = "error: this machine has too little memory for that; ask for less, or for a smaller dtype"
+    except RuntimeError as error:
+        if not torchrun.was_started():
+            raise
+        said = one_line(f"error: the ranks have lost each other, or one has failed: {error}")
+    if status in (2, 130) and torchrun.says_why_it_failed():
+        complain(said)
     sys.exit(status)
 
 

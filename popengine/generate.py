@@ -18,6 +18,7 @@ from popengine.command import (
     run_as_command,
     start_pytorch,
 )
+from popengine.torchrun import is_first, told_by_first
 from weights.errors import InputError
 
 # Bytes on standard input: no context holds more.
@@ -54,9 +55,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def run(flags: argparse.Namespace) -> None:
-    prompt = read_prompt(flags.prompt)
+    prompt = read_prompt(flags.prompt) if is_first() else ""
     pruning = generation_settings(flags)
     start_pytorch(flags)
+    prompt = told_by_first(prompt)
     from popengine import loading, statistics
     from popengine.sampling import Sampling
 

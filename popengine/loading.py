@@ -3,25 +3,30 @@
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from models.compiled import CompiledDecode, compiler_problem
+from models.config import LlamaConfig
 from models.families import architecture
 from models.llama import LlamaForCausalLM
 from models.matrix import replace_matrices
 from models.matrix_forms import ColumnMatrix
 from models.picture_model import PictureModel
 from models.qwen2_vl import Qwen2VLForConditionalGeneration
+from models.ranks import ALONE, Ranks, share_of
 from popengine.engine import Engine
 from popengine.packing import Packer, choose_form
 from popengine.pictures.patches import PatchVision
 from popengine.pictures.vision import TextOnly, Vision
+from popengine.sharing import add_biases_once, shares
 from popengine.text.chat import read_chat_template
 from popengine.text.isolated import IsolatedTokenizer
 from popengine.text.prompts import Prompts
 from popengine.text.tokenizer import FastTokenizer, TextTokenizer, open_tokenizer
+from popengine.torchrun import agree, ranks
 from popengine.waiting import waiting
 from weights.checkpoint import Checkpoint, GGUFCheckpoint, checkpoint_dtype, fingerprint, open_checkpoint
 from weights.default_checkpoint import default_checkpoint
@@ -56,6 +61,7 @@ def load(
     Raises InputError, in one line, for anything wrong with what was given.
     """
     began = time.perf_counter()
+    ours = ranks()
     where = choose_device(device)
     with (
         open_checkpoint(default_checkpoint() if checkpoint is None else checkpoint) as opened,
@@ -64,7 +70,8 @@ def load(
         form = choose_form(weights, opened, where, dtype)
         kind = choose_dtype(dtype, opened, where, packed=form != "plain")
         text_side = beside.submit(open_text_side, opened)       # waits for a process most of its time
-        loaded, forms = load_model(opened, kind, where, form, progress)
+        agree({"checkpoint": fingerprint(opened)})
+        loaded, forms = load_model(opened, kind, where, form, progress, ours)
         tokenizer, template = text_side.result()
         pictures: TextOnly | Vision
         if isinstance(loaded, PictureModel):
@@ -123,7 +130,8 @@ def compile_decode(model: LlamaForCausalLM, device: torch.device) -> CompiledDec
 
 
 def load_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, form: str = "plain", progress: bool = False
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, form: str = "plain", progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> tuple[LlamaForCausalLM | PictureModel, str]:
     """The forward passes with their weights: laid out without memory first, then filled tensor by tensor.
 
@@ -132,11 +140,17 @@ def load_model(
     model_class = architecture(checkpoint.config, str(checkpoint.path))
     config = model_class.read_config(checkpoint.config)
     require_room(checkpoint, config.sides, config.blocks)
+    if isinstance(config, LlamaConfig):
+        config = share_of(config, ranks)
+    else:
+        config = replace(config, text=share_of(config.text, ranks))
     with torch.device("meta"):
         model = model_class(config)
     language_model = model.language_model if isinstance(model, PictureModel) else model
     pack = None if form == "plain" else Packer(language_model, form, dtype, device)
-    load_weights(model, checkpoint, dtype, device, model.locate, model.ignored_keys, progress, pack)
+    held = shares(model, language_model)
+    load_weights(model, checkpoint, dtype, device, model.locate, model.ignored_keys, progress, pack, held)
+    add_biases_once(language_model)
     # What is no part of a checkpoint (rotary frequencies) has yet to follow to the device.
     return model.to(device).eval().requires_grad_(False), "plain" if pack is None else pack.made
 

@@ -24,6 +24,7 @@ from models.llama import LlamaForCausalLM
 from models.pruning.rules import Prior
 from models.pruning.settings import DENSE
 from popengine.sampling import Sampling
+from popengine.torchrun import from_each, is_first
 
 FORMAT = "popengine prior 1"
 # A network or attention, and which part of it: "h", what feeds down_proj or o_proj, or its factors "gate" and "up".
@@ -54,7 +55,8 @@ def prior_for(engine: Sampler, tokens: int, progress: bool) -> Prior:
     name = engine.fingerprint
     kept = cache_folder() / f"{name}.safetensors"
     found = read(engine.folder / FILE, name, model) or read(kept, name, model)
-    if found is None:
+    everywhere = from_each(found is not None)           # a rank on another machine may not have it
+    if found is None or not all(everywhere):
         found = make(engine, progress)
         write(kept, name, found, model)
     return Prior(found, tokens)
@@ -120,6 +122,7 @@ def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[Part, Tensor] |
     found: dict[Part, Tensor] = {}
     for key, tensor in tensors.items():
         place, _, part = key.rpartition(" ")
+        tensor = tensor[model.config.ranks.stretch(len(tensor))] if tensor.dim() else tensor
         if place not in sizes or tensor.shape != (sizes[place],) or not tensor.isfinite().all():
             return None
         found[places[place], part] = tensor.float().to(model.device)
@@ -129,7 +132,13 @@ def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[Part, Tensor] |
 def write(path: Path, name: str, prior: dict[Part, Tensor], model: LlamaForCausalLM) -> None:
     """Keep a prior; where that cannot be done it is made again next time."""
     places: dict[nn.Module, str] = {one: place for place, one in observed(model).items()}
-    tensors = {f"{places[one]} {part}": values.cpu().contiguous() for (one, part), values in prior.items()}
+    ranks = model.config.ranks
+    tensors = {
+        f"{places[one]} {part}": ranks.join_rows(values, ranks.count * len(values)).cpu().contiguous()
+        for (one, part), values in prior.items()
+    }
+    if not is_first():
+        return
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

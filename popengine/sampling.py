@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from popengine.torchrun import told_by_first
 from weights.errors import InputError
 
 # The least that float32 can sensibly divide by.
@@ -40,10 +41,7 @@ class Sampling:
         if self.temperature == 0:
             return None
         generator = torch.Generator(device)
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
+        generator.manual_seed(told_by_first(generator.seed()) if self.seed is None else self.seed)
         return generator
 
 

@@ -122,13 +122,14 @@ class GGUFCheckpoint:
     def tokenizer_json(self) -> str:
         return tokenizer_json(self._metadata)
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in its entry's shape and dtype, on the CPU, dequantised and in Hugging Face's order."""
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Rows of a tensor in its entry's dtype, on the CPU, dequantised and in Hugging Face's order."""
         entry, place = self.entries[name], self._places[name]
-        raw = self._ordered_bytes(name)
+        shape = (len(range(*rows.indices(entry.shape[0]))), *entry.shape[1:])
+        raw = self._ordered_bytes(name).reshape(entry.shape[0], -1)[rows].reshape(-1)
         if place.type_name in PLAIN_TYPES:
-            return torch.from_numpy(raw.copy()).view(entry.dtype).view(entry.shape)
-        return dequantise(raw, place.type_name, entry.elements).view(entry.shape)
+            return torch.from_numpy(raw.copy()).view(entry.dtype).view(shape)
+        return dequantise(raw, place.type_name, math.prod(shape)).view(shape)
 
     def read_groups(self, name: str) -> Groups:
         """A tensor of four-bit numbers as it is kept, on the CPU, in Hugging Face's order."""

@@ -25,6 +25,13 @@ class Groups:
         """Of a group."""
         return self.numbers.shape[1] // self.scale.shape[1]
 
+    def part(self, dim: int, own: slice) -> "Groups":
+        """Some rows (dim 0), or some columns (1) that begin and end with groups."""
+        if dim == 0:
+            return Groups(self.numbers[own], self.scale[own], self.minimum[own])
+        groups = slice(own.start // self.size, own.stop // self.size)
+        return Groups(self.numbers[:, own], self.scale[:, groups], self.minimum[:, groups])
+
     def values(self) -> Tensor:
         """float32 [out, in]"""
         grouped = self.numbers.unflatten(1, (-1, self.size)).float()                # [out, G, g]

@@ -1,7 +1,8 @@
 """Fill a model that was built on the meta device with the tensors of a checkpoint, every key accounted for."""
 
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,28 @@ class Packing:
     from_groups: bool = False
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of a tensor that is held, where a model is shared out: these of its rows (dim 0) or columns (1).
+
+    whole  how many there are
+    """
+
+    dim: int
+    own: slice
+    whole: int
+
+    def of(self, index: tuple[Any, ...]) -> tuple[Any, ...]:
+        """An index of the part, from that of the whole in a checkpoint's tensor: numbers, then slices."""
+        entries = list(index)
+        while sum(isinstance(entry, slice) for entry in entries) <= self.dim:
+            entries.append(slice(None))
+        place = [number for number, entry in enumerate(entries) if isinstance(entry, slice)][self.dim]
+        first = entries[place].start or 0
+        entries[place] = slice(first + self.own.start, first + self.own.stop)
+        return tuple(entries)
+
+
 # What becomes of a parameter, by its key and the entry that holds it; None: it is kept as it is.
 Pack = Callable[[Tensor, str, TensorEntry], Packing | None]
 
@@ -53,6 +76,15 @@ class Wanted:
     index: tuple[Any, ...]
     dtype: torch.dtype  # in memory
     packing: Packing | None = None
+    share: Share | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole that it is, or is a share of."""
+        shape = list(self.target.shape)
+        if self.share is not None:
+            shape[self.share.dim] = self.share.whole
+        return tuple(shape)
 
     @property
     def held_bytes(self) -> int:
@@ -69,6 +101,7 @@ def load_weights(
     ignored: Iterable[str] = (),
     progress: bool = False,
     pack: Pack | None = None,
+    shares: Mapping[str, Share] | None = None,
 ) -> None:
     """Give every parameter and persistent buffer of `model` its values from `checkpoint`.
 
@@ -79,13 +112,14 @@ def load_weights(
     ignored   regular expressions of whole checkpoint keys that may be there and are not needed
     progress  a bar on stderr
     pack      says which parameters are packed instead
+    shares    parameters that are a part of what the checkpoint has, by name
 
     Tied parameters (one object under several names) are read once and stay tied; all but one of their names may be
     absent. InputError, before anything is allocated, when keys are missing, unexpected or of another shape (all in one
     line) and when the weights will not fit into memory. At its peak loading takes the memory of the weights plus that
     of the checkpoint's largest tensor.
     """
-    wanted = find_all(model, checkpoint, dtype, locate, ignored, pack)
+    wanted = find_all(model, checkpoint, dtype, locate, ignored, pack, shares)
     needed = sum(one.held_bytes for one in wanted)
     require_memory(needed, device, f"{checkpoint.path} in {str(dtype).removeprefix('torch.')}")
 
@@ -98,25 +132,28 @@ def load_weights(
                 if one.packing is None:
                     put(model, one, read_piece(checkpoint, one, device))
                 elif one.packing.from_groups:
-                    one.packing.take(checkpoint.read_groups(key))
+                    groups = checkpoint.read_groups(key)
+                    one.packing.take(groups if one.share is None else groups.part(one.share.dim, one.share.own))
                 else:
-                    one.packing.take(checkpoint.read(key)[one.index])
+                    one.packing.take(read_index(checkpoint, one))
                 bar.update(one.held_bytes)
             checkpoint.release(key)
 
 
 def find_all(
     model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, locate: Locate | None = None,
-    ignored: Iterable[str] = (), pack: Pack | None = None,
+    ignored: Iterable[str] = (), pack: Pack | None = None, shares: Mapping[str, Share] | None = None,
 ) -> list[Wanted]:
     """Where everything lies that `model` needs, nothing read yet. As for load_weights"""
     names = list(model.state_dict())
     located: dict[str, tuple[str, tuple[Any, ...]]] = {name: (name, ()) for name in names}
     if locate is not None:
         located |= locate(names, list(checkpoint.entries))
-    wanted = find_sources(model, located, checkpoint, dtype, pack)
+    wanted = find_sources(model, located, checkpoint, dtype, pack, shares or {})
     check_keys(checkpoint, wanted, {key for key, _ in located.values()}, list(ignored))
     return wanted
+
+
 def require_room(checkpoint: Checkpoint, sides: Iterable[int], blocks: int) -> None:
     """InputError for a model that is larger than what is there: it must not even be laid out.
 
@@ -136,7 +173,7 @@ def require_room(checkpoint: Checkpoint, sides: Iterable[int], blocks: int) -> N
 
 def find_sources(
     model: nn.Module, located: dict[str, tuple[str, tuple[Any, ...]]], checkpoint: Checkpoint, dtype: torch.dtype,
-    pack: Pack | None,
+    pack: Pack | None, shares: Mapping[str, Share],
 ) -> list[Wanted]:
     """What the model needs, one item for each tensor object; a tied one comes from the first name that is there."""
     targets = model.state_dict(keep_vars=True)  # the objects themselves, so that tied names show as one object
@@ -151,7 +188,7 @@ def find_sources(
         kind = dtype if target.is_floating_point() else target.dtype
         entry = checkpoint.entries.get(key)
         packing = None if pack is None or entry is None else pack(target, key, entry)
-        wanted.append(Wanted(names, target, key, index, kind, packing))
+        wanted.append(Wanted(names, target, key, index, kind, packing, shares.get(names[0])))
     return wanted
 
 
@@ -169,10 +206,10 @@ def check_keys(checkpoint: Checkpoint, wanted: list[Wanted], known: set[str], ig
         entry = checkpoint.entries.get(one.key)
         if entry is None:
             continue
-        used[one.key] = used.get(one.key, 0) + one.target.numel()
+        used[one.key] = used.get(one.key, 0) + math.prod(one.shape)
         shape = piece_shape(entry, one.index)
-        if shape != tuple(one.target.shape):
-            misshaped.append(f"{one.key} {list(entry.shape)} for {one.names[0]} {list(one.target.shape)}")
+        if shape != one.shape:
+            misshaped.append(f"{one.key} {list(entry.shape)} for {one.names[0]} {list(one.shape)}")
         elif entry.dtype.is_floating_point != one.target.is_floating_point():
             misshaped.append(f"{one.key} is {entry.dtype}, {one.names[0]} is {one.dtype}")
     if not misshaped:
@@ -204,11 +241,17 @@ def piece_shape(entry: TensorEntry, index: tuple[Any, ...]) -> tuple[int, ...] |
         return None
 
 
+def read_index(checkpoint: Checkpoint, one: Wanted) -> Tensor:
+    """The values of one parameter as the checkpoint reads them: of rows no more than are held."""
+    if one.share is not None and one.share.dim == 0 and one.index == ():
+        return checkpoint.read(one.key, one.share.own)
+    return checkpoint.read(one.key)[one.index if one.share is None else one.share.of(one.index)]
+
+
 def read_piece(checkpoint: Checkpoint, one: Wanted, device: torch.device) -> Tensor:
     """The values of one parameter, on the device, in its dtype, and in memory that is nobody else's."""
-    stored = checkpoint.read(one.key)
-    piece = stored[one.index]
-    if not checkpoint.mapped and piece.numel() == stored.numel() and stored.dtype == one.dtype:
+    piece = read_index(checkpoint, one)
+    if not checkpoint.mapped and one.index == () and one.share is None and piece.dtype == one.dtype:
         return piece.to(device)  # what was read is already a tensor of its own
     if device.type != "cpu" or piece.numel() >= WORTH_SHARING or not piece.is_contiguous():
         return piece.to(device, one.dtype, copy=True, memory_format=torch.contiguous_format)

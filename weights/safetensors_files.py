@@ -106,11 +106,12 @@ class SafetensorsCheckpoint:
             self._places[name] = Place(shard, *places[name])
         self._files[shard] = file
 
-    def read(self, name: str) -> Tensor:
-        """The tensor as a view of the mapped file: its entry's shape and dtype, on the CPU, not to be written to."""
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Rows of a tensor as a view of the mapped file, in its entry's dtype, on the CPU, not to be written to."""
         if name in self._parts:
-            return self.read_groups(name).values()
-        return self._view(name, self.entries[name])
+            return self.read_groups(name).part(0, rows).values()
+        whole = self._view(name, self.entries[name])
+        return whole[rows] if rows != slice(None) else whole
 
     def read_groups(self, name: str) -> Groups:
         """A matrix of four-bit numbers as it is kept."""

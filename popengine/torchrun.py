@@ -1,0 +1,133 @@
+"""Several processes that hold one model: joining those that torchrun has started, what they agree on, who speaks.
+
+`torchrun --nproc-per-node N -m popengine.generate ...` starts a command N times. The first rank reads standard input,
+writes results and speaks; of the others nothing is heard, unless one of them is the first to fail.
+"""
+
+import importlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from models.ranks import ALONE, Ranks
+from weights.errors import InputError
+
+# A rank that waits so long for another has lost it.
+PATIENCE = timedelta(minutes=10)
+# Flags that name files, which may lie elsewhere on another machine, and where results are written.
+OF_FILES = ("ckpt", "text", "image", "calibration", "calibration_text")
+RESULTS = ("out", "json", "save_calibration")
+
+
+def was_started() -> bool:
+    """Whether torchrun has started this process, and others beside it."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def is_first() -> bool:
+    """Whether this is the process that reads standard input, writes results and speaks."""
+    return not was_started() or os.environ.get("RANK", "0") == "0"
+
+
+def distributed() -> Any:
+    """PyTorch takes seconds to import: only where there are ranks."""
+    return importlib.import_module("torch.distributed")
+
+
+def ranks() -> Ranks:
+    """What this process is among others. Joins them where torchrun has started it and nobody has yet."""
+    if not was_started():
+        return ALONE
+    group = distributed()
+    if not group.is_initialized():
+        torch = importlib.import_module("torch")
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        try:
+            group.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"the ranks could not join: {error}") from None
+    return Ranks(group.get_rank(), group.get_world_size())
+
+
+def from_each(value: Any) -> list[Any]:
+    """What each rank has."""
+    ours = ranks()
+    found: list[Any] = [value] * ours.count
+    if ours.count > 1:
+        distributed().all_gather_object(found, value)
+    return found
+
+
+def told_by_first(value: Any) -> Any:
+    """What the first rank has, on every rank: a seed that it has drawn, a text that it has read."""
+    box = [value]
+    if ranks().count > 1:
+        distributed().broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def agree(on: dict[str, Any]) -> None:
+    """InputError where ranks were started with other flags, files or versions than the first."""
+    found = from_each(on)
+    for index, theirs in enumerate(found):
+        for name in on:
+            if theirs[name] != found[0][name]:
+                raise InputError(f"rank {index} has another {name} than rank 0: {theirs[name]}, not {found[0][name]}")
+
+
+def heard_by_all(lines: Iterable[str]) -> Iterator[str]:
+    """Lines that the first rank reads, on every rank."""
+    iterator = iter(lines) if is_first() else iter(())
+    while (line := told_by_first(next(iterator, None))) is not None:
+        yield line
+
+
+@contextmanager
+def one_of_several(flags: Any) -> Iterator[None]:
+    """A command on every rank: joined, of the same flags, and with one of them that speaks and writes results.
+
+    The others write theirs to a folder that is thrown away, which begins as a copy of what is there already.
+    """
+    if not was_started():
+        yield
+        return
+    with tempfile.TemporaryDirectory() as thrown_away, open(os.devnull, "w") as nowhere:
+        ranks()
+        torch, popengine = sys.modules["torch"], importlib.import_module("popengine")
+        shown = {name: str(value) for name, value in sorted(vars(flags).items()) if name not in (*OF_FILES, *RESULTS)}
+        versions = {"version of popengine": popengine.__version__, "version of PyTorch": torch.__version__}
+        agree(versions | {f"--{name.replace('_', '-')}": value for name, value in shown.items()})
+        if not is_first():
+            for name in RESULTS:
+                asked = getattr(flags, name, None)
+                if asked:
+                    private = Path(thrown_away) / Path(asked).name
+                    if Path(asked).is_dir():
+                        shutil.copytree(asked, private)
+                    setattr(flags, name, type(asked)(private))
+            sys.stdout = sys.stderr = nowhere
+        from_each(None)                 # copied, before the first rank writes
+        try:
+            yield
+            distributed().destroy_process_group()
+        finally:
+            sys.stdout, sys.stderr = sys.__stdout__ or nowhere, sys.__stderr__ or nowhere
+
+
+def says_why_it_failed() -> bool:
+    """Whether this rank is the first to fail, and so says why; before the ranks have joined it is the first rank."""
+    group = sys.modules.get("torch.distributed")
+    if not was_started() or group is None or not group.is_initialized():
+        return is_first()
+    try:
+        return group.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:                # the store has gone with the one that has spoken
+        return False

@@ -1,0 +1,90 @@
+"""A model over several ranks, real processes on gloo, held to one process that cuts as many groups of channels."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import LLAVA_TINY, MIXTRAL_TINY, complete_checkpoint
+from ranks_worker import answers
+
+from models.llama import LlamaForCausalLM
+from models.ranks import Ranks, share_of
+from weights.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+SORT = "sort 52713=12357; sort 9140=0149; sort 36627=23667; sort 4802=0248; sort 73150?"
+
+
+def torchrun(count: int, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT, env=environment, **options)
+
+
+def case(checkpoint: Path, prompt: str, **changes: Any) -> dict[str, Any]:
+    settings = {"candidate_width": 0.5} | changes.pop("settings", {})
+    return {
+        "checkpoint": str(checkpoint), "prompt": prompt, "dtype": "float32", "weights": "auto", "compile": False,
+        "images": [], "tokens": 48, "raw": True, "ids": [1, 5, 9, 2, 30, 7], "settings": settings,
+    } | changes
+
+
+def in_one_process(count: int, one: dict[str, Any]) -> dict[str, Any]:
+    return answers(one | {"settings": one["settings"] | {"groups": count}})
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_equal_one_process_with_as_many_groups(
+    count: int, tmp_path: Path, default_gguf: Path, checkpoint: Path
+) -> None:
+    """Dense logits within 1e-5 and the same greedy tokens: dense, POP, Prefill-Only, evidence, heads, packed, compiled."""
+    if count == 3:                      # SmolLM2 has three key/value heads
+        text = "The lighthouse at Orrin Point was built in 1858 from yellow brick, and"
+        cases = [
+            case(default_gguf, text, settings={"prune_ratio": ratio}) for ratio in (0.0, 0.4)
+        ] + [case(default_gguf, text, dtype="bfloat16", settings={"prune_ratio": 0.0}, tokens=1)]
+    else:
+        more = {"prefill_skip": "1/4", "min_evidence": 20, "dense_every": 8, "redraw_every": 16, "min_tokens": 2}
+        picture = {"images": [str(LLAVA_TINY / "example.png")], "raw": False}
+        cases = [
+            case(MIXTRAL_TINY, SORT, settings={"prune_ratio": 0.4}),
+            case(MIXTRAL_TINY, SORT, settings={"prune_ratio": 0.2, **more}),
+            case(LLAVA_TINY, "What do you see?", settings={"prune_ratio": 0.4, "prior": 32}, **picture),
+            case(checkpoint, "Hello there", settings={"prune_ratio": 0.3, "rule": "all-channels"}),
+            case(checkpoint, "Hello there", settings={"prune_ratio": 0.3}, compile=True),
+        ]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    run = torchrun(count, str(ROOT / "tests" / "ranks_worker.py"), str(tmp_path / "cases.json"), str(tmp_path / "out"))
+    assert run.returncode == 0, run.stderr[-3000:]
+    for one, found in zip(cases, torch.load(tmp_path / "out", weights_only=True), strict=True):
+        alone = in_one_process(count, one)
+        packed = one["dtype"] == "bfloat16"
+        assert (found["logits"] - alone["logits"]).abs().max() < (0.5 if packed else 1e-5 * alone["logits"].abs().max())
+        assert packed or found["tokens"] == alone["tokens"], one
+        assert found["held_bytes"] < 0.75 * alone["held_bytes"]
+        assert found["bytes"] < 0.75 * alone["bytes"]
+
+
+def test_what_ranks_do_not_divide_is_named(checkpoint: Path) -> None:
+    config = LlamaForCausalLM.read_config(json.loads((checkpoint / "config.json").read_text()))
+    with pytest.raises(InputError, match=r"cannot be shared out over 7 ranks; 1, 2.* ranks are possible"):
+        share_of(config, Ranks(0, 7))
+
+
+def test_a_command_speaks_once_and_fails_once(tmp_path: Path) -> None:
+    good = torchrun(
+        2, "-m", "popengine.generate", "--ckpt", str(MIXTRAL_TINY), "--prompt", "-", "-n", "4", "--temperature", "1",
+        "--json", "--prune-ratio", "0.4", input=SORT,
+    )
+    assert good.returncode == 0, good.stderr[-2000:]
+    assert json.loads(good.stdout)["prompt_token_ids"]
+    bad = torchrun(2, "-m", "popengine.generate", "--ckpt", str(tmp_path), "--prompt", "x")
+    assert bad.returncode != 0
+    assert [line for line in bad.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: {tmp_path}: no config.json there"
+    ] or bad.stderr.count("\nerror: ") + bad.stderr.startswith("error: ") == 1
