@@ -21,6 +21,8 @@ from popengine.command import (
     start_pytorch,
 )
 from popengine.generate import read_prompt
+from popengine.torchrun import was_started
+from weights.errors import InputError
 
 PARTS = Path(__file__).parent / "page"
 
@@ -53,6 +55,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def run(flags: argparse.Namespace) -> None:
+    if was_started():
+        raise InputError("a page is of a run in one process, which holds all channels: start explain without torchrun")
     prompt = read_prompt(flags.prompt)
     pruning = generation_settings(flags)
     check_output(flags.out)
