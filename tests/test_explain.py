@@ -11,6 +11,7 @@ import pytest
 import torch
 from browser import Browser, find_chromium
 from builders import LLAVA_TINY, MIXTRAL_TINY, exit_status, generated, one_line_error
+from tiny_qwen_vl import complete_qwen, picture
 
 from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import Engine
@@ -125,6 +126,22 @@ def test_every_rule_has_a_record(engine: Engine, pruning: PruningSettings) -> No
     (network,) = found["layers"][-1]["networks"]
     assert bool(network["drawings"]) == (found["statistics"]["pruning"]["ratio"] > 0)
     assert found["layers"][-1]["skipped"] == (pruning.prefill_skip != 0)
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3"])
+def test_pictures_of_any_size_have_their_own_grid(variant: str, tmp_path: Path) -> None:
+    engine = load(complete_qwen(tmp_path, variant), dtype="float32")
+    images = [picture(40, 24), picture(16, 32)]
+    ids = engine.prompts.ids("What?", images=images)
+    found = explained_run(engine, ids, 6, POP, Sampling(), images, ignore_eos=True)
+    assert [(one["rows"], one["columns"]) for one in found["pictures"]] == [(3, 5), (4, 2)]
+    assert sum(one["image"] for one in found["prompt"]) == 3 * 5 + 4 * 2
+    assert found["replayed_alike"] == 6
+    new = [one["token"] for one in found["frames"]]
+    with torch.inference_mode():
+        text = engine.pictures.embed(torch.tensor([ids + new]), None, engine.pictures.given(images))
+        logits = engine.model.forward_embedded(text.x, None, text.pictures)[0, len(ids) - 1 : -1]
+    assert [one["agrees"] for one in found["frames"]] == (logits.argmax(dim=-1) == torch.tensor(new)).tolist()
 
 
 def test_layers_beyond_the_room_are_left_out(
