@@ -41,8 +41,9 @@ def evaluate(
 def evaluate_steps(model: LlamaForCausalLM, tokens: Tensor, state: DecodeState, observe: Observer | None) -> Tensor:
     """The same of steps none of which is dense."""
     x, rotary = model.embed(tokens[None]), model.model.rotary                       # [1, T, H]
-    if len(tokens):
-        step = decode_pass(rotary, state.views, x, state.cache, state.live, together=False, observe=observe)
-        x = decode_layers(model.model.layers, x, state.layers, step)
-        state.cache.advance(len(tokens))
+    if not len(tokens):                     # packed matrices take no product of nothing
+        return x.new_empty(0, model.lm_head.out_features)
+    step = decode_pass(rotary, state.views, x, state.cache, state.live, together=False, observe=observe)
+    x = decode_layers(model.model.layers, x, state.layers, step)
+    state.cache.advance(len(tokens))
     return model.head(x)[0]

@@ -14,6 +14,7 @@ from weights.errors import InputError
 COMMANDS = {
     "chat": "talk to a model",
     "generate": "answer one prompt",
+    "explain": "one run as a page that explains it",
     "info": "what a checkpoint is, before anything of it is loaded",
     "score": "perplexity of a text",
     "compare": "methods side by side: quality, and what a step reads",

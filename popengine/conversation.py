@@ -101,6 +101,7 @@ class Conversation:
         return self.answer(run, messages, pictures)
 
     def answer(self, run: Run, messages: list[dict[str, Any]], pictures: list[ImageSource]) -> Iterator["Piece"]:
+        """The pieces of a turn's run, and what the conversation becomes with each."""
         state, said = self.state, []
         self.state = None                           # until a step is whole
         try:

@@ -263,6 +263,7 @@ class Engine:
 
     @torch.inference_mode()
     def new_state(self, batch: int, tokens: int, pruning: Pruning) -> DecodeState:
+        """Buffers for a batch of so many tokens each. Raises InputError where they do not fit the memory."""
         return self.model.new_state(batch, self.capacity(tokens), pruning, available_memory(self.device))
 
     def prepare(self, state: DecodeState) -> float:

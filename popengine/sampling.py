@@ -37,6 +37,7 @@ class Sampling:
             raise InputError(f"seed must be at least 0 and below 2**63, not {self.seed}")
 
     def generator(self, device: torch.device) -> torch.Generator | None:
+        """What draws the tokens of a run; None where nothing is drawn."""
         if self.temperature == 0:
             return None
         generator = torch.Generator(device)

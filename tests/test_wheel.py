@@ -54,6 +54,7 @@ def test_nothing_but_popengine_stands_at_the_top(wheel: Path) -> None:
         entry_points = next(archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
     assert {name.split("/")[0].removesuffix(".dist-info").split("-")[0] for name in names} == {"popengine"}
     assert {"popengine/models/llama.py", "popengine/weights/mixtral-tiny/model.safetensors"} <= set(names)
+    assert {f"popengine/page/explain.{kind}" for kind in ("html", "css", "js")} <= set(names)
     assert "popengine = popengine.__main__:main" in entry_points
     modules = {path.relative_to(REPOSITORY) for path in REPOSITORY.glob("*/**/*.py")
                if path.parts[len(REPOSITORY.parts)] in ("models", "weights")}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
+from models.passes import PictureRows
 from models.pruning.resolve import resolve
 from models.pruning.settings import DENSE
 from models.reading import layer_weights
@@ -40,10 +41,12 @@ def feed_forward_networks(model: LlamaForCausalLM) -> dict[str, FeedForward]:
 
 
 @torch.inference_mode()
-def watch_dense(model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None]) -> None:
+def watch_dense(
+    model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None], pictures: PictureRows | None = None
+) -> None:
     """Run the dense model over one text and show every network's activation, layer by layer.
 
-    x  [1, T, H]  embedded tokens. A network that no token reaches is left out.
+    x [1, T, H], embedded tokens, and what they have because of pictures. A network that no token reaches is left out.
     """
     names = {ffn: name for name, ffn in feed_forward_networks(model).items()}
     everything = torch.arange(x.shape[1], device=x.device)                          # [T]
@@ -54,7 +57,7 @@ def watch_dense(model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation]
         watch(Activation(names[ffn], ffn, everything if rows is None else rows, h[0]))
 
     state = model.new_state(1, x.shape[1], resolve(DENSE, layer_weights(model)))
-    model.prefill(x, state, observe=observe)
+    model.prefill(x, state, observe=observe, pictures=pictures)
 
 
 @torch.inference_mode()

@@ -1,0 +1,634 @@
+"use strict";
+// The page of one recorded run. A frame is a new token: frame 0 came from the prompt, every other from a step.
+// What a model or a user wrote goes into the page as text alone (textContent), never as markup.
+
+const run = JSON.parse(document.getElementById("data").textContent);
+const frames = run.frames, last = frames.length - 1;
+const rows = run.layers.flatMap(layer => layer.networks.map(network => unpacked(layer, network)));
+const drawn = rows.filter(row => row.drawings.length), prunes = drawn.length > 0;
+const decides = rows.some(row => row.picks < row.candidate);
+const isMixture = run.experts.length > 0;
+const byId = id => document.getElementById(id);
+const percent = value => (100 * value).toFixed(1) + " %";
+const megabytes = value => (value / 1e6).toFixed(1) + " MB";
+const frameOf = {first: 0, playing: false, fade: 1};
+let frame = 0, selected = 0, spot = null, colours = {}, layout = null, began = 0, drawnFrames = 0;
+
+// ---- the data: bytes to arrays ----
+
+function bytesOf(text) {
+  return Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+}
+
+function unpacked(layer, network) {
+  const row = {...network, layer: layer.index, skipped: layer.skipped};
+  row.resident = row.retained + row.candidate;
+  row.active = row.retained + row.picks;
+  row.name = `layer ${layer.index}` + (network.expert === null ? "" : network.expert === "shared" ? ", shared expert" : `, expert ${network.expert}`);
+  row.drawings = network.drawings.map(one => {
+    const halves = new Uint16Array(bytesOf(one.scores).buffer), words = new Uint32Array(halves.length);
+    halves.forEach((half, index) => { words[index] = half << 16; });                // bfloat16 is the upper half of a float
+    return {frame: one.frame, order: new Int32Array(bytesOf(one.order).buffer), scores: new Float32Array(words.buffer)};
+  });
+  row.picked = masksOf(network.picked, row.candidate);
+  row.wanted = masksOf(network.wanted, row.channels);
+  row.times = new Uint16Array(row.channels);                                        // by channel: how often it was picked
+  for (const [at, mask] of row.picked) {
+    const order = drawingOf(row, at).order;
+    for (let place = 0; place < row.candidate; place++) if (bit(mask, place)) row.times[order[row.retained + place]]++;
+  }
+  row.missed = new Map();
+  for (const [at, mask] of row.wanted) {
+    let count = 0;
+    for (let column = row.resident; column < row.channels; column++) count += bit(mask, column);
+    row.missed.set(at, count / row.active);
+  }
+  return row;
+}
+
+function masksOf(packed, columns) {
+  const bytes = bytesOf(packed.bits), each = Math.ceil(columns / 8);
+  return new Map(packed.frames.map((at, index) => [at, bytes.subarray(index * each, (index + 1) * each)]));
+}
+
+function bit(mask, place) { return (mask[place >> 3] >> (place & 7)) & 1; }
+
+function drawingOf(row, at) {
+  // The partition that holds for a step; at frame 0 the one that the prompt has just drawn.
+  let found = null;
+  for (const one of row.drawings) if (one.frame < at || (at === 0 && one.frame === 0)) found = one;
+  return found;
+}
+
+function mean(values) {
+  return values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : 0;
+}
+
+// ---- what stays as it is ----
+
+function visible(text) {
+  return text === "" ? "·" : text.replace(/\n/g, "⏎").replace(/\t/g, "⇥");
+}
+
+function fillText() {
+  const answer = byId("answer"), prompt = byId("prompt");
+  frames.forEach((one, index) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.tabIndex = -1;
+    button.textContent = one.text === "" ? "" : one.text;
+    button.title = `token ${index + 1}`;
+    button.className = one.agrees ? "" : "off";
+    button.addEventListener("click", () => { stop(); show(index); });
+    answer.append(button);
+  });
+  const most = Math.max(...run.prompt.map(one => one.share), 1e-9);
+  let chip = null, images = 0;
+  for (const one of run.prompt) {
+    const span = document.createElement("span");
+    if (one.image) {
+      images++;
+      if (!chip) { chip = span; span.className = "image-tokens"; prompt.append(span); }
+      chip.textContent = `${images} image tokens`;
+      continue;
+    }
+    span.textContent = one.text;
+    span.title = `${percent(one.share)} of the scores`;
+    span.style.backgroundColor = `rgba(var(--shade), ${0.75 * Math.sqrt(one.share / most)})`;
+    prompt.append(span);
+  }
+  byId("prompt-count").textContent = `${run.prompt.length} tokens` + (images ? `, ${images} of them of images` : "");
+  byId("prompt-box").open = run.prompt.length <= 60;
+}
+
+function fillWords() {
+  const facts = run.statistics, pruning = facts.pruning, steps = frames.slice(1);
+  byId("about").textContent = `${run.model}, ${run.prompt.length} prompt tokens and ${frames.length} new ones; `
+    + `${percent(pruning.ratio)} of a layer pruned, ${facts.weights} weights, ${facts.dtype}, ${facts.device}`;
+  const agreed = frames.filter(one => one.agrees).length;
+  const read = mean(steps.map(one => one.bytes / one.dense_bytes)), time = middle(steps.map(one => one.ms)) / middle(steps.map(one => one.dense_ms));
+  byId("verdict").textContent = steps.length
+    ? `In this run a step read ${percent(read)} of the dense model's weights and took ${percent(time)} of its time (medians), and `
+      + `${agreed} of ${frames.length} tokens are what the dense model would have said.`
+      + (time > 1 ? " Here it was not faster: on a model and a machine like this, choosing channels costs more than not reading the others saves." : "")
+    : `This run has one new token, which the prompt gave: there is no step to watch. ${agreed ? "Dense would have said it too." : "Dense would have said another."}`;
+  const spare = rows.find(row => row.drawings.length) || rows[0];
+  const words = {
+    pop: "Which channels are candidates was decided by the prompt.",
+    "all-channels": "This rule has no pruned channels and no decision by the prompt: every step asks all channels again and runs the best, which saves little reading. Columns are still in the prompt's order.",
+  };
+  byId("rule-words").textContent = !prunes ? "This run prunes no channels: it is the dense model, and there is no partition to show."
+    : !decides ? "This run decides nothing at its steps: the prompt's choice is frozen, and there are no candidates."
+    : `Rule “${run.rule}”. ${words[run.rule] || (spare.candidate === spare.channels ? "It has no partition by the prompt: every step ranks all channels by a cheaper score of its own." : "It scores otherwise than the formula above; the columns are in its partition's order.")}`;
+  const notes = [];
+  if (run.layers_in_all > run.layers.length) notes.push(`The model has ${run.layers_in_all} layers; this page has room for ${run.layers.length} of them, evenly spread (the others ran all the same, and their bytes count).`);
+  const skipped = run.layers.filter(layer => layer.skipped).map(layer => layer.index);
+  if (skipped.length) notes.push(`Layers ${skipped.join(", ")} were skipped by the prompt (Prefill-Only pruning), all but its last ${pruning.boundary_tokens}; they are marked ○, and their scores come from those tokens alone.`);
+  if (!prunes) notes.push("Nothing is pruned in this run, so there are no regions to colour.");
+  if (prunes && steps.length && steps.every(one => one.bytes >= one.dense_bytes)) notes.push("In this form of weights a copy of the channels that stay would be no smaller than the whole, so these steps read everything: pruned channels are left out of the result, not of the reading.");
+  if (frames.length && prunes && drawn.some(row => row.drawings[0].frame > 0) && !isMixture) notes.push(`Until step ${drawn[0].drawings[0].frame} there was too little evidence to draw a partition: those steps were dense.`);
+  if (run.greedy && run.replayed_alike < frames.length) notes.push(`Picks were recorded by running the same tokens once more; by rounding, ${frames.length - run.replayed_alike} of its ${frames.length} first choices differ from the run's.`);
+  byId("map-note").textContent = notes.join(" ");
+  byId("row-name").textContent = isMixture ? "layer's expert" : "layer";
+  byId("one-name").textContent = isMixture ? "network" : "layer";
+  const dense = steps.filter(one => one.dense_step).length, redrawn = steps.filter(one => one.redrawn).length;
+  byId("special-steps").textContent = dense ? `${dense} steps ran dense to gather evidence (marked below), and ${redrawn} of them drew the partition anew.` : "";
+  byId("settings").textContent = JSON.stringify(facts.pruning, null, 1).replace(/[{}"]/g, "");
+  fillWrong();
+}
+
+function middle(values) {
+  return values.slice().sort((a, b) => a - b)[values.length >> 1] || 0;
+}
+
+function fillWrong() {
+  const item = text => { const one = document.createElement("li"); one.textContent = text; byId("worst").append(one); };
+  const measured = drawn.filter(row => row.missed.size);
+  if (!measured.length) {
+    byId("wrong").textContent = "There is no partition, or no step, in this run that could be wrong.";
+    return;
+  }
+  if (measured.every(row => row.resident === row.channels)) {
+    byId("wrong").textContent = "In this run no channel is out of a step's reach: the prompt prunes none for good, so it could not be wrong about one.";
+    return;
+  }
+  const share = mean(measured.map(row => mean([...row.missed.values()])));
+  const chance = mean(measured.map(row => (row.channels - row.resident) / row.channels));
+  byId("wrong").textContent = `The partition is right where the dense model wants no pruned channel. Of the channels that it `
+    + `wanted at a step, ${percent(share)} were pruned here (a partition by chance: ${percent(chance)}).`;
+  const lost = which => mean(measured.map(row => mean(Object.values(row.left_out).map(pair => pair[which]))));
+  item(`Not every missed channel matters much. Weighed by their squared scores, the channels that a step did not run make `
+    + `${percent(lost(0))} of a layer's total; the same number of channels, chosen freely at every token, would have left out ${percent(lost(1))}.`);
+  const byLayer = measured.map(row => [mean([...row.missed.values()]), row]).sort((a, b) => b[0] - a[0]);
+  item(`Worst: ${byLayer.slice(0, 3).map(([value, row]) => `${row.name} (${percent(value)})`).join("; ")}. Best: ${byLayer.slice(-1).map(([value, row]) => `${row.name} (${percent(value)})`)[0]}.`);
+  const perStep = frames.map((_, at) => [mean(measured.filter(row => row.missed.has(at)).map(row => row.missed.get(at))), at]).slice(1).sort((a, b) => b[0] - a[0]);
+  item(`Steps that missed most: ${perStep.slice(0, 4).map(([value, at]) => `token ${at + 1} “${visible(frames[at].text)}” (${percent(value)})`).join("; ")}.`);
+  const off = frames.map((one, at) => [one, at]).filter(([one]) => !one.agrees);
+  item(off.length ? `Tokens that dense would not have said: ${off.slice(0, 8).map(([one, at]) => `${at + 1} “${visible(one.text)}” (dense: “${visible(one.dense_likeliest)}”)`).join(", ")}${off.length > 8 ? ` and ${off.length - 8} more` : ""}.` : "Every token is what dense would have said: none of what was missed changed the text.");
+  const never = measured.reduce((sum, row) => { let count = 0; if (row.picked.size) for (const at of drawingOf(row, last)?.order.subarray(row.retained, row.resident) || []) count += row.times[at] === 0; return sum + count; }, 0);
+  const always = measured.reduce((sum, row) => { let count = 0; if (row.picked.size) for (const at of drawingOf(row, last)?.order.subarray(row.retained, row.resident) || []) count += row.times[at] === row.picked.size; return sum + count; }, 0);
+  const all = measured.reduce((sum, row) => sum + (row.picked.size ? row.candidate : 0), 0);
+  if (decides && all) item(`Candidates that every step picked: ${percent(always / all)}; that none picked: ${percent(never / all)}. These the prompt could have decided; the rest are why a step asks again.`);
+}
+
+function fillTable() {
+  const table = byId("table");
+  table.replaceChildren();
+  const line = (cells, kind) => {
+    const row = table.insertRow();
+    for (const text of cells) { const cell = document.createElement(kind); cell.textContent = text; row.append(cell); }
+  };
+  line(["network", "moved", "changed", "missed", "left out, weighed"], "th");
+  for (const row of rows) {
+    const of = (values, show) => values === undefined ? "–" : show(values);
+    line([row.name, of(row.moved[frame], value => value.toFixed(3)), of(row.changed[frame], percent), of(row.missed.get(frame), percent), of(row.left_out[frame]?.[0], percent)], "td");
+  }
+}
+
+// ---- drawing ----
+
+function readColours() {
+  const style = getComputedStyle(document.documentElement);
+  for (const name of ["ground", "ink", "soft", "line", "retained", "candidate", "picked", "pruned", "missed", "ours", "dense", "moved", "changed"]) {
+    const text = style.getPropertyValue("--" + name).trim();
+    colours[name] = text;
+    colours[name + "3"] = [1, 3, 5].map(place => parseInt(text.slice(place, place + 2), 16));
+  }
+}
+
+function fit(canvas, height) {
+  // The canvas in device pixels; what is drawn is in CSS pixels.
+  const scale = window.devicePixelRatio || 1, width = canvas.clientWidth;
+  if (height) canvas.style.height = height + "px";
+  const high = height || canvas.clientHeight;
+  canvas.width = Math.round(width * scale);
+  canvas.height = Math.round(high * scale);
+  const pen = canvas.getContext("2d");
+  pen.setTransform(scale, 0, 0, scale, 0, 0);
+  pen.font = "11px system-ui, sans-serif";
+  pen.textBaseline = "middle";
+  return {pen, width, height: high, scale};
+}
+
+function layOut() {
+  const canvas = byId("map"), narrow = canvas.clientWidth < 560;
+  const high = Math.max(isMixture ? 4 : 8, Math.min(24, Math.floor(400 / rows.length)));
+  const left = narrow ? 26 : 34, bars = narrow ? [26, 26, 26] : [64, 64, 64], gap = narrow ? 4 : 10;
+  layout = {high, left, top: 20, bars, gap, right: bars.reduce((sum, one) => sum + one + gap, 0)};
+  layout = {...layout, ...fit(canvas, layout.top + high * rows.length + 4)};
+  layout.columns = Math.max(1, Math.floor((layout.width - layout.left - layout.right) * layout.scale));
+  layout.strip = document.createElement("canvas");
+  layout.strip.width = layout.columns;
+  layout.strip.height = rows.length;
+  layout.image = layout.strip.getContext("2d").createImageData(layout.columns, rows.length);
+}
+
+function paintRow(index, fade) {
+  // One line of pixels: each the mean colour of the channels that fall on it.
+  const row = rows[index], pixels = layout.image.data, columns = layout.columns;
+  const start = index * columns * 4, drawing = drawingOf(row, frame);
+  const picked = row.picked.get(frame), wanted = row.wanted.get(frame);
+  const before = frameOf.before !== undefined && drawingOf(row, frameOf.before) === drawing ? row.picked.get(frameOf.before) : undefined;
+  const dim = isMixture && frame > 0 && !picked && decides ? 90 : 255;
+  const [retained, candidate, lit, pruned, missed] = ["retained3", "candidate3", "picked3", "pruned3", "missed3"].map(name => colours[name]);
+  for (let x = 0; x < columns; x++) {
+    const from = Math.floor(x * row.channels / columns), to = Math.max(from + 1, Math.floor((x + 1) * row.channels / columns));
+    let red = 0, green = 0, blue = 0;
+    for (let column = from; column < to; column++) {
+      let colour = pruned, share = 1;
+      if (!drawing && prunes) colour = candidate;
+      else if (column < row.retained) colour = retained;
+      else if (column < row.resident) {
+        const place = column - row.retained;
+        if (picked && bit(picked, place)) colour = lit;
+        else {
+          colour = candidate;
+          if (before && bit(before, place)) share = fade;                           // picked a step ago, and fading
+        }
+      } else if (wanted && bit(wanted, column)) colour = missed;
+      red += colour[0] * share + lit[0] * (1 - share);
+      green += colour[1] * share + lit[1] * (1 - share);
+      blue += colour[2] * share + lit[2] * (1 - share);
+    }
+    const at = start + 4 * x, count = to - from;
+    pixels[at] = red / count; pixels[at + 1] = green / count; pixels[at + 2] = blue / count; pixels[at + 3] = dim;
+  }
+}
+
+function drawMap() {
+  const {pen, width, height, left, top, high, columns, scale, bars, gap, right, strip, image} = layout;
+  for (let index = 0; index < rows.length; index++) paintRow(index, frameOf.fade);
+  strip.getContext("2d").putImageData(image, 0, 0);
+  pen.clearRect(0, 0, width, height);
+  pen.imageSmoothingEnabled = false;
+  pen.drawImage(strip, left, top, columns / scale, high * rows.length);
+  const space = high > 7 ? 1 : 0;
+  for (let index = 0; space && index <= rows.length; index++) pen.clearRect(left, top + index * high - space, columns / scale, space);
+  pen.fillStyle = colours.soft;
+  pen.textAlign = "left";
+  pen.fillText(width < 560 ? "best → worst" : "channels, best for the prompt → worst", left, 8);
+  const every = Math.ceil(13 / high), names = ["moved", "changed", "missed"];
+  const scales = {moved: 1 / 3, changed: 1, missed: Math.max(0.1, frameOf.mostMissed)};
+  let x = width - right + gap;
+  names.forEach((name, which) => {
+    pen.fillStyle = colours[name];
+    pen.textAlign = "left";
+    pen.fillText(width < 560 ? ["mov.", "chg.", "miss"][which] : name, x, 8);
+    rows.forEach((row, index) => {
+      const value = name === "missed" ? row.missed.get(frame) : row[name][frame];
+      pen.globalAlpha = 0.22;
+      pen.fillRect(x, top + index * high, bars[which], Math.max(1, high - 2));
+      pen.globalAlpha = 1;
+      if (value !== undefined) pen.fillRect(x, top + index * high, Math.min(1, value / scales[name]) * bars[which], Math.max(1, high - 2));
+    });
+    x += bars[which] + gap;
+  });
+  pen.textAlign = "right";
+  rows.forEach((row, index) => {
+    const first = index === 0 || rows[index - 1].layer !== row.layer;
+    pen.fillStyle = index === selected ? colours.picked : colours.soft;
+    const shows = isMixture ? first : index % every === 0 || index === selected;
+    if (shows) pen.fillText((row.skipped ? "○" : "") + row.layer, left - 7, top + (index + 0.5) * high);
+  });
+  pen.strokeStyle = colours.ink;
+  pen.lineWidth = 1.5;
+  pen.strokeRect(left - 1, top + selected * high - 1.5, columns / scale + 2, high + 1);
+  if (spot) {
+    const at = left + (spot.column + 0.5) / rows[spot.row].channels * columns / scale;
+    pen.fillStyle = colours.ink;
+    pen.fillRect(at - 0.75, top, 1.5, spot.row * high);
+    pen.fillRect(at - 0.75, top + (spot.row + 1) * high, 1.5, (rows.length - spot.row - 1) * high);
+  }
+  drawnFrames++;
+}
+
+function drawCurve() {
+  const row = rows[selected], {pen, width, height} = fit(byId("curve")), drawing = drawingOf(row, frame);
+  const bottom = height - 40;
+  pen.clearRect(0, 0, width, height);
+  if (!drawing) {
+    pen.fillStyle = colours.soft;
+    pen.fillText(prunes ? "No partition is drawn here yet." : "Nothing is pruned in this run.", 4, 20);
+    return;
+  }
+  const logs = Array.from(drawing.scores, score => Math.log10(Math.max(score, 1e-12)));
+  const sorted = logs.slice().sort((a, b) => a - b), low = sorted[Math.floor(sorted.length * 0.002)], high = sorted[sorted.length - 1];
+  const picked = row.picked.get(frame), wanted = row.wanted.get(frame), each = width / row.channels;
+  for (let column = 0; column < row.channels; column++) {
+    const x = column * each, y = bottom - Math.max(0, (logs[column] - low) / (high - low || 1)) * (bottom - 8);
+    const region = column < row.retained ? "retained" : column < row.resident ? "candidate" : "pruned";
+    const lit = region === "candidate" && picked && bit(picked, column - row.retained);
+    const lost = region === "pruned" && wanted && bit(wanted, column);
+    pen.fillStyle = colours[region];
+    pen.fillRect(x, y, Math.max(each, 0.6), bottom - y);
+    if (lit || lost) { pen.fillStyle = colours[lit ? "picked" : "missed"]; pen.fillRect(x, bottom + 4, Math.max(each, 1), 14); }
+  }
+  pen.strokeStyle = colours.line;
+  for (let power = Math.ceil(low); power <= high; power++) {
+    const y = bottom - (power - low) / (high - low || 1) * (bottom - 8);
+    pen.beginPath(); pen.moveTo(0, y); pen.lineTo(width, y); pen.stroke();
+    pen.fillStyle = colours.soft;
+    pen.textAlign = "right";
+    pen.fillText(power > 3 || power < -3 ? `10^${power}` : String(10 ** power), width - 2, y - 7);
+  }
+  pen.fillStyle = colours.soft;
+  pen.textAlign = "center";
+  for (const [name, from, to] of [["retained", 0, row.retained], ["candidates", row.retained, row.resident], ["pruned", row.resident, row.channels]]) {
+    if ((to - from) * each > 46) pen.fillText(`${name} ${to - from}`, (from + to) / 2 * each, height - 10);
+  }
+}
+
+function drawLines(canvas, series, most, label) {
+  // Lines over the frames, with a cursor at the present one. series: [colour, value of a frame or undefined]
+  const {pen, width, height} = fit(canvas), across = at => 4 + at / Math.max(1, last) * (width - 8);
+  const up = value => height - 6 - Math.min(1, value / most) * (height - 14);
+  pen.clearRect(0, 0, width, height);
+  pen.strokeStyle = colours.line;
+  for (const share of [0, 0.5, 1]) { pen.beginPath(); pen.moveTo(0, up(share * most)); pen.lineTo(width, up(share * most)); pen.stroke(); }
+  for (const [colour, value] of series) {
+    pen.strokeStyle = colours[colour];
+    pen.lineWidth = 1.6;
+    pen.beginPath();
+    let pending = true;
+    for (let at = 0; at <= last; at++) {
+      const y = value(at);
+      if (y === undefined) continue;                            // an expert that was not reached: the line goes on after it
+      if (pending) pen.moveTo(across(at), up(y)); else pen.lineTo(across(at), up(y));
+      pending = false;
+    }
+    pen.stroke();
+  }
+  pen.fillStyle = colours.ink;
+  pen.globalAlpha = 0.5;
+  pen.fillRect(across(frame) - 0.75, 0, 1.5, height);
+  pen.globalAlpha = 1;
+  pen.fillStyle = colours.soft;
+  pen.textAlign = "right";
+  pen.fillText(label, width - 2, 15);
+  return {pen, across, up, height};
+}
+
+function drawHistory() {
+  const row = rows[selected];
+  const most = Math.max(0.34, ...Object.values(row.changed), ...Object.values(row.moved), ...row.missed.values());
+  drawLines(byId("history"), [["changed", at => row.changed[at]], ["moved", at => row.moved[at]], ["missed", at => row.missed.get(at)]], most, most.toFixed(2));
+}
+
+function drawChances() {
+  const {pen, across, up} = drawLines(byId("chances"), [["dense", at => frames[at].dense_probability], ["ours", at => frames[at].probability]], 1, "100 %");
+  pen.fillStyle = colours.missed;
+  frames.forEach((one, at) => { if (!one.agrees) { pen.beginPath(); pen.arc(across(at), up(one.probability), 3.2, 0, 7); pen.fill(); } });
+}
+
+function drawTimes() {
+  const steps = frames.slice(1), all = steps.flatMap(one => [one.ms, one.dense_ms]).sort((a, b) => a - b);
+  const most = 1.25 * (all[Math.floor(all.length * 0.98)] || 1);
+  const of = name => at => at ? frames[at][name] : undefined;
+  const {pen, across, height} = drawLines(byId("times"), [["dense", of("dense_ms")], ["ours", of("ms")]], most, `${most.toFixed(0)} ms`);
+  frames.forEach((one, at) => {
+    if (one.dense_step) { pen.fillStyle = colours[one.redrawn ? "missed" : "retained"]; pen.fillRect(across(at) - 1.5, height - 5, 3, 5); }
+  });
+}
+
+function drawGrid(canvas, cells, colour) {
+  // A square per expert or head, a line per layer. cells: per layer, how many; colour of one
+  const most = Math.max(...cells), {pen, width} = fit(canvas, 22 + cells.length * 16);
+  const side = Math.min(16, (width - 40) / most);
+  pen.clearRect(0, 0, width, 22 + cells.length * 16);
+  pen.fillStyle = colours.soft;
+  pen.fillText("layer", 0, 8);
+  cells.forEach((count, line) => {
+    pen.fillStyle = colours.soft;
+    pen.fillText(String(line), 0, 26 + line * 16);
+    for (let one = 0; one < count; one++) {
+      pen.fillStyle = colours[colour(line, one)];
+      pen.fillRect(34 + one * side, 18 + line * 16, Math.max(1, side - 2), 14);
+    }
+  });
+}
+
+function drawExperts() {
+  if (!isMixture) return;
+  const counts = run.statistics.experts, chosen = frame ? run.experts[frame - 1] : [];
+  const cells = run.experts[0].map((_, layer) => (counts.find(one => one.layer === layer) || {picks: []}).picks.length);
+  drawGrid(byId("experts"), cells, (layer, expert) => chosen[layer]?.includes(expert) ? "picked" : "pruned");
+}
+
+function drawHeads() {
+  if (!run.heads.length) return;
+  const names = {r: "retained", c: "candidate", p: "pruned"};
+  drawGrid(byId("heads"), run.heads.map(line => line.length), (layer, head) => names[run.heads[layer][head]]);
+}
+
+function showPictures() {
+  // Image tokens lie over the picture line by line. Where the model says no grid they are a square, or a square and
+  // the tower's own summary before it.
+  const tokens = run.prompt.filter(one => one.image);
+  let first = 0;
+  run.pictures.forEach((picture_of, which) => {
+    const each = picture_of.rows * picture_of.columns, side = Math.floor(Math.sqrt(each)), own = tokens.slice(first, first += each);
+    const [lines, across] = picture_of.rows > 1 ? [picture_of.rows, picture_of.columns] : [side, side];
+    own.splice(0, each - lines * across === 1 ? 1 : 0);
+    const isGrid = own.length === lines * across;
+    const canvas = document.createElement("canvas"), words = document.createElement("p"), picture = new Image();
+    words.className = "small";
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", `Picture ${which + 1} with its ${each} image tokens`);
+    byId("pictures").append(canvas, words);
+    words.textContent = isGrid ? `Picture ${which + 1} as the model sees it: ${lines} × ${across} image tokens. The brighter a square, the more of the channels' scores comes from it.`
+      : `Picture ${which + 1} as the model sees it. Its ${each} image tokens are no grid, so they are not laid over it.`;
+    picture.onload = () => {
+      const size = Math.min(300, canvas.clientWidth), high = size * picture.height / picture.width, {pen} = fit(canvas, high);
+      canvas.style.width = size + "px";
+      pen.imageSmoothingEnabled = picture.width > 150;
+      pen.drawImage(picture, 0, 0, size, high);
+      const most = Math.max(...own.map(one => one.share), 1e-12);
+      own.forEach((one, index) => {
+        if (!isGrid) return;
+        pen.fillStyle = `rgba(17, 21, 27, ${0.72 * (1 - Math.sqrt(one.share / most))})`;
+        pen.fillRect(index % across * size / across, Math.floor(index / across) * high / lines, size / across - 1, high / lines - 1);
+      });
+    };
+    picture.src = picture_of.address;
+  });
+}
+
+// ---- one frame ----
+
+function describeSpot() {
+  if (!spot) return;
+  const row = rows[spot.row], drawing = drawingOf(row, frame), column = spot.column;
+  if (!drawing) { byId("spot").textContent = `${row.name}: no partition here${prunes ? " yet" : ""}.`; return; }
+  const channel = drawing.order[column], score = drawing.scores[column];
+  let rank = 1;
+  for (const other of drawing.scores) rank += other > score;
+  const region = column < row.retained ? "retained" : column < row.resident ? "candidate" : "pruned";
+  const picked = row.picked.get(frame), wanted = row.wanted.get(frame);
+  const now = region !== "candidate" ? "" : picked ? (bit(picked, column - row.retained) ? ", picked for this token" : ", not picked for this token") : "";
+  const often = region === "candidate" && row.picked.size ? `; picked at ${row.times[channel]} of ${row.picked.size} steps` : "";
+  const dense = wanted ? `; dense ${bit(wanted, column) ? "wants" : "does not want"} it for this token` : "";
+  byId("spot").textContent = `${row.name}, channel ${channel}: score ${score.toPrecision(3)}, rank ${rank} of ${row.channels}; ${region}${now}${often}${dense}.`;
+}
+
+function show(index) {
+  frameOf.before = index === frame + 1 ? frame : undefined;
+  frame = Math.max(0, Math.min(last, index));
+  frameOf.fade = frameOf.playing && frameOf.before !== undefined ? 0 : 1;
+  const one = frames[frame], buttons = byId("answer").children;
+  for (let at = 0; at < buttons.length; at++) {
+    const kind = (frames[at].agrees ? "" : "off ") + (at === frame ? "now" : at > frame ? "later" : "");
+    if (buttons[at].className !== kind) buttons[at].className = kind;
+  }
+  byId("slider").value = frame;
+  byId("slider").setAttribute("aria-valuetext", `token ${frame + 1} of ${frames.length}: ${one.text}`);
+  byId("position").textContent = `${frame + 1} / ${frames.length}`;
+  byId("said").textContent = visible(one.text || shown(one));
+  byId("probability").textContent = percent(one.probability);
+  byId("dense-probability").textContent = percent(one.dense_probability);
+  byId("dense-said").textContent = visible(one.dense_likeliest);
+  byId("dense-likeliest-probability").textContent = percent(one.dense_likeliest_probability);
+  byId("agrees").textContent = one.agrees ? "the same token" : "another token";
+  byId("bytes").textContent = frame ? megabytes(one.bytes) : "–";
+  byId("ms").textContent = frame ? one.ms.toFixed(1) + " ms" : "–";
+  byId("bytes-bar").style.width = frame ? percent(one.bytes / one.dense_bytes).replace(" ", "") : "0";
+  byId("ms-bar").style.width = frame ? Math.min(100, 100 * one.ms / one.dense_ms) + "%" : "0";
+  byId("bytes-words").textContent = frame ? `${percent(one.bytes / one.dense_bytes)} of dense's ${megabytes(one.dense_bytes)}` + (one.dense_step ? "; this step ran dense" + (one.redrawn ? " and drew the partition anew" : " to gather evidence") : "") : "the prompt gave this token; steps begin with the next";
+  byId("ms-words").textContent = frame ? `dense took ${one.dense_ms.toFixed(1)} ms` : `the prompt took ${run.statistics.timing.prefill_ms.toFixed(0)} ms, and ${run.statistics.timing.partition_ms.toFixed(0)} ms for the partition`;
+  drawAll();
+}
+
+function shown(one) { return one.agrees ? one.dense_likeliest : one.likeliest; }
+
+function drawAll() {
+  drawMap();
+  showLayer();
+  drawChances();
+  drawTimes();
+  drawExperts();
+  if (!frameOf.playing) { fillTable(); describeSpot(); }
+}
+
+function showLayer() {
+  const row = rows[selected], wanted = row.wanted.get(frame), picked = row.picked.get(frame);
+  byId("layer-name").textContent = `${row.name} (of ${run.layers_in_all} layers)`;
+  drawCurve();
+  drawHistory();
+  let words = `${row.retained} channels retained, ${row.candidate} candidates of which a step picks ${row.picks}, ${row.channels - row.resident} pruned.`;
+  if (wanted) {
+    const counts = [0, 0, 0, 0];
+    for (let column = 0; column < row.channels; column++) {
+      if (bit(wanted, column)) counts[column < row.retained ? 0 : column >= row.resident ? 3 : picked && bit(picked, column - row.retained) ? 1 : 2]++;
+    }
+    words += ` Of the ${row.active} that dense wants for this token, ${counts[0]} are retained, ${counts[1]} picked, ${counts[2]} candidates that lost, and ${counts[3]} pruned; weighed by squared score, the step left out ${percent(row.left_out[frame][0])} (at best ${percent(row.left_out[frame][1])}).`;
+  }
+  byId("split").textContent = words;
+}
+
+function choose(row) {
+  selected = Math.max(0, Math.min(rows.length - 1, row));
+  if (spot) spot = {row: selected, column: Math.min(spot.column, rows[selected].channels - 1)};
+  byId("column").max = rows[selected].channels - 1;
+  drawMap();
+  showLayer();
+  describeSpot();
+}
+
+// ---- playing ----
+
+function stop() {
+  if (!frameOf.playing) return;
+  frameOf.playing = false;
+  byId("play").textContent = "▶";
+  byId("play").setAttribute("aria-label", "Play");
+  show(frame);
+}
+
+function play() {
+  if (frameOf.playing) { stop(); return; }
+  if (frame === last) show(0);
+  frameOf.playing = true;
+  byId("play").textContent = "❚❚";
+  byId("play").setAttribute("aria-label", "Pause");
+  began = performance.now();
+  requestAnimationFrame(tick);
+}
+
+function tick(now) {
+  if (!frameOf.playing) return;
+  const length = 1000 / Number(byId("speed").value), passed = now - began;
+  if (passed >= length) {
+    if (frame === last) { stop(); return; }
+    began = passed > 2 * length ? now : began + length;
+    show(frame + 1);
+  } else if (frameOf.before !== undefined) {
+    frameOf.fade = matchMedia("(prefers-reduced-motion: reduce)").matches ? 1 : Math.min(1, 1.4 * passed / length);
+    drawMap();
+  }
+  requestAnimationFrame(tick);
+}
+
+function onKey(event) {
+  const at = event.target, name = at.id;
+  if (event.ctrlKey || event.altKey || event.metaKey) return;
+  if (event.key === " " && !["BUTTON", "SUMMARY", "SELECT"].includes(at.tagName)) { event.preventDefault(); play(); return; }
+  const ours = name === "map" || name === "slider", anywhere = at === document.body || ours || name === "play";
+  const keys = {ArrowRight: () => show(frame + 1), ArrowLeft: () => show(frame - 1)};
+  const own = {ArrowUp: () => choose(selected - 1), ArrowDown: () => choose(selected + 1), Home: () => show(0), End: () => show(last)};
+  const act = (anywhere && keys[event.key]) || (ours && own[event.key]);
+  if (!act) return;
+  event.preventDefault();
+  if (event.key !== "ArrowUp" && event.key !== "ArrowDown") stop();
+  act();
+}
+
+function point(event) {
+  const box = byId("map").getBoundingClientRect(), {left, top, high, columns, scale} = layout;
+  const row = Math.floor((event.clientY - box.top - top) / high), share = (event.clientX - box.left - left) / (columns / scale);
+  if (row < 0 || row >= rows.length || share < 0 || share >= 1) return;
+  spot = {row, column: Math.floor(share * rows[row].channels)};
+  if (event.type === "pointerdown") { choose(row); byId("column").value = spot.column; }
+  if (!frameOf.playing) drawMap();
+  describeSpot();
+}
+
+function setTheme(dark) {
+  document.documentElement.dataset.theme = dark ? "dark" : "light";
+  byId("theme").textContent = dark ? "Light" : "Dark";
+  readColours();
+}
+
+function redraw() {
+  layOut();
+  drawAll();
+  drawHeads();
+}
+
+setTheme(matchMedia("(prefers-color-scheme: dark)").matches);
+frameOf.mostMissed = Math.max(0, ...rows.flatMap(row => [...row.missed.values()]));
+byId("slider").max = last;
+byId("column").max = rows[0].channels - 1;
+byId("experts-box").hidden = !isMixture;
+byId("heads-box").hidden = !run.heads.length;
+fillText();
+fillWords();
+byId("theme").addEventListener("click", () => { setTheme(document.documentElement.dataset.theme !== "dark"); redraw(); });
+byId("play").addEventListener("click", play);
+byId("slider").addEventListener("input", () => { stop(); show(Number(byId("slider").value)); });
+byId("column").addEventListener("input", () => { spot = {row: selected, column: Number(byId("column").value)}; drawMap(); describeSpot(); });
+for (const kind of ["pointermove", "pointerdown"]) byId("map").addEventListener(kind, point);
+for (const name of ["history", "chances", "times"]) {
+  byId(name).addEventListener("click", event => {
+    const box = event.target.getBoundingClientRect();
+    stop();
+    show(Math.round((event.clientX - box.left) / box.width * last));
+  });
+}
+document.addEventListener("keydown", onKey);
+layOut();
+const wished = /^#(\d+)(?:,(\d+))?$/.exec(location.hash);                           // page.html#token,layer
+selected = Math.min(rows.length - 1, wished && wished[2] ? Number(wished[2]) : Math.max(0, rows.findIndex((row, index) => index >= Math.floor(rows.length / 2) && row.picked.size)));
+show(wished ? Number(wished[1]) - 1 : Math.min(1, last));
+drawHeads();
+showPictures();
+let resized = 0;
+window.addEventListener("resize", () => { cancelAnimationFrame(resized); resized = requestAnimationFrame(redraw); });

@@ -1,0 +1,286 @@
+"""The page that explains a run: what is recorded of it, and the page itself in a real browser."""
+
+import base64
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from browser import Browser, find_chromium
+from builders import LLAVA_TINY, MIXTRAL_TINY, exit_status, generated, one_line_error
+from tiny_qwen_vl import complete_qwen, picture
+
+from models.pruning.settings import DENSE, PruningSettings
+from popengine.engine import Engine
+from popengine.explain import main, page
+from popengine.loading import load
+from popengine.measure import explained_run as recording
+from popengine.measure.explained_run import explained_run
+from popengine.measure.scoring import Window
+from popengine.measure.studies import picks, rank_drift
+from popengine.sampling import Sampling
+
+POP = PruningSettings(ffn_ratio=0.5, candidate_width=0.4)
+HOSTILE = "</script><img src=x onerror=\"document.title='seen'\"><!--<script>"
+
+status, error = partial(exit_status, main), partial(one_line_error, main)
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path) -> Engine:
+    return load(checkpoint, dtype="float32")
+
+
+def recorded(engine: Engine, pruning: PruningSettings, text: str = "Seven ships", count: int = 12) -> dict[str, Any]:
+    ids = engine.prompts.ids(text, raw=True)
+    return explained_run(engine, ids, count, pruning, Sampling(), ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def found(engine: Engine) -> dict[str, Any]:
+    return recorded(engine, POP)
+
+
+def bits(packed: dict[str, Any], columns: int) -> torch.Tensor:
+    """bool [frames, columns]"""
+    values = torch.frombuffer(bytearray(base64.b64decode(packed["bits"])), dtype=torch.uint8)
+    rows = values.view(len(packed["frames"]), -1)
+    return ((rows[:, :, None] >> torch.arange(8)) & 1).flatten(1)[:, :columns].bool()
+
+
+def order_of(network: dict[str, Any], which: int = 0) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(network["drawings"][which]["order"])), dtype=torch.int32).long()
+
+
+def test_the_run_is_the_engines_and_the_dense_model_is_the_dense_models(engine: Engine, found: dict[str, Any]) -> None:
+    prompt = engine.prompts.ids("Seven ships", raw=True)
+    new = [token for (token,) in generated(engine, [prompt], 12, POP)]
+    assert [one["token"] for one in found["frames"]] == new
+    assert found["replayed_alike"] == len(new)
+    assert "".join(one["text"] for one in found["frames"]) == engine.tokenizer.decode(new)
+    with torch.inference_mode():
+        logits = engine.model(torch.tensor([prompt + new]))[0, len(prompt) - 1 : -1]
+    probabilities = logits.softmax(dim=-1)                                          # [F, V]
+    for index, one in enumerate(found["frames"]):
+        assert one["dense_probability"] == pytest.approx(float(probabilities[index, new[index]]), rel=1e-3)
+        assert one["agrees"] == (int(probabilities[index].argmax()) == new[index])
+    assert found["frames"][3]["bytes"] < found["frames"][3]["dense_bytes"]
+
+
+def test_picks_and_ranks_are_those_of_the_studies(engine: Engine, found: dict[str, Any]) -> None:
+    prompt = engine.prompts.ids("Seven ships", raw=True)
+    new = [one["token"] for one in found["frames"]]
+    dense_prefill = PruningSettings(ffn_ratio=0.5, candidate_width=0.4, prefill="dense")
+    again, window = recorded(engine, dense_prefill), Window(prompt, new)
+    drift = rank_drift(engine.model, Window(prompt, [one["token"] for one in again["frames"]]))
+    for index, (seen, layer, dense) in enumerate(
+        zip(picks(engine.model, window, engine.resolve(POP)), found["layers"], again["layers"], strict=True)
+    ):
+        (network,) = layer["networks"]
+        order = order_of(network)
+        picked = bits(network["picked"], network["candidate"])                      # [F - 1, C], by column
+        candidate = order[network["retained"] : network["retained"] + network["candidate"]]
+        by_channel = torch.zeros(network["channels"], dtype=torch.int64).index_add(0, candidate, picked.sum(dim=0))
+        assert torch.equal(by_channel[seen.partition.candidate], seen.picked)
+        assert (picked.sum(dim=1) == network["picks"]).all()
+        assert sorted(order[: network["retained"]].tolist()) == seen.partition.retained.tolist()
+        # With a dense prefill the partition's scores are the dense model's: first layer to last, ranks move alike.
+        moved = torch.tensor([*dense["networks"][0]["moved"].values()])
+        torch.testing.assert_close(moved, drift.rank_difference[index, : len(moved)], atol=1e-4, rtol=0)
+
+
+def test_what_dense_wants_is_what_it_ranks_highest(engine: Engine, found: dict[str, Any]) -> None:
+    for layer in found["layers"]:
+        (network,) = layer["networks"]
+        wanted = bits(network["wanted"], network["channels"])
+        assert (wanted.sum(dim=1) == network["retained"] + network["picks"]).all()
+        for ours, least in network["left_out"].values():
+            assert 0 < least <= ours < 1
+        assert list(network["changed"]) == list(network["moved"])[1:]
+
+
+def test_dense_steps_and_redraws_are_told(engine: Engine) -> None:
+    found = recorded(engine, PruningSettings(ffn_ratio=0.5, dense_every=3, redraw_every=6))
+    dense = [index for index, one in enumerate(found["frames"]) if one["dense_step"]]
+    assert dense == [3, 6, 9] and [one["redrawn"] for one in found["frames"]].index(True) == 6
+    (network,) = found["layers"][0]["networks"]
+    assert [one["frame"] for one in network["drawings"]] == [0, 6]
+    assert not {*dense} & {*network["picked"]["frames"]} and not {*dense} & {*network["wanted"]["frames"]}
+    # Packed matrices take no product of no rows, which a dense first step leaves.
+    packed = load(engine.folder, weights="int8")
+    assert recorded(packed, PruningSettings(dense_every=1), count=3)["frames"][1]["dense_step"]
+    late = recorded(engine, PruningSettings(ffn_ratio=0.5, min_evidence=15))
+    assert late["layers"][0]["networks"][0]["drawings"][0]["frame"] == 15 - len(late["prompt"])
+
+
+@pytest.mark.parametrize(
+    "pruning", [DENSE, PruningSettings(ffn_ratio=0.5, candidate_width=0), PruningSettings(rule="all-channels"),
+                PruningSettings(rule="up", retained_share=0.3), PruningSettings(prefill_skip="1/3", boundary_tokens=2)],
+    ids=["dense", "frozen", "all-channels", "up", "skipping"],
+)
+def test_every_rule_has_a_record(engine: Engine, pruning: PruningSettings) -> None:
+    found = recorded(engine, pruning, count=4)
+    (network,) = found["layers"][-1]["networks"]
+    assert bool(network["drawings"]) == (found["statistics"]["pruning"]["ratio"] > 0)
+    assert found["layers"][-1]["skipped"] == (pruning.prefill_skip != 0)
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3"])
+def test_pictures_of_any_size_have_their_own_grid(variant: str, tmp_path: Path) -> None:
+    engine = load(complete_qwen(tmp_path, variant), dtype="float32")
+    images = [picture(40, 24), picture(16, 32)]
+    ids = engine.prompts.ids("What?", images=images)
+    found = explained_run(engine, ids, 6, POP, Sampling(), images, ignore_eos=True)
+    assert [(one["rows"], one["columns"]) for one in found["pictures"]] == [(3, 5), (4, 2)]
+    assert sum(one["image"] for one in found["prompt"]) == 3 * 5 + 4 * 2
+    assert found["replayed_alike"] == 6
+    new = [one["token"] for one in found["frames"]]
+    with torch.inference_mode():
+        text = engine.pictures.embed(torch.tensor([ids + new]), None, engine.pictures.given(images))
+        logits = engine.model.forward_embedded(text.x, None, text.pictures)[0, len(ids) - 1 : -1]
+    assert [one["agrees"] for one in found["frames"]] == (logits.argmax(dim=-1) == torch.tensor(new)).tolist()
+
+
+def test_layers_beyond_the_room_are_left_out(
+    engine: Engine, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one_layer = len(json.dumps(found["layers"][0]))
+    monkeypatch.setattr(recording, "MOST_BYTES", int(2.2 * one_layer))
+    assert status("--ckpt", checkpoint, "--prompt", "Seven ships", "--raw", "-n", 12, "--paper", "--ffn-ratio", 0.5,
+                  "--candidate-width", 0.4, "--ignore-eos", "--out", tmp_path / "page.html") == 0
+    assert "1 of 3 layers do not fit and are left out" in capsys.readouterr().out
+    monkeypatch.setattr(recording, "MOST_BYTES", 10)
+    assert "ask for fewer new tokens" in error(
+        capsys, "--ckpt", checkpoint, "--prompt", "Seven", "--paper", "-n", 4, "--out", tmp_path / "page.html"
+    )
+
+
+def test_bad_input_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--ckpt", checkpoint, "--prompt", "Seven", "--paper")
+    assert "cannot be written" in error(capsys, *words, "--out", tmp_path / "none" / "page.html")
+    assert "is not a file" in error(capsys, *words, "--out", tmp_path)
+    # Before any work is done: this checkpoint is none.
+    assert "cannot be written" in error(
+        capsys, "--ckpt", tmp_path / "no", "--prompt", "x", "--out", tmp_path / "none" / "page.html"
+    )
+    assert "at least 1, not 0" in error(capsys, *words, "-n", 0, "--out", tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_text_of_prompt_and_model_is_no_markup(found: dict[str, Any]) -> None:
+    plain = page(found | {"model": "a"})
+    hostile = page(found | {"model": HOSTILE + "%SCRIPT%"})
+    assert hostile.count("<") == plain.count("<") and HOSTILE not in hostile
+    assert len(hostile) - len(plain) == len(json.dumps(HOSTILE).replace("<", "\\u003c")) - 3 + len("%SCRIPT%")
+
+
+# In a browser.
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    if find_chromium() is None:
+        pytest.skip("there is no Chromium here to look at the page with")
+    with Browser(1200, 900) as opened:
+        yield opened
+
+
+def made(folder: Path, capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[str, dict[str, Any]]:
+    """The address of a page, and the JSON of the run that it is of."""
+    out = folder / "page.html"
+    capsys.readouterr()
+    assert status(*words, "--out", out, "--json") == 0
+    return out.as_uri(), json.loads(capsys.readouterr().out)
+
+
+PICTURE = "document.getElementById('map').toDataURL()"
+
+
+def text_of(browser: Browser, name: str) -> str:
+    return str(browser.value(f"document.getElementById('{name}').textContent"))
+
+
+def test_the_page_shows_the_runs_numbers_and_fetches_nothing(
+    browser: Browser, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, run = made(
+        tmp_path, capsys, "--ckpt", checkpoint, "--prompt", HOSTILE, "-n", 9, "--ignore-eos", "--paper",
+        "--ffn-ratio", 0.5,
+    )
+    browser.open(address + "#3")
+    assert json.loads(browser.value("document.getElementById('data').textContent")) == run
+    seen = {}
+    for index in (2, 3, 8):
+        browser.value(f"show({index})")
+        seen[index] = browser.value(PICTURE)
+        one = run["frames"][index]
+        assert text_of(browser, "probability") == f"{100 * one['probability']:.1f} %"
+        assert text_of(browser, "dense-probability") == f"{100 * one['dense_probability']:.1f} %"
+        assert text_of(browser, "ms") == f"{one['ms']:.1f} ms"
+        assert text_of(browser, "bytes") == f"{one['bytes'] / 1e6:.1f} MB"
+        assert (text_of(browser, "agrees") == "the same token") == one["agrees"]
+        rows = browser.value("[...document.getElementById('table').rows].slice(1).map(row => row.cells[1].textContent)")
+        moved = [layer["networks"][0]["moved"][str(index)] for layer in run["layers"]]
+        assert [float(text) for text in rows] == pytest.approx(moved, abs=6e-4)
+    assert len({*seen.values()}) == 3
+    shown = browser.value("document.getElementById('prompt').textContent")
+    assert HOSTILE in shown and browser.value("document.images.length + document.scripts.length") == 2
+    assert browser.value("document.title").startswith("One run, explained")
+    assert browser.problems() == []
+    assert browser.requests() == [address + "#3"] or browser.requests() == [address]
+
+
+def test_keys_pointer_and_play(
+    browser: Browser, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, run = made(
+        tmp_path, capsys, "--ckpt", checkpoint, "--prompt", "Seven", "-n", 8, "--ignore-eos", "--paper",
+        "--ffn-ratio", 0.5,
+    )
+    browser.open(address)
+    browser.value("document.getElementById('map').focus()")
+    for key, position in (("Home", 1), ("ArrowRight", 2), ("ArrowRight", 3), ("ArrowLeft", 2), ("End", 8)):
+        browser.press(key)
+        assert text_of(browser, "position") == f"{position} / 8"
+    for key, layer in (("ArrowUp", 0), ("ArrowUp", 0), ("ArrowDown", 1)):
+        browser.press(key)
+        assert text_of(browser, "layer-name").startswith(f"layer {layer} ")
+    (network,) = run["layers"][1]["networks"]
+    browser.value("document.getElementById('column').value = 4")
+    browser.value("document.getElementById('column').dispatchEvent(new Event('input'))")
+    assert f"layer 1, channel {order_of(network)[4]}: score " in text_of(browser, "spot")
+    assert ", rank 5 of 80; retained; dense " in text_of(browser, "spot")
+    browser.value("document.getElementById('speed').value = '30'")
+    browser.press(" ")
+    assert browser.value("new Promise(done => setTimeout(() => done(frame), 1500))") == 7
+    assert text_of(browser, "play") == "▶"
+    light = browser.value(PICTURE)
+    browser.value("document.getElementById('theme').click()")
+    assert browser.value(PICTURE) != light and browser.problems() == []
+
+
+@pytest.mark.parametrize("words", [
+    ("--ckpt", MIXTRAL_TINY, "--prompt", "sort 9140=0149; sort 73150?", "--prune-ratio", 0.3),
+    ("--ckpt", LLAVA_TINY, "--prompt", "What do you see?", "--image", LLAVA_TINY / "example.png",
+     "--prefill-skip", "1/4", "--head-ratio", 0.5, "--prune-ratio", 0.4, "--candidate-width", 1, "--dense-every", 3),
+    ("--ckpt", LLAVA_TINY, "--prompt", "Red?", "--prune-ratio", 0),
+    ("--ckpt", LLAVA_TINY, "--prompt", "Red?", "--candidate-width", 0),
+], ids=["experts", "pictures", "dense", "frozen"])
+def test_on_a_phone_in_the_dark_nothing_overflows(
+    words: tuple[Any, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if find_chromium() is None:
+        pytest.skip("there is no Chromium here to look at the page with")
+    address, run = made(tmp_path, capsys, *words, "--paper", "-n", 6, "--ignore-eos")
+    with Browser(360, 740, dark=True, scale=2) as browser:
+        browser.open(address + "#3")
+        assert browser.value("document.documentElement.dataset.theme") == "dark"
+        assert browser.value("document.documentElement.scrollWidth") == 360
+        assert browser.value("!document.getElementById('experts-box').hidden") == bool(run["experts"])
+        assert browser.value("!document.getElementById('heads-box').hidden") == bool(run["heads"])
+        assert browser.value("document.querySelectorAll('#pictures canvas').length") == len(run["pictures"])
+        assert browser.value("show(0), show(frames.length - 1), frame") == 5
+        assert browser.problems() == []
