@@ -21,7 +21,7 @@ from popengine.command import (
     start_pytorch,
 )
 from popengine.generate import read_prompt
-from popengine.torchrun import was_started
+from popengine.processes import is_one_of_several
 from weights.errors import InputError
 
 PARTS = Path(__file__).parent / "page"
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def run(flags: argparse.Namespace) -> None:
-    if was_started():
+    if is_one_of_several():
         raise InputError("a page is of a run in one process, which holds all channels: start explain without torchrun")
     prompt = read_prompt(flags.prompt)
     pruning = generation_settings(flags)
