@@ -21,7 +21,7 @@ from models.pruning.settings import DENSE, PruningSettings
 from models.reading import bytes_per_token
 from popengine.loading import load
 from popengine.measure.bench_shapes import write_random_checkpoint
-from popengine.torchrun import is_first
+from popengine.processes import is_first
 from weights.memory import peak_memory_bytes
 
 PROMPT_TOKENS, STEPS = 64, 16
