@@ -42,7 +42,7 @@ class ActiveHeads:
             self.o = self.o.empty_columns(rows)
             candidates = groups * self.sizes.candidate * attention.head_dim
             self.candidate_norms = attention.output_norms().new_empty(candidates)               # [G C D]
-            if attention.kv_heads == heads:         # no head is shared: all are cut together
+            if attention.kv_heads == attention.heads:           # none is shared: all are cut together
                 self.cache_order = torch.arange(heads, device=device)
 
     def restart(self) -> None:
