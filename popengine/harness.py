@@ -15,6 +15,7 @@ generate_until         prefill and decode steps in batches of --batch_size, up t
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +31,7 @@ from popengine.methods.calibration import load_calibration
 from popengine.sampling import Sampling
 from popengine.text.chat import render_chat
 from popengine.text.spelled import Spelled
+from popengine.torchrun import one_of_several, says_why_it_failed
 from weights.errors import InputError, one_line
 from weights.json_files import shown
 
@@ -249,9 +251,11 @@ def whole_number(name: str, value: Any) -> int:
 def main() -> NoReturn:
     """lm_eval's own command line, with our errors in one line."""
     try:
-        cli_evaluate()
+        with one_of_several(Namespace()):
+            cli_evaluate()
     except (InputError, ValueError) as error:       # the latter lm_eval's, of tasks and flags that it does not know
-        print(one_line(f"error: {error}"), file=sys.stderr)
+        if says_why_it_failed():
+            print(one_line(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
 

@@ -61,7 +61,7 @@ def load(
     Raises InputError, in one line, for anything wrong with what was given.
     """
     began = time.perf_counter()
-    ours = ranks()
+    ours = ranks(device)
     where = choose_device(device)
     with (
         open_checkpoint(default_checkpoint() if checkpoint is None else checkpoint) as opened,

@@ -28,12 +28,15 @@ OF_FILES = ("ckpt", "text", "image", "calibration", "calibration_text")
 RESULTS = ("out", "json", "save_calibration")
 
 
-def ranks() -> Ranks:
-    """What this process is among others. Joins them where torchrun has started it and nobody has yet."""
+def ranks(device: str = "auto") -> Ranks:
+    """What this process is among others. Joins them where torchrun has started it and nobody has yet.
+
+    device  as it was asked for: on cards ranks talk by NCCL, else by gloo
+    """
     if not is_one_of_several():
         return ALONE
     if not distributed.is_initialized():
-        cuda = torch.cuda.is_available()
+        cuda = torch.cuda.is_available() and device.startswith(("auto", "cuda"))
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         try:
@@ -86,7 +89,7 @@ def one_of_several(flags: Any) -> Iterator[None]:
         yield
         return
     with tempfile.TemporaryDirectory() as thrown_away, open(os.devnull, "w") as nowhere:
-        ranks()
+        ranks(getattr(flags, "device", "auto"))
         shown = {name: str(value) for name, value in sorted(vars(flags).items()) if name not in (*OF_FILES, *RESULTS)}
         ours = sys.modules["popengine"].__version__
         versions = {"version of popengine": ours, "version of PyTorch": torch.__version__}
