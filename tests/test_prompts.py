@@ -96,5 +96,5 @@ def test_what_a_template_writes_is_bounded_by_the_context(engine: Engine, templa
 def test_a_prompt_that_no_context_can_hold_does_not_reach_the_tokenizer(engine: Engine) -> None:
     with pytest.raises(InputError, match="has 5000000 letters, more than the context of 256 tokens can hold"):
         engine.prompts.ids("a" * 5_000_000, raw=True)
-    with pytest.raises(InputError, match="letters, more than the context can hold"):
+    with pytest.raises(InputError, match="letters, more than the 4096 that its messages and the context call for"):
         engine.prompts.ids("a" * 5_000_000)

@@ -10,7 +10,7 @@ import time
 from datetime import datetime
 from typing import Any, NoReturn
 
-MEMORY_BYTES = 1 << 30
+MEMORY_BYTES = 400_000_000
 
 
 def limit_resources(seconds: int) -> None:
@@ -105,8 +105,8 @@ def render_all(template: str, conversations: list[dict[str, Any]], longest: int)
     for variables in conversations:
         try:
             text = compiled.render(variables)
-            fits = len(text) <= longest
-            texts.append(text if fits else {"error": f"it writes {len(text)} letters, more than the context can hold"})
+            words = f"it writes {len(text)} letters, more than the {longest} that its messages and the context call for"
+            texts.append(text if len(text) <= longest else {"error": words})
         except Exception as error:
             texts.append({"error": words_of(error)})
     return texts

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from popengine.text.chat import render_chats
-from popengine.text.spelled import NOTHING_SPELLED, Spelled
+from popengine.text.spelled import NOTHING_SPELLED, Spelled, leaves
 from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
 
@@ -20,6 +20,9 @@ Render = Callable[[Sequence[Messages]], list[str | InputError]]
 # Of a text that may fit a context: words of a language have four letters a token, runs of spaces have more. Tokenizing
 # takes some 500 bytes a letter, so that what cannot fit must not get there.
 LETTERS_PER_TOKEN = 16
+# What a template may write beside twice what its messages say: tools and dates have some thousands. A context that a
+# config claims bounds nothing.
+TEMPLATE_LETTERS = 200_000
 
 
 class Placing(Protocol):
@@ -96,9 +99,10 @@ class Prompts:
             else:
                 chats[index] = spelled.hide(self.messages(prompt, system_prompt))
         if chats:
+            said = max(sum(map(len, leaves(messages))) for messages in chats.values())
             render = partial(
                 render_chats, str(self.chat_template), bos_token=self.tokenizer.bos_token,
-                eos_token=self.tokenizer.eos_token, longest=self.longest,
+                eos_token=self.tokenizer.eos_token, longest=min(self.longest, 2 * said + TEMPLATE_LETTERS),
             )
             texts = self.placing.render([*chats.values()], [images[index] for index in chats], render)
             # The template has written the special tokens itself.
