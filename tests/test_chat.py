@@ -203,7 +203,6 @@ def test_template_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nests too deeply"),
         ("{{ 'x' * 10 ** 10 }}", "memory"),
         ("{{ 'x' * 10000000 }}", "10000000 letters, more than the"),
-        ("{{ 'x' * 1000000000 }}", "memory"),
         ("{{ messages[0].content * 10 ** 10 }}", "memory"),
         ("{{ '%10000000000d' % 1 }}", "memory"),
         ("{{ '{:>10000000000}'.format(1) }}", "memory"),
