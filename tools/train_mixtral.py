@@ -24,7 +24,7 @@ from torch import Tensor
 
 from models.experts import Routing
 from models.mixtral import MIXTRAL_NAMES, MixtralForCausalLM
-from models.passes import prefill_pass
+from models.passes import View, prefill_pass
 from models.pruning.settings import DENSE, PruningSettings
 from popengine.loading import load
 from popengine.measure.text_tasks import BOS, EOS, PAD, TASKS, UNKNOWN, build_tokenizer, held_out_prompts, make_prompt
@@ -96,7 +96,7 @@ def forward(model: MixtralForCausalLM, tokens: Tensor) -> tuple[Tensor, list[Rou
     Sequences are padded on the right, where causal attention never looks from a real token: no mask is needed.
     """
     x = model.embed(tokens)                                                         # [B, T, H]
-    step = prefill_pass(model.model.rotary, model.config.windows, x, None)
+    step = prefill_pass(model.model.rotary, map(View, model.config.windows), x, None)
     routings = []
     for layer in model.model.layers:
         x = x + layer.self_attn(layer.input_layernorm(x), step)
