@@ -104,13 +104,13 @@ function fillText() {
 function fillWords() {
   const facts = run.statistics, pruning = facts.pruning, steps = frames.slice(1);
   byId("about").textContent = `${run.model}, ${run.prompt.length} prompt tokens and ${frames.length} new ones; `
-    + `${percent(pruning.ratio)} of a layer pruned, ${facts.weights} weights, ${facts.dtype}, ${facts.device}`;
+    + `${percent(pruning.ratio)} of a layer's weights left out of a step, ${facts.weights} weights, ${facts.dtype}, ${facts.device}`;
   const agreed = frames.filter(one => one.agrees).length;
   const read = mean(steps.map(one => one.bytes / one.dense_bytes)), time = middle(steps.map(one => one.ms)) / middle(steps.map(one => one.dense_ms));
   byId("verdict").textContent = steps.length
     ? `In this run a step read ${percent(read)} of the dense model's weights and took ${percent(time)} of its time (medians), and `
       + `${agreed} of ${frames.length} tokens are what the dense model would have said.`
-      + (time > 1 ? " Here it was not faster: on a model and a machine like this, choosing channels costs more than not reading the others saves." : "")
+      + (time > 1 ? " Here it was not faster: on a model and a machine like this, choosing channels costs more than " + (read < 1 ? "not reading the others saves." : "what it saves; nothing was left unread.") : "")
     : `This run has one new token, which the prompt gave: there is no step to watch. ${agreed ? "Dense would have said it too." : "Dense would have said another."}`;
   const spare = rows.find(row => row.drawings.length) || rows[0];
   const words = {
@@ -119,13 +119,13 @@ function fillWords() {
   };
   byId("rule-words").textContent = !prunes ? "This run prunes no channels: it is the dense model, and there is no partition to show."
     : !decides ? "This run decides nothing at its steps: the prompt's choice is frozen, and there are no candidates."
-    : `Rule “${run.rule}”. ${words[run.rule] || (spare.candidate === spare.channels ? "It has no partition by the prompt: every step ranks all channels by a cheaper score of its own." : "It scores otherwise than the formula above; the columns are in its partition's order.")}`;
+    : `${run.rule === "pop" ? "" : `Rule “${run.rule}”. `}${words[run.rule] || (spare.candidate === spare.channels ? "It has no partition by the prompt: every step ranks all channels by a cheaper score of its own." : "It scores otherwise than the formula above; the columns are in its partition's order.")}`;
   const notes = [];
   if (run.layers_in_all > run.layers.length) notes.push(`The model has ${run.layers_in_all} layers; this page has room for ${run.layers.length} of them, evenly spread (the others ran all the same, and their bytes count).`);
   const skipped = run.layers.filter(layer => layer.skipped).map(layer => layer.index);
   if (skipped.length) notes.push(`Layers ${skipped.join(", ")} were skipped by the prompt (Prefill-Only pruning), all but its last ${pruning.boundary_tokens}; they are marked ○, and their scores come from those tokens alone.`);
   if (!prunes) notes.push("Nothing is pruned in this run, so there are no regions to colour.");
-  if (prunes && steps.length && steps.every(one => one.bytes >= one.dense_bytes)) notes.push("In this form of weights a copy of the channels that stay would be no smaller than the whole, so these steps read everything: pruned channels are left out of the result, not of the reading.");
+  if (prunes && steps.length && steps.every(one => one.bytes >= one.dense_bytes)) notes.push("Weights of this form are kept in packed groups, which break where single channels are taken out of them: a copy of the channels that stay would be no smaller than the whole. So these steps read everything: pruned channels are left out of the result, not of the reading.");
   if (frames.length && prunes && drawn.some(row => row.drawings[0].frame > 0) && !isMixture) notes.push(`Until step ${drawn[0].drawings[0].frame} there was too little evidence to draw a partition: those steps were dense.`);
   if (run.greedy && run.replayed_alike < frames.length) notes.push(`Picks were recorded by running the same tokens once more; by rounding, ${frames.length - run.replayed_alike} of its ${frames.length} first choices differ from the run's.`);
   byId("map-note").textContent = notes.join(" ");
@@ -154,11 +154,13 @@ function fillWrong() {
   }
   const share = mean(measured.map(row => mean([...row.missed.values()])));
   const chance = mean(measured.map(row => (row.channels - row.resident) / row.channels));
+  const most = mean(measured.map(row => Math.min(1, (row.channels - row.resident) / row.active)));
   byId("wrong").textContent = `The partition is right where the dense model wants no pruned channel. Of the channels that it `
-    + `wanted at a step, ${percent(share)} were pruned here (a partition by chance: ${percent(chance)}).`;
+    + `wanted at a step, ${percent(share)} were pruned here; a partition by chance would have pruned ${percent(chance)} of them, `
+    + `and it could be ${percent(most)} at most.`;
   const lost = which => mean(measured.map(row => mean(Object.values(row.left_out).map(pair => pair[which]))));
   item(`Not every missed channel matters much. Weighed by their squared scores, the channels that a step did not run make `
-    + `${percent(lost(0))} of a layer's total; the same number of channels, chosen freely at every token, would have left out ${percent(lost(1))}.`);
+    + `${percent(lost(0))} of a layer's total; the same number of channels, chosen freely among all at every token, would have left out ${percent(lost(1))}. Retained channels that a token did not want, and candidates that lost, are the rest of the difference.`);
   const byLayer = measured.map(row => [mean([...row.missed.values()]), row]).sort((a, b) => b[0] - a[0]);
   item(`Worst: ${byLayer.slice(0, 3).map(([value, row]) => `${row.name} (${percent(value)})`).join("; ")}. Best: ${byLayer.slice(-1).map(([value, row]) => `${row.name} (${percent(value)})`)[0]}.`);
   const perStep = frames.map((_, at) => [mean(measured.filter(row => row.missed.has(at)).map(row => row.missed.get(at))), at]).slice(1).sort((a, b) => b[0] - a[0]);
@@ -178,7 +180,7 @@ function fillTable() {
     const row = table.insertRow();
     for (const text of cells) { const cell = document.createElement(kind); cell.textContent = text; row.append(cell); }
   };
-  line(["network", "moved", "changed", "missed", "left out, weighed"], "th");
+  line(["layer", "moved", "changed", "missed", "left out, weighed"], "th");
   for (const row of rows) {
     const of = (values, show) => values === undefined ? "–" : show(values);
     line([row.name, of(row.moved[frame], value => value.toFixed(3)), of(row.changed[frame], percent), of(row.missed.get(frame), percent), of(row.left_out[frame]?.[0], percent)], "td");
@@ -491,9 +493,9 @@ function show(index) {
   byId("bytes").textContent = frame ? megabytes(one.bytes) : "–";
   byId("ms").textContent = frame ? one.ms.toFixed(1) + " ms" : "–";
   byId("bytes-bar").style.width = frame ? percent(one.bytes / one.dense_bytes).replace(" ", "") : "0";
-  byId("ms-bar").style.width = frame ? Math.min(100, 100 * one.ms / one.dense_ms) + "%" : "0";
+  byId("ms-bar").style.width = frame ? 100 * one.ms / Math.max(one.ms, one.dense_ms) + "%" : "0";
   byId("bytes-words").textContent = frame ? `${percent(one.bytes / one.dense_bytes)} of dense's ${megabytes(one.dense_bytes)}` + (one.dense_step ? "; this step ran dense" + (one.redrawn ? " and drew the partition anew" : " to gather evidence") : "") : "the prompt gave this token; steps begin with the next";
-  byId("ms-words").textContent = frame ? `dense took ${one.dense_ms.toFixed(1)} ms` : `the prompt took ${run.statistics.timing.prefill_ms.toFixed(0)} ms, and ${run.statistics.timing.partition_ms.toFixed(0)} ms for the partition`;
+  byId("ms-words").textContent = frame ? `${percent(one.ms / one.dense_ms)} of dense's ${one.dense_ms.toFixed(1)} ms` : `the prompt took ${run.statistics.timing.prefill_ms.toFixed(0)} ms, and ${run.statistics.timing.partition_ms.toFixed(0)} ms for the partition`;
   drawAll();
 }
 
