@@ -48,6 +48,11 @@ class VisionConfig:
         return self.patches + self.class_token
 
     @property
+    def blocks(self) -> int:
+        """As LlamaConfig's."""
+        return self.num_hidden_layers
+
+    @property
     def sides(self) -> tuple[int, ...]:
         """Numbers that are a side of one of its tensors."""
         return self.hidden_size, self.intermediate_size, self.patch_size, self.positions

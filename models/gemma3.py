@@ -23,7 +23,7 @@ from models.layers import RMSNorm, RotaryEmbedding
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from models.llava import LlavaForConditionalGeneration
 from models.passes import PictureRows
-from models.picture_model import Grid, PictureModel
+from models.picture_model import Grid, PictureConfig, PictureModel
 from weights.errors import InputError
 from weights.json_files import JsonObject
 
@@ -156,7 +156,7 @@ class Gemma3ForCausalLM(LlamaForCausalLM):
 
 
 @dataclass(frozen=True)
-class Gemma3Config:
+class Gemma3Config(PictureConfig):
     """What joins the tower to the language model. Field names are Hugging Face's.
 
     boi_token_index, eoi_token_index  tokens before and after those of a picture
@@ -169,16 +169,6 @@ class Gemma3Config:
     eoi_token_index: int
     mm_tokens_per_image: int
     unknown_fields: tuple[str, ...] = ()
-
-    @property
-    def sides(self) -> tuple[int, ...]:
-        """As LlamaConfig's."""
-        return self.text.sides + self.vision.sides
-
-    @property
-    def blocks(self) -> int:
-        """As LlamaConfig's."""
-        return self.text.blocks + self.vision.num_hidden_layers
 
     @property
     def tokens_per_image(self) -> int:

@@ -42,7 +42,7 @@ def evaluate_steps(model: LlamaForCausalLM, tokens: Tensor, state: DecodeState, 
     """The same of steps none of which is dense."""
     x, rotary = model.embed(tokens[None]), model.model.rotary                       # [1, T, H]
     if not len(tokens):                     # packed matrices take no product of nothing
-        return x.new_empty(0, model.lm_head.out_features)
+        return x.new_empty(0, model.config.vocab_size)
     step = decode_pass(rotary, state.views, x, state.cache, state.live, together=False, observe=observe)
     x = decode_layers(model.model.layers, x, state.layers, step)
     state.cache.advance(len(tokens))

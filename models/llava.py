@@ -20,7 +20,7 @@ from models.layers import activation_function
 from models.llama import LlamaForCausalLM
 from models.mixtral import FAMILIES as MIXTURE_FAMILIES
 from models.mixtral import MixtralConfig, MixtralForCausalLM, read_mixtral_config
-from models.picture_model import Grid, PictureModel
+from models.picture_model import Grid, PictureConfig, PictureModel
 from weights.errors import InputError
 
 # The tower of a config that has no vision_config at all: CLIP ViT-L/14 at 336 pixels, LLaVA 1.5's own.
@@ -39,7 +39,7 @@ UNUSED_FIELDS = ("vocab_size", "ignore_index", "image_seq_length", "use_image_ne
 
 
 @dataclass(frozen=True)
-class LlavaConfig:
+class LlavaConfig(PictureConfig):
     """What joins the tower to the language model. Field names are Hugging Face's.
 
     vision_feature_layer             hidden states of the tower that are read, side by side (see VisionTower)
@@ -54,16 +54,6 @@ class LlavaConfig:
     projector_hidden_act: str
     multimodal_projector_bias: bool
     unknown_fields: tuple[str, ...] = ()
-
-    @property
-    def sides(self) -> tuple[int, ...]:
-        """As LlamaConfig's."""
-        return self.text.sides + self.vision.sides
-
-    @property
-    def blocks(self) -> int:
-        """As LlamaConfig's."""
-        return self.text.blocks + self.vision.num_hidden_layers
 
     @property
     def tokens_per_image(self) -> int:

@@ -5,16 +5,34 @@ B batch, T prompt tokens, H hidden size, n image tokens of all pictures.
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from models.config import LlamaConfig
 from models.llama import LlamaForCausalLM
 from models.passes import PictureRows
 from weights.errors import InputError
 
 # Rows and columns of the image tokens that one picture has.
 Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PictureConfig:
+    """What a language model and a vision tower count together, as LlamaConfig does for one."""
+
+    text: LlamaConfig
+    vision: Any
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        return self.text.sides + self.vision.sides
+
+    @property
+    def blocks(self) -> int:
+        return self.text.blocks + self.vision.blocks
 
 
 class PictureModel(nn.Module):

@@ -25,7 +25,7 @@ from models.config import MOST_LAYERS, ConfigReader, LlamaConfig, RopeConfig, re
 from models.layers import activation_function, rotate
 from models.llama import LlamaForCausalLM
 from models.passes import PictureRows
-from models.picture_model import Grid, PictureModel
+from models.picture_model import Grid, PictureConfig, PictureModel
 from models.rope import rotary_frequencies
 from weights.errors import InputError
 
@@ -73,9 +73,14 @@ class QwenVisionConfig:
         patch = max(self.patch_size, self.temporal_patch_size)
         return 3 * self.hidden_size, self.merged_size, self.out_hidden_size, self.intermediate_size, patch
 
+    @property
+    def blocks(self) -> int:
+        """As LlamaConfig's: those of the tower, and mergers beside it."""
+        return self.depth + len(self.deepstack)
+
 
 @dataclass(frozen=True)
-class QwenVLConfig:
+class QwenVLConfig(PictureConfig):
     """What joins the tower to the language model. image_token_index is config.json's image_token_id."""
 
     text: LlamaConfig
@@ -85,16 +90,6 @@ class QwenVLConfig:
     vision_start_token_id: int
     vision_end_token_id: int
     unknown_fields: tuple[str, ...] = ()
-
-    @property
-    def sides(self) -> tuple[int, ...]:
-        """As LlamaConfig's."""
-        return self.text.sides + self.vision.sides
-
-    @property
-    def blocks(self) -> int:
-        """As LlamaConfig's."""
-        return self.text.blocks + self.vision.depth + len(self.vision.deepstack)
 
 
 @dataclass(frozen=True)

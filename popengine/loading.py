@@ -5,16 +5,16 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from models.compiled import CompiledDecode, compiler_problem
-from models.config import LlamaConfig
 from models.families import architecture
 from models.llama import LlamaForCausalLM
 from models.matrix import replace_matrices
 from models.matrix_forms import ColumnMatrix
-from models.picture_model import PictureModel
+from models.picture_model import PictureConfig, PictureModel
 from models.qwen2_vl import Qwen2VLForConditionalGeneration
 from models.ranks import ALONE, Ranks, share_of
 from popengine.engine import Engine
@@ -138,12 +138,12 @@ def load_model(
     Returns the model, and what form its matrices have, for people.
     """
     model_class = architecture(checkpoint.config, str(checkpoint.path))
-    config = model_class.read_config(checkpoint.config)
+    config: Any = model_class.read_config(checkpoint.config)
     require_room(checkpoint, config.sides, config.blocks)
-    if isinstance(config, LlamaConfig):
-        config = share_of(config, ranks)
-    else:
+    if isinstance(config, PictureConfig):
         config = replace(config, text=share_of(config.text, ranks))
+    else:
+        config = share_of(config, ranks)
     with torch.device("meta"):
         model = model_class(config)
     language_model = model.language_model if isinstance(model, PictureModel) else model
