@@ -1,5 +1,6 @@
 """LLaVA held to Hugging Face's, from tiny random models that the real loader reads, and the method with pictures in."""
 
+import json
 import re
 from copy import deepcopy
 from dataclasses import replace
@@ -8,7 +9,7 @@ from typing import Literal
 
 import pytest
 import torch
-from builders import resolved
+from builders import LLAVA_TINY, resolved
 from safetensors.torch import load_file, save_file
 from slow_masked import in_model_order, masked_decode
 from slow_pop import SlowPOP
@@ -331,3 +332,9 @@ def test_only_text_tokens_count_in_the_scores_when_asked(grouped: tuple) -> None
         expected = partition_channels(scores, state.layers[0].ffn.sizes)
     assert orders[1] == expected.order.tolist()
     assert orders[0] != orders[1]
+
+
+def test_layers_of_the_tower_count_among_the_blocks() -> None:
+    raw = json.loads((LLAVA_TINY / "config.json").read_text())
+    layers = raw["text_config"]["num_hidden_layers"], raw["vision_config"]["num_hidden_layers"]
+    assert OurLlava.read_config(raw).blocks == sum(layers)

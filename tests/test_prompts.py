@@ -98,3 +98,13 @@ def test_a_prompt_that_no_context_can_hold_does_not_reach_the_tokenizer(engine: 
         engine.prompts.ids("a" * 5_000_000, raw=True)
     with pytest.raises(InputError, match="letters, more than the 4096 that its messages and the context call for"):
         engine.prompts.ids("a" * 5_000_000)
+
+
+def test_what_a_template_writes_is_bounded_by_its_messages_whatever_context_a_config_claims(engine: Engine) -> None:
+    template = "{{ messages[0].content }}{{ 'a' * 200_000 }}"
+    prompts = engine.prompts.__class__(engine.tokenizer, template, engine.pictures, 10**9)
+    assert len(prompts.texts(["Hi"], [0])[0][0]) == 200_002
+    prompts = engine.prompts.__class__(engine.tokenizer, template.replace('200', '201'), engine.pictures, 10**9)
+    # Twice "user" and "Hi", and 200,000.
+    with pytest.raises(InputError, match="201002 letters, more than the 200012"):
+        prompts.texts(["Hi"], [0])
