@@ -83,6 +83,7 @@ class Configuration:
 FOLLOW_THE_PROMPT = (*RULE_NAMES, "frozen")
 # What only prompts tell from the dense model.
 SKIPPING = ("prefill-only", "skip-first", "skip-evenly", "skip-no-boundary", "skip-no-keys")
+LEAVING_OUT = ("shortgpt", "finercut")
 
 
 def configurations(flags: argparse.Namespace, mixture: bool) -> list[Configuration]:
@@ -99,7 +100,7 @@ def configurations(flags: argparse.Namespace, mixture: bool) -> list[Configurati
         matter = {
             "to all": True, "to widths": method in WIDTH_RULES, "to rules": method in RULE_NAMES,
             "to prompts": follows, "to experts": follows and mixture,
-            "to skipping": method != "skip-no-boundary",
+            "to skipping": method != "skip-no-boundary", "to layers": method in LEAVING_OUT,
         }
         others = [one for one in compared_fields() if one.name not in ("prune_ratio", "ffn_ratio")]
         choices = [(matter[one.metadata["matters"]] and getattr(flags, one.name)) or [one.default] for one in others]

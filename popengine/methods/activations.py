@@ -6,7 +6,7 @@ given an observer.
 T tokens, H hidden size, I FFN channels, n tokens that one network sees.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.passes import PictureRows
+from models.passes import Observer, PictureRows, prefill_pass
 from models.pruning.resolve import resolve
 from models.pruning.settings import DENSE
 from models.reading import layer_weights
@@ -40,6 +40,11 @@ def feed_forward_networks(model: LlamaForCausalLM) -> dict[str, FeedForward]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FeedForward)}
 
 
+def layer_of(name: str) -> int:
+    """The layer of a network by its place in the model."""
+    return int(name.split(".")[2])
+
+
 @torch.inference_mode()
 def watch_dense(
     model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None], pictures: PictureRows | None = None
@@ -48,6 +53,12 @@ def watch_dense(
 
     x [1, T, H], embedded tokens, and what they have because of pictures. A network that no token reaches is left out.
     """
+    state = model.new_state(1, x.shape[1], resolve(DENSE, layer_weights(model)))
+    model.prefill(x, state, observe=observer(model, x, watch), pictures=pictures)
+
+
+def observer(model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None]) -> Observer:
+    """What a pass over x [1, T, H] is given, so that `watch` sees what its networks compute."""
     names = {ffn: name for name, ffn in feed_forward_networks(model).items()}
     everything = torch.arange(x.shape[1], device=x.device)                          # [T]
 
@@ -56,8 +67,22 @@ def watch_dense(
             return
         watch(Activation(names[ffn], ffn, everything if rows is None else rows, h[0]))
 
+    return observe
+
+
+def layer_by_layer(
+    model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The dense model over one text: what goes into every layer and what comes out, and `watch` as for watch_dense.
+
+    x [1, T, H], embedded tokens; yields [1, T, H] twice
+    """
     state = model.new_state(1, x.shape[1], resolve(DENSE, layer_weights(model)))
-    model.prefill(x, state, observe=observe, pictures=pictures)
+    state.start(x.shape[1], None)
+    step = prefill_pass(model.model.rotary, state.views, x, None, observe=observer(model, x, watch))
+    for layer, own in zip(model.model.layers, state.layers, strict=True):
+        before, x = x, layer.prefill(x, own, step)
+        yield before, x
 
 
 @torch.inference_mode()

@@ -1,23 +1,28 @@
-"""What static pruning methods know about a model: mean and variance of every channel over a text, and their file.
+"""What static pruning methods know about a model: what its channels and layers do on a text, and the file of it.
 
-I FFN channels, H hidden size, n tokens.
+I FFN channels, H hidden size, L layers, n tokens, W windows of T tokens.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from models.llama import LlamaForCausalLM
-from popengine.methods.activations import Activation, feed_forward_networks, watch_dense
+from popengine.methods.activations import Activation, embedded, feed_forward_networks, layer_by_layer
 from weights.errors import InputError, one_line
 
-FORMAT = "popengine calibration 1"
+FORMAT = "popengine calibration 2"
+# Those of the text that searches run on.
+HELD_WINDOWS = 2
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,23 @@ class Moments:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Moments of every feed-forward network, by its place in the model; which text and which model they are of."""
+    """What a text shows of a model.
+
+    moments          of every feed-forward network, by its place in the model
+    influence        float32 [L], 1 - cosine of what goes into a layer and what comes out, mean over tokens (ShortGPT)
+    angles           float32 [L], the angle between the two in half turns, mean over tokens (CFSP)
+    windows          int64 [W, T], a little of the text, for searches
+    made_from, model which text and which model that is of
+    measured         what searches have found out on the windows, so that one at another ratio need not again
+    """
 
     moments: dict[str, Moments]
+    influence: Tensor
+    angles: Tensor
+    windows: Tensor
     made_from: str
     model: str
+    measured: dict[Any, float] = field(default_factory=dict)
 
 
 def fingerprint(model: LlamaForCausalLM) -> str:
@@ -58,8 +75,8 @@ def fingerprint(model: LlamaForCausalLM) -> str:
 
 
 @torch.inference_mode()
-def calibrate(model: LlamaForCausalLM, texts: Iterable[Tensor], made_from: str) -> Calibration:
-    """Run the dense model over texts, embedded [1, T, H] each. made_from says for people what texts they were."""
+def calibrate(model: LlamaForCausalLM, windows: Iterable[list[int]], made_from: str) -> Calibration:
+    """Run the dense model over windows of as many tokens. made_from says for people what texts they were."""
     networks = feed_forward_networks(model)
     tokens = dict.fromkeys(networks, 0)
     sums = {
@@ -72,20 +89,29 @@ def calibrate(model: LlamaForCausalLM, texts: Iterable[Tensor], made_from: str) 
         tokens[activation.name] += len(h)
         sums[activation.name] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)])
 
-    for x in texts:
-        watch_dense(model, x, add)
+    held: list[list[int]] = []
+    cosines = torch.zeros(2, len(model.model.layers), dtype=torch.float64)          # of them and of their angles
+    for ids in windows:
+        held.append(ids)
+        for index, ways in enumerate(layer_by_layer(model, embedded(model, ids), add)):
+            before, after = (x[0].float() for x in ways)                            # [T, H]
+            cosine = F.cosine_similarity(before, after, dim=-1).clamp(-1, 1)        # [T]
+            cosines[:, index] += torch.stack([cosine.mean(), cosine.acos().mean() / math.pi]).cpu()
     moments = {}
     for name, (total, squares) in sums.items():
         n = tokens[name]
         mean = total / max(n, 1)
         variance = (squares - n * mean.square()).clamp(min=0) / max(n - 1, 1)
         moments[name] = Moments(n, mean.float(), variance.float())
-    return Calibration(moments, made_from, fingerprint(model))
+    influence, angles = (cosines / max(1, len(held))).float()
+    spread = held[:: max(1, len(held) // HELD_WINDOWS)][:HELD_WINDOWS]
+    return Calibration(moments, 1 - influence, angles, torch.tensor(spread), made_from, fingerprint(model))
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
     """Write a .safetensors file. Raises InputError where that cannot be done."""
-    tensors: dict[str, Tensor] = {}
+    layers = {"influence": calibration.influence, "angles": calibration.angles, "windows": calibration.windows}
+    tensors: dict[str, Tensor] = {f"{name}.layers": values for name, values in layers.items()}
     for name, one in calibration.moments.items():
         tensors |= {f"{name}.mean": one.mean.cpu(), f"{name}.variance": one.variance.cpu()}
         tensors[f"{name}.tokens"] = torch.tensor(one.tokens)
@@ -109,11 +135,18 @@ def load_calibration(path: Path, model: LlamaForCausalLM) -> Calibration:
     if metadata.get("format") != FORMAT:
         raise InputError(f"{path}: not a calibration of popengine (its format is {metadata.get('format')!r})")
     networks = feed_forward_networks(model)
+    influence, angles, windows = (tensors.pop(f"{name}.layers", None) for name in ("influence", "angles", "windows"))
     if metadata.get("model") != fingerprint(model) or {key.rsplit(".", 1)[0] for key in tensors} != set(networks):
         raise InputError(
             f"{path}: this calibration was made for another model, or for another dtype of it (from "
             f"{metadata.get('made_from')}); make one with --calibration-text"
         )
+    if influence is None or angles is None or windows is None or not (
+        influence.shape == angles.shape == (len(model.model.layers),) and influence.isfinite().all()
+        and angles.isfinite().all() and windows.dim() == 2 and windows.dtype == torch.int64 and windows.numel() > 1
+        and windows.min() >= 0 and windows.max() < model.config.vocab_size
+    ):
+        raise InputError(f"{path}: what it says of the layers is damaged; make it again with --calibration-text")
     moments = {}
     for name, ffn in networks.items():
         mean, variance, tokens = (tensors.get(f"{name}.{key}") for key in ("mean", "variance", "tokens"))
@@ -123,4 +156,5 @@ def load_calibration(path: Path, model: LlamaForCausalLM) -> Calibration:
         ):
             raise InputError(f"{path}: what it says of {name} is damaged; make it again with --calibration-text")
         moments[name] = Moments(int(tokens), mean.float().to(ffn.device), variance.float().to(ffn.device))
-    return Calibration(moments, one_line(metadata.get("made_from", "")), metadata["model"])
+    made_from = one_line(metadata.get("made_from", ""))
+    return Calibration(moments, influence.float(), angles.float(), windows, made_from, metadata["model"])
