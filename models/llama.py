@@ -263,7 +263,7 @@ class LlamaForCausalLM(nn.Module):
             heads = ActiveHeads(layer.self_attn, (pruning if ATTENTION in halves else whole).rule, blind)
             active = layer.new_active(pruning if MLP in halves else whole)
             own = LayerState(cache.keys[index], cache.values[index], heads, active, halves=halves)
-            own.prompt_halves = tuple("probed_mlp" if half == MLP and pruning.rule.probes else half for half in halves)
+            own.prompt_halves = tuple("probed_mlp" if half == MLP and pruning.rule.probed else half for half in halves)
             layers.append(own)
         most, drift = pruning.settings.redraw_on_drift, None
         if most is not None and pruning.rule.follows_prompt and pruning.cuts and any(attends):

@@ -42,6 +42,17 @@ def parser() -> argparse.ArgumentParser:
         "--rule", nargs="+", default=["pop"], metavar="RULE", help=f"{', '.join(RULE_NAMES)} (default: pop)"
     )
     flags.add_argument(
+        "--method", nargs="+", default=[], metavar="M",
+        help="time these methods too, at every ratio, as score and compare name them: shortgpt, probe-pruning, ...",
+    )  # fmt: skip
+    flags.add_argument(
+        "--calibration", type=Path, metavar="FILE.safetensors", help="for methods that learn from a text"
+    )
+    flags.add_argument(
+        "--leave-out", nargs="+", default=[], metavar="LAYERS",
+        help="time all of these again without layers or halves of them, like 20-22+25.attention (default: no)",
+    )  # fmt: skip
+    flags.add_argument(
         "--prefill-skip", type=share, nargs="+", default=[], metavar="SHARE",
         help="time all of these again with prompts that skip the deepest layers, like 1/3 (default: no)",
     )  # fmt: skip
@@ -89,6 +100,8 @@ def check(flags: argparse.Namespace) -> None:
             raise InputError(f"{name.replace('_', ' ')} must be {allowed}, not {value}")
     for rule in flags.rule:
         PruningSettings(rule=rule)
+    for one in flags.leave_out:
+        PruningSettings(leave_out=one)
     for one in flags.prefill_skip:
         PruningSettings(prefill_skip=one, boundary_tokens=flags.boundary_tokens)
     processors = os.cpu_count() or 1

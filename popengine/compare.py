@@ -37,7 +37,10 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--text", type=Path, metavar="FILE", help="a text to score, UTF-8")
     flags.add_argument("--tasks", nargs="+", default=[], metavar="text|pictures", help="questions with exact answers")
     flags.add_argument("--questions", type=int, default=20, metavar="N", help="of every task (default: 20)")
-    flags.add_argument("--methods", nargs="+", default=["dense", "all-channels", "pop", "frozen"], metavar="M")
+    flags.add_argument(
+        "--methods", nargs="+", default=["dense", "all-channels", "pop", "frozen"], metavar="M",
+        help="by name (frozen is GRIFFIN); an unknown one lists all",
+    )
     flags.add_argument(
         "--time", type=int, default=0, metavar="ROUNDS", help="also time decode steps, in so many turns of each method"
     )

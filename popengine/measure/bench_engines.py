@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from models.config import read_llama_config
-from models.pruning.settings import PruningSettings
+from models.pruning.resolve import Pruning
 from models.rope import rotary_frequencies
 from popengine.engine import Engine
 from popengine.statistics import measured
@@ -70,7 +70,7 @@ class AbsentPeer(Exception):
 class OwnEngine:
     """One setting of popengine. Settings share the weights of an engine and take turns with its buffers."""
 
-    def __init__(self, name: str, engine: Engine, pruning: PruningSettings) -> None:
+    def __init__(self, name: str, engine: Engine, pruning: Pruning) -> None:
         self.name, self.engine, self.pruning, self.load_s = name, engine, pruning, engine.load_s
 
     def generate(self, prompts: list[list[int]], new_tokens: int, steps: int | None = None) -> Generated:

@@ -38,6 +38,8 @@ from popengine.measure.bench_engines import (
     llama_cpp_type,
 )
 from popengine.measure.bench_shapes import write_random_checkpoint
+from popengine.methods.by_name import Request, pruning_for
+from popengine.methods.calibration import load_calibration
 from weights.checkpoint import open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
@@ -227,20 +229,33 @@ def make_prompts(flags: argparse.Namespace, engine: Engine) -> list[list[int]]:
 
 def own_entries(flags: argparse.Namespace, engine: Engine, mode: str) -> list[Entry]:
     settings = [
-        PruningSettings(prune_ratio=ratio, rule=rule, prefill_skip=skip, boundary_tokens=flags.boundary_tokens)
+        PruningSettings(
+            prune_ratio=ratio, rule=rule, prefill_skip=skip, boundary_tokens=flags.boundary_tokens, leave_out=left_out
+        )
+        for left_out in dict.fromkeys(["", *flags.leave_out])
         for skip in dict.fromkeys([0.0, *flags.prefill_skip])
         for ratio in dict.fromkeys([0.0, *flags.prune_ratio])
         for rule in dict.fromkeys(flags.rule if ratio else ["pop"])
     ]
-    entries = []
+    wanted = []
     for one in settings:
         pruning = engine.resolve(one)
-        read = bytes_per_token(engine.model, pruning, flags.batch)
         name = "POP" if one.rule == "pop" else one.rule
         what = [f"{name} {one.prune_ratio:g}" if one.prune_ratio else "dense"]
         if pruning.skipped:
             what.append(f"{len(pruning.skipped)} layers skipped")
-        entry = Entry(OwnEngine(f"popengine {mode}, {', '.join(what)}", engine, one), mode, one, read)
+        if one.leave_out:
+            what.append(f"without {one.leave_out}")
+        wanted.append((", ".join(what), pruning))
+    calibration = load_calibration(flags.calibration, engine.model) if flags.calibration else None
+    for method, ratio in itertools.product(flags.method, filter(None, dict.fromkeys(flags.prune_ratio))):
+        request = Request(engine.model, PruningSettings(prune_ratio=ratio), calibration, resolve=engine.resolve)
+        wanted.append((f"{method} {ratio:g}", pruning_for(method, request)))
+    entries = []
+    for what_it_is, pruning in wanted:
+        read = bytes_per_token(engine.model, pruning, flags.batch)
+        own = OwnEngine(f"popengine {mode}, {what_it_is}", engine, pruning)
+        entry = Entry(own, mode, pruning.settings, read)
         entry.work = prompt_work(engine.model, pruning, flags.prompt_tokens)
         entries.append(entry)
     return entries

@@ -96,17 +96,21 @@ def configurations(flags: argparse.Namespace, mixture: bool) -> list[Configurati
         if method == "dense":
             made[Configuration("dense", DENSE, form)] = None
             continue
-        follows = method in FOLLOW_THE_PROMPT
+        leaves_out = method in LEAVING_OUT              # whose channels the rule pop may cut besides
+        follows = method in FOLLOW_THE_PROMPT or leaves_out
         matter = {
-            "to all": True, "to widths": method in WIDTH_RULES, "to rules": method in RULE_NAMES,
+            "to all": True, "to widths": method in WIDTH_RULES or leaves_out, "to rules": method in RULE_NAMES,
             "to prompts": follows, "to experts": follows and mixture,
-            "to skipping": method != "skip-no-boundary", "to layers": method in LEAVING_OUT,
+            "to skipping": method != "skip-no-boundary", "to layers": leaves_out,
         }
         others = [one for one in compared_fields() if one.name not in ("prune_ratio", "ffn_ratio")]
         choices = [(matter[one.metadata["matters"]] and getattr(flags, one.name)) or [one.default] for one in others]
         of_method = [{"prune_ratio": 0.0}] if method in SKIPPING else ratios
         for ratio, *values in itertools.product(of_method, *choices):
             chosen = dict(zip((one.name for one in others), values, strict=True))
+            if leaves_out and chosen["layer_share"] == 1:
+                unused = (one for one in others if one.metadata["matters"] in ("to widths", "to prompts"))
+                chosen |= {one.name: one.default for one in unused}
             settings = PruningSettings(**ratio, **chosen)
             if exact_share(settings.prefill_skip) == 0:
                 if method in SKIPPING and len(flags.prefill_skip) > 1:

@@ -35,7 +35,7 @@ class Probed(POP):
 
     history: Mapping[nn.Module, Tensor] = field(default_factory=dict)
 
-    probes = True
+    probed = PROBED
     __eq__, __hash__ = object.__eq__, object.__hash__
 
     def probe(self, x: Tensor, counted: Tensor | None) -> Tensor:
