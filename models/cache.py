@@ -3,6 +3,8 @@
 B batch, K key/value heads, S slots (capacity), D head size, T prompt tokens.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,15 +16,20 @@ class KVCache:
     length serves them all. That length is kept twice: `length`, a tensor on the device, is what a decode step
     computes with (nothing in a step depends on a Python number, so its shapes are static); `filled` is the same
     number for the host.
+
+    attends  per layer, whether its attention runs; one that does not keeps nothing
     """
 
     def __init__(
-        self, layers: int, batch: int, heads: int, capacity: int, head_dim: int,
+        self, attends: Sequence[bool], batch: int, heads: int, capacity: int, head_dim: int,
         dtype: torch.dtype, device: torch.device,
     ) -> None:
         def buffers() -> list[Tensor]:
             # Zeros, not empty: unfilled slots get weight 0 in attention, and 0 * NaN would still be NaN.
-            return [torch.zeros(batch, heads, capacity, head_dim, dtype=dtype, device=device) for _ in range(layers)]
+            return [
+                torch.zeros(batch, heads, capacity if kept else 0, head_dim, dtype=dtype, device=device)
+                for kept in attends
+            ]
 
         self.keys = buffers()                                               # per layer [B, K, S, D]
         self.values = buffers()                                             # per layer [B, K, S, D]
@@ -65,8 +72,9 @@ class KVCache:
         """To more slots, what is filled staying where it is. These are other tensors than before."""
         for buffers in (self.keys, self.values):
             for index, old in enumerate(buffers):
-                buffers[index] = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-                buffers[index][:, :, : self.capacity] = old
+                kept = old.shape[2]                     # 0 where a layer does not attend
+                buffers[index] = old.new_zeros(*old.shape[:2], capacity if kept else 0, old.shape[3])
+                buffers[index][:, :, :kept] = old
         self.capacity, self.slots = capacity, torch.arange(capacity, device=self.slots.device)
 
     def make_room(self, rows: int = 1) -> None:

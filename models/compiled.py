@@ -56,7 +56,8 @@ class CompiledDecode:
         cache = state.cache
         torch._dynamo.mark_dynamic(cache.slots, 0)      # the capacity: one compiled step serves them all
         for buffer in cache.keys + cache.values:
-            torch._dynamo.mark_dynamic(buffer, 2)
+            if buffer.numel():                          # else nothing attends to it
+                torch._dynamo.mark_dynamic(buffer, 2)
         if self.knows(state):
             return 0.0
         began = time.perf_counter()

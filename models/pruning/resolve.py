@@ -4,9 +4,11 @@ The headline ratio is a share of a decoder layer's parameters, but only the feed
 heads) give anything up, so their own ratio is higher (POP, arXiv 2602.06822, Table 8).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models.pruning.alternatives import RULES
+from models.pruning.left_out import HALVES, MLP, Half, check_halves, read_halves
 from models.pruning.partition import partition_sizes
 from models.pruning.rules import POP
 from models.pruning.settings import DEFAULT_PRUNE_RATIO, WIDTH_RULES, PruningSettings, exact_share
@@ -36,10 +38,11 @@ class LayerWeights:
 class Pruning:
     """PruningSettings made concrete for one model.
 
-    ratio      share of a decoder layer's parameters that a decode step leaves out (the headline ratio)
-    ffn_ratio  share of FFN channels that do not finish a decode step (r)
+    ratio      share of the decoder layers' parameters that a decode step leaves out (the headline ratio)
+    ffn_ratio  share of FFN channels that do not finish a decode step (r), of the networks that run
     skipped    the layers that a prompt skips (Prefill-Only), all but its last `boundary` tokens
     blind      a control: what a prompt has left in the layers it skips, nobody looks at
+    left_out   halves of layers that neither prompts nor steps run
     """
 
     ratio: float
@@ -49,6 +52,16 @@ class Pruning:
     skipped: tuple[int, ...] = ()
     boundary: int = 1
     blind: bool = False
+    left_out: tuple[Half, ...] = ()
+
+    @property
+    def cuts(self) -> bool:
+        """Whether channels or heads are off in what runs."""
+        return self.ffn_ratio > 0 or self.settings.head_ratio > 0
+
+    def halves(self, layer: int) -> tuple[str, ...]:
+        """Those of a layer that run."""
+        return tuple(part for part in HALVES if (layer, part) not in self.left_out)
 
     def skipped_by(self, tokens: int) -> tuple[int, ...]:
         """The layers that a prompt of so many tokens skips: one that is all boundary skips none."""
@@ -92,8 +105,20 @@ def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
         ffn_ratio, settings.candidate_width, settings.head_ratio, settings.min_tokens,
         retained_share=settings.retained_share, groups=settings.groups,
     )
-    ratio = (ffn_ratio * layer.ffn + off_heads) / total
-    return Pruning(ratio, ffn_ratio, settings, rule, deepest(settings, layer.layers), settings.boundary_tokens)
+    left_out = check_halves(read_halves(str(settings.leave_out)), layer.layers)
+    gone = share_of_halves(left_out, layer)
+    networks = sum(half.part == MLP for half in left_out)
+    off = (layer.layers - networks) * ffn_ratio * layer.ffn + (layer.layers - len(left_out) + networks) * off_heads
+    return Pruning(
+        gone + off / (layer.layers * total), ffn_ratio, settings, rule, deepest(settings, layer.layers),
+        settings.boundary_tokens, left_out=left_out,
+    )
+
+
+def share_of_halves(halves: Sequence[Half], layer: LayerWeights) -> float:
+    """What these hold of the parameters of all layers, which count as if they were alike."""
+    weights = sum(layer.ffn if half.part == MLP else layer.attention for half in halves)
+    return weights / (layer.layers * (layer.attention + layer.ffn))
 
 
 def check_retained_share(settings: PruningSettings, ffn_ratio: float) -> None:

@@ -70,7 +70,7 @@ def setting_cell(one: Field[Any], row: dict[str, Any]) -> str:
         return ""
     if matters == "to skipping" and (exact_share(row["prefill_skip"]) == 0 or row["method"] == "skip-no-boundary"):
         return ""
-    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
 def share_right(task_set: str, tasks: Sequence[str], row: dict[str, Any]) -> str:
