@@ -33,6 +33,7 @@ from models.pruning.partition import PartitionSizes
 from models.pruning.resolve import Pruning
 from models.reading import all_copy_bytes
 from models.state import DecodeState, LayerState
+from models.visual_tokens import attended_by_last, leave_out
 from weights.errors import InputError
 from weights.memory import gigabytes
 
@@ -87,7 +88,7 @@ class LlamaDecoderLayer(nn.Module):
         What is left of a layer is a norm and two products, each layer by itself: one stacked product for all skipped
         layers takes a second copy of their weights, and saves less than 1 % of a prompt (docs/prefill_only.md).
         """
-        rest, last = x.tensor_split([len(waiting.slots)], dim=1)                    # [B, T - K, H], [B, K, H]
+        rest, last = x.tensor_split([len(waiting.slots[state.heads.view])], dim=1)  # [B, T - K, H], [B, K, H]
         normed = self.input_layernorm(rest)
         self.self_attn.leave_keys_and_values(normed, state.keys, state.values, state.heads, waiting)
         if last.shape[1] == 0:          # no boundary: a control that nothing but a comparison asks for
@@ -208,11 +209,13 @@ class LlamaForCausalLM(nn.Module):
         return self.head(x)
 
     def new_state(
-        self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None
+        self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None,
+        thin_capacity: int | None = None,
     ) -> DecodeState:
         """Cache and buffers for `batch` sequences of up to `capacity` tokens, prompt and new ones together.
 
-        free_memory  bytes that cache and copies of active weights may take, InputError for more; None: any
+        free_memory    bytes that cache and copies of active weights may take, InputError for more; None: any
+        thin_capacity  tokens in the layers where rows of pictures have been left out; None: as many
         """
         config = self.config
         cached, copies = self.cache_bytes(batch, capacity), self.least_copies(pruning)
@@ -224,13 +227,13 @@ class LlamaForCausalLM(nn.Module):
             )
         cache = KVCache(
             config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim,
-            self.dtype, self.device,
+            self.dtype, self.device, pruning.thin_from, thin_capacity,
         )
-        blinds = [pruning.blind and index in pruning.skipped for index in range(config.num_hidden_layers)]
-        layers = [
-            LayerState(keys, values, ActiveHeads(layer.self_attn, pruning.rule, blind), layer.new_active(pruning))
-            for layer, keys, values, blind in zip(self.model.layers, cache.keys, cache.values, blinds, strict=True)
-        ]
+        layers = []
+        for index, layer in enumerate(self.model.layers):
+            blind, thin = pruning.blind and index in pruning.skipped, index >= cache.thin_from
+            heads = ActiveHeads(layer.self_attn, pruning.rule, blind, thin)
+            layers.append(LayerState(cache.keys[index], cache.values[index], heads, layer.new_active(pruning)))
         most = pruning.settings.redraw_on_drift
         if most is not None and pruning.rule.follows_prompt and pruning.ratio > 0:
             layers[-1].drift = Drift(most, config.hidden_size, self.device)
@@ -285,17 +288,20 @@ class LlamaForCausalLM(nn.Module):
         else:
             state.start(x.shape[1], real, given.rope_delta)
             whole = prefill_pass(rotary, views, x, real, counted, state.clock, observe, given.positions, given.blocks)
-        skipped = pruning.skipped_by(x.shape[1])
-        plan = prompt_plan(
-            whole, len(self.model.layers), skipped, pruning.boundary, views, state.cache, x.dtype, given.blocks
-        )
-        draws = state.gathering.prompt(min(rows.running.tokens for rows in plan))
+        plan = prompt_plan(whole, pruning, len(self.model.layers), state.cache, x.dtype, given.blocks)
+        least = whole.tokens - pruning.uncounted(given.stretches)
+        draws = state.gathering.prompt(min(least, *(rows.running.tokens for rows in plan)))
         for rows in plan:
             rows.running.draws, rows.running.finish_dense = draws, pruning.settings.prefill == "dense" or not draws
-        for index, (layer, own, (running, waiting)) in enumerate(
-            zip(self.model.layers, state.layers, plan, strict=True)
-        ):
+        attended = None
+        for index, (layer, own) in enumerate(zip(self.model.layers, state.layers, strict=True)):
+            if index == pruning.thin_from and given.stretches:
+                x, whole, given = leave_out(pruning, x, whole, given, state.cache, attended)
+                plan = prompt_plan(whole, pruning, len(self.model.layers), state.cache, x.dtype, given.blocks)
+            entered, (running, waiting) = x, plan[index]
             x = layer.prefill(x, own, running) if waiting is None else layer.pass_by(x, own, waiting, running)
+            if index + 1 == pruning.thin_from and given.stretches:
+                attended = attended_by_last(layer, entered, own, whole, state.cache)
             if index < len(given.added):
                 x = x + given.added[index]
         return self.head(x[:, -1:])[:, 0]                                           # [B, V]

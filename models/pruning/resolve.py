@@ -4,8 +4,10 @@ The headline ratio is a share of a decoder layer's parameters, but only the feed
 heads) give anything up, so their own ratio is higher (POP, arXiv 2602.06822, Table 8).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from models.passes import Stretch
 from models.pruning.alternatives import RULES
 from models.pruning.partition import partition_sizes
 from models.pruning.rules import POP
@@ -50,6 +52,28 @@ class Pruning:
     boundary: int = 1
     blind: bool = False
 
+    @property
+    def thin_from(self) -> int | None:
+        """The first layer whose prompts are without the rows of pictures that are left out; None: none are."""
+        settings = self.settings
+        by_layer = settings.visual_tokens_layer if settings.visual_tokens_by == "attention" else 0
+        return None if settings.visual_tokens == "all" else by_layer
+
+    def visual_tokens(self, of_picture: int) -> int:
+        """How many of a picture's tokens stay. Raises InputError where none would."""
+        wanted = self.settings.visual_tokens
+        if wanted == "all":
+            return of_picture
+        kept = int(exact_share(wanted) * (of_picture if exact_share(wanted) < 1 else 1))
+        if kept == 0:
+            raise InputError(f"visual tokens {wanted} leaves none of the {of_picture} tokens of a picture; raise it")
+        return min(kept, of_picture)
+
+    def uncounted(self, stretches: Sequence[Stretch]) -> int:
+        """Rows of these pictures that are left out and would count as evidence."""
+        lengths = [one.length for one in stretches] if self.settings.scored_tokens == "all" else []
+        return sum(length - self.visual_tokens(length) for length in lengths)
+
     def skipped_by(self, tokens: int) -> tuple[int, ...]:
         """The layers that a prompt of so many tokens skips: one that is all boundary skips none."""
         return self.skipped if tokens > self.boundary else ()
@@ -88,12 +112,24 @@ def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
                 f"more than the prune ratio {wanted}; raise the prune ratio or lower the head ratio"
             )
     check_retained_share(settings, ffn_ratio)
+    check_visual_tokens(settings, layer.layers)
     rule = RULES[settings.rule](
         ffn_ratio, settings.candidate_width, settings.head_ratio, settings.min_tokens,
         retained_share=settings.retained_share, groups=settings.groups,
     )
     ratio = (ffn_ratio * layer.ffn + off_heads) / total
     return Pruning(ratio, ffn_ratio, settings, rule, deepest(settings, layer.layers), settings.boundary_tokens)
+
+
+def check_visual_tokens(settings: PruningSettings, layers: int) -> None:
+    """Raises InputError for a layer after which there is none."""
+    if settings.visual_tokens_by == "attention" and settings.visual_tokens != "all" and (
+        settings.visual_tokens_layer >= layers
+    ):
+        raise InputError(
+            f"visual tokens layer {settings.visual_tokens_layer} leaves no layer after it: the model has {layers}, "
+            f"give {layers - 1} at most"
+        )
 
 
 def check_retained_share(settings: PruningSettings, ffn_ratio: float) -> None:
