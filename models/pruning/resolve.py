@@ -7,6 +7,7 @@ heads) give anything up, so their own ratio is higher (POP, arXiv 2602.06822, Ta
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from models.passes import Stretch
 from models.pruning.alternatives import RULES
 from models.pruning.left_out import HALVES, MLP, Half, check_halves, read_halves
 from models.pruning.partition import partition_sizes
@@ -63,6 +64,32 @@ class Pruning:
         """Those of a layer that run."""
         return tuple(part for part in HALVES if (layer, part) not in self.left_out)
 
+    @property
+    def thin_from(self) -> int | None:
+        """The first layer whose prompts are without the rows of pictures that are left out; None: none are."""
+        settings = self.settings
+        by_layer = settings.visual_tokens_layer if settings.visual_tokens_by == "attention" else 0
+        return None if settings.visual_tokens == "all" else by_layer
+
+    def is_thin(self, layer: int) -> bool:
+        """Whether its prompts are without them."""
+        return self.thin_from is not None and layer >= self.thin_from
+
+    def visual_tokens(self, of_picture: int) -> int:
+        """How many of a picture's tokens stay. Raises InputError where none would."""
+        wanted = self.settings.visual_tokens
+        if wanted == "all":
+            return of_picture
+        kept = int(exact_share(wanted) * (of_picture if exact_share(wanted) < 1 else 1))
+        if kept == 0:
+            raise InputError(f"visual tokens {wanted} leaves none of the {of_picture} tokens of a picture; raise it")
+        return min(kept, of_picture)
+
+    def uncounted(self, stretches: Sequence[Stretch]) -> int:
+        """Rows of these pictures that are left out and would count as evidence."""
+        lengths = [one.length for one in stretches] if self.settings.scored_tokens == "all" else []
+        return sum(length - self.visual_tokens(length) for length in lengths)
+
     def skipped_by(self, tokens: int) -> tuple[int, ...]:
         """The layers that a prompt of so many tokens skips: one that is all boundary skips none."""
         return self.skipped if tokens > self.boundary else ()
@@ -101,6 +128,7 @@ def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
                 f"more than the prune ratio {wanted}; raise the prune ratio or lower the head ratio"
             )
     check_retained_share(settings, ffn_ratio)
+    check_visual_tokens(settings, layer.layers)
     rule = RULES[settings.rule](
         ffn_ratio, settings.candidate_width, settings.head_ratio, settings.min_tokens,
         retained_share=settings.retained_share, groups=settings.groups,
@@ -119,6 +147,17 @@ def share_of_halves(halves: Sequence[Half], layer: LayerWeights) -> float:
     """What these hold of the parameters of all layers, which count as if they were alike."""
     weights = sum(layer.ffn if half.part == MLP else layer.attention for half in halves)
     return weights / (layer.layers * (layer.attention + layer.ffn))
+
+
+def check_visual_tokens(settings: PruningSettings, layers: int) -> None:
+    """Raises InputError for a layer after which there is none."""
+    if settings.visual_tokens_by == "attention" and settings.visual_tokens != "all" and (
+        settings.visual_tokens_layer >= layers
+    ):
+        raise InputError(
+            f"visual tokens layer {settings.visual_tokens_layer} leaves no layer after it: the model has {layers}, "
+            f"give {layers - 1} at most"
+        )
 
 
 def check_retained_share(settings: PruningSettings, ffn_ratio: float) -> None:
