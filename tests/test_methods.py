@@ -40,7 +40,7 @@ def texts(model: LlamaForCausalLM) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def calibration(model: LlamaForCausalLM) -> Calibration:
-    return calibrate(model, texts(model), "numbers")
+    return calibrate(model, ((x, None) for x in texts(model)), "numbers")
 
 
 @torch.inference_mode()
@@ -84,7 +84,7 @@ def test_a_static_method_is_the_dense_network_with_channels_cut_out(
 def test_static_methods_keep_the_budget_in_every_model(method: str, model: LlamaForCausalLM,
                                                        mixture: LlamaForCausalLM) -> None:
     for one in (model, mixture):
-        made = calibrate(one, texts(one), "numbers")
+        made = calibrate(one, ((x, None) for x in texts(one)), "numbers")
         pruning = pruning_for(method, Request(one, SETTINGS, made))
         assert isinstance(pruning.rule, StaticRule)
         sizes = [static.partition.sizes for static in pruning.rule.of.values()]

@@ -94,4 +94,4 @@ def test_the_dense_walk_over_layers_sees_what_the_model_computes(model: LlamaFor
 @torch.inference_mode()
 def request_for(model: LlamaForCausalLM, settings: PruningSettings) -> Request:
     texts = [embedded(model, list(range(start, start + 40))) for start in (0, 30, 50)]
-    return Request(model, replace(settings), calibrate(model, texts, "numbers"), seed=3)
+    return Request(model, replace(settings), calibrate(model, ((x, None) for x in texts), "numbers"), seed=3)

@@ -4,9 +4,13 @@ The headline ratio is a share of a decoder layer's parameters, but only the feed
 heads) give anything up, so their own ratio is higher (POP, arXiv 2602.06822, Table 8).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from torch import nn
+
+from models.matrix import Matrix
 from models.passes import Stretch
 from models.pruning.alternatives import RULES
 from models.pruning.partition import partition_sizes
@@ -34,6 +38,16 @@ class LayerWeights:
     layers: int
 
 
+@dataclass(frozen=True, eq=False)
+class ExpertsLeft:
+    """Mixtures with fewer experts: of each its router, and the network for each of that one's outputs.
+
+    Equal to none but itself.
+    """
+
+    of: Mapping[nn.Module, tuple[Matrix, Sequence[Any]]]
+
+
 @dataclass(frozen=True)
 class Pruning:
     """PruningSettings made concrete for one model.
@@ -42,6 +56,7 @@ class Pruning:
     ffn_ratio  share of FFN channels that do not finish a decode step (r)
     skipped    the layers that a prompt skips (Prefill-Only), all but its last `boundary` tokens
     blind      a control: what a prompt has left in the layers it skips, nobody looks at
+    experts    mixtures that some of their experts are missing from; None: all are whole
     """
 
     ratio: float
@@ -51,6 +66,7 @@ class Pruning:
     skipped: tuple[int, ...] = ()
     boundary: int = 1
     blind: bool = False
+    experts: ExpertsLeft | None = None
 
     @property
     def thin_from(self) -> int | None:

@@ -178,6 +178,11 @@ class PruningSettings:
             raise InputError("rule glass needs a prior of 1 or more, whose ranks it joins with the prompt's")
         for one in fields(self):
             check(one, getattr(self, one.name))
+        left = 1 if self.visual_tokens == "all" else exact_share(self.visual_tokens)
+        if left == 0 or (left > 1 and left.denominator > 1):
+            raise InputError(
+                f"visual tokens must be a share between 0 and 1, a number of tokens or all, not {self.visual_tokens}"
+            )
 
 
 def check(one: Field[Any], value: Any) -> None:
@@ -197,8 +202,6 @@ def check(one: Field[Any], value: Any) -> None:
             raise InputError(f"{name} must be a number or a fraction like 1/3, not {value}") from None
     elif type(value) not in (int, float) or (bounds["type"] is int and type(value) is not int):
         raise InputError(f"{name} must be a {'whole ' if bounds['type'] is int else ''}number, not {value!r}")
-    if one.name == "visual_tokens" and value > 1 and value != int(value):
-        raise InputError(f"{name} must be a share below 1, a whole number of tokens or all, not {value}")
     sound = least <= value and (below is None or value < below) and (most is None or value <= most)
     if not sound:       # nan is not sound either
         allowed = f"at least {least}" if most is None else f"between {least} and {most}"

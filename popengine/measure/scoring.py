@@ -219,7 +219,7 @@ def calibration_from(
     windows = cut_windows(text, engine.tokenizer, CALIBRATION_WINDOW // 2, CALIBRATION_WINDOW // 2, count)
     made_from = f"{text.name} ({text.digest}), {count} windows of {CALIBRATION_WINDOW} tokens"
     bar = tqdm(windows, desc="calibration", unit="window", disable=not engine.progress)
-    made = calibrate(engine.model, (embedded(engine.model, window.ids) for window in bar), made_from)
+    made = calibrate(engine.model, ((embedded(engine.model, window.ids), None) for window in bar), made_from)
     if save_to is not None:
         save_calibration(made, save_to)
     return made

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.passes import PictureRows
@@ -40,11 +41,18 @@ def feed_forward_networks(model: LlamaForCausalLM) -> dict[str, FeedForward]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FeedForward)}
 
 
+def mixtures_of_experts(model: LlamaForCausalLM) -> dict[str, MixtureOfExperts]:
+    """Every mixture by its place in the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MixtureOfExperts)}
+
+
 @torch.inference_mode()
 def watch_dense(
-    model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None], pictures: PictureRows | None = None
+    model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None], pictures: PictureRows | None = None,
+    watch_mixture: Callable[[MixtureOfExperts, Tensor], None] | None = None,
 ) -> None:
-    """Run the dense model over one text and show every network's activation, layer by layer.
+    """Run the dense model over one text and show every network's activation, layer by layer, and what each mixture of
+    experts is given, [T, H].
 
     x [1, T, H], embedded tokens, and what they have because of pictures. A network that no token reaches is left out.
     """
@@ -52,6 +60,8 @@ def watch_dense(
     everything = torch.arange(x.shape[1], device=x.device)                          # [T]
 
     def observe(ffn: nn.Module, h: Tensor, rows: Tensor | None, *_: Tensor | None) -> None:
+        if isinstance(ffn, MixtureOfExperts) and watch_mixture is not None:
+            watch_mixture(ffn, h[0])
         if not isinstance(ffn, FeedForward):
             return
         watch(Activation(names[ffn], ffn, everything if rows is None else rows, h[0]))

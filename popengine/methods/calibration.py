@@ -5,7 +5,7 @@ I FFN channels, H hidden size, n tokens.
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,8 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.experts import MixtureOfExperts
 from models.llama import LlamaForCausalLM
-from popengine.methods.activations import Activation, feed_forward_networks, watch_dense
+from models.passes import PictureRows
+from popengine.methods.activations import Activation, feed_forward_networks, mixtures_of_experts, watch_dense
 from weights.errors import InputError, one_line
 
 FORMAT = "popengine calibration 1"
@@ -39,12 +41,26 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class RouterStatistics:
+    """Of one mixture's router, over the tokens that reached it.
+
+    weights   float32 [E], what each expert's output counted, added up
+    likeness  float32 [E, E], correlation of the experts' logits over the tokens, each token's mean taken off
+    """
+
+    weights: Tensor
+    likeness: Tensor
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """Moments of every feed-forward network, by its place in the model; which text and which model they are of."""
+    """Moments of every feed-forward network, and of mixtures their routers, by their place in the model; which text and
+    which model they are of."""
 
     moments: dict[str, Moments]
     made_from: str
     model: str
+    routers: dict[str, RouterStatistics] = field(default_factory=dict)
 
 
 def fingerprint(model: LlamaForCausalLM) -> str:
@@ -58,9 +74,17 @@ def fingerprint(model: LlamaForCausalLM) -> str:
 
 
 @torch.inference_mode()
-def calibrate(model: LlamaForCausalLM, texts: Iterable[Tensor], made_from: str) -> Calibration:
-    """Run the dense model over texts, embedded [1, T, H] each. made_from says for people what texts they were."""
+def calibrate(
+    model: LlamaForCausalLM, texts: Iterable[tuple[Tensor, PictureRows | None]], made_from: str
+) -> Calibration:
+    """Run the dense model over texts, embedded [1, T, H] each, and what they have because of pictures.
+
+    made_from says for people what texts they were.
+    """
     networks = feed_forward_networks(model)
+    names = {mixture: name for name, mixture in mixtures_of_experts(model).items()}
+    weights = {name: torch.zeros(len(one.experts), device=model.device) for one, name in names.items()}
+    logits: dict[str, list[Tensor]] = {name: [] for name in weights}
     tokens = dict.fromkeys(networks, 0)
     sums = {
         name: torch.zeros(2, ffn.channels, dtype=torch.float64, device=ffn.device)
@@ -72,15 +96,29 @@ def calibrate(model: LlamaForCausalLM, texts: Iterable[Tensor], made_from: str) 
         tokens[activation.name] += len(h)
         sums[activation.name] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)])
 
-    for x in texts:
-        watch_dense(model, x, add)
+    def add_routing(mixture: MixtureOfExperts, x: Tensor) -> None:
+        routing, name = mixture.route(x), names[mixture]
+        weights[name].index_add_(0, routing.experts.flatten(), routing.weights.flatten())
+        logits[name].append(mixture.gate(x).float())                                # [T, E]
+
+    for x, pictures in texts:
+        watch_dense(model, x, add, pictures, add_routing)
     moments = {}
     for name, (total, squares) in sums.items():
         n = tokens[name]
         mean = total / max(n, 1)
         variance = (squares - n * mean.square()).clamp(min=0) / max(n - 1, 1)
         moments[name] = Moments(n, mean.float(), variance.float())
-    return Calibration(moments, made_from, fingerprint(model))
+    routers = {name: RouterStatistics(weights[name], likeness(torch.cat(of))) for name, of in logits.items()}
+    return Calibration(moments, made_from, fingerprint(model), routers)
+
+
+def likeness(logits: Tensor) -> Tensor:
+    """See RouterStatistics. [T, E] -> [E, E]"""
+    centred = (logits - logits.mean(dim=1, keepdim=True)).double()
+    centred = centred - centred.mean(dim=0)
+    unit = centred / torch.linalg.vector_norm(centred, dim=0).clamp(min=1e-12)
+    return (unit.T @ unit).float()
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
@@ -89,6 +127,8 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
     for name, one in calibration.moments.items():
         tensors |= {f"{name}.mean": one.mean.cpu(), f"{name}.variance": one.variance.cpu()}
         tensors[f"{name}.tokens"] = torch.tensor(one.tokens)
+    for name, router in calibration.routers.items():
+        tensors |= {f"{name}.weights": router.weights.cpu(), f"{name}.likeness": router.likeness.cpu()}
     metadata = {"format": FORMAT, "made_from": calibration.made_from, "model": calibration.model}
     try:
         save_file(tensors, path, metadata)
@@ -108,8 +148,9 @@ def load_calibration(path: Path, model: LlamaForCausalLM) -> Calibration:
         raise InputError(f"{path}: not a calibration of popengine ({error})") from None
     if metadata.get("format") != FORMAT:
         raise InputError(f"{path}: not a calibration of popengine (its format is {metadata.get('format')!r})")
-    networks = feed_forward_networks(model)
-    if metadata.get("model") != fingerprint(model) or {key.rsplit(".", 1)[0] for key in tensors} != set(networks):
+    networks, mixtures = feed_forward_networks(model), mixtures_of_experts(model)
+    places = {key.rsplit(".", 1)[0] for key in tensors}
+    if metadata.get("model") != fingerprint(model) or places != {*networks, *mixtures}:
         raise InputError(
             f"{path}: this calibration was made for another model, or for another dtype of it (from "
             f"{metadata.get('made_from')}); make one with --calibration-text"
@@ -123,4 +164,13 @@ def load_calibration(path: Path, model: LlamaForCausalLM) -> Calibration:
         ):
             raise InputError(f"{path}: what it says of {name} is damaged; make it again with --calibration-text")
         moments[name] = Moments(int(tokens), mean.float().to(ffn.device), variance.float().to(ffn.device))
-    return Calibration(moments, one_line(metadata.get("made_from", "")), metadata["model"])
+    routers = {}
+    for name, mixture in mixtures.items():
+        weights, alike, count = tensors.get(f"{name}.weights"), tensors.get(f"{name}.likeness"), len(mixture.experts)
+        if weights is None or alike is None or not (
+            weights.shape == (count,) and alike.shape == (count, count)
+            and weights.isfinite().all() and alike.isfinite().all() and (weights >= 0).all()
+        ):
+            raise InputError(f"{path}: what it says of {name} is damaged; make it again with --calibration-text")
+        routers[name] = RouterStatistics(weights.float().to(model.device), alike.float().to(model.device))
+    return Calibration(moments, one_line(metadata.get("made_from", "")), metadata["model"], routers)
