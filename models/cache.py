@@ -3,6 +3,8 @@
 B batch, K key/value heads, S slots (capacity), D head size, T prompt tokens.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,15 +20,19 @@ class KVCache:
 
     Where rows of pictures are left out (models/visual_tokens.py), the layers from `thin_from` on have fewer slots,
     `thin_capacity`: `left_out` of those that are filled are missing there, and `places` says which stands for which.
+
+    attends  per layer, whether its attention runs; one that does not keeps nothing
     """
 
     def __init__(
-        self, layers: int, batch: int, heads: int, capacity: int, head_dim: int,
+        self, attends: Sequence[bool], batch: int, heads: int, capacity: int, head_dim: int,
         dtype: torch.dtype, device: torch.device, thin_from: int | None = None, thin_capacity: int | None = None,
     ) -> None:
         thin_capacity = capacity if thin_capacity is None else thin_capacity
-        self.thin_from = layers if thin_from is None else thin_from
-        sizes = [capacity if index < self.thin_from else thin_capacity for index in range(layers)]
+        self.thin_from = len(attends) if thin_from is None else thin_from
+        sizes = [
+            (capacity if index < self.thin_from else thin_capacity) * kept for index, kept in enumerate(attends)
+        ]
 
         def buffers() -> list[Tensor]:
             # Zeros, not empty: unfilled slots get weight 0 in attention, and 0 * NaN would still be NaN.
@@ -92,7 +98,7 @@ class KVCache:
         more, of_thin = capacity - self.capacity, self.places
         for buffers in (self.keys, self.values):
             for index, old in enumerate(buffers):
-                buffers[index] = F.pad(old, (0, 0, 0, more))
+                buffers[index] = F.pad(old, (0, 0, 0, more if old.shape[2] else 0))     # 0: it does not attend
         self.capacity, self.slots = capacity, torch.arange(capacity, device=self.slots.device)
         self.places = F.pad(of_thin, (0, more))
         self.leave_out(self.missing, of_thin.shape[1])

@@ -57,7 +57,8 @@ class CompiledDecode:
         torch._dynamo.mark_dynamic(cache.slots, 0)      # the capacity: one compiled step serves them all
         torch._dynamo.mark_dynamic(cache.places, 1)
         for buffer in cache.keys + cache.values:
-            torch._dynamo.mark_dynamic(buffer, 2)
+            if buffer.numel():                          # else nothing attends to it
+                torch._dynamo.mark_dynamic(buffer, 2)
         if self.knows(state):
             return 0.0
         began = time.perf_counter()

@@ -4,6 +4,7 @@ B batch, T rows (prompt tokens, or what follows them), S cache slots, H hidden s
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,8 +30,10 @@ from models.passes import (
     prefill_pass,
     prompt_plan,
 )
+from models.pruning.left_out import ATTENTION, MLP
 from models.pruning.partition import PartitionSizes
 from models.pruning.resolve import Pruning
+from models.pruning.rules import POP
 from models.reading import all_copy_bytes
 from models.state import DecodeState, LayerState
 from models.visual_tokens import attended_by_last, leave_out
@@ -68,15 +71,28 @@ class LlamaDecoderLayer(nn.Module):
         return y
 
     def forward(self, x: Tensor, step: PrefillPass) -> Tensor:
-        x = x + self.attended(self.ranks.add_up(self.self_attn(self.input_layernorm(x), step)))
+        return self.forward_mlp(self.forward_attention(x, step), step)
+
+    def forward_attention(self, x: Tensor, step: PrefillPass) -> Tensor:
+        return x + self.attended(self.ranks.add_up(self.self_attn(self.input_layernorm(x), step)))
+
+    def forward_mlp(self, x: Tensor, _: PrefillPass) -> Tensor:
         return x + self.after_mlp(self.ranks.add_up(self.mlp(self.before_mlp(x))))
 
+    # Prompts and steps walk the halves that run, as the layer's state lists them; what is left out is in no list.
     def prefill(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
+        for half in state.halves:
+            x = getattr(self, f"prefill_{half}")(x, state, step)
+        return x
+
+    def prefill_attention(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
         a = self.self_attn.prefill(self.input_layernorm(x), state.keys, state.values, state.heads, step)    # [B, T, H]
         a = self.ranks.add_up(a)
         if state.drift is not None:
             state.drift.see(a, step.counted, step.of_prompt)
-        x = x + self.attended(a)
+        return x + self.attended(a)
+
+    def prefill_mlp(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
         return x + self.after_mlp(self.ranks.add_up(self.mlp.prefill(self.before_mlp(x), state.ffn, step)))
 
     def pass_by(self, x: Tensor, state: LayerState, waiting: PrefillPass, running: PrefillPass) -> Tensor:
@@ -89,18 +105,26 @@ class LlamaDecoderLayer(nn.Module):
         layers takes a second copy of their weights, and saves less than 1 % of a prompt (docs/prefill_only.md).
         """
         rest, last = x.tensor_split([len(waiting.slots[state.heads.view])], dim=1)  # [B, T - K, H], [B, K, H]
-        normed = self.input_layernorm(rest)
-        self.self_attn.leave_keys_and_values(normed, state.keys, state.values, state.heads, waiting)
+        if ATTENTION in state.halves:
+            normed = self.input_layernorm(rest)
+            self.self_attn.leave_keys_and_values(normed, state.keys, state.values, state.heads, waiting)
         if last.shape[1] == 0:          # no boundary: a control that nothing but a comparison asks for
             return rest
         return torch.cat([rest, self.prefill(last, state, running)], dim=1)
 
     def decode(self, x: Tensor, state: LayerState, step: DecodePass) -> Tensor:
+        for half in state.halves:
+            x = getattr(self, f"decode_{half}")(x, state, step)
+        return x
+
+    def decode_attention(self, x: Tensor, state: LayerState, step: DecodePass) -> Tensor:
         a = self.self_attn.decode(self.input_layernorm(x), state.keys, state.values, state.heads, step)     # [B, T, H]
         a = self.ranks.add_up(a)
         if state.drift is not None:
             state.drift.see(a, step.live, of_prompt=False)
-        x = x + self.attended(a)
+        return x + self.attended(a)
+
+    def decode_mlp(self, x: Tensor, state: LayerState, step: DecodePass) -> Tensor:
         return x + self.after_mlp(self.ranks.add_up(self.mlp.decode(self.before_mlp(x), state.ffn, step)))
 
 
@@ -218,32 +242,38 @@ class LlamaForCausalLM(nn.Module):
         thin_capacity  tokens in the layers where rows of pictures have been left out; None: as many
         """
         config = self.config
-        cached, copies = self.cache_bytes(batch, capacity), self.least_copies(pruning)
+        cached, copies = self.cache_bytes(batch, capacity, pruning), self.least_copies(pruning)
         if free_memory is not None and cached + copies > free_memory:
             raise InputError(
                 f"the cache of {batch} x {capacity} tokens takes {gigabytes(cached)} and the weights that stay active "
                 f"another {gigabytes(copies)} beside the model, and {gigabytes(free_memory)} is free: ask for fewer "
                 "tokens, prune more, use a smaller dtype, or run dense (prune ratio 0)"
             )
+        running = [pruning.halves(index) for index in range(config.num_hidden_layers)]
+        attends = [ATTENTION in halves for halves in running]
         cache = KVCache(
-            config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim,
-            self.dtype, self.device, pruning.thin_from, thin_capacity,
+            attends, batch, config.num_key_value_heads, capacity, config.head_dim, self.dtype, self.device,
+            pruning.thin_from, thin_capacity,
         )
-        layers = []
-        for index, layer in enumerate(self.model.layers):
+        whole, layers = replace(pruning, rule=POP(0.0, 0.0)), []        # of what is left out there are no copies
+        for index, (layer, halves) in enumerate(zip(self.model.layers, running, strict=True)):
             blind, thin = pruning.blind and index in pruning.skipped, index >= cache.thin_from
-            heads = ActiveHeads(layer.self_attn, pruning.rule, blind, thin)
-            layers.append(LayerState(cache.keys[index], cache.values[index], heads, layer.new_active(pruning)))
-        most = pruning.settings.redraw_on_drift
-        if most is not None and pruning.rule.follows_prompt and pruning.ratio > 0:
-            layers[-1].drift = Drift(most, config.hidden_size, self.device)
+            heads = ActiveHeads(layer.self_attn, (pruning if ATTENTION in halves else whole).rule, blind, thin)
+            active = layer.new_active(pruning if MLP in halves else whole)
+            layers.append(LayerState(cache.keys[index], cache.values[index], heads, active, halves=halves))
+        most, drift = pruning.settings.redraw_on_drift, None
+        if most is not None and pruning.rule.follows_prompt and pruning.cuts and any(attends):
+            last = max(index for index, one in enumerate(attends) if one)
+            drift = layers[last].drift = Drift(most, config.hidden_size, self.device)
         live = torch.ones(batch, 1, dtype=torch.bool, device=self.device)
         clocks = Clock(self.device), Clock(self.device)
-        return DecodeState(cache, layers, pruning, live, *clocks, Gathering(pruning, batch, layers[-1].drift))
+        return DecodeState(cache, layers, pruning, live, *clocks, Gathering(pruning, batch, drift))
 
-    def cache_bytes(self, batch: int, capacity: int) -> int:
+    def cache_bytes(self, batch: int, capacity: int, pruning: Pruning | None = None) -> int:
+        """Of all layers, or of those that attend under a pruning."""
         one = self.config.num_key_value_heads * self.config.head_dim * self.dtype.itemsize
-        return 2 * self.config.num_hidden_layers * batch * capacity * one
+        gone = 0 if pruning is None else sum(half.part == ATTENTION for half in pruning.left_out)
+        return 2 * (self.config.num_hidden_layers - gone) * batch * capacity * one
 
     def least_copies(self, pruning: Pruning) -> int:
         """Bytes of the copies that a state cannot do without."""
@@ -340,5 +370,6 @@ class LlamaForCausalLM(nn.Module):
         return x, decode_pass(self.model.rotary, state.views, x, state.cache, state.live, together=True)
 
     def ffn_sizes(self, pruning: Pruning) -> PartitionSizes:
-        """Regions of the feed-forward networks (of the first layer, where layers differ)."""
-        return pruning.rule.sizes(self.model.layers[0].mlp)
+        """Regions of the feed-forward networks (of the first that runs, where layers differ; of none: of the first)."""
+        running = [layer.mlp for index, layer in enumerate(self.model.layers) if MLP in pruning.halves(index)]
+        return pruning.rule.sizes(running[0]) if running else POP(0.0, 0.0).sizes(self.model.layers[0].mlp)

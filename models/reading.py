@@ -9,6 +9,7 @@ from typing import Any
 from models.experts import ActiveExperts, MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.matrix import Matrix
+from models.pruning.left_out import ATTENTION, MLP
 from models.pruning.resolve import LayerWeights, Pruning
 from models.pruning.rules import POP
 
@@ -51,8 +52,12 @@ def bytes_per_token(model: Any, pruning: Pruning, batch: int = 1, state: Any = N
     """
     read = model.lm_head.read_bytes()
     for index, layer in enumerate(model.model.layers):
+        halves = pruning.halves(index)
         active = None if state is None else state.layers[index].ffn
-        read += attention_bytes(layer.self_attn, pruning.rule) + mlp_bytes(layer.mlp, pruning.rule, batch, active)
+        if ATTENTION in halves:
+            read += attention_bytes(layer.self_attn, pruning.rule)
+        if MLP in halves:
+            read += mlp_bytes(layer.mlp, pruning.rule, batch, active)
     return read
 
 
@@ -101,10 +106,13 @@ def prompt_work(model: Any, pruning: Pruning, tokens: int) -> tuple[int, int]:
     skipped = pruning.skipped_by(tokens)
     linear, attention = weight_count(model.lm_head), 0
     for index, layer in enumerate(model.model.layers):
-        rows, one = pruning.boundary if index in skipped else tokens, layer.self_attn
+        rows, one, halves = pruning.boundary if index in skipped else tokens, layer.self_attn, pruning.halves(index)
+        if MLP in halves:
+            linear += rows * prompt_ffn_weights(layer.mlp, pruning)
+        if ATTENTION not in halves:
+            continue
         keys_and_values = weight_count(one.k_proj) + weight_count(one.v_proj)
-        others = weight_count(one.q_proj) + weight_count(one.o_proj) + prompt_ffn_weights(layer.mlp, pruning)
-        linear += tokens * keys_and_values + rows * others
+        linear += tokens * keys_and_values + rows * (weight_count(one.q_proj) + weight_count(one.o_proj))
         seen = sum(min(place, one.window or place) for place in range(tokens - rows + 1, tokens + 1))
         attention += 2 * one.heads * one.head_dim * seen
     return linear, attention
@@ -132,6 +140,7 @@ def copy_bytes(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
 def all_copy_bytes(model: Any, pruning: Pruning) -> int:
     """The same for every layer of a language model."""
     return sum(
-        copy_bytes(layer.mlp, pruning) for layer in model.model.layers
-        if isinstance(layer.mlp, MixtureOfExperts) or layer.mlp.copying_saves(pruning.rule)
+        copy_bytes(layer.mlp, pruning) for index, layer in enumerate(model.model.layers)
+        if MLP in pruning.halves(index)
+        and (isinstance(layer.mlp, MixtureOfExperts) or layer.mlp.copying_saves(pruning.rule))
     )

@@ -239,7 +239,7 @@ class Engine:
                 "Qwen-VL and Gemma-3 read images"
             )
         found = resolve(pruning, layer_weights(self.model))
-        return found if found.ratio == 0 else replace(found, rule=found.rule.with_prior(self.prior(pruning.prior)))
+        return found if not found.cuts else replace(found, rule=found.rule.with_prior(self.prior(pruning.prior)))
 
     def prior(self, tokens: int) -> Prior | None:
         """Evidence before any token, counted as so many; None for 0."""

@@ -212,7 +212,7 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
         f"({statistics.weights}; {statistics.dtype}, {statistics.device})",
         f"memory    {megabytes(statistics.peak_memory_bytes)} at peak; loaded in {load_s:.1f} s",
     ]
-    if statistics.pruning.ratio > 0:
+    if statistics.pruning.cuts:
         prior = statistics.pruning.settings.prior
         found.insert(3, (
             f"evidence  {statistics.evidence_tokens} tokens{f' and a prior of {prior}' if prior else ''}, "

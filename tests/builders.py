@@ -175,6 +175,8 @@ def another_value(name: str) -> Any:
     (one,) = (one for one in fields(PruningSettings) if one.name == name)
     if one.metadata["choices"]:
         return next(choice for choice in one.metadata["choices"] if choice != one.default)
+    if one.metadata["type"] is str:
+        return "1.mlp"
     return one.metadata["least"] + (2 if one.metadata["type"] is int else 0.5)
 
 

@@ -9,6 +9,7 @@ from dataclasses import Field, dataclass, field, fields
 from fractions import Fraction
 from typing import Any
 
+from models.pruning.left_out import read_halves
 from weights.errors import InputError
 
 DEFAULT_PRUNE_RATIO = 0.2
@@ -88,6 +89,8 @@ class PruningSettings:
     visual_tokens_by which: by the last prompt token's "attention" after the layer visual_tokens_layer, or by
                      "diversity" before the first (models/visual_tokens.py)
     groups           equal stretches of a network's channels that are cut alike, each by itself: what as many ranks do
+    leave_out        layers, or halves of them, that neither prompts nor steps run: "20-22+25.attention+26.mlp". The
+                     prune ratio is a share of what is left
     Raises InputError for a value out of bounds.
     """
 
@@ -167,6 +170,10 @@ class PruningSettings:
         1, "channels are cut alike in so many equal stretches, as so many ranks do", int, metavar="N", least=1,
         column="groups",
     )
+    leave_out: str = setting(
+        "", "layers or halves of them that neither prompts nor steps run, like 20-22+25.attention+26.mlp", str,
+        metavar="LAYERS", column="left out",
+    )
 
     def __post_init__(self) -> None:
         if self.prune_ratio is not None and self.ffn_ratio is not None:
@@ -176,6 +183,7 @@ class PruningSettings:
                 raise InputError(f"{name} needs dense every: without dense steps there is no new evidence")
         if self.rule == "glass" and self.prior == 0:
             raise InputError("rule glass needs a prior of 1 or more, whose ranks it joins with the prompt's")
+        read_halves(str(self.leave_out))
         for one in fields(self):
             check(one, getattr(self, one.name))
         left = 1 if self.visual_tokens == "all" else exact_share(self.visual_tokens)
@@ -192,7 +200,7 @@ def check(one: Field[Any], value: Any) -> None:
         if value not in bounds["choices"]:
             raise InputError(f"{name} must be one of {', '.join(bounds['choices'])}, not {value!r}")
         return
-    if type(value) is type(one.default) and value == one.default:
+    if (value is None and one.default is None) or bounds["type"] is str or (value == "all" == one.default):
         return
     least, below, most = bounds["least"], bounds["below"], bounds["most"]
     if bounds["type"] is share:

@@ -74,7 +74,7 @@ def setting_cell(one: Field[Any], row: dict[str, Any]) -> str:
         row["visual_tokens"] == "all" or (one.name == "visual_tokens_layer" and row["visual_tokens_by"] != "attention")
     ):
         return ""
-    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
 def share_right(task_set: str, tasks: Sequence[str], row: dict[str, Any]) -> str:
