@@ -124,6 +124,8 @@ def prompt_ffn_weights(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) ->
         shared = 0 if mlp.shared_expert is None else prompt_ffn_weights(mlp.shared_expert, pruning)
         return weight_count(mlp.gate) + mlp.experts_per_token * prompt_ffn_weights(mlp.experts[0], pruning) + shared
     left = mlp.channels if pruning.settings.prefill == "dense" else pruning.rule.sizes(mlp).resident
+    if pruning.rule.probes:             # whose few rows are left out here
+        return 3 * left * mlp.down_proj.out_features
     return weight_count(mlp.gate_proj) + weight_count(mlp.up_proj) + left * mlp.down_proj.out_features
 
 

@@ -32,8 +32,8 @@ def setting(
     column            its heading in tables that compare settings; None: it is compared in none
     matters           to which of the methods that are compared: "to all", "to widths" (rules that choose within the
                       width), "to rules", "to prompts" (methods that follow the prompt), "to experts" (those, where a
-                      model has experts), "to skipping" (where prompts skip layers), "to pictures" (models that read
-                      them) or "to thinning" (where pictures lose tokens)
+                      model has experts), "to skipping" (where prompts skip layers), "to layers" (methods that leave out
+                      layers), "to pictures" (models that read them) or "to thinning" (where pictures lose tokens)
     """
     bounds = {"least": least, "below": below, "most": most, "choices": choices}
     metavar = metavar or "|".join(choices)
@@ -91,6 +91,7 @@ class PruningSettings:
     groups           equal stretches of a network's channels that are cut alike, each by itself: what as many ranks do
     leave_out        layers, or halves of them, that neither prompts nor steps run: "20-22+25.attention+26.mlp". The
                      prune ratio is a share of what is left
+    layer_share      what methods that leave out layers take of the prune ratio; the rest are channels by the rule
     Raises InputError for a value out of bounds.
     """
 
@@ -173,6 +174,10 @@ class PruningSettings:
     leave_out: str = setting(
         "", "layers or halves of them that neither prompts nor steps run, like 20-22+25.attention+26.mlp", str,
         metavar="LAYERS", column="left out",
+    )
+    layer_share: float = setting(
+        1.0, "methods shortgpt and finercut: what of the prune ratio layers give, channels give the rest (default: 1)",
+        float, metavar="SHARE", least=0, most=1, column="of layers", matters="to layers",
     )
 
     def __post_init__(self) -> None:

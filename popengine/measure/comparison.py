@@ -83,6 +83,7 @@ class Configuration:
 FOLLOW_THE_PROMPT = (*RULE_NAMES, "frozen")
 # What only prompts tell from the dense model.
 SKIPPING = ("prefill-only", "skip-first", "skip-evenly", "skip-no-boundary", "skip-no-keys", "visual-tokens")
+LEAVING_OUT = ("shortgpt", "finercut")
 
 
 def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> list[Configuration]:
@@ -100,7 +101,8 @@ def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> 
         matter = {
             "to all": True, "to widths": method in WIDTH_RULES, "to rules": method in RULE_NAMES,
             "to prompts": follows, "to experts": follows and mixture,
-            "to skipping": method != "skip-no-boundary", "to pictures": pictures, "to thinning": pictures,
+            "to skipping": method != "skip-no-boundary", "to layers": method in LEAVING_OUT,
+            "to pictures": pictures, "to thinning": pictures,
         }
         others = [one for one in compared_fields() if one.name not in ("prune_ratio", "ffn_ratio")]
         choices = [(matter[one.metadata["matters"]] and getattr(flags, one.name)) or [one.default] for one in others]

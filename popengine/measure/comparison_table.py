@@ -74,6 +74,8 @@ def setting_cell(one: Field[Any], row: dict[str, Any]) -> str:
         row["visual_tokens"] == "all" or (one.name == "visual_tokens_layer" and row["visual_tokens_by"] != "attention")
     ):
         return ""
+    if matters == "to layers" and row["method"] not in ("shortgpt", "finercut"):
+        return ""
     return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 

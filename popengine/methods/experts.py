@@ -12,7 +12,6 @@ E experts of a mixture, G that are left, I channels of one, H hidden size.
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +23,13 @@ from models.matrix import Matrix
 from models.pruning.resolve import ExpertsLeft, Pruning
 from popengine.methods.activations import mixtures_of_experts
 from popengine.methods.calibration import RouterStatistics
+from popengine.methods.request import Request
 from weights.errors import InputError
 
 Left = tuple[Matrix, Sequence[FeedForward]]
 
 
-def with_fewer(request: Any, method: str, shrink: Callable[[MixtureOfExperts, RouterStatistics, int], Left]) -> Pruning:
+def with_fewer(request: Request, method: str, shrink: Callable[[MixtureOfExperts, RouterStatistics, int], Left]) -> Pruning:
     """Every mixture as `shrink` leaves it, given how many experts stay; nothing else is pruned."""
     mixtures = mixtures_of_experts(request.model)
     if not mixtures:
@@ -53,7 +53,7 @@ def with_fewer(request: Any, method: str, shrink: Callable[[MixtureOfExperts, Ro
     return replace(none, ratio=ratio, ffn_ratio=share, settings=pruning.settings, experts=ExpertsLeft(found))
 
 
-def router_statistics(request: Any) -> Pruning:
+def router_statistics(request: Request) -> Pruning:
     """The experts stay whose outputs count most, added up over the text; the router renormalises over those."""
 
     def shrink(mixture: MixtureOfExperts, router: RouterStatistics, left: int) -> Left:
@@ -65,7 +65,7 @@ def router_statistics(request: Any) -> Pruning:
     return with_fewer(request, "router-statistics", shrink)
 
 
-def uncurl(request: Any) -> Pruning:
+def uncurl(request: Request) -> Pruning:
     """Groups of experts with like router logits become one each; what was sent to one of a group goes to that.
 
     As in the paper: spectral clustering of router logits on the task's text, layer by layer; channels are put into the
