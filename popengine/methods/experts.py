@@ -29,7 +29,9 @@ from weights.errors import InputError
 Left = tuple[Matrix, Sequence[FeedForward]]
 
 
-def with_fewer(request: Request, method: str, shrink: Callable[[MixtureOfExperts, RouterStatistics, int], Left]) -> Pruning:
+def with_fewer(
+    request: Request, method: str, shrink: Callable[[MixtureOfExperts, RouterStatistics, int], Left]
+) -> Pruning:
     """Every mixture as `shrink` leaves it, given how many experts stay; nothing else is pruned."""
     mixtures = mixtures_of_experts(request.model)
     if not mixtures:
