@@ -91,7 +91,7 @@ class KVCache:
         more, of_thin = capacity - self.capacity, self.places
         for buffers in (self.keys, self.values):
             for index, old in enumerate(buffers):
-                buffers[index] = F.pad(old, (0, 0, 0, more if old.shape[2] else 0))
+                buffers[index] = F.pad(old, (0, 0, 0, more if old.shape[2] else 0))     # 0: it does not attend
         self.capacity, self.slots = capacity, torch.arange(capacity, device=self.slots.device)
         self.places = F.pad(of_thin, (0, more))
         self.leave_out(self.missing, of_thin.shape[1])

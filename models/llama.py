@@ -81,7 +81,7 @@ class LlamaDecoderLayer(nn.Module):
 
     # Prompts and steps walk the halves that run, as the layer's state lists them; what is left out is in no list.
     def prefill(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
-        for half in state.halves:
+        for half in state.prompt_halves:
             x = getattr(self, f"prefill_{half}")(x, state, step)
         return x
 
@@ -94,6 +94,12 @@ class LlamaDecoderLayer(nn.Module):
 
     def prefill_mlp(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
         return x + self.after_mlp(self.ranks.add_up(self.mlp.prefill(self.before_mlp(x), state.ffn, step)))
+
+    def prefill_probed_mlp(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
+        """As prefill_mlp, where a rule probes: rows of the stream decide first, then all run on what stays."""
+        probe = state.ffn.rule.probe(x, step.counted)                               # int64 [n]
+        y = self.mlp.prefill_probed(self.before_mlp(x), state.ffn, step, probe)
+        return x + self.after_mlp(self.ranks.add_up(y))
 
     def pass_by(self, x: Tensor, state: LayerState, waiting: PrefillPass, running: PrefillPass) -> Tensor:
         """A prompt that skips this layer, all but its last rows (Prefill-Only pruning, arXiv 2602.03295, Eq. 14, 15).
@@ -262,7 +268,9 @@ class LlamaForCausalLM(nn.Module):
             blind = pruning.blind and index in pruning.skipped
             heads = ActiveHeads(layer.self_attn, (pruning if attends[index] else whole).rule, blind, thin[index])
             active = layer.new_active(pruning if MLP in halves else whole)
-            layers.append(LayerState(cache.keys[index], cache.values[index], heads, active, halves=halves))
+            own = LayerState(cache.keys[index], cache.values[index], heads, active, halves=halves)
+            own.prompt_halves = tuple("probed_mlp" if half == MLP and pruning.rule.probes else half for half in halves)
+            layers.append(own)
         most, drift = pruning.settings.redraw_on_drift, None
         if most is not None and pruning.rule.follows_prompt and pruning.cuts and any(attends):
             last = max(index for index, one in enumerate(attends) if one)

@@ -74,7 +74,7 @@ def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: POP, batch: int, active
         return ffn_bytes(mlp, rule if mlp.copying_saves(rule) else None, batch)
     each = [
         ffn_bytes(expert, None if active is not None and active.is_whole(index) else rule, 1)
-        for index, expert in enumerate(mlp.experts)
+        for index, expert in enumerate(mlp.experts if active is None else active.experts)
     ]
     shared = 0 if mlp.shared_expert is None else ffn_bytes(mlp.shared_expert, rule, batch)
     return mlp.experts_per_token * sum(each) // len(each) + shared
@@ -124,6 +124,8 @@ def prompt_ffn_weights(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) ->
         shared = 0 if mlp.shared_expert is None else prompt_ffn_weights(mlp.shared_expert, pruning)
         return weight_count(mlp.gate) + mlp.experts_per_token * prompt_ffn_weights(mlp.experts[0], pruning) + shared
     left = mlp.channels if pruning.settings.prefill == "dense" else pruning.rule.sizes(mlp).resident
+    if pruning.rule.probes:             # whose few rows are left out here
+        return 3 * left * mlp.down_proj.out_features
     return weight_count(mlp.gate_proj) + weight_count(mlp.up_proj) + left * mlp.down_proj.out_features
 
 

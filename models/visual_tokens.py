@@ -71,13 +71,15 @@ def leave_out(
     """
     batch, rows, _ = x.shape
     stays = cache.padding <= step.places                                            # [B, T]
-    own = (step.places - cache.left_out)[0]                                         # the first slot of these rows
+    before = int(step.places[0])                                                    # slots before these rows,
+    own = before - cache.missing                                                    # and in thin layers
     for sequence, first, length in given.stretches:
         stretch, count = slice(first, first + length), pruning.visual_tokens(length)
         if attended is None:
             chosen = most_diverse(x[sequence, stretch], count)
         else:
-            chosen = attended[sequence, own + first :][:length].topk(count).indices
+            of_picture = attended[sequence, before + first :][:length]            # of equal ones the earlier stays
+            chosen = of_picture.sort(descending=True, stable=True).indices[:count]
         stays[sequence, stretch] = False
         stays[sequence, first + chosen] = True
     left = int(stays.sum(dim=1).max())
@@ -91,9 +93,8 @@ def leave_out(
     real = taken(stays)
     places = taken(step.places[None]).masked_fill(~real, -1)                        # [B, R]
     slots = own + torch.arange(left, device=x.device)                               # [R]
-    kept, missing = int(own), cache.missing + rows - left
-    cache.places[:, kept : kept + left] = places
-    cache.leave_out(missing, kept + left)
+    cache.places[:, own : own + left] = places
+    cache.leave_out(cache.missing + rows - left, own + left)
     thin = [view for view in step.slots if view.thin]
     if step.follows:
         masks = masks_in_cache(thin, cache, places, x.dtype, given.blocks)

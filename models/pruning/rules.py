@@ -66,6 +66,8 @@ class POP:
     groups: int = 1
 
     follows_prompt = True
+    # Few rows of a prompt decide before the others run; such a rule has a method `probe` that chooses them.
+    probes = False
     # A candidate's score is |look| * factor: which of "gate" (act(gate)), "up", "h" (their product) and "draft" (h from
     # copies of few bits) a step looks at, and for which of the first two besides h the prompt is watched, if the
     # factor needs it.

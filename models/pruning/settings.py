@@ -32,8 +32,8 @@ def setting(
     column            its heading in tables that compare settings; None: it is compared in none
     matters           to which of the methods that are compared: "to all", "to widths" (rules that choose within the
                       width), "to rules", "to prompts" (methods that follow the prompt), "to experts" (those, where a
-                      model has experts), "to skipping" (where prompts skip layers), "to pictures" (models that read
-                      them) or "to thinning" (where pictures lose tokens)
+                      model has experts), "to skipping" (where prompts skip layers), "to layers" (methods that leave out
+                      layers), "to pictures" (models that read them) or "to thinning" (where pictures lose tokens)
     """
     bounds = {"least": least, "below": below, "most": most, "choices": choices}
     metavar = metavar or "|".join(choices)
@@ -91,6 +91,7 @@ class PruningSettings:
     groups           equal stretches of a network's channels that are cut alike, each by itself: what as many ranks do
     leave_out        layers, or halves of them, that neither prompts nor steps run: "20-22+25.attention+26.mlp". The
                      prune ratio is a share of what is left
+    layer_share      what methods that leave out layers take of the prune ratio; the rest are channels by the rule
     Raises InputError for a value out of bounds.
     """
 
@@ -174,6 +175,10 @@ class PruningSettings:
         "", "layers or halves of them that neither prompts nor steps run, like 20-22+25.attention+26.mlp", str,
         metavar="LAYERS", column="left out",
     )
+    layer_share: float = setting(
+        1.0, "methods shortgpt and finercut: what of the prune ratio layers give, channels give the rest (default: 1)",
+        float, metavar="SHARE", least=0, most=1, column="of layers", matters="to layers",
+    )
 
     def __post_init__(self) -> None:
         if self.prune_ratio is not None and self.ffn_ratio is not None:
@@ -186,6 +191,11 @@ class PruningSettings:
         read_halves(str(self.leave_out))
         for one in fields(self):
             check(one, getattr(self, one.name))
+        left = 1 if self.visual_tokens == "all" else exact_share(self.visual_tokens)
+        if left == 0 or (left > 1 and left.denominator > 1):
+            raise InputError(
+                f"visual tokens must be a share between 0 and 1, a number of tokens or all, not {self.visual_tokens}"
+            )
 
 
 def check(one: Field[Any], value: Any) -> None:
@@ -205,8 +215,6 @@ def check(one: Field[Any], value: Any) -> None:
             raise InputError(f"{name} must be a number or a fraction like 1/3, not {value}") from None
     elif type(value) not in (int, float) or (bounds["type"] is int and type(value) is not int):
         raise InputError(f"{name} must be a {'whole ' if bounds['type'] is int else ''}number, not {value!r}")
-    if one.name == "visual_tokens" and value > 1 and value != int(value):
-        raise InputError(f"{name} must be a share below 1, a whole number of tokens or all, not {value}")
     sound = least <= value and (below is None or value < below) and (most is None or value <= most)
     if not sound:       # nan is not sound either
         allowed = f"at least {least}" if most is None else f"between {least} and {most}"

@@ -35,6 +35,12 @@ STYLES = {
     "magnitude": ("tab:red", "^"),
     "wanda-sp": ("tab:green", "v"),
     "flap": ("tab:purple", "P"),
+    "cfsp": ("teal", "X"),
+    "tyr": ("crimson", "p"),
+    "probe-pruning": ("tab:cyan", "H"),
+    "shortgpt": ("saddlebrown", "<"),
+    "finercut": ("darkorange", ">"),
+    "prefill-only": ("dimgray", "1"),
 }
 REGION_COLOURS = {"retained": "#1f4e79", "candidate": "#f2b134", "pruned": "#e8e8e8"}
 

@@ -177,7 +177,7 @@ class Vision:
         return 1, self.model.config.tokens_per_image
 
     def given(self, images: Sequence[ImageSource], prompts: Sequence[Sequence[int]] = (), kept: int = 0) -> Given:
-        """The images of a run, in their tokens' order; the cache has `kept` tokens of the one prompt."""
+        """The images of a run, in the order of their tokens; kept: tokens of the one prompt in the cache already."""
         grids = [self.grid(image) for image in images]
         ends = [*accumulate(rows * columns for rows, columns in grids)]
         seen = sum(end <= self.image_tokens([prompts[0][:kept]]) for end in ends) if kept else 0
