@@ -36,6 +36,7 @@ from models.pruning.resolve import Pruning
 from models.pruning.rules import POP
 from models.reading import all_copy_bytes
 from models.state import DecodeState, LayerState
+from models.visual_tokens import attended_by_last, leave_out
 from weights.errors import InputError
 from weights.memory import gigabytes
 
@@ -109,7 +110,7 @@ class LlamaDecoderLayer(nn.Module):
         What is left of a layer is a norm and two products, each layer by itself: one stacked product for all skipped
         layers takes a second copy of their weights, and saves less than 1 % of a prompt (docs/prefill_only.md).
         """
-        rest, last = x.tensor_split([len(waiting.slots)], dim=1)                    # [B, T - K, H], [B, K, H]
+        rest, last = x.tensor_split([len(waiting.slots[state.heads.view])], dim=1)  # [B, T - K, H], [B, K, H]
         if ATTENTION in state.halves:
             normed = self.input_layernorm(rest)
             self.self_attn.leave_keys_and_values(normed, state.keys, state.values, state.heads, waiting)
@@ -238,11 +239,13 @@ class LlamaForCausalLM(nn.Module):
         return self.head(x)
 
     def new_state(
-        self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None
+        self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None,
+        thin_capacity: int | None = None,
     ) -> DecodeState:
         """Cache and buffers for `batch` sequences of up to `capacity` tokens, prompt and new ones together.
 
-        free_memory  bytes that cache and copies of active weights may take, InputError for more; None: any
+        free_memory    bytes that cache and copies of active weights may take, InputError for more; None: any
+        thin_capacity  tokens in the layers where rows of pictures have been left out; None: as many
         """
         config = self.config
         cached, copies = self.cache_bytes(batch, capacity, pruning), self.least_copies(pruning)
@@ -252,15 +255,18 @@ class LlamaForCausalLM(nn.Module):
                 f"another {gigabytes(copies)} beside the model, and {gigabytes(free_memory)} is free: ask for fewer "
                 "tokens, prune more, use a smaller dtype, or run dense (prune ratio 0)"
             )
+        thin_capacity = capacity if thin_capacity is None else thin_capacity
         running = [pruning.halves(index) for index in range(config.num_hidden_layers)]
         attends = [ATTENTION in halves for halves in running]
+        thin = [pruning.is_thin(index) for index in range(config.num_hidden_layers)]
+        sizes = [own * (thin_capacity if few else capacity) for own, few in zip(attends, thin, strict=True)]
         cache = KVCache(
-            attends, batch, config.num_key_value_heads, capacity, config.head_dim, self.dtype, self.device
+            sizes, batch, config.num_key_value_heads, capacity, thin_capacity, config.head_dim, self.dtype, self.device
         )
         whole, layers = replace(pruning, rule=POP(0.0, 0.0)), []        # of what is left out there are no copies
         for index, (layer, halves) in enumerate(zip(self.model.layers, running, strict=True)):
             blind = pruning.blind and index in pruning.skipped
-            heads = ActiveHeads(layer.self_attn, (pruning if ATTENTION in halves else whole).rule, blind)
+            heads = ActiveHeads(layer.self_attn, (pruning if attends[index] else whole).rule, blind, thin[index])
             active = layer.new_active(pruning if MLP in halves else whole)
             own = LayerState(cache.keys[index], cache.values[index], heads, active, halves=halves)
             own.prompt_halves = tuple("probed_mlp" if half == MLP and pruning.rule.probed else half for half in halves)
@@ -322,17 +328,20 @@ class LlamaForCausalLM(nn.Module):
         else:
             state.start(x.shape[1], real, given.rope_delta)
             whole = prefill_pass(rotary, views, x, real, counted, state.clock, observe, given.positions, given.blocks)
-        skipped = pruning.skipped_by(x.shape[1])
-        plan = prompt_plan(
-            whole, len(self.model.layers), skipped, pruning.boundary, views, state.cache, x.dtype, given.blocks
-        )
-        draws = state.gathering.prompt(min(rows.running.tokens for rows in plan))
+        plan = prompt_plan(whole, pruning, len(self.model.layers), state.cache, x.dtype, given.blocks)
+        least = whole.tokens - pruning.uncounted(given.stretches)
+        draws = state.gathering.prompt(min(least, *(rows.running.tokens for rows in plan)))
         for rows in plan:
             rows.running.draws, rows.running.finish_dense = draws, pruning.settings.prefill == "dense" or not draws
-        for index, (layer, own, (running, waiting)) in enumerate(
-            zip(self.model.layers, state.layers, plan, strict=True)
-        ):
+        attended = None
+        for index, (layer, own) in enumerate(zip(self.model.layers, state.layers, strict=True)):
+            if index == pruning.thin_from and given.stretches:
+                x, whole, given = leave_out(pruning, x, whole, given, state.cache, attended)
+                plan = prompt_plan(whole, pruning, len(self.model.layers), state.cache, x.dtype, given.blocks)
+            entered, (running, waiting) = x, plan[index]
             x = layer.prefill(x, own, running) if waiting is None else layer.pass_by(x, own, waiting, running)
+            if index + 1 == pruning.thin_from and given.stretches:
+                attended = attended_by_last(layer, entered, own, whole, state.cache)
             if index < len(given.added):
                 x = x + given.added[index]
         return self.head(x[:, -1:])[:, 0]                                           # [B, V]

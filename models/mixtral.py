@@ -146,10 +146,11 @@ class MixtralForCausalLM(LlamaForCausalLM):
         return locate_experts(parameter_names, checkpoint_names, channels)
 
     def new_state(
-        self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None
+        self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None,
+        thin_capacity: int | None = None,
     ) -> DecodeState:
         """As Llama's; with too little memory for all experts' copies, as many experts per layer get one as fit."""
-        state = super().new_state(batch, capacity, pruning, free_memory)
+        state = super().new_state(batch, capacity, pruning, free_memory, thin_capacity)
         one_per_layer = self.expert_copies(pruning)
         if free_memory is not None and one_per_layer:
             left = free_memory - self.cache_bytes(batch, capacity, pruning) - self.least_copies(pruning)

@@ -74,7 +74,7 @@ def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: POP, batch: int, active
         return ffn_bytes(mlp, rule if mlp.copying_saves(rule) else None, batch)
     each = [
         ffn_bytes(expert, None if active is not None and active.is_whole(index) else rule, 1)
-        for index, expert in enumerate(mlp.experts)
+        for index, expert in enumerate(mlp.experts if active is None else active.experts)
     ]
     shared = 0 if mlp.shared_expert is None else ffn_bytes(mlp.shared_expert, rule, batch)
     return mlp.experts_per_token * sum(each) // len(each) + shared

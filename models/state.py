@@ -88,9 +88,11 @@ class DecodeState:
         self.live[index] = False
         self.gathering.live -= 1
 
-    def fits(self, batch: int, capacity: int, pruning: Pruning) -> bool:
+    def fits(self, batch: int, capacity: int, pruning: Pruning, thin_capacity: int) -> bool:
         """Made for just this: a cache of another capacity would cost attention time, or be too small."""
-        return (len(self.live), self.cache.capacity, self.pruning) == (batch, capacity, pruning)
+        cache = self.cache
+        made_for = len(self.live), cache.capacity, self.pruning, cache.thin_capacity
+        return made_for == (batch, capacity, pruning, thin_capacity)
 
     def partition_bytes(self) -> int:
         """Memory that the copies of active weights take, in bytes."""

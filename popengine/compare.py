@@ -74,7 +74,7 @@ def run(flags: argparse.Namespace) -> None:
         by_name.check_method(method)
     for name in flags.tasks:
         tasks.questions_for(name, flags.questions, flags.seed)
-    comparison.configurations(flags, mixture=True)      # says what is out of range, before anything is loaded
+    comparison.configurations(flags, True, True)        # says what is out of range, before anything is loaded
     if flags.text is not None and not flags.no_plots:
         comparison.load_plots()                         # says so now, not after hours, when matplotlib is missing
     plots = ("perplexity.png", "agreement.png", "rank_drift.png", "frontier.png", "partition.png")
@@ -99,7 +99,8 @@ def run(flags: argparse.Namespace) -> None:
         form: scoring.calibration_from(own, flags.calibration_text, flags.calibration, flags.save_calibration)
         for form, own in engines.items()
     }
-    wanted = comparison.configurations(flags, mixture=hasattr(engine.model.config, "num_experts"))
+    mixture = hasattr(engine.model.config, "num_experts")
+    wanted = comparison.configurations(flags, mixture, engine.pictures.reads)
     prunings = {}                                       # errors come before anything is written
     for one in wanted:
         own = engines[one.weights]

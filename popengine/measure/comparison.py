@@ -82,13 +82,14 @@ class Configuration:
 
 FOLLOW_THE_PROMPT = (*RULE_NAMES, "frozen")
 # What only prompts tell from the dense model.
-SKIPPING = ("prefill-only", "skip-first", "skip-evenly", "skip-no-boundary", "skip-no-keys")
+SKIPPING = ("prefill-only", "skip-first", "skip-evenly", "skip-no-boundary", "skip-no-keys", "visual-tokens")
 LEAVING_OUT = ("shortgpt", "finercut")
 
 
-def configurations(flags: argparse.Namespace, mixture: bool) -> list[Configuration]:
+def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> list[Configuration]:
     """The grid, without settings that would not change a method: dense has none, only pop and glass have widths, static
-    methods prune no heads and have no unseen experts, and only prompts that skip layers have a boundary."""
+    methods prune no heads and have no unseen experts, only prompts that skip layers have a boundary, and only models
+    that read pictures leave tokens of them out."""
     ratios = [{"ffn_ratio": ratio} for ratio in flags.ffn_ratio or ()]
     ratios += [{"prune_ratio": ratio} for ratio in flags.prune_ratio or (() if flags.ffn_ratio else (0.2,))]
     made: dict[Configuration, None] = {}
@@ -101,7 +102,8 @@ def configurations(flags: argparse.Namespace, mixture: bool) -> list[Configurati
         matter = {
             "to all": True, "to widths": method in WIDTH_RULES or leaves_out, "to rules": method in RULE_NAMES,
             "to prompts": follows, "to experts": follows and mixture,
-            "to skipping": method != "skip-no-boundary", "to layers": leaves_out,
+            "to skipping": method != "skip-no-boundary", "to layers": leaves_out, "to pictures": pictures,
+            "to thinning": pictures,
         }
         others = [one for one in compared_fields() if one.name not in ("prune_ratio", "ffn_ratio")]
         choices = [(matter[one.metadata["matters"]] and getattr(flags, one.name)) or [one.default] for one in others]
@@ -113,9 +115,15 @@ def configurations(flags: argparse.Namespace, mixture: bool) -> list[Configurati
                 chosen |= {one.name: one.default for one in unused}
             settings = PruningSettings(**ratio, **chosen)
             if exact_share(settings.prefill_skip) == 0:
-                if method in SKIPPING and len(flags.prefill_skip) > 1:
+                if method in SKIPPING and method != "visual-tokens" and len(flags.prefill_skip) > 1:
                     continue                        # 0 was meant for the others
                 settings = replace(settings, boundary_tokens=PruningSettings.boundary_tokens)
+            if settings.visual_tokens == "all":
+                if method == "visual-tokens" and len(flags.visual_tokens) > 1:
+                    continue                        # all were meant for the others
+                settings = replace(settings, visual_tokens_by=PruningSettings.visual_tokens_by)
+            if settings.visual_tokens == "all" or settings.visual_tokens_by != "attention":
+                settings = replace(settings, visual_tokens_layer=PruningSettings.visual_tokens_layer)
             made[Configuration(method, settings, form)] = None
     return list(made)
 

@@ -70,6 +70,10 @@ def setting_cell(one: Field[Any], row: dict[str, Any]) -> str:
         return ""
     if matters == "to skipping" and (exact_share(row["prefill_skip"]) == 0 or row["method"] == "skip-no-boundary"):
         return ""
+    if matters == "to thinning" and (
+        row["visual_tokens"] == "all" or (one.name == "visual_tokens_layer" and row["visual_tokens_by"] != "attention")
+    ):
+        return ""
     if matters == "to layers" and row["method"] not in ("shortgpt", "finercut"):
         return ""
     return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value) or "none"

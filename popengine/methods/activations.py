@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.passes import Observer, PictureRows, prefill_pass
@@ -40,6 +41,11 @@ def feed_forward_networks(model: LlamaForCausalLM) -> dict[str, FeedForward]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FeedForward)}
 
 
+def mixtures_of_experts(model: LlamaForCausalLM) -> dict[str, MixtureOfExperts]:
+    """Every mixture by its place in the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MixtureOfExperts)}
+
+
 def layer_of(name: str) -> int:
     """The layer of a network by its place in the model."""
     return int(name.split(".")[2])
@@ -57,12 +63,21 @@ def watch_dense(
     model.prefill(x, state, observe=observer(model, x, watch), pictures=pictures)
 
 
-def observer(model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None]) -> Observer:
-    """What a pass over x [1, T, H] is given, so that `watch` sees what its networks compute."""
-    names = {ffn: name for name, ffn in feed_forward_networks(model).items()}
+def observer(
+    model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None],
+    watch_mixture: Callable[[str, Tensor], None] | None = None,
+) -> Observer:
+    """What a pass over x [1, T, H] is given, so that `watch` sees what its networks compute.
+
+    watch_mixture  is told the place of every mixture of experts, and what it is given, [T, H]
+    """
+    names: dict[nn.Module, str] = {ffn: name for name, ffn in feed_forward_networks(model).items()}
+    mixtures: dict[nn.Module, str] = {mixture: name for name, mixture in mixtures_of_experts(model).items()}
     everything = torch.arange(x.shape[1], device=x.device)                          # [T]
 
     def observe(ffn: nn.Module, h: Tensor, rows: Tensor | None, *_: Tensor | None) -> None:
+        if ffn in mixtures and watch_mixture is not None:
+            watch_mixture(mixtures[ffn], h[0])
         if not isinstance(ffn, FeedForward):
             return
         watch(Activation(names[ffn], ffn, everything if rows is None else rows, h[0]))
@@ -71,15 +86,16 @@ def observer(model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], N
 
 
 def layer_by_layer(
-    model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None]
+    model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None],
+    watch_mixture: Callable[[str, Tensor], None] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The dense model over one text: what goes into every layer and what comes out, and `watch` as for watch_dense.
+    """The dense model over one text: what goes into every layer and what comes out, and both watches as for `observer`.
 
     x [1, T, H], embedded tokens; yields [1, T, H] twice
     """
     state = model.new_state(1, x.shape[1], resolve(DENSE, layer_weights(model)))
     state.start(x.shape[1], None)
-    step = prefill_pass(model.model.rotary, state.views, x, None, observe=observer(model, x, watch))
+    step = prefill_pass(model.model.rotary, state.views, x, None, observe=observer(model, x, watch, watch_mixture))
     for layer, own in zip(model.model.layers, state.layers, strict=True):
         before, x = x, layer.prefill(x, own, step)
         yield before, x

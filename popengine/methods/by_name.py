@@ -22,6 +22,7 @@ from models.pruning.partition import partition_sizes
 from models.pruning.resolve import Pruning
 from models.pruning.settings import RULE_NAMES
 from popengine.methods.cfsp import cfsp
+from popengine.methods.experts import router_statistics, uncurl
 from popengine.methods.finercut import finercut
 from popengine.methods.probe_pruning import probe_pruning
 from popengine.methods.request import Request as Request
@@ -140,6 +141,15 @@ def skip_no_keys(request: Request) -> Pruning:
     return replace(prefill_only(request), blind=True)
 
 
+def visual_tokens(request: Request) -> Pruning:
+    """Prompts leave out tokens of their pictures (FastV, arXiv 2403.06764; DivPrune, arXiv 2503.02175); steps are the
+    dense model's."""
+    pruning = dense(request)
+    if pruning.thin_from is None:
+        raise InputError("this method leaves out tokens of pictures: give --visual-tokens a share or a number")
+    return pruning
+
+
 METHODS: dict[str, Callable[[Request], Pruning]] = {
     "dense": dense,
     "pop": pop,
@@ -159,6 +169,9 @@ METHODS: dict[str, Callable[[Request], Pruning]] = {
     "skip-evenly": skip_evenly,
     "skip-no-boundary": skip_no_boundary,
     "skip-no-keys": skip_no_keys,
+    "visual-tokens": visual_tokens,
+    "router-statistics": router_statistics,
+    "uncurl": uncurl,
 }
 
 
