@@ -298,6 +298,10 @@ def add_scoring_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--score-tokens", type=int, default=128, metavar="N")
     flags.add_argument("--windows", type=int, default=12, metavar="N", help="pieces of the text, spread over it")
     flags.add_argument("--seed", type=int, default=0, metavar="N", help="for the method `random`")
+    add_calibration_flags(flags)
+
+
+def add_calibration_flags(flags: argparse.ArgumentParser) -> None:
     calibration = flags.add_argument_group("calibration (methods wanda-sp and flap)")
     calibration.add_argument("--calibration-text", type=Path, metavar="FILE", help="calibrate on this text")
     calibration.add_argument("--save-calibration", type=Path, metavar="FILE.safetensors")
