@@ -85,13 +85,17 @@ def answered(engine: Engine, task: Task, items: Sequence[Item], pruning: Pruning
 
 
 def chosen(engine: Engine, item: Item, pruning: Pruning) -> dict[str, Any]:
-    """The likeliest option: as it is (acc), and per letter without the space in front (acc_norm), as lm_eval has it."""
     windows = [encoded_pair(engine, *option) for option in item.options]
     found = [likelihood for likelihood, _ in log_likelihoods(engine, windows, pruning)]
+    return {"answer": found, "scores": choice_scores(item, found)}
+
+
+def choice_scores(item: Item, found: Sequence[float]) -> dict[str, float]:
+    """Whether the likeliest option is right: as it is (acc), and per letter without the space in front (acc_norm), as
+    lm_eval has it. found  log-likelihood of each option"""
     by_letter = [value / len(text.removeprefix(" ")) for value, (_, text) in zip(found, item.options, strict=True)]
     ways = {"acc": found, "acc_norm": by_letter}
-    scores = {name: float(values.index(max(values)) == item.right) for name, values in ways.items()}
-    return {"answer": found, "scores": scores}
+    return {name: float(values.index(max(values)) == item.right) for name, values in ways.items()}
 
 
 def item_key(one: Configuration, task: str, item: Item) -> str:
