@@ -62,7 +62,8 @@ def slow_weights(reference: Any) -> list[Tensor]:
             for row in x:
                 probabilities = (mlp.gate.weight @ row).softmax(dim=0)
                 best = probabilities.argsort(descending=True)[:2].tolist()
-                whole = sum(float(probabilities[one]) for one in best) if reference.config.model_type == "mixtral" else 1
+                both = sum(float(probabilities[one]) for one in best)
+                whole = both if reference.config.model_type == "mixtral" else 1
                 for one in best:
                     found[layer][one] += float(probabilities[one]) / whole
     for hook in hooks:
@@ -93,7 +94,7 @@ def test_experts_that_count_least_are_as_if_deleted(pair: tuple[Any, LlamaForCau
     mixture = model.model.layers[0].mlp
     gate, experts = pruning.experts.of[mixture]
     assert gate.out_features == len(experts) == 3
-    assert {id(one) for one in experts} < {id(one) for one in mixture.experts}      # not copies: the others are not held
+    assert {id(one) for one in experts} < {id(one) for one in mixture.experts}      # not copies of them
 
 
 def slow_merge(parts: list[tuple[Tensor, Tensor]], shares: list[float]) -> tuple[Tensor, Tensor]:
@@ -175,7 +176,7 @@ def test_a_saved_calibration_knows_the_routers(pair: tuple[Any, LlamaForCausalLM
     for change in ({"weights": torch.full((5,), -1.0)}, {"likeness": torch.zeros(4, 4)}):
         broken = {name: replace(router, **change) for name, router in made.routers.items()}
         save_calibration(replace(made, routers=broken), tmp_path / "broken.safetensors")
-        with pytest.raises(InputError, match="what it says of model.layers.0.mlp is damaged"):
+        with pytest.raises(InputError, match="what it says of .* is damaged"):
             load_calibration(tmp_path / "broken.safetensors", model)
     save_calibration(replace(made, routers={}), tmp_path / "none.safetensors")
     with pytest.raises(InputError, match="was made for another model"):
