@@ -18,22 +18,15 @@ class KVCache:
     computes with (nothing in a step depends on a Python number, so its shapes are static); `filled` is the same
     number for the host.
 
-    Where rows of pictures are left out (models/visual_tokens.py), the layers from `thin_from` on have fewer slots,
-    `thin_capacity`: `left_out` of those that are filled are missing there, and `places` says which stands for which.
-
-    attends  per layer, whether its attention runs; one that does not keeps nothing
+    Where rows of pictures are left out (models/visual_tokens.py), some layers have fewer slots, `thin_capacity`:
+    `left_out` of those that are filled are missing there, and `places` says which stands for which.
     """
 
     def __init__(
-        self, attends: Sequence[bool], batch: int, heads: int, capacity: int, head_dim: int,
-        dtype: torch.dtype, device: torch.device, thin_from: int | None = None, thin_capacity: int | None = None,
+        self, sizes: Sequence[int], batch: int, heads: int, capacity: int, thin_capacity: int, head_dim: int,
+        dtype: torch.dtype, device: torch.device,
     ) -> None:
-        thin_capacity = capacity if thin_capacity is None else thin_capacity
-        self.thin_from = len(attends) if thin_from is None else thin_from
-        sizes = [
-            (capacity if index < self.thin_from else thin_capacity) * kept for index, kept in enumerate(attends)
-        ]
-
+        """sizes: slots of each layer: `capacity`, `thin_capacity`, or none where its attention does not run"""
         def buffers() -> list[Tensor]:
             # Zeros, not empty: unfilled slots get weight 0 in attention, and 0 * NaN would still be NaN.
             return [torch.zeros(batch, heads, size, head_dim, dtype=dtype, device=device) for size in sizes]

@@ -255,16 +255,18 @@ class LlamaForCausalLM(nn.Module):
                 f"another {gigabytes(copies)} beside the model, and {gigabytes(free_memory)} is free: ask for fewer "
                 "tokens, prune more, use a smaller dtype, or run dense (prune ratio 0)"
             )
+        thin_capacity = capacity if thin_capacity is None else thin_capacity
         running = [pruning.halves(index) for index in range(config.num_hidden_layers)]
         attends = [ATTENTION in halves for halves in running]
+        thin = [pruning.is_thin(index) for index in range(config.num_hidden_layers)]
+        sizes = [own * (thin_capacity if few else capacity) for own, few in zip(attends, thin, strict=True)]
         cache = KVCache(
-            attends, batch, config.num_key_value_heads, capacity, config.head_dim, self.dtype, self.device,
-            pruning.thin_from, thin_capacity,
+            sizes, batch, config.num_key_value_heads, capacity, thin_capacity, config.head_dim, self.dtype, self.device
         )
         whole, layers = replace(pruning, rule=POP(0.0, 0.0)), []        # of what is left out there are no copies
         for index, (layer, halves) in enumerate(zip(self.model.layers, running, strict=True)):
-            blind, thin = pruning.blind and index in pruning.skipped, index >= cache.thin_from
-            heads = ActiveHeads(layer.self_attn, (pruning if ATTENTION in halves else whole).rule, blind, thin)
+            blind = pruning.blind and index in pruning.skipped
+            heads = ActiveHeads(layer.self_attn, (pruning if attends[index] else whole).rule, blind, thin[index])
             active = layer.new_active(pruning if MLP in halves else whole)
             own = LayerState(cache.keys[index], cache.values[index], heads, active, halves=halves)
             own.prompt_halves = tuple("probed_mlp" if half == MLP and pruning.rule.probes else half for half in halves)

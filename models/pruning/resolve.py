@@ -78,6 +78,10 @@ class Pruning:
         by_layer = settings.visual_tokens_layer if settings.visual_tokens_by == "attention" else 0
         return None if settings.visual_tokens == "all" else by_layer
 
+    def is_thin(self, layer: int) -> bool:
+        """Whether its prompts are without them."""
+        return self.thin_from is not None and layer >= self.thin_from
+
     def visual_tokens(self, of_picture: int) -> int:
         """How many of a picture's tokens stay. Raises InputError where none would."""
         wanted = self.settings.visual_tokens

@@ -205,7 +205,7 @@ def check(one: Field[Any], value: Any) -> None:
         if value not in bounds["choices"]:
             raise InputError(f"{name} must be one of {', '.join(bounds['choices'])}, not {value!r}")
         return
-    if (value is None and one.default is None) or bounds["type"] is str or (value == "all" == one.default):
+    if (type(value) is type(one.default) and value == one.default) or bounds["type"] is str:
         return
     least, below, most = bounds["least"], bounds["below"], bounds["most"]
     if bounds["type"] is share:
