@@ -176,7 +176,7 @@ def test_a_saved_calibration_knows_the_routers(pair: tuple[Any, LlamaForCausalLM
     for change in ({"weights": torch.full((5,), -1.0)}, {"likeness": torch.zeros(4, 4)}):
         broken = {name: replace(router, **change) for name, router in made.routers.items()}
         save_calibration(replace(made, routers=broken), tmp_path / "broken.safetensors")
-        with pytest.raises(InputError, match="what it says of .* is damaged"):
+        with pytest.raises(InputError, match=r"what it says of .* is damaged"):
             load_calibration(tmp_path / "broken.safetensors", model)
     save_calibration(replace(made, routers={}), tmp_path / "none.safetensors")
     with pytest.raises(InputError, match="was made for another model"):
