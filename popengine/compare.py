@@ -65,9 +65,10 @@ def run(flags: argparse.Namespace) -> None:
     prepared.check_methods(flags)
     for name in flags.tasks:
         tasks.questions_for(name, flags.questions, flags.seed)
-    if flags.text is not None and not flags.no_plots:
+    if not flags.no_plots:
         comparison.load_plots()                         # says so now, not after hours, when matplotlib is missing
-    plots = ("perplexity.png", "agreement.png", "rank_drift.png", "frontier.png", "partition.png")
+    plots = ["perplexity.png", "agreement.png", "rank_drift.png", "frontier.png", "partition.png"]
+    plots += [comparison.task_plot(name) for name in flags.tasks]
     make_folder(flags.out, "table.json", "table.md", "progress.jsonl", *plots)
     show_progress = sys.stderr.isatty() and not flags.quiet
     ready = prepared.prepare(flags, flags.compile, show_progress)

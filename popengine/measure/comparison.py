@@ -159,6 +159,10 @@ class Comparison:
                 studies[f"share of steps that pick a candidate, {picked[0].label}"] = pick_figures(picked[1])
             if plots is not None:
                 about["plots"] = self.plot(rows, drifts, picked, plots)
+        if plots is not None:
+            for name in tasks:
+                load_plots().plot_tasks([one.label for one in self.prunings], rows, name, plots / task_plot(name))
+                about["plots"].append(task_plot(name))
         return {"about": about, "rows": rows, "studies": studies}
 
     def measure_text(self) -> None:
@@ -404,6 +408,11 @@ def usual_of(settings: PruningSettings) -> tuple[object, ...]:
     """What neither the axes nor the widths of the plots show."""
     shown = ("prune_ratio", "ffn_ratio", "candidate_width")
     return tuple(getattr(settings, one.name) for one in compared_fields() if one.name not in shown)
+
+
+def task_plot(task_set: str) -> str:
+    """Its file."""
+    return f"tasks_{task_set}.png"
 
 
 def load_plots() -> ModuleType:

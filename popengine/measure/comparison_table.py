@@ -35,7 +35,7 @@ def markdown(
         if name.startswith("tasks_"):
             for task in rows[0][name]["asked"]:
                 always[task] = partial(share_right, name, [task])
-            always["all tasks"] = partial(share_right, name, list(rows[0][name]["asked"]))
+            always["all tasks"] = partial(share_of_all, name)
     studied = []
     for name, found in studies.items():
         figures = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in found.items())
@@ -93,3 +93,16 @@ def share_right(task_set: str, tasks: Sequence[str], row: dict[str, Any]) -> str
     """Of the questions of these tasks together."""
     right, asked = (sum(row[task_set][key][task] for task in tasks) for key in ("right", "asked"))
     return f"{right / asked:.1%}"
+
+
+def share_of_all(task_set: str, row: dict[str, Any]) -> str:
+    """Of all questions of a set of tasks, with its standard error over questions."""
+    share, error = right_answers(row[task_set])
+    return f"{share:.1%} ± {error:.1%}"
+
+
+def right_answers(found: dict[str, dict[str, int]]) -> tuple[float, float]:
+    """The share of right answers among all that were asked, and its standard error over questions."""
+    asked = sum(found["asked"].values())
+    share = sum(found["right"].values()) / asked
+    return share, (share * (1 - share) / asked) ** 0.5
