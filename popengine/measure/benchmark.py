@@ -236,7 +236,8 @@ def make_prompts(flags: argparse.Namespace, engine: Engine) -> list[list[int]]:
 
 def picture_prompts(flags: argparse.Namespace, engine: Engine) -> list[list[int]]:
     """The same with pictures at the front, which count among the tokens of a prompt."""
-    ids = engine.prompts.ids(PROMPT, raw=True, images=[PICTURE] * flags.pictures)
+    text = engine.pictures.plain_text(PROMPT, flags.pictures)
+    ids = engine.prompts.ids(text, raw=True, images=[PICTURE] * flags.pictures)
     first = next(place for place in range(len(ids)) if not engine.pictures.image_tokens([ids[place:]]))
     before, after = ids[:first], ids[first:]
     left = flags.prompt_tokens - len(before)
