@@ -1,5 +1,6 @@
 """The table of a comparison, for people."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import Field
 from functools import partial
@@ -84,6 +85,7 @@ def setting_cell(one: Field[Any], row: dict[str, Any]) -> str:
 
 
 def share_right(task_set: str, tasks: Sequence[str], row: dict[str, Any]) -> str:
-    """Of the questions of these tasks together."""
+    """Of the questions of these tasks together, and the standard error over questions."""
     right, asked = (sum(row[task_set][key][task] for task in tasks) for key in ("right", "asked"))
-    return f"{right / asked:.1%}"
+    share = right / asked
+    return f"{share:.1%} ± {math.sqrt(share * (1 - share) / max(1, asked - 1)):.1%}"
