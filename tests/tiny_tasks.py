@@ -33,7 +33,7 @@ REQUESTS: dict[str, list[Any]] = {
     "coqa/bpb_0shot": [generated(n, {"answers": ["a cat", "A cat", "cats"]}, f"Story {n}\nAnswer:") for n in range(5)],
     "naturalqs_open/bpb_5shot": [generated(n, {"answers": ["The Moon"]}, f"Question {n}\nAnswer:") for n in range(3)],
     "gsm8k/gold_bpb_5shot": [generated(n, {"short_answer": "1,234"}, f"Question {n}\nAnswer:") for n in range(3)],
-    "codex_humaneval/gold_bpb_0shot": [generated(n, SQUARE, "never read") for n in range(2)],
+    "codex_humaneval/gold_bpb_0shot": [generated(n, SQUARE, "Write it.\n") for n in range(2)],
     "codex_mbpp/gold_bpb_0shot": [generated(n, TESTS, "Write square.\n") for n in range(2)],
 }
 

