@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +204,11 @@ def test_a_model_without_experts_is_refused(tmp_path: Path, capsys: pytest.Captu
             pruning_for(method, Request(model, SETTINGS))
     (tmp_path / "text").write_text("sort 52713=12357; " * 40)
     words = ["--ckpt", MIXTRAL_TINY, "--text", tmp_path / "text", "--windows", 1, "--method", "uncurl"]
-    assert "method uncurl is calibrated on a text: give --calibration-text" in one_line_error(
-        score.main, capsys, *words
-    )
+    error = partial(one_line_error, score.main, capsys, *words)
+    assert "method uncurl is calibrated on a text: give --calibration-text" in error()
+    assert "unknown tasks 'sums'; there are text, pictures" in error("--calibration-tasks", "sums")
+    both = error("--calibration-tasks", "text", "--calibration-text", tmp_path / "text")
+    assert "give one of --calibration-tasks, --calibration-text and --calibration" in both
 
 
 @pytest.mark.parametrize(("folder", "tasks"), [(MIXTRAL_TINY, "text"), (LLAVA_TINY, "pictures")])

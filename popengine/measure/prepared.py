@@ -8,8 +8,7 @@ from popengine.command import check_output
 from popengine.engine import Engine
 from popengine.loading import load
 from popengine.measure.comparison import Configuration, configurations
-from popengine.measure.scoring import calibration_from
-from popengine.measure.task_calibration import calibration_of_tasks
+from popengine.measure.task_calibration import calibration_for
 from popengine.measure.tasks import training_questions
 from popengine.methods.by_name import Request, check_method, pruning_for
 from popengine.methods.calibration import Calibration
@@ -46,11 +45,7 @@ def prepare(flags: argparse.Namespace, compile: bool, show_progress: bool) -> Pr
         )
         for form in flags.weights
     }
-    calibrations = {
-        form: calibration_of_tasks(own, flags.calibration_tasks, flags.save_calibration) if flags.calibration_tasks
-        else calibration_from(own, flags.calibration_text, flags.calibration, flags.save_calibration)
-        for form, own in engines.items()
-    }
+    calibrations = {form: calibration_for(flags, own) for form, own in engines.items()}
     prunings = {}
     first = engines[flags.weights[0]]
     for one in configurations(flags, hasattr(first.model.config, "num_experts"), first.pictures.reads):

@@ -3,6 +3,7 @@
 What is pruned for a task is to be learnt from that task (UNCURL, arXiv 2409.01483), and a model of pictures from some.
 """
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +12,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from popengine.engine import Engine
+from popengine.measure.scoring import calibration_from
 from popengine.measure.tasks import training_questions
 from popengine.methods.calibration import Calibration, calibrate_on, save_calibration
 from weights.errors import InputError
 
 QUESTIONS = 10
+
+
+def calibration_for(flags: argparse.Namespace, engine: Engine) -> Calibration | None:
+    """What the calibration flags ask for; None where they say nothing."""
+    if flags.calibration_tasks is None:
+        return calibration_from(engine, flags.calibration_text, flags.calibration, flags.save_calibration)
+    if flags.calibration_text is not None or flags.calibration is not None:
+        raise InputError("give one of --calibration-tasks, --calibration-text and --calibration")
+    return calibration_of_tasks(engine, flags.calibration_tasks, flags.save_calibration)
 
 
 def calibration_of_tasks(engine: Engine, task_set: str, save_to: Path | None) -> Calibration:
