@@ -194,7 +194,7 @@ def test_rank_drift_is_what_its_definition_says(tmp_path: Path) -> None:
 @torch.inference_mode()
 def test_rank_drift_of_experts_is_known_where_a_step_reached_them() -> None:
     engine = load(MIXTRAL_TINY, device="cpu")
-    ids = engine.tokenizer.encode("sort 52713=12357; sort 9140=0149; sort 36627=23667", add_special_tokens=False)
+    ids = engine.tokenizer.encode("tally dbbd=d1b1b2d2; tally cabb=c1a1b1b2; tally da=d1a1", add_special_tokens=False)
     window = Window(ids[:30], ids[30:])
     drift = rank_drift(engine.model, window)
     config = engine.model.config
