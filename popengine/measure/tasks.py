@@ -61,8 +61,12 @@ def questions_for(task_set: str, count: int, seed: int) -> list[Question]:
 
 
 def is_answered(engine: Engine, question: Question, pruning: Pruning) -> bool:
-    """Whether the greedy answer up to the end of sequence is exactly the right one."""
-    made = engine.generate(
+    """Whether the greedy answer up to the end of sequence is exactly the right one. What goes wrong is not finished."""
+    said = ""
+    for piece in engine.stream(
         question.prompt, images=question.images, max_new_tokens=MAX_ANSWER_TOKENS, pruning=pruning
-    )
-    return made[0].text.strip() == question.answer
+    ):
+        said += piece.text
+        if not question.answer.startswith(said.strip()):
+            return False
+    return said.strip() == question.answer
