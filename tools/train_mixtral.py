@@ -25,6 +25,7 @@ from models.experts import Routing
 from models.mixtral import MIXTRAL_NAMES, MixtralForCausalLM
 from models.passes import View, prefill_pass
 from models.pruning.settings import DENSE, PruningSettings
+from popengine import prior
 from popengine.loading import load
 from popengine.measure.text_tasks import BOS, EOS, PAD, TASKS, UNKNOWN, build_tokenizer, held_out_prompts, make_prompt
 
@@ -61,8 +62,9 @@ CONFIG = {
 class TrainingText:
     """An endless stream of training batches, and which tokens are answers.
 
-    A sequence is one question, or an example and a question, of one task. Questions grow: attention learns to look
-    things up among few of them first. Sequences of about one length share a batch, which keeps padding low.
+    A sequence is one question, or an example and a question, of one task, of a share of the sizes that are asked later:
+    attention learns to look things up among few first. Sequences of about one length share a batch, which keeps padding
+    low.
     """
 
     def __init__(self, seed: int, tokens: int) -> None:
@@ -70,9 +72,9 @@ class TrainingText:
         self.ids = build_tokenizer().get_vocab()
         self.batches: list[list[tuple[list[int], list[bool]]]] = []
 
-    def sequence(self, grown: float) -> tuple[list[int], list[bool]]:
+    def sequence(self, least: float, most: float) -> tuple[list[int], list[bool]]:
         """Token ids, and True for those the model is to predict: the answers and what ends them."""
-        task, shots, share = self.rng.choice(DRAWN), self.rng.randint(0, 1), grown * self.rng.uniform(0.5, 1)
+        task, shots, share = self.rng.choice(DRAWN), self.rng.randint(0, 1), self.rng.uniform(least, most)
         prompt = make_prompt(task, self.rng, shots, held_out=False, share=share)
         tokens, answers = [BOS], [False]
         for example in prompt.examples:
@@ -83,9 +85,9 @@ class TrainingText:
             answers += [False] * len(question) + [True] * len(answer) + [False] * len(after)
         return [self.ids[token] for token in tokens], answers
 
-    def draw(self, grown: float) -> None:
+    def draw(self, least: float, most: float) -> None:
         """Sequences for some steps, cut into batches of so many tokens with their padding."""
-        sequences = sorted((self.sequence(grown) for _ in range(POOL)), key=lambda one: len(one[0]))
+        sequences = sorted((self.sequence(least, most) for _ in range(POOL)), key=lambda one: len(one[0]))
         batch: list[tuple[list[int], list[bool]]] = []
         for one in sequences:
             if len(one[0]) * (len(batch) + 1) > self.tokens:
@@ -94,10 +96,10 @@ class TrainingText:
             batch.append(one)
         self.rng.shuffle(self.batches)
 
-    def batch(self, grown: float) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [B, T], padded on the right, and answers bool [B, T]. grown: of their size, up to 1"""
+    def batch(self, least: float, most: float) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [B, T], padded on the right, and answers bool [B, T]. least, most: share of the sizes"""
         if not self.batches:
-            self.draw(grown)
+            self.draw(least, most)
         sequences = self.batches.pop()
         longest = max(len(ids) for ids, _ in sequences)
         return (
@@ -176,19 +178,29 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def train(steps: int, tokens: int, learning_rate: float, seed: int) -> MixtralForCausalLM:
+    """Small questions that grow, then a quarter as many steps on those of full size."""
     torch.manual_seed(seed)
     model = MixtralForCausalLM.from_config(CONFIG)
     initialise(model)
     print(f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} million weights")
+    train_on(model, TrainingText(seed, tokens), steps, learning_rate, growing=True)
+    train_on(model, TrainingText(seed + 1, tokens), steps // 4, learning_rate / 2, growing=False)
+    return model
+
+
+def train_on(
+    model: MixtralForCausalLM, text: TrainingText, steps: int, learning_rate: float, growing: bool
+) -> None:
     # Embeddings, the head, routers and norms have no use for orthogonal steps.
     inner = {name: one for name, one in model.named_parameters() if name.endswith("_proj.weight")}
     others = [one for name, one in model.named_parameters() if name not in inner]
     muon, adam = Muon(list(inner.values())), torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0, fused=True)
-    text, began = TrainingText(seed, tokens), time.perf_counter()
+    began = time.perf_counter()
     for step in range(steps):
         done = step / steps
         rate = learning_rate * min(1.0, (step + 1) / 50) * (1 - done)
-        ids, answers = text.batch(grown=min(1.0, 0.35 + 3 * done))                  # [B, T]
+        grown = min(1.0, 0.35 + 3 * done)
+        ids, answers = text.batch(*(grown / 2, grown) if growing else (1, 1))       # [B, T]
         logits, routings = forward(model, ids)                                      # [B, T, V]
         wanted = answers[:, 1:]
         task_loss = F.cross_entropy(logits[:, :-1][wanted], ids[:, 1:][wanted])
@@ -203,7 +215,6 @@ def train(steps: int, tokens: int, learning_rate: float, seed: int) -> MixtralFo
         if step % 100 == 0 or step == steps - 1:
             seconds = time.perf_counter() - began
             print(f"step {step:5}  loss {task_loss:.4f}  balance {balance:.3f}  {seconds:5.0f} s", flush=True)
-    return model
 
 
 def save(model: MixtralForCausalLM, directory: Path) -> None:
@@ -258,6 +269,8 @@ def main() -> None:
     if not arguments.evaluate:
         model = train(arguments.steps, arguments.tokens, arguments.learning_rate, arguments.seed)
         save(model, arguments.out)
+        engine = load(arguments.out)
+        prior.write(arguments.out / prior.FILE, engine.fingerprint, prior.make(engine, progress=True), engine.model)
     for task, share in evaluate(arguments.out, arguments.questions).items():
         print(f"{task:8} {share:6.1%}")
 
