@@ -22,7 +22,7 @@ from popengine.measure import comparison
 from popengine.measure.scoring import Window, cut_windows, log_probabilities, read_text
 from popengine.measure.studies import drift_figures, pick_figures, picks, rank_drift
 from popengine.measure.tasks import Question, is_answered, questions_for
-from popengine.measure.text_tasks import TASKS
+from popengine.measure.text_tasks import LEARNT
 from popengine.methods.activations import Activation, embedded, watch_dense
 from weights.errors import InputError
 
@@ -171,7 +171,7 @@ def test_tasks_are_generated_and_compared_exactly(checkpoint: Path, tmp_path: Pa
     assert status(*flags, "--out", tmp_path) == 0
     for row in rows(tmp_path):
         assert set(row["tasks_text"]["asked"].values()) == {1}
-        assert len(row["tasks_text"]["asked"]) == len(TASKS)
+        assert len(row["tasks_text"]["asked"]) == len(LEARNT)
     engine = load(checkpoint, device="cpu")
     made = engine.generate("What now?", max_new_tokens=64, pruning=DENSE)[0].text
     assert is_answered(engine, Question("any", "What now?", made.strip()), DENSE)

@@ -13,7 +13,7 @@ from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import Engine
 from popengine.loading import load
 from popengine.measure.tasks import MAX_ANSWER_TOKENS
-from popengine.measure.text_tasks import TASKS, held_out_prompts
+from popengine.measure.text_tasks import LEARNT, TASKS, held_out_prompts
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_transformers_loads_it_and_computes_the_same(engine: Engine) -> None:
             last = model.decode(tokens[:, slot], state)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", LEARNT)
 def test_it_answers_questions_it_has_never_seen(task: str, engine: Engine) -> None:
     prompts = list(held_out_prompts(task, 40))
     made = engine.generate([one.prompt for one in prompts], max_new_tokens=MAX_ANSWER_TOKENS, pruning=DENSE)

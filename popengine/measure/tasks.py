@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from models.pruning.resolve import Pruning
 from popengine.engine import Engine
 from popengine.measure.picture_tasks import picture_questions
-from popengine.measure.text_tasks import TASKS, held_out_prompts
+from popengine.measure.text_tasks import LEARNT, held_out_prompts
 from popengine.pictures.images import ImageSource
 from weights.errors import InputError
 
@@ -30,10 +30,10 @@ class Question:
 
 
 def text_questions(count: int, seed: int) -> list[Question]:
-    """`count` of every text task."""
+    """`count` of every text task that was learnt."""
     return [
         Question(task, one.prompt, one.answer)
-        for task in TASKS
+        for task in LEARNT
         for one in held_out_prompts(task, count, seed=seed)
     ]
 
