@@ -245,8 +245,7 @@ class Comparison:
                             is_answered(self.engines[one.weights], question, pruning)
                         )
                         bar.update()
-                    self.progress.add(key, {"right": {task: sum(answers) for task, answers in right.items()},
-                                            "asked": {task: len(answers) for task, answers in right.items()}})
+                    self.progress.add(key, {"right": right})
                 else:
                     bar.update(len(asked))
 
@@ -266,8 +265,9 @@ class Comparison:
             if turns:
                 row["decode_ms_per_token"] = statistics.median(turns)
             for name in task_sets:
-                found = records[task_key(one, name)]
-                row[f"tasks_{name}"] = {"right": found["right"], "asked": found["asked"]}
+                found = records[task_key(one, name)]["right"].items()
+                right, asked = ({task: count(answers) for task, answers in found} for count in (sum, len))
+                row[f"tasks_{name}"] = {"right": right, "asked": asked}
             rows.append(row)
         return rows
 
@@ -393,9 +393,10 @@ def is_sound(record: dict[str, Any], scored: int | None) -> bool:
         return listed("ids", int) if record["key"].endswith(": tokens") else listed("agreed", bool)
     if of == "speed":
         return type(record.get("ms")) is float and 0 < record["ms"] < math.inf
-    right, asked = record.get("right"), record.get("asked")
-    return isinstance(right, dict) and isinstance(asked, dict) and right.keys() == asked.keys() and all(
-        type(right[task]) is type(asked[task]) is int and 0 <= right[task] <= asked[task] for task in asked
+    right = record.get("right")
+    return isinstance(right, dict) and all(
+        isinstance(answers, list) and answers and all(type(one) is bool for one in answers)
+        for answers in right.values()
     )
 
 

@@ -11,7 +11,7 @@ from random import Random
 from models.pruning.resolve import Pruning
 from popengine.engine import Engine
 from popengine.measure.picture_tasks import KINDS, picture_questions
-from popengine.measure.text_tasks import TASKS, held_out_prompts, make_prompt
+from popengine.measure.text_tasks import LEARNT, held_out_prompts, make_prompt
 from popengine.pictures.images import ImageSource
 from weights.errors import InputError
 
@@ -31,10 +31,10 @@ class Question:
 
 
 def text_questions(count: int, seed: int) -> list[Question]:
-    """`count` of every text task."""
+    """`count` of every text task that was learnt."""
     return [
         Question(task, one.prompt, one.answer)
-        for task in TASKS
+        for task in LEARNT
         for one in held_out_prompts(task, count, seed=seed)
     ]
 
@@ -55,7 +55,7 @@ def training_questions(task_set: str, count: int, seed: int = 0) -> list[Questio
     if task_set == "pictures":
         trained = picture_questions(count * len(KINDS), seed, "train", KINDS)
         return [Question(one.kind, one.question, one.answer, (one.picture(),)) for one in trained]
-    made = (make_prompt(task, Random(f"{task} {seed} {index}"), 1, False) for task in TASKS for index in range(count))
+    made = (make_prompt(task, Random(f"{task} {seed} {index}"), 1, False) for task in LEARNT for index in range(count))
     return [Question(one.task, one.prompt, one.answer) for one in made]
 
 
@@ -79,8 +79,12 @@ def questions_for(task_set: str, count: int, seed: int) -> list[Question]:
 
 
 def is_answered(engine: Engine, question: Question, pruning: Pruning) -> bool:
-    """Whether the greedy answer up to the end of sequence is exactly the right one."""
-    made = engine.generate(
+    """Whether the greedy answer up to the end of sequence is exactly the right one. What goes wrong is not finished."""
+    said = ""
+    for piece in engine.stream(
         question.prompt, images=question.images, max_new_tokens=MAX_ANSWER_TOKENS, pruning=pruning
-    )
-    return made[0].text.strip() == question.answer
+    ):
+        said += piece.text
+        if not question.answer.startswith(said.strip()):
+            return False
+    return said.strip() == question.answer
