@@ -113,7 +113,8 @@ def differences(folder: Path, against: str) -> Iterator[str]:
     records = {record.get("key"): record for record in map(json.loads, (folder / "progress.jsonl").open())}
     archive, about = Archive(DEFAULT_ARCHIVE), result["about"]
     items = {name: archive.items(name, about["limit"], about["seed"]) for name in result["rows"][0]["tasks"]}
-    yield f"| less {against} | score, points | log-likelihood of the right answer, nats |\n|---|---|---|"
+    yield f"| less {against} | score, points | log-likelihood of the right answer, nats |"
+    yield "|---|---|---|"
     for row in result["rows"]:
         others = [one for one in result["rows"] if one["method"] == against and one["ratio"] == row["ratio"]]
         if others and row is not others[0]:
