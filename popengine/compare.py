@@ -36,7 +36,10 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--text", type=Path, metavar="FILE", help="a text to score, UTF-8")
     flags.add_argument("--tasks", nargs="+", default=[], metavar="text|pictures", help="questions with exact answers")
     flags.add_argument("--questions", type=int, default=20, metavar="N", help="of every task (default: 20)")
-    flags.add_argument("--methods", nargs="+", default=["dense", "all-channels", "pop", "frozen"], metavar="M")
+    flags.add_argument(
+        "--methods", nargs="+", default=["dense", "all-channels", "pop", "frozen"], metavar="M",
+        help="by name (frozen is GRIFFIN); an unknown one lists all",
+    )
     flags.add_argument(
         "--time", type=int, default=0, metavar="ROUNDS", help="also time decode steps, in so many turns of each method"
     )
@@ -65,9 +68,10 @@ def run(flags: argparse.Namespace) -> None:
     prepared.check_methods(flags)
     for name in flags.tasks:
         tasks.questions_for(name, flags.questions, flags.seed)
-    if flags.text is not None and not flags.no_plots:
+    if not flags.no_plots:
         comparison.load_plots()                         # says so now, not after hours, when matplotlib is missing
-    plots = ("perplexity.png", "agreement.png", "rank_drift.png", "frontier.png", "partition.png")
+    plots = ["perplexity.png", "agreement.png", "rank_drift.png", "frontier.png", "partition.png"]
+    plots += [comparison.task_plot(name) for name in flags.tasks]
     make_folder(flags.out, "table.json", "table.md", "progress.jsonl", *plots)
     show_progress = sys.stderr.isatty() and not flags.quiet
     ready = prepared.prepare(flags, flags.compile, show_progress)

@@ -81,11 +81,22 @@ def setting_cell(one: Field[Any], row: dict[str, Any]) -> str:
         return ""
     if matters == "to skipping" and (exact_share(row["prefill_skip"]) == 0 or row["method"] == "skip-no-boundary"):
         return ""
-    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    if matters == "to thinning" and (
+        row["visual_tokens"] == "all" or (one.name == "visual_tokens_layer" and row["visual_tokens_by"] != "attention")
+    ):
+        return ""
+    if matters == "to layers" and row["method"] not in ("shortgpt", "finercut"):
+        return ""
+    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
 def share_right(task_set: str, tasks: Sequence[str], row: dict[str, Any]) -> str:
-    """Of the questions of these tasks together, and the standard error over questions."""
-    right, asked = (sum(row[task_set][key][task] for task in tasks) for key in ("right", "asked"))
+    share, error = right_answers(row[task_set], tasks)
+    return f"{share:.1%} ± {error:.1%}"
+
+
+def right_answers(found: dict[str, dict[str, int]], tasks: Sequence[str]) -> tuple[float, float]:
+    """The share of right answers to the questions of these tasks together, and its standard error over questions."""
+    right, asked = (sum(found[key][task] for task in tasks) for key in ("right", "asked"))
     share = right / asked
-    return f"{share:.1%} ± {math.sqrt(share * (1 - share) / max(1, asked - 1)):.1%}"
+    return share, math.sqrt(share * (1 - share) / max(1, asked - 1))

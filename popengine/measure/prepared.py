@@ -9,6 +9,8 @@ from popengine.engine import Engine
 from popengine.loading import load
 from popengine.measure.comparison import Configuration, configurations
 from popengine.measure.scoring import calibration_from
+from popengine.measure.task_calibration import calibration_of_tasks
+from popengine.measure.tasks import training_questions
 from popengine.methods.by_name import Request, check_method, pruning_for
 from popengine.methods.calibration import Calibration
 from weights.errors import InputError
@@ -27,9 +29,11 @@ def check_methods(flags: argparse.Namespace) -> None:
     """Says what is wrong with them and with their settings before anything is loaded."""
     for method in flags.methods:
         check_method(method)
-    configurations(flags, mixture=True)
+    configurations(flags, mixture=True, pictures=True)
     if len(flags.weights) > 1 and (flags.calibration or flags.save_calibration):
         raise InputError("a saved calibration is of one form of weights; give one --weights, or --calibration-text")
+    if flags.calibration_tasks is not None:
+        training_questions(flags.calibration_tasks, 1)
     if flags.save_calibration is not None:
         check_output(flags.save_calibration)
 
@@ -43,11 +47,13 @@ def prepare(flags: argparse.Namespace, compile: bool, show_progress: bool) -> Pr
         for form in flags.weights
     }
     calibrations = {
-        form: calibration_from(own, flags.calibration_text, flags.calibration, flags.save_calibration)
+        form: calibration_of_tasks(own, flags.calibration_tasks, flags.save_calibration) if flags.calibration_tasks
+        else calibration_from(own, flags.calibration_text, flags.calibration, flags.save_calibration)
         for form, own in engines.items()
     }
     prunings = {}
-    for one in configurations(flags, mixture=hasattr(engines[flags.weights[0]].model.config, "num_experts")):
+    first = engines[flags.weights[0]]
+    for one in configurations(flags, hasattr(first.model.config, "num_experts"), first.pictures.reads):
         own = engines[one.weights]
         request = Request(own.model, one.settings, calibrations[one.weights], flags.seed, own.resolve)
         prunings[one] = pruning_for(one.method, request)

@@ -25,7 +25,6 @@ from models.pruning.resolve import Pruning
 from models.pruning.settings import DENSE
 from models.reading import bytes_per_token
 from popengine.engine import Engine
-from popengine.methods.activations import embedded
 from popengine.methods.calibration import Calibration, calibrate, load_calibration, save_calibration
 from popengine.sampling import require_finite
 from popengine.text.tokenizer import TextTokenizer
@@ -237,7 +236,7 @@ def calibration_from(
     windows = cut_windows(text, engine.tokenizer, CALIBRATION_WINDOW // 2, CALIBRATION_WINDOW // 2, count)
     made_from = f"{text.name} ({text.digest}), {count} windows of {CALIBRATION_WINDOW} tokens"
     bar = tqdm(windows, desc="calibration", unit="window", disable=not engine.progress)
-    made = calibrate(engine.model, (embedded(engine.model, window.ids) for window in bar), made_from)
+    made = calibrate(engine.model, (window.ids for window in bar), made_from)
     if save_to is not None:
         save_calibration(made, save_to)
     return made
