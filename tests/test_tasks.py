@@ -1,5 +1,6 @@
 """The tasks command: what is asked and how it is scored, that it goes on where it was killed, programs under test."""
 
+import importlib
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_tasks
 import torch
+import write_tables
 from builders import exit_status, one_line_error
 from fetch_tasks import main as fetch
 
@@ -21,6 +23,7 @@ from popengine.measure.code_trials import passes
 from popengine.measure.scoring import Window, after_prompt, log_probabilities
 from popengine.measure.task_archive import DEFAULT_ARCHIVE, TASKS, Archive, Item
 from popengine.measure.task_metrics import exact_match, f1, f1_of_conversation, last_number, number_after
+from popengine.methods.by_name import check_method
 from popengine.sampling import Sampling
 from popengine.tasks import main
 from weights.errors import InputError
@@ -301,3 +304,31 @@ def test_dense_answers_are_those_of_the_harness_own_model(
     monkeypatch.setattr(against, "asked_of_harness", lambda model, task, items: [[-1.0, -9.0] for _ in items])
     assert against.main([*asked, "--tasks", "arc_easy"]) == 1
     assert "here, {" in capsys.readouterr().out
+
+
+def test_differences_are_taken_item_by_item(
+    flags: list[Any], archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_tables, "DEFAULT_ARCHIVE", archive)
+    asked = ["--tasks", "arc_easy", "coqa", "--methods", "dense", "pop", "frozen", "--ffn-ratio", 0.4, "--limit", 5]
+    assert status(*flags, *asked, "--out", tmp_path) == 0
+    head, rule, line, *rest = write_tables.differences(tmp_path, "pop")
+    assert line.startswith("| frozen r 0.4 | ") and rest == [""]
+    records = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()[1:]]
+    of = {method: {record["key"].partition(":")[0]: record for record in records if f'"{method}"' in record["key"]}
+          for method in ("pop", "frozen")}
+    items = {f"arc_easy {item.key}": item.right for item in Archive(archive).items("arc_easy", 5, 3)}
+    likelihoods = torch.tensor([of["frozen"][key]["answer"][right] - of["pop"][key]["answer"][right]
+                                for key, right in items.items()])
+    assert f"| {likelihoods.mean():+.2f} ± {likelihoods.std() / 5 ** 0.5:.2f} |" in line
+    assert "less pop" in head and rule.count("|") == 4
+
+
+def test_every_table_s_command_is_one(tmp_path: Path) -> None:
+    """Its flags are understood, and its tasks and methods are known."""
+    for table in write_tables.TABLES.values():
+        name, *words = (word.format(limit=1, text="x", calibration="y") for word in table.command)
+        parsed = importlib.import_module(f"popengine.{name}").parser().parse_args(
+            words if name == "bench" else [*words, "--out", str(tmp_path)]
+        )
+        assert name == "bench" or all(check_method(method) is None for method in parsed.methods)

@@ -40,16 +40,15 @@ class TaskRuns:
         total = len(self.prunings) * sum(map(len, self.items.values()))
         with tqdm(total=total, desc="tasks", unit="item", disable=not self.show_progress) as bar:
             for (name, items), (one, pruning) in itertools.product(self.items.items(), self.prunings.items()):
-                missing = [item for item in items if item_key(one, name, item) not in self.progress.records]
-                bar.update(len(items) - len(missing))
-                for batch in self.batches(TASKS[name], missing):
-                    records = answered(self.engines[one.weights], TASKS[name], batch, pruning)
-                    for item, record in zip(batch, records, strict=True):
+                for batch in self.batches(TASKS[name], items):
+                    missing = [item for item in batch if item_key(one, name, item) not in self.progress.records]
+                    records = answered(self.engines[one.weights], TASKS[name], missing, pruning) if missing else []
+                    for item, record in zip(missing, records, strict=True):
                         self.progress.add(item_key(one, name, item), record)
                     bar.update(len(batch))
 
     def batches(self, task: Task, items: list[Item]) -> list[list[Item]]:
-        """Prompts of like length together; choices one by one."""
+        """Prompts of like length together, the same ones after a kill; choices one by one."""
         size = self.batch_size if task.score else 1
         items = sorted(items, key=lambda item: -len(item.prompt))
         return [items[start : start + size] for start in range(0, len(items), size)]
