@@ -336,7 +336,7 @@ def test_what_cannot_be_is_said_in_one_line(
         with pytest.raises(InputError, match=words):
             pruning_for(method, request(model, calibration, **settings))
     with pytest.raises(InputError, match="leaves nothing of the 4 layers"):
-        pruning_for("shortgpt", request(model, calibration, ffn_ratio=0.999, head_ratio=0.5))
+        pruning_for("shortgpt", request(model, calibration, prune_ratio=0.95))
     mixture = saved_pair(tmp_path, MIXTRAL)[1]
     with pytest.raises(InputError, match="this model has experts"):
         pruning_for("probe-pruning", request(mixture, calibrate(mixture, TEXTS, "numbers")))
