@@ -170,6 +170,10 @@ class Comparison:
                 studies[f"share of steps that pick a candidate, {picked[0].label}"] = pick_figures(picked[1])
             if plots is not None:
                 about["plots"] = self.plot(rows, drifts, picked, plots)
+        if plots is not None:
+            for name in tasks:
+                load_plots().plot_tasks([one.label for one in self.prunings], rows, name, plots / task_plot(name))
+                about["plots"].append(task_plot(name))
         return {"about": about, "rows": rows, "studies": studies}
 
     def measure_text(self) -> None:
@@ -257,16 +261,8 @@ class Comparison:
         """The table."""
         records = self.progress.records
         rows = []
-        dense = bytes_per_token(self.engine.model, self.engine.resolve(DENSE))
         for one, pruning in self.prunings.items():
-            read = bytes_per_token(self.engines[one.weights].model, pruning)
-            row: dict[str, Any] = {
-                **one.fields(),
-                "ratio": pruning.ratio,
-                "ffn_ratio": pruning.ffn_ratio,
-                "weight_bytes_per_token": read,
-                "weight_share": read / dense,
-            }
+            row = row_of(one, pruning, self.engines)
             if self.windows:
                 summary = summarise([self.window_score(one, index) for index in range(len(self.windows))])
                 row |= {name: value if value == value else None for name, value in asdict(summary).items()}
@@ -361,6 +357,19 @@ class Comparison:
         return 0.1 if 0.1 in widths or not widths else widths[0]
 
 
+def row_of(one: Configuration, pruning: Pruning, engines: dict[str, Engine]) -> dict[str, Any]:
+    """What a table says of a configuration without measuring it; the dense model is that of the first engine."""
+    first = next(iter(engines.values()))
+    read = bytes_per_token(engines[one.weights].model, pruning)
+    return {
+        **one.fields(),
+        "ratio": pruning.ratio,
+        "ffn_ratio": pruning.ffn_ratio,
+        "weight_bytes_per_token": read,
+        "weight_share": read / bytes_per_token(first.model, first.resolve(DENSE)),
+    }
+
+
 def text_key(one: Configuration, window: int) -> str:
     return f"window {window}: {json.dumps(one.fields())}"
 
@@ -412,6 +421,11 @@ def usual_of(settings: PruningSettings) -> tuple[object, ...]:
     return tuple(getattr(settings, one.name) for one in compared_fields() if one.name not in shown)
 
 
+def task_plot(task_set: str) -> str:
+    """Its file."""
+    return f"tasks_{task_set}.png"
+
+
 def load_plots() -> ModuleType:
     """The drawing module, only when something is drawn: it needs matplotlib, and says so where that is missing."""
     return importlib.import_module("popengine.measure.plots")
@@ -421,15 +435,22 @@ def identity_of(
     flags: argparse.Namespace, engines: dict[str, Engine], text: Text | None, calibration: Calibration | None
 ) -> dict[str, Any]:
     """What must be the same for measurements to stand side by side."""
-    engine = engines[flags.weights[0]]
     return {
-        "checkpoint": "default" if flags.ckpt is None else Path(flags.ckpt).name,
-        "model": fingerprint(engine.model),
         "text": None if text is None else f"{text.name} ({text.digest})",
         "prompt_tokens": None if text is None else flags.prompt_tokens,
         "score_tokens": None if text is None else flags.score_tokens,
         "windows": None if text is None else flags.windows,
         "questions": flags.questions if flags.tasks else None,
+    } | identity_of_model(flags, engines, calibration)
+
+
+def identity_of_model(
+    flags: argparse.Namespace, engines: dict[str, Engine], calibration: Calibration | None
+) -> dict[str, Any]:
+    engine = engines[flags.weights[0]]
+    return {
+        "checkpoint": "default" if flags.ckpt is None else Path(flags.ckpt).name,
+        "model": fingerprint(engine.model),
         "seed": flags.seed,
         "calibration": None if calibration is None else calibration.made_from,
         "dtype": ", ".join(dict.fromkeys(str(one.dtype).removeprefix("torch.") for one in engines.values())),
