@@ -32,8 +32,9 @@ from models.pruning.left_out import HALVES, Half, read_halves
 from models.pruning.resolve import share_of_halves
 from models.pruning.settings import PruningSettings
 from models.reading import bytes_per_token, layer_weights
-from popengine import score
+from popengine import compare, score
 from popengine.loading import load
+from popengine.measure.comparison import configurations
 from popengine.measure.scoring import calibration_from
 from popengine.methods.by_name import Request, pruning_for
 from popengine.methods.calibration import Calibration, calibrate, load_calibration, save_calibration
@@ -355,3 +356,11 @@ def test_score_takes_a_saved_calibration(tmp_path: Path, capsys: pytest.CaptureF
     assert "is calibrated on a text" in one_line_error(score.main, capsys, *common[:-1], "--method", "tyr")
     engine = load(folder)
     assert calibration_from(engine, None, saved, None) is not None
+
+
+def test_compare_gives_no_setting_to_layers_alone_that_channels_would_need() -> None:
+    words = "--out x --methods pop shortgpt --layer-share 1 0.5 --candidate-width 0.1 0.4".split()
+    made = configurations(compare.parser().parse_args(words), mixture=False, pictures=False)
+    assert [(one.method, one.settings.layer_share, one.settings.candidate_width) for one in made] == [
+        ("pop", 1.0, 0.1), ("pop", 1.0, 0.4), ("shortgpt", 1.0, 0.1), ("shortgpt", 0.5, 0.1), ("shortgpt", 0.5, 0.4)
+    ]
