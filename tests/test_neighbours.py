@@ -359,7 +359,8 @@ def test_score_takes_a_saved_calibration(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_compare_gives_no_setting_to_layers_alone_that_channels_would_need() -> None:
-    words = "--out x --methods pop shortgpt --layer-share 1 0.5 --candidate-width 0.1 0.4".split()
+    words = ["--out", "x", "--methods", "pop", "shortgpt", "--layer-share", "1", "0.5"]
+    words += ["--candidate-width", "0.1", "0.4"]
     made = configurations(compare.parser().parse_args(words), mixture=False, pictures=False)
     assert [(one.method, one.settings.layer_share, one.settings.candidate_width) for one in made] == [
         ("pop", 1.0, 0.1), ("pop", 1.0, 0.4), ("shortgpt", 1.0, 0.1), ("shortgpt", 0.5, 0.1), ("shortgpt", 0.5, 0.4)
