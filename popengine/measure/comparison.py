@@ -20,7 +20,15 @@ import torch
 from tqdm import tqdm
 
 from models.pruning.resolve import Pruning
-from models.pruning.settings import DENSE, RULE_NAMES, WIDTH_RULES, PruningSettings, compared_fields, exact_share
+from models.pruning.settings import (
+    DENSE,
+    LAYER_METHODS,
+    RULE_NAMES,
+    WIDTH_RULES,
+    PruningSettings,
+    compared_fields,
+    exact_share,
+)
 from models.reading import bytes_per_token
 from popengine import __version__
 from popengine.engine import Engine
@@ -83,7 +91,6 @@ class Configuration:
 FOLLOW_THE_PROMPT = (*RULE_NAMES, "frozen")
 # What only prompts tell from the dense model.
 SKIPPING = ("prefill-only", "skip-first", "skip-evenly", "skip-no-boundary", "skip-no-keys", "visual-tokens")
-LEAVING_OUT = ("shortgpt", "finercut")
 
 
 def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> list[Configuration]:
@@ -97,7 +104,7 @@ def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> 
         if method == "dense":
             made[Configuration("dense", DENSE, form)] = None
             continue
-        leaves_out = method in LEAVING_OUT              # whose channels the rule pop may cut besides
+        leaves_out = method in LAYER_METHODS            # whose channels the rule pop may cut besides
         follows = method in FOLLOW_THE_PROMPT or leaves_out
         matter = {
             "to all": True, "to widths": method in WIDTH_RULES or leaves_out, "to rules": method in RULE_NAMES,

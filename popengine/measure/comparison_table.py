@@ -6,7 +6,7 @@ from dataclasses import Field
 from functools import partial
 from typing import Any
 
-from models.pruning.settings import WIDTH_RULES, compared_fields, exact_share
+from models.pruning.settings import LAYER_METHODS, WIDTH_RULES, compared_fields, exact_share
 
 Column = Callable[[dict[str, Any]], str]
 
@@ -85,7 +85,7 @@ def setting_cell(one: Field[Any], row: dict[str, Any]) -> str:
         row["visual_tokens"] == "all" or (one.name == "visual_tokens_layer" and row["visual_tokens_by"] != "attention")
     ):
         return ""
-    if matters == "to layers" and row["method"] not in ("shortgpt", "finercut"):
+    if matters == "to layers" and row["method"] not in LAYER_METHODS:
         return ""
     return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
