@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from models.pruning.resolve import Pruning
 from popengine.engine import Engine
-from popengine.measure.picture_tasks import picture_questions
+from popengine.measure.picture_tasks import KINDS, picture_questions
 from popengine.measure.text_tasks import TASKS, held_out_prompts
 from popengine.pictures.images import ImageSource
 from weights.errors import InputError
@@ -40,8 +40,7 @@ def text_questions(count: int, seed: int) -> list[Question]:
 
 def questions_about_pictures(count: int, seed: int) -> list[Question]:
     """`count` of every kind."""
-    kinds = ("colour", "shape", "count", "place", "presence", "list")
-    asked = picture_questions(count * len(kinds), seed, "held-out", kinds)
+    asked = picture_questions(count * len(KINDS), seed)
     return [Question(one.kind, one.question, one.answer, (one.picture(),)) for one in asked]
 
 
