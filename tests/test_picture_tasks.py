@@ -7,12 +7,11 @@ import pytest
 from popengine.measure.picture_tasks import (
     COLOURS,
     KINDS,
+    SHAPES,
+    SIDE,
     Scene,
     Shape,
     ask,
-    ask_count,
-    ask_list,
-    ask_place,
     draw,
     picture_questions,
     random_scene,
@@ -38,32 +37,64 @@ def test_no_held_out_scene_is_ever_drawn_in_training() -> None:
 
 
 def test_kinds_come_in_turn_and_every_answer_is_right_for_itself_only() -> None:
-    questions = picture_questions(60, seed=0)
-    assert [question.kind for question in questions[:6]] == list(KINDS)
+    questions = picture_questions(10 * len(KINDS), seed=0)
+    assert [question.kind for question in questions[: len(KINDS)]] == list(KINDS)
     assert all(question.is_right(f" {question.answer}\n") for question in questions)
     assert not questions[0].is_right(questions[0].answer + " No.")
-    assert {question.kind for question in picture_questions(4, seed=0, kinds=["count", "list"])} == {"count", "list"}
+    assert {question.kind for question in picture_questions(4, seed=0, kinds=["rows", "list"])} == {"rows", "list"}
 
 
-def test_answers_say_what_the_scene_holds() -> None:
-    scene = Scene((Shape("circle", "red", 0, 0), Shape("star", "orange", 1, 1), Shape("star", "orange", 2, 1)))
-    assert ask_list(scene, Random(0))[1] == "I see a red circle, an orange star and an orange star."
-    answers = {ask_count(scene, Random(seed))[1] for seed in range(200)}
-    assert {"There are three shapes.", "There are two stars.", "There is one circle."} <= answers
-    assert "There are no crosses." in answers
-    # The star is there twice, so only the circle's place is a question.
-    assert {ask_place(scene, Random(seed)) and ask_place(scene, Random(seed))[1] for seed in range(9)} == {
-        "The red circle is at the top left."
-    }
-    assert ask(Scene((Shape("star", "red", 0, 0),) * 2), "colour", Random(0)) is None
+SCENE = Scene((Shape("circle", "red", 0, 0), Shape("star", "orange", 1, 1), Shape("cross", "red", 1, 5)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        ("list", "I see a red circle, an orange star and a red cross: three shapes in all."),
+        ("rows", "Row one has a red circle; row two has an orange star and a red cross."),
+        ("places", "The red circle is in row one column one; the orange star is in row two column two; "
+                   "the red cross is in row two column six."),
+        ("kinds", "The circle is red, the star is orange and the cross is red, "
+                  "which makes one circle, one star and one cross."),
+        ("most", "A circle and a cross are red and a star is orange; "
+                 "two red and one orange makes red the most frequent."),
+        ("likeness", "The red circle looks like a tomato, the orange star looks like a lily "
+                     "and the red cross looks like a bandage."),
+        ("languages", "I see a red circle, an orange star and a red cross. "
+                      "Ich sehe einen roten Kreis, einen orangefarbenen Stern und ein rotes Kreuz. "
+                      "Je vois un cercle rouge, une étoile orange et une croix rouge."),
+    ],
+)
+def test_answers_say_what_the_scene_holds(kind: str, answer: str) -> None:
+    question = ask(SCENE, kind, Random(0))
+    assert question is not None
+    assert question.answer == answer
+
+
+def test_reasons_come_before_conclusions() -> None:
+    found = [question.answer for seed in range(200) if (question := ask(SCENE, "compare", Random(seed)))]
+    reason = "The red circle is in row one and the red cross is in row two, so the "
+    assert {f"{reason}red circle is further up.", f"{reason}red cross is further down."} <= set(found)
+    assert not any("row two and the red cross is in row two" in answer for answer in found)     # neither is further
+    found = [question.answer for seed in range(200) if (question := ask(SCENE, "presence", Random(seed)))]
+    assert "I see an orange star in row two, so yes, there is an orange star." in found
+    assert "I see a red cross in row two, so no, there is no blue cross." in found
+    assert any(answer.startswith("I see no square, so no, there is no ") for answer in found)
+
+
+def test_a_question_without_a_single_answer_is_not_asked() -> None:
+    two_each = Scene((*SCENE.shapes, Shape("square", "orange", 2, 2)))
+    assert ask(two_each, "most", Random(0)) is None
+    assert ask(Scene((Shape("star", "red", 0, 0), Shape("star", "blue", 0, 1))), "most", Random(0)) is None
 
 
 def test_a_shape_is_painted_in_its_colour_in_its_cell() -> None:
-    for kind in ("circle", "square", "triangle", "star", "cross"):
-        picture = draw(Scene((Shape(kind, "blue", 1, 2),)), size=96)
-        assert picture.size == (96, 96)
-        assert picture.getpixel((80, 48)) == COLOURS["blue"]
-        assert picture.getpixel((16, 48)) == (255, 255, 255)
+    cell = 16
+    for kind in SHAPES:
+        picture = draw(Scene((Shape(kind, "blue", 1, 2),)), size=cell * SIDE)
+        assert picture.size == (cell * SIDE, cell * SIDE)
+        assert picture.getpixel((2 * cell + 8, cell + 8)) == COLOURS["blue"]
+        assert picture.getpixel((cell + 8, cell + 8)) == (255, 255, 255)
 
 
 def test_unknown_split_and_kind_are_named() -> None:

@@ -1,13 +1,16 @@
-"""Picture questions with exact answers: coloured shapes on a 3 x 3 grid, drawn with Pillow from a seed.
+"""Picture questions with exact answers: coloured shapes on a 6 x 6 grid, drawn with Pillow from a seed.
 
 The small vision-language checkpoint is trained on them (tools/train_llava.py) and pruned answers are scored on them.
+Answers are sentences of 15 to 60 tokens that name what they follow from before they conclude. Some need what no picture
+shows: words of other languages, and what each shape looks like.
 A scene is *held out* by a hash of what is in it (which shape, which colour, which cell), so no scene of the held-out
 split is ever drawn in training, not even with another background, size or position inside the cell.
 """
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -15,8 +18,8 @@ from PIL import Image, ImageDraw
 
 from weights.errors import InputError
 
-KINDS = ("colour", "shape", "count", "place", "presence", "list")
 SPLITS = ("train", "held-out")
+SIDE = 6  # cells of the grid; the checkpoint's tower has a patch for each
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLOURS = {
     "red": (220, 40, 40),
@@ -27,14 +30,35 @@ COLOURS = {
     "orange": (245, 135, 30),
 }
 BACKGROUNDS = ((255, 255, 255), (225, 225, 220), (205, 220, 230), (90, 90, 95), (25, 25, 30))
-PLACES = (
-    ("at the top left", "at the top", "at the top right"),
-    ("on the left", "in the middle", "on the right"),
-    ("at the bottom left", "at the bottom", "at the bottom right"),
-)
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
-MOST_SHAPES = 5
+FEWEST_SHAPES, MOST_SHAPES = 3, 6
 HELD_OUT_SHARE = 8  # one scene in eight
+
+# In the order of SHAPES.
+LIKENESSES = {
+    "red": ("tomato", "brick", "roof", "starfish", "bandage"),
+    "green": ("melon", "hedge", "fir", "leaf", "cactus"),
+    "blue": ("balloon", "pool", "sail", "snowflake", "windmill"),
+    "yellow": ("lemon", "sponge", "beak", "sunflower", "key"),
+    "purple": ("plum", "curtain", "tent", "thistle", "butterfly"),
+    "orange": ("pumpkin", "carpet", "carrot", "lily", "lobster"),
+}
+# With the article that decides how the colour ends.
+GERMAN_SHAPES = {
+    "circle": ("einen", "Kreis"), "square": ("ein", "Quadrat"), "triangle": ("ein", "Dreieck"),
+    "star": ("einen", "Stern"), "cross": ("ein", "Kreuz"),
+}  # fmt: skip
+GERMAN_COLOURS = {
+    "red": "rot", "green": "grün", "blue": "blau", "yellow": "gelb", "purple": "violett", "orange": "orangefarben"
+}  # fmt: skip
+FRENCH_SHAPES = {
+    "circle": ("un", "cercle"), "square": ("un", "carré"), "triangle": ("un", "triangle"),
+    "star": ("une", "étoile"), "cross": ("une", "croix"),
+}  # fmt: skip
+FRENCH_COLOURS = {
+    "red": ("rouge", "rouge"), "green": ("vert", "verte"), "blue": ("bleu", "bleue"),
+    "yellow": ("jaune", "jaune"), "purple": ("violet", "violette"), "orange": ("orange", "orange"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,11 +100,149 @@ class PictureQuestion:
     question: str
     answer: str
 
-    def picture(self, size: int = 96) -> Image.Image:
+    def picture(self, size: int = 144) -> Image.Image:
         return draw(self.scene, size)
 
     def is_right(self, answer: str) -> bool:
         return answer.strip() == self.answer
+
+
+def random_scene(random: Random, split: str) -> Scene:
+    """Three to six different shapes in cells of their own, of few kinds and colours so that they make groups."""
+    while True:
+        kinds = random.sample(SHAPES, random.randint(2, 4))
+        colours = random.sample(list(COLOURS), random.randint(2, 4))
+        names = [(kind, colour) for kind in kinds for colour in colours]
+        count = random.randint(FEWEST_SHAPES, min(MOST_SHAPES, len(names)))
+        cells = sorted(random.sample(range(SIDE * SIDE), count))
+        shapes = tuple(
+            Shape(
+                kind=kind,
+                colour=colour,
+                row=cell // SIDE,
+                column=cell % SIDE,
+                radius=random.uniform(0.32, 0.42),
+                right=random.uniform(-0.08, 0.08),
+                down=random.uniform(-0.08, 0.08),
+            )
+            for cell, (kind, colour) in zip(cells, random.sample(names, count), strict=True)
+        )
+        scene = Scene(shapes, random.choice(BACKGROUNDS))
+        if scene.held_out == (split == "held-out"):
+            return scene
+
+
+def ask(scene: Scene, kind: str, random: Random) -> PictureQuestion | None:
+    """A question of this kind about the scene, or None where it would have no single answer."""
+    question_and_answer = ASKING[kind](scene, random)
+    return PictureQuestion(kind, scene, *question_and_answer) if question_and_answer else None
+
+
+def ask_list(scene: Scene, random: Random) -> tuple[str, str]:
+    question = random.choice(
+        ["What is in the picture?", "What do you see?", "Describe the picture.", "List the shapes."]
+    )
+    listed = joined(with_article(shape.name) for shape in scene.shapes)
+    return question, f"I see {listed}: {NUMBERS[len(scene.shapes)]} shapes in all."
+
+
+def ask_rows(scene: Scene, random: Random) -> tuple[str, str]:
+    question = random.choice(["What is in each row?", "Describe the picture row by row.", "Go through the rows."])
+    rows = (
+        f"row {NUMBERS[row + 1]} has {joined(with_article(shape.name) for shape in scene.shapes if shape.row == row)}"
+        for row in sorted({shape.row for shape in scene.shapes})
+    )
+    return question, sentence("; ".join(rows))
+
+
+def ask_places(scene: Scene, random: Random) -> tuple[str, str]:
+    question = random.choice(["Where is each shape?", "Where are the shapes?", "Say where everything is."])
+    places = (f"the {shape.name} is in {row_of(shape)} {column_of(shape)}" for shape in scene.shapes)
+    return question, sentence("; ".join(places))
+
+
+def ask_kinds(scene: Scene, random: Random) -> tuple[str, str]:
+    question = random.choice(["How many shapes of each kind are there?", "Count the kinds.", "How many of each shape?"])
+    groups = [(kind, [shape.colour for shape in scene.shapes if shape.kind == kind]) for kind in SHAPES]
+    found = [(kind, colours) for kind, colours in groups if colours]
+    told = joined(f"the {plural(kind, len(colours))} {be(len(colours))} {joined(colours)}" for kind, colours in found)
+    counted = joined(f"{NUMBERS[len(colours)]} {plural(kind, len(colours))}" for kind, colours in found)
+    return question, sentence(f"{told}, which makes {counted}")
+
+
+def ask_most(scene: Scene, random: Random) -> tuple[str, str] | None:
+    question = random.choice(
+        ["Which colour is there most often?", "What is the most frequent color?", "Count the colours."]
+    )
+    counts = Counter(shape.colour for shape in scene.shapes).most_common()
+    if len(counts) > 1 and counts[0][1] == counts[1][1]:
+        return None
+    groups = [(colour, [shape.kind for shape in scene.shapes if shape.colour == colour]) for colour in COLOURS]
+    found = [(colour, kinds) for colour, kinds in groups if kinds]
+    told = joined(f"{joined(map(with_article, kinds))} {be(len(kinds))} {colour}" for colour, kinds in found)
+    counted = joined(f"{NUMBERS[len(kinds)]} {colour}" for colour, kinds in found)
+    return question, sentence(f"{told}; {counted} makes {counts[0][0]} the most frequent")
+
+
+def ask_compare(scene: Scene, random: Random) -> tuple[str, str] | None:
+    word, place = random.choice([("left", column_of), ("right", column_of), ("up", row_of), ("down", row_of)])
+    one, other = random.sample(scene.shapes, 2)
+    if place(one) == place(other):
+        return None
+    across = word in ("left", "right")
+    first = (one.column < other.column if across else one.row < other.row) == (word in ("left", "up"))
+    question = f"Which is further {word}, the {one.name} or the {other.name}?"
+    reason = f"the {one.name} is in {place(one)} and the {other.name} is in {place(other)}"
+    return question, sentence(f"{reason}, so the {(one if first else other).name} is further {word}")
+
+
+def ask_presence(scene: Scene, random: Random) -> tuple[str, str]:
+    names = {shape.name for shape in scene.shapes}
+    absent = [f"{colour} {kind}" for colour in COLOURS for kind in SHAPES if f"{colour} {kind}" not in names]
+    # Most of the absent ones share a shape with something present, so that the shape alone does not give it away.
+    near = [name for name in absent if any(name.split()[1] == shape.kind for shape in scene.shapes)]
+    there = random.random() < 0.5
+    name = random.choice(sorted(names)) if there else random.choice(near if near and random.random() < 0.8 else absent)
+    kind = name.split()[1]
+    alike = [f"{with_article(shape.name)} in {row_of(shape)}" for shape in scene.shapes if shape.kind == kind]
+    question = random.choice(["Is there {}?", "Do you see {}?", "Is {} in the picture?"]).format(with_article(name))
+    verdict = f"yes, there is {with_article(name)}" if there else f"no, there is no {name}"
+    return question, f"I see {joined(alike) if alike else f'no {kind}'}, so {verdict}."
+
+
+def ask_likeness(scene: Scene, random: Random) -> tuple[str, str]:
+    question = random.choice(["What do the shapes look like?", "What could each shape be?", "What are they like?"])
+    told = (
+        f"the {shape.name} looks like {with_article(LIKENESSES[shape.colour][SHAPES.index(shape.kind)])}"
+        for shape in scene.shapes
+    )
+    return question, sentence(joined(told))
+
+
+def ask_languages(scene: Scene, random: Random) -> tuple[str, str] | None:
+    if len(scene.shapes) > 4:
+        return None
+    question = random.choice(
+        ["Say it in three languages.", "Describe it in three languages.", "Tell the languages apart."]
+    )
+    english = joined(with_article(shape.name) for shape in scene.shapes)
+    german = joined(map(in_german, scene.shapes), "und")
+    french = joined(map(in_french, scene.shapes), "et")
+    return question, f"I see {english}. Ich sehe {german}. Je vois {french}."
+
+
+ASKING = {
+    "list": ask_list,
+    "rows": ask_rows,
+    "places": ask_places,
+    "kinds": ask_kinds,
+    "most": ask_most,
+    "compare": ask_compare,
+    "presence": ask_presence,
+    "likeness": ask_likeness,
+    "languages": ask_languages,
+}
+KINDS = tuple(ASKING)
 
 
 def picture_questions(
@@ -102,124 +264,49 @@ def picture_questions(
     return questions
 
 
-def random_scene(random: Random, split: str) -> Scene:
-    """One to five shapes in cells of their own, with few kinds and colours so that counting is worth a question."""
-    while True:
-        kinds = random.sample(SHAPES, random.randint(1, 4))
-        colours = random.sample(list(COLOURS), random.randint(1, 5))
-        cells = sorted(random.sample(range(9), random.randint(1, MOST_SHAPES)))
-        shapes = tuple(
-            Shape(
-                kind=random.choice(kinds),
-                colour=random.choice(colours),
-                row=cell // 3,
-                column=cell % 3,
-                radius=random.uniform(0.30, 0.40),
-                right=random.uniform(-0.08, 0.08),
-                down=random.uniform(-0.08, 0.08),
-            )
-            for cell in cells
-        )
-        scene = Scene(shapes, random.choice(BACKGROUNDS))
-        if scene.held_out == (split == "held-out"):
-            return scene
+def row_of(shape: Shape) -> str:
+    return f"row {NUMBERS[shape.row + 1]}"
 
 
-def ask(scene: Scene, kind: str, random: Random) -> PictureQuestion | None:
-    """A question of this kind about the scene, or None where it would have no single answer."""
-    question_and_answer = ASKING[kind](scene, random)
-    return PictureQuestion(kind, scene, *question_and_answer) if question_and_answer else None
+def column_of(shape: Shape) -> str:
+    return f"column {NUMBERS[shape.column + 1]}"
 
 
-def ask_colour(scene: Scene, random: Random) -> tuple[str, str] | None:
-    alone = [shape for shape in scene.shapes if sum(other.kind == shape.kind for other in scene.shapes) == 1]
-    if not alone:
-        return None
-    shape = random.choice(alone)
-    question = random.choice(
-        ["What colour is the {}?", "What color is the {}?", "Which colour is the {}?", "Which color does the {} have?"]
-    )
-    return question.format(shape.kind), f"The {shape.kind} is {shape.colour}."
+def in_german(shape: Shape) -> str:
+    article, noun = GERMAN_SHAPES[shape.kind]
+    return f"{article} {GERMAN_COLOURS[shape.colour]}{'en' if article == 'einen' else 'es'} {noun}"
 
 
-def ask_shape(scene: Scene, random: Random) -> tuple[str, str] | None:
-    alone = [shape for shape in scene.shapes if sum(other.colour == shape.colour for other in scene.shapes) == 1]
-    if not alone:
-        return None
-    shape = random.choice(alone)
-    question = random.choice(["What shape is {}?", "Which shape is {}?", "What is the {} shape?"])
-    return question.format(shape.colour), f"The {shape.colour} shape is a {shape.kind}."
-
-
-def ask_count(scene: Scene, random: Random) -> tuple[str, str]:
-    what = random.choice(["any", "kind", "colour"])
-    if what == "any":
-        noun, count = "shape", len(scene.shapes)
-    elif what == "kind":
-        # Three times in four something that is there: "none" would be too good a guess otherwise.
-        noun = random.choice(scene.shapes).kind if random.random() < 0.75 else random.choice(SHAPES)
-        count = sum(shape.kind == noun for shape in scene.shapes)
-    else:
-        colour = random.choice(scene.shapes).colour if random.random() < 0.75 else random.choice(list(COLOURS))
-        noun, count = f"{colour} shape", sum(shape.colour == colour for shape in scene.shapes)
-    plural = plural_of(noun)
-    question = random.choice(["How many {} are there?", "How many {} do you see?", "How many {} are in the picture?"])
-    answer = f"There is one {noun}." if count == 1 else f"There are {NUMBERS[count]} {plural}."
-    return question.format(plural), answer
-
-
-def ask_place(scene: Scene, random: Random) -> tuple[str, str] | None:
-    alone = [shape for shape in scene.shapes if sum(other.name == shape.name for other in scene.shapes) == 1]
-    if not alone:
-        return None
-    shape = random.choice(alone)
-    question = random.choice(["Where is the {}?", "Where do you see the {}?", "Where in the picture is the {}?"])
-    return question.format(shape.name), f"The {shape.name} is {PLACES[shape.row][shape.column]}."
-
-
-def ask_presence(scene: Scene, random: Random) -> tuple[str, str]:
-    names = {shape.name for shape in scene.shapes}
-    absent = [f"{colour} {kind}" for colour in COLOURS for kind in SHAPES if f"{colour} {kind}" not in names]
-    # Half of the absent ones share a shape or a colour with something present, so that neither alone gives it away.
-    near = [name for name in absent if any(set(name.split()) & set(there.split()) for there in names)]
-    there = random.random() < 0.5
-    name = random.choice(sorted(names)) if there else random.choice(near if near and random.random() < 0.5 else absent)
-    question = random.choice(["Is there {}?", "Do you see {}?", "Is {} in the picture?"])
-    answer = f"Yes, there is {with_article(name)}." if there else f"No, there is no {name}."
-    return question.format(with_article(name)), answer
-
-
-def ask_list(scene: Scene, random: Random) -> tuple[str, str]:
-    names = [with_article(shape.name) for shape in scene.shapes]
-    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    question = random.choice(
-        ["What is in the picture?", "What do you see?", "Describe the picture.", "List the shapes."]
-    )
-    return question, f"I see {listed}."
-
-
-ASKING = {
-    "colour": ask_colour,
-    "shape": ask_shape,
-    "count": ask_count,
-    "place": ask_place,
-    "presence": ask_presence,
-    "list": ask_list,
-}
+def in_french(shape: Shape) -> str:
+    article, noun = FRENCH_SHAPES[shape.kind]
+    return f"{article} {noun} {FRENCH_COLOURS[shape.colour][article == 'une']}"
 
 
 def with_article(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
-def plural_of(noun: str) -> str:
-    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
+def plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
-def draw(scene: Scene, size: int = 96) -> Image.Image:
+def be(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def joined(parts: Iterable[str], word: str = "and") -> str:
+    *most, last = parts
+    return f"{', '.join(most)} {word} {last}" if most else last
+
+
+def sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def draw(scene: Scene, size: int = 144) -> Image.Image:
     """The scene as a square RGB picture of `size` pixels: drawn four times larger and reduced, for smooth edges."""
     large = 4 * size
-    cell = large / 3
+    cell = large / SIDE
     picture = Image.new("RGB", (large, large), scene.background)
     pen = ImageDraw.Draw(picture)
     for shape in scene.shapes:

@@ -41,8 +41,7 @@ def text_questions(count: int, seed: int) -> list[Question]:
 
 def questions_about_pictures(count: int, seed: int) -> list[Question]:
     """`count` of every kind."""
-    kinds = ("colour", "shape", "count", "place", "presence", "list")
-    asked = picture_questions(count * len(kinds), seed, "held-out", kinds)
+    asked = picture_questions(count * len(KINDS), seed)
     return [Question(one.kind, one.question, one.answer, (one.picture(),)) for one in asked]
 
 
