@@ -25,10 +25,10 @@ class ActiveHeads:
     so that one product gives all three.
     """
 
-    def __init__(self, attention: Any, rule: POP, blind: bool = False) -> None:
+    def __init__(self, attention: Any, rule: POP, blind: bool = False, thin: bool = False) -> None:
         groups, heads = attention.head_groups, attention.heads // attention.head_groups
         device = attention.q_proj.weight.device
-        self.view = View(attention.window, blind)
+        self.view = View(attention.window, blind, thin)
         self.sizes = rule.head_sizes(heads)
         self.prunes = self.sizes.prunes
         self.partition = undecided(self.sizes, (groups,), device)

@@ -91,8 +91,8 @@ class Attention(nn.Module):
     def prefill(self, x: Tensor, keys: Tensor, values: Tensor, active: ActiveHeads, step: PrefillPass) -> Tensor:
         """Run the prompt and write its keys and values to the cache, [B, K, S, D]. x [B, T, H] -> [B, T, H]"""
         q, k, v = (active.in_cache(part) for part in self.queries_keys_values(x, active.whole, step, active.view))
-        keys.index_copy_(2, step.slots, k)                                          # [B, K, T, D]
-        values.index_copy_(2, step.slots, v)
+        keys.index_copy_(2, step.slots[active.view], k)                             # [B, K, T, D]
+        values.index_copy_(2, step.slots[active.view], v)
         a = active.in_model(step.attend(q, k, v, keys, values, active.view, self.scale)).flatten(2)     # [B, T, N D]
         if step.observe is not None:
             step.observe(self, a, step.rows, None, None)
@@ -114,14 +114,15 @@ class Attention(nn.Module):
         )
         if self.k_norm is not None:
             k = self.k_norm(k)
-        keys.index_copy_(2, step.slots, active.in_cache(rotate(k, *step.turns[active.view])))
-        values.index_copy_(2, step.slots, active.in_cache(v))
+        slots = step.slots[active.view]                                             # [T]
+        keys.index_copy_(2, slots, active.in_cache(rotate(k, *step.turns[active.view])))
+        values.index_copy_(2, slots, active.in_cache(v))
 
     def decode(self, x: Tensor, keys: Tensor, values: Tensor, active: ActiveHeads, step: DecodePass) -> Tensor:
         """Run rows: add their keys and values to the cache, attend with the resident heads. x [B, T, H]"""
         q, k, v = self.queries_keys_values(x, active.qkv, step, active.view)        # [B, A, T, D], [B, K, T, D]
-        keys.index_copy_(2, step.slots, active.in_cache(k))
-        values.index_copy_(2, step.slots, active.in_cache(v))
+        keys.index_copy_(2, step.slots[active.view], active.in_cache(k))
+        values.index_copy_(2, step.slots[active.view], active.in_cache(v))
         a = attend_cache(q, *active.in_use(keys, values), step.masks[active.view], self.scale)      # [B, T, A, D]
         if active.sizes.decides:
             a = self.drop_losing_heads(a, active, step)

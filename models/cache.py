@@ -3,7 +3,10 @@
 B batch, K key/value heads, S slots (capacity), D head size, T prompt tokens.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -14,15 +17,19 @@ class KVCache:
     length serves them all. That length is kept twice: `length`, a tensor on the device, is what a decode step
     computes with (nothing in a step depends on a Python number, so its shapes are static); `filled` is the same
     number for the host.
+
+    Where rows of pictures are left out (models/visual_tokens.py), some layers have fewer slots, `thin_capacity`:
+    `left_out` of those that are filled are missing there, and `places` says which stands for which.
     """
 
     def __init__(
-        self, layers: int, batch: int, heads: int, capacity: int, head_dim: int,
+        self, sizes: Sequence[int], batch: int, heads: int, capacity: int, thin_capacity: int, head_dim: int,
         dtype: torch.dtype, device: torch.device,
     ) -> None:
+        """sizes: slots of each layer: `capacity`, `thin_capacity`, or none where its attention does not run"""
         def buffers() -> list[Tensor]:
             # Zeros, not empty: unfilled slots get weight 0 in attention, and 0 * NaN would still be NaN.
-            return [torch.zeros(batch, heads, capacity, head_dim, dtype=dtype, device=device) for _ in range(layers)]
+            return [torch.zeros(batch, heads, size, head_dim, dtype=dtype, device=device) for size in sizes]
 
         self.keys = buffers()                                               # per layer [B, K, S, D]
         self.values = buffers()                                             # per layer [B, K, S, D]
@@ -33,6 +40,9 @@ class KVCache:
         self.rope_delta = torch.zeros(batch, 1, dtype=torch.int64, device=device)   # [B, 1] of what follows pictures
         self.slots = torch.arange(capacity, device=device)                  # [S]
         self.passed_by = torch.zeros(1, dtype=torch.int64, device=device)   # [1] the first slots, in skipped layers
+        self.left_out = torch.zeros(1, dtype=torch.int64, device=device)    # [1] slots, and the same for the host
+        self.missing = 0
+        self.places = torch.arange(thin_capacity, device=device).repeat(batch, 1)   # [B, S], -1: padding
 
     def start(self, prompt_slots: int, real: Tensor | None, rope_delta: Tensor | None = None) -> None:
         """Begin anew with a prompt of `prompt_slots` slots; real [B, T] is False where a slot is padding."""
@@ -40,6 +50,7 @@ class KVCache:
         self.filled = prompt_slots
         self.length.fill_(prompt_slots)
         self.passed_by.zero_()
+        self.leave_out(0, 0)
         if real is None:
             self.padding.zero_()
         else:
@@ -56,23 +67,40 @@ class KVCache:
         """Of the tokens of a text that fill these slots, int64 [T] -> [B, T]"""
         return slots - self.padding + self.rope_delta
 
+    @property
+    def thin_capacity(self) -> int:
+        return self.places.shape[1]
+
+    def leave_out(self, missing: int, kept: int) -> None:
+        """So many slots are missing from thin layers; after the first `kept` of those, which stand for what they stood
+        for, every further one is the next."""
+        self.missing = missing
+        self.left_out.fill_(missing)
+        self.places[:, kept:] = torch.arange(kept + missing, self.thin_capacity + missing, device=self.places.device)
+
     def go_back(self, slots: int) -> None:
-        """Forget what lies beyond the first `slots`."""
+        """Forget what lies beyond the first `slots`, of one sequence."""
+        if self.missing:
+            kept = int((self.places[0, : self.filled - self.missing] < slots).sum())
+            self.leave_out(slots - kept, kept)
         self.filled = slots
         self.length.fill_(slots)
 
     def grow(self, capacity: int) -> None:
         """To more slots, what is filled staying where it is. These are other tensors than before."""
+        more, of_thin = capacity - self.capacity, self.places
         for buffers in (self.keys, self.values):
             for index, old in enumerate(buffers):
-                buffers[index] = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-                buffers[index][:, :, : self.capacity] = old
+                buffers[index] = F.pad(old, (0, 0, 0, more if old.shape[2] else 0))     # 0: it does not attend
         self.capacity, self.slots = capacity, torch.arange(capacity, device=self.slots.device)
+        self.places = F.pad(of_thin, (0, more))
+        self.leave_out(self.missing, of_thin.shape[1])
 
     def make_room(self, rows: int = 1) -> None:
         """Before decode steps, on the host: fail instead of writing past the end."""
-        if self.filled + rows > self.capacity:
-            full = f"all {self.capacity} slots are taken"
+        capacity = min(self.capacity, self.thin_capacity + self.missing)
+        if self.filled + rows > capacity:
+            full = f"all {capacity} slots are taken"
             raise ValueError(f"the cache is full: {full if rows == 1 else f'{rows} more do not fit; {full} or nearly'}")
 
     def advance(self, rows: int = 1) -> None:

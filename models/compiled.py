@@ -33,7 +33,7 @@ class CompiledDecode:
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model
-        self.steps: dict[tuple[int, Pruning], float] = {}
+        self.steps: dict[tuple[int, Pruning, bool], float] = {}
         # Every step of the one function counts towards these limits, in every engine of the process.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
         layers = tuple(model.model.layers)
@@ -55,8 +55,10 @@ class CompiledDecode:
         """Have the steps of this state compiled, so that no step of a run waits for it; returns the seconds it took."""
         cache = state.cache
         torch._dynamo.mark_dynamic(cache.slots, 0)      # the capacity: one compiled step serves them all
+        torch._dynamo.mark_dynamic(cache.places, 1)
         for buffer in cache.keys + cache.values:
-            torch._dynamo.mark_dynamic(buffer, 2)
+            if buffer.numel():                          # else nothing attends to it
+                torch._dynamo.mark_dynamic(buffer, 2)
         if self.knows(state):
             return 0.0
         began = time.perf_counter()
@@ -107,9 +109,9 @@ class CompiledDecode:
         return torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)
 
 
-def step_of(state: DecodeState) -> tuple[int, Pruning]:
-    """What tells steps apart that are compiled."""
-    return len(state.live), state.pruning
+def step_of(state: DecodeState) -> tuple[int, Pruning, bool]:
+    """What tells steps apart that are compiled. Two capacities that are alike are one number to the compiler."""
+    return len(state.live), state.pruning, state.cache.capacity == state.cache.thin_capacity
 
 
 def compiler_problem(device: torch.device) -> str | None:

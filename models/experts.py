@@ -61,7 +61,10 @@ class ActiveExperts:
     """
 
     def __init__(self, mixture: "MixtureOfExperts", pruning: Pruning) -> None:
-        experts = len(mixture.experts)
+        left = None if pruning.experts is None else pruning.experts.of[mixture]
+        self.gate: Matrix = mixture.gate if left is None else left[0]
+        self.experts: Sequence[FeedForward] = mixture.experts if left is None else left[1]
+        experts = len(self.experts)
         self.pruning = pruning
         self.spares_unseen = pruning.rule.follows_prompt and pruning.settings.unseen_experts == "dense"
         self.copy_limit = experts
@@ -122,9 +125,9 @@ class ActiveExperts:
             active.draw(ffn, clock)
         return active
 
-    def draw_others(self, experts: Sequence[FeedForward], reached: list[int], clock: Clock) -> None:
+    def draw_others(self, reached: list[int], clock: Clock) -> None:
         """Draw the experts anew that a pass did not reach: earlier ones may have shown something of them."""
-        for ffn, active, rows in zip(experts, self.active, reached, strict=True):
+        for ffn, active, rows in zip(self.experts, self.active, reached, strict=True):
             if active is not None and not rows and active.follows_prompt:
                 active.draw(ffn, clock)
 
@@ -158,30 +161,32 @@ class MixtureOfExperts(nn.Module):
             self.shared_expert = FeedForward(hidden, shared_channels, act, bias=False)
             self.shared_expert_gate = Matrix(hidden, 1, bias=False)
 
-    def route(self, x: Tensor) -> Routing:
+    def route(self, x: Tensor, gate: Matrix | None = None) -> Routing:
         """Choose each token's experts: softmax over all of them, the best X, renormalised if the model does so.
 
-        x [M, H]
+        x [M, H]; gate [E, H], None: the model's own
         """
-        probabilities = self.gate(x).softmax(dim=-1, dtype=torch.float32)           # [M, E]
+        gate = self.gate if gate is None else gate
+        probabilities = gate(x).softmax(dim=-1, dtype=torch.float32)                # [M, E]
         weights, experts = probabilities.topk(self.experts_per_token, dim=-1)       # [M, X]
         if self.renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         order = experts.flatten().argsort(stable=True)                              # [M X]
-        counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()
+        counts = experts.flatten().bincount(minlength=gate.out_features).tolist()
         return Routing(probabilities, experts, weights, order, counts)
 
     def spread(
-        self, x: Tensor, routing: Routing, run: Callable[[int, FeedForward, Tensor], Tensor],
-        run_shared: Callable[[FeedForward], Tensor],
+        self, x: Tensor, routing: Routing, experts: Sequence[FeedForward],
+        run: Callable[[int, FeedForward, Tensor], Tensor], run_shared: Callable[[FeedForward], Tensor],
     ) -> Tensor:
         """Every token through the experts it was sent to, and through the shared one.
 
-        x [B, T, H]; run takes an expert's tokens, [n, H] -> [n, H]; run_shared gives [B, T, H]
+        x [B, T, H]; experts, those of the routing; run takes an expert's tokens, [n, H] -> [n, H]; run_shared gives
+        [B, T, H]
         """
         outputs = [
             run(index, expert, tokens) if len(tokens) else tokens
-            for index, (expert, tokens) in enumerate(zip(self.experts, routing.segments(x.flatten(0, 1)), strict=True))
+            for index, (expert, tokens) in enumerate(zip(experts, routing.segments(x.flatten(0, 1)), strict=True))
         ]
         y = routing.combine(outputs).view_as(x)
         if self.shared_expert is None:
@@ -194,14 +199,16 @@ class MixtureOfExperts(nn.Module):
 
     def run(self, x: Tensor, routing: Routing) -> Tensor:
         """The dense network under a routing that is known. x [B, T, H] -> [B, T, H]"""
-        return self.spread(x, routing, lambda _, expert, tokens: expert(tokens), lambda shared: shared(x))
+        return self.spread(x, routing, self.experts, lambda _, expert, own: expert(own), lambda shared: shared(x))
 
     def prefill(self, x: Tensor, active: ActiveExperts, step: PrefillPass) -> Tensor:
         """Run the prompt, deciding for each expert which channels stay from the tokens routed to it.
 
-        x [B, T, H] -> [B, T, H]
+        x [B, T, H] -> [B, T, H]. An observer is told the mixture and x.
         """
-        routing = self.route(x.flatten(0, 1))
+        if step.observe is not None:
+            step.observe(self, x, None, None, None)
+        routing = self.route(x.flatten(0, 1), active.gate)
         rows = routing.segments(torch.arange(len(routing.experts), device=x.device))            # E times [n]
         counted: Sequence[Tensor | None] = [None] * len(rows)
         tokens = routing.counts
@@ -215,14 +222,17 @@ class MixtureOfExperts(nn.Module):
             weights = active.of(index, expert) if step.draws else active.drawn(index, expert, step.clock)
             return expert.prefill(own[None], weights, part)[0]
 
-        y = self.spread(x, routing, run, lambda shared: shared.prefill(x, active.shared, step))  # type: ignore[arg-type]
+        y = self.spread(
+            x, routing, active.experts, run,
+            lambda shared: shared.prefill(x, active.shared, step),  # type: ignore[arg-type]
+        )
         if step.draws:
-            active.draw_others(self.experts, routing.counts, step.clock)
+            active.draw_others(routing.counts, step.clock)
         return y
 
     def decode(self, x: Tensor, active: ActiveExperts, step: DecodePass) -> Tensor:
         """Run rows on what stays of their experts. x [B, T, H] -> [B, T, H]"""
-        routing = self.route(x.flatten(0, 1))
+        routing = self.route(x.flatten(0, 1), active.gate)
         live = routing.segments(step.live.expand(x.shape[:2]).reshape(-1, 1))       # E times [n, 1]
 
         def run(index: int, expert: FeedForward, own: Tensor) -> Tensor:
@@ -230,4 +240,7 @@ class MixtureOfExperts(nn.Module):
             weights = active.drawn(index, expert, Clock(x.device))
             return expert.decode(own[:, None], weights, step.part(live[index]))[:, 0]
 
-        return self.spread(x, routing, run, lambda shared: shared.decode(x, active.shared, step))  # type: ignore[arg-type]
+        return self.spread(
+            x, routing, active.experts, run,
+            lambda shared: shared.decode(x, active.shared, step),  # type: ignore[arg-type]
+        )

@@ -159,6 +159,17 @@ class FeedForward(nn.Module):
             return self.down_proj(h)
         return active.down(take_columns(h, active.partition.resident))
 
+    def prefill_probed(self, x: Tensor, active: ActiveFeedForward, step: PrefillPass, probe: Tensor) -> Tensor:
+        """Run a prompt on the channels that few of its rows decide for (Probe Pruning, arXiv 2502.15618).
+
+        x [B, T, H]; probe int64 [n], rows of all sequences -> [B, T, H]
+        """
+        if active.follows_prompt:
+            with step.clock.phase("scores"):
+                active.evidence.add(self.activation(x.flatten(0, 1)[None, probe]), None, len(probe))
+            active.draw(self, step.clock)
+        return active.down(self.act(active.gate(x)) * active.up(x))
+
     def decode(self, x: Tensor, active: ActiveFeedForward, step: DecodePass) -> Tensor:
         """Run rows on the resident channels, less the candidates that lose at this step. x [B, T, H] -> [B, T, H]
 

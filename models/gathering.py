@@ -54,7 +54,7 @@ class Gathering:
 
     def __init__(self, pruning: Pruning, live: int, drift: Drift | None = None) -> None:
         settings = pruning.settings
-        prunes = pruning.rule.follows_prompt and pruning.ratio > 0
+        prunes = pruning.rule.follows_prompt and pruning.cuts
         self.least = settings.min_evidence if prunes else 0
         self.dense_every = settings.dense_every if prunes else None
         self.redraw_every = settings.redraw_every

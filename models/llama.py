@@ -4,6 +4,7 @@ B batch, T rows (prompt tokens, or what follows them), S cache slots, H hidden s
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,10 +30,13 @@ from models.passes import (
     prefill_pass,
     prompt_plan,
 )
+from models.pruning.left_out import ATTENTION, MLP
 from models.pruning.partition import PartitionSizes
 from models.pruning.resolve import Pruning
+from models.pruning.rules import POP
 from models.reading import all_copy_bytes
 from models.state import DecodeState, LayerState
+from models.visual_tokens import attended_by_last, leave_out
 from weights.errors import InputError
 from weights.memory import gigabytes
 
@@ -67,16 +71,35 @@ class LlamaDecoderLayer(nn.Module):
         return y
 
     def forward(self, x: Tensor, step: PrefillPass) -> Tensor:
-        x = x + self.attended(self.ranks.add_up(self.self_attn(self.input_layernorm(x), step)))
+        return self.forward_mlp(self.forward_attention(x, step), step)
+
+    def forward_attention(self, x: Tensor, step: PrefillPass) -> Tensor:
+        return x + self.attended(self.ranks.add_up(self.self_attn(self.input_layernorm(x), step)))
+
+    def forward_mlp(self, x: Tensor, _: PrefillPass) -> Tensor:
         return x + self.after_mlp(self.ranks.add_up(self.mlp(self.before_mlp(x))))
 
+    # Prompts and steps walk the halves that run, as the layer's state lists them; what is left out is in no list.
     def prefill(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
+        for half in state.prompt_halves:
+            x = getattr(self, f"prefill_{half}")(x, state, step)
+        return x
+
+    def prefill_attention(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
         a = self.self_attn.prefill(self.input_layernorm(x), state.keys, state.values, state.heads, step)    # [B, T, H]
         a = self.ranks.add_up(a)
         if state.drift is not None:
             state.drift.see(a, step.counted, step.of_prompt)
-        x = x + self.attended(a)
+        return x + self.attended(a)
+
+    def prefill_mlp(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
         return x + self.after_mlp(self.ranks.add_up(self.mlp.prefill(self.before_mlp(x), state.ffn, step)))
+
+    def prefill_probed_mlp(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
+        """As prefill_mlp, where a rule probes: rows of the stream decide first, then all run on what stays."""
+        probe = state.ffn.rule.probe(x, step.counted)                               # int64 [n]
+        y = self.mlp.prefill_probed(self.before_mlp(x), state.ffn, step, probe)
+        return x + self.after_mlp(self.ranks.add_up(y))
 
     def pass_by(self, x: Tensor, state: LayerState, waiting: PrefillPass, running: PrefillPass) -> Tensor:
         """A prompt that skips this layer, all but its last rows (Prefill-Only pruning, arXiv 2602.03295, Eq. 14, 15).
@@ -87,19 +110,27 @@ class LlamaDecoderLayer(nn.Module):
         What is left of a layer is a norm and two products, each layer by itself: one stacked product for all skipped
         layers takes a second copy of their weights, and saves less than 1 % of a prompt (docs/prefill_only.md).
         """
-        rest, last = x.tensor_split([len(waiting.slots)], dim=1)                    # [B, T - K, H], [B, K, H]
-        normed = self.input_layernorm(rest)
-        self.self_attn.leave_keys_and_values(normed, state.keys, state.values, state.heads, waiting)
+        rest, last = x.tensor_split([len(waiting.slots[state.heads.view])], dim=1)  # [B, T - K, H], [B, K, H]
+        if ATTENTION in state.halves:
+            normed = self.input_layernorm(rest)
+            self.self_attn.leave_keys_and_values(normed, state.keys, state.values, state.heads, waiting)
         if last.shape[1] == 0:          # no boundary: a control that nothing but a comparison asks for
             return rest
         return torch.cat([rest, self.prefill(last, state, running)], dim=1)
 
     def decode(self, x: Tensor, state: LayerState, step: DecodePass) -> Tensor:
+        for half in state.halves:
+            x = getattr(self, f"decode_{half}")(x, state, step)
+        return x
+
+    def decode_attention(self, x: Tensor, state: LayerState, step: DecodePass) -> Tensor:
         a = self.self_attn.decode(self.input_layernorm(x), state.keys, state.values, state.heads, step)     # [B, T, H]
         a = self.ranks.add_up(a)
         if state.drift is not None:
             state.drift.see(a, step.live, of_prompt=False)
-        x = x + self.attended(a)
+        return x + self.attended(a)
+
+    def decode_mlp(self, x: Tensor, state: LayerState, step: DecodePass) -> Tensor:
         return x + self.after_mlp(self.ranks.add_up(self.mlp.decode(self.before_mlp(x), state.ffn, step)))
 
 
@@ -208,39 +239,51 @@ class LlamaForCausalLM(nn.Module):
         return self.head(x)
 
     def new_state(
-        self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None
+        self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None,
+        thin_capacity: int | None = None,
     ) -> DecodeState:
         """Cache and buffers for `batch` sequences of up to `capacity` tokens, prompt and new ones together.
 
-        free_memory  bytes that cache and copies of active weights may take, InputError for more; None: any
+        free_memory    bytes that cache and copies of active weights may take, InputError for more; None: any
+        thin_capacity  tokens in the layers where rows of pictures have been left out; None: as many
         """
         config = self.config
-        cached, copies = self.cache_bytes(batch, capacity), self.least_copies(pruning)
+        cached, copies = self.cache_bytes(batch, capacity, pruning), self.least_copies(pruning)
         if free_memory is not None and cached + copies > free_memory:
             raise InputError(
                 f"the cache of {batch} x {capacity} tokens takes {gigabytes(cached)} and the weights that stay active "
                 f"another {gigabytes(copies)} beside the model, and {gigabytes(free_memory)} is free: ask for fewer "
                 "tokens, prune more, use a smaller dtype, or run dense (prune ratio 0)"
             )
+        thin_capacity = capacity if thin_capacity is None else thin_capacity
+        running = [pruning.halves(index) for index in range(config.num_hidden_layers)]
+        attends = [ATTENTION in halves for halves in running]
+        thin = [pruning.is_thin(index) for index in range(config.num_hidden_layers)]
+        sizes = [own * (thin_capacity if few else capacity) for own, few in zip(attends, thin, strict=True)]
         cache = KVCache(
-            config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim,
-            self.dtype, self.device,
+            sizes, batch, config.num_key_value_heads, capacity, thin_capacity, config.head_dim, self.dtype, self.device
         )
-        blinds = [pruning.blind and index in pruning.skipped for index in range(config.num_hidden_layers)]
-        layers = [
-            LayerState(keys, values, ActiveHeads(layer.self_attn, pruning.rule, blind), layer.new_active(pruning))
-            for layer, keys, values, blind in zip(self.model.layers, cache.keys, cache.values, blinds, strict=True)
-        ]
-        most = pruning.settings.redraw_on_drift
-        if most is not None and pruning.rule.follows_prompt and pruning.ratio > 0:
-            layers[-1].drift = Drift(most, config.hidden_size, self.device)
+        whole, layers = replace(pruning, rule=POP(0.0, 0.0)), []        # of what is left out there are no copies
+        for index, (layer, halves) in enumerate(zip(self.model.layers, running, strict=True)):
+            blind = pruning.blind and index in pruning.skipped
+            heads = ActiveHeads(layer.self_attn, (pruning if attends[index] else whole).rule, blind, thin[index])
+            active = layer.new_active(pruning if MLP in halves else whole)
+            own = LayerState(cache.keys[index], cache.values[index], heads, active, halves=halves)
+            own.prompt_halves = tuple("probed_mlp" if half == MLP and pruning.rule.probed else half for half in halves)
+            layers.append(own)
+        most, drift = pruning.settings.redraw_on_drift, None
+        if most is not None and pruning.rule.follows_prompt and pruning.cuts and any(attends):
+            last = max(index for index, one in enumerate(attends) if one)
+            drift = layers[last].drift = Drift(most, config.hidden_size, self.device)
         live = torch.ones(batch, 1, dtype=torch.bool, device=self.device)
         clocks = Clock(self.device), Clock(self.device)
-        return DecodeState(cache, layers, pruning, live, *clocks, Gathering(pruning, batch, layers[-1].drift))
+        return DecodeState(cache, layers, pruning, live, *clocks, Gathering(pruning, batch, drift))
 
-    def cache_bytes(self, batch: int, capacity: int) -> int:
+    def cache_bytes(self, batch: int, capacity: int, pruning: Pruning | None = None) -> int:
+        """Of all layers, or of those that attend under a pruning."""
         one = self.config.num_key_value_heads * self.config.head_dim * self.dtype.itemsize
-        return 2 * self.config.num_hidden_layers * batch * capacity * one
+        gone = 0 if pruning is None else sum(half.part == ATTENTION for half in pruning.left_out)
+        return 2 * (self.config.num_hidden_layers - gone) * batch * capacity * one
 
     def least_copies(self, pruning: Pruning) -> int:
         """Bytes of the copies that a state cannot do without."""
@@ -285,17 +328,20 @@ class LlamaForCausalLM(nn.Module):
         else:
             state.start(x.shape[1], real, given.rope_delta)
             whole = prefill_pass(rotary, views, x, real, counted, state.clock, observe, given.positions, given.blocks)
-        skipped = pruning.skipped_by(x.shape[1])
-        plan = prompt_plan(
-            whole, len(self.model.layers), skipped, pruning.boundary, views, state.cache, x.dtype, given.blocks
-        )
-        draws = state.gathering.prompt(min(rows.running.tokens for rows in plan))
+        plan = prompt_plan(whole, pruning, len(self.model.layers), state.cache, x.dtype, given.blocks)
+        least = whole.tokens - pruning.uncounted(given.stretches)
+        draws = state.gathering.prompt(min(least, *(rows.running.tokens for rows in plan)))
         for rows in plan:
             rows.running.draws, rows.running.finish_dense = draws, pruning.settings.prefill == "dense" or not draws
-        for index, (layer, own, (running, waiting)) in enumerate(
-            zip(self.model.layers, state.layers, plan, strict=True)
-        ):
+        attended = None
+        for index, (layer, own) in enumerate(zip(self.model.layers, state.layers, strict=True)):
+            if index == pruning.thin_from and given.stretches:
+                x, whole, given = leave_out(pruning, x, whole, given, state.cache, attended)
+                plan = prompt_plan(whole, pruning, len(self.model.layers), state.cache, x.dtype, given.blocks)
+            entered, (running, waiting) = x, plan[index]
             x = layer.prefill(x, own, running) if waiting is None else layer.pass_by(x, own, waiting, running)
+            if index + 1 == pruning.thin_from and given.stretches:
+                attended = attended_by_last(layer, entered, own, whole, state.cache)
             if index < len(given.added):
                 x = x + given.added[index]
         return self.head(x[:, -1:])[:, 0]                                           # [B, V]
@@ -334,5 +380,6 @@ class LlamaForCausalLM(nn.Module):
         return x, decode_pass(self.model.rotary, state.views, x, state.cache, state.live, together=True)
 
     def ffn_sizes(self, pruning: Pruning) -> PartitionSizes:
-        """Regions of the feed-forward networks (of the first layer, where layers differ)."""
-        return pruning.rule.sizes(self.model.layers[0].mlp)
+        """Regions of the feed-forward networks (of the first that runs, where layers differ; of none: of the first)."""
+        running = [layer.mlp for index, layer in enumerate(self.model.layers) if MLP in pruning.halves(index)]
+        return pruning.rule.sizes(running[0]) if running else POP(0.0, 0.0).sizes(self.model.layers[0].mlp)

@@ -12,6 +12,7 @@ from models.config import ConfigReader, FamilyDefaults, LlamaConfig, read_decode
 from models.experts import ActiveExperts, MixtureOfExperts
 from models.feed_forward import ActiveFeedForward
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from models.pruning.left_out import MLP
 from models.pruning.partition import PartitionSizes
 from models.pruning.resolve import Pruning
 from models.reading import copy_bytes
@@ -145,13 +146,14 @@ class MixtralForCausalLM(LlamaForCausalLM):
         return locate_experts(parameter_names, checkpoint_names, channels)
 
     def new_state(
-        self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None
+        self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None,
+        thin_capacity: int | None = None,
     ) -> DecodeState:
         """As Llama's; with too little memory for all experts' copies, as many experts per layer get one as fit."""
-        state = super().new_state(batch, capacity, pruning, free_memory)
+        state = super().new_state(batch, capacity, pruning, free_memory, thin_capacity)
         one_per_layer = self.expert_copies(pruning)
         if free_memory is not None and one_per_layer:
-            left = free_memory - self.cache_bytes(batch, capacity) - self.least_copies(pruning)
+            left = free_memory - self.cache_bytes(batch, capacity, pruning) - self.least_copies(pruning)
             for layer in state.layers:
                 if isinstance(layer.ffn, ActiveExperts):
                     layer.ffn.copy_limit = left // one_per_layer
@@ -159,7 +161,8 @@ class MixtralForCausalLM(LlamaForCausalLM):
 
     def expert_copies(self, pruning: Pruning) -> int:
         """Bytes of a copy of one expert in every layer, where experts may also do without."""
-        mixtures = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+        running = (layer.mlp for index, layer in enumerate(self.model.layers) if MLP in pruning.halves(index))
+        mixtures = [mlp for mlp in running if isinstance(mlp, MixtureOfExperts)]
         return pruning.rule.follows_prompt * sum(copy_bytes(mixture.experts[0], pruning) for mixture in mixtures)
 
     def least_copies(self, pruning: Pruning) -> int:
@@ -167,7 +170,7 @@ class MixtralForCausalLM(LlamaForCausalLM):
 
     def ffn_sizes(self, pruning: Pruning) -> PartitionSizes:
         """Regions of one expert, or of the feed-forward networks where no layer has experts."""
-        networks = (layer.mlp for layer in self.model.layers)
+        networks = (layer.mlp for index, layer in enumerate(self.model.layers) if MLP in pruning.halves(index))
         mixture = next((mlp for mlp in networks if isinstance(mlp, MixtureOfExperts)), None)
         return super().ffn_sizes(pruning) if mixture is None else pruning.rule.sizes(mixture.experts[0])
 

@@ -10,7 +10,7 @@ every product unpacks.
 in and out are the sides of a weight [out, in], g the size of a group, G = in / g groups of a row; T rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -59,17 +59,20 @@ class Int8Matrix(Matrix):
         return cls.packed(weight, like.new_empty(rows), columns, bias)
 
     @classmethod
-    def nearest(
-        cls, values: Tensor, dtype: torch.dtype, bias: Tensor | None = None, device: torch.device | None = None
-    ) -> "Int8Matrix":
-        """The nearest there is to plain values [out, in], which are read a stretch of rows at a time."""
-        like = torch.empty(0, dtype=dtype, device=device or values.device)
-        made = cls.with_room(len(values), values.shape[1], like, bias)
-        step = rows_at_once(values.shape[1])
-        pieces = (values.split(step), made.numbers().split(step), made.scale.split(step))
-        for part, numbers, scales in zip(*pieces, strict=True):
-            nearest_int8(part, numbers, scales)
+    def nearest(cls, values: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> "Int8Matrix":
+        """The nearest there is to plain values [out, in]."""
+        rows, columns = values.shape
+        made = cls.with_room(rows, columns, torch.empty(0, dtype=dtype, device=values.device), bias)
+        made.fill(values.split(rows_at_once(columns)))
         return made
+
+    def fill(self, stretches: Iterable[Tensor]) -> None:
+        """Become the nearest to plain values, stretches of rows [n, in] that are all of them together."""
+        begin = 0
+        for part in stretches:
+            rows = slice(begin, begin + len(part))
+            nearest_int8(part, self.numbers()[rows], self.scale[rows])
+            begin += len(part)
 
     def numbers(self) -> Tensor:
         """int8 [out, in]"""
@@ -296,7 +299,7 @@ def nearest_int8(values: Tensor, numbers: Tensor, scale: Tensor) -> None:
 
     A scale is rounded before the numbers are taken, which then make up for it.
     """
-    wide = values.float()
+    wide = values.to(scale.device, torch.float32)
     scale.copy_(wide.abs().amax(dim=1) / 127)
     numbers.copy_((wide / scale.float().clamp(min=1e-30).unsqueeze(1)).round_().clamp_(-127, 127))
 

@@ -7,12 +7,11 @@ each for itself. A mixture hands each of its experts a part of a pass.
 B batch, T rows, S slots that are seen, D head size, n rows of a part.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.cache import KVCache
@@ -30,14 +29,25 @@ class View(NamedTuple):
 
     window  tokens a query sees, itself included; None: all before it
     blind   not the prompt's rows that passed the layer by
+    thin    not the rows of pictures that have been left out (models/visual_tokens.py), which have no slots there
     """
 
     window: int | None
     blind: bool = False
+    thin: bool = False
+
+
+class Stretch(NamedTuple):
+    """The rows of one picture, one after the other: of which prompt of the batch, the first of them, how many."""
+
+    sequence: int
+    first: int
+    length: int
 
 
 Masks = dict[View, Any]
 Turns = dict[View, tuple[Tensor, Tensor]]
+Slots = dict[View, Tensor]
 
 
 @dataclass
@@ -48,12 +58,14 @@ class PictureRows:
     rope_delta  int64 [B, 1], what is added to the positions of the tokens after the prompt; None: nothing
     added       [B, T, H] each: what is added to the rows that leave the first layers (DeepStack)
     blocks      int64 [B, slots so far], by slot: rows of one number see each other both ways; -1 those of no picture
+    stretches   where the pictures among these rows are; only asked for where some of their rows are left out
     """
 
     positions: Tensor | None = None
     rope_delta: Tensor | None = None
     added: Sequence[Tensor] = ()
     blocks: Tensor | None = None
+    stretches: Sequence[Stretch] = ()
 
 
 @dataclass
@@ -61,7 +73,8 @@ class PrefillPass:
     """What every layer needs to run a prompt, or more of one.
 
     turns         by what layers see: cos, sin [B, T, D], rotary embedding of the positions
-    slots         int64 [T], the cache slots that these rows fill
+    places        int64 [T], the cache slots that these rows fill; [B, T], would fill if none had been left out
+    slots         by what layers see: int64 [T], those that they fill
     follows       whether rows came before, which these attend to in the cache; else to each other alone
     masks         by what layers see. Of rows that follow: float [B, 1, T, S], 0 where a row may look and -inf
                   elsewhere; else bool [B, 1, T, T], True where it may look, None: causal and nothing else
@@ -73,7 +86,8 @@ class PrefillPass:
     """
 
     turns: Turns
-    slots: Tensor
+    places: Tensor
+    slots: Slots
     follows: bool
     masks: Masks
     counted: Tensor | None
@@ -112,14 +126,14 @@ class DecodePass:
 
     turns     by what layers see: cos, sin [B, T, D]
     masks     by what layers see: float [B, 1, T, S], 0 where a row may look and -inf elsewhere
-    slots     int64 [T], the cache slots that these rows fill
+    slots     by what layers see: int64 [T], the cache slots that these rows fill
     live      bool [B, 1], False for sequences that have ended: they do not count when candidates are chosen
     together  whether the rows decide together (the sequences of a batch, at one step) or each for itself
     """
 
     turns: Turns
     masks: Masks
-    slots: Tensor
+    slots: Slots
     live: Tensor
     together: bool
     observe: Observer | None = None
@@ -153,20 +167,26 @@ def visible(
     The rows of one picture may also look at those after them, where there are blocks. A row of padding sees itself, so
     that no row of the softmax is empty.
 
-    queries int64 [T], the slots of the rows; slots int64 [S]; padding int64 [B, 1], slots on the left that are none;
-    blocks int64 [B, at most S], see PictureRows -> bool [B or 1, T, S]
+    queries int64 [T] or [B, T], the slots of the rows; slots int64 [S] or [B, S]; padding int64 [B, 1], slots on the
+    left that are none; blocks int64 [B, slots so far], see PictureRows -> bool [B or 1, T, S]
     """
-    query, key = queries[:, None], slots[None, :]
-    seen = key <= query                                                             # [T, S]
+    query, key = queries[..., None], slots[..., None, :]
+    seen = key <= query                                                             # [T, S] or [B, T, S]
     if blocks is not None:
-        other = F.pad(blocks, (0, len(slots) - blocks.shape[1]), value=-1)[:, None]             # [B, 1, S]
-        own = other[..., queries].transpose(1, 2)                                   # [B, T, 1]
+        own, other = blocks_at(blocks, queries)[..., None], blocks_at(blocks, slots)[..., None, :]
         seen = seen | ((own == other) & (own >= 0))                                 # [B, T, S]
     if window is not None:
         seen = seen & (key > query - window)
     if padding is None:
         return seen.view(-1, *seen.shape[-2:])
     return (seen & (key >= padding[:, None])) | (key == query)                     # [B, T, S]
+
+
+def blocks_at(blocks: Tensor, slots: Tensor) -> Tensor:
+    """The blocks of these slots, -1 where there are none. blocks int64 [B, n]; slots int64 [S] or [B, S] -> [B, S]"""
+    slots = slots.expand(len(blocks), -1)
+    inside = (slots >= 0) & (slots < blocks.shape[1])
+    return blocks.gather(1, slots * inside).masked_fill(~inside, -1)
 
 
 def prefill_pass(
@@ -193,7 +213,8 @@ def prefill_pass(
     tokens = x.shape[:-1].numel() if counted is None else int(counted.sum())
     clock = clock or Clock(x.device)
     turns = turned(rotary, views, positions, x.dtype)
-    return PrefillPass(turns, slots, False, masks, counted, tokens, True, True, clock, observe)
+    own = dict.fromkeys(views, slots)
+    return PrefillPass(turns, slots, own, False, masks, counted, tokens, True, True, clock, observe)
 
 
 def turned(rotary: Rotary, views: Iterable[View], positions: Tensor, dtype: torch.dtype) -> Turns:
@@ -213,30 +234,34 @@ def following_pass(
     slots = cache.length + torch.arange(x.shape[1], device=x.device)                # [T]
     turns = turned(rotary, views, cache.positions(slots) if positions is None else positions, x.dtype)
     masks = masks_in_cache(views, cache, slots, x.dtype, blocks)
-    return PrefillPass(turns, slots, True, masks, counted, tokens, draws, True, clock, observe, of_prompt=of_prompt)
+    own = slots_in_cache(views, cache, slots)
+    return PrefillPass(
+        turns, slots, own, True, masks, counted, tokens, draws, True, clock, observe, of_prompt=of_prompt
+    )
 
 
 def prompt_plan(
-    whole: PrefillPass, layers: int, skipped: Collection[int], boundary: int, views: Iterable[View], cache: KVCache,
-    dtype: torch.dtype, blocks: Tensor | None = None,
+    whole: PrefillPass, pruning: Any, layers: int, cache: KVCache, dtype: torch.dtype, blocks: Tensor | None = None
 ) -> list[LayerRows]:
     """Which rows of a prompt run through each layer: all of them, or in layers that are skipped the boundary alone.
 
     The boundary are the last rows of every sequence, padding being on the left. They run as a step's rows do, looking
     at the cache, and are the only evidence that a skipped layer has.
     """
+    rows, boundary = whole.places.shape[-1], pruning.boundary
+    skipped = pruning.skipped_by(rows)
     if not skipped:
         return [LayerRows(whole)] * layers
-    rest = len(whole.slots) - boundary
-    cache.passed_by.fill_(rest)
+    rest = rows - boundary
+    cache.passed_by.copy_(cache.left_out + rest)
     waiting, last = (
         replace(
-            whole, slots=whole.slots[rows],
-            turns={view: (cos[:, rows], sin[:, rows]) for view, (cos, sin) in whole.turns.items()},
+            whole, places=whole.places[..., part], slots={view: slots[part] for view, slots in whole.slots.items()},
+            turns={view: (cos[:, part], sin[:, part]) for view, (cos, sin) in whole.turns.items()},
         )
-        for rows in (slice(rest), slice(rest, None))
+        for part in (slice(rest), slice(rest, None))
     )
-    masks = masks_in_cache(views, cache, last.slots, dtype, blocks)
+    masks = masks_in_cache(whole.slots, cache, last.places, dtype, blocks)
     counted = None if whole.counted is None else whole.counted[:, rest:]            # [B, K]
     tokens = len(cache.padding) * boundary if counted is None else int(counted.sum())
     running = replace(last, follows=True, masks=masks, counted=counted, tokens=tokens)
@@ -250,18 +275,24 @@ def decode_pass(
 ) -> DecodePass:
     """Of rows after those in the cache. x [B, T, H]; live bool [B, 1]"""
     slots = cache.length if x.shape[1] == 1 else cache.length + torch.arange(x.shape[1], device=x.device)       # [T]
-    turns = turned(rotary, views, cache.positions(slots), x.dtype)
-    return DecodePass(turns, masks_in_cache(views, cache, slots, x.dtype), slots, live, together, observe)
+    turns, masks = turned(rotary, views, cache.positions(slots), x.dtype), masks_in_cache(views, cache, slots, x.dtype)
+    return DecodePass(turns, masks, slots_in_cache(views, cache, slots), live, together, observe)
+
+
+def slots_in_cache(views: Iterable[View], cache: KVCache, slots: Tensor) -> Slots:
+    """Where rows are kept that would fill these slots if no row had been left out. int64 [T]"""
+    return {view: slots - cache.left_out if view.thin else slots for view in set(views)}
 
 
 def masks_in_cache(
     views: Iterable[View], cache: KVCache, slots: Tensor, dtype: torch.dtype, blocks: Tensor | None = None
 ) -> Masks:
-    """Masks of rows that fill these slots of the cache, int64 [T]; blocks: see PictureRows."""
+    """Masks of rows that fill these slots of the cache, int64 [T] or [B, T]; blocks: see PictureRows."""
     masks: Masks = {}
     for view in set(views):
-        hidden = ~visible(slots, cache.slots, cache.padding, view.window, blocks)[:, None]      # [B, 1, T, S]
+        kept = cache.places if view.thin else cache.slots                           # [B, S] or [S]
+        hidden = ~visible(slots, kept, cache.padding, view.window, blocks)[:, None]             # [B, 1, T, S]
         if view.blind:
-            hidden = hidden | (cache.slots < cache.passed_by)
+            hidden = hidden | (kept < cache.passed_by)[..., None, None, :]
         masks[view] = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
     return masks

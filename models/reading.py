@@ -9,6 +9,7 @@ from typing import Any
 from models.experts import ActiveExperts, MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.matrix import Matrix
+from models.pruning.left_out import ATTENTION, MLP
 from models.pruning.resolve import LayerWeights, Pruning
 from models.pruning.rules import POP
 
@@ -51,8 +52,12 @@ def bytes_per_token(model: Any, pruning: Pruning, batch: int = 1, state: Any = N
     """
     read = model.lm_head.read_bytes()
     for index, layer in enumerate(model.model.layers):
+        halves = pruning.halves(index)
         active = None if state is None else state.layers[index].ffn
-        read += attention_bytes(layer.self_attn, pruning.rule) + mlp_bytes(layer.mlp, pruning.rule, batch, active)
+        if ATTENTION in halves:
+            read += attention_bytes(layer.self_attn, pruning.rule)
+        if MLP in halves:
+            read += mlp_bytes(layer.mlp, pruning.rule, batch, active)
     return read
 
 
@@ -69,7 +74,7 @@ def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: POP, batch: int, active
         return ffn_bytes(mlp, rule if mlp.copying_saves(rule) else None, batch)
     each = [
         ffn_bytes(expert, None if active is not None and active.is_whole(index) else rule, 1)
-        for index, expert in enumerate(mlp.experts)
+        for index, expert in enumerate(mlp.experts if active is None else active.experts)
     ]
     shared = 0 if mlp.shared_expert is None else ffn_bytes(mlp.shared_expert, rule, batch)
     return mlp.experts_per_token * sum(each) // len(each) + shared
@@ -93,18 +98,24 @@ def ffn_bytes(ffn: FeedForward, rule: POP | None, batch: int) -> int:
     return one + other + ffn.down_proj.read_bytes(columns=None if whole else finishing)
 
 
-def prompt_work(model: Any, pruning: Pruning, tokens: int) -> tuple[int, int]:
+def prompt_work(model: Any, pruning: Pruning, tokens: int, missing: int = 0) -> tuple[int, int]:
     """Multiplications that a prompt of so many tokens takes: with weights, and in attention (queries, keys, values).
 
-    A layer that is skipped makes keys and values of every token, and runs the boundary alone.
+    A layer that is skipped makes keys and values of every token, and runs the boundary alone. Layers that tokens of
+    pictures are left out of have `missing` fewer.
     """
-    skipped = pruning.skipped_by(tokens)
     linear, attention = weight_count(model.lm_head), 0
     for index, layer in enumerate(model.model.layers):
-        rows, one = pruning.boundary if index in skipped else tokens, layer.self_attn
+        if index == pruning.thin_from:
+            tokens -= missing
+        skipped = pruning.skipped_by(tokens)
+        rows, one, halves = pruning.boundary if index in skipped else tokens, layer.self_attn, pruning.halves(index)
+        if MLP in halves:
+            linear += rows * prompt_ffn_weights(layer.mlp, pruning)
+        if ATTENTION not in halves:
+            continue
         keys_and_values = weight_count(one.k_proj) + weight_count(one.v_proj)
-        others = weight_count(one.q_proj) + weight_count(one.o_proj) + prompt_ffn_weights(layer.mlp, pruning)
-        linear += tokens * keys_and_values + rows * others
+        linear += tokens * keys_and_values + rows * (weight_count(one.q_proj) + weight_count(one.o_proj))
         seen = sum(min(place, one.window or place) for place in range(tokens - rows + 1, tokens + 1))
         attention += 2 * one.heads * one.head_dim * seen
     return linear, attention
@@ -116,6 +127,9 @@ def prompt_ffn_weights(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) ->
         shared = 0 if mlp.shared_expert is None else prompt_ffn_weights(mlp.shared_expert, pruning)
         return weight_count(mlp.gate) + mlp.experts_per_token * prompt_ffn_weights(mlp.experts[0], pruning) + shared
     left = mlp.channels if pruning.settings.prefill == "dense" else pruning.rule.sizes(mlp).resident
+    if pruning.rule.probed:
+        ahead = pruning.rule.probed * (weight_count(mlp.gate_proj) + weight_count(mlp.up_proj))
+        return 3 * left * mlp.down_proj.out_features + round(ahead)
     return weight_count(mlp.gate_proj) + weight_count(mlp.up_proj) + left * mlp.down_proj.out_features
 
 
@@ -132,6 +146,7 @@ def copy_bytes(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
 def all_copy_bytes(model: Any, pruning: Pruning) -> int:
     """The same for every layer of a language model."""
     return sum(
-        copy_bytes(layer.mlp, pruning) for layer in model.model.layers
-        if isinstance(layer.mlp, MixtureOfExperts) or layer.mlp.copying_saves(pruning.rule)
+        copy_bytes(layer.mlp, pruning) for index, layer in enumerate(model.model.layers)
+        if MLP in pruning.halves(index)
+        and (isinstance(layer.mlp, MixtureOfExperts) or layer.mlp.copying_saves(pruning.rule))
     )

@@ -11,6 +11,7 @@ from models.cache import KVCache
 from models.clock import Clock
 from models.gathering import Drift, Gathering
 from models.passes import View
+from models.pruning.left_out import HALVES
 from models.pruning.resolve import Pruning
 
 
@@ -19,7 +20,8 @@ class LayerState:
     """One layer's share: its slice of the cache, its active heads and its active feed-forward weights.
 
     ffn is what the layer's own feed-forward network made: ActiveFeedForward, or the experts' of a mixture.
-    drift is the last layer's alone, where partitions are drawn anew on it.
+    drift is the last attention's alone, where partitions are drawn anew on it.
+    halves are those of the layer that steps run, in their order; prompt_halves what prompts run.
     """
 
     keys: Tensor                                                                    # [B, K, S, D]
@@ -27,6 +29,8 @@ class LayerState:
     heads: ActiveHeads
     ffn: Any
     drift: Drift | None = None
+    halves: tuple[str, ...] = HALVES
+    prompt_halves: tuple[str, ...] = HALVES
 
 
 @dataclass
@@ -61,7 +65,8 @@ class DecodeState:
                 layer.drift.restart()
         self.live.fill_(True)
         self.clock, self.step_clock = Clock(self.live.device), Clock(self.live.device)
-        self.gathering = Gathering(self.pruning, len(self.live), self.layers[-1].drift)
+        drift = next((layer.drift for layer in self.layers if layer.drift is not None), None)
+        self.gathering = Gathering(self.pruning, len(self.live), drift)
 
     def go_on(self, kept: int, rope_delta: Tensor | None = None) -> None:
         """More of a prompt comes, after the first `kept` slots of the cache; what is evidence already stays so."""
@@ -83,9 +88,11 @@ class DecodeState:
         self.live[index] = False
         self.gathering.live -= 1
 
-    def fits(self, batch: int, capacity: int, pruning: Pruning) -> bool:
+    def fits(self, batch: int, capacity: int, pruning: Pruning, thin_capacity: int) -> bool:
         """Made for just this: a cache of another capacity would cost attention time, or be too small."""
-        return (len(self.live), self.cache.capacity, self.pruning) == (batch, capacity, pruning)
+        cache = self.cache
+        made_for = len(self.live), cache.capacity, self.pruning, cache.thin_capacity
+        return made_for == (batch, capacity, pruning, thin_capacity)
 
     def partition_bytes(self) -> int:
         """Memory that the copies of active weights take, in bytes."""

@@ -42,10 +42,28 @@ def parser() -> argparse.ArgumentParser:
         "--rule", nargs="+", default=["pop"], metavar="RULE", help=f"{', '.join(RULE_NAMES)} (default: pop)"
     )
     flags.add_argument(
+        "--method", nargs="+", default=[], metavar="M",
+        help="time these methods too, at every ratio, as score and compare name them: shortgpt, probe-pruning, ...",
+    )  # fmt: skip
+    flags.add_argument(
+        "--calibration", type=Path, metavar="FILE.safetensors", help="for methods that learn from a text"
+    )
+    flags.add_argument(
+        "--leave-out", nargs="+", default=[], metavar="LAYERS",
+        help="time all of these again without layers or halves of them, like 20-22+25.attention (default: no)",
+    )  # fmt: skip
+    flags.add_argument(
         "--prefill-skip", type=share, nargs="+", default=[], metavar="SHARE",
         help="time all of these again with prompts that skip the deepest layers, like 1/3 (default: no)",
     )  # fmt: skip
     flags.add_argument("--boundary-tokens", type=int, default=1, metavar="K", help="which skip none (default: 1)")
+    flags.add_argument("--pictures", type=int, default=0, metavar="N", help="at the front of every prompt (default: 0)")
+    flags.add_argument(
+        "--visual-tokens", type=share, nargs="+", default=[], metavar="SHARE|N",
+        help="time all of these again with so many tokens of each picture (default: no)",
+    )  # fmt: skip
+    flags.add_argument("--visual-tokens-by", default="attention", metavar="attention|diversity")
+    flags.add_argument("--visual-tokens-layer", type=int, default=2, metavar="K", help="for attention (default: 2)")
     flags.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE", help="(default: both)")
     flags.add_argument(
         "--weights", nargs="+", default=["auto"], metavar="FORM",
@@ -82,6 +100,7 @@ def run(flags: argparse.Namespace) -> None:
 
 def check(flags: argparse.Namespace) -> None:
     """Refuse before the first engine is loaded what would only show after the last."""
+    flags.peers = peers(flags)
     for name in ("prompt_tokens", "new_tokens", "batch", "rounds"):
         least, value = 2 if name == "new_tokens" else 1, getattr(flags, name)
         if not least <= value <= MOST:
@@ -89,14 +108,23 @@ def check(flags: argparse.Namespace) -> None:
             raise InputError(f"{name.replace('_', ' ')} must be {allowed}, not {value}")
     for rule in flags.rule:
         PruningSettings(rule=rule)
+    for one in flags.leave_out:
+        PruningSettings(leave_out=one)
     for one in flags.prefill_skip:
         PruningSettings(prefill_skip=one, boundary_tokens=flags.boundary_tokens)
+    for one in flags.visual_tokens:
+        PruningSettings(
+            visual_tokens=one, visual_tokens_by=flags.visual_tokens_by, visual_tokens_layer=flags.visual_tokens_layer
+        )
+    if not 0 <= flags.pictures <= MOST or (flags.pictures and (flags.shape or flags.peers)):
+        raise InputError("pictures must be a number of at least 0, and are for a checkpoint's own timing alone")
+    if flags.visual_tokens and not flags.pictures:
+        raise InputError("--visual-tokens leaves out tokens of pictures: give --pictures a number of them")
     processors = os.cpu_count() or 1
     if flags.threads is not None and not 1 <= flags.threads <= processors:
         raise InputError(f"threads must be at least 1, not {flags.threads}, and at most the {processors} processors")
     if flags.shape and flags.ckpt:
         raise InputError("give a checkpoint or a shape, not both")
-    flags.peers = peers(flags)
     for peer in flags.peers:
         if peer not in PEERS:
             raise InputError(f"there is no peer named {peer!r}; peers are {', '.join(PEERS)}")

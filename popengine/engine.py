@@ -226,15 +226,20 @@ class Engine:
             self.model.check_ids(self.pictures.text_ids(ids))
         stop_ids = frozenset[int]() if ignore_eos else self.stop_ids
         resolved = self.resolve(pruning or RECOMMENDED)
-        given = self.pictures.given(images, prompts[0][:kept])
+        given = self.pictures.given(images, prompts, kept)
         return Run(self, prompts, max_new_tokens, resolved, sampling or Sampling(), stop_ids, given, held, kept)
 
     def resolve(self, pruning: PruningSettings | Pruning) -> Pruning:
         """Settings made concrete for this model; what is concrete already stays."""
         if isinstance(pruning, Pruning):
             return pruning
+        if pruning.visual_tokens != "all" and not self.pictures.reads:
+            raise InputError(
+                f"visual tokens {pruning.visual_tokens} is for pictures, and this checkpoint is a text model; LLaVA, "
+                "Qwen-VL and Gemma-3 read images"
+            )
         found = resolve(pruning, layer_weights(self.model))
-        return found if found.ratio == 0 else replace(found, rule=found.rule.with_prior(self.prior(pruning.prior)))
+        return found if not found.cuts else replace(found, rule=found.rule.with_prior(self.prior(pruning.prior)))
 
     def prior(self, tokens: int) -> Prior | None:
         """Evidence before any token, counted as so many; None for 0."""
@@ -243,12 +248,16 @@ class Engine:
         return self.priors.get(tokens)
 
     @contextmanager
-    def borrowed_state(self, batch: int, tokens: int, pruning: Pruning) -> Iterator[DecodeState]:
-        """The last run's buffers when they fit, else new ones. A state belongs to one run at a time."""
+    def borrowed_state(self, batch: int, tokens: int, pruning: Pruning, missing: int = 0) -> Iterator[DecodeState]:
+        """The last run's buffers when they fit, else new ones. A state belongs to one run at a time.
+
+        missing  of the tokens, those of pictures that some layers do without
+        """
         state, self.idle_state = self.idle_state, None
-        if state is None or not state.fits(batch, self.capacity(tokens), pruning):
+        thin_capacity = self.capacity(tokens - missing)
+        if state is None or not state.fits(batch, self.capacity(tokens), pruning, thin_capacity):
             state = None                        # before the new one is allocated: never both
-            state = self.new_state(batch, tokens, pruning)
+            state = self.new_state(batch, tokens, pruning, missing)
         try:
             yield state
         except InputError:
@@ -262,9 +271,10 @@ class Engine:
         return min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, self.max_seq_len)
 
     @torch.inference_mode()
-    def new_state(self, batch: int, tokens: int, pruning: Pruning) -> DecodeState:
+    def new_state(self, batch: int, tokens: int, pruning: Pruning, missing: int = 0) -> DecodeState:
         """Buffers for a batch of so many tokens each. Raises InputError where they do not fit the memory."""
-        return self.model.new_state(batch, self.capacity(tokens), pruning, available_memory(self.device))
+        free = available_memory(self.device)
+        return self.model.new_state(batch, self.capacity(tokens), pruning, free, self.capacity(tokens - missing))
 
     def prepare(self, state: DecodeState) -> float:
         """Before a run: what has to be compiled for it. Returns seconds."""

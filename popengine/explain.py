@@ -59,6 +59,8 @@ def run(flags: argparse.Namespace) -> None:
         raise InputError("a page is of a run in one process, which holds all channels: start explain without torchrun")
     prompt = read_prompt(flags.prompt)
     pruning = generation_settings(flags)
+    if pruning.leave_out:
+        raise InputError("the page shows every layer: give no --leave-out")
     check_output(flags.out)
     start_pytorch(flags)
     from popengine import loading

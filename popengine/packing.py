@@ -4,6 +4,7 @@ The projections of attention and of feed-forward networks are, and the output pr
 are one tensor. Routers, norms, biases and the vision tower stay plain: they are small, or choose.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from models.attention import Attention
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.packed import Int4Matrix, Int8Embedding, Int8Matrix
+from models.packed import Int4Matrix, Int8Embedding, Int8Matrix, rows_at_once
 from weights.checkpoint import Checkpoint
 from weights.entries import TensorEntry
 from weights.errors import InputError
@@ -70,7 +71,10 @@ class Packer:
         made = "int8" if as_int8 else "int4"
         self.forms[f"{entry.stored} as {made}" if entry.stored else made] = None
         if as_int8:
-            return Packing(lambda values: self.put_int8(parent, attribute, values), rows * (columns + 2))
+            return Packing(
+                lambda stretches: self.put_int8(parent, attribute, rows, columns, stretches),
+                rows * (columns + 2), rows_at_once=rows_at_once(columns),
+            )
         size = entry.groups or GROUP
         if columns % size or size % GROUP:
             raise InputError(f"{name} has {columns} columns, which groups of {size} do not divide: use weights int8")
@@ -82,8 +86,12 @@ class Packer:
         """What form the matrices have got, for people."""
         return ", ".join(self.forms) or "plain"
 
-    def put_int8(self, parent: nn.Module, attribute: str, values: Tensor) -> None:
-        matrix = Int8Matrix.nearest(values, self.dtype, getattr(parent, attribute).bias, self.device)
+    def put_int8(
+        self, parent: nn.Module, attribute: str, rows: int, columns: int, stretches: Iterable[Tensor]
+    ) -> None:
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        matrix = Int8Matrix.with_room(rows, columns, like, getattr(parent, attribute).bias)
+        matrix.fill(stretches)
         setattr(parent, attribute, matrix)
         if parent is self.model and self.model.config.tie_word_embeddings:
             self.model.model.embed_tokens = Int8Embedding(matrix)  # type: ignore[assignment]

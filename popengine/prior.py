@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.attention import Attention
+from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.pruning.rules import Prior
@@ -86,6 +87,8 @@ def make(engine: Sampler, progress: bool) -> dict[Part, Tensor]:
     rows: dict[nn.Module, int] = {}
 
     def observe(module: nn.Module, h: Tensor, _: Tensor | None, gate: Tensor | None, up: Tensor | None) -> None:
+        if isinstance(module, MixtureOfExperts):        # its experts are told of one by one
+            return
         rows[module] = rows.get(module, 0) + h.shape[:-1].numel()
         for part, values in (("h", h), ("gate", gate), ("up", up)):
             if values is not None:

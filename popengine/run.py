@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.pruning.resolve import Pruning
 from models.state import DecodeState
+from models.visual_tokens import rows_left
 from popengine.pictures.vision import Given
 from popengine.sampling import Sampling, next_tokens, require_finite
 
@@ -25,6 +26,7 @@ class Run:
 
     Iterating yields, per step, the new token of each sequence, or None for sequences that had ended before.
 
+    missing  slots that layers have fewer where rows of pictures are left out
     held  the state of a conversation, which holds the first `kept` tokens of the one prompt; None: the engine lends one
     """
 
@@ -43,6 +45,8 @@ class Run:
         self.engine, self.prompts, self.sampling, self.stop_ids = engine, prompts, sampling, stop_ids
         self.max_new_tokens, self.pruning, self.given = max_new_tokens, pruning, given
         self.held, self.kept = held, kept
+        lengths = [len(ids) for ids in prompts]
+        self.missing = max(lengths) - rows_left(pruning, given.stretches, lengths)
         self.generator = sampling.generator(engine.device)
         self.finish_reasons: list[str | None] = [None] * len(prompts)
         self.new_tokens = self.decode_steps = 0
@@ -51,7 +55,7 @@ class Run:
     def __iter__(self) -> Iterator[list[int | None]]:
         engine = self.engine
         longest = max(map(len, self.prompts))
-        lent = engine.borrowed_state(len(self.prompts), longest + self.max_new_tokens, self.pruning)
+        lent = engine.borrowed_state(len(self.prompts), longest + self.max_new_tokens, self.pruning, self.missing)
         with lent if self.held is None else nullcontext(self.held) as self.state:
             self.compile_s = engine.prepare(self.state)
             tokens, real = pad_left(self.prompts, engine.device)

@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_checkpoint_flag(flags)
     flags.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text to score, UTF-8")
-    flags.add_argument("--method", default="pop", metavar="M", help="pop, dense, frozen, ...; an unknown one lists all")
+    flags.add_argument("--method", default="pop", metavar="M", help="pop, frozen (GRIFFIN)...: another lists all")
     flags.add_argument("--step-by-step", action="store_true", help="one token after the other instead of all at once")
     add_scoring_flags(flags)
     add_setting_flags(flags)

@@ -51,6 +51,7 @@ class Statistics:
     decode_ms_per_token  mean over the decode steps; nan when there was none
     compile_s            spent on compiling the decode step before the run; 0 when that was done or is not wanted
     skipped_layers       of the model's `layers`, those that the prompt skipped, all but its last tokens
+    left_out_tokens      of the pictures' tokens, those that the layers from `pruning.thin_from` on are without
     experts              per layer that is a mixture of experts
     evidence_tokens      real tokens that the scores have seen; dense_steps of the decode steps were dense and added
                          to them, redraws times the partitions were drawn anew
@@ -77,6 +78,7 @@ class Statistics:
     weight_bytes_per_token: int
     dense_weight_bytes_per_token: int
     peak_memory_bytes: int
+    left_out_tokens: int
     experts: tuple[ExpertUse, ...]
     evidence_tokens: int
     dense_steps: int
@@ -115,6 +117,7 @@ def measured(run: Run) -> Statistics:
         layers=len(run.state.layers),
         skipped_layers=len(run.pruning.skipped_by(max(map(len, run.prompts)) - run.kept)),
         peak_memory_bytes=peak_memory_bytes(engine.device),
+        left_out_tokens=sum(one.length - run.pruning.visual_tokens(one.length) for one in run.given.stretches),
         experts=expert_use(run.state),
         evidence_tokens=gathering.tokens,
         dense_steps=gathering.dense_steps,
@@ -162,6 +165,10 @@ def report(statistics: Statistics) -> dict[str, Any]:
             "decode_tokens_per_s": or_null(statistics.decode_tokens_per_s),
             "compile_s": statistics.compile_s,
         },
+        "visual_tokens": {
+            "of_pictures": statistics.image_tokens, "left_out": statistics.left_out_tokens,
+            "from_layer": statistics.pruning.thin_from if statistics.left_out_tokens else None,
+        },
         "experts": [asdict(layer) for layer in statistics.experts],
         "evidence": {
             "tokens": statistics.evidence_tokens, "prior": statistics.pruning.settings.prior,
@@ -205,7 +212,7 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
         f"({statistics.weights}; {statistics.dtype}, {statistics.device})",
         f"memory    {megabytes(statistics.peak_memory_bytes)} at peak; loaded in {load_s:.1f} s",
     ]
-    if statistics.pruning.ratio > 0:
+    if statistics.pruning.cuts:
         prior = statistics.pruning.settings.prior
         found.insert(3, (
             f"evidence  {statistics.evidence_tokens} tokens{f' and a prior of {prior}' if prior else ''}, "
@@ -215,7 +222,18 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
         found.insert(3, experts_line(statistics))
     if statistics.pruning.skipped:
         found.insert(1, skipped_line(statistics))
+    if statistics.left_out_tokens:
+        found.insert(1, visual_tokens_line(statistics))
     return found
+
+
+def visual_tokens_line(statistics: Statistics) -> str:
+    """How the pictures of this prompt fared."""
+    settings, of = statistics.pruning.settings, statistics.image_tokens
+    where = f"after layer {settings.visual_tokens_layer}" if statistics.pruning.thin_from else "from the first layer on"
+    return (
+        f"pictures  {of - statistics.left_out_tokens} of {of} image tokens stay {where}, by {settings.visual_tokens_by}"
+    )
 
 
 def skipped_line(statistics: Statistics) -> str:

@@ -175,6 +175,8 @@ def another_value(name: str) -> Any:
     (one,) = (one for one in fields(PruningSettings) if one.name == name)
     if one.metadata["choices"]:
         return next(choice for choice in one.metadata["choices"] if choice != one.default)
+    if one.metadata["type"] is str:
+        return "1.mlp"
     return one.metadata["least"] + (2 if one.metadata["type"] is int else 0.5)
 
 
@@ -183,6 +185,7 @@ def another_setting(name: str) -> dict[str, Any]:
     needed: dict[str, dict[str, Any]] = {
         "retained_share": {"candidate_width": 1.0}, "redraw_every": {"dense_every": 2},
         "redraw_on_drift": {"dense_every": 2}, "boundary_tokens": {"prefill_skip": 0.5},
+        "visual_tokens_by": {"visual_tokens": 0.5}, "visual_tokens_layer": {"visual_tokens": 0.5},
     }
     return {name: another_value(name)} | needed.get(name, {})
 

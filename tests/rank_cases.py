@@ -32,6 +32,7 @@ CASES: list[tuple[str, Path | None, dict[str, Any], dict[str, Any]]] = [
     ("mixtral evidence", MIXTRAL_TINY, {}, POP | EVIDENCE),
     ("llava dense", LLAVA_TINY, {}, {"prune_ratio": 0.0}),
     ("llava", LLAVA_TINY, {}, POP),
+    ("llava thin", LLAVA_TINY, {}, POP | {"visual_tokens": 12, "visual_tokens_layer": 1}),
     ("llava skip", LLAVA_TINY, {}, POP | {"prefill_skip": "1/4"}),
 ]
 

@@ -27,6 +27,7 @@ from popengine.measure import bench_shapes, benchmark
 from popengine.measure.bench_engines import Generated, write_gguf
 from popengine.measure.bench_table import describe
 from popengine.measure.benchmark import Entry, rows
+from popengine.methods.calibration import calibrate, save_calibration
 from popengine.statistics import regions
 from weights.checkpoint import open_checkpoint
 
@@ -64,6 +65,23 @@ def test_every_setting_and_peer_has_a_row_and_an_absent_peer_is_named(result: di
     assert f"{result['threads']} threads for every engine" in text
     assert " ".join(result["command"]) in text
     assert torch.__version__ in text
+
+
+def test_methods_and_what_is_left_out_have_rows_of_their_own(checkpoint: Path, tmp_path: Path) -> None:
+    engine, saved, file = load(checkpoint, dtype="float32"), tmp_path / "made.safetensors", tmp_path / "bench.json"
+    save_calibration(calibrate(engine.model, [[*range(30)]], "numbers"), saved)
+    arguments = ["--ckpt", checkpoint, "-p", 20, "-n", 4, "--prune-ratio", 0.4, "--dtype", "float32", "--rounds", 1]
+    arguments += ["--leave-out", "1.mlp", "--method", "shortgpt", "probe-pruning", "--calibration", saved]
+    assert status(*arguments, "--json", file) == 0
+    (group,) = json.loads(file.read_text())["dtypes"]
+    names = [row["engine"].removeprefix("popengine eager, ") for row in group["rows"]]
+    assert names == [
+        "dense", "POP 0.4", "dense, without 1.mlp", "POP 0.4, without 1.mlp", "shortgpt 0.4", "probe-pruning 0.4"
+    ]
+    dense, _, less, _, shortgpt, probed = (row["weight_bytes_per_token"] for row in group["rows"])
+    assert shortgpt < dense > less and probed < dense
+    works = [row["prompt_work"][0] for row in group["rows"]]
+    assert max(works[2], works[4], works[5]) < works[0]
 
 
 def test_rows_hold_together(result: dict[str, Any], checkpoint: Path) -> None:

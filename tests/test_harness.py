@@ -11,6 +11,8 @@ from builders import another_setting
 
 from models.pruning.settings import PruningSettings
 from popengine.loading import load
+from popengine.methods.by_name import Request, pruning_for
+from popengine.methods.calibration import calibrate, load_calibration, save_calibration
 from weights.errors import InputError
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -116,6 +118,21 @@ def test_pruning_goes_through_decode(checkpoint: Path, tasks: Path, dense: dict[
     for document, wanted in zip(answers(pruned, "local_choice"), answers(dense, "local_choice"), strict=True):
         long, own_long = float(document[1][0]), float(wanted[1][0])
         assert long != pytest.approx(own_long, abs=1e-4)
+
+
+def test_methods_that_leave_out_layers_are_arguments(checkpoint: Path, tasks: Path, tmp_path: Path) -> None:
+    """A method with its calibration gives what its plan gives as a setting."""
+    engine, saved = load(checkpoint, dtype="float32"), tmp_path / "made.safetensors"
+    save_calibration(calibrate(engine.model, [[*range(30)]], "numbers"), saved)
+    common = {"ckpt": str(checkpoint), "dtype": "float32"}
+    request = Request(engine.model, PruningSettings(prune_ratio=0.34), load_calibration(saved, engine.model))
+    plan = pruning_for("shortgpt", request).settings.leave_out
+    by_method = evaluate(
+        "popengine", common | {"method": "shortgpt", "calibration": str(saved), "prune_ratio": 0.34}, tasks
+    )
+    by_plan = evaluate("popengine", common | {"method": "dense", "leave_out": plan}, tasks)
+    assert plan and answers(by_method, "local_choice") == answers(by_plan, "local_choice")
+    assert answers(by_method, "local_generate") == answers(by_plan, "local_generate")
 
 
 def test_the_command_and_its_errors(

@@ -21,7 +21,7 @@ from popengine.methods.calibration import Calibration, calibrate, load_calibrati
 from weights.errors import InputError
 
 SETTINGS = PruningSettings(ffn_ratio=0.4)
-STATIC = ("random", "magnitude", "wanda-sp", "flap")
+STATIC = ("random", "magnitude", "wanda-sp", "flap", "cfsp", "tyr")
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +34,12 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
     return saved_pair(tmp_path_factory.mktemp("mixtral"), MIXTRAL)[1]
 
 
-def texts(model: LlamaForCausalLM) -> list[Tensor]:
-    return [embedded(model, list(range(start, start + 40))) for start in (0, 30, 50)]
+TEXTS = [list(range(start, start + 40)) for start in (0, 30, 50)]
 
 
 @pytest.fixture(scope="module")
 def calibration(model: LlamaForCausalLM) -> Calibration:
-    return calibrate(model, texts(model), "numbers")
+    return calibrate(model, TEXTS, "numbers")
 
 
 @torch.inference_mode()
@@ -84,7 +83,7 @@ def test_a_static_method_is_the_dense_network_with_channels_cut_out(
 def test_static_methods_keep_the_budget_in_every_model(method: str, model: LlamaForCausalLM,
                                                        mixture: LlamaForCausalLM) -> None:
     for one in (model, mixture):
-        made = calibrate(one, texts(one), "numbers")
+        made = calibrate(one, TEXTS, "numbers")
         pruning = pruning_for(method, Request(one, SETTINGS, made))
         assert isinstance(pruning.rule, StaticRule)
         sizes = [static.partition.sizes for static in pruning.rule.of.values()]
@@ -122,8 +121,8 @@ def test_calibration_is_mean_and_variance_over_all_texts(model: LlamaForCausalLM
     def watch(activation: Activation) -> None:
         h.setdefault(activation.name, []).append(activation.h)
 
-    for x in texts(model):
-        watch_dense(model, x, watch)
+    for ids in TEXTS:
+        watch_dense(model, embedded(model, ids), watch)
     for name, moments in calibration.moments.items():
         together = torch.cat(h[name])
         assert moments.tokens == len(together) == 120
@@ -163,7 +162,7 @@ def test_what_is_no_calibration_is_refused(model: LlamaForCausalLM, tmp_path: Pa
 def test_unknown_methods_missing_calibration_and_heads_are_named(model: LlamaForCausalLM) -> None:
     with pytest.raises(InputError, match=f"unknown method 'wand'.*{', '.join(METHODS)}"):
         pruning_for("wand", Request(model, SETTINGS))
-    for method in ("wanda-sp", "flap"):
+    for method in ("wanda-sp", "flap", "cfsp", "tyr", "probe-pruning", "shortgpt", "finercut"):
         with pytest.raises(InputError, match=f"{method} is calibrated on a text"):
             pruning_for(method, Request(model, SETTINGS))
     with pytest.raises(InputError, match="prune no heads"):

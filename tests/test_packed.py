@@ -370,7 +370,11 @@ def test_bad_forms_end_in_one_line(tmp_path: Path, folder: Path, capsys: Any) ->
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
 def test_the_default_run_takes_little_memory_beside_torch(default_gguf: Path) -> None:
-    """As `make run`: loading, a prompt of 170 tokens, steps. In a process of its own: 217 MB were measured."""
+    """As `make run`: loading, a prompt of 170 tokens, steps. In a process of its own: 180 to 225 MB were measured.
+
+    The least of three runs: what of the file and of PyTorch's own code lies in memory is up to the system, and moves it
+    by 50 MB.
+    """
     script = (
         "import re, torch; peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         f"before = peak(); import popengine; engine = popengine.load({str(default_gguf)!r})\n"
@@ -378,5 +382,8 @@ def test_the_default_run_takes_little_memory_beside_torch(default_gguf: Path) ->
         "engine.generate(prompt, max_new_tokens=3, pruning=popengine.PruningSettings(candidate_width=0.5))\n"
         "print(peak() - before)"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert int(run.stdout) < 280_000
+    for _ in range(3):
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+        if int(run.stdout) < 240_000:
+            return
+    raise AssertionError(f"{run.stdout.strip()} kB")

@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
+from models.mixtral import MixtralForCausalLM
 from models.pruning.resolve import Pruning
 from models.pruning.settings import PruningSettings
 from popengine.methods.activations import Activation, embedded, feed_forward_networks, watch_dense
@@ -47,6 +48,8 @@ def test_parallel_and_steps_agree(settings: str, model: LlamaForCausalLM) -> Non
 @torch.inference_mode()
 def test_parallel_and_steps_agree_for_every_method(method: str, model: LlamaForCausalLM, exact_drafts: None) -> None:
     skip = "1/3" if "skip" in method or method == "prefill-only" else 0
+    if method == "probe-pruning" and isinstance(model, MixtralForCausalLM):
+        pytest.skip("it refuses mixtures")
     settings = PruningSettings(ffn_ratio=0.4, prefill_skip=skip, prior=1)
     steps, parallel = both_ways(model, pruning_for(method, request_for(model, settings)))
     torch.testing.assert_close(parallel, steps, atol=1e-4, rtol=1e-5)
@@ -93,5 +96,5 @@ def test_the_dense_walk_over_layers_sees_what_the_model_computes(model: LlamaFor
 
 @torch.inference_mode()
 def request_for(model: LlamaForCausalLM, settings: PruningSettings) -> Request:
-    texts = [embedded(model, list(range(start, start + 40))) for start in (0, 30, 50)]
+    texts = [list(range(start, start + 40)) for start in (0, 30, 50)]
     return Request(model, replace(settings), calibrate(model, texts, "numbers"), seed=3)

@@ -80,7 +80,7 @@ def test_a_compared_setting_that_differs_is_a_column(name: str) -> None:
 
 
 def out_of_bounds(metadata: Any) -> list[Any]:
-    if metadata["choices"]:
+    if metadata["choices"] or metadata["type"] is str:
         return ["no such choice"]
     found = [metadata["least"] - 1, float("nan")]
     found += [] if metadata["below"] is None else [metadata["below"]]

@@ -75,17 +75,33 @@ def test_values_arrive_in_the_dtype_asked_for(tmp_path: Path, dtype: torch.dtype
         assert not loaded.is_meta and loaded.is_contiguous()
 
 
-@pytest.mark.parametrize("worth_sharing", [1, weights.load.WORTH_SHARING])
-def test_what_was_loaded_does_not_hang_on_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worth_sharing: int
-) -> None:
-    monkeypatch.setattr(weights.load, "WORTH_SHARING", worth_sharing)  # large tensors are copied in another way
+def test_what_was_loaded_does_not_hang_on_the_file(tmp_path: Path) -> None:
     model = tiny()
     load_weights(model, checkpoint_of(tmp_path / "c", tensors()), torch.float32, CPU)
     (tmp_path / "c" / "model.safetensors").write_bytes(b"")
     with torch.no_grad():
         model.proj.weight.mul_(2)  # a view of a read-only mapping would end the process here
     assert torch.equal(model.proj.weight, tensors()["proj.weight"] * 2)
+
+
+def test_small_tensors_are_read_on_one_thread_and_the_others_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, model, before = checkpoint_of(tmp_path / "c", tensors()), tiny(), torch.get_num_threads()
+    threads: list[int] = []
+    read = weights.load.read_piece
+    monkeypatch.setattr(
+        weights.load, "read_piece", lambda *given: (threads.append(torch.get_num_threads()), read(*given))[1]
+    )
+    torch.set_num_threads(2)
+    try:
+        load_weights(model, checkpoint, torch.float32, CPU)
+        monkeypatch.setattr(weights.load, "WORTH_SHARING", 1)
+        load_weights(tiny(), checkpoint, torch.float32, CPU)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1] * (len(threads) // 2) + [2] * (len(threads) // 2)
 
 
 @pytest.mark.parametrize("present", [("embed.weight",), ("head.weight",), ("embed.weight", "head.weight")])

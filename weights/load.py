@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,8 @@ Locate = Callable[[list[str], list[str]], dict[str, tuple[str, tuple[Any, ...]]]
 
 NAMES_SHOWN = 10
 
-# torch shares a copy of more elements than the first of these out over its threads. On a machine whose cores have other
-# work, waiting for the last thread then takes far longer than the copy (20 s for 300 tensors that one thread copies in
-# 0.2 s), so smaller tensors are copied in stretches that stay on this thread.
-NEVER_SHARED = 32_768
+# Tensors of fewer elements are read and packed on one thread. On a machine whose cores have other work, waiting for the
+# last of several threads takes far longer than what they share (13 s to load a model that one thread loads in 0.7).
 WORTH_SHARING = 8_000_000
 
 
@@ -31,13 +30,15 @@ WORTH_SHARING = 8_000_000
 class Packing:
     """What becomes of a parameter that is not kept as it is read.
 
-    take       is handed its values (which may be a view of the file), or its Groups where from_groups says so
-    held_bytes how much memory that takes
+    take         is handed its values (which may be a view of the file); its Groups where from_groups says so; an
+                 iterator over stretches of so many rows where rows_at_once does, so that a large one is never whole
+    held_bytes   how much memory that takes
     """
 
     take: Callable[[Any], None]
     held_bytes: int
     from_groups: bool = False
+    rows_at_once: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,16 @@ def load_weights(
     with tqdm(total=needed, desc="loading", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
         for key in checkpoint.entries:  # in the order of the files, so that a disk reads forwards
             for one in by_key.get(key, []):
-                if one.packing is None:
-                    put(model, one, read_piece(checkpoint, one, device))
-                elif one.packing.from_groups:
-                    groups = checkpoint.read_groups(key)
-                    one.packing.take(groups if one.share is None else groups.part(one.share.dim, one.share.own))
-                else:
-                    one.packing.take(read_index(checkpoint, one))
+                with threads_for(one.target):
+                    if one.packing is None:
+                        put(model, one, read_piece(checkpoint, one, device))
+                    elif one.packing.from_groups:
+                        groups = checkpoint.read_groups(key)
+                        one.packing.take(groups if one.share is None else groups.part(one.share.dim, one.share.own))
+                    elif one.packing.rows_at_once:
+                        one.packing.take(read_stretches(checkpoint, one, one.packing.rows_at_once))
+                    else:
+                        one.packing.take(read_index(checkpoint, one))
                 bar.update(one.held_bytes)
             checkpoint.release(key)
 
@@ -248,18 +252,33 @@ def read_index(checkpoint: Checkpoint, one: Wanted) -> Tensor:
     return checkpoint.read(one.key)[one.index if one.share is None else one.share.of(one.index)]
 
 
+def read_stretches(checkpoint: Checkpoint, one: Wanted, rows_at_once: int) -> Iterator[Tensor]:
+    """The values of one parameter, so many rows at a time."""
+    if one.index != () or (one.share is not None and one.share.dim != 0):
+        yield from read_index(checkpoint, one).split(rows_at_once)
+        return
+    own = range(one.shape[0]) if one.share is None else range(one.share.own.start, one.share.own.stop)
+    for start in own[::rows_at_once]:
+        yield checkpoint.read(one.key, slice(start, min(start + rows_at_once, own.stop)))
+
+
 def read_piece(checkpoint: Checkpoint, one: Wanted, device: torch.device) -> Tensor:
     """The values of one parameter, on the device, in its dtype, and in memory that is nobody else's."""
     piece = read_index(checkpoint, one)
     if not checkpoint.mapped and one.index == () and one.share is None and piece.dtype == one.dtype:
         return piece.to(device)  # what was read is already a tensor of its own
-    if device.type != "cpu" or piece.numel() >= WORTH_SHARING or not piece.is_contiguous():
-        return piece.to(device, one.dtype, copy=True, memory_format=torch.contiguous_format)
-    value = torch.empty(piece.shape, dtype=one.dtype)
-    stretches = zip(value.view(-1).split(NEVER_SHARED), piece.view(-1).split(NEVER_SHARED), strict=True)
-    for target, source in stretches:
-        target.copy_(source)
-    return value
+    return piece.to(device, one.dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def threads_for(target: Tensor) -> Iterator[None]:
+    """Threads that a tensor of this size is worth."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if target.numel() >= WORTH_SHARING else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def put(model: nn.Module, one: Wanted, value: Tensor) -> None:

@@ -4,9 +4,16 @@ The headline ratio is a share of a decoder layer's parameters, but only the feed
 heads) give anything up, so their own ratio is higher (POP, arXiv 2602.06822, Table 8).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from torch import nn
+
+from models.matrix import Matrix
+from models.passes import Stretch
 from models.pruning.alternatives import RULES
+from models.pruning.left_out import ATTENTION, HALVES, MLP, Half, check_halves, read_halves
 from models.pruning.partition import partition_sizes
 from models.pruning.rules import POP
 from models.pruning.settings import DEFAULT_PRUNE_RATIO, WIDTH_RULES, PruningSettings, exact_share
@@ -32,14 +39,26 @@ class LayerWeights:
     layers: int
 
 
+@dataclass(frozen=True, eq=False)
+class ExpertsLeft:
+    """Mixtures with fewer experts: of each its router, and the network for each of that one's outputs.
+
+    Equal to none but itself.
+    """
+
+    of: Mapping[nn.Module, tuple[Matrix, Sequence[Any]]]
+
+
 @dataclass(frozen=True)
 class Pruning:
     """PruningSettings made concrete for one model.
 
-    ratio      share of a decoder layer's parameters that a decode step leaves out (the headline ratio)
-    ffn_ratio  share of FFN channels that do not finish a decode step (r)
+    ratio      share of the decoder layers' parameters that a decode step leaves out (the headline ratio)
+    ffn_ratio  share of FFN channels that do not finish a decode step (r), of the networks that run
     skipped    the layers that a prompt skips (Prefill-Only), all but its last `boundary` tokens
     blind      a control: what a prompt has left in the layers it skips, nobody looks at
+    left_out   halves of layers that neither prompts nor steps run
+    experts    mixtures that some of their experts are missing from; None: all are whole
     """
 
     ratio: float
@@ -49,6 +68,43 @@ class Pruning:
     skipped: tuple[int, ...] = ()
     boundary: int = 1
     blind: bool = False
+    left_out: tuple[Half, ...] = ()
+    experts: ExpertsLeft | None = None
+
+    @property
+    def thin_from(self) -> int | None:
+        """The first layer whose prompts are without the rows of pictures that are left out; None: none are."""
+        settings = self.settings
+        by_layer = settings.visual_tokens_layer if settings.visual_tokens_by == "attention" else 0
+        return None if settings.visual_tokens == "all" else by_layer
+
+    def is_thin(self, layer: int) -> bool:
+        """Whether its prompts are without them."""
+        return self.thin_from is not None and layer >= self.thin_from
+
+    def visual_tokens(self, of_picture: int) -> int:
+        """How many of a picture's tokens stay. Raises InputError where none would."""
+        wanted = self.settings.visual_tokens
+        if wanted == "all":
+            return of_picture
+        kept = int(exact_share(wanted) * (of_picture if exact_share(wanted) < 1 else 1))
+        if kept == 0:
+            raise InputError(f"visual tokens {wanted} leaves none of the {of_picture} tokens of a picture; raise it")
+        return min(kept, of_picture)
+
+    def uncounted(self, stretches: Sequence[Stretch]) -> int:
+        """Rows of these pictures that are left out and would count as evidence."""
+        lengths = [one.length for one in stretches] if self.settings.scored_tokens == "all" else []
+        return sum(length - self.visual_tokens(length) for length in lengths)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether channels or heads are off in what runs."""
+        return self.ffn_ratio > 0 or self.settings.head_ratio > 0
+
+    def halves(self, layer: int) -> tuple[str, ...]:
+        """Those of a layer that run."""
+        return tuple(part for part in HALVES if (layer, part) not in self.left_out)
 
     def skipped_by(self, tokens: int) -> tuple[int, ...]:
         """The layers that a prompt of so many tokens skips: one that is all boundary skips none."""
@@ -92,8 +148,34 @@ def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
         ffn_ratio, settings.candidate_width, settings.head_ratio, settings.min_tokens,
         retained_share=settings.retained_share, groups=settings.groups,
     )
-    ratio = (ffn_ratio * layer.ffn + off_heads) / total
-    return Pruning(ratio, ffn_ratio, settings, rule, deepest(settings, layer.layers), settings.boundary_tokens)
+    left_out = check_halves(read_halves(str(settings.leave_out)), layer.layers)
+    check_visual_tokens(settings, left_out, layer.layers)
+    gone = share_of_halves(left_out, layer)
+    networks = sum(half.part == MLP for half in left_out)
+    off = (layer.layers - networks) * ffn_ratio * layer.ffn + (layer.layers - len(left_out) + networks) * off_heads
+    return Pruning(
+        gone + off / (layer.layers * total), ffn_ratio, settings, rule, deepest(settings, layer.layers),
+        settings.boundary_tokens, left_out=left_out,
+    )
+
+
+def share_of_halves(halves: Sequence[Half], layer: LayerWeights) -> float:
+    """What these hold of the parameters of all layers, which count as if they were alike."""
+    weights = sum(layer.ffn if half.part == MLP else layer.attention for half in halves)
+    return weights / (layer.layers * (layer.attention + layer.ffn))
+
+
+def check_visual_tokens(settings: PruningSettings, left_out: Sequence[Half], layers: int) -> None:
+    """Raises InputError for a layer after which there is none, or that attends to nothing."""
+    after = settings.visual_tokens_layer
+    if settings.visual_tokens == "all" or settings.visual_tokens_by != "attention":
+        return
+    if after >= layers:
+        raise InputError(
+            f"visual tokens layer {after} leaves no layer after it: the model has {layers}, give {layers - 1} at most"
+        )
+    if (after - 1, ATTENTION) in left_out:
+        raise InputError(f"visual tokens layer {after} chooses by an attention that is left out; give another layer")
 
 
 def check_retained_share(settings: PruningSettings, ffn_ratio: float) -> None:

@@ -66,6 +66,8 @@ class POP:
     groups: int = 1
 
     follows_prompt = True
+    # The share of a prompt's rows that run ahead and decide for the others; a rule that has one chooses them (`probe`).
+    probed = 0.0
     # A candidate's score is |look| * factor: which of "gate" (act(gate)), "up", "h" (their product) and "draft" (h from
     # copies of few bits) a step looks at, and for which of the first two besides h the prompt is watched, if the
     # factor needs it.

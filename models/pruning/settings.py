@@ -9,6 +9,7 @@ from dataclasses import Field, dataclass, field, fields
 from fractions import Fraction
 from typing import Any
 
+from models.pruning.left_out import read_halves
 from weights.errors import InputError
 
 DEFAULT_PRUNE_RATIO = 0.2
@@ -31,7 +32,8 @@ def setting(
     column            its heading in tables that compare settings; None: it is compared in none
     matters           to which of the methods that are compared: "to all", "to widths" (rules that choose within the
                       width), "to rules", "to prompts" (methods that follow the prompt), "to experts" (those, where a
-                      model has experts) or "to skipping" (where prompts skip layers)
+                      model has experts), "to skipping" (where prompts skip layers), "to layers" (methods that leave out
+                      layers), "to pictures" (models that read them) or "to thinning" (where pictures lose tokens)
     """
     bounds = {"least": least, "below": below, "most": most, "choices": choices}
     metavar = metavar or "|".join(choices)
@@ -83,7 +85,13 @@ class PruningSettings:
     prefill_skip     Prefill-Only pruning (arXiv 2602.03295): the deepest layers, floor(share of them), are skipped for
                      the prompt, all but its last tokens; steps run every layer. A number or a fraction like "1/3"
     boundary_tokens  how many of the last prompt tokens run through the skipped layers all the same
+    visual_tokens    how many of a picture's tokens stay in the prompt: a share below 1, a number, or "all"
+    visual_tokens_by which: by the last prompt token's "attention" after the layer visual_tokens_layer, or by
+                     "diversity" before the first (models/visual_tokens.py)
     groups           equal stretches of a network's channels that are cut alike, each by itself: what as many ranks do
+    leave_out        layers, or halves of them, that neither prompts nor steps run: "20-22+25.attention+26.mlp". The
+                     prune ratio is a share of what is left
+    layer_share      what methods that leave out layers take of the prune ratio; the rest are channels by the rule
     Raises InputError for a value out of bounds.
     """
 
@@ -147,9 +155,29 @@ class PruningSettings:
         1, "the last K prompt tokens run through skipped layers too (default: 1)", int, metavar="K", least=1,
         column="boundary tokens", matters="to skipping",
     )
+    visual_tokens: float | str = setting(
+        "all", "tokens of each picture that stay: a share below 1, a number, or all (default)", share,
+        metavar="SHARE|N|all", least=0, column="visual tokens", matters="to pictures",
+    )
+    visual_tokens_by: str = setting(
+        "attention", "those attended to most (FastV), or those furthest from each other", str,
+        choices=("attention", "diversity"), column="chosen by", matters="to thinning",
+    )
+    visual_tokens_layer: int = setting(
+        2, "by attention: all of them stay up to this layer (default: 2)", int, metavar="K", least=1,
+        column="after layer", matters="to thinning",
+    )
     groups: int = setting(
         1, "channels are cut alike in so many equal stretches, as so many ranks do", int, metavar="N", least=1,
         column="groups",
+    )
+    leave_out: str = setting(
+        "", "layers or halves of them that neither prompts nor steps run, like 20-22+25.attention+26.mlp", str,
+        metavar="LAYERS", column="left out",
+    )
+    layer_share: float = setting(
+        1.0, "methods shortgpt and finercut: what of the prune ratio layers give, channels give the rest (default: 1)",
+        float, metavar="SHARE", least=0, most=1, column="of layers", matters="to layers",
     )
 
     def __post_init__(self) -> None:
@@ -160,8 +188,14 @@ class PruningSettings:
                 raise InputError(f"{name} needs dense every: without dense steps there is no new evidence")
         if self.rule == "glass" and self.prior == 0:
             raise InputError("rule glass needs a prior of 1 or more, whose ranks it joins with the prompt's")
+        read_halves(str(self.leave_out))
         for one in fields(self):
             check(one, getattr(self, one.name))
+        left = 1 if self.visual_tokens == "all" else exact_share(self.visual_tokens)
+        if left == 0 or (left > 1 and left.denominator > 1):
+            raise InputError(
+                f"visual tokens must be a share between 0 and 1, a number of tokens or all, not {self.visual_tokens}"
+            )
 
 
 def check(one: Field[Any], value: Any) -> None:
@@ -171,7 +205,7 @@ def check(one: Field[Any], value: Any) -> None:
         if value not in bounds["choices"]:
             raise InputError(f"{name} must be one of {', '.join(bounds['choices'])}, not {value!r}")
         return
-    if value is None and one.default is None:
+    if (type(value) is type(one.default) and value == one.default) or bounds["type"] is str:
         return
     least, below, most = bounds["least"], bounds["below"], bounds["most"]
     if bounds["type"] is share:

@@ -82,12 +82,14 @@ class Configuration:
 
 FOLLOW_THE_PROMPT = (*RULE_NAMES, "frozen")
 # What only prompts tell from the dense model.
-SKIPPING = ("prefill-only", "skip-first", "skip-evenly", "skip-no-boundary", "skip-no-keys")
+SKIPPING = ("prefill-only", "skip-first", "skip-evenly", "skip-no-boundary", "skip-no-keys", "visual-tokens")
+LEAVING_OUT = ("shortgpt", "finercut")
 
 
-def configurations(flags: argparse.Namespace, mixture: bool) -> list[Configuration]:
+def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> list[Configuration]:
     """The grid, without settings that would not change a method: dense has none, only pop and glass have widths, static
-    methods prune no heads and have no unseen experts, and only prompts that skip layers have a boundary."""
+    methods prune no heads and have no unseen experts, only prompts that skip layers have a boundary, and only models
+    that read pictures leave tokens of them out."""
     ratios = [{"ffn_ratio": ratio} for ratio in flags.ffn_ratio or ()]
     ratios += [{"prune_ratio": ratio} for ratio in flags.prune_ratio or (() if flags.ffn_ratio else (0.2,))]
     made: dict[Configuration, None] = {}
@@ -95,22 +97,33 @@ def configurations(flags: argparse.Namespace, mixture: bool) -> list[Configurati
         if method == "dense":
             made[Configuration("dense", DENSE, form)] = None
             continue
-        follows = method in FOLLOW_THE_PROMPT
+        leaves_out = method in LEAVING_OUT              # whose channels the rule pop may cut besides
+        follows = method in FOLLOW_THE_PROMPT or leaves_out
         matter = {
-            "to all": True, "to widths": method in WIDTH_RULES, "to rules": method in RULE_NAMES,
+            "to all": True, "to widths": method in WIDTH_RULES or leaves_out, "to rules": method in RULE_NAMES,
             "to prompts": follows, "to experts": follows and mixture,
-            "to skipping": method != "skip-no-boundary",
+            "to skipping": method != "skip-no-boundary", "to layers": leaves_out, "to pictures": pictures,
+            "to thinning": pictures,
         }
         others = [one for one in compared_fields() if one.name not in ("prune_ratio", "ffn_ratio")]
         choices = [(matter[one.metadata["matters"]] and getattr(flags, one.name)) or [one.default] for one in others]
         of_method = [{"prune_ratio": 0.0}] if method in SKIPPING else ratios
         for ratio, *values in itertools.product(of_method, *choices):
             chosen = dict(zip((one.name for one in others), values, strict=True))
+            if leaves_out and chosen["layer_share"] == 1:
+                unused = (one for one in others if one.metadata["matters"] in ("to widths", "to prompts"))
+                chosen |= {one.name: one.default for one in unused}
             settings = PruningSettings(**ratio, **chosen)
             if exact_share(settings.prefill_skip) == 0:
-                if method in SKIPPING and len(flags.prefill_skip) > 1:
+                if method in SKIPPING and method != "visual-tokens" and len(flags.prefill_skip) > 1:
                     continue                        # 0 was meant for the others
                 settings = replace(settings, boundary_tokens=PruningSettings.boundary_tokens)
+            if settings.visual_tokens == "all":
+                if method == "visual-tokens" and len(flags.visual_tokens) > 1:
+                    continue                        # all were meant for the others
+                settings = replace(settings, visual_tokens_by=PruningSettings.visual_tokens_by)
+            if settings.visual_tokens == "all" or settings.visual_tokens_by != "attention":
+                settings = replace(settings, visual_tokens_layer=PruningSettings.visual_tokens_layer)
             made[Configuration(method, settings, form)] = None
     return list(made)
 
@@ -150,6 +163,10 @@ class Comparison:
                 studies[f"share of steps that pick a candidate, {picked[0].label}"] = pick_figures(picked[1])
             if plots is not None:
                 about["plots"] = self.plot(rows, drifts, picked, plots)
+        if plots is not None:
+            for name in tasks:
+                load_plots().plot_tasks([one.label for one in self.prunings], rows, name, plots / task_plot(name))
+                about["plots"].append(task_plot(name))
         return {"about": about, "rows": rows, "studies": studies}
 
     def measure_text(self) -> None:
@@ -236,16 +253,8 @@ class Comparison:
         """The table."""
         records = self.progress.records
         rows = []
-        dense = bytes_per_token(self.engine.model, self.engine.resolve(DENSE))
         for one, pruning in self.prunings.items():
-            read = bytes_per_token(self.engines[one.weights].model, pruning)
-            row: dict[str, Any] = {
-                **one.fields(),
-                "ratio": pruning.ratio,
-                "ffn_ratio": pruning.ffn_ratio,
-                "weight_bytes_per_token": read,
-                "weight_share": read / dense,
-            }
+            row = row_of(one, pruning, self.engines)
             if self.windows:
                 summary = summarise([self.window_score(one, index) for index in range(len(self.windows))])
                 row |= {name: value if value == value else None for name, value in asdict(summary).items()}
@@ -341,6 +350,19 @@ class Comparison:
         return 0.1 if 0.1 in widths or not widths else widths[0]
 
 
+def row_of(one: Configuration, pruning: Pruning, engines: dict[str, Engine]) -> dict[str, Any]:
+    """What a table says of a configuration without measuring it; the dense model is that of the first engine."""
+    first = next(iter(engines.values()))
+    read = bytes_per_token(engines[one.weights].model, pruning)
+    return {
+        **one.fields(),
+        "ratio": pruning.ratio,
+        "ffn_ratio": pruning.ffn_ratio,
+        "weight_bytes_per_token": read,
+        "weight_share": read / bytes_per_token(first.model, first.resolve(DENSE)),
+    }
+
+
 def text_key(one: Configuration, window: int) -> str:
     return f"window {window}: {json.dumps(one.fields())}"
 
@@ -393,6 +415,11 @@ def usual_of(settings: PruningSettings) -> tuple[object, ...]:
     return tuple(getattr(settings, one.name) for one in compared_fields() if one.name not in shown)
 
 
+def task_plot(task_set: str) -> str:
+    """Its file."""
+    return f"tasks_{task_set}.png"
+
+
 def load_plots() -> ModuleType:
     """The drawing module, only when something is drawn: it needs matplotlib, and says so where that is missing."""
     return importlib.import_module("popengine.measure.plots")
@@ -402,15 +429,22 @@ def identity_of(
     flags: argparse.Namespace, engines: dict[str, Engine], text: Text | None, calibration: Calibration | None
 ) -> dict[str, Any]:
     """What must be the same for measurements to stand side by side."""
-    engine = engines[flags.weights[0]]
     return {
-        "checkpoint": "default" if flags.ckpt is None else Path(flags.ckpt).name,
-        "model": fingerprint(engine.model),
         "text": None if text is None else f"{text.name} ({text.digest})",
         "prompt_tokens": None if text is None else flags.prompt_tokens,
         "score_tokens": None if text is None else flags.score_tokens,
         "windows": None if text is None else flags.windows,
         "questions": flags.questions if flags.tasks else None,
+    } | identity_of_model(flags, engines, calibration)
+
+
+def identity_of_model(
+    flags: argparse.Namespace, engines: dict[str, Engine], calibration: Calibration | None
+) -> dict[str, Any]:
+    engine = engines[flags.weights[0]]
+    return {
+        "checkpoint": "default" if flags.ckpt is None else Path(flags.ckpt).name,
+        "model": fingerprint(engine.model),
         "seed": flags.seed,
         "calibration": None if calibration is None else calibration.made_from,
         "dtype": ", ".join(dict.fromkeys(str(one.dtype).removeprefix("torch.") for one in engines.values())),

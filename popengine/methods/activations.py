@@ -6,15 +6,16 @@ given an observer.
 T tokens, H hidden size, I FFN channels, n tokens that one network sees.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.passes import PictureRows
+from models.passes import Observer, PictureRows, prefill_pass
 from models.pruning.resolve import resolve
 from models.pruning.settings import DENSE
 from models.reading import layer_weights
@@ -40,6 +41,16 @@ def feed_forward_networks(model: LlamaForCausalLM) -> dict[str, FeedForward]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FeedForward)}
 
 
+def mixtures_of_experts(model: LlamaForCausalLM) -> dict[str, MixtureOfExperts]:
+    """Every mixture by its place in the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MixtureOfExperts)}
+
+
+def layer_of(name: str) -> int:
+    """The layer of a network by its place in the model."""
+    return int(name.split(".")[2])
+
+
 @torch.inference_mode()
 def watch_dense(
     model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None], pictures: PictureRows | None = None
@@ -48,16 +59,46 @@ def watch_dense(
 
     x [1, T, H], embedded tokens, and what they have because of pictures. A network that no token reaches is left out.
     """
-    names = {ffn: name for name, ffn in feed_forward_networks(model).items()}
+    state = model.new_state(1, x.shape[1], resolve(DENSE, layer_weights(model)))
+    model.prefill(x, state, observe=observer(model, x, watch), pictures=pictures)
+
+
+def observer(
+    model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None],
+    watch_mixture: Callable[[str, Tensor], None] | None = None,
+) -> Observer:
+    """What a pass over x [1, T, H] is given, so that `watch` sees what its networks compute.
+
+    watch_mixture  is told the place of every mixture of experts, and what it is given, [T, H]
+    """
+    names: dict[nn.Module, str] = {ffn: name for name, ffn in feed_forward_networks(model).items()}
+    mixtures: dict[nn.Module, str] = {mixture: name for name, mixture in mixtures_of_experts(model).items()}
     everything = torch.arange(x.shape[1], device=x.device)                          # [T]
 
     def observe(ffn: nn.Module, h: Tensor, rows: Tensor | None, *_: Tensor | None) -> None:
+        if ffn in mixtures and watch_mixture is not None:
+            watch_mixture(mixtures[ffn], h[0])
         if not isinstance(ffn, FeedForward):
             return
         watch(Activation(names[ffn], ffn, everything if rows is None else rows, h[0]))
 
+    return observe
+
+
+def layer_by_layer(
+    model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None],
+    watch_mixture: Callable[[str, Tensor], None] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The dense model over one text: what goes into every layer and what comes out, and both watches as for `observer`.
+
+    x [1, T, H], embedded tokens; yields [1, T, H] twice
+    """
     state = model.new_state(1, x.shape[1], resolve(DENSE, layer_weights(model)))
-    model.prefill(x, state, observe=observe, pictures=pictures)
+    state.start(x.shape[1], None)
+    step = prefill_pass(model.model.rotary, state.views, x, None, observe=observer(model, x, watch, watch_mixture))
+    for layer, own in zip(model.model.layers, state.layers, strict=True):
+        before, x = x, layer.prefill(x, own, step)
+        yield before, x
 
 
 @torch.inference_mode()

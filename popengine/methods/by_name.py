@@ -14,82 +14,21 @@ I FFN channels, H hidden size.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
 
-from models.feed_forward import FeedForward
-from models.llama import LlamaForCausalLM
-from models.pruning.alternatives import StaticChannels, StaticRule
-from models.pruning.partition import PartitionSizes, partition_channels, partition_sizes
-from models.pruning.resolve import Pruning, resolve
-from models.pruning.settings import RULE_NAMES, PruningSettings
-from models.reading import layer_weights
-from popengine.methods.activations import feed_forward_networks
-from popengine.methods.calibration import Calibration
+from models.pruning.partition import partition_sizes
+from models.pruning.resolve import Pruning
+from models.pruning.settings import RULE_NAMES
+from popengine.methods.cfsp import cfsp
+from popengine.methods.experts import router_statistics, uncurl
+from popengine.methods.finercut import finercut
+from popengine.methods.probe_pruning import probe_pruning
+from popengine.methods.request import Request as Request
+from popengine.methods.shortgpt import shortgpt
+from popengine.methods.tyr import tyr
 from weights.errors import InputError
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a method works from.
-
-    calibration  None when none was given
-    seed         for methods that draw numbers
-    resolve      of the engine, which makes a prior where one is asked for; None: settings ask for none
-    """
-
-    model: LlamaForCausalLM
-    settings: PruningSettings
-    calibration: Calibration | None = None
-    seed: int = 0
-    resolve: Callable[[PruningSettings], Pruning] | None = None
-
-    @cached_property
-    def networks(self) -> dict[str, FeedForward]:
-        """The feed-forward networks by their place in the model."""
-        return feed_forward_networks(self.model)
-
-    def pruning(self, **changes: Any) -> Pruning:
-        """What was asked for, with some settings changed, for this model."""
-        settings = replace(self.settings, **changes)
-        return resolve(settings, layer_weights(self.model)) if self.resolve is None else self.resolve(settings)
-
-    @cached_property
-    def ffn_ratio(self) -> float:
-        """r, the share of FFN channels to prune."""
-        return self.pruning().ffn_ratio
-
-    def calibrated(self, method: str) -> Calibration:
-        if self.calibration is None:
-            raise InputError(f"method {method} is calibrated on a text: give --calibration-text or --calibration")
-        return self.calibration
-
-    def keep_highest(self, scores: dict[str, Tensor]) -> Pruning:
-        """Keep the (1 - r) I channels of every network that score highest, whatever the prompt. scores [I] by name"""
-        kept = {name: partition_sizes(len(of), self.ffn_ratio, 0.0).retained for name, of in scores.items()}
-        return self.keep(scores, kept)
-
-    def keep(
-        self, scores: dict[str, Tensor], kept: dict[str, int], biases: dict[str, Tensor] | None = None
-    ) -> Pruning:
-        """Keep `kept` channels of each network. biases  [H] by name, see StaticChannels"""
-        if self.settings.head_ratio > 0:
-            raise InputError("static methods prune no heads: leave the head ratio at 0")
-        static: dict[nn.Module, StaticChannels] = {}
-        for name, ffn in self.networks.items():
-            sizes = PartitionSizes(kept[name], 0, len(scores[name]) - kept[name], 0)
-            partition = partition_channels(scores[name], sizes)
-            bias = None
-            if biases is not None:
-                off = torch.zeros_like(biases[name]).index_fill(0, partition.pruned, 1) * biases[name]      # [I]
-                weight = ffn.down_proj.values()                                     # [H, I]
-                bias = (weight.float() @ off).to(weight.dtype)                      # [H]
-            static[ffn] = StaticChannels(partition, bias)
-        return replace(self.pruning(candidate_width=0.0, retained_share=None), rule=StaticRule(of=static))
 
 
 def dense(request: Request) -> Pruning:
@@ -103,7 +42,7 @@ def pop(request: Request) -> Pruning:
 
 
 def frozen(request: Request) -> Pruning:
-    """The prompt's mask at every step: POP of width 0."""
+    """The prompt's mask at every step: POP of width 0, which is GRIFFIN (arXiv 2404.01365)."""
     return request.pruning(candidate_width=0.0, retained_share=None)
 
 
@@ -202,6 +141,15 @@ def skip_no_keys(request: Request) -> Pruning:
     return replace(prefill_only(request), blind=True)
 
 
+def visual_tokens(request: Request) -> Pruning:
+    """Prompts leave out tokens of their pictures (FastV, arXiv 2403.06764; DivPrune, arXiv 2503.02175); steps are the
+    dense model's."""
+    pruning = dense(request)
+    if pruning.thin_from is None:
+        raise InputError("this method leaves out tokens of pictures: give --visual-tokens a share or a number")
+    return pruning
+
+
 METHODS: dict[str, Callable[[Request], Pruning]] = {
     "dense": dense,
     "pop": pop,
@@ -211,11 +159,19 @@ METHODS: dict[str, Callable[[Request], Pruning]] = {
     "magnitude": magnitude,
     "wanda-sp": wanda_sp,
     "flap": flap,
+    "cfsp": cfsp,
+    "tyr": tyr,
+    "probe-pruning": probe_pruning,
+    "shortgpt": shortgpt,
+    "finercut": finercut,
     "prefill-only": prefill_only,
     "skip-first": skip_first,
     "skip-evenly": skip_evenly,
     "skip-no-boundary": skip_no_boundary,
     "skip-no-keys": skip_no_keys,
+    "visual-tokens": visual_tokens,
+    "router-statistics": router_statistics,
+    "uncurl": uncurl,
 }
 
 

@@ -1,23 +1,34 @@
-"""What static pruning methods know about a model: mean and variance of every channel over a text, and their file.
+"""What static pruning methods know about a model: what its channels and layers do on a text, and the file of it.
 
-I FFN channels, H hidden size, n tokens.
+I FFN channels, H hidden size, L layers, n tokens, W windows of T tokens.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from models.llama import LlamaForCausalLM
-from popengine.methods.activations import Activation, feed_forward_networks, watch_dense
+from popengine.methods.activations import (
+    Activation,
+    embedded,
+    feed_forward_networks,
+    layer_by_layer,
+    mixtures_of_experts,
+)
 from weights.errors import InputError, one_line
 
-FORMAT = "popengine calibration 1"
+FORMAT = "popengine calibration 2"
+# Those of the text that searches run on.
+HELD_WINDOWS = 2
 
 
 @dataclass(frozen=True)
@@ -39,12 +50,38 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class RouterStatistics:
+    """Of one mixture's router, over the tokens that reached it.
+
+    weights   float32 [E], what each expert's output counted, added up
+    likeness  float32 [E, E], correlation of the experts' logits over the tokens, each token's mean taken off
+    """
+
+    weights: Tensor
+    likeness: Tensor
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """Moments of every feed-forward network, by its place in the model; which text and which model they are of."""
+    """What a text shows of a model.
+
+    moments          of every feed-forward network, by its place in the model
+    influence        float32 [L], 1 - cosine of what goes into a layer and what comes out, mean over tokens (ShortGPT)
+    angles           float32 [L], the angle between the two in half turns, mean over tokens (CFSP)
+    windows          int64 [W, T], a little of the text, for searches
+    made_from, model which text and which model that is of
+    routers          of every mixture of experts, by its place in the model
+    measured         what searches have found out on the windows, so that one at another ratio need not again
+    """
 
     moments: dict[str, Moments]
+    influence: Tensor
+    angles: Tensor
+    windows: Tensor
     made_from: str
     model: str
+    routers: dict[str, RouterStatistics]
+    measured: dict[Any, float] = field(default_factory=dict)
 
 
 def fingerprint(model: LlamaForCausalLM) -> str:
@@ -57,10 +94,17 @@ def fingerprint(model: LlamaForCausalLM) -> str:
     return digest.hexdigest()[:16]
 
 
+def calibrate(model: LlamaForCausalLM, windows: Iterable[list[int]], made_from: str) -> Calibration:
+    """Run the dense model over windows of as many tokens. made_from says for people what texts they were."""
+    return calibrate_on(model, ((ids, embedded(model, ids)) for ids in windows), made_from)
+
+
 @torch.inference_mode()
-def calibrate(model: LlamaForCausalLM, texts: Iterable[Tensor], made_from: str) -> Calibration:
-    """Run the dense model over texts, embedded [1, T, H] each. made_from says for people what texts they were."""
-    networks = feed_forward_networks(model)
+def calibrate_on(model: LlamaForCausalLM, texts: Iterable[tuple[list[int], Tensor]], made_from: str) -> Calibration:
+    """The same of texts of any length, embedded [1, T, H] and with pictures in them; the ids are without those."""
+    networks, mixtures = feed_forward_networks(model), mixtures_of_experts(model)
+    weights = {name: torch.zeros(len(one.experts), device=model.device) for name, one in mixtures.items()}
+    logits: dict[str, list[Tensor]] = {name: [] for name in mixtures}
     tokens = dict.fromkeys(networks, 0)
     sums = {
         name: torch.zeros(2, ffn.channels, dtype=torch.float64, device=ffn.device)
@@ -72,23 +116,52 @@ def calibrate(model: LlamaForCausalLM, texts: Iterable[Tensor], made_from: str) 
         tokens[activation.name] += len(h)
         sums[activation.name] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)])
 
-    for x in texts:
-        watch_dense(model, x, add)
+    def add_routing(name: str, x: Tensor) -> None:
+        routing = mixtures[name].route(x)
+        weights[name].index_add_(0, routing.experts.flatten(), routing.weights.flatten())
+        logits[name].append(mixtures[name].gate(x).float())                         # [T, E]
+
+    held: list[list[int]] = []
+    cosines = torch.zeros(2, len(model.model.layers), dtype=torch.float64)          # of them and of their angles
+    for ids, rows in texts:
+        held.append(ids)
+        for index, ways in enumerate(layer_by_layer(model, rows, add, add_routing)):
+            before, after = (x[0].float() for x in ways)                            # [T, H]
+            cosine = F.cosine_similarity(before, after, dim=-1).clamp(-1, 1)        # [T]
+            cosines[:, index] += torch.stack([cosine.mean(), cosine.acos().mean() / math.pi]).cpu()
     moments = {}
     for name, (total, squares) in sums.items():
         n = tokens[name]
         mean = total / max(n, 1)
         variance = (squares - n * mean.square()).clamp(min=0) / max(n - 1, 1)
         moments[name] = Moments(n, mean.float(), variance.float())
-    return Calibration(moments, made_from, fingerprint(model))
+    influence, angles = (cosines / max(1, len(held))).float()
+    spread = held[:: max(1, len(held) // HELD_WINDOWS)][:HELD_WINDOWS]
+    shortest = min(map(len, spread), default=0)
+    routers = {name: RouterStatistics(weights[name], likeness(torch.cat(of))) for name, of in logits.items()}
+    return Calibration(
+        moments, 1 - influence, angles, torch.tensor([ids[:shortest] for ids in spread]), made_from, fingerprint(model),
+        routers,
+    )
+
+
+def likeness(logits: Tensor) -> Tensor:
+    """See RouterStatistics. [T, E] -> [E, E]"""
+    centred = (logits - logits.mean(dim=1, keepdim=True)).double()
+    centred = centred - centred.mean(dim=0)
+    unit = centred / torch.linalg.vector_norm(centred, dim=0).clamp(min=1e-12)
+    return (unit.T @ unit).float()
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
     """Write a .safetensors file. Raises InputError where that cannot be done."""
-    tensors: dict[str, Tensor] = {}
+    layers = {"influence": calibration.influence, "angles": calibration.angles, "windows": calibration.windows}
+    tensors: dict[str, Tensor] = {f"{name}.layers": values for name, values in layers.items()}
     for name, one in calibration.moments.items():
         tensors |= {f"{name}.mean": one.mean.cpu(), f"{name}.variance": one.variance.cpu()}
         tensors[f"{name}.tokens"] = torch.tensor(one.tokens)
+    for name, router in calibration.routers.items():
+        tensors |= {f"{name}.weights": router.weights.cpu(), f"{name}.likeness": router.likeness.cpu()}
     metadata = {"format": FORMAT, "made_from": calibration.made_from, "model": calibration.model}
     try:
         save_file(tensors, path, metadata)
@@ -108,12 +181,20 @@ def load_calibration(path: Path, model: LlamaForCausalLM) -> Calibration:
         raise InputError(f"{path}: not a calibration of popengine ({error})") from None
     if metadata.get("format") != FORMAT:
         raise InputError(f"{path}: not a calibration of popengine (its format is {metadata.get('format')!r})")
-    networks = feed_forward_networks(model)
-    if metadata.get("model") != fingerprint(model) or {key.rsplit(".", 1)[0] for key in tensors} != set(networks):
+    networks, mixtures = feed_forward_networks(model), mixtures_of_experts(model)
+    influence, angles, windows = (tensors.pop(f"{name}.layers", None) for name in ("influence", "angles", "windows"))
+    places = {key.rsplit(".", 1)[0] for key in tensors}
+    if metadata.get("model") != fingerprint(model) or places != {*networks, *mixtures}:
         raise InputError(
             f"{path}: this calibration was made for another model, or for another dtype of it (from "
             f"{metadata.get('made_from')}); make one with --calibration-text"
         )
+    if influence is None or angles is None or windows is None or not (
+        influence.shape == angles.shape == (len(model.model.layers),) and influence.isfinite().all()
+        and angles.isfinite().all() and windows.dim() == 2 and windows.dtype == torch.int64 and windows.numel() > 1
+        and windows.min() >= 0 and windows.max() < model.config.vocab_size
+    ):
+        raise InputError(f"{path}: what it says of the layers is damaged; make it again with --calibration-text")
     moments = {}
     for name, ffn in networks.items():
         mean, variance, tokens = (tensors.get(f"{name}.{key}") for key in ("mean", "variance", "tokens"))
@@ -123,4 +204,14 @@ def load_calibration(path: Path, model: LlamaForCausalLM) -> Calibration:
         ):
             raise InputError(f"{path}: what it says of {name} is damaged; make it again with --calibration-text")
         moments[name] = Moments(int(tokens), mean.float().to(ffn.device), variance.float().to(ffn.device))
-    return Calibration(moments, one_line(metadata.get("made_from", "")), metadata["model"])
+    routers = {}
+    for name, mixture in mixtures.items():
+        weights, alike, count = tensors.get(f"{name}.weights"), tensors.get(f"{name}.likeness"), len(mixture.experts)
+        if weights is None or alike is None or not (
+            weights.shape == (count,) and alike.shape == (count, count)
+            and weights.isfinite().all() and alike.isfinite().all() and (weights >= 0).all()
+        ):
+            raise InputError(f"{path}: what it says of {name} is damaged; make it again with --calibration-text")
+        routers[name] = RouterStatistics(weights.float().to(model.device), alike.float().to(model.device))
+    made_from = one_line(metadata.get("made_from", ""))
+    return Calibration(moments, influence.float(), angles.float(), windows, made_from, metadata["model"], routers)

@@ -8,6 +8,7 @@ B batch, T prompt tokens, H hidden size of the language model.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from models.clock import Clock
 from models.llama import LlamaForCausalLM
-from models.passes import PictureRows
+from models.passes import PictureRows, Stretch
 from models.picture_model import Grid, PictureModel
 from popengine.pictures.images import ImageProcessing, ImageSource, read_image_processing
 from popengine.text.chat import unless_failed
@@ -32,11 +33,13 @@ class Given(NamedTuple):
 
     grids         of all of them; new_grids: of those whose tokens the cache does not hold yet
     pixel_values  of those; None: there are none
+    stretches     where those are among the rows of the padded batch
     """
 
     grids: Sequence[Grid] = ()
     new_grids: Sequence[Grid] = ()
     pixel_values: Tensor | None = None
+    stretches: Sequence[Stretch] = ()
 
 
 class Embedded(NamedTuple):
@@ -56,6 +59,7 @@ class Embedded(NamedTuple):
 class TextOnly:
     """What the engine asks about pictures where a checkpoint reads none."""
 
+    reads = False
     unknown_fields: tuple[str, ...] = ()
     meant: tuple[str, ...] = ()
 
@@ -81,7 +85,7 @@ class TextOnly:
     def pixel_values(self, images: Sequence[ImageSource]) -> Tensor | None:
         return None
 
-    def given(self, images: Sequence[ImageSource], kept: Sequence[int] = ()) -> Given:
+    def given(self, images: Sequence[ImageSource], prompts: Sequence[Sequence[int]] = (), kept: int = 0) -> Given:
         return Given()
 
     def image_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
@@ -98,6 +102,8 @@ class TextOnly:
 
 class Vision:
     """The same where it does, as LLaVA does: square pictures of one size. Nothing is read before the first image."""
+
+    reads = True
 
     def __init__(self, model: PictureModel, tokenizer: TextTokenizer, directory: Path) -> None:
         self.model, self.tokenizer, self.directory = model, tokenizer, directory
@@ -170,12 +176,26 @@ class Vision:
         """Rows and columns of an image's tokens. InputError for one that cannot be read."""
         return 1, self.model.config.tokens_per_image
 
-    def given(self, images: Sequence[ImageSource], kept: Sequence[int] = ()) -> Given:
-        """The images of a run, in the order of their tokens; kept: ids that the cache holds already."""
+    def given(self, images: Sequence[ImageSource], prompts: Sequence[Sequence[int]] = (), kept: int = 0) -> Given:
+        """The images of a run, in the order of their tokens; kept: tokens of the one prompt in the cache already."""
         grids = [self.grid(image) for image in images]
         ends = [*accumulate(rows * columns for rows, columns in grids)]
-        seen = sum(end <= self.image_tokens([kept]) for end in ends)
-        return Given(grids, grids[seen:], self.pixel_values(images[seen:]))
+        seen = sum(end <= self.image_tokens([prompts[0][:kept]]) for end in ends) if kept else 0
+        stretches = self.stretches(prompts, [rows * columns for rows, columns in grids[seen:]], kept)
+        return Given(grids, grids[seen:], self.pixel_values(images[seen:]), stretches)
+
+    def stretches(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], kept: int) -> list[Stretch]:
+        """Where pictures of these lengths are among the rows of the padded batch, without the first `kept` of them."""
+        waiting, found, longest = iter(lengths), [], max(map(len, prompts), default=0)
+        for sequence, ids in enumerate(prompts):
+            row = kept
+            while row < len(ids):
+                is_picture = ids[row] == self.image_token_id
+                length = next(waiting) if is_picture else 1
+                if is_picture:
+                    found.append(Stretch(sequence, longest - len(ids) + row - kept, length))
+                row += length
+        return found
 
     def embed(
         self, tokens: Tensor, real: Tensor | None, given: Given, scored: str = "all", kept: int = 0
@@ -189,6 +209,8 @@ class Vision:
             with clock.phase("images"):
                 features = self.model.encode_images(given.pixel_values.to(tokens.device), given.new_grids)
         x, pictures = self.model.place(tokens, real, features, given.grids, kept)   # [B, T - kept, H]
+        if given.stretches:
+            pictures = replace(pictures or PictureRows(), stretches=given.stretches)
         counted = None
         if scored == "text":
             counted = ~self.model.is_image(tokens[:, kept:])                        # [B, T - kept]

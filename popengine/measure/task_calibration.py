@@ -1,0 +1,40 @@
+"""A calibration on the tasks of the small checkpoints: questions that were trained on, with their pictures and answers.
+
+What is pruned for a task is to be learnt from that task (UNCURL, arXiv 2409.01483), and a model of pictures from some.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from popengine.engine import Engine
+from popengine.measure.tasks import training_questions
+from popengine.methods.calibration import Calibration, calibrate_on, save_calibration
+from weights.errors import InputError
+
+QUESTIONS = 10
+
+
+def calibration_of_tasks(engine: Engine, task_set: str, save_to: Path | None) -> Calibration:
+    """On ten questions of every kind. Raises InputError for questions that the model's family cannot be shown."""
+    questions = training_questions(task_set, QUESTIONS)
+    made_from = f"{len(questions)} questions and answers of the training split of the tasks {task_set}"
+
+    def texts() -> Iterator[tuple[list[int], Tensor]]:
+        for one in tqdm(questions, desc="calibration", unit="question", disable=not engine.progress):
+            ids = engine.prompts.ids(one.prompt, images=one.images)
+            ids += engine.tokenizer.encode(one.answer, add_special_tokens=False)
+            tokens = torch.tensor([ids], device=engine.device)
+            shown = engine.pictures.embed(tokens, None, engine.pictures.given(one.images))
+            if shown.pictures is not None:
+                raise InputError("calibration on pictures runs for LLaVA alone: in this family rows know of pictures")
+            yield list(engine.pictures.text_ids(ids)), shown.x
+
+    with torch.inference_mode():
+        made = calibrate_on(engine.model, texts(), made_from)
+    if save_to is not None:
+        save_calibration(made, save_to)
+    return made

@@ -1,0 +1,102 @@
+"""What a method works from, and the ways to a Pruning that methods share.
+
+I FFN channels, H hidden size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.feed_forward import FeedForward
+from models.llama import LlamaForCausalLM
+from models.pruning.alternatives import StaticChannels, StaticRule
+from models.pruning.left_out import MLP, Half, read_halves, written_halves
+from models.pruning.partition import PartitionSizes, partition_channels, partition_sizes
+from models.pruning.resolve import Pruning, resolve, share_of_halves
+from models.pruning.settings import PruningSettings
+from models.reading import layer_weights
+from popengine.methods.activations import feed_forward_networks, layer_of
+from popengine.methods.calibration import Calibration
+from weights.errors import InputError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a method works from.
+
+    calibration  None when none was given
+    seed         for methods that draw numbers
+    resolve      of the engine, which makes a prior where one is asked for; None: settings ask for none
+    """
+
+    model: LlamaForCausalLM
+    settings: PruningSettings
+    calibration: Calibration | None = None
+    seed: int = 0
+    resolve: Callable[[PruningSettings], Pruning] | None = None
+
+    @cached_property
+    def networks(self) -> dict[str, FeedForward]:
+        """The feed-forward networks that run, by their place in the model."""
+        gone = {half.layer for half in read_halves(str(self.settings.leave_out)) if half.part == MLP}
+        return {name: ffn for name, ffn in feed_forward_networks(self.model).items() if layer_of(name) not in gone}
+
+    def pruning(self, **changes: Any) -> Pruning:
+        """What was asked for, with some settings changed, for this model."""
+        settings = replace(self.settings, **changes)
+        return resolve(settings, layer_weights(self.model)) if self.resolve is None else self.resolve(settings)
+
+    @cached_property
+    def ffn_ratio(self) -> float:
+        """r, the share of FFN channels to prune."""
+        return self.pruning().ffn_ratio
+
+    def calibrated(self, method: str) -> Calibration:
+        if self.calibration is None:
+            raise InputError(f"method {method} is calibrated on a text: give --calibration-text or --calibration")
+        return self.calibration
+
+    def layer_budget(self, method: str) -> float:
+        """What a method that leaves out layers may take, as a share of all layers' parameters."""
+        if self.settings.leave_out:
+            raise InputError(f"method {method} chooses what is left out: give no --leave-out")
+        return self.pruning().ratio * self.settings.layer_share
+
+    def without(self, halves: Sequence[Half]) -> Pruning:
+        """These halves left out, and of the channels of the others what the ratio asks for beside them."""
+        weights = layer_weights(self.model)
+        networks = sum(half.part == MLP for half in halves) / weights.layers
+        rest = 0.0
+        if self.settings.layer_share < 1:
+            rest = max(0.0, (self.pruning().ratio - share_of_halves(halves, weights)) / (1 - networks))
+        return self.pruning(
+            prune_ratio=rest, ffn_ratio=None, head_ratio=self.settings.head_ratio if rest else 0.0,
+            leave_out=written_halves(halves),
+        )
+
+    def keep_highest(self, scores: dict[str, Tensor]) -> Pruning:
+        """Keep the (1 - r) I channels of every network that score highest, whatever the prompt. scores [I] by name"""
+        kept = {name: partition_sizes(len(of), self.ffn_ratio, 0.0).retained for name, of in scores.items()}
+        return self.keep(scores, kept)
+
+    def keep(
+        self, scores: dict[str, Tensor], kept: dict[str, int], biases: dict[str, Tensor] | None = None
+    ) -> Pruning:
+        """Keep `kept` channels of each network. biases  [H] by name, see StaticChannels"""
+        if self.settings.head_ratio > 0:
+            raise InputError("static methods prune no heads: leave the head ratio at 0")
+        static: dict[nn.Module, StaticChannels] = {}
+        for name, ffn in self.networks.items():
+            sizes = PartitionSizes(kept[name], 0, len(scores[name]) - kept[name], 0)
+            partition = partition_channels(scores[name], sizes)
+            bias = None
+            if biases is not None:
+                off = torch.zeros_like(biases[name]).index_fill(0, partition.pruned, 1) * biases[name]      # [I]
+                weight = ffn.down_proj.values()                                     # [H, I]
+                bias = (weight.float() @ off).to(weight.dtype)                      # [H]
+            static[ffn] = StaticChannels(partition, bias)
+        return replace(self.pruning(candidate_width=0.0, retained_share=None), rule=StaticRule(of=static))

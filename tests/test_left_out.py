@@ -1,0 +1,199 @@
+"""Layers and halves of layers that neither prompts nor steps run, beside Hugging Face's model without them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import (
+    MIXTRAL,
+    MODELS,
+    SETTINGS,
+    SIZES,
+    complete_checkpoint,
+    generated,
+    left_padded,
+    one_line_error,
+    ours,
+    prefilled,
+    random_reference,
+    resolved,
+    saved_pair,
+)
+from torch import Tensor, nn
+
+from models.known_text import evaluate
+from models.llama import LlamaForCausalLM
+from models.pruning.left_out import Half, read_halves, written_halves
+from models.pruning.settings import DENSE, PruningSettings
+from models.reading import bytes_per_token, prompt_work
+from popengine import explain, generate
+from popengine.loading import load
+from weights.errors import InputError
+
+FAMILIES: dict[str, Any] = MODELS | {"mixtral": MIXTRAL}
+PLANS = ["1", "0", "1.attention", "2.mlp", "0.mlp+2", "0.attention+1.attention+2.attention"]
+
+
+class AddsNothing(nn.Module):
+    """In the place of an attention (which gives its weights too) or of a feed-forward network."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.part, self.layer_type, self.is_sliding = part, None, False
+
+    def forward(self, hidden_states: Tensor | None = None, *_: Any, **others: Any) -> Any:
+        x = others["hidden_states"] if hidden_states is None else hidden_states
+        return (torch.zeros_like(x), None) if self.part == "attention" else torch.zeros_like(x)
+
+
+def without(reference: Any, halves: tuple[Half, ...]) -> Any:
+    """Hugging Face's model without these halves; whole layers are deleted from its list."""
+    layers = reference.model.layers
+    for half in halves:
+        setattr(layers[half.layer], {"attention": "self_attn", "mlp": "mlp"}[half.part], AddsNothing(half.part))
+    kept = [index for index in range(len(layers)) if sum(half.layer == index for half in halves) < 2]
+    reference.model.layers = nn.ModuleList(layers[index] for index in kept)
+    reference.config.num_hidden_layers = len(kept)
+    if getattr(reference.config, "layer_types", None):
+        kinds = [reference.config.layer_types[index] for index in kept]
+        reference.config.layer_types = reference.model.config.layer_types = kinds
+    return reference
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, LlamaForCausalLM]:
+    config = FAMILIES[request.param]
+    return config, saved_pair(tmp_path_factory.mktemp(request.param), config)[1]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@torch.inference_mode()
+def test_prompt_and_steps_are_the_model_without_these_halves(pair: tuple[Any, LlamaForCausalLM], plan: str) -> None:
+    config, model = pair
+    tokens = torch.randint(SIZES["vocab_size"], (1, 20), generator=torch.Generator().manual_seed(3))
+    reference = without(random_reference(type(config)(**config.to_dict())), read_halves(plan))
+    wanted = reference(tokens, use_cache=False).logits[0, 11:]                      # [9, V]
+    settings = replace(DENSE, leave_out=plan)
+    logits, state = prefilled(model, tokens[:, :12], settings)
+    steps = [logits, *(model.decode(token, state) for token in tokens[0, 12:].split(1))]
+    torch.testing.assert_close(torch.cat(steps), wanted, atol=1e-4, rtol=1e-4)
+    _, state = prefilled(model, tokens[:, :12], settings)
+    torch.testing.assert_close(evaluate(model, tokens[0, 12:], state), wanted[1:], atol=1e-4, rtol=1e-4)
+    dense, _ = prefilled(model, tokens[:, :12], DENSE)
+    assert (dense - logits).abs().max() > 1e-3
+
+
+@torch.inference_mode()
+def test_what_is_left_out_keeps_no_cache_and_no_copies_and_is_not_read(pair: tuple[Any, LlamaForCausalLM]) -> None:
+    _, model = pair
+    settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.3)
+    without_layer = replace(settings, leave_out="1")
+    _, whole = prefilled(model, torch.arange(12)[None], settings)
+    _, state = prefilled(model, torch.arange(12)[None], without_layer)
+    assert [keys.shape[2] for keys in state.cache.keys] == [64, 0, 64]
+    assert [values.shape[2] for values in state.cache.values] == [64, 0, 64]
+    assert state.layers[1].ffn.copied_bytes() == state.layers[1].heads.copied_bytes() == 0
+    read, read_whole = (bytes_per_token(model, one.pruning) for one in (state, whole))
+    head = model.lm_head.read_bytes()
+    assert (read - head) * 3 == (read_whole - head) * 2
+    work, work_whole = (prompt_work(model, one.pruning, 12) for one in (state, whole))
+    of_head = model.lm_head.in_features * model.lm_head.out_features
+    assert (work[0] - of_head) * 3 == (work_whole[0] - of_head) * 2
+    assert model.cache_bytes(1, 64, state.pruning) * 3 == model.cache_bytes(1, 64) * 2
+    state.grow(100)
+    assert [keys.shape[2] for keys in state.cache.keys] == [100, 0, 100]
+    assert model.decode(torch.tensor([5]), state).isfinite().all()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@torch.inference_mode()
+def test_with_a_layer_less_every_setting_is_that_of_the_shorter_model(name: str, tmp_path: Path) -> None:
+    """Partitions, picks, heads, a batch with padding, prompts that skip layers."""
+    config = MODELS["grouped_query"]
+    model = saved_pair(tmp_path / "whole", config)[1]
+    reference = without(random_reference(type(config)(**config.to_dict())), read_halves("0"))
+    reference.save_pretrained(tmp_path / "short")
+    short = ours(tmp_path / "short")
+    tokens, real = left_padded([12, 7], SIZES["vocab_size"])
+    for skip, skip_short in ((0.0, 0.0), ("1/3", "1/2")):
+        settings = replace(SETTINGS[name], prefill_skip=skip, boundary_tokens=3)
+        logits, state = prefilled(model, tokens, replace(settings, leave_out="0"), real)
+        wanted, other = prefilled(short, tokens, replace(settings, prefill_skip=skip_short), real)
+        for _ in range(4):
+            torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+            chosen = wanted.argmax(-1)
+            logits, wanted = model.decode(chosen, state), short.decode(chosen, other)
+
+
+@torch.inference_mode()
+def test_prompts_may_skip_layers_whose_attention_is_left_out(tmp_path: Path) -> None:
+    """Waiting rows leave nothing there, and what they are goes on as it came."""
+    model = saved_pair(tmp_path, MODELS["multi_head"])[1]
+    tokens = torch.randint(SIZES["vocab_size"], (1, 12), generator=torch.Generator().manual_seed(4))
+    settings = replace(DENSE, prefill_skip="1/3", leave_out="2.attention")
+    skipped, state = prefilled(model, tokens, settings)
+    whole, other = prefilled(model, tokens, replace(settings, prefill_skip=0.0))
+    torch.testing.assert_close(skipped, whole, atol=1e-5, rtol=1e-5)    # nobody looks at the other rows of that layer
+    token = torch.tensor([7])
+    torch.testing.assert_close(model.decode(token, state), model.decode(token, other), atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_drift_is_watched_at_the_last_attention_that_runs(tmp_path: Path) -> None:
+    model = saved_pair(tmp_path, MODELS["multi_head"])[1]
+    settings = PruningSettings(ffn_ratio=0.4, dense_every=2, redraw_on_drift=0.0, leave_out="2.attention")
+    _, state = prefilled(model, torch.arange(12)[None], settings)
+    for token in range(6):
+        model.decode(torch.tensor([token]), state)
+    assert [layer.drift is not None for layer in state.layers] == [False, True, False]
+    assert state.gathering.redraws > 0
+
+
+def test_the_ratio_counts_what_is_left_out(tmp_path: Path) -> None:
+    model = saved_pair(tmp_path, MODELS["multi_head"])[1]
+    assert resolved(model, replace(DENSE, leave_out="1")).ratio == pytest.approx(1 / 3)
+    cut = resolved(model, PruningSettings(prune_ratio=0.3, leave_out="1"))
+    assert cut.ratio == pytest.approx(1 / 3 + 2 / 3 * 0.3)
+    assert cut.ffn_ratio == pytest.approx(resolved(model, PruningSettings(prune_ratio=0.3)).ffn_ratio)
+    halves = resolved(model, replace(DENSE, leave_out="0.mlp+2.attention"))
+    assert halves.ratio == pytest.approx(1 / 3)
+
+
+def test_compiled_steps_leave_out_the_same(tmp_path: Path) -> None:
+    folder = complete_checkpoint(tmp_path / "tiny", num_hidden_layers=4)
+    eager, compiled = load(folder), load(folder, compile=True)
+    assert compiled.compiled is not None
+    for settings in (DENSE, PruningSettings(ffn_ratio=0.4, dense_every=3)):
+        one = replace(settings, leave_out="1+2.attention+3.mlp")
+        assert generated(compiled, [[5, 6, 7, 8]], 8, one) == generated(eager, [[5, 6, 7, 8]], 8, one)
+
+
+def test_halves_are_read_as_they_are_written() -> None:
+    assert read_halves("") == ()
+    assert read_halves("3.mlp + 1") == (Half(1, "attention"), Half(1, "mlp"), Half(3, "mlp"))
+    assert read_halves("1-2+1.mlp") == read_halves("1+2")
+    for words in ("", "1", "0.attention+2+5.mlp"):
+        assert written_halves(read_halves(words)) == words
+
+
+@pytest.mark.parametrize("words", ["a", "1,2", "3-1", "1.ffn", "+", "-1", "1.5"])
+def test_other_words_are_refused(words: str) -> None:
+    with pytest.raises(InputError, match="leave out must be layers or halves of them"):
+        PruningSettings(leave_out=words)
+
+
+def test_commands_say_in_one_line_what_cannot_be_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = complete_checkpoint(tmp_path / "tiny")
+    common = ("--ckpt", folder, "--prompt", "Hello")
+    assert "names layer 3, and the model's layers are 0 to 2" in one_line_error(
+        generate.main, capsys, *common, "--leave-out", "3.mlp"
+    )
+    assert "leaves nothing of the 3 layers" in one_line_error(generate.main, capsys, *common, "--leave-out", "0-2")
+    assert "not '1;2'" in one_line_error(generate.main, capsys, *common, "--leave-out", "1;2")
+    assert "the page shows every layer" in one_line_error(
+        explain.main, capsys, *common, "--out", tmp_path / "page.html", "--leave-out", "1"
+    )
