@@ -271,6 +271,7 @@ def main() -> None:
         save(model, arguments.out)
         engine = load(arguments.out)
         prior.write(arguments.out / prior.FILE, engine.fingerprint, prior.make(engine, progress=True), engine.model)
+        (arguments.out / prior.FILE).chmod(0o644)
     for task, share in evaluate(arguments.out, arguments.questions).items():
         print(f"{task:8} {share:6.1%}")
 
