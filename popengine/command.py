@@ -298,8 +298,15 @@ def add_scoring_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--score-tokens", type=int, default=128, metavar="N")
     flags.add_argument("--windows", type=int, default=12, metavar="N", help="pieces of the text, spread over it")
     flags.add_argument("--seed", type=int, default=0, metavar="N", help="for the methods `random` and `tyr`")
+    add_calibration_flags(flags)
+
+
+def add_calibration_flags(flags: argparse.ArgumentParser) -> None:
     calibration = flags.add_argument_group("calibration (methods that learn from a text)")
     calibration.add_argument("--calibration-text", type=Path, metavar="FILE", help="calibrate on this text")
+    calibration.add_argument(
+        "--calibration-tasks", metavar="text|pictures", help="or on questions and answers that were trained on"
+    )
     calibration.add_argument("--save-calibration", type=Path, metavar="FILE.safetensors")
     calibration.add_argument("--calibration", type=Path, metavar="FILE.safetensors", help="one that was saved")
 

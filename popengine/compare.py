@@ -18,7 +18,6 @@ from popengine.command import (
     add_machine_flags,
     add_scoring_flags,
     add_setting_flags,
-    check_output,
     make_folder,
     run_as_command,
     start_pytorch,
@@ -63,55 +62,32 @@ def run(flags: argparse.Namespace) -> None:
         raise InputError("give a text to score (--text), tasks (--tasks), or both")
     if flags.time < 0 or (flags.time and flags.text is None):
         raise InputError("--time takes a number of rounds of at least 1, and a text whose first window is decoded")
-    if len(flags.weights) > 1 and (flags.calibration or flags.save_calibration):
-        raise InputError("a saved calibration is of one form of weights; give one --weights, or --calibration-text")
     start_pytorch(flags)
-    from popengine import loading
-    from popengine.measure import comparison, comparison_table, scoring, tasks
-    from popengine.methods import by_name
+    from popengine.measure import comparison, comparison_table, prepared, scoring, tasks
 
-    for method in flags.methods:
-        by_name.check_method(method)
+    prepared.check_methods(flags)
     for name in flags.tasks:
         tasks.questions_for(name, flags.questions, flags.seed)
-    comparison.configurations(flags, True, True)        # says what is out of range, before anything is loaded
-    if flags.text is not None and not flags.no_plots:
+    if not flags.no_plots:
         comparison.load_plots()                         # says so now, not after hours, when matplotlib is missing
-    plots = ("perplexity.png", "agreement.png", "rank_drift.png", "frontier.png", "partition.png")
+    plots = ["perplexity.png", "agreement.png", "rank_drift.png", "frontier.png", "partition.png"]
+    plots += [comparison.task_plot(name) for name in flags.tasks]
     make_folder(flags.out, "table.json", "table.md", "progress.jsonl", *plots)
-    if flags.save_calibration is not None:
-        check_output(flags.save_calibration)
     show_progress = sys.stderr.isatty() and not flags.quiet
-    engines = {
-        form: loading.load(
-            flags.ckpt, dtype=flags.dtype, device=flags.device, weights=form, compile=flags.compile,
-            progress=show_progress,
-        )
-        for form in flags.weights
-    }
+    ready = prepared.prepare(flags, flags.compile, show_progress)
+    engines, calibration = ready.engines, ready.calibrations[flags.weights[0]]
     engine = engines[flags.weights[0]]
     text, windows = None, []
     if flags.text is not None:
         scoring.check_context(engine, flags.prompt_tokens, flags.score_tokens)
         text = scoring.read_text(flags.text, engine.tokenizer)
         windows = scoring.cut_windows(text, engine.tokenizer, flags.prompt_tokens, flags.score_tokens, flags.windows)
-    calibrations = {
-        form: scoring.calibration_from(own, flags.calibration_text, flags.calibration, flags.save_calibration)
-        for form, own in engines.items()
-    }
-    mixture = hasattr(engine.model.config, "num_experts")
-    wanted = comparison.configurations(flags, mixture, engine.pictures.reads)
-    prunings = {}                                       # errors come before anything is written
-    for one in wanted:
-        own = engines[one.weights]
-        request = by_name.Request(own.model, one.settings, calibrations[one.weights], flags.seed, own.resolve)
-        prunings[one] = by_name.pruning_for(one.method, request)
-    identity = comparison.identity_of(flags, engines, text, calibrations[flags.weights[0]])
+    identity = comparison.identity_of(flags, engines, text, calibration)
     is_sound = partial(comparison.is_sound, scored=identity["score_tokens"])
     progress = comparison.ProgressFile(flags.out / "progress.jsonl", identity, is_sound)
     for note in progress.notes:
         print(f"warning: {one_line(note)}", file=sys.stderr)
-    compared = comparison.Comparison(engines, prunings, windows, progress, show_progress)
+    compared = comparison.Comparison(engines, ready.prunings, windows, progress, show_progress)
     folder = None if flags.no_plots else flags.out
     result = compared.measure(flags.tasks, flags.questions, flags.seed, flags.time, folder)
     result["about"] = identity | result["about"]

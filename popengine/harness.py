@@ -16,7 +16,6 @@ generate_until         prefill and decode steps in batches of --batch_size, up t
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +24,7 @@ import torch
 
 from models.pruning.settings import PruningSettings
 from popengine.loading import load
+from popengine.measure.answering import encode, fitting, generate_until, log_likelihoods
 from popengine.measure.scoring import Window, dense_log_probabilities, log_probabilities
 from popengine.methods.by_name import Request, pruning_for
 from popengine.methods.calibration import load_calibration
@@ -104,34 +104,19 @@ class PopengineLM(TemplateLM):
         """None: as the tokenizer does, unless the text begins with its token already, or a template has written it."""
         if self.spelled.is_in(string):
             return self.spelled.encode(string, self.engine.tokenizer)
-        begin = self.engine.tokenizer.bos_token
         if add_special_tokens is None:
-            add_special_tokens = not (begin and string.startswith(begin))
+            return encode(self.engine, string)
         return self.engine.tokenizer.encode(string, add_special_tokens)
 
-    @torch.inference_mode()
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         """Each request by itself: with others it would share a partition."""
         results = []
         for texts, context, continuation in tqdm(requests, desc="loglikelihood", disable=disable_tqdm):
-            window = self.fitting(context, continuation)
-            said = torch.tensor(window.continuation, device=self.engine.device)     # [S]
-            log_p = log_probabilities(self.engine.model, window, self.pruning)      # [S, V]
-            greedy = bool((log_p.argmax(dim=-1) == said).all())
-            results.append((float(log_p.gather(1, said[:, None]).sum()), greedy))
+            results += log_likelihoods(self.engine, [fitting(self.engine, context, continuation)], self.pruning)
             self.cache_hook.add_partial("loglikelihood", texts, results[-1])
         return results
-
-    def fitting(self, context: list[int], continuation: list[int]) -> Window:
-        """Context and continuation, the former cut from the left where both are too long for the model.
-
-        The last token is scored and never run, so that one more fits than the context has positions.
-        """
-        whole = (context + continuation)[-(self.engine.max_seq_len + 1) :]
-        scored = min(len(continuation), len(whole) - 1)
-        return Window(whole[: len(whole) - scored], whole[len(whole) - scored :])
 
     @torch.inference_mode()
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -146,7 +131,7 @@ class PopengineLM(TemplateLM):
             )
             total = 0.0
             for context, continuation in map(make_disjoint_window, windows):
-                total += self.rolling_window(self.fitting(context, continuation))
+                total += self.rolling_window(fitting(self.engine, context, continuation))
             results.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return results
@@ -194,26 +179,13 @@ class PopengineLM(TemplateLM):
         if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
             raise InputError(f"until must be a text or a list of texts, not {shown(until)}")
         new_tokens = whole_number("max_gen_toks", arguments.get("max_gen_toks", DEFAULT_NEW_TOKENS))
-        room = self.engine.max_seq_len - new_tokens
-        if room < 1:
-            raise InputError(f"max_gen_toks {new_tokens} leaves no room in the context of {self.engine.max_seq_len}")
         samples = arguments.get("do_sample", bool(arguments.get("temperature")))
         try:
             temperature = float(arguments.get("temperature", 1.0)) if samples else 0.0
             sampling = Sampling(temperature, int(arguments.get("top_k", 0)), float(arguments.get("top_p", 1.0)))
         except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"a generation argument is not the number it should be: {error}") from None
-        run = self.engine.run([ids[-room:] for ids in prompts], new_tokens, self.pruning, sampling)
-        token_ids: list[list[int]] = [[] for _ in prompts]
-        for step in run:
-            for index, token in enumerate(step):
-                if token is None:
-                    continue
-                token_ids[index].append(token)
-                if first_stop(self.engine.tokenizer.decode(token_ids[index]), stops) is not None:
-                    run.end(index)
-        texts = [self.engine.tokenizer.decode(ids) for ids in token_ids]
-        return [text[: first_stop(text, stops)] for text in texts]
+        return generate_until(self.engine, prompts, new_tokens, self.pruning, sampling, stops)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if self.engine.chat_template is None:
@@ -230,12 +202,6 @@ class PopengineLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         return "popengine"
-
-
-def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first of the stop strings begins; None when there is none."""
-    places = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
-    return min(places, default=None)
 
 
 def whole_number(name: str, value: Any) -> int:

@@ -52,7 +52,7 @@ def run(flags: argparse.Namespace) -> None:
     settings = pruning_settings(flags)
     start_pytorch(flags)
     from popengine import loading, statistics
-    from popengine.measure import scoring
+    from popengine.measure import scoring, task_calibration
     from popengine.methods import by_name
 
     by_name.check_method(flags.method)
@@ -63,9 +63,7 @@ def run(flags: argparse.Namespace) -> None:
     scoring.check_context(engine, flags.prompt_tokens, flags.score_tokens)
     text = scoring.read_text(flags.text, engine.tokenizer)
     windows = scoring.cut_windows(text, engine.tokenizer, flags.prompt_tokens, flags.score_tokens, flags.windows)
-    calibration = scoring.calibration_from(
-        engine, flags.calibration_text, flags.calibration, flags.save_calibration
-    )
+    calibration = task_calibration.calibration_for(flags, engine)
     pruning = by_name.pruning_for(flags.method, by_name.Request(
         engine.model, settings, calibration, flags.seed, engine.resolve
     ))

@@ -14,7 +14,7 @@ from popengine.sampling import Sampling
 
 POP = {"ffn_ratio": 0.4, "candidate_width": 0.3}
 EVIDENCE = {"min_evidence": 30, "dense_every": 4, "redraw_every": 8, "prior": 16}
-SORTING = "sort 52713=12357; sort 9140=0149; sort 36627=23667; sort 4802=0248; sort 73150?"
+TALLYING = "tally dbbd=d1b1b2d2; tally cabbacdafe?"
 
 # A name, the checkpoint (None: the tiny one that a test made), how it is loaded, what is pruned.
 CASES: list[tuple[str, Path | None, dict[str, Any], dict[str, Any]]] = [
@@ -32,6 +32,7 @@ CASES: list[tuple[str, Path | None, dict[str, Any], dict[str, Any]]] = [
     ("mixtral evidence", MIXTRAL_TINY, {}, POP | EVIDENCE),
     ("llava dense", LLAVA_TINY, {}, {"prune_ratio": 0.0}),
     ("llava", LLAVA_TINY, {}, POP),
+    ("llava thin", LLAVA_TINY, {}, POP | {"visual_tokens": 12, "visual_tokens_layer": 1}),
     ("llava skip", LLAVA_TINY, {}, POP | {"prefill_skip": "1/4"}),
 ]
 
@@ -48,7 +49,7 @@ def compute(tiny: Path, groups: int) -> dict[str, tuple[Tensor, list[int]]]:
         images = [LLAVA_TINY / "example.png"] if path == LLAVA_TINY else []
         pruning = engine.resolve(PruningSettings(**settings, groups=groups))
         pieces = list(engine.stream(
-            SORTING, images=images, max_new_tokens=48, pruning=pruning, sampling=Sampling(), ignore_eos=True
+            TALLYING, images=images, max_new_tokens=48, pruning=pruning, sampling=Sampling(), ignore_eos=True
         ))
         ids = pieces[-1].prompt_token_ids
         tokens = [piece.token_id for piece in pieces[:-1]]

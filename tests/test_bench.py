@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from builders import SIZES, exit_status, one_line_error
+from builders import LLAVA_TINY, SIZES, exit_status, one_line_error
 from safetensors.torch import save_file
 from tiny_gguf import TinyLlama
 
@@ -235,6 +235,21 @@ def test_a_shape_with_a_tower_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "POP 0.1" in capsys.readouterr().out
 
 
+def test_prompts_with_pictures_are_timed_with_fewer_of_their_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bench.json"
+    assert status(
+        "--ckpt", LLAVA_TINY, "-p", 100, "-n", 4, "-b", 2, "--rounds", 1, "--dtype", "float32", "--prune-ratio", 0,
+        "--pictures", 2, "--visual-tokens", "1/2", 3, "--visual-tokens-by", "diversity", "--json", file,
+    ) == 0
+    assert "visual tokens 1/2 by diversity" in capsys.readouterr().out
+    lines = json.loads(file.read_text())["dtypes"][0]["rows"]
+    assert [line["visual_tokens"] for line in lines] == ["all", "1/2", 3.0]
+    whole, half, few = (line["prompt_work"][0] for line in lines)
+    assert (whole - few) / (whole - half) == pytest.approx((72 - 6) / (72 - 36))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_for_llama_cpp_are_in_its_order(tmp_path: Path, tied: bool) -> None:
     source = TinyLlama(tied=tied)
@@ -272,6 +287,9 @@ def test_weights_for_llama_cpp_are_in_its_order(tmp_path: Path, tied: bool) -> N
         (["--prefill-skip", "1/3", "3/2"], "prefill skip must be at least 0 and below 1, not 3/2"),
         (["--prefill-skip", "1/3", "--boundary-tokens", 0], "boundary tokens must be at least 1, not 0"),
         (["--json", "/nowhere/bench.json"], "/nowhere/bench.json cannot be written"),
+        (["--visual-tokens", "1/2"], "give --pictures a number of them"),
+        (["--pictures", 1], "this checkpoint is a text model"),
+        (["--pictures", -1], "pictures must be a number of at least 0"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )

@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import MIXTRAL_TINY, SIZES, exit_status, generated, one_line_error, saved_pair
+from builders import MIXTRAL_TINY, REPOSITORY, SIZES, exit_status, generated, one_line_error, saved_pair
 from transformers import LlamaConfig
 
 from models.pruning.settings import DENSE, PruningSettings
@@ -20,6 +22,7 @@ from popengine.measure import comparison
 from popengine.measure.scoring import Window, cut_windows, log_probabilities, read_text
 from popengine.measure.studies import drift_figures, pick_figures, picks, rank_drift
 from popengine.measure.tasks import Question, is_answered, questions_for
+from popengine.measure.text_tasks import LEARNT
 from popengine.methods.activations import Activation, embedded, watch_dense
 from weights.errors import InputError
 
@@ -146,12 +149,29 @@ def test_a_folder_that_cannot_be_written(flags: list[Any], tmp_path: Path, capsy
     assert "cannot be" in error(capsys, *flags, "--out", tmp_path / "inside", "--no-plots")
 
 
+def test_two_rows_are_compared_question_by_question(tmp_path: Path) -> None:
+    answers = {"pop": [True, True, False, True], "frozen": [True, False, False, False]}
+    settings = PruningSettings(prune_ratio=0.4)
+    records = [
+        {"key": comparison.task_key(comparison.Configuration(method, settings), "text"), "right": {"add": right}}
+        for method, right in answers.items()
+    ]
+    lines = [json.dumps(one) + "\n" for one in ({"comparison": {"questions": 4, "seed": 0}}, *records)]
+    (tmp_path / "progress.jsonl").write_text("".join(lines))
+    tool, named = REPOSITORY / "tools" / "paired_difference.py", ("pop 40 %, width 0.1", tmp_path, "frozen 40 %")
+    command = [sys.executable, tool, tmp_path, *named]
+    made = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    # Of the differences 0, 100, 0, 100: their mean, and the square root of 10,000 / 3 / 4.
+    wanted = "pop 40 %, width 0.1 less frozen 40 %: +50.0000 ± 28.8675 % of answers, 4 questions of tasks text\n"
+    assert made.stdout == wanted
+
+
 def test_tasks_are_generated_and_compared_exactly(checkpoint: Path, tmp_path: Path) -> None:
     flags = ["--ckpt", checkpoint, "--tasks", "text", "--questions", 1, "--methods", "dense", "pop"]
     assert status(*flags, "--out", tmp_path) == 0
     for row in rows(tmp_path):
         assert set(row["tasks_text"]["asked"].values()) == {1}
-        assert len(row["tasks_text"]["asked"]) == 7
+        assert len(row["tasks_text"]["asked"]) == len(LEARNT)
     engine = load(checkpoint, device="cpu")
     made = engine.generate("What now?", max_new_tokens=64, pruning=DENSE)[0].text
     assert is_answered(engine, Question("any", "What now?", made.strip()), DENSE)
@@ -194,7 +214,7 @@ def test_rank_drift_is_what_its_definition_says(tmp_path: Path) -> None:
 @torch.inference_mode()
 def test_rank_drift_of_experts_is_known_where_a_step_reached_them() -> None:
     engine = load(MIXTRAL_TINY, device="cpu")
-    ids = engine.tokenizer.encode("sort 52713=12357; sort 9140=0149; sort 36627=23667", add_special_tokens=False)
+    ids = engine.tokenizer.encode("tally dbbd=d1b1b2d2; tally cabb=c1a1b1b2; tally da=d1a1", add_special_tokens=False)
     window = Window(ids[:30], ids[30:])
     drift = rank_drift(engine.model, window)
     config = engine.model.config

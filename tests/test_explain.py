@@ -263,7 +263,7 @@ def test_keys_pointer_and_play(
 
 
 @pytest.mark.parametrize("words", [
-    ("--ckpt", MIXTRAL_TINY, "--prompt", "sort 9140=0149; sort 73150?", "--prune-ratio", 0.3),
+    ("--ckpt", MIXTRAL_TINY, "--prompt", "tally cabbacdafe?", "--prune-ratio", 0.3),
     ("--ckpt", LLAVA_TINY, "--prompt", "What do you see?", "--image", LLAVA_TINY / "example.png",
      "--prefill-skip", "1/4", "--head-ratio", 0.5, "--prune-ratio", 0.4, "--candidate-width", 1, "--dense-every", 3),
     ("--ckpt", LLAVA_TINY, "--prompt", "Red?", "--prune-ratio", 0),

@@ -18,7 +18,9 @@ PACKAGES = ("weights", "models", "popengine")
 LEVELS = ["weights", "models", "methods, text and pictures", "the engine's files", "popengine", "measure", "commands"]
 # Who knows the type of its engine, and no more.
 TYPES_ONLY_CIRCLES = [("popengine.run", "popengine.engine"), ("popengine.conversation", "popengine.engine")]
-ISOLATED_SCRIPTS = ("popengine.text.chat_sandbox", "popengine.text.tokenizer_sandbox")
+ISOLATED_SCRIPTS = (
+    "popengine.text.chat_sandbox", "popengine.text.tokenizer_sandbox", "popengine.measure.code_sandbox",
+)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import Engine
 from popengine.loading import load
-from popengine.measure.text_tasks import TASKS, held_out_prompts
-
-# Looking a value up by its key is not learnt: 40 % of 200 held-out questions.
-LEARNT = [task for task in TASKS if task != "find"]
+from popengine.measure.tasks import MAX_ANSWER_TOKENS
+from popengine.measure.text_tasks import LEARNT, TASKS, held_out_prompts
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +22,7 @@ def engine() -> Engine:
 
 
 def test_it_is_small() -> None:
-    assert sum(file.stat().st_size for file in MIXTRAL_TINY.iterdir()) <= 8_000_000
+    assert sum(file.stat().st_size for file in MIXTRAL_TINY.iterdir()) <= 16_000_000
 
 
 @torch.inference_mode()
@@ -48,7 +46,7 @@ def test_transformers_loads_it_and_computes_the_same(engine: Engine) -> None:
 @pytest.mark.parametrize("task", LEARNT)
 def test_it_answers_questions_it_has_never_seen(task: str, engine: Engine) -> None:
     prompts = list(held_out_prompts(task, 40))
-    made = engine.generate([one.prompt for one in prompts], max_new_tokens=10, pruning=DENSE)
+    made = engine.generate([one.prompt for one in prompts], max_new_tokens=MAX_ANSWER_TOKENS, pruning=DENSE)
     right = sum(one.text == prompt.answer for one, prompt in zip(made, prompts, strict=True))
     assert right >= 36
 
@@ -66,10 +64,10 @@ def test_an_independent_slow_implementation_generates_the_same_tokens(prune_rati
 
 
 def test_the_command_answers_a_prompt() -> None:
-    prompt = "sort 52713=12357; sort 9140=0149; sort 36627=23667; sort 4802=0248; sort 73150?"
+    prompt = "tally dbbd=d1b1b2d2; tally cabbacdafe?"
     done = subprocess.run(
         [sys.executable, "-m", "popengine.generate", "--ckpt", MIXTRAL_TINY, "--prompt", prompt, "--prune-ratio", "0"],
         capture_output=True, text=True, cwd=REPOSITORY,
     )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, "01357\n")
+    assert (done.returncode, done.stdout) == (0, "c1a1b1b2a2c2d1a3f1e1\n")
     assert "experts   32 in 4 layers" in done.stderr

@@ -17,7 +17,7 @@ from models.ranks import Ranks, share_of
 from weights.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-SORT = "sort 52713=12357; sort 9140=0149; sort 36627=23667; sort 4802=0248; sort 73150?"
+TALLY = "tally dbbd=d1b1b2d2; tally cabbacdafe?"
 
 
 def torchrun(count: int, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -52,8 +52,8 @@ def test_ranks_equal_one_process_with_as_many_groups(
         more = {"prefill_skip": "1/4", "min_evidence": 20, "dense_every": 8, "redraw_every": 16, "min_tokens": 2}
         picture = {"images": [str(LLAVA_TINY / "example.png")], "raw": False}
         cases = [
-            case(MIXTRAL_TINY, SORT, settings={"prune_ratio": 0.4}),
-            case(MIXTRAL_TINY, SORT, settings={"prune_ratio": 0.2, **more}),
+            case(MIXTRAL_TINY, TALLY, settings={"prune_ratio": 0.4}),
+            case(MIXTRAL_TINY, TALLY, settings={"prune_ratio": 0.2, **more}),
             case(LLAVA_TINY, "What do you see?", settings={"prune_ratio": 0.4, "prior": 32}, **picture),
             case(checkpoint, "Hello there", settings={"prune_ratio": 0.3, "rule": "all-channels"}),
             case(checkpoint, "Hello there", settings={"prune_ratio": 0.3}, compile=True),

@@ -69,7 +69,7 @@ def test_it_runs_where_others_have_packages_of_these_names(
     for name in ("models", "weights"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('imported the wrong package')\n")
-    words = ("--ckpt", "mixtral-tiny", "--prompt", "sort 73150?", "-n", "3", "--prune-ratio", "0", "--json")
+    words = ("--ckpt", "mixtral-tiny", "--prompt", "tally cabbacdafe?", "-n", "3", "--prune-ratio", "0", "--json")
     assert json.loads(run(installed / command[0], *command[1:], *words, cwd=tmp_path))["token_ids"]
 
 

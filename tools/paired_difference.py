@@ -1,9 +1,9 @@
-"""The difference in loss between two rows of comparisons, on the windows that both have scored.
+"""The difference between two rows of comparisons, on the windows and the questions that both were given.
 
     python tools/paired_difference.py DIR "pop r 0.4, width 0.1" OTHER_DIR "frozen r 0.35"
 
-A row is named as the legends of the plots name it. How hard a window is hits both rows alike, so their difference is
-known far better than either loss.
+A row is named as the legends of the plots name it. How hard a window or a question is hits both rows alike, so their
+difference is known far better than either row.
 """
 
 import argparse
@@ -15,22 +15,30 @@ from popengine.measure.comparison import Configuration
 from weights.errors import InputError
 
 
-def losses(folder: Path, label: str) -> tuple[object, dict[int, float]]:
-    """Which text was scored, and the mean loss of every window under the configuration of that name."""
+def measured(folder: Path, label: str) -> tuple[object, dict[str, dict[str, float]]]:
+    """What was compared, and under the configuration of that name: the mean loss of every window, and of every
+    question whether its answer was right (100 or 0)."""
     try:
         first, *records = map(json.loads, (folder / "progress.jsonl").read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: its progress.jsonl cannot be read: {error}") from None
-    found: dict[str, dict[int, float]] = {}
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for record in records:
         kind, _, configuration = record["key"].partition(": ")
+        if not kind.startswith(("window ", "tasks ")):
+            continue
+        row = found.setdefault(Configuration.from_fields(json.loads(configuration)).label, {})
         if kind.startswith("window "):
-            scored = found.setdefault(Configuration.from_fields(json.loads(configuration)).label, {})
-            scored[int(kind.removeprefix("window "))] = sum(record["losses"]) / len(record["losses"])
+            row.setdefault("nats per token, windows", {})[kind] = sum(record["losses"]) / len(record["losses"])
+        else:
+            row[f"% of answers, questions of {kind}"] = {
+                f"{task} {number}": 100.0 * right
+                for task, answers in record["right"].items() for number, right in enumerate(answers)
+            }
     if label not in found:
         raise InputError(f"{folder} has no row {label!r}; it has {', '.join(map(repr, found))}")
-    same = {name: first["comparison"][name] for name in ("text", "prompt_tokens", "score_tokens", "windows")}
-    return same, found[label]
+    names = ("text", "prompt_tokens", "score_tokens", "windows", "questions", "seed")
+    return {name: first["comparison"].get(name) for name in names}, found[label]
 
 
 def main() -> None:
@@ -40,17 +48,19 @@ def main() -> None:
         flags.add_argument(name)
     given = flags.parse_args()
     try:
-        about, one = losses(given.first_folder, given.first)
-        other_about, other = losses(given.second_folder, given.second)
-        if about != other_about or one.keys() != other.keys():
-            raise InputError(f"the two did not score the same windows: {about} and {other_about}")
+        about, one = measured(given.first_folder, given.first)
+        other_about, other = measured(given.second_folder, given.second)
+        if about != other_about or any(one[of].keys() != other.get(of, {}).keys() for of in one):
+            raise InputError(f"the two were not given the same: {about} and {other_about}")
     except InputError as error:
         flags.error(str(error))
-    differences = [one[window] - other[window] for window in one]
-    mean = sum(differences) / len(differences)
-    spread = sum((difference - mean) ** 2 for difference in differences)
-    error = math.sqrt(spread / max(1, len(differences) - 1) / len(differences))
-    print(f"{given.first} less {given.second}: {mean:+.4f} ± {error:.4f} nats per token, {len(differences)} windows")
+    for of, values in one.items():
+        differences = [value - other[of][name] for name, value in values.items()]
+        mean = sum(differences) / len(differences)
+        spread = sum((difference - mean) ** 2 for difference in differences)
+        error = math.sqrt(spread / max(1, len(differences) - 1) / len(differences))
+        unit, _, counted = of.partition(", ")
+        print(f"{given.first} less {given.second}: {mean:+.4f} ± {error:.4f} {unit}, {len(differences)} {counted}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ DEFAULT_PRUNE_RATIO = 0.2
 RULE_NAMES = ("pop", "all-channels", "up", "gate", "cats", "teal", "glass", "draft")
 # Those whose candidates are as many as the width says; under the others all that is not retained is a candidate.
 WIDTH_RULES = ("pop", "glass")
+# Methods that leave out layers or halves of them (popengine/methods).
+LAYER_METHODS = ("shortgpt", "finercut")
 
 
 def setting(

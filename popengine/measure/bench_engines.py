@@ -6,7 +6,7 @@ weights in the same dtype.
 
 import importlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +18,7 @@ from models.config import read_llama_config
 from models.pruning.resolve import Pruning
 from models.rope import rotary_frequencies
 from popengine.engine import Engine
+from popengine.pictures.images import ImageSource
 from popengine.statistics import measured
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.gguf_file import LAYER_NAMES, NAMES, ROPE_FACTORS
@@ -70,11 +71,15 @@ class AbsentPeer(Exception):
 class OwnEngine:
     """One setting of popengine. Settings share the weights of an engine and take turns with its buffers."""
 
-    def __init__(self, name: str, engine: Engine, pruning: Pruning) -> None:
+    def __init__(
+        self, name: str, engine: Engine, pruning: Pruning, images: Sequence[ImageSource] = ()
+    ) -> None:
         self.name, self.engine, self.pruning, self.load_s = name, engine, pruning, engine.load_s
+        self.images = images                        # of one prompt, and so of each
 
     def generate(self, prompts: list[list[int]], new_tokens: int, steps: int | None = None) -> Generated:
-        run = self.engine.run(prompts, new_tokens, self.pruning, ignore_eos=True)
+        images = [image for _ in prompts for image in self.images]
+        run = self.engine.run(prompts, new_tokens, self.pruning, ignore_eos=True, images=images)
         iterator: Iterator[list[int | None]] = iter(run)
         tokens, times = [], []
         for _ in range(new_tokens if steps is None else min(new_tokens, 1 + steps)):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from models.pruning.settings import PruningSettings, exact_share
 from models.reading import bytes_per_token, prompt_work
@@ -56,6 +57,10 @@ PROMPT = (
     "winters its mouth silted up, and the ships that had waited outside for the tide went elsewhere. What is left is "
     "the wall, which children walk along in summer, and a habit of looking at the weather before anything is decided. "
 )
+
+
+# What pictures show does not matter to how long they take.
+PICTURE = Image.linear_gradient("L").convert("RGB")
 
 
 @dataclass
@@ -154,7 +159,7 @@ def measure_dtype(
         if len(forms) > 1 or engine.weights != "plain":
             mode = f"{form} {mode}"
         prompts = prompts or make_prompts(flags, engine)
-        own = own_entries(flags, engine, mode)
+        own = own_entries(flags, engine, mode, prompts)
         first_turns(own, prompts, flags.new_tokens, before, device, note)
         entries += own
     if not entries:
@@ -217,6 +222,8 @@ def make_prompts(flags: argparse.Namespace, engine: Engine) -> list[list[int]]:
     cached, free = engine.model.cache_bytes(flags.batch, flags.prompt_tokens), available_memory(engine.device)
     if free is not None and cached > free:
         raise InputError(f"{flags.batch} sequences need a cache of {gigabytes(cached)}, and {gigabytes(free)} is free")
+    if flags.pictures:
+        return picture_prompts(flags, engine)
     count = flags.prompt_tokens + flags.batch - 1
     if flags.shape:
         generator = torch.Generator().manual_seed(0)
@@ -227,12 +234,28 @@ def make_prompts(flags: argparse.Namespace, engine: Engine) -> list[list[int]]:
     return [ids[first : first + flags.prompt_tokens] for first in range(flags.batch)]
 
 
-def own_entries(flags: argparse.Namespace, engine: Engine, mode: str) -> list[Entry]:
+def picture_prompts(flags: argparse.Namespace, engine: Engine) -> list[list[int]]:
+    """The same with pictures at the front, which count among the tokens of a prompt."""
+    text = engine.pictures.plain_text(PROMPT, flags.pictures)
+    ids = engine.prompts.ids(text, raw=True, images=[PICTURE] * flags.pictures)
+    first = next(place for place in range(len(ids)) if not engine.pictures.image_tokens([ids[place:]]))
+    before, after = ids[:first], ids[first:]
+    left = flags.prompt_tokens - len(before)
+    if left < 1:
+        raise InputError(f"{flags.pictures} pictures have {len(before)} tokens: give a prompt of more")
+    after = after * -(-(left + flags.batch) // len(after))
+    return [before + after[first : first + left] for first in range(flags.batch)]
+
+
+def own_entries(flags: argparse.Namespace, engine: Engine, mode: str, prompts: list[list[int]]) -> list[Entry]:
     settings = [
         PruningSettings(
-            prune_ratio=ratio, rule=rule, prefill_skip=skip, boundary_tokens=flags.boundary_tokens, leave_out=left_out
+            prune_ratio=ratio, rule=rule, prefill_skip=skip, boundary_tokens=flags.boundary_tokens, leave_out=left_out,
+            visual_tokens=tokens, visual_tokens_by=flags.visual_tokens_by,
+            visual_tokens_layer=flags.visual_tokens_layer,
         )
         for left_out in dict.fromkeys(["", *flags.leave_out])
+        for tokens in dict.fromkeys(["all", *flags.visual_tokens])
         for skip in dict.fromkeys([0.0, *flags.prefill_skip])
         for ratio in dict.fromkeys([0.0, *flags.prune_ratio])
         for rule in dict.fromkeys(flags.rule if ratio else ["pop"])
@@ -246,17 +269,21 @@ def own_entries(flags: argparse.Namespace, engine: Engine, mode: str) -> list[En
             what.append(f"{len(pruning.skipped)} layers skipped")
         if one.leave_out:
             what.append(f"without {one.leave_out}")
+        if pruning.thin_from is not None:
+            what.append(f"visual tokens {one.visual_tokens} by {one.visual_tokens_by}")
         wanted.append((", ".join(what), pruning))
     calibration = load_calibration(flags.calibration, engine.model) if flags.calibration else None
     for method, ratio in itertools.product(flags.method, filter(None, dict.fromkeys(flags.prune_ratio))):
         request = Request(engine.model, PruningSettings(prune_ratio=ratio), calibration, resolve=engine.resolve)
         wanted.append((f"{method} {ratio:g}", pruning_for(method, request)))
-    entries = []
+    images, entries = [PICTURE] * flags.pictures, []
+    of_pictures = [stretch.length for stretch in engine.pictures.given(images, prompts[:1]).stretches]
     for what_it_is, pruning in wanted:
         read = bytes_per_token(engine.model, pruning, flags.batch)
-        own = OwnEngine(f"popengine {mode}, {what_it_is}", engine, pruning)
+        own = OwnEngine(f"popengine {mode}, {what_it_is}", engine, pruning, images)
         entry = Entry(own, mode, pruning.settings, read)
-        entry.work = prompt_work(engine.model, pruning, flags.prompt_tokens)
+        missing = sum(length - pruning.visual_tokens(length) for length in of_pictures)
+        entry.work = prompt_work(engine.model, pruning, flags.prompt_tokens, missing)
         entries.append(entry)
     return entries
 
@@ -454,7 +481,12 @@ def row(entry: Entry) -> dict[str, Any]:
         "rule": entry.settings.rule if entry.settings else None,
         "prefill_skip": entry.settings.prefill_skip if entry.settings else None,
         "boundary_tokens": entry.settings.boundary_tokens if entry.settings else None,
-        "skips": entry.settings is not None and exact_share(entry.settings.prefill_skip) > 0,
+        "visual_tokens": entry.settings.visual_tokens if entry.settings else None,
+        "visual_tokens_by": entry.settings.visual_tokens_by if entry.settings else None,
+        "visual_tokens_layer": entry.settings.visual_tokens_layer if entry.settings else None,
+        "skips": entry.settings is not None and (
+            exact_share(entry.settings.prefill_skip) > 0 or entry.settings.visual_tokens != "all"
+        ),
         "prompt_work": entry.work,
         "prompt": None,
         "prefill_ms": spread([generated.prefill_ms for generated in entry.turns]),

@@ -20,7 +20,15 @@ import torch
 from tqdm import tqdm
 
 from models.pruning.resolve import Pruning
-from models.pruning.settings import DENSE, RULE_NAMES, WIDTH_RULES, PruningSettings, compared_fields, exact_share
+from models.pruning.settings import (
+    DENSE,
+    LAYER_METHODS,
+    RULE_NAMES,
+    WIDTH_RULES,
+    PruningSettings,
+    compared_fields,
+    exact_share,
+)
 from models.reading import bytes_per_token
 from popengine import __version__
 from popengine.engine import Engine
@@ -83,7 +91,6 @@ class Configuration:
 FOLLOW_THE_PROMPT = (*RULE_NAMES, "frozen")
 # What only prompts tell from the dense model.
 SKIPPING = ("prefill-only", "skip-first", "skip-evenly", "skip-no-boundary", "skip-no-keys", "visual-tokens")
-LEAVING_OUT = ("shortgpt", "finercut")
 
 
 def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> list[Configuration]:
@@ -97,7 +104,7 @@ def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> 
         if method == "dense":
             made[Configuration("dense", DENSE, form)] = None
             continue
-        leaves_out = method in LEAVING_OUT              # whose channels the rule pop may cut besides
+        leaves_out = method in LAYER_METHODS            # whose channels the rule pop may cut besides
         follows = method in FOLLOW_THE_PROMPT or leaves_out
         matter = {
             "to all": True, "to widths": method in WIDTH_RULES or leaves_out, "to rules": method in RULE_NAMES,
@@ -163,6 +170,10 @@ class Comparison:
                 studies[f"share of steps that pick a candidate, {picked[0].label}"] = pick_figures(picked[1])
             if plots is not None:
                 about["plots"] = self.plot(rows, drifts, picked, plots)
+        if plots is not None:
+            for name in tasks:
+                load_plots().plot_tasks([one.label for one in self.prunings], rows, name, plots / task_plot(name))
+                about["plots"].append(task_plot(name))
         return {"about": about, "rows": rows, "studies": studies}
 
     def measure_text(self) -> None:
@@ -241,8 +252,7 @@ class Comparison:
                             is_answered(self.engines[one.weights], question, pruning)
                         )
                         bar.update()
-                    self.progress.add(key, {"right": {task: sum(answers) for task, answers in right.items()},
-                                            "asked": {task: len(answers) for task, answers in right.items()}})
+                    self.progress.add(key, {"right": right})
                 else:
                     bar.update(len(asked))
 
@@ -250,16 +260,8 @@ class Comparison:
         """The table."""
         records = self.progress.records
         rows = []
-        dense = bytes_per_token(self.engine.model, self.engine.resolve(DENSE))
         for one, pruning in self.prunings.items():
-            read = bytes_per_token(self.engines[one.weights].model, pruning)
-            row: dict[str, Any] = {
-                **one.fields(),
-                "ratio": pruning.ratio,
-                "ffn_ratio": pruning.ffn_ratio,
-                "weight_bytes_per_token": read,
-                "weight_share": read / dense,
-            }
+            row = row_of(one, pruning, self.engines)
             if self.windows:
                 summary = summarise([self.window_score(one, index) for index in range(len(self.windows))])
                 row |= {name: value if value == value else None for name, value in asdict(summary).items()}
@@ -270,8 +272,9 @@ class Comparison:
             if turns:
                 row["decode_ms_per_token"] = statistics.median(turns)
             for name in task_sets:
-                found = records[task_key(one, name)]
-                row[f"tasks_{name}"] = {"right": found["right"], "asked": found["asked"]}
+                found = records[task_key(one, name)]["right"].items()
+                right, asked = ({task: count(answers) for task, answers in found} for count in (sum, len))
+                row[f"tasks_{name}"] = {"right": right, "asked": asked}
             rows.append(row)
         return rows
 
@@ -354,6 +357,19 @@ class Comparison:
         return 0.1 if 0.1 in widths or not widths else widths[0]
 
 
+def row_of(one: Configuration, pruning: Pruning, engines: dict[str, Engine]) -> dict[str, Any]:
+    """What a table says of a configuration without measuring it; the dense model is that of the first engine."""
+    first = next(iter(engines.values()))
+    read = bytes_per_token(engines[one.weights].model, pruning)
+    return {
+        **one.fields(),
+        "ratio": pruning.ratio,
+        "ffn_ratio": pruning.ffn_ratio,
+        "weight_bytes_per_token": read,
+        "weight_share": read / bytes_per_token(first.model, first.resolve(DENSE)),
+    }
+
+
 def text_key(one: Configuration, window: int) -> str:
     return f"window {window}: {json.dumps(one.fields())}"
 
@@ -384,9 +400,10 @@ def is_sound(record: dict[str, Any], scored: int | None) -> bool:
         return listed("ids", int) if record["key"].endswith(": tokens") else listed("agreed", bool)
     if of == "speed":
         return type(record.get("ms")) is float and 0 < record["ms"] < math.inf
-    right, asked = record.get("right"), record.get("asked")
-    return isinstance(right, dict) and isinstance(asked, dict) and right.keys() == asked.keys() and all(
-        type(right[task]) is type(asked[task]) is int and 0 <= right[task] <= asked[task] for task in asked
+    right = record.get("right")
+    return isinstance(right, dict) and all(
+        isinstance(answers, list) and answers and all(type(one) is bool for one in answers)
+        for answers in right.values()
     )
 
 
@@ -405,6 +422,11 @@ def usual_of(settings: PruningSettings) -> tuple[object, ...]:
     return tuple(getattr(settings, one.name) for one in compared_fields() if one.name not in shown)
 
 
+def task_plot(task_set: str) -> str:
+    """Its file."""
+    return f"tasks_{task_set}.png"
+
+
 def load_plots() -> ModuleType:
     """The drawing module, only when something is drawn: it needs matplotlib, and says so where that is missing."""
     return importlib.import_module("popengine.measure.plots")
@@ -414,15 +436,22 @@ def identity_of(
     flags: argparse.Namespace, engines: dict[str, Engine], text: Text | None, calibration: Calibration | None
 ) -> dict[str, Any]:
     """What must be the same for measurements to stand side by side."""
-    engine = engines[flags.weights[0]]
     return {
-        "checkpoint": "default" if flags.ckpt is None else Path(flags.ckpt).name,
-        "model": fingerprint(engine.model),
         "text": None if text is None else f"{text.name} ({text.digest})",
         "prompt_tokens": None if text is None else flags.prompt_tokens,
         "score_tokens": None if text is None else flags.score_tokens,
         "windows": None if text is None else flags.windows,
         "questions": flags.questions if flags.tasks else None,
+    } | identity_of_model(flags, engines, calibration)
+
+
+def identity_of_model(
+    flags: argparse.Namespace, engines: dict[str, Engine], calibration: Calibration | None
+) -> dict[str, Any]:
+    engine = engines[flags.weights[0]]
+    return {
+        "checkpoint": "default" if flags.ckpt is None else Path(flags.ckpt).name,
+        "model": fingerprint(engine.model),
         "seed": flags.seed,
         "calibration": None if calibration is None else calibration.made_from,
         "dtype": ", ".join(dict.fromkeys(str(one.dtype).removeprefix("torch.") for one in engines.values())),

@@ -1,27 +1,21 @@
 """The table of a comparison, for people."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import Field
 from functools import partial
 from typing import Any
 
-from models.pruning.settings import WIDTH_RULES, compared_fields, exact_share
+from models.pruning.settings import LAYER_METHODS, WIDTH_RULES, compared_fields, exact_share
+
+Column = Callable[[dict[str, Any]], str]
 
 
 def markdown(
     rows: Sequence[dict[str, Any]], about: dict[str, Any], studies: dict[str, dict[str, float]]
 ) -> str:
-    """The table for people. Columns in which every row is alike are left out."""
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "weights": lambda row: row["weights"],
-        "method": lambda row: row["method"],
-        "ratio": lambda row: f"{row['ratio']:.3g}",
-        "r (FFN)": lambda row: f"{row['ffn_ratio']:.3g}",
-    }
-    for one in compared_fields():
-        if one.metadata["column"]:
-            columns[one.metadata["column"]] = partial(setting_cell, one)
-    always: dict[str, Callable[[dict[str, Any]], str]] = {
+    """The table for people."""
+    always: dict[str, Column] = {
         "MB per token": lambda row: f"{row['weight_bytes_per_token'] / 1e6:.1f}",
         "of dense": lambda row: f"{row['weight_share']:.1%}",
     }
@@ -43,6 +37,27 @@ def markdown(
             for task in rows[0][name]["asked"]:
                 always[task] = partial(share_right, name, [task])
             always["all tasks"] = partial(share_right, name, list(rows[0][name]["asked"]))
+    studied = []
+    for name, found in studies.items():
+        figures = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in found.items())
+        studied.append(f"{name[0].upper()}{name[1:]}: {figures}.")
+    return written(rows, always, about, studied)
+
+
+def written(
+    rows: Sequence[dict[str, Any]], always: dict[str, Column], about: dict[str, Any], studied: Sequence[str] = ()
+) -> str:
+    """A table with these columns behind those of methods and settings, of which the ones that are all alike are left
+    out; below it what was found besides, and what it was measured with."""
+    columns: dict[str, Column] = {
+        "weights": lambda row: row["weights"],
+        "method": lambda row: row["method"],
+        "ratio": lambda row: f"{row['ratio']:.3g}",
+        "r (FFN)": lambda row: f"{row['ffn_ratio']:.3g}",
+    }
+    for one in compared_fields():
+        if one.metadata["column"]:
+            columns[one.metadata["column"]] = partial(setting_cell, one)
     shown = {
         name: show for name, show in columns.items()
         if name == "method" or len({show(row) for row in rows} - {""}) > 1
@@ -55,10 +70,6 @@ def markdown(
     machine_words = ", ".join(f"{name} {value}" for name, value in about["machine"].items())
     facts = [f"{name.replace('_', ' ')} {value}" for name, value in about.items()
              if name not in ("machine", "plots") and value is not None]
-    studied = []
-    for name, found in studies.items():
-        figures = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in found.items())
-        studied.append(f"{name[0].upper()}{name[1:]}: {figures}.")
     ending = [*studied, f"Measured with: {'; '.join(facts)}.", f"Machine: {machine_words}."]
     return "\n".join([*lines, *(line for sentence in ending for line in ("", sentence)), ""])
 
@@ -74,12 +85,18 @@ def setting_cell(one: Field[Any], row: dict[str, Any]) -> str:
         row["visual_tokens"] == "all" or (one.name == "visual_tokens_layer" and row["visual_tokens_by"] != "attention")
     ):
         return ""
-    if matters == "to layers" and row["method"] not in ("shortgpt", "finercut"):
+    if matters == "to layers" and row["method"] not in LAYER_METHODS:
         return ""
     return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
 def share_right(task_set: str, tasks: Sequence[str], row: dict[str, Any]) -> str:
-    """Of the questions of these tasks together."""
-    right, asked = (sum(row[task_set][key][task] for task in tasks) for key in ("right", "asked"))
-    return f"{right / asked:.1%}"
+    share, error = right_answers(row[task_set], tasks)
+    return f"{share:.1%} ± {error:.1%}"
+
+
+def right_answers(found: dict[str, dict[str, int]], tasks: Sequence[str]) -> tuple[float, float]:
+    """The share of right answers to the questions of these tasks together, and its standard error over questions."""
+    right, asked = (sum(found[key][task] for task in tasks) for key in ("right", "asked"))
+    share = right / asked
+    return share, math.sqrt(share * (1 - share) / max(1, asked - 1))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from popengine.measure.comparison_table import right_answers
 from popengine.measure.studies import NetworkPicks, RankDrift
 from weights.errors import InputError
 
@@ -41,6 +42,9 @@ STYLES = {
     "shortgpt": ("saddlebrown", "<"),
     "finercut": ("darkorange", ">"),
     "prefill-only": ("dimgray", "1"),
+    "visual-tokens": ("goldenrod", "*"),
+    "router-statistics": ("indigo", "s"),
+    "uncurl": ("deeppink", "D"),
 }
 REGION_COLOURS = {"retained": "#1f4e79", "candidate": "#f2b134", "pruned": "#e8e8e8"}
 
@@ -227,6 +231,21 @@ def plot_frontier(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
     both[0].set_ylabel("loss, nats per token")
     both[1].legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
+    save(figure, path)
+
+
+def plot_tasks(labels: Sequence[str], rows: Sequence[dict[str, Any]], task_set: str, path: Path) -> None:
+    """Right answers of every row of the table, from above in its order, with standard errors over questions."""
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.26 * len(rows)))
+    for place, row in enumerate(rows):
+        found = row[f"tasks_{task_set}"]
+        share, error = right_answers(found, list(found["asked"]))
+        colour, marker = STYLES.get(row["method"], ("black", "."))
+        axes.errorbar(100 * share, -place, xerr=100 * error, color=colour, marker=marker, capsize=2)
+        if row["method"] == "dense":
+            axes.axvline(100 * share, color="lightgray", zorder=0)
+    axes.set_yticks([-place for place in range(len(rows))], labels, fontsize=8)
+    axes.set_xlabel(f"right answers, % of all questions (tasks: {task_set})")
     save(figure, path)
 
 

@@ -4,12 +4,13 @@ Each window's prompt is prefilled, which makes the partition, and its continuati
 text's own tokens (or all at once, with the same result). Scoring a text by one forward pass would never decode, and
 could not see what online pruning does.
 
-T prompt tokens, S scored tokens, V vocabulary.
+T prompt tokens, S scored tokens, H hidden size, V vocabulary.
 """
 
 import hashlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,19 +141,36 @@ def log_probabilities(
 
     observe  is told every pick of the parallel evaluation
     """
-    model.check_ids(window.ids)
+    return next(after_prompt(model, window.prompt, [window.continuation], pruning, step_by_step, observe))
+
+
+def after_prompt(
+    model: LlamaForCausalLM,
+    prompt: list[int],
+    continuations: Sequence[list[int]],
+    pruning: Pruning,
+    step_by_step: bool = False,
+    observe: Observer | None = None,
+) -> Iterator[Tensor]:
+    """`log_probabilities` of several continuations of one prompt, which is prefilled once: float32 [S, V] of each."""
+    model.check_ids([*prompt, *itertools.chain(*continuations)])
     device = model.device
-    prompt = torch.tensor([window.prompt], device=device)                           # [1, T]
-    given = torch.tensor(window.continuation[:-1], device=device)                   # [S - 1]
-    state = model.new_state(1, len(window.ids), pruning)
-    logits = [model.prefill(model.embed(prompt), state)]                            # S times [1, V], or two pieces
-    if step_by_step:
-        logits += [model.decode(token[None], state) for token in given]
-    elif len(given):
-        logits.append(evaluate(model, given, state, observe))
-    together = torch.cat(logits)                                                    # [S, V]
-    require_finite(together, "scored token", 1)
-    return together.float().log_softmax(dim=-1)
+    x = model.embed(torch.tensor([prompt], device=device))                          # [1, T, H]
+    state = model.new_state(1, len(prompt) + max(map(len, continuations)), pruning)
+    first = model.prefill(x, state)                                                 # [1, V]
+    for number, continuation in enumerate(continuations):
+        if number and state.gathering.ever_dense:       # the last one's steps were evidence
+            model.prefill(x, state)
+        state.cache.go_back(len(prompt))
+        given = torch.tensor(continuation[:-1], device=device)                      # [S - 1]
+        logits = [first]                                                            # S times [1, V], or two pieces
+        if step_by_step:
+            logits += [model.decode(token[None], state) for token in given]
+        elif len(given):
+            logits.append(evaluate(model, given, state, observe))
+        together = torch.cat(logits)                                                # [S, V]
+        require_finite(together, "scored token", 1)
+        yield together.float().log_softmax(dim=-1)
 
 
 def score_window(log_p: Tensor, dense_log_p: Tensor, window: Window) -> WindowScore:

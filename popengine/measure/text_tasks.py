@@ -1,11 +1,14 @@
-"""Synthetic text tasks with exact answers, made from a seed: what the small Mixtral in weights/mixtral-tiny/ learnt.
+"""Synthetic text tasks whose answers are worked out step by step, made from a seed: what the small Mixtral in
+weights/mixtral-tiny/ learnt.
 
-A prompt shows a few solved examples of one task and ends with a question; the answer is the text up to end of sequence:
+A prompt is a question, behind short solved examples of its task if any are asked for; the answer is the text up to end
+of sequence:
 
-    sort 52713=12357; sort 9140=0149; sort 2264?                   -> 2246
+    tally bdacbbd?                                                  -> b1d1a1c1b2b3d2
 
-The examples come first because online pruning decides from the prompt which channels stay: a prompt of tens of tokens
-is evidence, a bare question is hardly any. Everything is printable ASCII on one line, one token per character.
+Answers to the questions that are asked have 20 to 60 characters. Their steps (states, sums, carries, counts) stand in
+no question: online pruning, which decides from the prompt which channels stay, sees little or nothing of what the
+answer wants. Everything is printable ASCII on one line, one token per character.
 """
 
 import random
@@ -19,7 +22,13 @@ import tokenizers
 from weights.errors import InputError
 
 HELD_OUT_SHARE = 10  # one question in ten is held out: it never appears in training, neither asked nor as an example
+LETTERS, DIGITS = string.ascii_lowercase, string.digits
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
+# Of `run`: what each command makes of the states 0 to 9.
+COMMANDS = {
+    "a": "1234567890", "b": "9012345678", "c": "0246802468", "d": "9876543210", "e": "1032547698", "f": "5678901234",
+    "g": "0369258147", "h": "0000055555",
+}  # fmt: skip
 BOS, EOS, PAD, UNKNOWN = "<s>", "</s>", "<pad>", "<unk>"
 
 
@@ -36,6 +45,15 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Task:
+    """How a solved question of some size is made, and the sizes of the questions that are asked."""
+
+    make: Callable[[random.Random, int], Example]
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
 class TaskPrompt:
     """Solved examples of one task and a question that waits for its answer."""
 
@@ -45,68 +63,102 @@ class TaskPrompt:
     examples: tuple[Example, ...]  # the solved ones in order, then the one that is asked
 
 
-def _letters(rng: random.Random, shortest: int, longest: int, alphabet: str = string.ascii_lowercase) -> str:
-    return "".join(rng.choice(alphabet) for _ in range(rng.randint(shortest, longest)))
+def _reverse(rng: random.Random, size: int) -> Example:
+    word = "".join(rng.sample(LETTERS, size))
+    return Example(word, word[::-1], min(word, word[::-1]))
 
 
-def _copy(rng: random.Random) -> Example:
-    word = _letters(rng, 4, 8)
-    return Example(f"copy {word}", word, word)
+def _pairs(rng: random.Random, size: int) -> list[str]:
+    return [letter + rng.choice(DIGITS) for letter in rng.sample(LETTERS, size)]
 
 
-def _reverse(rng: random.Random) -> Example:
-    word = _letters(rng, 3, 6)
-    return Example(f"reverse {word}", word[::-1], min(word, word[::-1]))
+def _sort(rng: random.Random, size: int) -> Example:
+    pairs = _pairs(rng, size)
+    return Example("".join(pairs), "".join(sorted(pairs)), "".join(pairs))
 
 
-def _sort(rng: random.Random) -> Example:
-    digits = _letters(rng, 3, 6, string.digits)
-    return Example(f"sort {digits}", "".join(sorted(digits)), digits)
+def _find(rng: random.Random, size: int) -> Example:
+    pairs = _pairs(rng, size)
+    found = rng.sample(pairs, size)
+    question = "".join(pairs) + ":" + "".join(pair[0] for pair in found)
+    return Example(question, "".join(found), question)
 
 
-def _add(rng: random.Random) -> Example:
-    left, right = rng.randint(10, 99), rng.randint(10, 99)
-    return Example(f"add {left}+{right}", str(left + right), f"{min(left, right)}+{max(left, right)}")
+def _tally(rng: random.Random, size: int) -> Example:
+    word = "".join(rng.choices("abcdef", k=size))
+    counted = (letter + str(word[: place + 1].count(letter) % 10) for place, letter in enumerate(word))
+    return Example(word, "".join(counted), word)
 
 
-def _count(rng: random.Random) -> Example:
-    word = _letters(rng, 4, 9, "abcd")
-    letter = rng.choice("abcd")
-    return Example(f"count {word}:{letter}", str(word.count(letter)), f"{letter} {word}")
-
-
-def _close(rng: random.Random) -> Example:
-    opened: list[str] = []
-    text = ""
-    for _ in range(rng.randint(3, 8)):
+def _close(rng: random.Random, size: int) -> Example:
+    text, opened, depths = "", "", ""
+    for _ in range(size):
         if opened and rng.random() < 0.4:
-            text += BRACKETS[opened.pop()]
+            bracket, opened = BRACKETS[opened[-1]], opened[:-1]
         else:
-            opened.append(rng.choice("([{"))
-            text += opened[-1]
-    if not opened:
-        opened.append(rng.choice("([{"))
-        text += opened[-1]
-    return Example(f"close {text}", "".join(BRACKETS[bracket] for bracket in reversed(opened)), text)
+            bracket = rng.choice("([{")
+            opened += bracket
+        text += bracket
+        depths += f"{bracket}{len(opened) % 10}"
+    return Example(text, depths + ">" + "".join(BRACKETS[bracket] for bracket in reversed(opened)), text)
 
 
-def _find(rng: random.Random) -> Example:
-    keys = rng.sample(string.ascii_lowercase, rng.randint(3, 5))
-    values = [rng.choice(string.digits) for _ in keys]
-    wanted = rng.randrange(len(keys))
-    pairs = "".join(key + value for key, value in zip(keys, values, strict=True))
-    return Example(f"find {pairs}:{keys[wanted]}", values[wanted], f"{keys[wanted]} {pairs}")
+def _run(rng: random.Random, size: int) -> Example:
+    state = rng.choice(DIGITS)
+    question, answer = state, ""
+    for command in rng.choices(list(COMMANDS), k=size):
+        state = COMMANDS[command][int(state)]
+        question += command
+        answer += command + state
+    return Example(question, answer, question)
 
 
-TASKS: dict[str, Callable[[random.Random], Example]] = {
-    "copy": _copy,
-    "reverse": _reverse,
-    "sort": _sort,
-    "add": _add,
-    "count": _count,
-    "close": _close,
-    "find": _find,
+def _shift(rng: random.Random, size: int) -> Example:
+    amount = rng.randrange(10)
+    question, answer = str(amount), ""
+    for letter in rng.choices(LETTERS, k=size):
+        question += letter
+        answer += f"{letter}{amount}{LETTERS[(LETTERS.index(letter) + amount) % 26]}"
+        amount = (amount + 1) % 10
+    return Example(question, answer, question)
+
+
+def _written_out(pairs: list[tuple[int, int]], combine: Callable[[int, int], int]) -> str:
+    """The units first, each step `digit digit carry=result`, then the result: 47+85 is "750=12 481=13 >132"."""
+    steps, result, carry = "", "", 0
+    for left, right in reversed(pairs):
+        total = combine(left, right) + carry
+        steps += f"{left}{right}{carry}={total:02} "
+        result, carry = str(total % 10) + result, total // 10
+    return f"{steps}>{carry}{result}"
+
+
+def _add(rng: random.Random, size: int) -> Example:
+    pairs = [(rng.randrange(10), rng.randrange(10)) for _ in range(size)]
+    left, right = ("".join(map(str, digits)) for digits in zip(*pairs, strict=True))
+    return Example(f"{left}+{right}", _written_out(pairs, int.__add__), f"{min(left, right)}+{max(left, right)}")
+
+
+def _times(rng: random.Random, size: int) -> Example:
+    factor = rng.randrange(10)
+    digits = [rng.randrange(10) for _ in range(size)]
+    question = "".join(map(str, digits)) + f"*{factor}"
+    return Example(question, _written_out([(digit, factor) for digit in digits], int.__mul__), question)
+
+
+TASKS: dict[str, Task] = {
+    "reverse": Task(_reverse, 20, 24),
+    "sort": Task(_sort, 10, 14),
+    "find": Task(_find, 10, 14),
+    "tally": Task(_tally, 10, 20),
+    "close": Task(_close, 10, 16),
+    "run": Task(_run, 10, 20),
+    "shift": Task(_shift, 8, 12),
+    "add": Task(_add, 4, 6),
+    "times": Task(_times, 4, 6),
 }
+# What the checkpoint answers nearly always, and comparisons therefore ask; the others were trained and not learnt.
+LEARNT = ("sort", "find", "tally", "run", "shift", "add")
 
 
 def is_held_out(task: str, example: Example) -> bool:
@@ -114,32 +166,35 @@ def is_held_out(task: str, example: Example) -> bool:
     return zlib.crc32(f"{task} {example.identity}".encode()) % HELD_OUT_SHARE == 0
 
 
-def make_example(task: str, rng: random.Random, held_out: bool) -> Example:
-    """Draw one solved question of `task` from the held-out split or from the training split."""
-    if task not in TASKS:
-        raise InputError(f"unknown task '{task}'; the tasks are {', '.join(TASKS)}")
+def make_example(task: str, rng: random.Random, held_out: bool, least: int, most: int) -> Example:
+    """Draw one solved question of a size between the bounds, from the held-out split or from the training split."""
     while True:
-        example = TASKS[task](rng)
+        example = TASKS[task].make(rng, rng.randint(least, most))
         if is_held_out(task, example) == held_out:
             return example
 
 
-def make_prompt(task: str, rng: random.Random, shots: int, held_out: bool) -> TaskPrompt:
-    """Draw a prompt with `shots` solved examples and one question, all from the same split, no question twice."""
+def make_prompt(task: str, rng: random.Random, shots: int, held_out: bool, share: float = 1.0) -> TaskPrompt:
+    """Draw a prompt with `shots` solved examples and one question, all from the same split, no question twice.
+
+    Solved examples are at most a third of the size of what is asked. share < 1 scales all sizes down, for training.
+    """
+    if task not in TASKS:
+        raise InputError(f"unknown task '{task}'; the tasks are {', '.join(TASKS)}")
+    kind = TASKS[task]
+    least, most = (max(2, round(share * size)) for size in (kind.least, kind.most))
     examples: list[Example] = []
     while len(examples) < shots + 1:
-        example = make_example(task, rng, held_out)
+        bounds = (least, most) if len(examples) == shots else (2, max(2, most // 3))
+        example = make_example(task, rng, held_out, *bounds)
         if example.identity not in {earlier.identity for earlier in examples}:
             examples.append(example)
-    solved = "".join(f"{example.question}={example.answer}; " for example in examples[:-1])
-    return TaskPrompt(task, f"{solved}{examples[-1].question}?", examples[-1].answer, tuple(examples))
+    solved = "".join(f"{task} {example.question}={example.answer}; " for example in examples[:-1])
+    return TaskPrompt(task, f"{solved}{task} {examples[-1].question}?", examples[-1].answer, tuple(examples))
 
 
-def held_out_prompts(task: str, count: int, shots: int = 4, seed: int = 0) -> Iterator[TaskPrompt]:
-    """The evaluation set of one task: the same `count` prompts for the same seed, none of whose questions were trained.
-
-    Prompts have 30 to 130 characters with the default of four solved examples.
-    """
+def held_out_prompts(task: str, count: int, shots: int = 1, seed: int = 0) -> Iterator[TaskPrompt]:
+    """The evaluation set of one task: the same prompts for the same seed, none of whose questions were trained."""
     rng = random.Random(f"{task} {seed}")
     for _ in range(count):
         yield make_prompt(task, rng, shots, held_out=True)

@@ -27,8 +27,8 @@ from popengine.methods.activations import (
 from weights.errors import InputError, one_line
 
 FORMAT = "popengine calibration 2"
-# Those of the text that searches run on.
-HELD_WINDOWS = 2
+# Those of the text that searches run on: each costs them as much again.
+HELD_WINDOWS = 1
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Each time that one goes whose removal, on top of those before, changes the model's output least. As in the paper: the
 candidates, the greedy order, no training afterwards. Ours: the change is the Jensen-Shannon divergence of the next
-token's distribution from the dense model's, mean over the tokens of a few windows of the calibration text; and halves
+token's distribution from the dense model's, mean over the tokens of a window of the calibration text; and halves
 go for as long as one fits the ratio, where the paper counts them, so that it is equal parameters that are compared.
 
 W windows, T tokens, H hidden size, V vocabulary.

@@ -17,7 +17,7 @@ from models.pruning.alternatives import StaticChannels, StaticRule
 from models.pruning.left_out import MLP, Half, read_halves, written_halves
 from models.pruning.partition import PartitionSizes, partition_channels, partition_sizes
 from models.pruning.resolve import Pruning, resolve, share_of_halves
-from models.pruning.settings import PruningSettings
+from models.pruning.settings import DEFAULT_PRUNE_RATIO, PruningSettings
 from models.reading import layer_weights
 from popengine.methods.activations import feed_forward_networks, layer_of
 from popengine.methods.calibration import Calibration
@@ -64,7 +64,14 @@ class Request:
         """What a method that leaves out layers may take, as a share of all layers' parameters."""
         if self.settings.leave_out:
             raise InputError(f"method {method} chooses what is left out: give no --leave-out")
-        return self.pruning().ratio * self.settings.layer_share
+        return self.asked_ratio * self.settings.layer_share
+
+    @property
+    def asked_ratio(self) -> float:
+        """The headline ratio that the settings ask for, be it more than the channels hold."""
+        if self.settings.ffn_ratio is not None:
+            return self.pruning().ratio
+        return DEFAULT_PRUNE_RATIO if self.settings.prune_ratio is None else self.settings.prune_ratio
 
     def without(self, halves: Sequence[Half]) -> Pruning:
         """These halves left out, and of the channels of the others what the ratio asks for beside them."""
@@ -72,7 +79,7 @@ class Request:
         networks = sum(half.part == MLP for half in halves) / weights.layers
         rest = 0.0
         if self.settings.layer_share < 1:
-            rest = max(0.0, (self.pruning().ratio - share_of_halves(halves, weights)) / (1 - networks))
+            rest = max(0.0, (self.asked_ratio - share_of_halves(halves, weights)) / (1 - networks))
         return self.pruning(
             prune_ratio=rest, ffn_ratio=None, head_ratio=self.settings.head_ratio if rest else 0.0,
             leave_out=written_halves(halves),

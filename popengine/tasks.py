@@ -1,0 +1,91 @@
+"""The command: python -m popengine.tasks --tasks boolq gsm8k --methods dense pop --prune-ratio 0.2 --out DIR
+
+Twelve public tasks without a network, from one file that `make tasks` fetches, under every method that `compare` knows:
+the answers to choose from and those that are generated go through prefill and decode steps. A run that was killed goes
+on where it was.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from models.pruning.settings import compared_fields
+from popengine.command import (
+    OneLineParser,
+    add_calibration_flags,
+    add_checkpoint_flag,
+    add_machine_flags,
+    add_setting_flags,
+    make_folder,
+    run_as_command,
+    start_pytorch,
+)
+from weights.errors import InputError, one_line
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = OneLineParser(
+        "tasks", "Public tasks under pruning methods: seven with answers to choose, five with answers to generate.",
+        "tasks --tasks arc_easy coqa --methods dense pop frozen --prune-ratio 0.2 0.4 --limit 100 --out DIR",
+        "--out --tasks --methods --limit --seed --run-code --prune-ratio --candidate-width --dtype --weights",
+    )
+    add_checkpoint_flag(flags)
+    flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the table goes")
+    flags.add_argument("--tasks", nargs="+", required=True, metavar="T", help="names; a wrong one lists them all")
+    flags.add_argument("--methods", nargs="+", default=["dense", "pop"], metavar="M")
+    flags.add_argument("--limit", type=int, default=100, metavar="N", help="items of each task (default: 100)")
+    flags.add_argument("--seed", type=int, default=0, metavar="N", help="draws the items, and the method `random`")
+    flags.add_argument("--batch-size", type=int, default=1, metavar="N", help="answers generated at once (default: 1)")
+    flags.add_argument("--run-code", action="store_true", help="run the programs that the model writes, to test them")
+    flags.add_argument("--archive", type=Path, metavar="FILE.whl", help="the package (default: what `make tasks` took)")
+    flags.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_calibration_flags(flags)
+    add_setting_flags(flags, compared_fields())
+    machine = add_machine_flags(flags, several_forms=True)
+    machine.add_argument("--compile", action="store_true", help="compile the decode step")
+    return flags
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry of `python -m popengine.tasks`."""
+    run_as_command(run, parser(), arguments)
+
+
+def run(flags: argparse.Namespace) -> None:
+    for name, value in (("limit", flags.limit), ("batch size", flags.batch_size)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+    start_pytorch(flags)
+    from popengine.measure import comparison, prepared, progress_file, task_archive, task_runs
+
+    for name in flags.tasks:
+        if name not in task_archive.TASKS:
+            raise InputError(f"unknown task {name!r}; there are {', '.join(task_archive.TASKS)}")
+        if task_archive.TASKS[name].runs_code and not flags.run_code:
+            raise InputError(f"{name} runs programs that the model writes: allow it with --run-code, or leave it out")
+    archive = task_archive.Archive(flags.archive or task_archive.DEFAULT_ARCHIVE)
+    items = {name: archive.items(name, flags.limit, flags.seed) for name in flags.tasks}
+    prepared.check_methods(flags)
+    make_folder(flags.out, "table.json", "table.md", "progress.jsonl")
+    show_progress = sys.stderr.isatty() and not flags.quiet
+    ready = prepared.prepare(flags, flags.compile, show_progress)
+    about = comparison.identity_of_model(flags, ready.engines, ready.calibrations[flags.weights[0]]) | {
+        "tasks": f"{archive.path.name} ({archive.digest})", "batch_size": flags.batch_size,
+    }
+    progress = progress_file.ProgressFile(flags.out / "progress.jsonl", about, task_runs.is_sound)
+    for note in progress.notes:
+        print(f"warning: {one_line(note)}", file=sys.stderr)
+    runs = task_runs.TaskRuns(ready.engines, ready.prunings, items, progress, flags.batch_size, show_progress)
+    runs.measure()
+    about |= {"limit": flags.limit, "machine": comparison.machine()}
+    rows = runs.rows()
+    (flags.out / "table.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    table = task_runs.markdown(rows, about)
+    (flags.out / "table.md").write_text(table)
+    print(table, end="")
+
+
+if __name__ == "__main__":
+    main()

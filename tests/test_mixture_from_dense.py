@@ -1,0 +1,32 @@
+"""A dense model as a mixture of experts: all experts to each token are the dense model, and groups are equal."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from builders import REPOSITORY, complete_checkpoint
+
+from models.experts import MixtureOfExperts
+from popengine.loading import load
+
+
+@pytest.mark.parametrize("per_token", [4, 2])
+def test_a_mixture_of_a_dense_models_channels(
+    per_token: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    from mixture_from_dense import convert
+
+    dense = complete_checkpoint(tmp_path / "dense")
+    (tmp_path / "text").write_text("When the last ferry had gone, the keeper closed the gate and counted. " * 12)
+    convert(dense, tmp_path / "text", 4, 4, per_token, tmp_path / "mixture")
+    one, other = load(dense, device="cpu", dtype="float32"), load(tmp_path / "mixture", device="cpu", dtype="float32")
+    mixtures = [layer.mlp for layer in other.model.model.layers]
+    assert all(isinstance(mlp, MixtureOfExperts) and mlp.experts_per_token == per_token for mlp in mixtures)
+    for layer, mlp in zip(one.model.model.layers, mixtures, strict=True):
+        rows = torch.cat([expert.gate_proj.values() for expert in mlp.experts])
+        assert sorted(rows[:, 0].tolist()) == sorted(layer.mlp.gate_proj.values()[:, 0].tolist())
+    tokens = torch.tensor([one.prompts.ids("The keeper counted", raw=True)])
+    with torch.inference_mode():
+        apart = (one.model(tokens) - other.model(tokens)).abs().max() / one.model(tokens).abs().max()
+    assert apart < 1e-2 if per_token == 4 else apart > 1e-2
