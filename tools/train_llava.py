@@ -1,11 +1,13 @@
 """Train the small LLaVA of weights/llava-tiny/ on the picture questions, and report what it has learnt.
 
-    python tools/train_llava.py                         # about twenty minutes of one free CPU core
-    python tools/train_llava.py --evaluate              # only the held-out accuracy of the checkpoint that is there
+    python tools/train_llava.py                                     # 1,200 steps, 20 minutes of one CPU core's time
+    python tools/train_llava.py --further --steps 1000 --seed 1     # 1,000 more from there, hard kinds more often
+    python tools/train_llava.py --evaluate                          # only the held-out accuracy of what is there
 
 As in LLaVA's own recipe the vision tower learns to see first: each patch has to tell which shape of which colour
-stands in its cell of the picture (CLIP's part in the original). Then tower, projector and language model together
-learn to answer: conversations about one picture, loss on the answers only. The forward passes are the engine's own.
+stands in its cell of the picture, and in which row and column (CLIP's part in the original). Then tower, projector and
+language model together learn to answer: six questions about one picture, loss on the answers only. The layers are the
+engine's own, in bfloat16 where PyTorch's autocast says so; weights are float32.
 The same seed, steps and threads on the same machine give the same checkpoint; another machine rounds differently and
 ends at the same accuracy, not at the same bits.
 
@@ -33,6 +35,7 @@ from models.passes import View, prefill_pass
 from models.pruning.settings import DENSE
 from popengine.loading import load, load_model
 from popengine.measure.picture_tasks import (
+    ASKING,
     COLOURS,
     KINDS,
     SHAPES,
@@ -52,6 +55,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PAD, BOS, EOS, IMAGE = 0, 1, 2, 3
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<image>"]
 PICTURE_SIZE = 144  # drawn larger than the tower reads, so that the image processor has something to do
+TRAINED = tuple(ASKING)
 TURNS = 6  # questions about one picture
 # Those that take longest to learn, drawn so many times more when the checkpoint is trained further.
 HARD = ("kinds", "most", "most", "compare", "compare", "presence", "presence")
@@ -137,7 +141,7 @@ CHAT_TEMPLATE = """\
 
 def build_tokenizer(seed: int) -> Tokenizer:
     """Byte-level BPE, so that any text can be typed, with the words of the questions as whole tokens."""
-    texts = [f"USER:\n{q.question}\nASSISTANT:\n{q.answer}" for q in picture_questions(6000, seed, "train")]
+    texts = [f"USER:\n{q.question}\nASSISTANT:\n{q.answer}" for q in picture_questions(6000, seed, "train", TRAINED)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -403,10 +407,10 @@ def main() -> None:
             tokenizer = Tokenizer.from_file(str(flags.out / "tokenizer.json"))
             with open_checkpoint(flags.out) as checkpoint:
                 model = load_model(checkpoint, torch.float32, torch.device("cpu"))[0].requires_grad_()
-            drawer = Drawer(tokenizer, processing, [*KINDS, *HARD], flags.seed)
+            drawer = Drawer(tokenizer, processing, [*TRAINED, *HARD], flags.seed)
         else:
             tokenizer = build_tokenizer(flags.seed)
-            drawer = Drawer(tokenizer, processing, KINDS, flags.seed)
+            drawer = Drawer(tokenizer, processing, TRAINED, flags.seed)
             model = new_model(tokenizer.get_vocab_size(), flags.seed)
             print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters", flush=True)
             train_tower(model, drawer, flags.tower_steps)
