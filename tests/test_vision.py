@@ -99,16 +99,21 @@ def test_a_slow_implementation_with_hooks_gives_the_same_answers(
         assert list(run) == slow.generate(ids, 24, pixel_values=engine.pictures.pixel_values([picture]))
 
 
-@pytest.mark.parametrize("pruning", [DENSE, PruningSettings(prune_ratio=0.2), PruningSettings(prune_ratio=0.4)])
-def test_the_shipped_checkpoint_answers_held_out_questions(engine: Engine, pruning: PruningSettings) -> None:
-    """Every kind, with a floor under what was measured, so that only something broken falls through."""
+@pytest.mark.parametrize(
+    ("pruning", "floor"),
+    [(DENSE, 17), (PruningSettings(prune_ratio=0.2), 15), (PruningSettings(prune_ratio=0.4, rule="all-channels"), 16)],
+)
+def test_the_shipped_checkpoint_answers_held_out_questions(
+    engine: Engine, pruning: PruningSettings, floor: int
+) -> None:
+    """Every kind; the floor is under what was measured (18 of 18), so that only something broken falls through."""
     frame = engine.prompts.texts(["QUESTION"], [1])[0][0].removeprefix("<s>")  # one template run serves all
     right = 0
     for question in picture_questions(3 * len(KINDS), seed=7):
-        prompt = frame.replace("QUESTION", question.question)
-        answer = engine.generate(prompt, raw=True, images=[question.picture()], pruning=pruning, max_new_tokens=64)[0]
+        prompt, picture = frame.replace("QUESTION", question.question), question.picture()
+        answer = engine.generate(prompt, raw=True, images=[picture], pruning=pruning, max_new_tokens=64)[0]
         right += question.is_right(answer.text)
-    assert right >= (25 if pruning.prune_ratio == 0.4 else 28)
+    assert right >= floor
 
 
 def test_a_picture_is_encoded_once_and_counted_apart(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
