@@ -21,7 +21,7 @@ from builders import (
     resolved,
     saved_pair,
 )
-from torch import Tensor, nn
+from slow_left_out import without
 
 from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
@@ -34,32 +34,6 @@ from weights.errors import InputError
 
 FAMILIES: dict[str, Any] = MODELS | {"mixtral": MIXTRAL}
 PLANS = ["1", "0", "1.attention", "2.mlp", "0.mlp+2", "0.attention+1.attention+2.attention"]
-
-
-class AddsNothing(nn.Module):
-    """In the place of an attention (which gives its weights too) or of a feed-forward network."""
-
-    def __init__(self, part: str) -> None:
-        super().__init__()
-        self.part, self.layer_type, self.is_sliding = part, None, False
-
-    def forward(self, hidden_states: Tensor | None = None, *_: Any, **others: Any) -> Any:
-        x = others["hidden_states"] if hidden_states is None else hidden_states
-        return (torch.zeros_like(x), None) if self.part == "attention" else torch.zeros_like(x)
-
-
-def without(reference: Any, halves: tuple[Half, ...]) -> Any:
-    """Hugging Face's model without these halves; whole layers are deleted from its list."""
-    layers = reference.model.layers
-    for half in halves:
-        setattr(layers[half.layer], {"attention": "self_attn", "mlp": "mlp"}[half.part], AddsNothing(half.part))
-    kept = [index for index in range(len(layers)) if sum(half.layer == index for half in halves) < 2]
-    reference.model.layers = nn.ModuleList(layers[index] for index in kept)
-    reference.config.num_hidden_layers = len(kept)
-    if getattr(reference.config, "layer_types", None):
-        kinds = [reference.config.layer_types[index] for index in kept]
-        reference.config.layer_types = reference.model.config.layer_types = kinds
-    return reference
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -21,7 +21,7 @@ from builders import (
     random_reference,
     saved_pair,
 )
-from test_left_out import without
+from slow_left_out import without
 from torch import Tensor
 from transformers import LlamaConfig
 

@@ -70,11 +70,14 @@ def test_every_setting_is_in_the_report(name: str) -> None:
 
 @pytest.mark.parametrize("name", [one.name for one in compared_fields() if one.metadata["column"]])
 def test_a_compared_setting_that_differs_is_a_column(name: str) -> None:
-    (heading,) = (one.metadata["column"] for one in compared_fields() if one.name == name)
+    ((heading, matters),) = (
+        (one.metadata["column"], one.metadata["matters"]) for one in compared_fields() if one.name == name
+    )
+    method = "shortgpt" if matters == "to layers" else "pop"
     measured = {"ratio": 0.2, "ffn_ratio": 0.3, "weight_bytes_per_token": 10, "weight_share": 0.5}
     changed = another_setting(name)
     plain = {other: value for other, value in changed.items() if other != name}     # what the setting asks for besides
-    rows = [Configuration("pop", PruningSettings(**changes)).fields() | measured for changes in (plain, changed)]
+    rows = [Configuration(method, PruningSettings(**changes)).fields() | measured for changes in (plain, changed)]
     assert f"| {heading} |" in markdown(rows, {"machine": {}, "plots": []}, {}).splitlines()[0]
     assert f"| {heading} |" not in markdown(rows[:1], {"machine": {}, "plots": []}, {}).splitlines()[0]
 
