@@ -150,11 +150,11 @@ def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
     )
     left_out = check_halves(read_halves(str(settings.leave_out)), layer.layers)
     check_visual_tokens(settings, left_out, layer.layers)
-    gone = share_of_halves(left_out, layer)
-    networks = sum(half.part == MLP for half in left_out)
-    off = (layer.layers - networks) * ffn_ratio * layer.ffn + (layer.layers - len(left_out) + networks) * off_heads
+    networks_left = 1 - sum(half.part == MLP for half in left_out) / layer.layers
+    attentions_left = 1 - sum(half.part == ATTENTION for half in left_out) / layer.layers
+    off = networks_left * ffn_ratio * layer.ffn + attentions_left * off_heads
     return Pruning(
-        gone + off / (layer.layers * total), ffn_ratio, settings, rule, deepest(settings, layer.layers),
+        share_of_halves(left_out, layer) + off / total, ffn_ratio, settings, rule, deepest(settings, layer.layers),
         settings.boundary_tokens, left_out=left_out,
     )
 
