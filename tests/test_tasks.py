@@ -306,14 +306,15 @@ def test_dense_answers_are_those_of_the_harness_own_model(
     assert "here, {" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("ratio, label", [("--ffn-ratio", "frozen r 0.4"), ("--prune-ratio", "frozen 40 %")])
 def test_differences_are_taken_item_by_item(
-    flags: list[Any], archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ratio: str, label: str, flags: list[Any], archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write_tables, "DEFAULT_ARCHIVE", archive)
-    asked = ["--tasks", "arc_easy", "coqa", "--methods", "dense", "pop", "frozen", "--ffn-ratio", 0.4, "--limit", 5]
+    asked = ["--tasks", "arc_easy", "coqa", "--methods", "dense", "pop", "frozen", ratio, 0.4, "--limit", 5]
     assert status(*flags, *asked, "--out", tmp_path) == 0
     head, rule, line, *rest = write_tables.differences(tmp_path, "pop")
-    assert line.startswith("| frozen r 0.4 | ") and rest == [""]
+    assert line.startswith(f"| {label} | ") and rest == [""]
     records = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()[1:]]
     of = {method: {record["key"].partition(":")[0]: record for record in records if f'"{method}"' in record["key"]}
           for method in ("pop", "frozen")}

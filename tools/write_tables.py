@@ -138,7 +138,10 @@ def differences(folder: Path, against: str) -> Iterator[str]:
 
 def configuration(row: dict[str, Any]) -> Configuration:
     names = ["method", "weights", *(one.name for one in compared_fields())]
-    return Configuration.from_fields({name: row[name] for name in names})
+    asked = {name: row[name] for name in names}
+    if asked["prune_ratio"] is not None:
+        asked["ffn_ratio"] = None               # a row has what that ratio came to in its place
+    return Configuration.from_fields(asked)
 
 
 def averaged(figures: Sequence[dict[str, float]], scale: float) -> str:
