@@ -133,6 +133,10 @@ def test_the_ratio_counts_what_is_left_out(tmp_path: Path) -> None:
     assert cut.ffn_ratio == pytest.approx(resolved(model, PruningSettings(prune_ratio=0.3)).ffn_ratio)
     halves = resolved(model, replace(DENSE, leave_out="0.mlp+2.attention"))
     assert halves.ratio == pytest.approx(1 / 3)
+    heads = PruningSettings(ffn_ratio=0.0, head_ratio=0.5)      # which only the two attentions that run give up
+    whole, less = resolved(model, heads), resolved(model, replace(heads, leave_out="2.attention"))
+    attention = resolved(model, replace(DENSE, leave_out="2.attention")).ratio
+    assert less.ratio == pytest.approx(attention + 2 / 3 * whole.ratio) and whole.ratio > 0
 
 
 def test_compiled_steps_leave_out_the_same(tmp_path: Path) -> None:

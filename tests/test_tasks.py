@@ -3,8 +3,8 @@
 import importlib
 import itertools
 import json
-import os
 import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
