@@ -8,15 +8,21 @@ import torch
 from builders import LLAVA_TINY, MIXTRAL_TINY
 from torch import Tensor
 
+from models.pruning.resolve import Pruning
 from models.pruning.settings import PruningSettings
+from popengine.engine import Engine
 from popengine.loading import load
+from popengine.methods.by_name import Request, pruning_for
+from popengine.methods.calibration import calibrate
 from popengine.sampling import Sampling
 
 POP = {"ffn_ratio": 0.4, "candidate_width": 0.3}
 EVIDENCE = {"min_evidence": 30, "dense_every": 4, "redraw_every": 8, "prior": 16}
+# Chosen in advance, from what a text showed, by scores that a rank has of its own channels alone.
+STATIC = ("random", "magnitude", "wanda-sp", "flap", "cfsp", "tyr", "shortgpt")
 TALLYING = "tally dbbd=d1b1b2d2; tally cabbacdafe?"
 
-# A name, the checkpoint (None: the tiny one that a test made), how it is loaded, what is pruned.
+# A name, the checkpoint (None: the tiny one that a test made), how it is loaded, what is pruned (and by which method).
 CASES: list[tuple[str, Path | None, dict[str, Any], dict[str, Any]]] = [
     ("dense", None, {}, {"prune_ratio": 0.0}),
     ("pop", None, {}, POP),
@@ -25,16 +31,29 @@ CASES: list[tuple[str, Path | None, dict[str, Any], dict[str, Any]]] = [
     ("draft", None, {}, POP | {"rule": "draft", "candidate_width": 1.0}),
     ("glass", None, {}, POP | {"rule": "glass", "prior": 16}),
     ("prefill skip", None, {}, POP | {"prefill_skip": "1/3"}),
+    *((method, None, {}, {"method": method, "prune_ratio": 0.2}) for method in STATIC),
+    ("left out", None, {}, POP | {"leave_out": "1.attention+2.mlp"}),
     # Pruned, copies of four bits' columns are of eight, with a scale over a rank's own: near, and not equal.
     ("int4", None, {"weights": "int4"}, {"prune_ratio": 0.0}),
     ("mixtral dense", MIXTRAL_TINY, {}, {"prune_ratio": 0.0}),
     ("mixtral", MIXTRAL_TINY, {}, POP),
     ("mixtral evidence", MIXTRAL_TINY, {}, POP | EVIDENCE),
+    ("mixtral flap", MIXTRAL_TINY, {}, {"method": "flap", "prune_ratio": 0.2}),
     ("llava dense", LLAVA_TINY, {}, {"prune_ratio": 0.0}),
     ("llava", LLAVA_TINY, {}, POP),
     ("llava thin", LLAVA_TINY, {}, POP | {"visual_tokens": 12, "visual_tokens_layer": 1}),
     ("llava skip", LLAVA_TINY, {}, POP | {"prefill_skip": "1/4"}),
 ]
+
+
+def pruning_of(engine: Engine, groups: int, method: str = "", **settings: Any) -> Pruning:
+    wanted = PruningSettings(**settings, groups=groups)
+    if not method:
+        return engine.resolve(wanted)
+    draws = torch.Generator().manual_seed(0)
+    windows = torch.randint(5, engine.model.config.vocab_size, (4, 48), generator=draws).tolist()
+    calibration = calibrate(engine.model, windows, "numbers")
+    return pruning_for(method, Request(engine.model, wanted, calibration, resolve=engine.resolve))
 
 
 @torch.inference_mode()
@@ -47,7 +66,7 @@ def compute(tiny: Path, groups: int) -> dict[str, tuple[Tensor, list[int]]]:
             engine, loaded = load(path, dtype="float32", device="cpu", **how), (path, how)
         assert engine is not None
         images = [LLAVA_TINY / "example.png"] if path == LLAVA_TINY else []
-        pruning = engine.resolve(PruningSettings(**settings, groups=groups))
+        pruning = pruning_of(engine, groups, **settings)
         pieces = list(engine.stream(
             TALLYING, images=images, max_new_tokens=48, pruning=pruning, sampling=Sampling(), ignore_eos=True
         ))

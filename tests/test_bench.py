@@ -69,7 +69,7 @@ def test_every_setting_and_peer_has_a_row_and_an_absent_peer_is_named(result: di
 
 def test_methods_and_what_is_left_out_have_rows_of_their_own(checkpoint: Path, tmp_path: Path) -> None:
     engine, saved, file = load(checkpoint, dtype="float32"), tmp_path / "made.safetensors", tmp_path / "bench.json"
-    save_calibration(calibrate(engine.model, [[*range(30)]], "numbers"), saved)
+    save_calibration(calibrate(engine.model, [[*range(30)]], "numbers"), engine.model, saved)
     arguments = ["--ckpt", checkpoint, "-p", 20, "-n", 4, "--prune-ratio", 0.4, "--dtype", "float32", "--rounds", 1]
     arguments += ["--leave-out", "1.mlp", "--method", "shortgpt", "probe-pruning", "--calibration", saved]
     assert status(*arguments, "--json", file) == 0

@@ -169,7 +169,7 @@ def test_a_step_reads_as_much_and_experts_are_counted(pair: tuple[Any, LlamaForC
 def test_a_saved_calibration_knows_the_routers(pair: tuple[Any, LlamaForCausalLM], tmp_path: Path) -> None:
     _, model = pair
     made = calibrate(model, windows(), "numbers")
-    save_calibration(made, tmp_path / "saved.safetensors")
+    save_calibration(made, model, tmp_path / "saved.safetensors")
     read = load_calibration(tmp_path / "saved.safetensors", model)
     for name, router in made.routers.items():
         assert torch.equal(read.routers[name].weights, router.weights)
@@ -177,10 +177,10 @@ def test_a_saved_calibration_knows_the_routers(pair: tuple[Any, LlamaForCausalLM
     first = made.routers[NAMES.format(0)]
     for damaged in (replace(first, weights=-first.weights), replace(first, likeness=first.likeness[:4])):
         broken = made.routers | {NAMES.format(0): damaged}
-        save_calibration(replace(made, routers=broken), tmp_path / "broken.safetensors")
+        save_calibration(replace(made, routers=broken), model, tmp_path / "broken.safetensors")
         with pytest.raises(InputError, match=r"what it says of .* is damaged"):
             load_calibration(tmp_path / "broken.safetensors", model)
-    save_calibration(replace(made, routers={}), tmp_path / "none.safetensors")
+    save_calibration(replace(made, routers={}), model, tmp_path / "none.safetensors")
     with pytest.raises(InputError, match="was made for another model"):
         load_calibration(tmp_path / "none.safetensors", model)
 

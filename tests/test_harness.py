@@ -123,7 +123,7 @@ def test_pruning_goes_through_decode(checkpoint: Path, tasks: Path, dense: dict[
 def test_methods_that_leave_out_layers_are_arguments(checkpoint: Path, tasks: Path, tmp_path: Path) -> None:
     """A method with its calibration gives what its plan gives as a setting."""
     engine, saved = load(checkpoint, dtype="float32"), tmp_path / "made.safetensors"
-    save_calibration(calibrate(engine.model, [[*range(30)]], "numbers"), saved)
+    save_calibration(calibrate(engine.model, [[*range(30)]], "numbers"), engine.model, saved)
     common = {"ckpt": str(checkpoint), "dtype": "float32"}
     request = Request(engine.model, PruningSettings(prune_ratio=0.34), load_calibration(saved, engine.model))
     plan = pruning_for("shortgpt", request).settings.leave_out

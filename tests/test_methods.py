@@ -136,7 +136,7 @@ def test_a_saved_calibration_is_the_same_and_only_for_its_model(
     model: LlamaForCausalLM, mixture: LlamaForCausalLM, calibration: Calibration, tmp_path: Path
 ) -> None:
     path = tmp_path / "calibration.safetensors"
-    save_calibration(calibration, path)
+    save_calibration(calibration, model, path)
     loaded = load_calibration(path, model)
     assert loaded.made_from == "numbers"
     for name, moments in calibration.moments.items():

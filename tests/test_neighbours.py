@@ -308,7 +308,7 @@ def test_a_saved_calibration_serves_every_method_and_its_own_model_alone(
     model: LlamaForCausalLM, calibration: Calibration, tmp_path: Path
 ) -> None:
     path = tmp_path / "made.safetensors"
-    save_calibration(calibration, path)
+    save_calibration(calibration, model, path)
     loaded = load_calibration(path, model)
     for name in ("influence", "angles", "windows"):
         assert torch.equal(getattr(loaded, name), getattr(calibration, name))
@@ -320,7 +320,7 @@ def test_a_saved_calibration_serves_every_method_and_its_own_model_alone(
     with pytest.raises(InputError, match="made for another model"):
         load_calibration(path, other_model)
     for damage in ({"influence": torch.full((LAYERS,), math.nan)}, {"windows": torch.full((2, 9), 10**6)}):
-        save_calibration(replace(calibration, **damage), path)  # type: ignore[arg-type]
+        save_calibration(replace(calibration, **damage), model, path)  # type: ignore[arg-type]
         with pytest.raises(InputError, match="what it says of the layers is damaged"):
             load_calibration(path, model)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from builders import REPOSITORY, complete_checkpoint
 from rank_cases import compute
+from safetensors.torch import load_file
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -60,6 +61,35 @@ def test_a_command_speaks_once_and_samples_alike(tiny: Path) -> None:
     status, out, lines = said(started(2, "-m", "popengine.generate", *flags))
     assert (status, lines) == (0, [])
     assert len(json.loads(out)["token_ids"]) == 12              # of one rank, one object
+
+
+def test_a_calibration_is_of_whole_networks_whoever_writes_it(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The harbour was built when the river still ran deep enough for ships. " * 40)
+    text, scored = ("--calibration-text", tmp_path / "text.txt"), {}
+    common = ("--ckpt", tiny, "--dtype", "float32", "--text", tmp_path / "text.txt", "--windows", 1, "--json")
+    common += ("--prompt-tokens", 24, "--score-tokens", 24, "--method", "flap", "--prune-ratio", 0.2)
+    for name, ranks, more in [
+        ("of two", 2, (*text, "--save-calibration", tmp_path / "of-two.safetensors")),
+        ("of one", 1, (*text, "--save-calibration", tmp_path / "of-one.safetensors", "--groups", 2)),
+        ("read by one", 1, ("--calibration", tmp_path / "of-two.safetensors", "--groups", 2)),
+        ("read by two", 2, ("--calibration", tmp_path / "of-one.safetensors")),
+    ]:
+        status, out, lines = said(started(ranks, "-m", "popengine.score", *common, *more))
+        assert (status, lines) == (0, []), (name, lines)
+        scored[name] = json.loads(out)["perplexity"]
+    assert list(scored.values()) == pytest.approx([scored["of one"]] * 4, rel=1e-5)
+    one, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("of-one", "of-two"))
+    assert one.keys() == other.keys()
+    for key, values in one.items():
+        torch.testing.assert_close(other[key], values, rtol=1e-4, atol=1e-6)
+
+
+def test_bench_tells_what_goes_between_ranks(tiny: Path, tmp_path: Path) -> None:
+    flags = ("--ckpt", tiny, "--dtype", "float32", "-p", 8, "-n", 6, "--prune-ratio", 0.2, "--rounds", 1)
+    status, out, lines = said(started(2, "-m", "popengine.bench", *flags, "--json", tmp_path / "bench.json"))
+    assert (status, lines) == (0, []) and "over 2 ranks" in out and "of it between ranks" in out
+    rows = json.loads((tmp_path / "bench.json").read_text())["dtypes"][0]["rows"]
+    assert [0 < row["between_ranks"] < 1 for row in rows] == [True, True]
 
 
 @pytest.mark.parametrize(

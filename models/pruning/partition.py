@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.products import keep_best
+from weights.errors import InputError
 
 
 class Evidence:
@@ -112,6 +113,13 @@ class PartitionSizes:
     def decides(self) -> bool:
         """Whether a decode step has something to choose."""
         return self.pick < self.candidate
+
+
+def channels_of_group(channels: int, groups: int) -> int:
+    """InputError where a network's channels are not so many equal groups."""
+    if channels % groups:
+        raise InputError(f"{channels} channels of a network cannot be cut in {groups} equal groups")
+    return channels // groups
 
 
 def partition_sizes(channels: int, ratio: float, width: float) -> PartitionSizes:

@@ -17,11 +17,11 @@ from models.pruning.partition import (
     ChannelPartition,
     Evidence,
     PartitionSizes,
+    channels_of_group,
     partition_channels,
     partition_sizes,
     retained_sizes,
 )
-from weights.errors import InputError
 
 
 class Network(Protocol):
@@ -84,9 +84,7 @@ class POP:
 
     def sizes(self, network: Network) -> PartitionSizes:
         """Regions of one network. InputError for channels that the groups do not divide."""
-        if network.channels % self.groups:
-            raise InputError(f"{network.channels} channels of a network cannot be cut in {self.groups} equal groups")
-        return self.sizes_of(network.channels // self.groups).times(self.groups)
+        return self.sizes_of(channels_of_group(network.channels, self.groups)).times(self.groups)
 
     def sizes_of(self, channels: int) -> PartitionSizes:
         """Regions of one group of channels."""

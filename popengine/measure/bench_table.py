@@ -9,11 +9,12 @@ def describe(result: dict[str, Any], summed_bytes: int) -> str:
     versions = ", ".join(f"{name} {number or 'absent'}" for name, number in result["versions"].items())
     where = machine["card"] or f"{machine['processor']}, {machine['cores']} cores"
     what = "random weights of the shape " if result["random_weights"] else ""
+    shared = f", over {result['ranks']} ranks: bytes and memory are the first one's" if result["ranks"] > 1 else ""
     lines = [
         f"machine   {where}; {machine['system']}",
         f"versions  {versions}",
         f"command   {' '.join(result['command'])}",
-        f"model     {what}{result['model']} on {result['device']}, batch {result['batch']}, "
+        f"model     {what}{result['model']} on {result['device']}{shared}, batch {result['batch']}, "
         f"{result['prompt_tokens']} prompt tokens and {result['new_tokens']} new ones",
         f"measured  {result['rounds']} rounds in turns, {result['threads']} threads for every engine; medians, and in "
         "brackets the quartiles",
@@ -26,6 +27,7 @@ def describe(result: dict[str, Any], summed_bytes: int) -> str:
 def describe_dtype(group: dict[str, Any], threads: int, summed_bytes: int) -> list[str]:
     reads, compiles = group["bandwidth_gb_per_s"], group["compile"]
     others = [line["engine"] for line in group["rows"] if line["mode"] is None]
+    shared_out = any(line["between_ranks"] is not None for line in group["rows"])
     times, costs = [], []
     ratios = [["time over that of", *(f"{other}: step" for other in others), *(f"{other}: prompt" for other in others)]]
     for line in group["rows"]:
@@ -36,6 +38,7 @@ def describe_dtype(group: dict[str, Any], threads: int, summed_bytes: int) -> li
             number(line["partition_ms"], 1),
             *(number(line[part], 1) for part in ("scores_ms", "sort_ms", "copy_ms")),
             with_spread(decode, 1),
+            *(["-" if line["between_ranks"] is None else f"{line['between_ranks']:.0%}"] if shared_out else []),
         ])
         if others and line["mode"] is not None:
             ratios.append([
@@ -57,6 +60,7 @@ def describe_dtype(group: dict[str, Any], threads: int, summed_bytes: int) -> li
             number(line["tokens_as_first_row"], 0),
         ])
     time_heads = ["", "prefill ms", "partition ms", "scores", "sort", "copy", "decode ms/token"]
+    time_heads += ["of it between ranks"] if shared_out else []
     cost_heads = [
         "", "MB/token", "GB/s", "of memory", "speed-up", "ideal", "break-even", "peak MB", "load s", "compile s",
         "same tokens",

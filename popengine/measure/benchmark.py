@@ -41,6 +41,7 @@ from popengine.measure.bench_engines import (
 from popengine.measure.bench_shapes import write_random_checkpoint
 from popengine.methods.by_name import Request, pruning_for
 from popengine.methods.calibration import load_calibration
+from popengine.torchrun import ranks
 from weights.checkpoint import open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
@@ -49,6 +50,7 @@ from weights.memory import available_memory, gigabytes
 # The array whose sum shows the memory's speed, in bytes: far larger than any cache.
 SUMMED_BYTES = 1 << 29
 WARM_UP_STEPS = 4
+PROFILED_STEPS = 16
 
 PROMPT = (
     "The harbour was built when the river still ran deep enough for ships. Stone by stone the townspeople laid a wall "
@@ -69,6 +71,7 @@ class Entry:
 
     held_bytes  what loading it and its first turn have left in memory, buffers not counted
     turn_bytes  the most that one turn held beyond that
+    between_ranks  share of a step in which ranks exchange what they have; None with one process
     work        multiplications of one prompt: with weights, in attention (see prompt_work)
     """
 
@@ -79,6 +82,7 @@ class Entry:
     work: tuple[int, int] | None = None
     held_bytes: int | None = None
     turn_bytes: int | None = None
+    between_ranks: float | None = None
     first_use_s: float = 0.0
     turns: list[Generated] = field(default_factory=list)
 
@@ -108,6 +112,7 @@ def header(flags: argparse.Namespace, checkpoint: str | Path, device: torch.devi
         "command": ["python", "-m", "popengine.bench", *flags.words],
         "model": flags.shape or Path(checkpoint).name,
         "random_weights": bool(flags.shape),
+        "ranks": ranks().count,
         "device": str(device),
         "threads": torch.get_num_threads(),
         "prompt_tokens": flags.prompt_tokens,
@@ -184,6 +189,11 @@ def measure_dtype(
             entry.turns.append(turn(entry, prompts, flags.new_tokens, device))
         bandwidths.append(bandwidth(array))
     del array
+    if ranks().count > 1:
+        for entry in entries:
+            if isinstance(entry.contender, OwnEngine):
+                steps = min(flags.new_tokens - 1, PROFILED_STEPS)
+                entry.between_ranks = entry.contender.share_between_ranks(prompts, flags.new_tokens, steps)
     note("")
     reads = spread(bandwidths)
     compiles = {name: after_warm_up[name] - counters[name] for name in counters}
@@ -490,6 +500,7 @@ def row(entry: Entry) -> dict[str, Any]:
         "prompt_work": entry.work,
         "prompt": None,
         "prefill_ms": spread([generated.prefill_ms for generated in entry.turns]),
+        "between_ranks": entry.between_ranks,
         **(parts if own else dict.fromkeys(parts)),
         "decode_ms_per_token": spread([step for generated in entry.turns for step in generated.step_ms]),
         "weight_bytes_per_token": entry.weight_bytes_per_token,

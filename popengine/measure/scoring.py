@@ -238,7 +238,7 @@ def calibration_from(
     bar = tqdm(windows, desc="calibration", unit="window", disable=not engine.progress)
     made = calibrate(engine.model, (window.ids for window in bar), made_from)
     if save_to is not None:
-        save_calibration(made, save_to)
+        save_calibration(made, engine.model, save_to)
     return made
 
 

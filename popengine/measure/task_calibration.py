@@ -47,5 +47,5 @@ def calibration_of_tasks(engine: Engine, task_set: str, save_to: Path | None) ->
     with torch.inference_mode():
         made = calibrate_on(engine.model, texts(), made_from)
     if save_to is not None:
-        save_calibration(made, save_to)
+        save_calibration(made, engine.model, save_to)
     return made

@@ -18,9 +18,9 @@ from dataclasses import replace
 
 import torch
 
-from models.pruning.partition import partition_sizes
 from models.pruning.resolve import Pruning
 from models.pruning.settings import RULE_NAMES
+from popengine.methods.activations import whole
 from popengine.methods.cfsp import cfsp
 from popengine.methods.experts import router_statistics, uncurl
 from popengine.methods.finercut import finercut
@@ -53,13 +53,12 @@ def by_rule(rule: str) -> Callable[[Request], Pruning]:
 
 def random(request: Request) -> Pruning:
     """Channels drawn at random: what any method has to beat."""
-    generator = torch.Generator().manual_seed(request.seed)
-    return request.keep_highest(
-        {
-            name: torch.rand(ffn.channels, generator=generator).to(ffn.device)
-            for name, ffn in request.networks.items()
-        }
-    )
+    generator, ranks = torch.Generator().manual_seed(request.seed), request.model.config.ranks
+    scores = {}
+    for name, ffn in request.networks.items():
+        drawn = torch.rand(ranks.count * ffn.channels, generator=generator)
+        scores[name] = drawn[ranks.stretch(len(drawn))].to(ffn.device)              # [I]
+    return request.keep_highest(scores)
 
 
 def magnitude(request: Request) -> Pruning:
@@ -94,17 +93,18 @@ def flap(request: Request) -> Pruning:
     and compared over all of them, so that networks give up unequal shares. A network keeps one channel at least.
     """
     calibration = request.calibrated("flap")
-    scores = {}
+    scores, standardised = {}, []
     for name, ffn in request.networks.items():
         moments = calibration.moments[name]
-        raw = moments.variance * ffn.down_norms().square()                          # [I]
+        scores[name] = moments.variance * ffn.down_norms().square()                 # [I]
         if moments.tokens < 2:
-            raw = ffn.weight_scores()
-        scores[name] = (raw - raw.mean()) / raw.std().clamp(min=1e-12)
-    together = torch.cat(list(scores.values()))
-    budget = sum(partition_sizes(len(of), request.ffn_ratio, 0.0).retained for of in scores.values())
+            scores[name] = ffn.weight_scores()
+        raw = whole(request.model, scores[name])                                    # [I], of all ranks
+        standardised.append((raw - raw.mean()) / raw.std().clamp(min=1e-12))
+    together = torch.cat(standardised)
+    budget = sum(map(request.count_kept, scores.values()))
     order = together.sort(descending=True, stable=True).indices[:budget]
-    owner = torch.repeat_interleave(torch.tensor([len(of) for of in scores.values()], device=order.device))
+    owner = torch.repeat_interleave(torch.tensor(list(map(len, standardised)), device=order.device))
     counts = owner[order].bincount(minlength=len(scores)).tolist()
     kept = {name: max(1, count) for name, count in zip(scores, counts, strict=True)}
     return request.keep(scores, kept, {name: moments.mean for name, moments in calibration.moments.items()})

@@ -23,6 +23,7 @@ from popengine.methods.activations import (
     feed_forward_networks,
     layer_by_layer,
     mixtures_of_experts,
+    whole,
 )
 from weights.errors import InputError, one_line
 
@@ -89,8 +90,9 @@ def fingerprint(model: LlamaForCausalLM) -> str:
     digest = hashlib.sha256()
     for name, ffn in feed_forward_networks(model).items():
         weight = ffn.down_proj.values()
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(weight[0].float().cpu().numpy().tobytes())
+        row = whole(model, weight[0].float())                                       # [I], of all ranks
+        digest.update(f"{name} {(len(weight), len(row))}".encode())
+        digest.update(row.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -153,12 +155,13 @@ def likeness(logits: Tensor) -> Tensor:
     return (unit.T @ unit).float()
 
 
-def save_calibration(calibration: Calibration, path: Path) -> None:
-    """Write a .safetensors file. Raises InputError where that cannot be done."""
+def save_calibration(calibration: Calibration, model: LlamaForCausalLM, path: Path) -> None:
+    """Write a .safetensors file, of whole networks whichever rank writes it. InputError where that cannot be done."""
     layers = {"influence": calibration.influence, "angles": calibration.angles, "windows": calibration.windows}
     tensors: dict[str, Tensor] = {f"{name}.layers": values for name, values in layers.items()}
     for name, one in calibration.moments.items():
-        tensors |= {f"{name}.mean": one.mean.cpu(), f"{name}.variance": one.variance.cpu()}
+        mean, variance = whole(model, one.mean), whole(model, one.variance)
+        tensors |= {f"{name}.mean": mean.cpu(), f"{name}.variance": variance.cpu()}
         tensors[f"{name}.tokens"] = torch.tensor(one.tokens)
     for name, router in calibration.routers.items():
         tensors |= {f"{name}.weights": router.weights.cpu(), f"{name}.likeness": router.likeness.cpu()}
@@ -181,7 +184,7 @@ def load_calibration(path: Path, model: LlamaForCausalLM) -> Calibration:
         raise InputError(f"{path}: not a calibration of popengine ({error})") from None
     if metadata.get("format") != FORMAT:
         raise InputError(f"{path}: not a calibration of popengine (its format is {metadata.get('format')!r})")
-    networks, mixtures = feed_forward_networks(model), mixtures_of_experts(model)
+    networks, mixtures, ranks = feed_forward_networks(model), mixtures_of_experts(model), model.config.ranks
     influence, angles, windows = (tensors.pop(f"{name}.layers", None) for name in ("influence", "angles", "windows"))
     places = {key.rsplit(".", 1)[0] for key in tensors}
     if metadata.get("model") != fingerprint(model) or places != {*networks, *mixtures}:
@@ -199,11 +202,12 @@ def load_calibration(path: Path, model: LlamaForCausalLM) -> Calibration:
     for name, ffn in networks.items():
         mean, variance, tokens = (tensors.get(f"{name}.{key}") for key in ("mean", "variance", "tokens"))
         if mean is None or variance is None or tokens is None or not (
-            mean.shape == variance.shape == (ffn.channels,) and tokens.numel() == 1 and int(tokens) >= 0
+            mean.shape == variance.shape == (ranks.count * ffn.channels,) and tokens.numel() == 1 and int(tokens) >= 0
             and mean.isfinite().all() and variance.isfinite().all() and (variance >= 0).all()
         ):
             raise InputError(f"{path}: what it says of {name} is damaged; make it again with --calibration-text")
-        moments[name] = Moments(int(tokens), mean.float().to(ffn.device), variance.float().to(ffn.device))
+        mean, variance = (one[ranks.stretch(len(one))].float().to(ffn.device) for one in (mean, variance))
+        moments[name] = Moments(int(tokens), mean, variance)
     routers = {}
     for name, mixture in mixtures.items():
         weights, alike, count = tensors.get(f"{name}.weights"), tensors.get(f"{name}.likeness"), len(mixture.experts)

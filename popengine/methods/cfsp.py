@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from models.feed_forward import FeedForward
-from models.pruning.partition import partition_sizes
 from models.pruning.resolve import Pruning
+from models.ranks import Ranks
 from popengine.methods.activations import layer_of
 from popengine.methods.calibration import Moments
 from popengine.methods.request import Request
@@ -33,12 +33,12 @@ MARGIN = 1.05
 def cfsp(request: Request) -> Pruning:
     """Shares per layer by how far it turns the stream, channels by activation and weights (arXiv 2409.13199)."""
     calibration = request.calibrated("cfsp")
-    scores = {name: channel_worth(ffn, calibration.moments[name]) for name, ffn in request.networks.items()}
+    ranks = request.model.config.ranks
+    scores = {name: channel_worth(ffn, calibration.moments[name], ranks) for name, ffn in request.networks.items()}
     layers = sorted({layer_of(name) for name in scores})
     shares = dict(zip(layers, kept_shares(calibration.angles[layers], 1 - request.ffn_ratio).tolist(), strict=True))
-    wanted = {name: shares[layer_of(name)] * len(of) for name, of in scores.items()}
-    total = sum(partition_sizes(len(of), request.ffn_ratio, 0.0).retained for of in scores.values())
-    return request.keep(scores, in_whole_numbers(wanted, total))
+    wanted = {name: shares[layer_of(name)] * request.channels(of) for name, of in scores.items()}
+    return request.keep(scores, in_whole_numbers(wanted, sum(map(request.count_kept, scores.values()))))
 
 
 def kept_shares(angles: Tensor, mean: float) -> Tensor:
@@ -50,14 +50,14 @@ def kept_shares(angles: Tensor, mean: float) -> Tensor:
     return (1 + relative) * mean
 
 
-def channel_worth(ffn: FeedForward, moments: Moments) -> Tensor:
+def channel_worth(ffn: FeedForward, moments: Moments, ranks: Ranks) -> Tensor:
     """float32 [I]; of a network that the text never reached by its weights alone"""
     if moments.tokens == 0:
         return ffn.weight_scores()
     activation = moments.mean_square.sqrt()                                         # [I]
     down = ffn.down_proj.values().float().abs().sum(dim=0) * activation
     held = [down, *(rows.values().float().abs().sum(dim=1) for rows in (ffn.gate_proj, ffn.up_proj))]
-    return activation * torch.stack([one / one.sum() for one in held]).sum(dim=0)
+    return activation * torch.stack([one / ranks.add_up(one.sum()) for one in held]).sum(dim=0)
 
 
 def in_whole_numbers(wanted: dict[str, float], total: int) -> dict[str, int]:

@@ -15,7 +15,7 @@ from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.pruning.alternatives import StaticChannels, StaticRule
 from models.pruning.left_out import MLP, Half, read_halves, written_halves
-from models.pruning.partition import PartitionSizes, partition_channels, partition_sizes
+from models.pruning.partition import PartitionSizes, channels_of_group, partition_channels, partition_sizes
 from models.pruning.resolve import Pruning, resolve, share_of_halves
 from models.pruning.settings import DEFAULT_PRUNE_RATIO, PruningSettings
 from models.reading import layer_weights
@@ -67,6 +67,20 @@ class Request:
         return self.asked_ratio * self.settings.layer_share
 
     @property
+    def parts(self) -> int:
+        """Equal stretches of a network's channels that are cut alike, each by itself: ranks, or groups of one."""
+        return self.model.config.ranks.count * self.settings.groups
+
+    def channels(self, of: Tensor) -> int:
+        """Of a whole network, given what this rank knows of its own channels. of [I of this rank]"""
+        return self.model.config.ranks.count * len(of)
+
+    def count_kept(self, of: Tensor) -> int:
+        """How many channels of a whole network the ratio keeps. of [I of this rank]"""
+        of_part = channels_of_group(self.channels(of), self.parts)
+        return self.parts * partition_sizes(of_part, self.ffn_ratio, 0.0).retained
+
+    @property
     def asked_ratio(self) -> float:
         """The headline ratio that the settings ask for, be it more than the channels hold."""
         if self.settings.ffn_ratio is not None:
@@ -87,18 +101,22 @@ class Request:
 
     def keep_highest(self, scores: dict[str, Tensor]) -> Pruning:
         """Keep the (1 - r) I channels of every network that score highest, whatever the prompt. scores [I] by name"""
-        kept = {name: partition_sizes(len(of), self.ffn_ratio, 0.0).retained for name, of in scores.items()}
-        return self.keep(scores, kept)
+        return self.keep(scores, {name: self.count_kept(of) for name, of in scores.items()})
 
     def keep(
         self, scores: dict[str, Tensor], kept: dict[str, int], biases: dict[str, Tensor] | None = None
     ) -> Pruning:
-        """Keep `kept` channels of each network. biases  [H] by name, see StaticChannels"""
+        """Keep `kept` channels of each whole network, of each part as many. scores, biases [I] by name
+
+        biases  what stands for the channels that go, in the place of nothing: FLAP's means
+        """
         if self.settings.head_ratio > 0:
             raise InputError("static methods prune no heads: leave the head ratio at 0")
         static: dict[nn.Module, StaticChannels] = {}
         for name, ffn in self.networks.items():
-            sizes = PartitionSizes(kept[name], 0, len(scores[name]) - kept[name], 0)
+            stay = max(1, round(kept[name] / self.parts))
+            gone = channels_of_group(self.channels(scores[name]), self.parts) - stay
+            sizes = PartitionSizes(stay, 0, gone, 0).times(self.settings.groups)
             partition = partition_channels(scores[name], sizes)
             bias = None
             if biases is not None:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
-from models.pruning.partition import partition_sizes
 from models.pruning.resolve import Pruning
 from popengine.methods.activations import layer_of
 from popengine.methods.request import Request
@@ -34,8 +33,8 @@ def tyr(request: Request) -> Pruning:
         name: ffn.down_norms() * calibration.moments[name].mean_square.sqrt() if calibration.moments[name].tokens
         else ffn.weight_scores() for name, ffn in request.networks.items()
     }
-    channels = {layer_of(name): len(of) for name, of in scores.items()}
-    parent = {layer: partition_sizes(own, request.ffn_ratio, 0.0).retained for layer, own in channels.items()}
+    channels = {layer_of(name): request.channels(of) for name, of in scores.items()}
+    parent = {layer_of(name): request.count_kept(of) for name, of in scores.items()}
     if request.ffn_ratio == 0 or len(parent) < 2:
         return request.keep(scores, {name: parent[layer_of(name)] for name in scores})
     dense = [predictions(model, window, request.pruning(prune_ratio=0.0, ffn_ratio=None, head_ratio=0.0))
