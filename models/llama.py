@@ -79,10 +79,11 @@ class LlamaDecoderLayer(nn.Module):
     def forward_mlp(self, x: Tensor, _: PrefillPass) -> Tensor:
         return x + self.after_mlp(self.ranks.add_up(self.mlp(self.before_mlp(x))))
 
-    # Prompts and steps walk the halves that run, as the layer's state lists them; what is left out is in no list.
     def prefill(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
-        for half in state.prompt_halves:
-            x = getattr(self, f"prefill_{half}")(x, state, step)
+        if ATTENTION in state.halves:
+            x = self.prefill_attention(x, state, step)
+        if MLP in state.halves:
+            x = self.prefill_probed_mlp(x, state, step) if state.probed else self.prefill_mlp(x, state, step)
         return x
 
     def prefill_attention(self, x: Tensor, state: LayerState, step: PrefillPass) -> Tensor:
@@ -119,8 +120,10 @@ class LlamaDecoderLayer(nn.Module):
         return torch.cat([rest, self.prefill(last, state, running)], dim=1)
 
     def decode(self, x: Tensor, state: LayerState, step: DecodePass) -> Tensor:
-        for half in state.halves:
-            x = getattr(self, f"decode_{half}")(x, state, step)
+        if ATTENTION in state.halves:
+            x = self.decode_attention(x, state, step)
+        if MLP in state.halves:
+            x = self.decode_mlp(x, state, step)
         return x
 
     def decode_attention(self, x: Tensor, state: LayerState, step: DecodePass) -> Tensor:
@@ -269,7 +272,7 @@ class LlamaForCausalLM(nn.Module):
             heads = ActiveHeads(layer.self_attn, (pruning if attends[index] else whole).rule, blind, thin[index])
             active = layer.new_active(pruning if MLP in halves else whole)
             own = LayerState(cache.keys[index], cache.values[index], heads, active, halves=halves)
-            own.prompt_halves = tuple("probed_mlp" if half == MLP and pruning.rule.probed else half for half in halves)
+            own.probed = pruning.rule.probed > 0
             layers.append(own)
         most, drift = pruning.settings.redraw_on_drift, None
         if most is not None and pruning.rule.follows_prompt and pruning.cuts and any(attends):

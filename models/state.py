@@ -21,7 +21,7 @@ class LayerState:
 
     ffn is what the layer's own feed-forward network made: ActiveFeedForward, or the experts' of a mixture.
     drift is the last attention's alone, where partitions are drawn anew on it.
-    halves are those of the layer that steps run, in their order; prompt_halves what prompts run.
+    halves are those of the layer that run; probed: a rule looks at the prompt's stream before the network runs on it.
     """
 
     keys: Tensor                                                                    # [B, K, S, D]
@@ -30,7 +30,7 @@ class LayerState:
     ffn: Any
     drift: Drift | None = None
     halves: tuple[str, ...] = HALVES
-    prompt_halves: tuple[str, ...] = HALVES
+    probed: bool = False
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Train the small Mixtral of weights/mixtral-tiny/ on the synthetic text tasks, and report what it has learnt.
 
-    python tools/train_mixtral.py                       # about half an hour on two CPU cores
+    python tools/train_mixtral.py                       # about half an hour of one CPU core
     python tools/train_mixtral.py --evaluate            # only the held-out accuracy of the checkpoint that is there
 
 The forward pass is the engine's own (models/mixtral.py). The same seed, steps and threads on the same machine give
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of a batch, with its padding")
     parser.add_argument("--learning-rate", type=float, default=2e-2, help="of Muon; a tenth of it is AdamW's")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--questions", type=int, default=200, help="held-out questions per task")
     parser.add_argument("--evaluate", action="store_true", help="do not train")
     arguments = parser.parse_args()
