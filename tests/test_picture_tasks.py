@@ -1,5 +1,6 @@
 """The synthetic picture questions: the same from the same seed, exact answers, a held-out split that is held out."""
 
+import re
 from random import Random
 
 import pytest
@@ -50,14 +51,12 @@ SCENE = Scene((Shape("circle", "red", 0, 0), Shape("star", "orange", 1, 1), Shap
 @pytest.mark.parametrize(
     ("kind", "answer"),
     [
-        ("list", "I see a red circle, an orange star and a red cross: three shapes in all."),
-        ("rows", "Row one has a red circle; row two has an orange star and a red cross."),
+        ("list", "I see a red circle, an orange star and a red cross, which makes three shapes in all."),
+        ("rows", "Row one has a red circle; row two has an orange star and a red cross; the other rows are empty."),
         ("places", "The red circle is in row one column one; the orange star is in row two column two; "
                    "the red cross is in row two column six."),
         ("kinds", "The circle is red, the star is orange and the cross is red, "
                   "which makes one circle, one star and one cross."),
-        ("most", "A circle and a cross are red and a star is orange; "
-                 "two red and one orange makes red the most frequent."),
         ("likeness", "The red circle looks like a tomato, the orange star looks like a lily "
                      "and the red cross looks like a bandage."),
         ("languages", "I see a red circle, an orange star and a red cross. "
@@ -71,21 +70,26 @@ def test_answers_say_what_the_scene_holds(kind: str, answer: str) -> None:
     assert question.answer == answer
 
 
-def test_reasons_come_before_conclusions() -> None:
-    found = [question.answer for seed in range(200) if (question := ask(SCENE, "compare", Random(seed)))]
-    reason = "The red circle is in row one and the red cross is in row two, so the "
-    assert {f"{reason}red circle is further up.", f"{reason}red cross is further down."} <= set(found)
-    assert not any("row two and the red cross is in row two" in answer for answer in found)     # neither is further
-    found = [question.answer for seed in range(200) if (question := ask(SCENE, "presence", Random(seed)))]
-    assert "I see an orange star in row two, so yes, there is an orange star." in found
-    assert "I see a red cross in row two, so no, there is no blue cross." in found
-    assert any(answer.startswith("I see no square, so no, there is no ") for answer in found)
+def test_answers_have_twenty_to_sixty_words_and_marks() -> None:
+    """Tokens of the checkpoint's tokenizer are those, nearly: long enough for a frozen mask to go wrong on the way."""
+    answers = [one.answer for seed in range(5) for one in picture_questions(600, seed)]
+    lengths = [len(re.findall(r"\w+|[^\w\s]", answer)) for answer in answers]
+    assert min(lengths) >= 20 and max(lengths) <= 60
 
 
-def test_a_question_without_a_single_answer_is_not_asked() -> None:
-    two_each = Scene((*SCENE.shapes, Shape("square", "orange", 2, 2)))
-    assert ask(two_each, "most", Random(0)) is None
-    assert ask(Scene((Shape("star", "red", 0, 0), Shape("star", "blue", 0, 1))), "most", Random(0)) is None
+def test_kinds_are_counted_where_there_are_several() -> None:
+    stars = Scene((Shape("star", "red", 0, 0), Shape("star", "blue", 0, 1), Shape("star", "green", 0, 2)))
+    assert ask(stars, "kinds", Random(0)) is None
+    found = ask(Scene((*stars.shapes, Shape("cross", "red", 0, 3))), "kinds", Random(0))
+    assert found is not None
+    told = "The stars are red, blue and green and the cross is red, which makes three stars and one cross."
+    assert found.answer == told
+
+
+def test_rows_without_a_shape_are_empty() -> None:
+    full = Scene(tuple(Shape("star", "red", row, 0) for row in range(SIDE)))
+    found = ask(full, "rows", Random(0))
+    assert found is not None and "empty" not in found.answer
 
 
 def test_a_shape_is_painted_in_its_colour_in_its_cell() -> None:
