@@ -106,7 +106,7 @@ def test_a_slow_implementation_with_hooks_gives_the_same_answers(
 def test_the_shipped_checkpoint_answers_held_out_questions(
     engine: Engine, pruning: PruningSettings, floor: int
 ) -> None:
-    """Every kind; the floor is under what was measured (16 of 18 dense), so that only something broken falls through."""
+    """Every kind; the floor is under what was measured (dense: 16 of 18), so that only what is broken falls through."""
     frame = engine.prompts.texts(["QUESTION"], [1])[0][0].removeprefix("<s>")  # one template run serves all
     right = 0
     for question in picture_questions(3 * len(KINDS), seed=7):
