@@ -11,6 +11,7 @@ import pytest
 import torch
 from browser import Browser, find_chromium
 from builders import LLAVA_TINY, MIXTRAL_TINY, exit_status, generated, one_line_error
+from tiny_gemma import complete_gemma
 from tiny_qwen_vl import complete_qwen, picture
 
 from models.pruning.settings import DENSE, PruningSettings
@@ -18,9 +19,10 @@ from popengine.engine import Engine
 from popengine.explain import main, page
 from popengine.loading import load
 from popengine.measure import explained_run as recording
-from popengine.measure.explained_run import explained_run
+from popengine.measure.explained_run import embedded, explained_run
 from popengine.measure.scoring import Window
 from popengine.measure.studies import picks, rank_drift
+from popengine.pictures.vision import Vision
 from popengine.sampling import Sampling
 
 POP = PruningSettings(ffn_ratio=0.5, candidate_width=0.4)
@@ -142,6 +144,35 @@ def test_pictures_of_any_size_have_their_own_grid(variant: str, tmp_path: Path) 
         text = engine.pictures.embed(torch.tensor([ids + new]), None, engine.pictures.given(images))
         logits = engine.model.forward_embedded(text.x, None, text.pictures)[0, len(ids) - 1 : -1]
     assert [one["agrees"] for one in found["frames"]] == (logits.argmax(dim=-1) == torch.tensor(new)).tolist()
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3", "gemma", "llava"])
+def test_an_image_token_that_the_model_writes_is_an_ordinary_one(variant: str, tmp_path: Path) -> None:
+    made = complete_gemma if variant == "gemma" else partial(complete_qwen, variant=variant)
+    engine = load(LLAVA_TINY if variant == "llava" else made(tmp_path), dtype="float32")
+    assert isinstance(engine.pictures, Vision)
+    images, mark = [picture(40, 24)], engine.pictures.image_token_id
+    ids = engine.prompts.ids("What?", images=images)
+    engine.model.check_ids([mark])
+    with torch.inference_mode():
+        run = engine.run([ids], 5, POP, Sampling(), True, images)
+        next(iter(run))
+        text = embedded(engine, run, [3, mark, mark, 5])
+        at_once = engine.model.forward_embedded(text.x, None, text.pictures)[0, len(ids) :]       # [4, V]
+        prompt, state = embedded(engine, run, []), engine.new_state(1, len(ids) + 4, engine.resolve(DENSE))
+        engine.model.prefill(prompt.x, state, pictures=prompt.pictures)
+        steps = [engine.model.decode(torch.tensor([token]), state)[0] for token in (3, mark, mark, 5)]
+    torch.testing.assert_close(at_once, torch.stack(steps), atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_in_which_the_model_writes_one_is_recorded(tmp_path: Path) -> None:
+    engine, images = load(complete_qwen(tmp_path, "qwen3"), dtype="float32"), [picture(40, 24)]
+    assert isinstance(engine.pictures, Vision)
+    ids = engine.prompts.ids("What?", images=images)
+    found = explained_run(engine, ids, 200, POP, Sampling(temperature=1e4, seed=0), images, ignore_eos=True)
+    assert engine.pictures.image_token_id in [one["token"] for one in found["frames"][:-1]]
+    assert sum(one["image"] for one in found["prompt"]) == 3 * 5
+    assert [*found["layers"][0]["networks"][0]["moved"]] == [*range(1, 200)]
 
 
 def test_layers_beyond_the_room_are_left_out(

@@ -12,17 +12,19 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from models.experts import ActiveExperts, MixtureOfExperts
 from models.feed_forward import ActiveFeedForward, FeedForward
 from models.known_text import evaluate
+from models.passes import PictureRows
 from models.pruning.partition import ChannelPartition
 from models.pruning.settings import DENSE, PruningSettings
 from models.reading import bytes_per_token
@@ -195,9 +197,28 @@ def explained_run(
 
 
 def embedded(engine: Engine, run: Run, new: list[int]) -> Embedded:
-    """The prompt and new tokens, with its pictures in place."""
-    tokens = torch.tensor([[*run.prompts[0], *new]], device=engine.device)
-    return engine.pictures.embed(tokens, None, run.given, run.pruning.settings.scored_tokens)
+    """The prompt with its pictures in place, and new tokens after it as steps take them: an image token is one of text.
+
+    As `counted` only the prompt's rows are told.
+    """
+    prompt = engine.pictures.embed(
+        torch.tensor([run.prompts[0]], device=engine.device), None, run.given, run.pruning.settings.scored_tokens
+    )
+    tokens = torch.tensor([new], dtype=torch.int64, device=engine.device)           # [1, F]
+    pictures = None if prompt.pictures is None else followed(prompt.pictures, prompt.x.shape[1], len(new))
+    return prompt._replace(x=torch.cat([prompt.x, engine.model.embed(tokens)], dim=1), pictures=pictures)
+
+
+def followed(pictures: PictureRows, prompt: int, count: int) -> PictureRows:
+    """What rows of a prompt have because of pictures, with so many rows of text after them."""
+    positions, blocks = pictures.positions, pictures.blocks
+    if positions is not None and pictures.rope_delta is not None:
+        steps = torch.arange(prompt, prompt + count, device=positions.device) + pictures.rope_delta      # [1, F]
+        positions = torch.cat([positions, steps.expand(3, -1, -1)], dim=-1)
+    return replace(
+        pictures, positions=positions, added=[pad(one, (0, 0, 0, count)) for one in pictures.added],
+        blocks=None if blocks is None else pad(blocks, (0, count), value=-1),
+    )
 
 
 @torch.inference_mode()
@@ -364,7 +385,7 @@ def masks(by_frame: dict[int, Tensor]) -> dict[str, Any]:
     bits = ""
     if by_frame:
         mask = torch.stack([*by_frame.values()]).to(torch.uint8)                    # [F, n]
-        eights = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8))
+        eights = pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8))
         bits = base64_of((eights << torch.arange(8, device=mask.device)).sum(dim=-1).to(torch.uint8))
     return {"frames": list(by_frame), "bits": bits}
 
