@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,10 @@ from tiny_gemma import complete_gemma
 from tiny_qwen_vl import complete_qwen, picture
 
 from models.pruning.settings import DENSE, PruningSettings
+from popengine import explain
 from popengine.engine import Engine
 from popengine.explain import main, page
 from popengine.loading import load
-from popengine.measure import explained_run as recording
 from popengine.measure.explained_run import embedded, explained_run
 from popengine.measure.scoring import Window
 from popengine.measure.studies import picks, rank_drift
@@ -176,18 +177,38 @@ def test_a_run_in_which_the_model_writes_one_is_recorded(tmp_path: Path) -> None
 
 
 def test_layers_beyond_the_room_are_left_out(
-    engine: Engine, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path,
+    found: dict[str, Any], monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    one_layer = len(json.dumps(found["layers"][0]))
-    monkeypatch.setattr(recording, "MOST_BYTES", int(2.2 * one_layer))
-    assert status("--ckpt", checkpoint, "--prompt", "Seven ships", "--raw", "-n", 12, "--paper", "--ffn-ratio", 0.5,
-                  "--candidate-width", 0.4, "--ignore-eos", "--out", tmp_path / "page.html") == 0
+    found, out = found | {"model": checkpoint.name}, tmp_path / "page.html"
+    bare = len(page(found | {"layers": []}).encode())
+    one_layer = len(page(found | {"layers": found["layers"][:1]}).encode()) - bare
+    words = ("--ckpt", checkpoint, "--prompt", "Seven ships", "--raw", "--paper", "--ffn-ratio", 0.5,
+             "--candidate-width", 0.4, "--ignore-eos", "--out", out)
+    room = int(bare + 2.2 * one_layer)
+    monkeypatch.setattr(explain, "MOST_BYTES", room)
+    assert status(*words, "-n", 12) == 0
     assert "1 of 3 layers do not fit and are left out" in capsys.readouterr().out
-    monkeypatch.setattr(recording, "MOST_BYTES", 10)
-    assert "ask for fewer new tokens" in error(
-        capsys, "--ckpt", checkpoint, "--prompt", "Seven", "--paper", "-n", 4, "--out", tmp_path / "page.html"
-    )
+    assert room - one_layer < out.stat().st_size <= room
+    monkeypatch.setattr(explain, "MOST_BYTES", room := int(bare + 0.5 * one_layer))
+    told = re.search(r"MB is the most: at most (\d+) of the 12 new tokens would fit", error(capsys, *words, "-n", 12))
+    assert told is not None and 1 <= int(told[1]) < 12
+    assert status(*words, "-n", told[1]) == 0 and out.stat().st_size <= room
+    monkeypatch.setattr(explain, "MOST_BYTES", 10)
+    assert "a shorter prompt or a narrower model would fit" in error(capsys, *words, "-n", 12)
+
+
+def test_pictures_beyond_the_room_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, one = tmp_path / "page.html", ("--image", LLAVA_TINY / "example.png")
+    words = ("--ckpt", LLAVA_TINY, "--prompt", "Red?", "--paper", "-n", 2, "--ignore-eos", "--out", out)
+    assert status(*words, *one, "--json") == 0
+    run = json.loads(capsys.readouterr().out)
+    room = out.stat().st_size - len(json.dumps(run["layers"][1:])) + 200         # milliseconds differ
+    monkeypatch.setattr(explain, "MOST_BYTES", room)
+    assert "at most 1 of the 2 pictures would fit" in error(capsys, *words, *one * 2)
+    assert status(*words, *one) == 0 and out.stat().st_size <= room
 
 
 def test_bad_input_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,6 @@ T prompt tokens, F frames, I channels, C candidates, V vocabulary.
 """
 
 import base64
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -38,10 +37,7 @@ from popengine.run import Run
 from popengine.sampling import Sampling
 from popengine.statistics import measured, report
 from popengine.text.tokenizer import TextStream, TextTokenizer
-from weights.errors import InputError
 
-# Of the layers' records as JSON: what is above it would make a page of more than 5 MB.
-MOST_BYTES = 4_300_000
 # Of a picture on the page.
 MOST_PIXELS_A_SIDE = 448
 SHARED = "shared"
@@ -183,7 +179,7 @@ def explained_run(
         "replayed_alike": sum(likeliest == token for likeliest, token in zip(of_pruned.likeliest, new, strict=True)),
         "greedy": sampling.temperature == 0,
         "finish_reason": run.finish_reasons[0],
-        "layers": fitting(layers),
+        "layers": layers,
         "layers_in_all": len(layers),
         "experts": experts,
         "heads": heads,
@@ -392,19 +388,6 @@ def masks(by_frame: dict[int, Tensor]) -> dict[str, Any]:
 
 def base64_of(values: Tensor) -> str:
     return base64.b64encode(values.cpu().contiguous().numpy().tobytes()).decode()
-
-
-def fitting(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As many layers as fit the page, evenly spread. InputError where not even one does."""
-    weights = [len(json.dumps(layer)) for layer in layers]
-    for count in range(len(layers), 0, -1):
-        chosen = sorted({round(index * (len(layers) - 1) / max(1, count - 1)) for index in range(count)})
-        if sum(weights[index] for index in chosen) <= MOST_BYTES:
-            return [layers[index] for index in chosen]
-    raise InputError(
-        f"one layer, {len(layers[0]['networks'])} networks of {layers[0]['networks'][0]['channels']} channels, is more "
-        "than a page of 5 MB holds: ask for fewer new tokens"
-    )
 
 
 def picture_of(engine: Engine, image: ImageSource) -> str:
