@@ -20,7 +20,7 @@ from popengine import explain
 from popengine.engine import Engine
 from popengine.explain import main, page
 from popengine.loading import load
-from popengine.measure.explained_run import embedded, explained_run
+from popengine.measure.explained_run import embedded, explained_run, picture_of
 from popengine.measure.scoring import Window
 from popengine.measure.studies import picks, rank_drift
 from popengine.pictures.vision import Vision
@@ -312,6 +312,37 @@ def test_keys_pointer_and_play(
     light = browser.value(PICTURE)
     browser.value("document.getElementById('theme').click()")
     assert browser.value(PICTURE) != light and browser.problems() == []
+
+
+def test_pictures_of_one_row_are_drawn_as_one_row(
+    browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = complete_qwen(tmp_path / "qwen", "qwen3")
+    for name, size in (("row", (72, 8)), ("column", (8, 40))):
+        picture(*size).save(tmp_path / f"{name}.png")
+    address, run = made(
+        tmp_path, capsys, "--ckpt", folder, "--prompt", "What?", "--image", tmp_path / "row.png", "--image",
+        tmp_path / "column.png", "-n", 2, "--ignore-eos", "--paper",
+    )
+    assert [(one["rows"], one["columns"], one["tokens"]) for one in run["pictures"]] == [(1, 9, 9), (5, 1, 5)]
+    browser.open(address)
+    shown = browser.value("[...document.querySelectorAll('#pictures p')].map(words => words.textContent)")
+    assert "1 × 9 image tokens" in shown[0] and "5 × 1 image tokens" in shown[1]
+    corners = browser.value("""new Promise(done => {
+        const drawn = [], fill = CanvasRenderingContext2D.prototype.fillRect;
+        CanvasRenderingContext2D.prototype.fillRect = function (x, y) { drawn.push([Math.round(x), Math.round(y)]); };
+        showPictures();
+        setTimeout(() => { CanvasRenderingContext2D.prototype.fillRect = fill; done(drawn); }, 500);
+    })""")
+    places = {(round(300 / 9 * index), 0) for index in range(9)} | {(0, 300 * index) for index in range(5)}
+    assert {*map(tuple, corners)} == places and browser.problems() == []
+
+
+def test_summaries_and_tokens_left_out_of_squares_have_no_place() -> None:
+    engine, image = load(LLAVA_TINY), LLAVA_TINY / "example.png"
+    for tokens in (24, 25, 26):
+        made = picture_of(engine, image, (1, tokens))
+        assert (made["rows"], made["columns"], made["tokens"]) == (5, 5, tokens)
 
 
 @pytest.mark.parametrize("words", [

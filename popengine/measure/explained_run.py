@@ -24,6 +24,7 @@ from models.experts import ActiveExperts, MixtureOfExperts
 from models.feed_forward import ActiveFeedForward, FeedForward
 from models.known_text import evaluate
 from models.passes import PictureRows
+from models.picture_model import Grid
 from models.pruning.partition import ChannelPartition
 from models.pruning.settings import DENSE, PruningSettings
 from models.reading import bytes_per_token
@@ -184,8 +185,7 @@ def explained_run(
         "experts": experts,
         "heads": heads,
         "pictures": [
-            {"address": picture_of(engine, image), "rows": rows, "columns": columns}
-            for image, (rows, columns) in zip(images, run.given.grids, strict=True)
+            picture_of(engine, image, grid) for image, grid in zip(images, run.given.grids, strict=True)
         ],
         "rule": settings.rule,
         "statistics": statistics,
@@ -390,15 +390,21 @@ def base64_of(values: Tensor) -> str:
     return base64.b64encode(values.cpu().contiguous().numpy().tobytes()).decode()
 
 
-def picture_of(engine: Engine, image: ImageSource) -> str:
-    """A picture as the vision tower sees it, cut where it cuts, as a data: address."""
+def picture_of(engine: Engine, image: ImageSource, grid: Grid) -> dict[str, Any]:
+    """A picture as the vision tower sees it, cut where it cuts, as a data: address, and how its tokens lie over it.
+
+    Towers of squares say how many there are, perhaps with a summary before them or without the first.
+    """
     assert isinstance(engine.pictures, Vision)
     picture, processing, file = open_image(image), engine.pictures.processing, BytesIO()
+    (rows, columns), tokens = grid, math.prod(grid)
     if isinstance(processing, ImageProcessing):
         picture = processing.cropped(processing.resized(picture))
+        rows = columns = round(math.sqrt(tokens))
     picture.thumbnail((MOST_PIXELS_A_SIDE, MOST_PIXELS_A_SIDE))
     picture.save(file, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    address = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"address": address, "tokens": tokens, "rows": rows, "columns": columns}
 
 
 def token_texts(tokenizer: TextTokenizer, ids: list[int]) -> list[str]:

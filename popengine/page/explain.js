@@ -423,35 +423,30 @@ function drawHeads() {
 }
 
 function showPictures() {
-  // Image tokens lie over the picture line by line. Where the model says no grid they are a square, or a square and
-  // the tower's own summary before it.
+  // Image tokens lie over the picture line by line. Some towers put a summary before them, or leave the first out.
   const tokens = run.prompt.filter(one => one.image);
   let first = 0;
-  run.pictures.forEach((picture_of, which) => {
-    const each = picture_of.rows * picture_of.columns, side = Math.floor(Math.sqrt(each)), own = tokens.slice(first, first += each);
-    const [lines, across] = picture_of.rows > 1 ? [picture_of.rows, picture_of.columns] : [side, side];
-    own.splice(0, each - lines * across === 1 ? 1 : 0);
-    const isGrid = own.length === lines * across;
+  run.pictures.forEach(({address, tokens: each, rows: lines, columns: across}, which) => {
+    const more = each - lines * across, own = tokens.slice(first + Math.max(0, more), first += each);
     const canvas = document.createElement("canvas"), words = document.createElement("p"), picture = new Image();
     words.className = "small";
     canvas.setAttribute("role", "img");
     canvas.setAttribute("aria-label", `Picture ${which + 1} with its ${each} image tokens`);
     byId("pictures").append(canvas, words);
-    words.textContent = isGrid ? `Picture ${which + 1} as the model sees it: ${lines} × ${across} image tokens. The brighter a square, the more of the channels' scores comes from it.`
-      : `Picture ${which + 1} as the model sees it. Its ${each} image tokens are no grid, so they are not laid over it.`;
+    words.textContent = `Picture ${which + 1} as the model sees it: ${lines} × ${across} image tokens. The brighter a square, the more of the channels' scores comes from it.`;
     picture.onload = () => {
       const size = Math.min(300, canvas.clientWidth), high = size * picture.height / picture.width, {pen} = fit(canvas, high);
       canvas.style.width = size + "px";
       pen.imageSmoothingEnabled = picture.width > 150;
       pen.drawImage(picture, 0, 0, size, high);
       const most = Math.max(...own.map(one => one.share), 1e-12);
-      own.forEach((one, index) => {
-        if (!isGrid) return;
+      own.forEach((one, token) => {
+        const index = token + Math.max(0, -more);
         pen.fillStyle = `rgba(17, 21, 27, ${0.72 * (1 - Math.sqrt(one.share / most))})`;
         pen.fillRect(index % across * size / across, Math.floor(index / across) * high / lines, size / across - 1, high / lines - 1);
       });
     };
-    picture.src = picture_of.address;
+    picture.src = address;
   });
 }
 
