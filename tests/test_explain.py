@@ -314,6 +314,21 @@ def test_keys_pointer_and_play(
     assert browser.value(PICTURE) != light and browser.problems() == []
 
 
+def test_a_token_without_text_is_shown_as_itself(
+    browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, run = made(
+        tmp_path, capsys, "--ckpt", complete_qwen(tmp_path / "qwen", "qwen2"), "--prompt", "What?", "-n", 60,
+        "--ignore-eos", "--paper", "--temperature", 1e4, "--seed", 1,
+    )
+    browser.open(address)
+    silent = [index for index, one in enumerate(run["frames"]) if not one["text"]]
+    assert {run["frames"][index]["written"] for index in silent} == {"\N{REPLACEMENT CHARACTER}"}
+    for index in silent:
+        browser.value(f"show({index})")
+        assert text_of(browser, "said") == "\N{REPLACEMENT CHARACTER}"
+
+
 def test_pictures_of_one_row_are_drawn_as_one_row(
     browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import BytesIO
 from itertools import pairwise
 from typing import Any
@@ -155,14 +156,13 @@ def explained_run(
          "networks": [encoded(one) for one in records if one.layer == index]}
         for index in range(len(engine.model.model.layers))
     ]
-    texts, all_ids = token_texts(engine.tokenizer, [*prompt, *new]), engine.tokenizer
+    texts, written = token_texts(engine.tokenizer, [*prompt, *new]), partial(shown_token, engine.tokenizer)
     frames = [
         {
-            "text": texts[len(prompt) + index], "token": new[index], "probability": rounded(of_pruned.chosen[index]),
+            "text": texts[len(prompt) + index], "token": new[index], "written": written(new[index]),
+            "probability": rounded(of_pruned.chosen[index]),
             "dense_probability": rounded(of_dense.chosen[index]),
-            "likeliest": shown_token(all_ids, of_pruned.likeliest[index]),
-            "likeliest_probability": rounded(of_pruned.highest[index]),
-            "dense_likeliest": shown_token(all_ids, of_dense.likeliest[index]),
+            "dense_likeliest": written(of_dense.likeliest[index]),
             "dense_likeliest_probability": rounded(of_dense.highest[index]),
             "agrees": of_dense.likeliest[index] == new[index],
             "dense_step": index in dense_frames, "redrawn": index in redraws,

@@ -70,6 +70,11 @@ function visible(text) {
   return text === "" ? "·" : text.replace(/\n/g, "⏎").replace(/\t/g, "⇥");
 }
 
+function said(one) {
+  // A token that adds nothing to the text, as a byte of a character, by itself.
+  return visible(one.text || one.written);
+}
+
 function fillText() {
   const answer = byId("answer"), prompt = byId("prompt");
   frames.forEach((one, index) => {
@@ -164,9 +169,9 @@ function fillWrong() {
   const byLayer = measured.map(row => [mean([...row.missed.values()]), row]).sort((a, b) => b[0] - a[0]);
   item(`Worst: ${byLayer.slice(0, 3).map(([value, row]) => `${row.name} (${percent(value)})`).join("; ")}. Best: ${byLayer.slice(-1).map(([value, row]) => `${row.name} (${percent(value)})`)[0]}.`);
   const perStep = frames.map((_, at) => [mean(measured.filter(row => row.missed.has(at)).map(row => row.missed.get(at))), at]).slice(1).sort((a, b) => b[0] - a[0]);
-  item(`Steps that missed most: ${perStep.slice(0, 4).map(([value, at]) => `token ${at + 1} “${visible(frames[at].text)}” (${percent(value)})`).join("; ")}.`);
+  item(`Steps that missed most: ${perStep.slice(0, 4).map(([value, at]) => `token ${at + 1} “${said(frames[at])}” (${percent(value)})`).join("; ")}.`);
   const off = frames.map((one, at) => [one, at]).filter(([one]) => !one.agrees);
-  item(off.length ? `Tokens that dense would not have said: ${off.slice(0, 8).map(([one, at]) => `${at + 1} “${visible(one.text)}” (dense: “${visible(one.dense_likeliest)}”)`).join(", ")}${off.length > 8 ? ` and ${off.length - 8} more` : ""}.` : "Every token is what dense would have said: none of what was missed changed the text.");
+  item(off.length ? `Tokens that dense would not have said: ${off.slice(0, 8).map(([one, at]) => `${at + 1} “${said(one)}” (dense: “${visible(one.dense_likeliest)}”)`).join(", ")}${off.length > 8 ? ` and ${off.length - 8} more` : ""}.` : "Every token is what dense would have said: none of what was missed changed the text.");
   const never = measured.reduce((sum, row) => { let count = 0; if (row.picked.size) for (const at of drawingOf(row, last)?.order.subarray(row.retained, row.resident) || []) count += row.times[at] === 0; return sum + count; }, 0);
   const always = measured.reduce((sum, row) => { let count = 0; if (row.picked.size) for (const at of drawingOf(row, last)?.order.subarray(row.retained, row.resident) || []) count += row.times[at] === row.picked.size; return sum + count; }, 0);
   const all = measured.reduce((sum, row) => sum + (row.picked.size ? row.candidate : 0), 0);
@@ -479,7 +484,7 @@ function show(index) {
   byId("slider").value = frame;
   byId("slider").setAttribute("aria-valuetext", `token ${frame + 1} of ${frames.length}: ${one.text}`);
   byId("position").textContent = `${frame + 1} / ${frames.length}`;
-  byId("said").textContent = visible(one.text || shown(one));
+  byId("said").textContent = said(one);
   byId("probability").textContent = percent(one.probability);
   byId("dense-probability").textContent = percent(one.dense_probability);
   byId("dense-said").textContent = visible(one.dense_likeliest);
@@ -493,8 +498,6 @@ function show(index) {
   byId("ms-words").textContent = frame ? `${percent(one.ms / one.dense_ms)} of dense's ${one.dense_ms.toFixed(1)} ms` : `the prompt took ${run.statistics.timing.prefill_ms.toFixed(0)} ms, and ${run.statistics.timing.partition_ms.toFixed(0)} ms for the partition`;
   drawAll();
 }
-
-function shown(one) { return one.agrees ? one.dense_likeliest : one.likeliest; }
 
 function drawAll() {
   drawMap();
