@@ -314,6 +314,25 @@ def test_keys_pointer_and_play(
     assert browser.value(PICTURE) != light and browser.problems() == []
 
 
+@pytest.mark.parametrize(("flags", "said"), [
+    (("--ffn-ratio", 0), "Nothing is pruned: both are the same model"),
+    (("--ffn-ratio", 0.5, "--candidate-width", 0), "its steps choose nothing: on a model"),
+    (("--ffn-ratio", 0.5), "choosing among candidates costs more than not reading the others saves."),
+    (("--ffn-ratio", 0, "--head-ratio", 0.5, "--candidate-width", 1), "choosing among candidates costs more"),
+], ids=["dense", "frozen", "pop", "heads"])  # fmt: skip
+def test_a_run_that_was_not_faster_says_why(
+    flags: tuple[Any, ...], said: str, browser: Browser, checkpoint: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    address, _ = made(
+        tmp_path, capsys, "--ckpt", checkpoint, "--prompt", "Seven", "-n", 4, "--ignore-eos", "--paper", *flags
+    )
+    browser.open(address)
+    browser.value("frames.forEach(one => { one.ms = 2 * one.dense_ms; }), fillWords()")
+    verdict = text_of(browser, "verdict")
+    assert said in verdict and ("candidates" in verdict) == ("candidates" in said)
+
+
 def test_a_token_without_text_is_shown_as_itself(
     browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

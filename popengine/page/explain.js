@@ -7,6 +7,7 @@ const frames = run.frames, last = frames.length - 1;
 const rows = run.layers.flatMap(layer => layer.networks.map(network => unpacked(layer, network)));
 const drawn = rows.filter(row => row.drawings.length), prunes = drawn.length > 0;
 const decides = rows.some(row => row.picks < row.candidate);
+const chooses = decides || run.heads.some(line => line.includes("c"));
 const isMixture = run.experts.length > 0;
 const byId = id => document.getElementById(id);
 const percent = value => (100 * value).toFixed(1) + " %";
@@ -115,21 +116,24 @@ function fillWords() {
   byId("verdict").textContent = steps.length
     ? `In this run a step read ${percent(read)} of the dense model's weights and took ${percent(time)} of its time (medians), and `
       + `${agreed} of ${frames.length} tokens are what the dense model would have said.`
-      + (time > 1 ? " Here it was not faster: on a model and a machine like this, choosing channels costs more than " + (read < 1 ? "not reading the others saves." : "what it saves; nothing was left unread.") : "")
+      + (!prunes && !run.heads.length ? " Nothing is pruned: both are the same model, and their times differ by what else the machine did."
+        : time <= 1 ? ""
+        : chooses ? " Here it was not faster: on a model and a machine like this, choosing among candidates costs more than " + (read < 1 ? "not reading the others saves." : "what it saves; nothing was left unread.")
+        : " Here it was not faster, although its steps choose nothing: " + (read < 1 ? "on a model and a machine like this, what they do not read is too little to show." : "nothing was left unread."))
     : `This run has one new token, which the prompt gave: there is no step to watch. ${agreed ? "Dense would have said it too." : "Dense would have said another."}`;
   const spare = rows.find(row => row.drawings.length) || rows[0];
   const words = {
     pop: "Which channels are candidates was decided by the prompt.",
     "all-channels": "This rule has no pruned channels and no decision by the prompt: every step asks all channels again and runs the best, which saves little reading. Columns are still in the prompt's order.",
   };
-  byId("rule-words").textContent = !prunes ? "This run prunes no channels: it is the dense model, and there is no partition to show."
+  byId("rule-words").textContent = !prunes ? "This run prunes no channels: there is no partition of them to show."
     : !decides ? "This run decides nothing at its steps: the prompt's choice is frozen, and there are no candidates."
     : `${run.rule === "pop" ? "" : `Rule “${run.rule}”. `}${words[run.rule] || (spare.candidate === spare.channels ? "It has no partition by the prompt: every step ranks all channels by a cheaper score of its own." : "It scores otherwise than the formula above; the columns are in its partition's order.")}`;
   const notes = [];
   if (run.layers_in_all > run.layers.length) notes.push(`The model has ${run.layers_in_all} layers; this page has room for ${run.layers.length} of them, evenly spread (the others ran all the same, and their bytes count).`);
   const skipped = run.layers.filter(layer => layer.skipped).map(layer => layer.index);
   if (skipped.length) notes.push(`Layers ${skipped.join(", ")} were skipped by the prompt (Prefill-Only pruning), all but its last ${pruning.boundary_tokens}; they are marked ○, and their scores come from those tokens alone.`);
-  if (!prunes) notes.push("Nothing is pruned in this run, so there are no regions to colour.");
+  if (!prunes) notes.push("No channel is pruned in this run, so there are no regions to colour.");
   if (prunes && steps.length && steps.every(one => one.bytes >= one.dense_bytes)) notes.push("Weights of this form are kept in packed groups, which break where single channels are taken out of them: a copy of the channels that stay would be no smaller than the whole. So these steps read everything: pruned channels are left out of the result, not of the reading.");
   if (frames.length && prunes && drawn.some(row => row.drawings[0].frame > 0) && !isMixture) notes.push(`Until step ${drawn[0].drawings[0].frame} there was too little evidence to draw a partition: those steps were dense.`);
   if (run.greedy && run.replayed_alike < frames.length) notes.push(`Picks were recorded by running the same tokens once more; by rounding, ${frames.length - run.replayed_alike} of its ${frames.length} first choices differ from the run's.`);
@@ -315,7 +319,7 @@ function drawCurve() {
   pen.clearRect(0, 0, width, height);
   if (!drawing) {
     pen.fillStyle = colours.soft;
-    pen.fillText(prunes ? "No partition is drawn here yet." : "Nothing is pruned in this run.", 4, 20);
+    pen.fillText(prunes ? "No partition is drawn here yet." : "No channel is pruned in this run.", 4, 20);
     return;
   }
   const logs = Array.from(drawing.scores, score => Math.log10(Math.max(score, 1e-12)));
