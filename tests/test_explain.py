@@ -300,6 +300,18 @@ def test_keys_pointer_and_play(
     for key, layer in (("ArrowUp", 0), ("ArrowUp", 0), ("ArrowDown", 1)):
         browser.press(key)
         assert text_of(browser, "layer-name").startswith(f"layer {layer} ")
+    browser.value("document.activeElement.blur()")                      # wherever the arrows work, the others do
+    on_page = [("Home", 1, 1), ("End", 8, 1), ("ArrowUp", 8, 0), ("ArrowLeft", 7, 0), ("ArrowDown", 7, 1)]
+    at_theme = [("Home", 1, 1), ("ArrowUp", 1, 0), ("ArrowDown", 1, 1)]
+    in_fields = [(key, 1, 1) for key in ("End", "ArrowUp", "ArrowRight")]
+    for place, pressed in (("body", on_page), ("#theme", at_theme), ("#speed", in_fields), ("#column", in_fields)):
+        browser.value(f"document.querySelector('{place}').focus()")
+        for key, position, layer in pressed:
+            browser.press(key)
+            assert text_of(browser, "position") == f"{position} / 8", (place, key)
+            assert text_of(browser, "layer-name").startswith(f"layer {layer} "), (place, key)
+    browser.value("document.getElementById('map').focus()")
+    browser.press("End")
     (network,) = run["layers"][1]["networks"]
     browser.value("document.getElementById('column').value = 4")
     browser.value("document.getElementById('column').dispatchEvent(new Event('input'))")

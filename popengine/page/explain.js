@@ -572,13 +572,14 @@ function tick(now) {
 }
 
 function onKey(event) {
-  const at = event.target, name = at.id;
+  const at = event.target;
   if (event.ctrlKey || event.altKey || event.metaKey) return;
   if (event.key === " " && !["BUTTON", "SUMMARY", "SELECT"].includes(at.tagName)) { event.preventDefault(); play(); return; }
-  const ours = name === "map" || name === "slider", anywhere = at === document.body || ours || name === "play";
-  const keys = {ArrowRight: () => show(frame + 1), ArrowLeft: () => show(frame - 1)};
-  const own = {ArrowUp: () => choose(selected - 1), ArrowDown: () => choose(selected + 1), Home: () => show(0), End: () => show(last)};
-  const act = (anywhere && keys[event.key]) || (ours && own[event.key]);
+  const keys = {
+    ArrowRight: () => show(frame + 1), ArrowLeft: () => show(frame - 1), Home: () => show(0), End: () => show(last),
+    ArrowUp: () => choose(selected - 1), ArrowDown: () => choose(selected + 1),
+  };
+  const act = !at.matches("select, #column, .scroll") && keys[event.key];
   if (!act) return;
   event.preventDefault();
   if (event.key !== "ArrowUp" && event.key !== "ArrowDown") stop();
