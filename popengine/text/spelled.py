@@ -15,22 +15,28 @@ PRIVATE_USE = range(0xF0000, 0xFFFFE)     # not the lower one, where fonts of sy
 
 
 class Spelled:
-    """The control tokens that messages spell, each with the character that stands for it."""
+    """The control tokens that messages spell, each with the character that stands for it.
 
-    def __init__(self, tokens: Collection[str], messages: Any, template: str) -> None:
+    meant  those that a message may spell and mean, but for what the model wrote: its messages are letters
+    """
+
+    def __init__(self, tokens: Collection[str], messages: Any, template: str, meant: Collection[str] = ()) -> None:
         text = "\n".join([template, *leaves(messages)])
         found = [token for token in sorted(tokens, key=len, reverse=True) if token and token in text]
         marks = (chr(code) for code in PRIVATE_USE if chr(code) not in text)
         self.marks = dict(zip(found, marks, strict=False))
         self.tokens = {mark: token for token, mark in self.marks.items()}
+        self.unmeant = self.marks.keys() - {*meant}
 
-    def hide(self, value: Any) -> Any:
+    def hide(self, value: Any, by_model: bool = False) -> Any:
         """Messages with marks in the place of tokens, in whatever they consist of."""
         if isinstance(value, str):
-            return any_of(self.marks).sub(lambda found: self.marks[found.group()], value)
+            tokens = self.marks if by_model else self.unmeant
+            return any_of(tokens).sub(lambda found: self.marks[found.group()], value)
         if isinstance(value, dict):
-            return {name: self.hide(inner) for name, inner in value.items()}
-        return [self.hide(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+            by_model = by_model or value.get("role") == "assistant"
+            return {name: self.hide(inner, by_model) for name, inner in value.items()}
+        return [self.hide(inner, by_model) for inner in value] if isinstance(value, (list, tuple)) else value
 
     def is_in(self, text: str) -> bool:
         return any_of(self.tokens).search(text) is not None
