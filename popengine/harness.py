@@ -17,6 +17,7 @@ generate_until         prefill and decode steps in batches of --batch_size, up t
 import sys
 from argparse import Namespace
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +32,7 @@ from popengine.methods.calibration import load_calibration
 from popengine.sampling import Sampling
 from popengine.text.chat import render_chat
 from popengine.text.spelled import Spelled
-from popengine.torchrun import one_of_several, says_why_it_failed
+from popengine.torchrun import agree, contents, one_of_several, says_why_it_failed
 from weights.errors import InputError, one_line
 from weights.json_files import shown
 
@@ -47,6 +48,8 @@ except ImportError:
 
 DEFAULT_NEW_TOKENS = 256
 GENERATION_ARGUMENTS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
+# Flags of lm_eval whose values are paths, or the model's own affair.
+OF_PATHS = ("--model_args", "-a", "--output_path", "-o", "--include_path")
 
 
 @register_model("popengine")
@@ -77,6 +80,7 @@ class PopengineLM(TemplateLM):
         max_length = None if max_length is None else whole_number("max_length", max_length)
         if type(seed) is not int:
             raise InputError(f"seed must be a whole number, not {shown(seed)}")
+        agree({"method": method, "seed": seed, "calibration": contents(calibration), "settings": settings})
         self.engine = load(
             ckpt, dtype=dtype, device=device or "auto", weights=weights, max_seq_len=max_length
         )
@@ -217,7 +221,9 @@ def whole_number(name: str, value: Any) -> int:
 def main() -> NoReturn:
     """lm_eval's own command line, with our errors in one line."""
     try:
-        with one_of_several(Namespace()):
+        # Paths may differ from machine to machine; what --model_args say the model compares.
+        asked = [word for flag, word in pairwise(sys.argv) if flag not in OF_PATHS]
+        with one_of_several(Namespace(asked=asked)):
             cli_evaluate()
     except (InputError, ValueError) as error:       # the latter lm_eval's, of tasks and flags that it does not know
         if says_why_it_failed():
