@@ -52,7 +52,7 @@ TABLES = {
         "tasks", "--tasks", *TASKS, "--methods", "dense", *PLAIN, *LIMIT, "--batch-size", "16", "--run-code",
     ), 200),
     "chosen": Table("POP: answers to choose", ("tasks", *CHOSEN, *POP, *CALIBRATED, *PLAIN, *LIMIT), 40, "pop"),
-    "generated": Table("POP: answers to generate", ("tasks", *LONGER, *POP, *CALIBRATED, *PLAIN, *LIMIT), 12, "pop"),
+    "generated": Table("POP: answers to generate", ("tasks", *LONGER, *POP, *CALIBRATED, *PLAIN, *LIMIT), 40, "pop"),
     "experts": Table("POP: mixtures of experts", ("compare", *MIXTURE, *ONLINE), 200),
     "pictures": Table("POP: pictures", ("compare", *PICTURES, *ONLINE), 200),
     "perplexity": Table("POP: perplexity", ("compare", *TEXT, *POP, *CALIBRATED)),
