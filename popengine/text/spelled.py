@@ -22,12 +22,10 @@ class Spelled:
 
     def __init__(self, tokens: Collection[str], messages: Any, template: str) -> None:
         text = "\n".join([template, *leaves(messages)])
-        self.guarded = any_of(tokens)
+        self.guarded = tokens
         self.found = any_of(token for token in tokens if token in text)
-        self.starts = {token[:length] for token in tokens for length in range(1, len(token))}
-        self.ends = {token[length:] for token in tokens for length in range(1, len(token))}
         self.longest = max(map(len, tokens), default=0)
-        self.inside = "\n".join(tokens)
+        self.together = "\0".join(["", *tokens, ""])
         self.free = (chr(code) for code in PRIVATE_USE if chr(code) not in text)
         self.marks: dict[str, str] = {}
         self.letters: dict[str, str] = {}
@@ -59,10 +57,10 @@ class Spelled:
         if not said:
             return text
         lengths = range(min(self.longest, len(said)), 0, -1)
-        if said in self.inside:
+        if said in self.together:
             return text.replace(said, self.mark(said))
-        end = next((length for length in lengths if said[-length:] in self.starts), 0)
-        begin = next((length for length in lengths if said[:length] in self.ends), 0)
+        end = next((length for length in lengths if f"\0{said[-length:]}" in self.together), 0)
+        begin = next((length for length in lengths if f"{said[:length]}\0" in self.together), 0)
         begin = min(begin, len(said) - end)
         before, after = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
         first, last = said[:begin], said[len(said) - end :]
@@ -71,19 +69,21 @@ class Spelled:
 
     def chosen(self, text: str, cut: str) -> str:
         """A rendered text, or that of the same messages without pieces of tokens where it has fewer tokens."""
-        return text if self.guarded.findall(text) == self.guarded.findall(cut) else cut
+        guarded = any_of(self.guarded)
+        return text if guarded.findall(text) == guarded.findall(cut) else cut
 
     def is_in(self, text: str) -> bool:
         return any_of(self.letters).search(text) is not None
 
     def encode(self, text: str, tokenizer: TextTokenizer) -> list[int]:
         """Token ids of a rendered text, in which marks stand for letters."""
-        marks, written = any_of(self.letters), any_of(tokenizer.special_tokens)
+        marks = any_of(self.letters)
         if not marks.search(text):
             ids = tokenizer.encode(text, add_special_tokens=False)
             controls = sum(one in tokenizer.special_ids for one in ids)
-            if not self.longest or controls == len(written.findall(text)):
+            if not self.longest or controls == sum(map(text.count, tokenizer.special_tokens)):
                 return ids
+        written = any_of(tokenizer.special_tokens)
         ids = []
         meant = ""                              # a stretch whose control tokens the template has written
         for piece in re.split(f"({written.pattern})", text):
