@@ -14,7 +14,6 @@ generate_until         prefill and decode steps in batches of --batch_size, up t
                        batch, as everywhere in this engine: with --batch_size 1 every prompt has its own.
 """
 
-import sys
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 
 from models.pruning.settings import PruningSettings
+from popengine.command import OneLineParser, run_as_command
 from popengine.loading import load
 from popengine.measure.answering import encode, fitting, generate_until, log_likelihoods
 from popengine.measure.scoring import Window, dense_log_probabilities, log_probabilities
@@ -31,8 +31,7 @@ from popengine.methods.calibration import load_calibration
 from popengine.sampling import Sampling
 from popengine.text.chat import render_chat
 from popengine.text.spelled import Spelled
-from popengine.torchrun import one_of_several, says_why_it_failed
-from weights.errors import InputError, one_line
+from weights.errors import InputError
 from weights.json_files import shown
 
 try:
@@ -216,14 +215,14 @@ def whole_number(name: str, value: Any) -> int:
 
 def main() -> NoReturn:
     """lm_eval's own command line, with our errors in one line."""
+    run_as_command(evaluate_tasks, OneLineParser("harness", "", "", ""), [])
+
+
+def evaluate_tasks(_: Namespace) -> None:
     try:
-        with one_of_several(Namespace()):
-            cli_evaluate()
-    except (InputError, ValueError) as error:       # the latter lm_eval's, of tasks and flags that it does not know
-        if says_why_it_failed():
-            print(one_line(f"error: {error}"), file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
+        cli_evaluate()
+    except ValueError as error:         # lm_eval's, of tasks and flags that it does not know
+        raise InputError(str(error)) from None
 
 
 if __name__ == "__main__":
