@@ -75,6 +75,7 @@ class ActiveExperts:
             self.shared = ActiveFeedForward(mixture.shared_expert, pruning.rule)
         self.prompt_tokens = [0] * experts                  # of the prompt, those that count as evidence
         self.picks = [0] * experts                          # decoded tokens, those of ended sequences included
+        self.met = 0                                        # of these the ones that met others of their step there
         self.may_copy: list[int] = []
 
     def restart(self) -> None:
@@ -83,7 +84,7 @@ class ActiveExperts:
         if self.pruning.rule.follows_prompt:
             self.spare += [one for one in self.active if one is not None and one.copied_bytes()]
             self.active = [None] * experts
-        self.prompt_tokens, self.picks = [0] * experts, [0] * experts
+        self.prompt_tokens, self.picks, self.met = [0] * experts, [0] * experts, 0
         self.may_copy = list(range(experts))[: self.copy_limit]
         if self.shared is not None:
             self.shared.restart()
@@ -237,6 +238,7 @@ class MixtureOfExperts(nn.Module):
 
         def run(index: int, expert: FeedForward, own: Tensor) -> Tensor:
             active.picks[index] += len(own)
+            active.met += len(own) if len(own) > 1 else 0
             weights = active.drawn(index, expert, Clock(x.device))
             return expert.decode(own[:, None], weights, step.part(live[index]))[:, 0]
 

@@ -72,12 +72,16 @@ def attention_bytes(attention: Any, rule: POP) -> int:
 def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: POP, batch: int, active: ActiveExperts | None) -> int:
     if isinstance(mlp, FeedForward):
         return ffn_bytes(mlp, rule if mlp.copying_saves(rule) else None, batch)
-    each = [
-        ffn_bytes(expert, None if active is not None and active.is_whole(index) else rule, 1)
-        for index, expert in enumerate(mlp.experts if active is None else active.experts)
-    ]
+    networks = mlp.experts if active is None else active.experts
+    rules = [None if active is not None and active.is_whole(index) else rule for index in range(len(networks))]
+    # Rows that meet at an expert are masked, a row by itself may read chosen columns. Without a run to tell: all meet.
+    meeting = float(batch > 1) if active is None or not any(active.picks) else active.met / sum(active.picks)
+    each = sum(
+        (1 - meeting) * ffn_bytes(expert, own, 1) + meeting * ffn_bytes(expert, own, batch)
+        for expert, own in zip(networks, rules, strict=True)
+    )
     shared = 0 if mlp.shared_expert is None else ffn_bytes(mlp.shared_expert, rule, batch)
-    return mlp.experts_per_token * sum(each) // len(each) + shared
+    return round(mlp.experts_per_token * each / len(networks)) + shared
 
 
 def ffn_bytes(ffn: FeedForward, rule: POP | None, batch: int) -> int:

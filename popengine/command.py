@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from models.pruning.settings import RECOMMENDED, PruningSettings
-from popengine.processes import is_first, is_one_of_several
+from popengine.processes import is_one_of_several
 from popengine.waiting import waiting
 from weights.errors import InputError, one_line
 
@@ -94,12 +94,11 @@ def run_as_command(
     """Run a command with these arguments (None: those of the process) and exit with its status."""
     open_standard_streams()
     status, said = 2, ""
-    torchrun = None                 # that module imports PyTorch, which takes seconds
+    # That module imports PyTorch, which takes seconds.
+    torchrun = importlib.import_module("popengine.torchrun") if is_one_of_several() else None
     try:
         flags = parser.parse_args(arguments)
         refuse_shadowed_packages()
-        if is_one_of_several():
-            torchrun = importlib.import_module("popengine.torchrun")
         with insistent_interrupts(), torchrun.one_of_several(flags) if torchrun else nullcontext():
             run(flags)
             sys.stdout.flush()
@@ -121,8 +120,7 @@ def run_as_command(
             raise
         else:
             said = one_line(f"error: the ranks have lost each other, or one has failed: {error}")
-    is_heard = torchrun.says_why_it_failed() if torchrun else is_first()
-    if status in (2, 130) and is_heard:
+    if status in (2, 130) and (torchrun is None or torchrun.says_why_it_failed()):
         complain(said)
     sys.exit(status)
 

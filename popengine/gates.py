@@ -18,6 +18,7 @@ from popengine.command import (
     run_as_command,
     start_pytorch,
 )
+from popengine.processes import is_one_of_several
 from weights.errors import InputError
 
 
@@ -51,6 +52,8 @@ def run(flags: argparse.Namespace) -> None:
     for name in ("samples", "answer_tokens"):
         if getattr(flags, name) < 1:
             raise InputError(f"{name.replace('_', ' ')} must be at least 1, not {getattr(flags, name)}")
+    if is_one_of_several():
+        raise InputError("derivatives do not go through sums over ranks: start gates without torchrun")
     start_pytorch(flags)
     from popengine import loading
     from popengine.measure import gates, scoring, tasks

@@ -60,7 +60,7 @@ def run(flags: argparse.Namespace) -> None:
     from popengine import loading, statistics, torchrun
     from popengine.sampling import Sampling
 
-    prompt = torchrun.told_by_first(read_prompt(flags.prompt) if is_first() else None)
+    prompt = torchrun.told_by_first(read_prompt(flags.prompt) if is_first() else None, torchrun.patient())
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     engine = load_with_warnings(loading.load, flags)
     pieces = engine.stream(

@@ -14,8 +14,10 @@ generate_until         prefill and decode steps in batches of --batch_size, up t
                        batch, as everywhere in this engine: with --batch_size 1 every prompt has its own.
 """
 
+import sys
 from argparse import Namespace
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +33,7 @@ from popengine.methods.calibration import load_calibration
 from popengine.sampling import Sampling
 from popengine.text.chat import render_chat
 from popengine.text.spelled import Spelled
+from popengine.torchrun import agree, contents
 from weights.errors import InputError
 from weights.json_files import shown
 
@@ -46,6 +49,8 @@ except ImportError:
 
 DEFAULT_NEW_TOKENS = 256
 GENERATION_ARGUMENTS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
+# Flags of lm_eval whose values are paths, or the model's own affair.
+OF_PATHS = ("--model_args", "-a", "--output_path", "-o", "--include_path")
 
 
 @register_model("popengine")
@@ -76,6 +81,7 @@ class PopengineLM(TemplateLM):
         max_length = None if max_length is None else whole_number("max_length", max_length)
         if type(seed) is not int:
             raise InputError(f"seed must be a whole number, not {shown(seed)}")
+        agree({"method": method, "seed": seed, "calibration": contents(calibration), "settings": settings})
         self.engine = load(
             ckpt, dtype=dtype, device=device or "auto", weights=weights, max_seq_len=max_length
         )
@@ -215,7 +221,10 @@ def whole_number(name: str, value: Any) -> int:
 
 def main() -> NoReturn:
     """lm_eval's own command line, with our errors in one line."""
-    run_as_command(evaluate_tasks, OneLineParser("harness", "", "", ""), [])
+    parser = OneLineParser("harness", "", "", "")
+    # Paths may differ from machine to machine; what --model_args say the model compares.
+    parser.set_defaults(asked=[word for flag, word in pairwise(sys.argv) if flag not in OF_PATHS])
+    run_as_command(evaluate_tasks, parser, [])
 
 
 def evaluate_tasks(_: Namespace) -> None:

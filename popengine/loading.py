@@ -28,11 +28,18 @@ from popengine.text.prompts import Prompts
 from popengine.text.tokenizer import FastTokenizer, TextTokenizer, open_tokenizer
 from popengine.torchrun import agree, ranks
 from popengine.waiting import waiting
-from weights.checkpoint import Checkpoint, GGUFCheckpoint, checkpoint_dtype, fingerprint, open_checkpoint
+from weights.checkpoint import (
+    Checkpoint,
+    GGUFCheckpoint,
+    checkpoint_dtype,
+    description_digest,
+    fingerprint,
+    open_checkpoint,
+)
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
 from weights.json_files import JsonObject
-from weights.load import load_weights, require_room
+from weights.load import load_weights, require_room, told_apart
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,7 +77,8 @@ def load(
         form = choose_form(weights, opened, where, dtype)
         kind = choose_dtype(dtype, opened, where, packed=form != "plain")
         text_side = beside.submit(open_text_side, opened)       # waits for a process most of its time
-        agree({"checkpoint": fingerprint(opened)})
+        if ours.count > 1:
+            agree({"checkpoint": fingerprint(opened), "config or tokenizer": description_digest(opened)})
         loaded, forms = load_model(opened, kind, where, form, progress, ours)
         tokenizer, template = text_side.result()
         pictures: TextOnly | Vision
@@ -140,12 +148,20 @@ def load_model(
     model_class = architecture(checkpoint.config, str(checkpoint.path))
     config: Any = model_class.read_config(checkpoint.config)
     require_room(checkpoint, config.sides, config.blocks)
-    if isinstance(config, PictureConfig):
-        config = replace(config, text=share_of(config.text, ranks))
-    else:
-        config = share_of(config, ranks)
-    with torch.device("meta"):
-        model = model_class(config)
+    with_text = isinstance(config, PictureConfig)
+    text = share_of(config.text if with_text else config, ranks)
+
+    def laid_out(text: Any) -> LlamaForCausalLM | PictureModel:
+        with torch.device("meta"):
+            return model_class(replace(config, text=text) if with_text else text)
+
+    model = laid_out(text)
+    if apart := told_apart(model, checkpoint, model.locate):
+        warnings.warn(
+            f"{checkpoint.path}: its config ties {' and '.join(apart)}, which differ: each is used as it is",
+            stacklevel=2,
+        )
+        model = laid_out(replace(text, tie_word_embeddings=False))
     language_model = model.language_model if isinstance(model, PictureModel) else model
     pack = None if form == "plain" else Packer(language_model, form, dtype, device)
     held = shares(model, language_model)

@@ -4,6 +4,7 @@
 writes results and speaks; of the others nothing is heard, unless one of them is the first to fail.
 """
 
+import hashlib
 import os
 import shutil
 import sys
@@ -21,11 +22,13 @@ from models.ranks import ALONE, Ranks
 from popengine.processes import is_first, is_one_of_several
 from weights.errors import InputError
 
-# A rank that waits so long for another has lost it.
-PATIENCE = timedelta(minutes=10)
-# Flags that name files, which may lie elsewhere on another machine, and where results are written.
-OF_FILES = ("ckpt", "text", "image", "calibration", "calibration_text")
+# A rank that waits so long for another has lost it; for what a person types all wait as long as he takes.
+PATIENCE, OF_A_PERSON = timedelta(minutes=10), timedelta(days=365)
+# Flags that name files, which may lie elsewhere on another machine but must hold the same; where results are written.
+OF_FILES = ("text", "image", "calibration", "calibration_text", "archive")
 RESULTS = ("out", "json", "save_calibration")
+# What else may differ: a path of its own for the checkpoint, whose contents loading compares; the words of all these.
+OF_A_RANK = ("ckpt", "words")
 
 
 def ranks(device: str = "auto") -> Ranks:
@@ -55,12 +58,17 @@ def from_each(value: Any) -> list[Any]:
     return found
 
 
-def told_by_first(value: Any) -> Any:
+def told_by_first(value: Any, group: distributed.ProcessGroup | None = None) -> Any:
     """What the first rank has, on every rank: a seed that it has drawn, a text that it has read."""
     box = [value]
     if ranks().count > 1:
-        distributed.broadcast_object_list(box, src=0)
+        distributed.broadcast_object_list(box, src=0, group=group)
     return box[0]
+
+
+def patient() -> distributed.ProcessGroup | None:
+    """All ranks, who wait for each other as long as a person takes to type."""
+    return distributed.new_group(timeout=OF_A_PERSON, backend="gloo") if ranks().count > 1 else None
 
 
 def agree(on: dict[str, Any]) -> None:
@@ -74,9 +82,19 @@ def agree(on: dict[str, Any]) -> None:
 
 def heard_by_all(lines: Iterable[str]) -> Iterator[str]:
     """Lines that the first rank reads, on every rank."""
-    iterator = iter(lines) if is_first() else iter(())
-    while (line := told_by_first(next(iterator, None))) is not None:
+    iterator, group = iter(lines) if is_first() else iter(()), patient()
+    while (line := told_by_first(next(iterator, None), group)) is not None:
         yield line
+
+
+def contents(path: Any) -> str:
+    """What a flag's files hold, in short; of what is no file the words."""
+    if isinstance(path, list):
+        return ", ".join(map(contents, path))
+    if path is None or not Path(path).is_file():
+        return str(path)
+    with open(path, "rb") as file:
+        return f"a file of digest {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 @contextmanager
@@ -90,7 +108,10 @@ def one_of_several(flags: Any) -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory() as thrown_away, open(os.devnull, "w") as nowhere:
         ranks(getattr(flags, "device", "auto"))
-        shown = {name: str(value) for name, value in sorted(vars(flags).items()) if name not in (*OF_FILES, *RESULTS)}
+        shown = {
+            name: contents(value) if name in OF_FILES else str(value)
+            for name, value in sorted(vars(flags).items()) if name not in (*RESULTS, *OF_A_RANK)
+        }
         ours = sys.modules["popengine"].__version__
         versions = {"version of popengine": ours, "version of PyTorch": torch.__version__}
         agree(versions | {f"--{name.replace('_', '-')}": value for name, value in shown.items()})
@@ -98,7 +119,7 @@ def one_of_several(flags: Any) -> Iterator[None]:
             for name in RESULTS:
                 asked = getattr(flags, name, None)
                 if isinstance(asked, (str, Path)):
-                    private = Path(thrown_away) / Path(asked).name
+                    private = Path(thrown_away) / Path(asked).resolve().name
                     if Path(asked).is_dir():
                         shutil.copytree(asked, private)
                     setattr(flags, name, type(asked)(private))
@@ -112,10 +133,10 @@ def one_of_several(flags: Any) -> Iterator[None]:
 
 
 def says_why_it_failed() -> bool:
-    """Whether this rank is the first to fail, and so says why; before the ranks have joined it is the first rank."""
-    if not is_one_of_several() or not distributed.is_initialized():
-        return is_first()
+    """Whether this rank is the first to fail, and so says why: it asks the store that torchrun keeps for its ranks."""
+    address, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", "0"))
     try:
-        return distributed.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:                # the store has gone with the one that has spoken
-        return False
+        store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add("popengine: failed", 1) == 1
+    except RuntimeError:                # the store has gone with the one that has spoken, or was never there
+        return is_first() and not distributed.is_initialized()

@@ -144,3 +144,16 @@ def test_what_is_not_implemented_is_named(change: dict[str, Any], named: str) ->
 def test_unknown_fields_are_reported_not_dropped() -> None:
     config = read_llama_config({"model_type": "llama", "made_up_field": 3, "torch_dtype": "float32"})
     assert config.unknown_fields == ("made_up_field",)
+
+
+def test_a_head_that_its_config_ties_against_the_file_is_used_as_it_is(tmp_path: Path) -> None:
+    """As transformers 5 does: a checkpoint that was trained untied, whose config was not told."""
+    reference, model = saved_pair(tmp_path, LlamaConfig(**SIZES))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.warns(UserWarning, match="ties .*lm_head.weight.*, which differ: each is used as it is"):
+        tied = ours(tmp_path)
+    tokens = torch.arange(12)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(tied(tokens), reference(tokens).logits, atol=1e-4, rtol=0)
+        assert torch.equal(tied(tokens), model(tokens))

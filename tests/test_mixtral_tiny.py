@@ -71,3 +71,14 @@ def test_the_command_answers_a_prompt() -> None:
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "c1a1b1b2a2c2d1a3f1e1\n")
     assert "experts   32 in 4 layers" in done.stderr
+
+
+def test_rows_that_meet_at_an_expert_are_counted_as_they_are_read(engine: Engine) -> None:
+    """A row by itself reads the chosen columns of down_proj; equal rows meet everywhere and are masked."""
+    pruned, read = PruningSettings(prune_ratio=0.3), []
+    for batch in (1, 2, 8):
+        made = engine.generate(["tally abc?"] * batch, raw=True, max_new_tokens=4, ignore_eos=True, pruning=pruned)
+        read.append(made[0].statistics.weight_bytes_per_token)
+    sizes = engine.resolve(pruned).rule.sizes(engine.model.model.layers[0].mlp.experts[0])
+    losers = engine.model.config.num_hidden_layers * 2 * (sizes.candidate - sizes.pick) * 128 * 4
+    assert read == [read[0], read[0] + losers, read[0] + losers]

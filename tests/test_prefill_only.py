@@ -34,7 +34,7 @@ from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
 from models.pruning.partition import channel_scores, head_scores, partition_channels
 from models.pruning.resolve import LayerWeights, resolve
-from models.pruning.settings import DENSE, PruningSettings
+from models.pruning.settings import DENSE, PruningSettings, exact_share
 from models.state import DecodeState
 from popengine import generate, score
 from popengine.loading import load
@@ -330,6 +330,8 @@ def test_shares_are_exact() -> None:
     weights = LayerWeights(attention=4000, ffn=12000, head=500, head_groups=2, heads_per_group=2, layers=10)
     for share, count in ((0.7, 7), ("7/10", 7), ("1/3", 3), (0.33, 3), (0.9999, 9), (0.1, 1), ("2/3", 6)):
         assert resolve(skipping(share), weights).skipped == tuple(range(10 - count, 10))
+    for share, written in ((1 / 3, "1/3"), (2 / 3, "2/3"), (0.3, "3/10"), (1 / 7, "1/7")):
+        assert exact_share(share) == exact_share(written)
     with pytest.raises(InputError, match="smallest share that skips one is 1/10"):
         resolve(skipping(0.0999), weights)
     with pytest.raises(InputError, match="skips none of 1 layers"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 from builders import REPOSITORY, complete_checkpoint
 from rank_cases import compute
 from safetensors.torch import load_file
+
+from popengine.torchrun import contents
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -110,7 +113,9 @@ def test_what_is_wrong_is_said_once_and_all_end(tiny: Path, flags: tuple[str, ..
 DIFFERENTLY = """
 import os, runpy, sys
 rank, (_, checkpoint, how) = os.environ["RANK"], sys.argv
+checkpoint = how if os.path.isdir(how) and rank == "1" else checkpoint
 sys.argv = ["generate", "--ckpt", checkpoint, "--prompt", "a", "-n", rank if how == "flags" else "99"]
+sys.argv += ["--bogus"] if how == "bogus" and rank == "1" else []
 if how == "dies":
     from popengine import run
     def accept(self, chosen):
@@ -131,16 +136,39 @@ runpy.run_module("popengine.generate", run_name="__main__")
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("flags", "rank 1 has another --max-new-tokens than rank 0"), ("dies", "lost each other"),
+        ("flags", "rank 1 has another --max-new-tokens than rank 0"), ("bogus", "unrecognized arguments: --bogus"),
+        ("config", "rank 1 has another config or tokenizer than rank 0"), ("dies", "lost each other"),
         ("memory", "too little memory"),
     ],
 )
 def test_ranks_end_together(tiny: Path, tmp_path: Path, how: str, words: str) -> None:
     (tmp_path / "differently.py").write_text(DIFFERENTLY)
+    if how == "config":
+        how = str(shutil.copytree(tiny, tmp_path / "other"))
+        config = json.loads((tiny / "config.json").read_text()) | {"rms_norm_eps": 1e-4}
+        (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     began = time.monotonic()
     status, _, lines = said(started(2, tmp_path / "differently.py", tiny, how))
     assert status != 0 and time.monotonic() - began < 30
     assert len(lines) == 1 and words in lines[0], lines
+
+
+def test_files_are_compared_by_what_they_hold(tmp_path: Path) -> None:
+    for name, text in (("one", "a text"), ("same", "a text"), ("other", "another")):
+        (tmp_path / name).write_text(text)
+    one, same, other = (contents([tmp_path / name]) for name in ("one", "same", "other"))
+    assert one == same != other
+    assert contents(tmp_path / "none") == str(tmp_path / "none") and contents(None) == "None"
+
+
+def test_what_ranks_have_measured_is_no_part_of_what_one_process_has(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The harbour was built when the river still ran deep enough for ships. " * 40)
+    flags = ("--ckpt", tiny, "--text", tmp_path / "text.txt", "--windows", 1, "--prompt-tokens", 24, "--no-plots")
+    flags += ("--score-tokens", 8, "--methods", "dense", "--dtype", "float32", "--out", tmp_path / "out")
+    status, _, lines = said(started(2, "-m", "popengine.compare", *flags))
+    assert (status, lines) == (0, [])
+    status, _, lines = said(started(1, "-m", "popengine.compare", *flags))
+    assert status != 0 and "holds another comparison (ranks differ)" in lines[0]
 
 
 def test_an_interrupt_ends_all(tiny: Path) -> None:

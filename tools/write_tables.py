@@ -53,8 +53,8 @@ TABLES = {
     ), 200),
     "chosen": Table("POP: answers to choose", ("tasks", *CHOSEN, *POP, *CALIBRATED, *PLAIN, *LIMIT), 40, "pop"),
     "generated": Table("POP: answers to generate", ("tasks", *LONGER, *POP, *CALIBRATED, *PLAIN, *LIMIT), 12, "pop"),
-    "experts": Table("POP: mixtures of experts", ("compare", *MIXTURE, *ONLINE), 50),
-    "pictures": Table("POP: pictures", ("compare", *PICTURES, *ONLINE), 50),
+    "experts": Table("POP: mixtures of experts", ("compare", *MIXTURE, *ONLINE), 200),
+    "pictures": Table("POP: pictures", ("compare", *PICTURES, *ONLINE), 200),
     "perplexity": Table("POP: perplexity", ("compare", *TEXT, *POP, *CALIBRATED)),
     "latency": Table("POP: time of a step", (
         "bench", "-p", "128", "-n", "128", "--prune-ratio", "0", "0.2", "0.4", "--compile", *PLAIN,
@@ -63,6 +63,10 @@ TABLES = {
         "compare", *TEXT, "--methods", "dense", "frozen", "pop", "all-channels", *RATIOS, "--candidate-width", "0.05",
         "0.1", "0.2", "0.4",
     )),
+    "main": Table("Prefill-Only: beside layers that are removed", (
+        "tasks", *CHOSEN, "--methods", "dense", "prefill-only", "shortgpt", "--prefill-skip", "0", "1/3",
+        "--prune-ratio", "0.25", *CALIBRATED, *PLAIN, *LIMIT,
+    ), 40, "dense"),
     "skipped": Table("Prefill-Only: shares of the layers", (
         "tasks", *CHOSEN, "--methods", "dense", "prefill-only", "--prefill-skip", "1/6", "1/4", "1/3", "1/2", *PLAIN,
         *LIMIT,
@@ -108,7 +112,7 @@ def status_of(command: Sequence[str]) -> int:
 
 
 def differences(folder: Path, against: str) -> Iterator[str]:
-    """A Markdown table of every row less the row of the method `against`, POP's at the same ratio.
+    """A Markdown table of every row less the row of the method `against`: the dense one, or POP's at the same ratio.
 
     A task's differences are averaged first, then the tasks; a standard error is over items, drawn in pairs.
     """
@@ -119,7 +123,8 @@ def differences(folder: Path, against: str) -> Iterator[str]:
     yield f"| less {against} | score, points | log-likelihood of the right answer, nats |"
     yield "|---|---|---|"
     for row in result["rows"]:
-        others = [one for one in result["rows"] if one["method"] == against and one["ratio"] == row["ratio"]]
+        of_method = [one for one in result["rows"] if one["method"] == against]
+        others = [one for one in of_method if against == "dense" or one["ratio"] == row["ratio"]]
         if others and row is not others[0]:
             mine, theirs = configuration(row), configuration(others[0])
             scores, likelihoods = [], []

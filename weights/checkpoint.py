@@ -1,6 +1,7 @@
 """Open a checkpoint, wherever it is: a Hugging Face directory, a .gguf file, or the id of a Hub repository."""
 
 import hashlib
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -62,6 +63,19 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         made.update(f"{name} {entry.shape} {len(stored)} ".encode())
         made.update(torch.cat([stored[:64], stored[-64:]]).numpy().tobytes())
         checkpoint.release(name)
+    return made.hexdigest()[:32]
+
+
+def description_digest(checkpoint: Checkpoint) -> str:
+    """Tells apart what stands beside the weights: config, tokenizer, template, settings of generation, of pictures."""
+    made = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    if isinstance(checkpoint, GGUFCheckpoint):
+        made.update(f"{checkpoint.tokenizer_json} {checkpoint.chat_template}".encode())
+        return made.hexdigest()[:32]
+    for path in sorted(checkpoint.path.iterdir()):
+        if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file():
+            with path.open("rb") as file:
+                made.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
     return made.hexdigest()[:32]
 
 

@@ -158,6 +158,22 @@ def find_all(
     return wanted
 
 
+def told_apart(model: nn.Module, checkpoint: Checkpoint, locate: Locate | None = None) -> list[str]:
+    """Keys of one tensor of the model, tied by its config, under which the file has several that are not the same."""
+    names = model.state_dict(keep_vars=True)
+    located: dict[str, tuple[str, tuple[Any, ...]]] = {name: (name, ()) for name in names}
+    if locate is not None:
+        located |= locate(list(names), list(checkpoint.entries))
+    keys_of: dict[int, list[str]] = {}
+    for name, target in names.items():
+        if located[name][0] in checkpoint.entries:
+            keys_of.setdefault(id(target), []).append(located[name][0])
+    return next((
+        keys for keys in keys_of.values()
+        if any(not torch.equal(checkpoint.stored_bytes(keys[0]), checkpoint.stored_bytes(key)) for key in keys[1:])
+    ), [])
+
+
 def require_room(checkpoint: Checkpoint, sides: Iterable[int], blocks: int) -> None:
     """InputError for a model that is larger than what is there: it must not even be laid out.
 

@@ -52,10 +52,10 @@ def share(words: str) -> float | str:
 
 
 def exact_share(value: float | str) -> Fraction:
-    """0.3 and "3/10" alike, without the rounding of a float. Raises ValueError for what is no number."""
+    """0.3 and "3/10" alike, 1/3 and "1/3" too, without the rounding of a float. ValueError for what is no number."""
     try:
-        return Fraction(str(value))
-    except ZeroDivisionError:
+        return Fraction(value).limit_denominator(1_000_000) if isinstance(value, float) else Fraction(str(value))
+    except (ZeroDivisionError, OverflowError):
         raise ValueError(f"{value} is no number") from None
 
 

@@ -456,6 +456,7 @@ def identity_of_model(
         "calibration": None if calibration is None else calibration.made_from,
         "dtype": ", ".join(dict.fromkeys(str(one.dtype).removeprefix("torch.") for one in engines.values())),
         "device": engine.device.type,
+        "ranks": engine.model.config.ranks.count,
     }
 
 

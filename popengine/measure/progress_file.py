@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from popengine.torchrun import told_by_first
 from weights.errors import InputError
 from weights.mapped_file import read_bytes
 
@@ -48,6 +49,7 @@ class ProgressFile:
             )
         if damaged or not text:
             self.write({"comparison": identity}, *sound)
+        self.records = told_by_first(self.records)      # a rank on another machine has another folder
 
     def add(self, key: str, record: dict[str, Any]) -> None:
         self.records[key] = {"key": key, **record}
