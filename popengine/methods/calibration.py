@@ -29,7 +29,7 @@ from weights.errors import InputError, one_line
 
 FORMAT = "popengine calibration 2"
 # Of the text, for searches to run on, and the tokens of each: both cost them as much again.
-HELD_WINDOWS, HELD_TOKENS = 1, 1024
+HELD_WINDOWS, HELD_TOKENS = 1, 256
 # Of an activation, far above any model's: its square, and sums of many, are numbers still.
 LARGEST = 1e12
 
