@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import MOST_LAYERS, ConfigReader
-from models.layers import activation_function
+from models.layers import Embedding, activation_function
 from weights.errors import InputError
 
 
@@ -125,7 +125,7 @@ class VisionEmbeddings(nn.Module):
             bias=config.patch_bias,
         )
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size)) if config.class_token else None
-        self.position_embedding = nn.Embedding(config.positions, config.hidden_size)
+        self.position_embedding = Embedding(config.positions, config.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, C, Y, X] -> [B, P, H]"""

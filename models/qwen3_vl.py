@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ConfigReader
-from models.layers import activation_function
+from models.layers import Embedding, activation_function
 from models.passes import PictureRows
 from models.picture_model import Grid
 from models.qwen2_vl import (
@@ -88,7 +88,7 @@ class DeepTower(VisionTower):
     def build(self) -> None:
         config = self.config
         self.patch_embed = PatchEmbedding(config, bias=True)
-        self.pos_embed = nn.Embedding(config.position_side**2, config.hidden_size)
+        self.pos_embed = Embedding(config.position_side**2, config.hidden_size)
         self.blocks = nn.ModuleList(VisionBlock(config, nn.LayerNorm, DeepMLP(config)) for _ in range(config.depth))
         self.merger = DeepMerger(config, config.hidden_size)
         mergers = (DeepMerger(config, config.merged_size) for _ in config.deepstack)

@@ -2,18 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders import LLAVA_TINY, MIXTRAL, MODELS, QWEN2_MOE, SETTINGS, complete_checkpoint, resolved, saved_pair
+from tiny_gemma import complete_gemma
+from tiny_qwen_vl import complete_qwen
 
 from models.feed_forward import FeedForward
 from models.pruning.settings import DENSE, PruningSettings
 from popengine.conversation import Conversation, common_prefix
 from popengine.engine import Engine, Generation
 from popengine.loading import load
+from popengine.pictures.vision import Vision
 from weights.errors import InputError
 
 HALF = PruningSettings(ffn_ratio=0.5, candidate_width=0.3)
@@ -269,6 +273,29 @@ def test_pictures_may_come_at_any_turn(tmp_path: Path) -> None:
     again = engine.chat(pruning=DENSE, max_new_tokens=24)
     again.load(tmp_path / "kept.json")
     assert again.say("Well?").token_ids == conversation.say("Well?").token_ids
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2", "gemma"])
+def test_a_mark_of_pictures_that_the_model_spells_is_no_place_of_one(family: str, tmp_path: Path) -> None:
+    makers = {"qwen2": partial(complete_qwen, variant="qwen2"), "gemma": complete_gemma}
+    engine = load(makers[family](tmp_path) if family in makers else LLAVA_TINY, dtype="float32")
+    assert isinstance(engine.pictures, Vision)
+    image, ids = LLAVA_TINY / "example.png", engine.prompts.ids
+    answer = f"I write {engine.pictures.mark} for it."
+    said = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": answer}]
+    for asked, images in ("And?", []), ([{"type": "image"}, {"type": "text", "text": "And?"}], [image]):
+        tokens = ids([*said, {"role": "user", "content": asked}], images=images)
+        assert engine.pictures.image_tokens([tokens]) == sum(rows * columns for rows, columns in
+                                                             map(engine.pictures.grid, images))
+        assert answer in engine.tokenizer.decode(tokens, skip_special_tokens=False)
+    conversation = engine.chat(pruning=DENSE, max_new_tokens=4)
+    conversation.messages = said
+    assert conversation.say("And?").token_ids
+    # An image part is a place whoever has it, and so is what a user writes.
+    of_parts = [{"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "See."}]}]
+    assert engine.pictures.image_tokens([ids([said[0], *of_parts, said[0]], images=[image])])
+    with pytest.raises(InputError, match="the prompt has 1 image token"):
+        ids([{"role": "user", "content": f"{engine.pictures.mark} what?"}])
 
 
 def test_smollm2_answers_a_second_turn_as_a_fresh_run_does(default_checkpoint_path: Path) -> None:

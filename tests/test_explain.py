@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,16 +12,18 @@ import pytest
 import torch
 from browser import Browser, find_chromium
 from builders import LLAVA_TINY, MIXTRAL_TINY, exit_status, generated, one_line_error
+from tiny_gemma import complete_gemma
 from tiny_qwen_vl import complete_qwen, picture
 
 from models.pruning.settings import DENSE, PruningSettings
+from popengine import explain
 from popengine.engine import Engine
 from popengine.explain import main, page
 from popengine.loading import load
-from popengine.measure import explained_run as recording
-from popengine.measure.explained_run import explained_run
+from popengine.measure.explained_run import embedded, explained_run, picture_of
 from popengine.measure.scoring import Window
 from popengine.measure.studies import picks, rank_drift
+from popengine.pictures.vision import Vision
 from popengine.sampling import Sampling
 
 POP = PruningSettings(ffn_ratio=0.5, candidate_width=0.4)
@@ -144,19 +147,68 @@ def test_pictures_of_any_size_have_their_own_grid(variant: str, tmp_path: Path) 
     assert [one["agrees"] for one in found["frames"]] == (logits.argmax(dim=-1) == torch.tensor(new)).tolist()
 
 
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3", "gemma", "llava"])
+def test_an_image_token_that_the_model_writes_is_an_ordinary_one(variant: str, tmp_path: Path) -> None:
+    made = complete_gemma if variant == "gemma" else partial(complete_qwen, variant=variant)
+    engine = load(LLAVA_TINY if variant == "llava" else made(tmp_path), dtype="float32")
+    assert isinstance(engine.pictures, Vision)
+    images, mark = [picture(40, 24)], engine.pictures.image_token_id
+    ids = engine.prompts.ids("What?", images=images)
+    engine.model.check_ids([mark])
+    with torch.inference_mode():
+        run = engine.run([ids], 5, POP, Sampling(), True, images)
+        next(iter(run))
+        text = embedded(engine, run, [3, mark, mark, 5])
+        at_once = engine.model.forward_embedded(text.x, None, text.pictures)[0, len(ids) :]       # [4, V]
+        prompt, state = embedded(engine, run, []), engine.new_state(1, len(ids) + 4, engine.resolve(DENSE))
+        engine.model.prefill(prompt.x, state, pictures=prompt.pictures)
+        steps = [engine.model.decode(torch.tensor([token]), state)[0] for token in (3, mark, mark, 5)]
+    torch.testing.assert_close(at_once, torch.stack(steps), atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_in_which_the_model_writes_one_is_recorded(tmp_path: Path) -> None:
+    engine, images = load(complete_qwen(tmp_path, "qwen3"), dtype="float32"), [picture(40, 24)]
+    assert isinstance(engine.pictures, Vision)
+    ids = engine.prompts.ids("What?", images=images)
+    found = explained_run(engine, ids, 200, POP, Sampling(temperature=1e4, seed=0), images, ignore_eos=True)
+    assert engine.pictures.image_token_id in [one["token"] for one in found["frames"][:-1]]
+    assert sum(one["image"] for one in found["prompt"]) == 3 * 5
+    assert [*found["layers"][0]["networks"][0]["moved"]] == [*range(1, 200)]
+
+
 def test_layers_beyond_the_room_are_left_out(
-    engine: Engine, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path,
+    found: dict[str, Any], monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    one_layer = len(json.dumps(found["layers"][0]))
-    monkeypatch.setattr(recording, "MOST_BYTES", int(2.2 * one_layer))
-    assert status("--ckpt", checkpoint, "--prompt", "Seven ships", "--raw", "-n", 12, "--paper", "--ffn-ratio", 0.5,
-                  "--candidate-width", 0.4, "--ignore-eos", "--out", tmp_path / "page.html") == 0
+    found, out = found | {"model": checkpoint.name}, tmp_path / "page.html"
+    bare = len(page(found | {"layers": []}).encode())
+    one_layer = len(page(found | {"layers": found["layers"][:1]}).encode()) - bare
+    words = ("--ckpt", checkpoint, "--prompt", "Seven ships", "--raw", "--paper", "--ffn-ratio", 0.5,
+             "--candidate-width", 0.4, "--ignore-eos", "--out", out)
+    room = int(bare + 2.2 * one_layer)
+    monkeypatch.setattr(explain, "MOST_BYTES", room)
+    assert status(*words, "-n", 12) == 0
     assert "1 of 3 layers do not fit and are left out" in capsys.readouterr().out
-    monkeypatch.setattr(recording, "MOST_BYTES", 10)
-    assert "ask for fewer new tokens" in error(
-        capsys, "--ckpt", checkpoint, "--prompt", "Seven", "--paper", "-n", 4, "--out", tmp_path / "page.html"
-    )
+    assert room - one_layer < out.stat().st_size <= room
+    monkeypatch.setattr(explain, "MOST_BYTES", room := int(bare + 0.5 * one_layer))
+    told = re.search(r"MB is the most: at most (\d+) of the 12 new tokens would fit", error(capsys, *words, "-n", 12))
+    assert told is not None and 1 <= int(told[1]) < 12
+    assert status(*words, "-n", told[1]) == 0 and out.stat().st_size <= room
+    monkeypatch.setattr(explain, "MOST_BYTES", 10)
+    assert "a shorter prompt or a narrower model would fit" in error(capsys, *words, "-n", 12)
+
+
+def test_pictures_beyond_the_room_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, one = tmp_path / "page.html", ("--image", LLAVA_TINY / "example.png")
+    words = ("--ckpt", LLAVA_TINY, "--prompt", "Red?", "--paper", "-n", 2, "--ignore-eos", "--out", out)
+    assert status(*words, *one, "--json") == 0
+    run = json.loads(capsys.readouterr().out)
+    room = out.stat().st_size - len(json.dumps(run["layers"][1:])) + 2000        # two pictures are 4,000
+    monkeypatch.setattr(explain, "MOST_BYTES", room)
+    assert "at most 1 of the 2 pictures would fit" in error(capsys, *words, *one * 2)
+    assert status(*words, *one) == 0 and out.stat().st_size <= room
 
 
 def test_bad_input_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,6 +300,18 @@ def test_keys_pointer_and_play(
     for key, layer in (("ArrowUp", 0), ("ArrowUp", 0), ("ArrowDown", 1)):
         browser.press(key)
         assert text_of(browser, "layer-name").startswith(f"layer {layer} ")
+    browser.value("document.activeElement.blur()")                      # wherever the arrows work, the others do
+    on_page = [("Home", 1, 1), ("End", 8, 1), ("ArrowUp", 8, 0), ("ArrowLeft", 7, 0), ("ArrowDown", 7, 1)]
+    at_theme = [("Home", 1, 1), ("ArrowUp", 1, 0), ("ArrowDown", 1, 1)]
+    in_fields = [(key, 1, 1) for key in ("End", "ArrowUp", "ArrowRight")]
+    for place, pressed in (("body", on_page), ("#theme", at_theme), ("#speed", in_fields), ("#column", in_fields)):
+        browser.value(f"document.querySelector('{place}').focus()")
+        for key, position, layer in pressed:
+            browser.press(key)
+            assert text_of(browser, "position") == f"{position} / 8", (place, key)
+            assert text_of(browser, "layer-name").startswith(f"layer {layer} "), (place, key)
+    browser.value("document.getElementById('map').focus()")
+    browser.press("End")
     (network,) = run["layers"][1]["networks"]
     browser.value("document.getElementById('column').value = 4")
     browser.value("document.getElementById('column').dispatchEvent(new Event('input'))")
@@ -260,6 +324,71 @@ def test_keys_pointer_and_play(
     light = browser.value(PICTURE)
     browser.value("document.getElementById('theme').click()")
     assert browser.value(PICTURE) != light and browser.problems() == []
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (("--ffn-ratio", 0), "Nothing is pruned: both are the same model"),
+    (("--ffn-ratio", 0.5, "--candidate-width", 0), "its steps choose nothing: on a model"),
+    (("--ffn-ratio", 0.5), "choosing among candidates costs more than not reading the others saves."),
+    (("--ffn-ratio", 0, "--head-ratio", 0.5, "--candidate-width", 1), "choosing among candidates costs more"),
+], ids=["dense", "frozen", "pop", "heads"])  # fmt: skip
+def test_a_run_that_was_not_faster_says_why(
+    flags: tuple[Any, ...], said: str, browser: Browser, checkpoint: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    address, _ = made(
+        tmp_path, capsys, "--ckpt", checkpoint, "--prompt", "Seven", "-n", 4, "--ignore-eos", "--paper", *flags
+    )
+    browser.open(address)
+    browser.value("frames.forEach(one => { one.ms = 2 * one.dense_ms; }), fillWords()")
+    verdict = text_of(browser, "verdict")
+    assert said in verdict and ("candidates" in verdict) == ("candidates" in said)
+
+
+def test_a_token_without_text_is_shown_as_itself(
+    browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, run = made(
+        tmp_path, capsys, "--ckpt", complete_qwen(tmp_path / "qwen", "qwen2"), "--prompt", "What?", "-n", 60,
+        "--ignore-eos", "--paper", "--temperature", 1e4, "--seed", 1,
+    )
+    browser.open(address)
+    silent = [index for index, one in enumerate(run["frames"]) if not one["text"]]
+    assert {run["frames"][index]["written"] for index in silent} == {"\N{REPLACEMENT CHARACTER}"}
+    for index in silent:
+        browser.value(f"show({index})")
+        assert text_of(browser, "said") == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_pictures_of_one_row_are_drawn_as_one_row(
+    browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = complete_qwen(tmp_path / "qwen", "qwen3")
+    for name, size in (("row", (72, 8)), ("column", (8, 40))):
+        picture(*size).save(tmp_path / f"{name}.png")
+    address, run = made(
+        tmp_path, capsys, "--ckpt", folder, "--prompt", "What?", "--image", tmp_path / "row.png", "--image",
+        tmp_path / "column.png", "-n", 2, "--ignore-eos", "--paper",
+    )
+    assert [(one["rows"], one["columns"], one["tokens"]) for one in run["pictures"]] == [(1, 9, 9), (5, 1, 5)]
+    browser.open(address)
+    shown = browser.value("[...document.querySelectorAll('#pictures p')].map(words => words.textContent)")
+    assert "1 × 9 image tokens" in shown[0] and "5 × 1 image tokens" in shown[1]
+    corners = browser.value("""new Promise(done => {
+        const drawn = [], fill = CanvasRenderingContext2D.prototype.fillRect;
+        CanvasRenderingContext2D.prototype.fillRect = function (x, y) { drawn.push([Math.round(x), Math.round(y)]); };
+        showPictures();
+        setTimeout(() => { CanvasRenderingContext2D.prototype.fillRect = fill; done(drawn); }, 500);
+    })""")
+    places = {(round(300 / 9 * index), 0) for index in range(9)} | {(0, 300 * index) for index in range(5)}
+    assert {*map(tuple, corners)} == places and browser.problems() == []
+
+
+def test_summaries_and_tokens_left_out_of_squares_have_no_place() -> None:
+    engine, image = load(LLAVA_TINY), LLAVA_TINY / "example.png"
+    for tokens in (24, 25, 26):
+        made = picture_of(engine, image, (1, tokens))
+        assert (made["rows"], made["columns"], made["tokens"]) == (5, 5, tokens)
 
 
 @pytest.mark.parametrize("words", [

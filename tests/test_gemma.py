@@ -249,6 +249,17 @@ def test_logits_with_pictures_equal_hugging_face(pair: tuple, batch: str) -> Non
 
 
 @torch.inference_mode()
+def test_the_soft_cap_of_logits_holds_with_pictures_where_transformers_forgets_it(tmp_path: Path) -> None:
+    reference = reference_model(picture_config(final_logit_softcapping=3.0))
+    reference.save_pretrained(tmp_path)
+    tokens, pixel_values = torch.tensor([prompt(3, 0, 6)]), pictures(1)
+    theirs = reference(tokens, pixel_values=pixel_values, token_type_ids=(tokens == IMAGE).long()).logits
+    assert theirs.abs().max() > 3
+    ours = load_pictured(tmp_path)(tokens, pixel_values)
+    torch.testing.assert_close(ours, 3 * torch.tanh(theirs / 3), atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
 def test_a_picture_of_the_released_geometry_has_256_tokens(tmp_path: Path) -> None:
     """896 pixels in patches of 14, of which 4 x 4 make a token: means and their order are transformers'."""
     config = picture_config()

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -246,3 +248,9 @@ def test_layers_of_the_tower_count_among_the_blocks() -> None:
     raw = json.loads((LLAVA_TINY / "config.json").read_text())
     layers = raw["text_config"]["num_hidden_layers"], raw["vision_config"]["num_hidden_layers"]
     assert OurLlava.read_config(raw).blocks == sum(layers)
+
+
+def test_loading_does_not_import_pytorchs_compiler() -> None:
+    loading = f"import sys, popengine.loading; popengine.loading.load({str(LLAVA_TINY)!r})"
+    program = f"{loading}; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -8,21 +8,24 @@ T prompt tokens, F frames, I channels, C candidates, V vocabulary.
 """
 
 import base64
-import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from io import BytesIO
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from models.experts import ActiveExperts, MixtureOfExperts
 from models.feed_forward import ActiveFeedForward, FeedForward
 from models.known_text import evaluate
+from models.passes import PictureRows
+from models.picture_model import Grid
 from models.pruning.partition import ChannelPartition
 from models.pruning.settings import DENSE, PruningSettings
 from models.reading import bytes_per_token
@@ -36,10 +39,7 @@ from popengine.run import Run
 from popengine.sampling import Sampling
 from popengine.statistics import measured, report
 from popengine.text.tokenizer import TextStream, TextTokenizer
-from weights.errors import InputError
 
-# Of the layers' records as JSON: what is above it would make a page of more than 5 MB.
-MOST_BYTES = 4_300_000
 # Of a picture on the page.
 MOST_PIXELS_A_SIDE = 448
 SHARED = "shared"
@@ -156,14 +156,13 @@ def explained_run(
          "networks": [encoded(one) for one in records if one.layer == index]}
         for index in range(len(engine.model.model.layers))
     ]
-    texts, all_ids = token_texts(engine.tokenizer, [*prompt, *new]), engine.tokenizer
+    texts, written = token_texts(engine.tokenizer, [*prompt, *new]), partial(shown_token, engine.tokenizer)
     frames = [
         {
-            "text": texts[len(prompt) + index], "token": new[index], "probability": rounded(of_pruned.chosen[index]),
+            "text": texts[len(prompt) + index], "token": new[index], "written": written(new[index]),
+            "probability": rounded(of_pruned.chosen[index]),
             "dense_probability": rounded(of_dense.chosen[index]),
-            "likeliest": shown_token(all_ids, of_pruned.likeliest[index]),
-            "likeliest_probability": rounded(of_pruned.highest[index]),
-            "dense_likeliest": shown_token(all_ids, of_dense.likeliest[index]),
+            "dense_likeliest": written(of_dense.likeliest[index]),
             "dense_likeliest_probability": rounded(of_dense.highest[index]),
             "agrees": of_dense.likeliest[index] == new[index],
             "dense_step": index in dense_frames, "redrawn": index in redraws,
@@ -181,13 +180,12 @@ def explained_run(
         "replayed_alike": sum(likeliest == token for likeliest, token in zip(of_pruned.likeliest, new, strict=True)),
         "greedy": sampling.temperature == 0,
         "finish_reason": run.finish_reasons[0],
-        "layers": fitting(layers),
+        "layers": layers,
         "layers_in_all": len(layers),
         "experts": experts,
         "heads": heads,
         "pictures": [
-            {"address": picture_of(engine, image), "rows": rows, "columns": columns}
-            for image, (rows, columns) in zip(images, run.given.grids, strict=True)
+            picture_of(engine, image, grid) for image, grid in zip(images, run.given.grids, strict=True)
         ],
         "rule": settings.rule,
         "statistics": statistics,
@@ -195,9 +193,28 @@ def explained_run(
 
 
 def embedded(engine: Engine, run: Run, new: list[int]) -> Embedded:
-    """The prompt and new tokens, with its pictures in place."""
-    tokens = torch.tensor([[*run.prompts[0], *new]], device=engine.device)
-    return engine.pictures.embed(tokens, None, run.given, run.pruning.settings.scored_tokens)
+    """The prompt with its pictures in place, and new tokens after it as steps take them: an image token is one of text.
+
+    As `counted` only the prompt's rows are told.
+    """
+    prompt = engine.pictures.embed(
+        torch.tensor([run.prompts[0]], device=engine.device), None, run.given, run.pruning.settings.scored_tokens
+    )
+    tokens = torch.tensor([new], dtype=torch.int64, device=engine.device)           # [1, F]
+    pictures = None if prompt.pictures is None else followed(prompt.pictures, prompt.x.shape[1], len(new))
+    return prompt._replace(x=torch.cat([prompt.x, engine.model.embed(tokens)], dim=1), pictures=pictures)
+
+
+def followed(pictures: PictureRows, prompt: int, count: int) -> PictureRows:
+    """What rows of a prompt have because of pictures, with so many rows of text after them."""
+    positions, blocks = pictures.positions, pictures.blocks
+    if positions is not None and pictures.rope_delta is not None:
+        steps = torch.arange(prompt, prompt + count, device=positions.device) + pictures.rope_delta      # [1, F]
+        positions = torch.cat([positions, steps.expand(3, -1, -1)], dim=-1)
+    return replace(
+        pictures, positions=positions, added=[pad(one, (0, 0, 0, count)) for one in pictures.added],
+        blocks=None if blocks is None else pad(blocks, (0, count), value=-1),
+    )
 
 
 @torch.inference_mode()
@@ -364,7 +381,7 @@ def masks(by_frame: dict[int, Tensor]) -> dict[str, Any]:
     bits = ""
     if by_frame:
         mask = torch.stack([*by_frame.values()]).to(torch.uint8)                    # [F, n]
-        eights = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8))
+        eights = pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8))
         bits = base64_of((eights << torch.arange(8, device=mask.device)).sum(dim=-1).to(torch.uint8))
     return {"frames": list(by_frame), "bits": bits}
 
@@ -373,28 +390,21 @@ def base64_of(values: Tensor) -> str:
     return base64.b64encode(values.cpu().contiguous().numpy().tobytes()).decode()
 
 
-def fitting(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As many layers as fit the page, evenly spread. InputError where not even one does."""
-    weights = [len(json.dumps(layer)) for layer in layers]
-    for count in range(len(layers), 0, -1):
-        chosen = sorted({round(index * (len(layers) - 1) / max(1, count - 1)) for index in range(count)})
-        if sum(weights[index] for index in chosen) <= MOST_BYTES:
-            return [layers[index] for index in chosen]
-    raise InputError(
-        f"one layer, {len(layers[0]['networks'])} networks of {layers[0]['networks'][0]['channels']} channels, is more "
-        "than a page of 5 MB holds: ask for fewer new tokens"
-    )
+def picture_of(engine: Engine, image: ImageSource, grid: Grid) -> dict[str, Any]:
+    """A picture as the vision tower sees it, cut where it cuts, as a data: address, and how its tokens lie over it.
 
-
-def picture_of(engine: Engine, image: ImageSource) -> str:
-    """A picture as the vision tower sees it, cut where it cuts, as a data: address."""
+    Towers of squares say how many there are, perhaps with a summary before them or without the first.
+    """
     assert isinstance(engine.pictures, Vision)
     picture, processing, file = open_image(image), engine.pictures.processing, BytesIO()
+    (rows, columns), tokens = grid, math.prod(grid)
     if isinstance(processing, ImageProcessing):
         picture = processing.cropped(processing.resized(picture))
+        rows = columns = round(math.sqrt(tokens))
     picture.thumbnail((MOST_PIXELS_A_SIDE, MOST_PIXELS_A_SIDE))
     picture.save(file, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    address = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"address": address, "tokens": tokens, "rows": rows, "columns": columns}
 
 
 def token_texts(tokenizer: TextTokenizer, ids: list[int]) -> list[str]:

@@ -7,6 +7,7 @@ const frames = run.frames, last = frames.length - 1;
 const rows = run.layers.flatMap(layer => layer.networks.map(network => unpacked(layer, network)));
 const drawn = rows.filter(row => row.drawings.length), prunes = drawn.length > 0;
 const decides = rows.some(row => row.picks < row.candidate);
+const chooses = decides || run.heads.some(line => line.includes("c"));
 const isMixture = run.experts.length > 0;
 const byId = id => document.getElementById(id);
 const percent = value => (100 * value).toFixed(1) + " %";
@@ -70,6 +71,11 @@ function visible(text) {
   return text === "" ? "·" : text.replace(/\n/g, "⏎").replace(/\t/g, "⇥");
 }
 
+function said(one) {
+  // A token that adds nothing to the text, as a byte of a character, by itself.
+  return visible(one.text || one.written);
+}
+
 function fillText() {
   const answer = byId("answer"), prompt = byId("prompt");
   frames.forEach((one, index) => {
@@ -110,21 +116,24 @@ function fillWords() {
   byId("verdict").textContent = steps.length
     ? `In this run a step read ${percent(read)} of the dense model's weights and took ${percent(time)} of its time (medians), and `
       + `${agreed} of ${frames.length} tokens are what the dense model would have said.`
-      + (time > 1 ? " Here it was not faster: on a model and a machine like this, choosing channels costs more than " + (read < 1 ? "not reading the others saves." : "what it saves; nothing was left unread.") : "")
+      + (!prunes && !run.heads.length ? " Nothing is pruned: both are the same model, and their times differ by what else the machine did."
+        : time <= 1 ? ""
+        : chooses ? " Here it was not faster: on a model and a machine like this, choosing among candidates costs more than " + (read < 1 ? "not reading the others saves." : "what it saves; nothing was left unread.")
+        : " Here it was not faster, although its steps choose nothing: " + (read < 1 ? "on a model and a machine like this, what they do not read is too little to show." : "nothing was left unread."))
     : `This run has one new token, which the prompt gave: there is no step to watch. ${agreed ? "Dense would have said it too." : "Dense would have said another."}`;
   const spare = rows.find(row => row.drawings.length) || rows[0];
   const words = {
     pop: "Which channels are candidates was decided by the prompt.",
     "all-channels": "This rule has no pruned channels and no decision by the prompt: every step asks all channels again and runs the best, which saves little reading. Columns are still in the prompt's order.",
   };
-  byId("rule-words").textContent = !prunes ? "This run prunes no channels: it is the dense model, and there is no partition to show."
+  byId("rule-words").textContent = !prunes ? "This run prunes no channels: there is no partition of them to show."
     : !decides ? "This run decides nothing at its steps: the prompt's choice is frozen, and there are no candidates."
     : `${run.rule === "pop" ? "" : `Rule “${run.rule}”. `}${words[run.rule] || (spare.candidate === spare.channels ? "It has no partition by the prompt: every step ranks all channels by a cheaper score of its own." : "It scores otherwise than the formula above; the columns are in its partition's order.")}`;
   const notes = [];
   if (run.layers_in_all > run.layers.length) notes.push(`The model has ${run.layers_in_all} layers; this page has room for ${run.layers.length} of them, evenly spread (the others ran all the same, and their bytes count).`);
   const skipped = run.layers.filter(layer => layer.skipped).map(layer => layer.index);
   if (skipped.length) notes.push(`Layers ${skipped.join(", ")} were skipped by the prompt (Prefill-Only pruning), all but its last ${pruning.boundary_tokens}; they are marked ○, and their scores come from those tokens alone.`);
-  if (!prunes) notes.push("Nothing is pruned in this run, so there are no regions to colour.");
+  if (!prunes) notes.push("No channel is pruned in this run, so there are no regions to colour.");
   if (prunes && steps.length && steps.every(one => one.bytes >= one.dense_bytes)) notes.push("Weights of this form are kept in packed groups, which break where single channels are taken out of them: a copy of the channels that stay would be no smaller than the whole. So these steps read everything: pruned channels are left out of the result, not of the reading.");
   if (frames.length && prunes && drawn.some(row => row.drawings[0].frame > 0) && !isMixture) notes.push(`Until step ${drawn[0].drawings[0].frame} there was too little evidence to draw a partition: those steps were dense.`);
   if (run.greedy && run.replayed_alike < frames.length) notes.push(`Picks were recorded by running the same tokens once more; by rounding, ${frames.length - run.replayed_alike} of its ${frames.length} first choices differ from the run's.`);
@@ -164,9 +173,9 @@ function fillWrong() {
   const byLayer = measured.map(row => [mean([...row.missed.values()]), row]).sort((a, b) => b[0] - a[0]);
   item(`Worst: ${byLayer.slice(0, 3).map(([value, row]) => `${row.name} (${percent(value)})`).join("; ")}. Best: ${byLayer.slice(-1).map(([value, row]) => `${row.name} (${percent(value)})`)[0]}.`);
   const perStep = frames.map((_, at) => [mean(measured.filter(row => row.missed.has(at)).map(row => row.missed.get(at))), at]).slice(1).sort((a, b) => b[0] - a[0]);
-  item(`Steps that missed most: ${perStep.slice(0, 4).map(([value, at]) => `token ${at + 1} “${visible(frames[at].text)}” (${percent(value)})`).join("; ")}.`);
+  item(`Steps that missed most: ${perStep.slice(0, 4).map(([value, at]) => `token ${at + 1} “${said(frames[at])}” (${percent(value)})`).join("; ")}.`);
   const off = frames.map((one, at) => [one, at]).filter(([one]) => !one.agrees);
-  item(off.length ? `Tokens that dense would not have said: ${off.slice(0, 8).map(([one, at]) => `${at + 1} “${visible(one.text)}” (dense: “${visible(one.dense_likeliest)}”)`).join(", ")}${off.length > 8 ? ` and ${off.length - 8} more` : ""}.` : "Every token is what dense would have said: none of what was missed changed the text.");
+  item(off.length ? `Tokens that dense would not have said: ${off.slice(0, 8).map(([one, at]) => `${at + 1} “${said(one)}” (dense: “${visible(one.dense_likeliest)}”)`).join(", ")}${off.length > 8 ? ` and ${off.length - 8} more` : ""}.` : "Every token is what dense would have said: none of what was missed changed the text.");
   const never = measured.reduce((sum, row) => { let count = 0; if (row.picked.size) for (const at of drawingOf(row, last)?.order.subarray(row.retained, row.resident) || []) count += row.times[at] === 0; return sum + count; }, 0);
   const always = measured.reduce((sum, row) => { let count = 0; if (row.picked.size) for (const at of drawingOf(row, last)?.order.subarray(row.retained, row.resident) || []) count += row.times[at] === row.picked.size; return sum + count; }, 0);
   const all = measured.reduce((sum, row) => sum + (row.picked.size ? row.candidate : 0), 0);
@@ -310,7 +319,7 @@ function drawCurve() {
   pen.clearRect(0, 0, width, height);
   if (!drawing) {
     pen.fillStyle = colours.soft;
-    pen.fillText(prunes ? "No partition is drawn here yet." : "Nothing is pruned in this run.", 4, 20);
+    pen.fillText(prunes ? "No partition is drawn here yet." : "No channel is pruned in this run.", 4, 20);
     return;
   }
   const logs = Array.from(drawing.scores, score => Math.log10(Math.max(score, 1e-12)));
@@ -423,35 +432,30 @@ function drawHeads() {
 }
 
 function showPictures() {
-  // Image tokens lie over the picture line by line. Where the model says no grid they are a square, or a square and
-  // the tower's own summary before it.
+  // Image tokens lie over the picture line by line. Some towers put a summary before them, or leave the first out.
   const tokens = run.prompt.filter(one => one.image);
   let first = 0;
-  run.pictures.forEach((picture_of, which) => {
-    const each = picture_of.rows * picture_of.columns, side = Math.floor(Math.sqrt(each)), own = tokens.slice(first, first += each);
-    const [lines, across] = picture_of.rows > 1 ? [picture_of.rows, picture_of.columns] : [side, side];
-    own.splice(0, each - lines * across === 1 ? 1 : 0);
-    const isGrid = own.length === lines * across;
+  run.pictures.forEach(({address, tokens: each, rows: lines, columns: across}, which) => {
+    const more = each - lines * across, own = tokens.slice(first + Math.max(0, more), first += each);
     const canvas = document.createElement("canvas"), words = document.createElement("p"), picture = new Image();
     words.className = "small";
     canvas.setAttribute("role", "img");
     canvas.setAttribute("aria-label", `Picture ${which + 1} with its ${each} image tokens`);
     byId("pictures").append(canvas, words);
-    words.textContent = isGrid ? `Picture ${which + 1} as the model sees it: ${lines} × ${across} image tokens. The brighter a square, the more of the channels' scores comes from it.`
-      : `Picture ${which + 1} as the model sees it. Its ${each} image tokens are no grid, so they are not laid over it.`;
+    words.textContent = `Picture ${which + 1} as the model sees it: ${lines} × ${across} image tokens. The brighter a square, the more of the channels' scores comes from it.`;
     picture.onload = () => {
       const size = Math.min(300, canvas.clientWidth), high = size * picture.height / picture.width, {pen} = fit(canvas, high);
       canvas.style.width = size + "px";
       pen.imageSmoothingEnabled = picture.width > 150;
       pen.drawImage(picture, 0, 0, size, high);
       const most = Math.max(...own.map(one => one.share), 1e-12);
-      own.forEach((one, index) => {
-        if (!isGrid) return;
+      own.forEach((one, token) => {
+        const index = token + Math.max(0, -more);
         pen.fillStyle = `rgba(17, 21, 27, ${0.72 * (1 - Math.sqrt(one.share / most))})`;
         pen.fillRect(index % across * size / across, Math.floor(index / across) * high / lines, size / across - 1, high / lines - 1);
       });
     };
-    picture.src = picture_of.address;
+    picture.src = address;
   });
 }
 
@@ -484,7 +488,7 @@ function show(index) {
   byId("slider").value = frame;
   byId("slider").setAttribute("aria-valuetext", `token ${frame + 1} of ${frames.length}: ${one.text}`);
   byId("position").textContent = `${frame + 1} / ${frames.length}`;
-  byId("said").textContent = visible(one.text || shown(one));
+  byId("said").textContent = said(one);
   byId("probability").textContent = percent(one.probability);
   byId("dense-probability").textContent = percent(one.dense_probability);
   byId("dense-said").textContent = visible(one.dense_likeliest);
@@ -498,8 +502,6 @@ function show(index) {
   byId("ms-words").textContent = frame ? `${percent(one.ms / one.dense_ms)} of dense's ${one.dense_ms.toFixed(1)} ms` : `the prompt took ${run.statistics.timing.prefill_ms.toFixed(0)} ms, and ${run.statistics.timing.partition_ms.toFixed(0)} ms for the partition`;
   drawAll();
 }
-
-function shown(one) { return one.agrees ? one.dense_likeliest : one.likeliest; }
 
 function drawAll() {
   drawMap();
@@ -570,13 +572,14 @@ function tick(now) {
 }
 
 function onKey(event) {
-  const at = event.target, name = at.id;
+  const at = event.target;
   if (event.ctrlKey || event.altKey || event.metaKey) return;
   if (event.key === " " && !["BUTTON", "SUMMARY", "SELECT"].includes(at.tagName)) { event.preventDefault(); play(); return; }
-  const ours = name === "map" || name === "slider", anywhere = at === document.body || ours || name === "play";
-  const keys = {ArrowRight: () => show(frame + 1), ArrowLeft: () => show(frame - 1)};
-  const own = {ArrowUp: () => choose(selected - 1), ArrowDown: () => choose(selected + 1), Home: () => show(0), End: () => show(last)};
-  const act = (anywhere && keys[event.key]) || (ours && own[event.key]);
+  const keys = {
+    ArrowRight: () => show(frame + 1), ArrowLeft: () => show(frame - 1), Home: () => show(0), End: () => show(last),
+    ArrowUp: () => choose(selected - 1), ArrowDown: () => choose(selected + 1),
+  };
+  const act = !at.matches("select, #column, .scroll") && keys[event.key];
   if (!act) return;
   event.preventDefault();
   if (event.key !== "ArrowUp" && event.key !== "ArrowDown") stop();

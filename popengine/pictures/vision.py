@@ -135,7 +135,7 @@ class Vision:
 
     @property
     def meant(self) -> tuple[str, ...]:
-        """Whoever writes <image> into a message says where a picture stands."""
+        """Whoever writes <image> into a message says where a picture stands; a model only with image parts."""
         before, after = self.model.around_image
         around = (self.tokenizer.decode([token], skip_special_tokens=False) for token in (*before, *after))
         return self.mark, *around

@@ -28,7 +28,7 @@ TEMPLATE_LETTERS = 200_000
 class Placing(Protocol):
     """How pictures get their places in a text and among its tokens (popengine.pictures.vision).
 
-    meant  control tokens that a message may spell and mean
+    meant  control tokens that a message may spell and mean, unless the model wrote it
     """
 
     @property
@@ -67,8 +67,8 @@ class Prompts:
         parse_special  whether control tokens that a message spells are those tokens, and not their letters
         Raises InputError for an empty prompt, and where text or images do not suit the checkpoint.
         """
-        tokens = set() if parse_special else set(self.tokenizer.special_tokens) - set(self.placing.meant)
-        spelled = Spelled(tokens, [*prompts, system_prompt or ""], self.chat_template or "")
+        tokens = set() if parse_special else self.tokenizer.special_tokens
+        spelled = Spelled(tokens, [*prompts, system_prompt or ""], self.chat_template or "", self.placing.meant)
         made = []
         for text, adds_special in self.texts(prompts, [len(own) for own in images], raw, system_prompt, spelled):
             text = self.placing.written_out(text)

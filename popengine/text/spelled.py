@@ -18,14 +18,18 @@ PRIVATE_USE = range(0xF0000, 0xFFFFE)     # not the lower one, where fonts of sy
 
 
 class Spelled:
-    """The control tokens that messages spell, and pieces of them, each with the character that stands for it."""
+    """The control tokens that messages spell, and pieces of them, each with the character that stands for it.
 
-    def __init__(self, tokens: Collection[str], messages: Any, template: str) -> None:
+    meant  those that a message may spell and mean, but for what the model wrote: its messages are letters
+    """
+
+    def __init__(self, tokens: Collection[str], messages: Any, template: str, meant: Collection[str] = ()) -> None:
         text = "\n".join([template, *leaves(messages)])
-        self.guarded = tokens
+        self.guarded = [token for token in tokens if token not in meant]
         self.found = any_of(token for token in tokens if token in text)
+        self.unmeant = any_of(token for token in self.guarded if token in text)
         self.longest = max(map(len, tokens), default=0)
-        self.together = "\0".join(["", *tokens, ""])
+        self.together = "\0".join(["", *self.guarded, ""])
         self.free = (chr(code) for code in PRIVATE_USE if chr(code) not in text)
         self.marks: dict[str, str] = {}
         self.letters: dict[str, str] = {}
@@ -39,17 +43,19 @@ class Spelled:
             self.marks[letters], self.letters[mark] = mark, letters
         return self.marks[letters]
 
-    def hide(self, value: Any, pieces: bool = False) -> Any:
+    def hide(self, value: Any, pieces: bool = False, by_model: bool = False) -> Any:
         """Messages with marks in the place of tokens, in whatever they consist of. pieces: and of what could be the
         beginning or the end of one, or its middle"""
         if isinstance(value, str):
-            text = self.found.sub(lambda found: self.mark(found.group()), value)
+            tokens = self.found if by_model else self.unmeant
+            text = tokens.sub(lambda found: self.mark(found.group()), value)
             return self.without_pieces(text) if pieces else text
         if isinstance(value, dict):
             # A role is a word that templates compare, and may build a token of.
             words = {name for name in ("role", "type") if str(value.get(name)).isidentifier()}
-            return {name: self.hide(inner, pieces and name not in words) for name, inner in value.items()}
-        return [self.hide(inner, pieces) for inner in value] if isinstance(value, (list, tuple)) else value
+            by_model = by_model or value.get("role") == "assistant"
+            return {name: self.hide(inner, pieces and name not in words, by_model) for name, inner in value.items()}
+        return [self.hide(inner, pieces, by_model) for inner in value] if isinstance(value, (list, tuple)) else value
 
     def without_pieces(self, text: str) -> str:
         """White space around does not count: templates take it away."""
