@@ -25,6 +25,12 @@ from popengine.processes import is_one_of_several
 from popengine.waiting import waiting
 from weights.errors import InputError, one_line
 
+# How PyTorch's allocators, drivers and the loader of libraries say so: none raises a MemoryError.
+NO_MEMORY = (
+    "DefaultCPUAllocator", "out of memory", "annot allocate memory", "ALLOC_FAILED", "can't start new thread",
+    "failed to map segment",
+)
+
 
 class OneLineParser(argparse.ArgumentParser):
     """Errors as one line, without the usage in front; help that fits a screen, with what is rare behind --help-all.
@@ -104,15 +110,16 @@ def run_as_command(
     except BrokenPipeError:
         silence(sys.stdout)         # whoever read our output has gone, and nothing is left to say
         status = 141
-    except OSError as error:
-        of_file = "" if error.filename is None else f" ({error.filename})"
-        said = one_line(f"error: reading or writing failed: {error.strerror or error}{of_file}")
-    except MemoryError:
-        said = "error: this machine has too little memory for that; ask for less, or for a smaller dtype"
-    except RuntimeError as error:
-        if torchrun is None:
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+            said = "error: this machine has too little memory for that; ask for less, or for a smaller dtype"
+        elif isinstance(error, OSError):
+            of_file = "" if error.filename is None else f" ({error.filename})"
+            said = one_line(f"error: reading or writing failed: {error.strerror or error}{of_file}")
+        elif torchrun is None or isinstance(error, ImportError):
             raise
-        said = one_line(f"error: the ranks have lost each other, or one has failed: {error}")
+        else:
+            said = one_line(f"error: the ranks have lost each other, or one has failed: {error}")
     if status in (2, 130) and (torchrun is None or torchrun.says_why_it_failed()):
         complain(said)
     sys.exit(status)

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 from models.pruning.settings import PruningSettings
+from popengine.command import OneLineParser, run_as_command
 from popengine.loading import load
 from popengine.measure.answering import encode, fitting, generate_until, log_likelihoods
 from popengine.measure.scoring import Window, dense_log_probabilities, log_probabilities
@@ -32,8 +33,8 @@ from popengine.methods.calibration import load_calibration
 from popengine.sampling import Sampling
 from popengine.text.chat import render_chat
 from popengine.text.spelled import Spelled
-from popengine.torchrun import agree, contents, one_of_several, says_why_it_failed
-from weights.errors import InputError, one_line
+from popengine.torchrun import agree, contents
+from weights.errors import InputError
 from weights.json_files import shown
 
 try:
@@ -220,16 +221,17 @@ def whole_number(name: str, value: Any) -> int:
 
 def main() -> NoReturn:
     """lm_eval's own command line, with our errors in one line."""
+    parser = OneLineParser("harness", "", "", "")
+    # Paths may differ from machine to machine; what --model_args say the model compares.
+    parser.set_defaults(asked=[word for flag, word in pairwise(sys.argv) if flag not in OF_PATHS])
+    run_as_command(evaluate_tasks, parser, [])
+
+
+def evaluate_tasks(_: Namespace) -> None:
     try:
-        # Paths may differ from machine to machine; what --model_args say the model compares.
-        asked = [word for flag, word in pairwise(sys.argv) if flag not in OF_PATHS]
-        with one_of_several(Namespace(asked=asked)):
-            cli_evaluate()
-    except (InputError, ValueError) as error:       # the latter lm_eval's, of tasks and flags that it does not know
-        if says_why_it_failed():
-            print(one_line(f"error: {error}"), file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
+        cli_evaluate()
+    except ValueError as error:         # lm_eval's, of tasks and flags that it does not know
+        raise InputError(str(error)) from None
 
 
 if __name__ == "__main__":

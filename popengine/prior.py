@@ -29,10 +29,13 @@ from popengine.sampling import Sampling
 from popengine.torchrun import from_each
 
 FORMAT = "popengine prior 1"
-# A network or attention, and which part of it: "h", what feeds down_proj or o_proj, or its factors "gate" and "up".
+# A network or attention, and which part of it: "h", what feeds down_proj or o_proj, or a network's factors.
 Part = tuple[nn.Module, str]
 FILE = "prior.safetensors"
 TEXTS, TEXT_TOKENS = 16, 160
+PARTS = ("h", "gate", "up")
+# Of a mean square, far above any model's: so many tokens of it, and sums of those, are numbers still.
+LARGEST = 1e24
 
 
 class Sampler(Protocol):
@@ -90,7 +93,7 @@ def make(engine: Sampler, progress: bool) -> dict[Part, Tensor]:
         if isinstance(module, MixtureOfExperts):        # its experts are told of one by one
             return
         rows[module] = rows.get(module, 0) + h.shape[:-1].numel()
-        for part, values in (("h", h), ("gate", gate), ("up", up)):
+        for part, values in zip(PARTS, (h, gate, up), strict=True):
             if values is not None:
                 squares = values.float().square().flatten(0, -2).sum(dim=0)         # [I]
                 sums[module, part] = sums[module, part] + squares if (module, part) in sums else squares
@@ -112,7 +115,9 @@ def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[Part, Tensor] |
     """A prior that was kept; None where there is none of this model: it is then made again."""
     if not path.is_file():              # nor a pipe, which would be waited for
         return None
-    places = observed(model)
+    places, ranks = observed(model), model.config.ranks
+    mixtures = (one for one in model.modules() if isinstance(one, MixtureOfExperts))
+    unreached = {module for mixture in mixtures for module in mixture.modules()}     # experts, perhaps
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
@@ -121,16 +126,21 @@ def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[Part, Tensor] |
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping: has only keys()
     except (OSError, SafetensorError):
         return None
-    sizes = {place: one.channels if isinstance(one, FeedForward) else one.heads * one.head_dim
-             for place, one in places.items()}
     found: dict[Part, Tensor] = {}
-    for key, tensor in tensors.items():
-        place, _, part = key.rpartition(" ")
-        tensor = tensor[model.config.ranks.stretch(len(tensor))] if tensor.dim() else tensor
-        if place not in sizes or tensor.shape != (sizes[place],) or not tensor.isfinite().all():
-            return None
-        found[places[place], part] = tensor.float().to(model.device)
-    return found
+    for place, one in places.items():
+        size = one.channels if isinstance(one, FeedForward) else one.heads * one.head_dim
+        parts = PARTS if isinstance(one, FeedForward) else PARTS[:1]
+        keys = [f"{place} {part}" for part in parts]
+        if one in unreached and not any(key in tensors for key in keys):
+            continue
+        for key, part in zip(keys, parts, strict=True):
+            squares = tensors.pop(key, None)
+            if squares is None or squares.dtype != torch.float32 or squares.shape != (ranks.count * size,) or not bool(
+                ((squares >= 0) & (squares <= LARGEST)).all()
+            ):
+                return None
+            found[one, part] = squares[ranks.stretch(len(squares))].to(model.device)
+    return None if tensors else found
 
 
 def write(path: Path, name: str, prior: dict[Part, Tensor], model: LlamaForCausalLM) -> None:

@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from builders import another_setting
@@ -158,6 +159,15 @@ def test_the_command_and_its_errors(
     assert end.value.code == 2
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith("error: ") and str(missing) in said[-1]
+    for raised, status, words in (
+        (KeyboardInterrupt(), 130, ""), (MemoryError(), 2, "error: this machine has too little memory"),
+        (OSError("No space left on device"), 2, "error: reading or writing failed: No space left"),
+    ):
+        monkeypatch.setattr("popengine.harness.cli_evaluate", Mock(side_effect=raised))
+        with pytest.raises(SystemExit) as end:
+            main()
+        error = capsys.readouterr().err.strip()
+        assert end.value.code == status and error.startswith(words) and "\n" not in error
 
 
 def test_a_chat_that_spells_control_tokens_means_its_letters(checkpoint: Path) -> None:

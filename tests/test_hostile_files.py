@@ -6,7 +6,9 @@ Every test has a generator of its own; a case is a change to the files of a smal
 import io
 import json
 import shutil
+import struct
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -282,6 +284,18 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path) -> None:
     with bounded():
         PROCESSING.pixel_values(tmp_path / "large.png")
         pytest.fail("it was read")
+
+
+@pytest.mark.parametrize("size", [(1, 20_000_000), (20_000_000, 1), (402, 2)])
+def test_a_picture_that_is_a_line_is_not_decoded(tmp_path: Path, size: tuple[int, int]) -> None:
+    content = bytearray(picture_file("PNG", "L", 7))
+    content[16:24] = struct.pack(">II", *size)                  # what the header says, and its checksum
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "line.png").write_bytes(content)
+    with bounded(), pytest.raises(InputError, match=r"too long and thin: .* at most 200 times as long as wide"):
+        PROCESSING.pixel_values(tmp_path / "line.png")
+    Image.new("1", (400, 2)).save(tmp_path / "line.png")
+    assert PROCESSING.pixel_values(tmp_path / "line.png").shape == (3, 224, 224)
 
 
 def picture_file(kind: str, mode: str, side: int) -> bytes:

@@ -1,11 +1,14 @@
 """Static methods and calibration: what they keep, that they run on the same path, and what they refuse."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from builders import MIXTRAL, SIZES, prefilled, resolved, saved_pair
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -157,6 +160,42 @@ def test_what_is_no_calibration_is_refused(model: LlamaForCausalLM, tmp_path: Pa
         saved_pair(tmp_path / "other", LlamaConfig(**SIZES))
         with pytest.raises(InputError, match="not a calibration of popengine"):
             load_calibration(path, model)
+
+
+@pytest.fixture(scope="module")
+def saved(mixture: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "calibration.safetensors"
+    save_calibration(calibrate(mixture, TEXTS, "numbers"), mixture, path)
+    return path
+
+
+EDITS = {
+    **{str(dtype): lambda held, dtype=dtype: held.to(dtype) for dtype in (
+        torch.float8_e4m3fn, torch.complex64, torch.bool, torch.int32, torch.float64, torch.bfloat16
+    )},
+    "not a number": lambda held: torch.full(held.shape, math.nan), "infinite": lambda held: held / 0,
+    "too large": lambda held: torch.full(held.shape, 3e38).to(held.dtype), "negative": lambda held: -1 - held.abs(),
+    "too long": lambda held: torch.zeros(*held.shape[:-1], 5000, dtype=held.dtype),
+    "another shape": lambda held: held[None], "empty": lambda held: held.flatten()[:0],
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("name", ["tokens", "mean", "variance", "influence.layers", "angles.layers", "windows.layers",
+                                  "weights", "likeness"])
+def test_edited_calibrations_are_refused_in_a_line(
+    name: str, edit: str, mixture: LlamaForCausalLM, saved: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(saved)
+    key = next(key for key in tensors if key.endswith(name))
+    tensors[key] = EDITS[edit](tensors[key]).contiguous()
+    with safe_open(saved, framework="pt") as file:
+        save_file(tensors, tmp_path / "edited.safetensors", file.metadata())
+    if (name, edit) == ("mean", "negative"):            # as it may be
+        load_calibration(tmp_path / "edited.safetensors", mixture)
+        return
+    with pytest.raises(InputError, match=f"what it says of {key} is damaged: it should be "):
+        load_calibration(tmp_path / "edited.safetensors", mixture)
 
 
 def test_unknown_methods_missing_calibration_and_heads_are_named(model: LlamaForCausalLM) -> None:

@@ -321,7 +321,7 @@ def test_a_saved_calibration_serves_every_method_and_its_own_model_alone(
         load_calibration(path, other_model)
     for damage in ({"influence": torch.full((LAYERS,), math.nan)}, {"windows": torch.full((2, 9), 10**6)}):
         save_calibration(replace(calibration, **damage), model, path)  # type: ignore[arg-type]
-        with pytest.raises(InputError, match="what it says of the layers is damaged"):
+        with pytest.raises(InputError, match=r"what it says of \w+.layers is damaged"):
             load_calibration(path, model)
 
 

@@ -1,18 +1,21 @@
 """Where output goes: full disks, closed streams, terminals of few letters, and files that are none."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from builders import REPOSITORY, exit_status, one_line_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from popengine import bench, compare, gates, score
-from popengine.command import check_output
+from popengine.command import OneLineParser, check_output, run_as_command
 from popengine.compare import main
 from weights.errors import InputError, one_line
 
@@ -81,6 +84,25 @@ def test_what_is_not_a_file_is_never_replaced(
         assert "is not a file, and is not replaced by one" in one_line_error(command.main, capsys, *words)
         assert (tmp_path / name).is_fifo()
         (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), RuntimeError("can't start new thread"),
+    ImportError("libtorch_cpu.so: failed to map segment from shared object"), None,
+])
+def test_too_little_memory_is_one_line_however_it_is_said(
+    error: Exception | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: Any) -> None:
+        if error is not None:
+            raise error
+        torch.empty(2**60)              # PyTorch's own words
+
+    with pytest.raises(SystemExit) as ended:
+        run_as_command(run, OneLineParser("test", "", "", ""), [])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: this machine has too little memory for that")
 
 
 def test_no_input_may_be_a_pipe(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,14 @@
 """Prompts to token ids: who says what, batches in one template process, and texts that no context can hold."""
 
+import json
+import shutil
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import LLAVA_TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,6 +65,64 @@ def test_control_tokens_are_parsed_where_that_is_asked_for_and_in_raw_text(engin
 def test_the_system_prompt_and_every_part_of_a_message_are_letters(engine: Engine) -> None:
     ids = engine.prompts.ids([{"role": "user", "content": "<eos>"}], system_prompt="<|end|>")
     assert controls(engine, ids) == ["<|system|>", "<|end|>", "<|user|>", "<|end|>", "<|assistant|>"]
+
+
+PARTS = (
+    "{% for m in messages %}<|user|>{% for part in m.content %}{{ part.text | trim }}{% endfor %}<|end|>{% endfor %}"
+    "<|assistant|><{{ messages[0].content[0].text }}>{{ messages[0].role }}"
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(content=words.map("".join), cuts=st.lists(st.integers(0, 60), max_size=4).map(sorted), ends=st.booleans())
+def test_texts_that_spell_a_control_token_together_are_letters(
+    engine: Engine, content: str, cuts: list[int], ends: bool
+) -> None:
+    """However it is cut into parts, with a template that joins them, trims them, and puts brackets of its own around"""
+    content = "|eos" + content if ends else content
+    parts = [content[one:other] for one, other in zip([0, *cuts], [*cuts, len(content)], strict=True)]
+    messages = [{"role": "user", "content": [{"type": "text", "text": f" {part}\n"} for part in parts]}]
+    prompts = engine.prompts.__class__(engine.tokenizer, PARTS, engine.pictures, 256)
+    ids = prompts.ids(messages)  # type: ignore[arg-type]
+    assert controls(engine, ids) == ["<|user|>", "<|end|>", "<|assistant|>"]
+    said = "".join(part.strip() for part in parts)
+    assert engine.tokenizer.decode(ids, skip_special_tokens=False) == (
+        f"<|user|>{said}<|end|><|assistant|>< {parts[0]}\n>user"
+    )
+
+
+def test_halves_of_a_control_token_that_do_not_meet_are_encoded_as_they_always_were(engine: Engine) -> None:
+    messages = [{"role": "user", "content": "end|> is what <|"}, {"role": "assistant", "content": "<"}]
+    text = render_chat(str(engine.chat_template), messages, bos_token=None, eos_token="<eos>")
+    assert engine.prompts.ids(messages) == engine.tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_the_halves_of_two_parts_are_letters_to_a_llava() -> None:
+    engine = load(LLAVA_TINY, device="cpu")
+    for words in (["</", "s>"], ["<", "/", "s", ">"], ["</s ", ">"], ["a</", "", "s>b"], ["</s>", ""]):
+        content = [{"type": "text", "text": word} for word in words]
+        assert not controls(engine, engine.prompts.ids([{"role": "user", "content": content}])[1:])
+
+
+@pytest.mark.parametrize(("normalizer", "spelling"), [
+    ({"type": "NFKC"}, "＜｜end｜＞"), ({"type": "NFKC"}, "<|ｅnd|>"), ({"type": "Lowercase"}, "<|END|>"),
+    ({"type": "Replace", "pattern": {"String": "§"}, "content": "<|end|>"}, "§"),
+])
+@pytest.mark.parametrize("around", ["", "a", "<|end|>"])
+def test_what_a_normalizer_makes_of_a_message_is_no_control_token(
+    checkpoint: Path, tmp_path: Path, normalizer: dict[str, Any], spelling: str, around: str
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "folder")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = normalizer
+    for token in tokenizer["added_tokens"]:
+        token["normalized"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    engine = load(folder)
+    ids = engine.prompts.ids(f"{around}{spelling}{around}")
+    assert controls(engine, ids) == ["<|user|>", "<|end|>", "<|assistant|>"]
+    ids = engine.prompts.ids(f"b{spelling}b", parse_special=True)
+    assert controls(engine, ids) == ["<|user|>", "<|end|>", "<|end|>", "<|assistant|>"]
 
 
 def test_a_batch_of_chats_starts_one_process(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from builders import (
+    LLAVA_TINY,
     MIXTRAL,
+    MIXTRAL_TINY,
     SIZES,
     complete_checkpoint,
     left_padded,
@@ -17,6 +19,8 @@ from builders import (
     saved_pair,
     stored_by_columns,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 from slow_pop import slow_order
 from torch import Tensor
 from transformers import LlamaConfig
@@ -34,6 +38,7 @@ from models.pruning.rules import POP, Prior
 from models.pruning.settings import DENSE, RULE_NAMES, PruningSettings
 from models.reading import bytes_per_token
 from popengine.loading import load
+from popengine.prior import read
 from weights.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("exact_drafts")
@@ -340,9 +345,34 @@ def test_a_prior_is_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
     before = kept.stat().st_mtime_ns
     assert load(folder).generate("What is this?", max_new_tokens=8, pruning=settings)[0].token_ids == tokens
     assert kept.stat().st_mtime_ns == before
-    kept.write_bytes(b"damaged")
-    assert load(folder).generate("What is this?", max_new_tokens=8, pruning=settings)[0].token_ids == tokens
-    assert kept.stat().st_size > 1000
+    with safe_open(kept, framework="pt") as file:
+        about = file.metadata()
+    infinite = {key: torch.full_like(one, 3e38) for key, one in load_file(kept).items()}
+    for damaged in (b"damaged", save(infinite, about)):
+        kept.write_bytes(damaged)
+        assert load(folder).generate("What is this?", max_new_tokens=8, pruning=settings)[0].token_ids == tokens
+        assert kept.read_bytes() != damaged
+
+
+@pytest.mark.parametrize("folder", [MIXTRAL_TINY, LLAVA_TINY])
+def test_an_edited_prior_is_made_again(folder: Path, tmp_path: Path) -> None:
+    model, path = load(folder, device="cpu", dtype="float32").model, folder / "prior.safetensors"
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+    tensors, name = load_file(path), about["model"]
+    assert len(read(path, name, model) or ()) == len(tensors)
+    first = "model.layers.0.self_attn h"
+    held, without = tensors[first], {key: one for key, one in tensors.items() if key != first}
+    halves = torch.zeros(len(held), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    kinds = (torch.float8_e4m3fn, torch.complex64, torch.bool, torch.int64, torch.float64)
+    for edited in (
+        *(tensors | {first: held.to(kind)} for kind in kinds), without, {first: held}, {}, tensors | {first: halves},
+        tensors | {"else h": held.clone()},
+        tensors | {first: -1 - held}, tensors | {first: held / 0}, tensors | {first: held * 1e30},
+        tensors | {first: held[1:].clone()}, tensors | {first: held[:1].clone()}, tensors | {first: held.sum()},
+    ):
+        save_file(edited, tmp_path / "prior.safetensors", about)
+        assert read(tmp_path / "prior.safetensors", name, model) is None
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import json
 import random
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -444,6 +446,30 @@ def test_broken_tokenizer_config_is_one_line(tmp_path: Path, sentencepiece_model
         with pytest.raises(InputError) as error:
             open_tokenizer(directory)
         assert_one_line(error, "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("place", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_added_tokens_are_read_at_once_up_to_a_number_far_above_any_model(tmp_path: Path, place: str) -> None:
+    byte_level_directory(tmp_path)
+    for count in (10_000, 50_000):
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+        tokens = [{"id": 600 + one, "content": f"<{one}>"} | flags for one in range(count)]
+        content: dict[str, Any] = json.loads((tmp_path / "tokenizer.json").read_text())
+        if place == "tokenizer.json":
+            content["added_tokens"] = tokens
+        elif place == "tokenizer_config.json":
+            content = {"added_tokens_decoder": {str(token["id"]): token for token in tokens}}
+        else:
+            content = {str(token["content"]): token["id"] for token in tokens}
+            (tmp_path / "tokenizer_config.json").unlink(missing_ok=True)
+        write_json(tmp_path / place, content)
+        began = time.perf_counter()
+        if count < 32_000:
+            assert open_tokenizer(tmp_path).token_id("<9999>") is not None
+        else:
+            with pytest.raises(InputError, match=r"it has 50\d{3} added tokens, and at most 32000 are read"):
+                open_tokenizer(tmp_path)
+        assert time.perf_counter() - began < 2.0
 
 
 def test_lone_surrogate_is_refused(any_tokenizer: TextTokenizer) -> None:

@@ -5,7 +5,7 @@ I FFN channels, H hidden size, L layers, n tokens, W windows of T tokens.
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from popengine.methods.activations import (
 from weights.errors import InputError, one_line
 
 FORMAT = "popengine calibration 2"
-# Those of the text that searches run on: each costs them as much again.
-HELD_WINDOWS = 1
+# Of the text, for searches to run on, and the tokens of each: both cost them as much again.
+HELD_WINDOWS, HELD_TOKENS = 1, 256
+# Of an activation, far above any model's: its square, and sums of many, are numbers still.
+LARGEST = 1e12
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def calibrate_on(model: LlamaForCausalLM, texts: Iterable[tuple[list[int], Tenso
         moments[name] = Moments(n, mean.float(), variance.float())
     influence, angles = (cosines / max(1, len(held))).float()
     spread = held[:: max(1, len(held) // HELD_WINDOWS)][:HELD_WINDOWS]
-    shortest = min(map(len, spread), default=0)
+    shortest = min([HELD_TOKENS, *map(len, spread)])
     routers = {name: RouterStatistics(weights[name], likeness(torch.cat(of))) for name, of in logits.items()}
     return Calibration(
         moments, 1 - influence, angles, torch.tensor([ids[:shortest] for ids in spread]), made_from, fingerprint(model),
@@ -185,37 +187,44 @@ def load_calibration(path: Path, model: LlamaForCausalLM) -> Calibration:
     if metadata.get("format") != FORMAT:
         raise InputError(f"{path}: not a calibration of popengine (its format is {metadata.get('format')!r})")
     networks, mixtures, ranks = feed_forward_networks(model), mixtures_of_experts(model), model.config.ranks
-    influence, angles, windows = (tensors.pop(f"{name}.layers", None) for name in ("influence", "angles", "windows"))
-    places = {key.rsplit(".", 1)[0] for key in tensors}
+    places = {key.rsplit(".", 1)[0] for key in tensors} - {"influence", "angles", "windows"}
     if metadata.get("model") != fingerprint(model) or places != {*networks, *mixtures}:
         raise InputError(
             f"{path}: this calibration was made for another model, or for another dtype of it (from "
             f"{metadata.get('made_from')}); make one with --calibration-text"
         )
-    if influence is None or angles is None or windows is None or not (
-        influence.shape == angles.shape == (len(model.model.layers),) and influence.isfinite().all()
-        and angles.isfinite().all() and windows.dim() == 2 and windows.dtype == torch.int64 and windows.numel() > 1
-        and windows.min() >= 0 and windows.max() < model.config.vocab_size
-    ):
-        raise InputError(f"{path}: what it says of the layers is damaged; make it again with --calibration-text")
+
+    def saved(key: str, shape: Sequence[int], least: float, most: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the file has under this name. It is held to the kind that is written, and to what can have been."""
+        found = tensors.get(key)
+        if found is None or found.dtype != dtype or found.shape != torch.Size(shape) or not bool(
+            ((found >= least) & (found <= most)).all()
+        ):
+            raise InputError(
+                f"{path}: what it says of {key} is damaged: it should be {dtype} of shape {[*shape]}, each from "
+                f"{least:g} to {most:g}; make it again with --calibration-text"
+            )
+        return found
+
+    layers = [len(model.model.layers)]
+    influence, angles = saved("influence.layers", layers, 0, 2), saved("angles.layers", layers, 0, 1)
+    held = tensors.get("windows.layers", torch.zeros(0)).numel() // HELD_WINDOWS    # tokens of a window
+    held = min(max(2, held), HELD_TOKENS, model.config.max_position_embeddings)
+    windows = saved("windows.layers", [HELD_WINDOWS, held], 0, model.config.vocab_size - 1, torch.int64)
     moments = {}
     for name, ffn in networks.items():
-        mean, variance, tokens = (tensors.get(f"{name}.{key}") for key in ("mean", "variance", "tokens"))
-        if mean is None or variance is None or tokens is None or not (
-            mean.shape == variance.shape == (ranks.count * ffn.channels,) and tokens.numel() == 1 and int(tokens) >= 0
-            and mean.isfinite().all() and variance.isfinite().all() and (variance >= 0).all()
-        ):
-            raise InputError(f"{path}: what it says of {name} is damaged; make it again with --calibration-text")
-        mean, variance = (one[ranks.stretch(len(one))].float().to(ffn.device) for one in (mean, variance))
-        moments[name] = Moments(int(tokens), mean, variance)
+        tokens = int(saved(f"{name}.tokens", [], 0, math.inf, torch.int64))
+        channels = [ranks.count * ffn.channels]
+        whole_ones = (
+            saved(f"{name}.mean", channels, -LARGEST, LARGEST), saved(f"{name}.variance", channels, 0, LARGEST**2)
+        )
+        mean, variance = (one[ranks.stretch(len(one))].to(ffn.device) for one in whole_ones)
+        moments[name] = Moments(tokens, mean, variance)
     routers = {}
     for name, mixture in mixtures.items():
-        weights, alike, count = tensors.get(f"{name}.weights"), tensors.get(f"{name}.likeness"), len(mixture.experts)
-        if weights is None or alike is None or not (
-            weights.shape == (count,) and alike.shape == (count, count)
-            and weights.isfinite().all() and alike.isfinite().all() and (weights >= 0).all()
-        ):
-            raise InputError(f"{path}: what it says of {name} is damaged; make it again with --calibration-text")
-        routers[name] = RouterStatistics(weights.float().to(model.device), alike.float().to(model.device))
+        count = len(mixture.experts)
+        weights = saved(f"{name}.weights", [count], 0, LARGEST)
+        alike = saved(f"{name}.likeness", [count, count], -1.01, 1.01)              # to rounding
+        routers[name] = RouterStatistics(weights.to(model.device), alike.to(model.device))
     made_from = one_line(metadata.get("made_from", ""))
-    return Calibration(moments, influence.float(), angles.float(), windows, made_from, metadata["model"], routers)
+    return Calibration(moments, influence, angles, windows, made_from, metadata["model"], routers)

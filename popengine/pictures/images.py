@@ -28,6 +28,9 @@ Taken = TypeVar("Taken")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 # A camera's 24 megapixels; towers read less than one, and a picture takes up to 16 bytes a pixel on its way.
 MOST_PIXELS = 24_000_000
+# The long side by the short one, as Qwen's own processors have it: rows cost memory beside their pixels, and of such a
+# picture no model reads more than a handful of patches.
+MOST_STRETCHED = 200
 
 # What a configuration means when it leaves a field out: the defaults of the class it names.
 CLIP_DEFAULTS: dict[str, Any] = {
@@ -150,6 +153,11 @@ def from_image(source: ImageSource, take: Callable[[Image.Image], Taken]) -> Tak
                     raise InputError(
                         f"image too large: {path} has {picture.width} x {picture.height} pixels, and at most "
                         f"{MOST_PIXELS} are read; scale it down first"
+                    )
+                if max(picture.size) > MOST_STRETCHED * min(picture.size):
+                    raise InputError(
+                        f"image too long and thin: {path} has {picture.width} x {picture.height} pixels, and at most "
+                        f"{MOST_STRETCHED} times as long as wide is read; crop it first"
                     )
                 return take(picture)
     except InputError:

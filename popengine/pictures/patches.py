@@ -18,6 +18,7 @@ from models.picture_model import Grid
 from popengine.pictures.images import (
     CLIP_DEFAULTS,
     MOST_PIXELS,
+    MOST_STRETCHED,
     Colours,
     ImageSource,
     image_size,
@@ -31,8 +32,6 @@ from weights.errors import InputError
 from weights.json_files import JsonObject, shown
 
 PROCESSOR = "Qwen2VLImageProcessor"
-# Beyond that a picture is refused, as by the models' own processors: one side would be a handful of patches.
-MOST_STRETCHED = 200
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ class IsolatedTokenizer(Isolated):
 
     def __init__(self, content: str, where: str) -> None:
         super().__init__("tokenizers", content, where)
+        self.added: dict[int, AddedToken] | None = None
         try:
             self.size: int = self.ask("size")       # of the vocabulary, without added tokens
         except InputError as error:
@@ -94,9 +95,12 @@ class IsolatedTokenizer(Isolated):
         told = [(token.content, {name: getattr(token, name) for name in FLAGS}) for token in tokens]
         if told:
             self.ask("add", told, special, keep=True)
+            self.added = None
 
     def added_tokens(self) -> dict[int, AddedToken]:
-        return {number: AddedToken(content, **flags) for number, content, flags in self.ask("added")}
+        if self.added is None:
+            self.added = {number: AddedToken(content, **flags) for number, content, flags in self.ask("added")}
+        return self.added
 
     def token_to_id(self, token: str) -> int | None:
         return self.ask("number", token)

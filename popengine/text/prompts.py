@@ -104,9 +104,16 @@ class Prompts:
                 render_chats, str(self.chat_template), bos_token=self.tokenizer.bos_token,
                 eos_token=self.tokenizer.eos_token, longest=min(self.longest, 2 * said + TEMPLATE_LETTERS),
             )
-            texts = self.placing.render([*chats.values()], [images[index] for index in chats], render)
+            cut = {index: spelled.hide(messages, pieces=True) for index, messages in chats.items()}
+            cut = {index: messages for index, messages in cut.items() if messages != chats[index]}
+            indices = [*chats, *cut]
+            texts = self.placing.render(
+                [*chats.values(), *cut.values()], [images[index] for index in indices], render
+            )
             # The template has written the special tokens itself.
-            found |= {index: (text, False) for index, text in zip(chats, texts, strict=True)}
+            found |= {index: (text, False) for index, text in zip(chats, texts, strict=False)}
+            for index, text in zip(cut, texts[len(chats) :], strict=True):
+                found[index] = spelled.chosen(found[index][0], text), False
         return [found[index] for index in range(len(prompts))]
 
     def messages(self, prompt: Prompt, system_prompt: str | None) -> Messages:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from tokenizers import AddedToken
 
 from popengine.text.isolated import IsolatedSentencePiece, IsolatedTokenizer
+from popengine.text.tokenizer_sandbox import MOST_ADDED
 from weights.errors import InputError
 from weights.json_files import JsonObject, read_json, shown
 from weights.mapped_file import read_bytes, read_text
@@ -258,7 +259,8 @@ def _open_fast(directory: Path) -> FastTokenizer:
     backend.add_tokens([token for _, token in sorted(declared.items()) if token.content not in known])
     by_content = {token.content: token for token in backend.added_tokens().values()}
     backend.add_tokens(
-        [by_content.get(name, AddedToken(name, normalized=False)) for name in named.values()]
+        [by_content.get(name, AddedToken(name, normalized=False)) for name in named.values()
+         if name not in by_content or not by_content[name].special]
         + [AddedToken(name, normalized=False) for name in extra if name not in by_content],
         special=True,
     )
@@ -302,8 +304,10 @@ def _special_tokens(directory: Path) -> tuple[dict[str, str], list[str]]:
     if "added_tokens_decoder" not in declared:  # as transformers: only older folders need the second file
         declared.update(read_json(directory / "special_tokens_map.json", optional=True))
     named = {name: text for name in SPECIAL_TOKEN_NAMES if (text := token_text(declared.get(name)))}
-    extra = declared.get("extra_special_tokens") or declared.get("additional_special_tokens") or []
+    extra: Any = declared.get("extra_special_tokens") or declared.get("additional_special_tokens") or []
     listed = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
+    if len(listed) > MOST_ADDED:
+        raise InputError(f"{directory}: {len(listed)} special tokens are named, and at most {MOST_ADDED} are read")
     return named, [text for token in listed if (text := token_text(token))]
 
 
@@ -315,6 +319,7 @@ def _added_tokens(directory: Path, special: list[str]) -> dict[int, AddedToken]:
     config = directory / "tokenizer_config.json"
     declared = JsonObject(read_json(config, optional=True), str(config)).section("added_tokens_decoder")
     added: dict[int, AddedToken] = {}
+    check_count(declared)
     for number in declared.raw:
         if not re.fullmatch(r"[0-9]{1,9}", number):
             raise InputError(f"{declared.where}: {shown(number)} is no token id")
@@ -326,10 +331,16 @@ def _added_tokens(directory: Path, special: list[str]) -> dict[int, AddedToken]:
     if not added:
         path = directory / "added_tokens.json"
         older = JsonObject(read_json(path, optional=True), str(path))
+        check_count(older)
         for content in older.raw:
             is_special = content in special
             added[older.integer(content, None, 0)] = AddedToken(content, special=is_special, normalized=not is_special)
     return added
+
+
+def check_count(added: JsonObject) -> None:
+    if len(added.raw) > MOST_ADDED:
+        raise InputError(f"{added.where}: it has {len(added.raw)} added tokens, and at most {MOST_ADDED} are read")
 
 
 def added_tokens_pattern(tokens: Iterable[AddedToken]) -> re.Pattern[str]:

@@ -17,6 +17,8 @@ SECONDS, SECONDS_A_LETTER, SECONDS_A_BYTE = 1.0, 20e-6, 0.2e-6
 # Of address space, likewise; real ones take a tenth, a third and three quarters.
 MEMORY_BYTES, BYTES_A_LETTER, BYTES_A_BYTE = 300_000_000, 500, 40
 LONGEST_ANSWER = 50_000_000
+# Of tokens beside the vocabulary: Gemma has 6,000, models that speak have some 29,000.
+MOST_ADDED = 32_000
 
 
 def allow(letters: int, file_bytes: int) -> None:
@@ -36,6 +38,11 @@ def allow(letters: int, file_bytes: int) -> None:
             continue
 
 
+def check_added(count: int) -> None:
+    if count > MOST_ADDED:
+        raise ValueError(f"it has {count} added tokens, and at most {MOST_ADDED} are read")
+
+
 class FastHolder:
     """The tokenizer of a tokenizer.json, and what can be asked of it."""
 
@@ -45,6 +52,7 @@ class FastHolder:
     def __init__(self, content: str) -> None:
         import tokenizers
 
+        check_added(content.count('"single_word"'))     # before time goes into them; each says so
         self.added_token = tokenizers.AddedToken
         self.backend = tokenizers.Tokenizer.from_str(content)
         # A tokenizer.json may carry the truncation and padding of somebody's training run.
@@ -58,6 +66,7 @@ class FastHolder:
     def added(self) -> list[tuple[int, str, dict[str, bool]]]:
         names = ("single_word", "lstrip", "rstrip", "normalized", "special")
         found = self.backend.get_added_tokens_decoder().items()
+        check_added(len(found))
         return [(number, token.content, {name: getattr(token, name) for name in names}) for number, token in found]
 
     def size(self) -> int:
