@@ -4,7 +4,6 @@
 writes results and speaks; of the others nothing is heard, unless one of them is the first to fail.
 """
 
-import hashlib
 import os
 import shutil
 import sys
@@ -21,6 +20,7 @@ from torch import distributed
 from models.ranks import ALONE, Ranks
 from popengine.processes import is_first, is_one_of_several
 from weights.errors import InputError
+from weights.mapped_file import contents_digest
 
 # A rank that waits so long for another has lost it; for what a person types all wait as long as he takes.
 PATIENCE, OF_A_PERSON = timedelta(minutes=10), timedelta(days=365)
@@ -93,8 +93,7 @@ def contents(path: Any) -> str:
         return ", ".join(map(contents, path))
     if path is None or not Path(path).is_file():
         return str(path)
-    with open(path, "rb") as file:
-        return f"a file of digest {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    return f"a file of digest {contents_digest(Path(path))}"
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from weights.errors import InputError, one_line
 from weights.gguf_file import GGUFCheckpoint
 from weights.hub import download, is_hub_id
 from weights.json_files import JsonObject, shown
+from weights.mapped_file import contents_digest
 from weights.safetensors_files import SafetensorsCheckpoint
 
 __all__ = [
@@ -74,8 +75,7 @@ def description_digest(checkpoint: Checkpoint) -> str:
         return made.hexdigest()[:32]
     for path in sorted(checkpoint.path.iterdir()):
         if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file():
-            with path.open("rb") as file:
-                made.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+            made.update(f"{path.name} {contents_digest(path)}".encode())
     return made.hexdigest()[:32]
 
 
