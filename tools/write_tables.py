@@ -51,7 +51,7 @@ TABLES = {
     "dense": Table("The dense model on all twelve tasks", (
         "tasks", "--tasks", *TASKS, "--methods", "dense", *PLAIN, *LIMIT, "--batch-size", "16", "--run-code",
     ), 200),
-    "chosen": Table("POP: answers to choose", ("tasks", *CHOSEN, *POP, *CALIBRATED, *PLAIN, *LIMIT), 40, "pop"),
+    "chosen": Table("POP: answers to choose", ("tasks", *CHOSEN, *POP, *CALIBRATED, *PLAIN, *LIMIT), 100, "pop"),
     "generated": Table("POP: answers to generate", ("tasks", *LONGER, *POP, *CALIBRATED, *PLAIN, *LIMIT), 40, "pop"),
     "experts": Table("POP: mixtures of experts", ("compare", *MIXTURE, *ONLINE), 200),
     "pictures": Table("POP: pictures", ("compare", *PICTURES, *ONLINE), 200),
