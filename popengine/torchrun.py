@@ -132,10 +132,13 @@ def one_of_several(flags: Any) -> Iterator[None]:
 
 
 def says_why_it_failed() -> bool:
-    """Whether this rank is the first to fail, and so says why: it asks the store that torchrun keeps for its ranks."""
-    address, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", "0"))
+    """Whether this rank is the first to fail, and so says why: asked of the store that torchrun keeps for its ranks."""
     try:
-        store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        if distributed.is_initialized():
+            store = distributed.distributed_c10d._get_default_store()
+        else:
+            address, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", "0"))
+            store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
         return store.add("popengine: failed", 1) == 1
     except RuntimeError:                # the store has gone with the one that has spoken, or was never there
         return is_first() and not distributed.is_initialized()

@@ -175,7 +175,7 @@ def test_the_command_reads_pictures_and_says_what_is_wrong(
     assert json.loads(capsys.readouterr().out)["image_tokens"] == 15
     shared = ("--ckpt", folder, "--prompt", "Hi", "--image")
     assert "smaller than a patch of 4 x 4" in one_line_error(generate, capsys, *shared, tmp_path / "flat.png")
-    assert "more than 200 times as long" in one_line_error(generate, capsys, *shared, tmp_path / "long.png")
+    assert "at most 200 times as long as wide" in one_line_error(generate, capsys, *shared, tmp_path / "long.png")
     with pytest.raises(SystemExit) as end:
         info([str(folder)])
     assert not end.value.code
