@@ -52,7 +52,6 @@ def test_ranks_equal_one_process_with_as_many_groups(
         more = {"prefill_skip": "1/4", "min_evidence": 20, "dense_every": 8, "redraw_every": 16, "min_tokens": 2}
         picture = {"images": [str(LLAVA_TINY / "example.png")], "raw": False}
         cases = [
-            case(MIXTRAL_TINY, TALLY, settings={"prune_ratio": 0.4}),
             case(MIXTRAL_TINY, TALLY, settings={"prune_ratio": 0.2, **more}),
             case(LLAVA_TINY, "What do you see?", settings={"prune_ratio": 0.4, "prior": 32}, **picture),
             case(checkpoint, "Hello there", settings={"prune_ratio": 0.3, "rule": "all-channels"}),

@@ -66,25 +66,32 @@ def test_a_command_speaks_once_and_samples_alike(tiny: Path) -> None:
     assert len(json.loads(out)["token_ids"]) == 12              # of one rank, one object
 
 
-def test_a_calibration_is_of_whole_networks_whoever_writes_it(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("The harbour was built when the river still ran deep enough for ships. " * 40)
-    text, scored = ("--calibration-text", tmp_path / "text.txt"), {}
-    common = ("--ckpt", tiny, "--dtype", "float32", "--text", tmp_path / "text.txt", "--windows", 1, "--json")
-    common += ("--prompt-tokens", 24, "--score-tokens", 24, "--method", "flap", "--prune-ratio", 0.2)
-    for name, ranks, more in [
-        ("of two", 2, (*text, "--save-calibration", tmp_path / "of-two.safetensors")),
-        ("of one", 1, (*text, "--save-calibration", tmp_path / "of-one.safetensors", "--groups", 2)),
-        ("read by one", 1, ("--calibration", tmp_path / "of-two.safetensors", "--groups", 2)),
-        ("read by two", 2, ("--calibration", tmp_path / "of-one.safetensors")),
+def test_what_ranks_keep_is_of_the_whole_model_and_says_how_many_they_were(tiny: Path, tmp_path: Path) -> None:
+    """A comparison by two ranks, whose calibration is the one that one process makes, and which both read."""
+    text = tmp_path / "text.txt"
+    text.write_text("The harbour was built when the river still ran deep enough for ships. " * 40)
+    common = ("--ckpt", tiny, "--dtype", "float32", "--text", text, "--windows", 1, "--prompt-tokens", 24)
+    common += ("--score-tokens", 24, "--prune-ratio", 0.2)
+    made = ("--calibration-text", text, "--save-calibration")
+    compared = ("--methods", "flap", "--no-plots", "--out", tmp_path / "out", *made, tmp_path / "of-two.safetensors")
+    scored = ("--method", "flap", "--json")
+    found = []
+    for ranks, command, more in [
+        (2, "compare", compared),
+        (1, "score", (*scored, "--groups", 2, *made, tmp_path / "of-one.safetensors")),
+        (2, "score", (*scored, "--calibration", tmp_path / "of-one.safetensors")),
     ]:
-        status, out, lines = said(started(ranks, "-m", "popengine.score", *common, *more))
-        assert (status, lines) == (0, []), (name, lines)
-        scored[name] = json.loads(out)["perplexity"]
-    assert list(scored.values()) == pytest.approx([scored["of one"]] * 4, rel=1e-5)
+        status, out, lines = said(started(ranks, "-m", f"popengine.{command}", *common, *more))
+        assert (status, lines) == (0, []), (command, lines)
+        table = tmp_path / "out" / "table.json"
+        found.append(json.loads(table.read_text())["rows"][0] if command == "compare" else json.loads(out))
+    assert [one["perplexity"] for one in found] == pytest.approx([found[1]["perplexity"]] * 3, rel=1e-5)
     one, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("of-one", "of-two"))
     assert one.keys() == other.keys()
     for key, values in one.items():
         torch.testing.assert_close(other[key], values, rtol=1e-4, atol=1e-6)
+    first, *_ = (tmp_path / "out" / "progress.jsonl").read_text().splitlines()
+    assert json.loads(first)["comparison"]["ranks"] == 2            # so that one process does not go on with it
 
 
 def test_bench_tells_what_goes_between_ranks(tiny: Path, tmp_path: Path) -> None:
@@ -159,16 +166,6 @@ def test_files_are_compared_by_what_they_hold(tmp_path: Path) -> None:
     one, same, other = (contents([tmp_path / name]) for name in ("one", "same", "other"))
     assert one == same != other
     assert contents(tmp_path / "none") == str(tmp_path / "none") and contents(None) == "None"
-
-
-def test_what_ranks_have_measured_is_no_part_of_what_one_process_has(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("The harbour was built when the river still ran deep enough for ships. " * 40)
-    flags = ("--ckpt", tiny, "--text", tmp_path / "text.txt", "--windows", 1, "--prompt-tokens", 24, "--no-plots")
-    flags += ("--score-tokens", 8, "--methods", "dense", "--dtype", "float32", "--out", tmp_path / "out")
-    status, _, lines = said(started(2, "-m", "popengine.compare", *flags))
-    assert (status, lines) == (0, [])
-    status, _, lines = said(started(1, "-m", "popengine.compare", *flags))
-    assert status != 0 and "holds another comparison (ranks differ)" in lines[0]
 
 
 def test_an_interrupt_ends_all(tiny: Path) -> None:
