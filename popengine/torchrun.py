@@ -6,6 +6,7 @@ writes results and speaks; of the others nothing is heard, unless one of them is
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -96,6 +97,11 @@ def contents(path: Any) -> str:
     return f"a file of digest {contents_digest(Path(path))}"
 
 
+def ended_by_torchrun(*_: Any) -> None:
+    """A rank that dies says nothing, and torchrun may end the others before they notice."""
+    raise InputError("the ranks have lost each other: torchrun has ended this one, since another is gone")
+
+
 @contextmanager
 def one_of_several(flags: Any) -> Iterator[None]:
     """A command on every rank: joined, of the same flags, and with one of them that speaks and writes results.
@@ -124,10 +130,12 @@ def one_of_several(flags: Any) -> Iterator[None]:
                     setattr(flags, name, type(asked)(private))
             sys.stdout = sys.stderr = nowhere
         from_each(None)                 # copied, before the first rank writes
+        before = signal.signal(signal.SIGTERM, ended_by_torchrun)
         try:
             yield
             distributed.destroy_process_group()
         finally:
+            signal.signal(signal.SIGTERM, before)
             sys.stdout, sys.stderr = sys.__stdout__ or nowhere, sys.__stderr__ or nowhere
 
 
