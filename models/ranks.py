@@ -38,6 +38,10 @@ class Ranks:
             torch.distributed.all_reduce(part)
         return part
 
+    def join(self, part: Tensor) -> Tensor:
+        """What each rank has of as many as every other, side by side. [..., n] -> [..., ranks n]"""
+        return self.join_rows(part, self.count * part.shape[-1])
+
     def join_rows(self, part: Tensor, size: int) -> Tensor:
         """What each rank has of `size` outputs, side by side. [..., rows of this rank] -> [..., size]"""
         if self.count == 1:

@@ -148,7 +148,7 @@ def write(path: Path, name: str, prior: dict[Part, Tensor], model: LlamaForCausa
     places: dict[nn.Module, str] = {one: place for place, one in observed(model).items()}
     ranks = model.config.ranks
     tensors = {
-        f"{places[one]} {part}": ranks.join_rows(values, ranks.count * len(values)).cpu().contiguous()
+        f"{places[one]} {part}": ranks.join(values).cpu().contiguous()
         for (one, part), values in prior.items()
     }
     if not is_first():

@@ -1,4 +1,4 @@
-"""Steps of a model by one process, and by the ranks of torchrun: time, of it sums, bytes read, and memory per rank.
+"""Steps of a model by one process, and by the ranks of torchrun: time, what of it goes between ranks, bytes, memory.
 
     OMP_NUM_THREADS=1 python tools/measure_ranks.py SHAPE FOLDER [DTYPE] [--compile]
     torchrun --nproc-per-node 2 tools/measure_ranks.py SHAPE FOLDER [DTYPE] [--compile]
@@ -20,24 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.pruning.settings import DENSE, PruningSettings
 from models.reading import bytes_per_token
 from popengine.loading import load
+from popengine.measure.bench_engines import OwnEngine
 from popengine.measure.bench_shapes import write_random_checkpoint
 from popengine.processes import is_first
 from weights.memory import peak_memory_bytes
 
 PROMPT_TOKENS, STEPS = 64, 16
-
-
-def timed_sums() -> list[float]:
-    """Seconds spent in sums over ranks from here on, waiting for the other ranks included: one number, which grows."""
-    seconds, all_reduce = [0.0], torch.distributed.all_reduce
-
-    def timed(part: torch.Tensor) -> None:
-        began = time.perf_counter()
-        all_reduce(part)
-        seconds[0] += time.perf_counter() - began
-
-    torch.distributed.all_reduce = timed
-    return seconds
 
 
 def main() -> None:
@@ -54,21 +42,23 @@ def main() -> None:
     ranks, peak = engine.model.config.ranks, peak_memory_bytes(engine.device)
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the whole run
-    seconds = timed_sums()
     print(f"{given.shape}, {given.dtype}: rank {ranks.index} of {ranks.count}, {peak / 1e6:.0f} MB at peak of loading")
-    for name, settings in (("dense", DENSE), ("POP 0.4", PruningSettings(prune_ratio=0.4))):
-        steps, sums = [], []
-        run = iter(engine.run([[0] * PROMPT_TOKENS], STEPS + 4, settings, ignore_eos=True))
+    prunings = {"dense": engine.resolve(DENSE), "POP 0.4": engine.resolve(PruningSettings(prune_ratio=0.4))}
+    for name, pruning in prunings.items():
+        steps = []
+        run = iter(engine.run([[0] * PROMPT_TOKENS], STEPS + 4, pruning, ignore_eos=True))
         for _ in range(STEPS + 4):
-            began, before = time.perf_counter(), seconds[0]
+            began = time.perf_counter()
             next(run)
             steps.append((time.perf_counter() - began) * 1000)
-            sums.append((seconds[0] - before) * 1000)
-        read, peak = bytes_per_token(engine.model, engine.resolve(settings)), peak_memory_bytes(engine.device)
+        read, peak = bytes_per_token(engine.model, pruning), peak_memory_bytes(engine.device)
         print(
-            f"{name:8} step {median(steps[4:]):.1f} ms, of it sums {median(sums[4:]):.1f} ms; "
-            f"{read / 1e6:.0f} MB read per token and rank, {peak / 1e6:.0f} MB at peak"
+            f"{name:8} step {median(steps[4:]):.1f} ms; {read / 1e6:.0f} MB read per token and rank, "
+            f"{peak / 1e6:.0f} MB at peak"
         )
+    for name, pruning in prunings.items():          # last: the profiler takes memory of its own
+        between = OwnEngine(name, engine, pruning).share_between_ranks([[0] * PROMPT_TOKENS], STEPS + 4, STEPS)
+        print(f"{name:8} {between:.0%} of a step between ranks")
 
 
 if __name__ == "__main__":

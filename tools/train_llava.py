@@ -1,6 +1,6 @@
 """Train the small LLaVA of weights/llava-tiny/ on the picture questions, and report what it has learnt.
 
-    python tools/train_llava.py                 # about half an hour of one CPU core
+    python tools/train_llava.py                 # about 45 minutes of one busy CPU core
     python tools/train_llava.py --evaluate      # only the held-out accuracy of what is there
 
 As in LLaVA's own recipe the vision tower learns to see first: each patch has to tell which shape of which colour

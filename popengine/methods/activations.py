@@ -46,12 +46,6 @@ def mixtures_of_experts(model: LlamaForCausalLM) -> dict[str, MixtureOfExperts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MixtureOfExperts)}
 
 
-def whole(model: LlamaForCausalLM, channels: Tensor) -> Tensor:
-    """What each rank knows of its channels, side by side. [I of this rank] -> [I]"""
-    ranks = model.config.ranks
-    return ranks.join_rows(channels, ranks.count * len(channels))
-
-
 def layer_of(name: str) -> int:
     """The layer of a network by its place in the model."""
     return int(name.split(".")[2])

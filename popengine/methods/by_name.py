@@ -20,7 +20,6 @@ import torch
 
 from models.pruning.resolve import Pruning
 from models.pruning.settings import RULE_NAMES
-from popengine.methods.activations import whole
 from popengine.methods.cfsp import cfsp
 from popengine.methods.experts import router_statistics, uncurl
 from popengine.methods.finercut import finercut
@@ -92,14 +91,14 @@ def flap(request: Request) -> Pruning:
     Score: variance of the channel times the squared norm of its down_proj column, standardised inside each network
     and compared over all of them, so that networks give up unequal shares. A network keeps one channel at least.
     """
-    calibration = request.calibrated("flap")
+    calibration, ranks = request.calibrated("flap"), request.model.config.ranks
     scores, standardised = {}, []
     for name, ffn in request.networks.items():
         moments = calibration.moments[name]
         scores[name] = moments.variance * ffn.down_norms().square()                 # [I]
         if moments.tokens < 2:
             scores[name] = ffn.weight_scores()
-        raw = whole(request.model, scores[name])                                    # [I], of all ranks
+        raw = ranks.join(scores[name])                                              # [I], of all ranks
         standardised.append((raw - raw.mean()) / raw.std().clamp(min=1e-12))
     together = torch.cat(standardised)
     budget = sum(map(request.count_kept, scores.values()))

@@ -23,7 +23,6 @@ from popengine.methods.activations import (
     feed_forward_networks,
     layer_by_layer,
     mixtures_of_experts,
-    whole,
 )
 from weights.errors import InputError, one_line
 
@@ -89,10 +88,10 @@ class Calibration:
 
 def fingerprint(model: LlamaForCausalLM) -> str:
     """Tells models apart by places, shapes and some weights of their feed-forward networks."""
-    digest = hashlib.sha256()
+    digest, ranks = hashlib.sha256(), model.config.ranks
     for name, ffn in feed_forward_networks(model).items():
         weight = ffn.down_proj.values()
-        row = whole(model, weight[0].float())                                       # [I], of all ranks
+        row = ranks.join(weight[0].float())                                         # [I], of all ranks
         digest.update(f"{name} {(len(weight), len(row))}".encode())
         digest.update(row.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -162,7 +161,7 @@ def save_calibration(calibration: Calibration, model: LlamaForCausalLM, path: Pa
     layers = {"influence": calibration.influence, "angles": calibration.angles, "windows": calibration.windows}
     tensors: dict[str, Tensor] = {f"{name}.layers": values for name, values in layers.items()}
     for name, one in calibration.moments.items():
-        mean, variance = whole(model, one.mean), whole(model, one.variance)
+        mean, variance = model.config.ranks.join(one.mean), model.config.ranks.join(one.variance)
         tensors |= {f"{name}.mean": mean.cpu(), f"{name}.variance": variance.cpu()}
         tensors[f"{name}.tokens"] = torch.tensor(one.tokens)
     for name, router in calibration.routers.items():
