@@ -12,10 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from models.llama import LlamaForCausalLM, decode_layers, prefill_layers
+from models.llama import LlamaForCausalLM
 from models.passes import DecodePass, PrefillPass
 from models.pruning.resolve import Pruning
 from models.state import DecodeState
+from models.walks import decode_layers, prefill_layers
 
 # Layers that one call of compiled code runs at most.
 MOST_LAYERS_PER_CALL = 5
@@ -36,9 +37,8 @@ class CompiledDecode:
         self.steps: dict[tuple[int, Pruning, bool], float] = {}
         # Every step of the one function counts towards these limits, in every engine of the process.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
-        layers = tuple(model.model.layers)
-        size = max(size for size in range(1, MOST_LAYERS_PER_CALL + 1) if len(layers) % size == 0)
-        self.groups = {first: layers[first : first + size] for first in range(0, len(layers), size)}
+        layers = len(model.model.layers)
+        self.group_size = max(size for size in range(1, MOST_LAYERS_PER_CALL + 1) if layers % size == 0)
         # Checking again that inputs have the shapes compiled for takes 4 % of a step: the guards have seen to that.
         # What calls the loops is compiled too: in Python it takes 7 % of a step on packed weights.
         # That cannot call a sum over ranks.
@@ -66,7 +66,7 @@ class CompiledDecode:
             tokens = torch.zeros(len(state.live), dtype=torch.int64, device=state.live.device)
             self.model.prefill(self.model.embed(tokens.unsqueeze(1)), state)
             self.step(tokens, state, dense=False)
-            if state.gathering.ever_dense:
+            if state.schedule.ever_dense:
                 self.step(tokens, state, dense=True)
         return self.steps.setdefault(step_of(state), time.perf_counter() - began)
 
@@ -74,17 +74,19 @@ class CompiledDecode:
         """Whether the steps of this state have been compiled."""
         return step_of(state) in self.steps
 
-    def __call__(self, tokens: Tensor, state: DecodeState) -> Tensor:
+    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
         """What `decode` of the model computes. tokens int64 [B] -> logits [B, V]"""
-        state.cache.make_room()
-        dense, draws = state.gathering.next_step()
-        if not draws:
-            return self.step(tokens, state, dense)
-        # A step that draws partitions is rare, and sorts and copies: it runs as it is written.
-        return self.model.dense_step(tokens, state, draws)
+        return self.step(tokens, state, dense=False)
+
+    def dense_step(self, tokens: Tensor, state: DecodeState, partitions: bool) -> Tensor:
+        """What `dense_step` of the model computes. A step that partitions is rare: it runs as it is written."""
+        if partitions:
+            return self.model.dense_step(tokens, state, partitions)
+        return self.step(tokens, state, dense=True)
 
     def step(self, tokens: Tensor, state: DecodeState, dense: bool) -> Tensor:
         """tokens int64 [B] -> logits [B, V]"""
+        state.cache.make_room()
         step: DecodePass | PrefillPass
         if dense:       # its tokens are counted below: a number that changes would be compiled anew
             (x, step), run = self.begin_dense(self.model, tokens, state, False, 0), self.dense_layers
@@ -92,12 +94,12 @@ class CompiledDecode:
             (x, step), run = self.begin(self.model, tokens, state), self.layers     # [B, 1, H]
         for mask in step.masks.values():
             torch._dynamo.mark_dynamic(mask, 3)
-        for first, layers in self.groups.items():
-            x = run(layers, x, state.layers[first : first + len(layers)], step)
+        for first in range(0, len(state.layers), self.group_size):
+            x = run(state.layers[first : first + self.group_size], x, step)
         state.cache.advance()
         if dense:
             for layer in state.layers:
-                layer.ffn.count(state.gathering.live)
+                layer.ffn.count(state.schedule.live)
         return self.head(self.model, x)[:, 0]                                       # [B, V]
 
     def trusting_guards(self) -> AbstractContextManager[object]:

@@ -124,14 +124,14 @@ class Gemma3DecoderLayer(LlamaDecoderLayer):
         self.pre_feedforward_layernorm = Gemma3RMSNorm(hidden, eps)
         self.post_feedforward_layernorm = Gemma3RMSNorm(hidden, eps)
 
-    def attended(self, a: Tensor) -> Tensor:
-        return self.post_attention_layernorm(a)
+    def after_attention(self, a: Tensor) -> Tensor:
+        return self.post_attention_layernorm(super().after_attention(a))
 
     def before_mlp(self, x: Tensor) -> Tensor:
         return self.pre_feedforward_layernorm(x)
 
     def after_mlp(self, y: Tensor) -> Tensor:
-        return self.post_feedforward_layernorm(y)
+        return self.post_feedforward_layernorm(super().after_mlp(y))
 
 
 class Gemma3ForCausalLM(LlamaForCausalLM):

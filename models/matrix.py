@@ -64,6 +64,13 @@ class Matrix(nn.Linear):
         y = x @ self.values()[:, columns].t()
         return y if self.bias is None else y + self.bias
 
+    def multiply_kept(self, x: Tensor, keep: Tensor, count: int) -> Tensor:
+        """The product with the inputs that are kept, as if the others were 0.
+
+        x [..., in]; keep bool [in] or [..., in], `count` of them True in each row -> [..., out]
+        """
+        return self(x.masked_fill(~keep, 0))
+
     def reads_chosen_rows(self, rows: int) -> bool:
         """Whether `multiply_rows` reads the chosen rows alone for so many rows of x, and is worth calling."""
         return rows == 1

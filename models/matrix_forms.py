@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.matrix import FEW_ROWS, Matrix, bits, take_columns
-from models.products import add_up_columns, add_up_for_each, kept, row_count, stretches
+from models.products import add_up_columns, add_up_for_each, kept, places, row_count, stretches
 
 
 class ColumnMatrix(Matrix):
@@ -44,6 +44,12 @@ class ColumnMatrix(Matrix):
     def multiply_columns(self, x: Tensor, columns: Tensor) -> Tensor:
         y = add_up_columns(self.weight.t(), columns, x.flatten(), self.parts)       # [out]
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+    def multiply_kept(self, x: Tensor, keep: Tensor, count: int) -> Tensor:
+        if row_count(x) > 1:
+            return super().multiply_kept(x, keep, count)
+        columns = places(keep.flatten(), count)                                     # [count]
+        return self.multiply_columns(x[..., columns], columns)
 
     def reads_chosen_rows(self, rows: int) -> bool:
         return False            # which lie scattered over all columns
@@ -103,6 +109,9 @@ class ChosenColumns(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         spread = x.new_zeros(*x.shape[:-1], self.whole.in_features).index_copy_(-1, self.chosen, x)
         return self.whole(spread)
+
+    def multiply_kept(self, x: Tensor, keep: Tensor, count: int) -> Tensor:
+        return self(x.masked_fill(~keep, 0))
 
     def reads_chosen_columns(self, rows: int) -> bool:
         return False

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from models.blocks import PrunedBlock
 from models.config import ConfigReader, FamilyDefaults, LlamaConfig, read_decoder_fields
-from models.experts import ActiveExperts, MixtureOfExperts
-from models.feed_forward import ActiveFeedForward
+from models.experts import MixtureOfExperts
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from models.pruning.experts import PartitionedExperts
 from models.pruning.left_out import MLP
 from models.pruning.partition import PartitionSizes
 from models.pruning.resolve import Pruning
@@ -126,10 +127,10 @@ class MixtralDecoderLayer(LlamaDecoderLayer):
                 config.num_experts_per_tok, config.norm_topk_prob, config.shared_expert_intermediate_size,
             )
 
-    def new_active(self, pruning: Pruning) -> ActiveFeedForward | ActiveExperts:
+    def new_ffn(self, pruning: Pruning) -> PrunedBlock:
         if isinstance(self.mlp, MixtureOfExperts):
-            return ActiveExperts(self.mlp, pruning)
-        return super().new_active(pruning)
+            return PartitionedExperts(self.mlp, pruning)
+        return super().new_ffn(pruning)
 
 
 class MixtralForCausalLM(LlamaForCausalLM):
@@ -155,7 +156,7 @@ class MixtralForCausalLM(LlamaForCausalLM):
         if free_memory is not None and one_per_layer:
             left = free_memory - self.cache_bytes(batch, capacity, pruning) - self.least_copies(pruning)
             for layer in state.layers:
-                if isinstance(layer.ffn, ActiveExperts):
+                if isinstance(layer.ffn, PartitionedExperts):
                     layer.ffn.copy_limit = left // one_per_layer
         return state
 

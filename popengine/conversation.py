@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.pruning.resolve import Pruning
 from models.pruning.settings import PruningSettings
 from models.state import DecodeState
 from popengine.pictures.images import ImageSource
 from popengine.run import Run
 from popengine.sampling import Sampling
+from popengine.studies.resolve import StudyPruning
 from popengine.text.prompts import check_text
 from weights.errors import InputError
 from weights.json_files import read_json
@@ -37,7 +37,7 @@ class Conversation:
     """
 
     def __init__(
-        self, engine: "Engine", system_prompt: str | None, pruning: PruningSettings | Pruning, sampling: Sampling,
+        self, engine: "Engine", system_prompt: str | None, pruning: PruningSettings | StudyPruning, sampling: Sampling,
         max_new_tokens: int,
     ) -> None:
         if engine.chat_template is None:

@@ -28,12 +28,16 @@ from transformers import (
 from models.llama import LlamaForCausalLM
 from models.matrix import replace_matrices
 from models.matrix_forms import ColumnMatrix
-from models.pruning.resolve import Pruning, resolve
+from models.pruning.heads import PartitionedAttention
+from models.pruning.partition import ChannelPartition, partition_sizes, undecided
+from models.pruning.resolve import Pruning
 from models.pruning.settings import PruningSettings
 from models.reading import layer_weights
-from models.state import DecodeState
+from models.state import DecodeState, LayerState
 from popengine.engine import Engine
 from popengine.loading import load_model
+from popengine.run import next_logits
+from popengine.studies.resolve import resolve_study
 from weights.checkpoint import open_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -130,6 +134,15 @@ def complete_checkpoint(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def heads_partition(layer: LayerState) -> ChannelPartition:
+    """The partition of a layer's query heads; where heads are not pruned all are retained."""
+    heads, attention = layer.heads, layer.heads.attention
+    if isinstance(heads, PartitionedAttention):
+        return heads.partition
+    sizes = partition_sizes(attention.heads // attention.head_groups, 0.0, 0.0)
+    return undecided(sizes, (attention.head_groups,), attention.q_proj.weight.device)
+
+
 def stored_by_columns(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """A copy of the model with weights as eager steps on a CPU have them."""
     model = deepcopy(model)
@@ -139,7 +152,7 @@ def stored_by_columns(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 def resolved(model: LlamaForCausalLM, settings: PruningSettings | Pruning) -> Pruning:
     """Settings made concrete for a model; what is concrete already stays."""
-    return settings if isinstance(settings, Pruning) else resolve(settings, layer_weights(model))
+    return settings if isinstance(settings, Pruning) else resolve_study(settings, layer_weights(model))
 
 
 def prefilled(
@@ -159,7 +172,7 @@ def greedy(
     logits, state = prefilled(model, torch.tensor([prompt]), settings, capacity=len(prompt) + count)
     new = [int(logits.argmax())]
     while len(new) < count:
-        new.append(int(model.decode(torch.tensor(new[-1:]), state).argmax()))
+        new.append(int(next_logits(model, torch.tensor(new[-1:]), state).argmax()))
     return new
 
 
@@ -184,7 +197,7 @@ def another_setting(name: str) -> dict[str, Any]:
     """The same as arguments of PruningSettings, with whatever else this setting asks for."""
     needed: dict[str, dict[str, Any]] = {
         "retained_share": {"candidate_width": 1.0}, "redraw_every": {"dense_every": 2},
-        "redraw_on_drift": {"dense_every": 2}, "boundary_tokens": {"prefill_skip": 0.5},
+        "boundary_tokens": {"prefill_skip": 0.5},
         "visual_tokens_by": {"visual_tokens": 0.5}, "visual_tokens_layer": {"visual_tokens": 0.5},
     }
     return {name: another_value(name)} | needed.get(name, {})

@@ -24,6 +24,7 @@ from popengine.measure.task_calibration import calibration_of_tasks
 from popengine.methods.by_name import Request, pruning_for
 from popengine.methods.calibration import calibrate, load_calibration, save_calibration
 from popengine.methods.experts import spectral_groups
+from popengine.run import next_logits
 from weights.errors import InputError
 
 SETTINGS = PruningSettings(ffn_ratio=0.4)                   # 2 of 5 experts
@@ -44,7 +45,7 @@ def logits_of(model: LlamaForCausalLM, pruning: Pruning, tokens: Tensor, prompt:
     """Prefill, then steps: [1 + steps, V]"""
     with torch.inference_mode():
         first, state = prefilled(model, tokens[:, :prompt], pruning)
-        return torch.cat([first, *(model.decode(token, state) for token in tokens[:, prompt:].T)])
+        return torch.cat([first, *(next_logits(model, token, state) for token in tokens[:, prompt:].T)])
 
 
 def slow_weights(reference: Any) -> list[Tensor]:
@@ -159,7 +160,7 @@ def test_a_step_reads_as_much_and_experts_are_counted(pair: tuple[Any, LlamaForC
     pruning = pruning_for(method, Request(model, SETTINGS, calibrate(model, windows(), "numbers")))
     dense = pruning_for("dense", Request(model, DENSE))
     _, state = prefilled(model, torch.tensor([list(range(20))]), pruning)
-    model.decode(torch.tensor([3]), state)
+    next_logits(model, torch.tensor([3]), state)
     assert bytes_per_token(model, pruning, 1, state) == bytes_per_token(model, dense)
     left = 3 if method == "router-statistics" else 5
     assert [len(layer.ffn.picks) for layer in state.layers] == [left] * 3

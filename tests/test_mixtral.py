@@ -25,13 +25,13 @@ from slow_mixture import SlowMixturePOP
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from models.clock import Clock
+from models.cache import View
 from models.llama import LlamaForCausalLM
 from models.matrix import Matrix
 from models.matrix_forms import ChosenColumns, ChosenRows
 from models.mixtral import MixtralConfig as OurConfig
 from models.mixtral import MixtralForCausalLM, read_mixtral_config
-from models.passes import View, prefill_pass
+from models.passes import prefill_pass
 from models.pruning.partition import channel_scores, partition_channels, partition_sizes
 from models.pruning.settings import DENSE, PruningSettings
 from models.reading import all_copy_bytes, bytes_per_token, copy_bytes
@@ -85,7 +85,7 @@ def test_with_no_room_for_copies_the_full_weights_give_the_same(name: str, reque
         for index, (one, with_copy) in enumerate(zip(layer.ffn.active, other.ffn.active, strict=True)):
             assert isinstance(one.gate, ChosenRows) and isinstance(one.down, ChosenColumns)
             assert one.copied_bytes() == 0 < with_copy.copied_bytes()
-            assert layer.ffn.is_whole(index) and not other.ffn.is_whole(index)
+            assert layer.ffn.multiplies_whole(index) and not other.ffn.multiplies_whole(index)
 
 
 @pytest.mark.parametrize("prefill", ["pruned", "dense"])
@@ -161,11 +161,11 @@ def test_unseen_experts_can_be_left_dense(model: LlamaForCausalLM) -> None:
     active, mixture = left.layers[0].ffn, model.model.layers[0].mlp
     unseen = active.prompt_tokens.index(0)
     x = torch.randn(1, 1, SIZES["hidden_size"])
-    expert, clock = mixture.experts[unseen], Clock(x.device)
+    expert = mixture.experts[unseen]
     _, step = model.begin(torch.tensor([0]), left)
-    assert torch.equal(expert.decode(x, active.drawn(unseen, expert, clock), step), expert(x))
-    assert active.is_whole(unseen)
-    other = expert.decode(x, cut.layers[0].ffn.drawn(unseen, expert, clock), step)
+    assert torch.equal(active.partitioned(unseen).decode(x, step), expert(x))
+    assert active.multiplies_whole(unseen)
+    other = cut.layers[0].ffn.partitioned(unseen).decode(x, step)
     assert (other - expert(x)).abs().max() > 1e-4
 
 
@@ -177,7 +177,7 @@ def test_min_tokens_makes_little_evidence_count_as_none(model: LlamaForCausalLM)
     for layer, own in zip(state.layers, model.model.layers, strict=True):
         assert sum(layer.ffn.prompt_tokens) == 24
         for index, expert in enumerate(own.mlp.experts):
-            active = layer.ffn.drawn(index, expert, state.clock)
+            active = layer.ffn.partitioned(index)
             expected = partition_channels(expert.weight_scores(), active.sizes)
             assert torch.equal(active.partition.order, expected.order)
 
@@ -333,8 +333,8 @@ def test_weight_bytes_count_experts_without_a_copy_whole(model: LlamaForCausalLM
         layer.ffn.copy_limit = 0
     model.prefill(model.embed(tokens), whole)
     for layer, own in zip(whole.layers, model.model.layers, strict=True):
-        for index, expert in enumerate(own.mlp.experts):
-            layer.ffn.drawn(index, expert, whole.clock)         # those that the prompt did not reach, too
+        for index in range(len(own.mlp.experts)):
+            layer.ffn.partitioned(index)         # those that the prompt did not reach, too
     assert bytes_per_token(model, copied.pruning, 1, whole) == bytes_per_token(model, resolved(model, DENSE))
     assert bytes_per_token(model, copied.pruning, 1, copied) == bytes_per_token(model, copied.pruning)
 

@@ -25,9 +25,7 @@ from slow_left_out import without
 from torch import Tensor
 from transformers import LlamaConfig
 
-from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
-from models.pruning.alternatives import StaticRule
 from models.pruning.left_out import HALVES, Half, read_halves
 from models.pruning.resolve import share_of_halves
 from models.pruning.settings import PruningSettings
@@ -41,6 +39,9 @@ from popengine.methods.calibration import Calibration, calibrate, load_calibrati
 from popengine.methods.cfsp import kept_shares
 from popengine.methods.probe_pruning import PROBED, Probed
 from popengine.methods.tyr import GENERATIONS, OFFSPRING, STEPS, moved
+from popengine.run import next_logits
+from popengine.studies.known_text import evaluate
+from popengine.studies.rules import StaticRule
 from weights.errors import InputError
 
 CONFIG = LlamaConfig(**SIZES | {"num_hidden_layers": 4})
@@ -275,7 +276,7 @@ def test_probe_pruning_is_a_few_rows_that_decide_for_all(
     logits, state = prefilled(model, tokens[:, :prompt], pruning)
     for own, mask in zip(state.layers, masks, strict=True):
         assert own.ffn.partition.retained.tolist() == sorted(mask.tolist())
-    steps = [logits, *(model.decode(token, state) for token in tokens[0, prompt:].split(1))]
+    steps = [logits, *(next_logits(model, token, state) for token in tokens[0, prompt:].split(1))]
     torch.testing.assert_close(torch.cat(steps), wanted, atol=1e-4, rtol=1e-4)
     _, state = prefilled(model, tokens[:, :prompt], pruning)
     torch.testing.assert_close(evaluate(model, tokens[0, prompt:], state), wanted[1:], atol=1e-4, rtol=1e-4)

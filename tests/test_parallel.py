@@ -9,7 +9,6 @@ import torch
 from builders import MIXTRAL, MODELS, QWEN2_MOE, SETTINGS, SIZES, prefilled, saved_pair
 from transformers import LlamaConfig
 
-from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
 from models.mixtral import MixtralForCausalLM
 from models.pruning.resolve import Pruning
@@ -17,6 +16,8 @@ from models.pruning.settings import PruningSettings
 from popengine.methods.activations import Activation, embedded, feed_forward_networks, watch_dense
 from popengine.methods.by_name import METHODS, Request, pruning_for
 from popengine.methods.calibration import calibrate
+from popengine.run import next_logits
+from popengine.studies.known_text import evaluate
 
 CONFIGS: dict[str, Any] = MODELS | {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE}
 
@@ -30,7 +31,7 @@ def both_ways(model: LlamaForCausalLM, settings: PruningSettings | Pruning) -> t
     """Logits of 24 steps after a prompt of 20 tokens, [24, V]: one by one, and in parallel."""
     tokens = torch.randint(SIZES["vocab_size"], (44,), generator=torch.Generator().manual_seed(5))
     _, state = prefilled(model, tokens[None, :20], settings, capacity=48)
-    steps = torch.cat([model.decode(token[None], state) for token in tokens[20:]])
+    steps = torch.cat([next_logits(model, token[None], state) for token in tokens[20:]])
     model.prefill(model.embed(tokens[None, :20]), state)
     parallel = evaluate(model, tokens[20:], state)
     assert state.cache.filled == int(state.cache.length) == 44

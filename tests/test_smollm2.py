@@ -18,7 +18,7 @@ from slow_pop import SlowPOP
 from smollm2_text import CHAT_PROMPT, TEXT
 
 from models.llama import LlamaForCausalLM
-from models.pruning.rules import Prior
+from models.pruning.pop import Prior
 from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import Engine
 from popengine.loading import load

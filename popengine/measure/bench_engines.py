@@ -16,11 +16,11 @@ import torch
 from torch.profiler import profile
 
 from models.config import read_llama_config
-from models.pruning.resolve import Pruning
 from models.rope import rotary_frequencies
 from popengine.engine import Engine
 from popengine.pictures.images import ImageSource
 from popengine.statistics import measured
+from popengine.studies.resolve import StudyPruning
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.gguf_file import LAYER_NAMES, NAMES, ROPE_FACTORS
 
@@ -73,7 +73,7 @@ class OwnEngine:
     """One setting of popengine. Settings share the weights of an engine and take turns with its buffers."""
 
     def __init__(
-        self, name: str, engine: Engine, pruning: Pruning, images: Sequence[ImageSource] = ()
+        self, name: str, engine: Engine, pruning: StudyPruning, images: Sequence[ImageSource] = ()
     ) -> None:
         self.name, self.engine, self.pruning, self.load_s = name, engine, pruning, engine.load_s
         self.images = images                        # of one prompt, and so of each
