@@ -1,6 +1,6 @@
 """.gguf files of every family: logits are those of the transformers model that the file was written from.
 
-Names of tensors come from the gguf package's own table, and metadata is spelled here as llama.cpp's converter spells it.
+Names of tensors come from the gguf package's own table; metadata is spelled as llama.cpp's converter spells it.
 """
 
 from collections.abc import Callable
