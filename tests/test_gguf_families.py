@@ -110,6 +110,7 @@ def write(
 def logits_of(path: Path) -> Tensor:
     with open_checkpoint(path) as checkpoint:
         model, _ = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    assert model.config.unknown_fields == ()
     return model(TOKENS)
 
 

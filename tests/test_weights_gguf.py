@@ -260,6 +260,14 @@ def test_tokens_of_the_default_checkpoint_are_those_of_transformers_and_llama_cp
         assert ours.encode(text).ids == ids
 
 
+def test_tokens_without_text_are_told_apart(tmp_path: Path) -> None:
+    more = {"tokenizer.ggml.tokens": [*TINY_TOKENS["tokenizer.ggml.tokens"], "", ""]}
+    more["tokenizer.ggml.token_type"] = [*TINY_TOKENS["tokenizer.ggml.token_type"], 1, 3]
+    ours = tokenizer_of(tiny_file(tmp_path / "m.gguf", more))
+    assert ours.get_vocab_size() == 7
+    assert ours.encode("ab", add_special_tokens=False).ids == [4]
+
+
 def test_sentencepiece_tokens_are_those_of_sentencepiece_and_transformers(tmp_path: Path) -> None:
     model = sentencepiece_model()
     path = tiny_file(tmp_path / "m.gguf", sentencepiece_metadata(model), without=("tokenizer.ggml.merges",))
