@@ -231,7 +231,7 @@ class LlamaForCausalLM(nn.Module):
         returns  [B, V]     logits after the last token
         """
         rows = self.begin_prompt(x, state, real, kept, pictures or PictureRows())
-        rows.count(real if counted is None else counted)
+        rows.count(len(x), real if counted is None else counted)
         walk = state.pruning.walk
         rows.partitions = state.schedule.prompt(walk.evidence_tokens(rows, state))
         rows.finish_dense = state.pruning.settings.prefill == "dense" or not rows.partitions

@@ -92,11 +92,10 @@ class PrefillPass:
     rows: Tensor | None = None
     of_prompt: bool = True
 
-    def count(self, counted: Tensor | None) -> None:
-        """Say which rows are evidence. counted bool [B, T], None: all"""
+    def count(self, batch: int, counted: Tensor | None) -> None:
+        """Say which rows of the batch are evidence. counted bool [B, T], None: all"""
         self.counted = counted
-        batch, rows = next(iter(self.turns.values()))[0].shape[:2]
-        self.tokens = batch * rows if counted is None else int(counted.sum())
+        self.tokens = batch * self.places.shape[-1] if counted is None else int(counted.sum())
 
     def see(self, evidence: Evidence, h: Tensor) -> None:
         """Add the squares of these rows to the evidence. h [B, T, I]"""

@@ -221,19 +221,19 @@ def test_picks_are_counted_and_no_other_expert_is_read(model: LlamaForCausalLM) 
         if index not in routed and copy is not None:
             copy.gate.weight.fill_(torch.nan)
     _, step = model.begin(torch.tensor([0]), state)
-    assert mixture.decode(x, active, step).isfinite().all()
+    assert active.decode(x, step).isfinite().all()
 
 
 @torch.inference_mode()
 def test_a_sequence_that_has_ended_does_not_count_in_an_experts_pick(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([12, 12], SIZES["vocab_size"])
     _, state = prefilled(model, tokens, FFN)
-    active, mixture = state.layers[0].ffn, model.model.layers[0].mlp
+    active = state.layers[0].ffn
     _, step = model.begin(tokens[:, 0], state)
     x = torch.randn(32, 2, 1, SIZES["hidden_size"])
-    alone = [mixture.decode(pair[:1], active, replace(step, live=torch.tensor([[True]]))) for pair in x]
-    ended = [mixture.decode(pair, active, replace(step, live=torch.tensor([[True], [False]])))[:1] for pair in x]
-    both = [mixture.decode(pair, active, step)[:1] for pair in x]
+    alone = [active.decode(pair[:1], replace(step, live=torch.tensor([[True]]))) for pair in x]
+    ended = [active.decode(pair, replace(step, live=torch.tensor([[True], [False]])))[:1] for pair in x]
+    both = [active.decode(pair, step)[:1] for pair in x]
     torch.testing.assert_close(ended, alone, atol=1e-5, rtol=1e-5)
     assert (torch.stack(both) - torch.stack(alone)).abs().max() > 1e-3
 

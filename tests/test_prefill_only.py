@@ -121,7 +121,7 @@ def test_without_keys_skipped_layers_know_of_no_prompt(model: LlamaForCausalLM, 
     torch.testing.assert_close(torch.cat(steps), wanted, atol=1e-5, rtol=1e-5)
     _, state = prefilled(model, tokens[:, :12], pruning)
     torch.testing.assert_close(evaluate(model, tokens[0, 12:], state), wanted[1:], atol=1e-5, rtol=1e-5)
-    seeing, _ = prefilled(model, tokens[:, :12], replace(pruning, blind=False))
+    seeing, _ = prefilled(model, tokens[:, :12], replace(pruning, no_skipped_kv=False))
     assert (seeing - logits).abs().max() > 1e-3
     model.prefill(model.embed(tokens[:, :boundary]), state)
     _, dense = prefilled(model, tokens[:, :boundary], DENSE)

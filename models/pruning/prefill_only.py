@@ -63,7 +63,7 @@ class PrefillOnly:
         dtype = state.cache.keys[0].dtype
         last.masks = masks_in_cache(rows.slots, state.cache, last.places, dtype, rows.pictures.blocks)
         last.follows = True
-        last.count(None if rows.counted is None else rows.counted[:, before:])
+        last.count(len(state.live), None if rows.counted is None else rows.counted[:, before:])
         return rest, last
 
     def evidence_tokens(self, rows: PrefillPass, state: Any) -> int:
