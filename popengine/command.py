@@ -314,29 +314,3 @@ def add_calibration_flags(flags: argparse.ArgumentParser) -> None:
     )
     calibration.add_argument("--save-calibration", type=Path, metavar="FILE.safetensors")
     calibration.add_argument("--calibration", type=Path, metavar="FILE.safetensors", help="one that was saved")
-
-
-def make_folder(folder: Path, *names: str) -> None:
-    """Raises InputError for a folder that cannot be made or written to, or where a file of these names cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: the output folder cannot be made: {error.strerror}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{folder}: the output folder cannot be written to")
-    for name in names:
-        check_output(folder / name)
-
-
-def check_output(path: Path) -> None:
-    """Before the work whose results go there: InputError where a file cannot be written, or is something else."""
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} is not a file, and is not replaced by one")
-    is_new = not path.exists()
-    try:
-        with path.open("a"):
-            pass
-        if is_new:
-            path.unlink()
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None

@@ -79,7 +79,7 @@ def test_every_setting_can_be_said(talk: Talk) -> None:
     ("/max-new-tokens 0", "at least 1"),
     ("/temperature -1", "temperature"),
     ("/load nowhere.json", "nowhere.json: no such file"),
-    ("/save /nowhere/at/all.json", "cannot be saved"),
+    ("/save /nowhere/at/all.json", "cannot be written"),
     ("/stats", "nothing was answered yet"),
     (b"caf\xe9", "line 1 on standard input is not UTF-8"),
     ("x" * 300, "context is full"),

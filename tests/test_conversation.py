@@ -244,7 +244,7 @@ def test_what_is_no_conversation_of_this_model_is_refused(
         conversation.load(path)
     with pytest.raises(InputError, match="no such file"):
         conversation.load(tmp_path / "nowhere.json")
-    with pytest.raises(InputError, match="cannot be saved"):
+    with pytest.raises(InputError, match="cannot be written"):
         conversation.save(tmp_path / "no" / "folder.json")
     assert conversation.messages == before
 
