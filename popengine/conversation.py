@@ -132,8 +132,6 @@ class Conversation:
     def load(self, path: str | Path) -> None:
         """Go on with a conversation that was saved. InputError for what is none, or one of another model."""
         path = Path(path)
-        if not path.is_file():
-            raise InputError(f"{path}: no such file")
         kept = read_json(path)
         if kept.get("format") != FORMAT:
             raise InputError(f"{path} is not a conversation that popengine saved ({FORMAT})")
