@@ -8,13 +8,14 @@ evidence.
 H hidden size, I channels of a network (or coordinates of an attention's heads), n rows that one network sees.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,6 +29,8 @@ from popengine.processes import is_first
 from popengine.sampling import Sampling
 from popengine.studies.recording import Watch, watched
 from popengine.torchrun import from_each
+from weights.errors import InputError
+from weights.output_file import write_output
 
 FORMAT = "popengine prior 1"
 # A network or attention, and which part of it: "h", what feeds down_proj or o_proj, or a network's factors.
@@ -164,10 +167,6 @@ def write(path: Path, name: str, prior: dict[Part, Tensor], model: LlamaForCausa
     }
     if not is_first():
         return
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError, InputError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, {"format": FORMAT, "model": name})
-        unfinished.replace(path)
-    except (OSError, SafetensorError):
-        unfinished.unlink(missing_ok=True)
+        write_output(path, save(tensors, {"format": FORMAT, "model": name}))

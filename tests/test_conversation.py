@@ -253,9 +253,9 @@ def test_what_is_no_conversation_of_this_model_is_refused(
     path.write_text(change(path.read_text()))
     with pytest.raises(InputError, match=named):
         conversation.load(path)
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="cannot be read: No such file"):
         conversation.load(tmp_path / "nowhere.json")
-    with pytest.raises(InputError, match="cannot be saved"):
+    with pytest.raises(InputError, match="cannot be written"):
         conversation.save(tmp_path / "no" / "folder.json")
     assert conversation.messages == before
 

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from popengine import bench, compare, gates, score
-from popengine.command import OneLineParser, check_output, run_as_command
+from popengine.command import OneLineParser, run_as_command
 from popengine.compare import main
 from weights.errors import InputError, one_line
+from weights.output_file import check_output
 
 PROGRAM = """
 import sys

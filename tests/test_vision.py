@@ -226,7 +226,7 @@ def test_bad_images_end_the_command_in_one_line(tmp_path: Path, capsys: pytest.C
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:200])
     raw = ("--prompt", "See <image> here", "--raw")
     for arguments, message in [
-        (("--prompt", "Hi", "--image", tmp_path / "none.png"), "no such image"),
+        (("--prompt", "Hi", "--image", tmp_path / "none.png"), "cannot be read: No such file"),
         (("--prompt", "Hi", "--image", tmp_path), "is not a file"),
         (("--prompt", "Hi", "--image", tmp_path / "text.png"), "not an image"),
         (("--prompt", "Hi", "--image", tmp_path / "cut.png"), "damaged or truncated image"),

@@ -3,7 +3,6 @@
 import argparse
 from dataclasses import dataclass
 
-from popengine.command import check_output
 from popengine.engine import Engine
 from popengine.loading import load
 from popengine.measure.comparison import Configuration, configurations
@@ -13,6 +12,7 @@ from popengine.methods.by_name import Request, check_method, pruning_for
 from popengine.methods.calibration import Calibration
 from popengine.studies.resolve import StudyPruning
 from weights.errors import InputError
+from weights.output_file import check_output
 
 
 @dataclass(frozen=True)
