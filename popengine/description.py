@@ -18,6 +18,7 @@ from popengine.text.tokenizer import TextTokenizer
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
+from weights.files import ANY_WEIGHTS
 from weights.load import find_all
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def describe(source: str | Path | None) -> dict[str, Any]:
     """
     with open_checkpoint(default_checkpoint() if source is None else source) as checkpoint:
         path = checkpoint.path
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        files = [path] if path.is_file() else sorted(path.glob(ANY_WEIGHTS))
         stored = Counter[str]()
         for entry in checkpoint.entries.values():
             stored[entry.stored or str(entry.dtype).removeprefix("torch.")] += entry.elements

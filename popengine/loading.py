@@ -192,8 +192,9 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device, packed: bool) -> torch.dtype:
     if name != "auto" and name not in DTYPES:
         raise InputError(f"dtype must be auto, {', '.join(DTYPES)}, not {name!r}")
-    wanted = torch.bfloat16 if packed else checkpoint_dtype(checkpoint)
-    dtype = wanted if name == "auto" else DTYPES[name]
+    if packed and name == "auto":
+        name = "bfloat16"
+    dtype = checkpoint_dtype(checkpoint) if name == "auto" else DTYPES[name]
     try:
         ones = torch.ones(2, 2, dtype=dtype, device=device)
         _ = ones @ ones

@@ -9,6 +9,7 @@ from typing import Any
 
 from popengine.text.scripts import environment, package_folders
 from popengine.text.tokenizer import TextTokenizer
+from weights import files
 from weights.errors import InputError
 from weights.json_files import LARGEST_JSON, read_json
 from weights.mapped_file import read_text
@@ -29,10 +30,10 @@ def read_chat_template(directory: Path) -> str | None:
     Looked for in chat_template.jinja, chat_template.json (a processor's, so it knows about pictures), and
     `chat_template` of tokenizer_config.json: a string, or a list of named ones, of which "default" is taken.
     """
-    path = Path(directory) / "chat_template.jinja"
+    path = Path(directory) / files.CHAT_TEMPLATE
     if path.exists():
         return read_text(path, LARGEST_JSON)
-    for name in ("chat_template.json", "tokenizer_config.json"):
+    for name in (files.OLDER_CHAT_TEMPLATE, files.TOKENIZER_CONFIG):
         path = Path(directory) / name
         template = read_json(path, optional=True).get("chat_template")
         if isinstance(template, list):

@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 
 from popengine.text.isolated import IsolatedSentencePiece, IsolatedTokenizer
 from popengine.text.tokenizer_sandbox import MOST_ADDED
+from weights import files
 from weights.errors import InputError
 from weights.json_files import JsonObject, read_json, shown
 from weights.mapped_file import read_bytes, read_text
@@ -238,19 +239,19 @@ def open_tokenizer(directory: Path) -> TextTokenizer:
     InputError names the file that is missing or broken.
     """
     directory = Path(directory)
-    if (directory / "tokenizer.json").is_file():
+    if (directory / files.TOKENIZER).is_file():
         return _open_fast(directory)
-    if (directory / "tokenizer.model").is_file():
+    if (directory / files.SENTENCEPIECE).is_file():
         return _open_sentencepiece(directory)
     # vocab.json and merges.txt do not say how text is cut before merging: SmolLM2, GPT-2 and Qwen2 differ there.
-    found = [name for name in ("vocab.json", "tekken.json", "vocab.txt") if (directory / name).is_file()]
+    found = [name for name in files.OTHER_TOKENIZERS if (directory / name).is_file()]
     convert = "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers writes tokenizer.json"
     hint = f"; {found[0]} alone is not enough: {convert}" if found else ""
     raise InputError(f"{directory}: no tokenizer: expected tokenizer.json or tokenizer.model there{hint}")
 
 
 def _open_fast(directory: Path) -> FastTokenizer:
-    path = directory / "tokenizer.json"
+    path = directory / files.TOKENIZER
     backend = IsolatedTokenizer(read_text(path, LARGEST_TOKENIZER), str(path))
     named, extra = _special_tokens(directory)
     # What the configuration adds to the file, in the order of the ids it gives.
@@ -268,8 +269,8 @@ def _open_fast(directory: Path) -> FastTokenizer:
 
 
 def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
-    path = directory / "tokenizer.model"
-    config = read_json(directory / "tokenizer_config.json", optional=True)
+    path = directory / files.SENTENCEPIECE
+    config = read_json(directory / files.TOKENIZER_CONFIG, optional=True)
     named, extra = _special_tokens(directory)
     prefix_space = "always" if config.get("legacy") else "first"
     if config.get("add_prefix_space") is False:
@@ -300,9 +301,9 @@ def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
 
 def _special_tokens(directory: Path) -> tuple[dict[str, str], list[str]]:
     """The special tokens that the files beside the tokenizer name: those with a role by name, then all others."""
-    declared = dict(read_json(directory / "tokenizer_config.json", optional=True))
+    declared = dict(read_json(directory / files.TOKENIZER_CONFIG, optional=True))
     if "added_tokens_decoder" not in declared:  # as transformers: only older folders need the second file
-        declared.update(read_json(directory / "special_tokens_map.json", optional=True))
+        declared.update(read_json(directory / files.SPECIAL_TOKENS, optional=True))
     named = {name: text for name in SPECIAL_TOKEN_NAMES if (text := token_text(declared.get(name)))}
     extra: Any = declared.get("extra_special_tokens") or declared.get("additional_special_tokens") or []
     listed = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
@@ -316,7 +317,7 @@ def _added_tokens(directory: Path, special: list[str]) -> dict[int, AddedToken]:
 
     special  which of the tokens in added_tokens.json, a plain {token: id}, are special
     """
-    config = directory / "tokenizer_config.json"
+    config = directory / files.TOKENIZER_CONFIG
     declared = JsonObject(read_json(config, optional=True), str(config)).section("added_tokens_decoder")
     added: dict[int, AddedToken] = {}
     check_count(declared)
@@ -329,7 +330,7 @@ def _added_tokens(directory: Path, special: list[str]) -> dict[int, AddedToken]:
         normalized = token.boolean("normalized", not is_special)
         added[int(number)] = AddedToken(token.text("content"), special=is_special, normalized=normalized, **flags)
     if not added:
-        path = directory / "added_tokens.json"
+        path = directory / files.ADDED_TOKENS
         older = JsonObject(read_json(path, optional=True), str(path))
         check_count(older)
         for content in older.raw:
