@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.clip import VisionConfig, VisionTower, read_vision_config
 from models.config import FAMILIES as LLAMA_FAMILIES
-from models.config import MOST_LAYERS, ConfigReader, LlamaConfig, read_llama_config
+from models.config import MOST_LAYERS, ConfigReader, LlamaConfig, read_llama_config, refuse_rope_outside
 from models.layers import activation_function
 from models.llama import LlamaForCausalLM
 from models.mixtral import FAMILIES as MIXTURE_FAMILIES
@@ -71,8 +71,10 @@ def read_llava_config(raw: Mapping[str, Any], where: str = "config.json") -> Lla
     layers = fields.integers("vision_feature_layer", (-2,))
     if not 1 <= len(layers) <= MOST_LAYERS:
         raise InputError(f"{where}: vision_feature_layer names {len(layers)} layers; at least one is needed")
+    text = read_text_config(fields)
+    refuse_rope_outside(fields, text.rope)
     return LlavaConfig(
-        text=read_text_config(fields),
+        text=text,
         vision=read_vision_config(fields.section("vision_config").raw or DEFAULT_VISION, f"{where}: vision_config"),
         image_token_index=fields.integer("image_token_index", fields.integer("image_token_id", 32000, 0), 0),
         vision_feature_layer=tuple(layers),
@@ -87,7 +89,7 @@ def read_text_config(fields: ConfigReader) -> LlamaConfig:
     """The config of the language model: any of the Llama family or a mixture of experts."""
     text = fields.section("text_config")
     model_type = text.text("model_type", "llama", (*LLAMA_FAMILIES, *MIXTURE_FAMILIES))
-    raw = {"model_type": model_type, **{name: value for name, value in text.raw.items() if value is not None}}
+    raw = {**text.raw, "model_type": model_type}
     # Older checkpoints say in text_config whether the output projection is tied, newer ones beside it.
     if fields.boolean("tie_word_embeddings", False):
         raw["tie_word_embeddings"] = True

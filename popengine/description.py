@@ -72,7 +72,7 @@ def of_model(checkpoint: Checkpoint) -> dict[str, Any]:
         "layers": config.num_hidden_layers, "hidden_size": config.hidden_size, "channels": mlp.channels,
         "query_heads": config.num_attention_heads, "key_value_heads": config.num_key_value_heads,
         "vocabulary": config.vocab_size, "experts": experts, "pictures": pictures,
-        "context": config.max_position_embeddings, "cache_bytes_per_token": cache * kind.itemsize,
+        "context": config.context, "cache_bytes_per_token": cache * kind.itemsize,
         "memory_bytes": {name: held_bytes(model, language_model, checkpoint, *given) for name, *given in FORMS},
         "auto_memory_bytes": held_bytes(model, language_model, checkpoint, "auto", "auto"),
         "ffn_share_of_layer": layer.ffn / (layer.ffn + layer.attention), "heads_per_group": layer.heads_per_group,

@@ -61,7 +61,7 @@ def load(
     device       "auto", "cpu", "cuda", "cuda:1", "mps"
     weights      "auto" (what the checkpoint keeps packed stays so on a CPU, unless float32 is asked for), "plain",
                  "int8", "int4" (CPU only)
-    max_seq_len  a shorter context than the model's own
+    max_seq_len  a shorter context than the model's own (which reaches as far as YaRN or linear scaling stretch it)
     compile      run decode steps through torch.compile: seconds to start, then 1.3 to 2 times as fast on a CPU.
                  Where that does not work, a warning says why and steps run as without it
     progress     progress bars on stderr
@@ -92,7 +92,7 @@ def load(
         if compiled is None and where.type == "cpu" and kind != torch.float16:      # which PyTorch multiplies slowly so
             replace_matrices(model, ColumnMatrix.from_rows)
         warn_of_tokens_without_embedding(tokenizer, model, loaded)
-        context = model.config.max_position_embeddings
+        context = model.config.context
         if max_seq_len is not None:
             if not 1 <= max_seq_len <= context:
                 raise InputError(f"the context must be between 1 and the model's {context} tokens, not {max_seq_len}")
