@@ -257,8 +257,7 @@ class Gemma3ForConditionalGeneration(PictureModel):
 
     read_config = staticmethod(read_gemma3_config)
     spellings = LlavaForConditionalGeneration.spellings
-    # Buffers that follow from the config, and SigLIP's pooling head, which plays no part.
-    ignored_keys = (r".*rotary_emb\.inv_freq", r".*vision_tower\..*position_ids", r".*vision_tower\.(.*\.)?head\..*")
+    ignored_keys = (r".*vision_tower\.(.*\.)?head\..*",)      # SigLIP's pooling head plays no part
 
     def __init__(self, config: Gemma3Config) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.clip import VisionConfig, VisionTower, read_vision_config
 from models.config import FAMILIES as LLAMA_FAMILIES
 from models.config import MOST_LAYERS, ConfigReader, LlamaConfig, read_llama_config, refuse_rope_outside
+from models.key_names import INNER_TEXT_SPELLINGS
 from models.layers import activation_function
 from models.llama import LlamaForCausalLM
 from models.mixtral import FAMILIES as MIXTURE_FAMILIES
@@ -115,10 +116,9 @@ class LlavaForConditionalGeneration(PictureModel):
 
     read_config = staticmethod(read_llava_config)
     spellings = (
-        (r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
-        (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
-        (r"model\.language_model\.", "language_model.model."),
-        (r"lm_head\.", "language_model.lm_head."),
+        (r"(model\.)*vision_tower\.(vision_model\.)?", "vision_tower."),
+        (r"(model\.)*multi_modal_projector\.", "multi_modal_projector."),
+        *INNER_TEXT_SPELLINGS,
     )
 
     def __init__(self, config: LlavaConfig) -> None:
@@ -129,10 +129,8 @@ class LlavaForConditionalGeneration(PictureModel):
         text = config.text
         self.language_model = MixtralForCausalLM(text) if isinstance(text, MixtralConfig) else LlamaForCausalLM(text)
         unbuilt = range(len(self.vision_tower.encoder.layers), config.vision.num_hidden_layers)
-        # What lies beyond the deepest hidden state that is read, and buffers that follow from the config.
+        # What lies beyond the deepest hidden state that is read.
         self.ignored_keys = (
-            r".*rotary_emb\.inv_freq",
-            r".*vision_tower\..*position_ids",
             r".*vision_tower\.(vision_model\.)?(post_layernorm|head)\..*",
             rf".*vision_tower\.(vision_model\.)?encoder\.layers\.({'|'.join(map(str, unbuilt))})\..*",
         )

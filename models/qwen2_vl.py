@@ -30,6 +30,7 @@ from models.config import (
     refuse_rope_outside,
     rope_section,
 )
+from models.key_names import INNER_TEXT_SPELLINGS
 from models.layers import activation_function, rotate
 from models.llama import LlamaForCausalLM
 from models.passes import PictureRows
@@ -352,11 +353,9 @@ class Qwen2VLForConditionalGeneration(PictureModel):
     tower_class: type[VisionTower] = VisionTower
     read_config = staticmethod(partial(read_config, Family(**QWEN2_FAMILY, read_vision=read_qwen2_vision)))
     spellings = (
-        (r"(model\.)?visual\.", "visual."),
-        (r"model\.(language_model\.)?", "language_model.model."),
-        (r"lm_head\.", "language_model.lm_head."),
+        (r"(model\.)*visual\.", "visual."),
+        *INNER_TEXT_SPELLINGS,
     )
-    ignored_keys = (r".*rotary_(pos_)?emb\.inv_freq",)
 
     def __init__(self, config: QwenVLConfig) -> None:
         super().__init__()
