@@ -89,12 +89,13 @@ def test_a_model_that_reads_pictures_loads_whatever_stands_before_its_keys(tmp_p
 def test_what_no_model_needs_may_be_there_and_what_is_twice_may_not(tmp_path: Path) -> None:
     reference = random_reference(MODELS["grouped_query"])
     reference.save_pretrained(tmp_path / "as it is")
-    one = torch.ones(4)
     extra = {
-        "v_head.summary.weight": one, "v_head.summary.bias": one, "model.layers.0.self_attn.rotary_emb.inv_freq": one,
-        "model.layers.1.self_attn.rotary_emb.cos_cached": one, "model.rotary_emb.sin_cached": one,
-        "layers.2.self_attn.rotary_emb.inv_freq": one, "model.position_ids": one.long(),
-    }  # fmt: skip
+        name: torch.ones(4) for name in (
+            "v_head.summary.weight", "v_head.summary.bias", "model.layers.0.self_attn.rotary_emb.inv_freq",
+            "model.layers.1.self_attn.rotary_emb.cos_cached", "model.rotary_emb.sin_cached",
+            "layers.2.self_attn.rotary_emb.inv_freq", "model.position_ids",
+        )
+    }
     folder = renamed(tmp_path / "as it is", tmp_path / "more", str, **extra)
     theirs, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
