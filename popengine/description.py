@@ -98,6 +98,8 @@ def held_bytes(model: Any, language_model: LlamaForCausalLM, checkpoint: Checkpo
 def of_text(checkpoint: Checkpoint) -> dict[str, Any]:
     tokenizer, template = open_text_side(checkpoint)
     found: dict[str, Any] = {"tokens": tokenizer.vocabulary_size, "turns": None, "system_turn": None, "turn_end": None}
+    if isinstance(template, InputError):
+        raise template
     if template is None:
         return found
     system = None
@@ -111,9 +113,7 @@ def of_text(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def render(template: str, tokenizer: TextTokenizer, turns: list[dict[str, str]]) -> str:
-    return render_chat(
-        template, turns, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, add_generation_prompt=False
-    )
+    return render_chat(template, turns, tokens=tokenizer.template_tokens, add_generation_prompt=False)
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -203,12 +203,19 @@ def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device, packed
     return dtype
 
 
-def open_text_side(checkpoint: Checkpoint) -> tuple[TextTokenizer, str | None]:
-    """Tokenizer and chat template, from the files beside the weights or from inside a .gguf."""
+def open_text_side(checkpoint: Checkpoint) -> tuple[TextTokenizer, str | InputError | None]:
+    """Tokenizer and chat template, from the files beside the weights or from inside a .gguf.
+
+    An InputError in the template's place says why it cannot be read: raw text needs none.
+    """
     if isinstance(checkpoint, GGUFCheckpoint):
         backend = IsolatedTokenizer(checkpoint.tokenizer_json, str(checkpoint.path))
         return FastTokenizer(backend, checkpoint.bos_token, checkpoint.eos_token), checkpoint.chat_template
-    return open_tokenizer(checkpoint.path), read_chat_template(checkpoint.path)
+    tokenizer = open_tokenizer(checkpoint.path)
+    try:
+        return tokenizer, read_chat_template(checkpoint.path)
+    except InputError as error:
+        return tokenizer, error
 
 
 def end_of_sequence_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> frozenset[int]:
