@@ -22,7 +22,7 @@ from popengine.packing import Packer, choose_form
 from popengine.pictures.patches import PatchVision
 from popengine.pictures.vision import TextOnly, Vision
 from popengine.sharing import add_biases_once, shares
-from popengine.text.chat import read_chat_template
+from popengine.text.chat import WITHOUT_TEMPLATE, read_chat_template
 from popengine.text.isolated import IsolatedTokenizer
 from popengine.text.prompts import Prompts
 from popengine.text.tokenizer import FastTokenizer, TextTokenizer, open_tokenizer
@@ -215,7 +215,7 @@ def open_text_side(checkpoint: Checkpoint) -> tuple[TextTokenizer, str | InputEr
     try:
         return tokenizer, read_chat_template(checkpoint.path)
     except InputError as error:
-        return tokenizer, error
+        return tokenizer, InputError(f"{error}; {WITHOUT_TEMPLATE}")
 
 
 def end_of_sequence_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> frozenset[int]:

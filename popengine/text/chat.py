@@ -21,7 +21,7 @@ SANDBOX = Path(__file__).resolve().with_name("chat_sandbox.py")
 # Of processor time: a render takes a few milliseconds, starting Python and jinja2 about 0.1 s.
 CPU_SECONDS, CPU_SECONDS_EACH = 2, 0.02
 WALL_SECONDS = 30.0  # that comes first, except where the system does not limit it
-NEEDS_NONE = "`generate --raw` runs a prompt without a template"
+WITHOUT_TEMPLATE = "`generate --raw` runs a prompt without a template"
 LONGEST_TEXT = 1_000_000  # characters, where nobody knows of a context
 
 
@@ -40,12 +40,12 @@ def read_chat_template(directory: Path) -> str | None:
         if isinstance(template, list):
             named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
             if not named:
-                raise InputError(f'{path}: none of the chat templates is named "default"; {NEEDS_NONE}')
+                raise InputError(f'{path}: none of the chat templates is named "default"')
             template = named[-1].get("template")
         if isinstance(template, str):
             return template
         if template is not None:
-            raise InputError(f"{path}: chat_template should be a string, found {type(template).__name__}; {NEEDS_NONE}")
+            raise InputError(f"{path}: chat_template should be a string, found {type(template).__name__}")
     return None
 
 
@@ -123,7 +123,7 @@ def render_chats(
 
 
 def template_failed(reason: str) -> InputError:
-    return InputError(f"the chat template failed: {reason}; {NEEDS_NONE}")
+    return InputError(f"the chat template failed: {reason}; {WITHOUT_TEMPLATE}")
 
 
 def end_of_turn_token(template: str, tokenizer: TextTokenizer) -> int | None:
