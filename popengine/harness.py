@@ -194,11 +194,13 @@ class PopengineLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if self.engine.chat_template is None:
-            raise InputError("this checkpoint has no chat template: leave --apply_chat_template out")
+            raise self.engine.prompts.template_problem or InputError(
+                "this checkpoint has no chat template: leave --apply_chat_template out"
+            )
         tokenizer = self.engine.tokenizer
         return render_chat(
             self.engine.chat_template, self.spelled.hide(chat_history),
-            bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, add_generation_prompt=add_generation_prompt,
+            tokens=tokenizer.template_tokens, add_generation_prompt=add_generation_prompt,
         )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

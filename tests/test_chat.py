@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import popengine.text.chat
 from popengine.text.chat import end_of_turn_token, read_chat_template, render_chat, render_chats
 from popengine.text.isolated import IsolatedTokenizer
-from popengine.text.tokenizer import FastTokenizer
+from popengine.text.tokenizer import FastTokenizer, open_tokenizer
 from weights.errors import InputError
 
 # Written here in the manner of the well-known formats.
@@ -111,7 +112,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def render(template: str, messages: list[dict] | None = None) -> str:
-    return render_chat(template, messages or HELLO, bos_token="<s>", eos_token="</s>")
+    return render_chat(template, messages or HELLO, tokens={"bos_token": "<s>", "eos_token": "</s>"})
 
 
 def words_of_failure(template: str) -> str:
@@ -137,11 +138,56 @@ def test_text_equals_transformers(name: str, add_generation_prompt: bool) -> Non
         )
         for messages in conversations
     ]
-    assert expected == render_chats(template, conversations, **tokens, add_generation_prompt=add_generation_prompt)
+    assert expected == render_chats(template, conversations, tokens=tokens, add_generation_prompt=add_generation_prompt)
 
 
 def test_a_token_that_is_absent_renders_as_nothing() -> None:
-    assert render_chat("[{{ bos_token }}|{{ eos_token }}]", HELLO, bos_token=None, eos_token="</s>") == "[|</s>]"
+    assert render_chat("[{{ bos_token }}|{{ eos_token }}]", HELLO, tokens={"eos_token": "</s>"}) == "[|</s>]"
+
+
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "image_token",
+         "prefix_token")
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_a_template_may_use_whatever_token_has_a_name(tmp_path: Path, case: int) -> None:
+    """Any of them, as text or with flags, in either file, beside transformers' reading of the same files."""
+    source = random.Random(case)
+    named = {name: f"<{name}>" for name in NAMES if source.random() < 0.5}
+    given = {
+        name: {"__type": "AddedToken", "content": token, "special": True} if source.random() < 0.5 else token
+        for name, token in named.items()
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | {n: v for n, v in given.items() if source.random() < 0.7}
+    if case % 3 == 0:
+        config["extra_special_tokens"] = {"video_token": "<video>", "end_of_video": "<end>"}
+    files = {"tokenizer_config.json": config, "special_tokens_map.json": given}
+    if case % 2:
+        config["added_tokens_decoder"] = {"0": {"content": "a", "special": False}}      # then the map is not read
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "tokenizer.json"))
+    template = "".join(
+        f"{{{{ {name} }}}}{{{{ {name} is defined }}}}|" for name in (*NAMES, "video_token", "end_of_video")
+    )
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(HELLO, chat_template=template, tokenize=False)
+    ours = open_tokenizer(tmp_path)
+    assert render_chat(template, HELLO, tokens=ours.template_tokens) == expected
+    assert "True" in expected
+
+
+def test_the_additional_tokens_are_a_list(tmp_path: Path) -> None:
+    """As in transformers 4; a name of an extra token does not hide what a template is given."""
+    Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "tokenizer.json"))
+    config = {"additional_special_tokens": ["<a>", {"content": "<b>"}], "pad_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = "{{ additional_special_tokens | join(',') }} {{ pad_token is defined }}"
+    assert render_chat(template, HELLO, tokens=open_tokenizer(tmp_path).template_tokens) == "<a>,<b> False"
+    config = {"extra_special_tokens": {"messages": "<a>", "tools": "<b>", "longest": "<c>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = "{{ messages[0].content }} {{ tools is none }} {{ longest }}"
+    assert render_chat(template, HELLO, tokens=open_tokenizer(tmp_path).template_tokens) == "Hello True <c>"
 
 
 def test_the_current_time_can_be_written() -> None:

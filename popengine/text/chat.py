@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from popengine.text.scripts import environment, package_folders
 from popengine.text.tokenizer import TextTokenizer
+from weights import files
 from weights.errors import InputError
 from weights.json_files import LARGEST_JSON, read_json
 from weights.mapped_file import read_text
@@ -20,6 +21,7 @@ SANDBOX = Path(__file__).resolve().with_name("chat_sandbox.py")
 # Of processor time: a render takes a few milliseconds, starting Python and jinja2 about 0.1 s.
 CPU_SECONDS, CPU_SECONDS_EACH = 2, 0.02
 WALL_SECONDS = 30.0  # that comes first, except where the system does not limit it
+WITHOUT_TEMPLATE = "`generate --raw` runs a prompt without a template"
 LONGEST_TEXT = 1_000_000  # characters, where nobody knows of a context
 
 
@@ -29,16 +31,16 @@ def read_chat_template(directory: Path) -> str | None:
     Looked for in chat_template.jinja, chat_template.json (a processor's, so it knows about pictures), and
     `chat_template` of tokenizer_config.json: a string, or a list of named ones, of which "default" is taken.
     """
-    path = Path(directory) / "chat_template.jinja"
+    path = Path(directory) / files.CHAT_TEMPLATE
     if path.exists():
         return read_text(path, LARGEST_JSON)
-    for name in ("chat_template.json", "tokenizer_config.json"):
+    for name in (files.OLDER_CHAT_TEMPLATE, files.TOKENIZER_CONFIG):
         path = Path(directory) / name
         template = read_json(path, optional=True).get("chat_template")
         if isinstance(template, list):
             named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
             if not named:
-                raise InputError(f'{path}: none of the chat templates is named "default"; use --raw without a template')
+                raise InputError(f'{path}: none of the chat templates is named "default"')
             template = named[-1].get("template")
         if isinstance(template, str):
             return template
@@ -51,14 +53,11 @@ def render_chat(
     template: str,
     messages: Sequence[Message],
     *,
-    bos_token: str | None,
-    eos_token: str | None,
+    tokens: Mapping[str, Any],
     add_generation_prompt: bool = True,
 ) -> str:
     """The text of one conversation as the template writes it, special tokens included."""
-    (text,) = render_chats(
-        template, [messages], bos_token=bos_token, eos_token=eos_token, add_generation_prompt=add_generation_prompt
-    )
+    (text,) = render_chats(template, [messages], tokens=tokens, add_generation_prompt=add_generation_prompt)
     return unless_failed(text)
 
 
@@ -73,12 +72,13 @@ def render_chats(
     template: str,
     conversations: Sequence[Sequence[Message]],
     *,
-    bos_token: str | None,
-    eos_token: str | None,
+    tokens: Mapping[str, Any],
     add_generation_prompt: bool = True,
     longest: int = LONGEST_TEXT,
 ) -> list[str | InputError]:
     """The texts of several conversations, rendered in one short-lived process (about 0.15 s for all of them).
+
+    tokens  special tokens by the names that templates have for them (TextTokenizer.template_tokens)
 
     Templates come with checkpoints and are not trusted: jinja2's sandbox, limits on time and memory, no files, and at
     most `longest` characters for each text. In the place of a text that failed there is an InputError that says why,
@@ -86,13 +86,11 @@ def render_chats(
     """
     if not conversations:
         return []
-    variables = {"bos_token": bos_token, "eos_token": eos_token}
-    variables = {name: token for name, token in variables.items() if token is not None}  # undefined, not "None"
-    common = {**variables, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    common = {**tokens, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
     seconds = CPU_SECONDS + int(CPU_SECONDS_EACH * len(conversations))
     request = {
         "template": template,
-        "conversations": [{"messages": list(messages), **common} for messages in conversations],
+        "conversations": [{**common, "messages": list(messages)} for messages in conversations],
         "python_path": package_folders("jinja2", "markupsafe"),
         "longest": longest,
         "seconds": seconds,
@@ -125,7 +123,7 @@ def render_chats(
 
 
 def template_failed(reason: str) -> InputError:
-    return InputError(f"the chat template failed: {reason}; --raw sends the prompt without a template")
+    return InputError(f"the chat template failed: {reason}; {WITHOUT_TEMPLATE}")
 
 
 def end_of_turn_token(template: str, tokenizer: TextTokenizer) -> int | None:
@@ -136,13 +134,7 @@ def end_of_turn_token(template: str, tokenizer: TextTokenizer) -> int | None:
     marker = "popengine end of turn marker"
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": marker}]
     try:
-        text = render_chat(
-            template,
-            messages,
-            bos_token=tokenizer.bos_token,
-            eos_token=tokenizer.eos_token,
-            add_generation_prompt=False,
-        )
+        text = render_chat(template, messages, tokens=tokenizer.template_tokens, add_generation_prompt=False)
         _, found, after = text.rpartition(marker)
         ids = tokenizer.encode(after.lstrip(), add_special_tokens=False)
     except InputError:
