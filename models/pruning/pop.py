@@ -307,7 +307,6 @@ def channel_bytes(ffn: FeedForward, rows: int | None = None, columns: int | None
     return factors + ffn.down_proj.read_bytes(columns=columns)
 
 
-def kinds_of(ffn: FeedForward) -> list[tuple[object, ...]]:
+def kinds_of(ffn: FeedForward) -> list[object]:
     """How the three matrices of a network are stored."""
-    matrices = ffn.gate_proj, ffn.up_proj, ffn.down_proj
-    return [(type(one), one.weight.dtype, one.weight.shape, one.read_bytes()) for one in matrices]
+    return [matrix.kind() for matrix in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)]
