@@ -43,7 +43,8 @@ class CompiledDecode:
         # What calls the loops is compiled too: in Python it takes 7 % of a step on packed weights.
         # That cannot call a sum over ranks.
         in_cpp = model.device.type == "cpu" and model.config.ranks.count == 1
-        options = {"size_asserts": False, "cpp_wrapper": in_cpp}
+        # Channels that are chosen are in range: a check in the inner loop would cost more than the sum.
+        options = {"size_asserts": False, "cpp_wrapper": in_cpp, "assert_indirect_indexing": False}
         compile = partial(torch.compile, dynamic=False, fullgraph=True, options=options)
         self.begin: Callable[..., tuple[Tensor, DecodePass]] = compile(LlamaForCausalLM.begin)
         self.layers: Callable[..., Tensor] = compile(decode_layers)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.products import is_fused, row_count, written_out
+from models.products import is_fused, row_count, written_out, written_out_rows
 
 # Up to how many rows a product is written out or added up instead of left to a library (tools/measure_products.py).
 FEW_ROWS = {torch.float32: 8, torch.bfloat16: 3}
@@ -77,8 +77,7 @@ class Matrix(nn.Linear):
 
     def multiply_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """What the rows named put out, and no others. x [..., in], int64 [k] -> [..., k]"""
-        chosen = self.values()[rows]
-        y = written_out(x, chosen) if is_fused(x) else F.linear(x, chosen)
+        y = written_out_rows(x, self.values(), rows) if is_fused(x) else F.linear(x, self.values()[rows])
         return y if self.bias is None else y + self.bias[rows]
 
     def empty_rows(self, rows: int) -> "Matrix":

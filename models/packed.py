@@ -28,8 +28,6 @@ from weights.groups import Groups, group
 FEW_ROWS_WRITTEN_OUT, FEW_ROWS_INT8, FEW_ROWS_INT4 = 3, 8, 16
 # PyTorch's product of eight bits reads rows by so many numbers at a time, past their end if need be.
 PADDING = 16
-# Rows up to this length are faster written out; longer ones through the packed product, by as much.
-LONGEST_WRITTEN_OUT = 3072
 # Sizes of groups that the product of four bits knows.
 GROUP_SIZES = (256, 128, 64, 32)
 # Of drafts: their activations, which packed products want in half precision, and their groups.
@@ -82,7 +80,7 @@ class Int8Matrix(Matrix):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
         rows = row_count(x)
-        if rows <= FEW_ROWS_WRITTEN_OUT and is_fused(x) and self.in_features <= LONGEST_WRITTEN_OUT:
+        if rows <= FEW_ROWS_WRITTEN_OUT and is_fused(x):
             y = written_out(x, self.numbers()) * self.scale
         elif rows <= FEW_ROWS_INT8 and has_packed_products(x):
             padded = F.pad(x, (0, self.weight.shape[1] - self.in_features)).flatten(0, -2)
