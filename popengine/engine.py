@@ -16,8 +16,8 @@ from torch import Tensor
 from models.compiled import CompiledDecode
 from models.llama import LlamaForCausalLM
 from models.pruning.pop import Prior
-from models.pruning.settings import RECOMMENDED, PruningSettings
-from models.reading import layer_weights
+from models.pruning.settings import DENSE, RECOMMENDED, PruningSettings
+from models.reading import bytes_per_token, layer_weights
 from models.state import DecodeState
 from popengine.conversation import Conversation
 from popengine.pictures.images import ImageSource
@@ -230,7 +230,10 @@ class Engine:
         return Run(self, prompts, max_new_tokens, resolved, sampling or Sampling(), stop_ids, given, held, kept)
 
     def resolve(self, pruning: PruningSettings | StudyPruning) -> StudyPruning:
-        """Settings made concrete for this model; what is concrete already stays."""
+        """Settings made concrete for this model; what is concrete already stays.
+
+        The recommended settings give way to the dense model where they would save nothing.
+        """
         if isinstance(pruning, StudyPruning):
             return pruning
         if pruning.visual_tokens != "all" and not self.pictures.reads:
@@ -238,7 +241,10 @@ class Engine:
                 f"visual tokens {pruning.visual_tokens} is for pictures, and this checkpoint is a text model; LLaVA, "
                 "Qwen-VL and Gemma-3 read images"
             )
-        found = resolve_study(pruning, layer_weights(self.model))
+        weights = layer_weights(self.model)
+        found, dense = resolve_study(pruning, weights), resolve_study(DENSE, weights)
+        if pruning == RECOMMENDED and bytes_per_token(self.model, found) >= bytes_per_token(self.model, dense):
+            return replace(dense, why_dense=f"the recommended pruning would read no less of {self.weights} weights")
         return found if not found.cuts else replace(found, rule=found.rule.with_prior(self.prior(pruning.prior)))
 
     def prior(self, tokens: int) -> Prior | None:

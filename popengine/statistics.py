@@ -212,6 +212,8 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
         f"({statistics.weights}; {statistics.dtype}, {statistics.device})",
         f"memory    {megabytes(statistics.peak_memory_bytes)} at peak; loaded in {load_s:.1f} s",
     ]
+    if statistics.pruning.why_dense:
+        found.insert(2, f"dense     nothing is pruned: {statistics.pruning.why_dense}")
     if statistics.pruning.cuts:
         prior = statistics.pruning.settings.prior
         found.insert(3, (

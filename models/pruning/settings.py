@@ -222,6 +222,6 @@ def compared_fields() -> Iterator[Field[Any]]:
 
 
 DENSE = PruningSettings(prune_ratio=0.0)
-# What generation does where nothing is said: the best that was measured at its ratio on short and long prompts alike
-# (docs/results.md). PruningSettings() itself is the paper's rule to the letter.
-RECOMMENDED = PruningSettings(candidate_width=0.5, prior=32)
+# What generation does where nothing is said. Until 64 tokens are seen steps run dense (docs/results.md), so that a short
+# prompt costs no quality; nothing is sampled at first use. PruningSettings() itself is the paper's rule to the letter.
+RECOMMENDED = PruningSettings(candidate_width=0.5, min_evidence=64)

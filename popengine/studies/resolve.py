@@ -19,9 +19,11 @@ class StudyPruning(Pruning):
     """Pruning whose prompts may leave out tokens of pictures.
 
     no_skipped_kv  a control: no row attends to what a prompt has left in the layers it skips
+    why_dense      why the recommended pruning gave way to the dense model; "" where it did not
     """
 
     no_skipped_kv: bool = False
+    why_dense: str = ""
 
     @property
     def walk(self) -> Walk:
