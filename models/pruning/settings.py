@@ -222,6 +222,6 @@ def compared_fields() -> Iterator[Field[Any]]:
 
 
 DENSE = PruningSettings(prune_ratio=0.0)
-# What generation does where nothing is said. Until 64 tokens are seen steps run dense (docs/results.md), so that a short
+# What generation does where nothing is said. Until 64 tokens are seen steps run dense, so that a short
 # prompt costs no quality; nothing is sampled at first use. PruningSettings() itself is the paper's rule to the letter.
 RECOMMENDED = PruningSettings(candidate_width=0.5, min_evidence=64)
