@@ -22,6 +22,7 @@ from builders import (
 from tiny_gemma import complete_gemma
 from tiny_qwen_vl import complete_qwen
 
+from models.blocks import FeedForwardBlock
 from models.feed_forward import FeedForward
 from models.pruning.partition import Evidence
 from models.pruning.settings import DENSE, PruningSettings
@@ -86,7 +87,7 @@ def test_later_pieces_skip_layers_too(tmp_path: Path, monkeypatch: pytest.Monkey
     rows, add = [], Evidence.add
     monkeypatch.setattr(Evidence, "add", lambda own, h, *rest: (rows.append(h.shape[1]), add(own, h, *rest))[1])
     model.prefill(model.embed(tokens[:, 17:]), state, kept=17)
-    assert rows == [13, 13, 13, 13, 4, 4]                           # attention and network of three layers
+    assert rows == [13, 13, 4]                                      # networks of three layers
     assert state.schedule.tokens == 4 + 4
     assert all(layer.cache.keys[:, :, :30].abs().sum(dim=(0, 1, 3)).all() for layer in state.layers)
 
@@ -184,7 +185,7 @@ def test_a_step_that_is_cut_in_two_is_not_gone_on_with(
     stream = conversation.stream("Hello there")
     next(stream)
     with monkeypatch.context() as patch:
-        patch.setattr(FeedForward, "decode", interrupted)
+        patch.setattr(FeedForwardBlock, "decode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(stream)
     assert conversation.state is None
@@ -192,7 +193,7 @@ def test_a_step_that_is_cut_in_two_is_not_gone_on_with(
     assert after.statistics.kept_tokens == 0
     assert after.token_ids == asked_afresh(conversation).token_ids
     with monkeypatch.context() as patch:
-        patch.setattr(FeedForward, "prefill", interrupted)
+        patch.setattr(FeedForwardBlock, "prefill", interrupted)
         with pytest.raises(KeyboardInterrupt):
             conversation.say("Not heard")
     assert len(conversation.messages) == 4

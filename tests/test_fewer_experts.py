@@ -94,7 +94,7 @@ def test_experts_that_count_least_are_as_if_deleted(pair: tuple[Any, LlamaForCau
     torch.testing.assert_close(logits_of(model, pruning, tokens, 20), wanted, atol=1e-4, rtol=1e-4)
     assert pruning.ffn_ratio == 0.4
     mixture = model.model.layers[0].mlp
-    gate, experts = pruning.experts.of[mixture]
+    gate, experts = pruning.rule.experts_of(mixture)
     assert gate.out_features == len(experts) == 3
     assert {id(one) for one in experts} < {id(one) for one in mixture.experts}      # not copies of them
 
@@ -130,7 +130,7 @@ def test_experts_that_are_routed_alike_are_as_if_averaged(pair: tuple[Any, Llama
         router = calibration.routers[NAMES.format(layer)]
         groups = spectral_groups(router.likeness, 3)
         assert sorted(one for group in groups for one in group) == [0, 1, 2, 3, 4]
-        networks = pruning.experts.of[model.model.layers[layer].mlp][1]
+        networks = pruning.rule.experts_of(model.model.layers[layer].mlp)[1]
         assert len({id(one) for one in networks}) == len(groups) == 3
         for group in groups:
             parts = [(experts.gate_up_proj[one], experts.down_proj[one]) for one in group]

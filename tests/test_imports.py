@@ -15,7 +15,9 @@ from builders import REPOSITORY
 
 PACKAGES = ("weights", "models", "popengine")
 # Where each part stands; nobody imports what stands higher. The package itself only names what its users may import.
-LEVELS = ["weights", "models", "methods, text and pictures", "the engine's files", "popengine", "measure", "commands"]
+LEVELS = [
+    "weights", "models", "studies, methods, text and pictures", "the engine's files", "popengine", "measure", "commands",
+]
 # Who knows the type of its engine, and no more.
 TYPES_ONLY_CIRCLES = [("popengine.run", "popengine.engine"), ("popengine.conversation", "popengine.engine")]
 ISOLATED_SCRIPTS = (
@@ -88,8 +90,8 @@ def level_of(name: str, path: Path) -> int:
     package, *rest = name.split(".")
     if package != "popengine":
         return LEVELS.index(package)
-    if rest and rest[0] in ("methods", "text", "pictures"):
-        return LEVELS.index("methods, text and pictures")
+    if rest and rest[0] in ("studies", "methods", "text", "pictures"):
+        return LEVELS.index("studies, methods, text and pictures")
     if not rest or rest[0] == "measure":
         return LEVELS.index(rest[0] if rest else "popengine")
     return LEVELS.index("commands" if is_command(name, path) else "the engine's files")
@@ -145,7 +147,7 @@ def test_nobody_imports_upwards_in_circles_or_inside_functions() -> None:
     # That the rules below are about something: these stand where they are said to stand.
     for name, level in {"popengine.generate": "commands", "popengine.harness": "commands", "models.llama": "models",
                         "popengine.engine": "the engine's files", "popengine.measure.scoring": "measure",
-                        "popengine.text.chat": "methods, text and pictures"}.items():
+                        "popengine.text.chat": "studies, methods, text and pictures"}.items():
         assert LEVELS[level_of(name, modules[name])] == level
     assert problems(REPOSITORY) == []
 

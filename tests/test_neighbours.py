@@ -37,7 +37,7 @@ from popengine.measure.scoring import calibration_from
 from popengine.methods.by_name import Request, pruning_for
 from popengine.methods.calibration import Calibration, calibrate, load_calibration, save_calibration
 from popengine.methods.cfsp import kept_shares
-from popengine.methods.probe_pruning import PROBED, Probed
+from popengine.methods.probe_pruning import PROBED, probe_rows
 from popengine.methods.tyr import GENERATIONS, OFFSPRING, STEPS, moved
 from popengine.run import next_logits
 from popengine.studies.known_text import evaluate
@@ -287,9 +287,9 @@ def test_probe_pruning_is_a_few_rows_that_decide_for_all(
 def test_padding_is_no_probe(model: LlamaForCausalLM) -> None:
     x, real = torch.rand(2, 12, SIZES["hidden_size"]), left_padded([12, 7], SIZES["vocab_size"])[1]
     x[1, :5] *= 100
-    probe = Probed(0.4, 0.0).probe(x, real)
+    probe = probe_rows(x, real)
     assert len(probe) == math.ceil(PROBED * 19) and not set(probe.tolist()) & set(range(12, 17))
-    assert set(Probed(0.4, 0.0).probe(x, None).tolist()) <= set(range(12, 17))
+    assert set(probe_rows(x, None).tolist()) <= set(range(12, 17))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import MIXTRAL, MODELS, QWEN2_MOE, SETTINGS, SIZES, prefilled, saved_pair
+from builders import MIXTRAL, MODELS, QWEN2_MOE, SETTINGS, SIZES, prefilled, resolved, saved_pair
 from transformers import LlamaConfig
 
 from models.llama import LlamaForCausalLM
@@ -18,6 +18,7 @@ from popengine.methods.by_name import METHODS, Request, pruning_for
 from popengine.methods.calibration import calibrate
 from popengine.run import next_logits
 from popengine.studies.known_text import evaluate
+from popengine.studies.recording import recorded
 
 CONFIGS: dict[str, Any] = MODELS | {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE}
 
@@ -65,9 +66,10 @@ def test_each_position_picks_for_itself(tmp_path: Path) -> None:
     model = saved_pair(tmp_path, LlamaConfig(**SIZES))[1]
     tokens = torch.arange(40)
     settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.4)
-    _, state = prefilled(model, tokens[None, :16], settings)
     seen: list[tuple[Any, torch.Tensor]] = []
-    evaluate(model, tokens[16:], state, lambda ffn, partition, keep: seen.append((partition, keep)))
+    pruning = recorded(resolved(model, settings), lambda ffn, partition, keep: seen.append((partition, keep)))
+    _, state = prefilled(model, tokens[None, :16], pruning)
+    evaluate(model, tokens[16:], state)
     assert len(seen) == len(model.model.layers)
     for partition, keep in seen:
         assert keep.shape == (1, 24, partition.sizes.candidate)
