@@ -16,7 +16,8 @@ from builders import REPOSITORY
 PACKAGES = ("weights", "models", "popengine")
 # Where each part stands; nobody imports what stands higher. The package itself only names what its users may import.
 LEVELS = [
-    "weights", "models", "studies, methods, text and pictures", "the engine's files", "popengine", "measure", "commands",
+    "weights", "models", "studies, methods, text and pictures", "the engine's files", "popengine", "measure",
+    "commands",
 ]
 # Who knows the type of its engine, and no more.
 TYPES_ONLY_CIRCLES = [("popengine.run", "popengine.engine"), ("popengine.conversation", "popengine.engine")]
