@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.llama import LlamaForCausalLM
 from models.passes import DecodePass, PrefillPass
+from models.pruning.partition import ChannelPartition
 from models.pruning.resolve import Pruning
 from models.state import DecodeState
 from models.walks import decode_layers, prefill_layers
@@ -39,22 +41,24 @@ class CompiledDecode:
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
         layers = len(model.model.layers)
         self.group_size = max(size for size in range(1, MOST_LAYERS_PER_CALL + 1) if layers % size == 0)
-        # Checking again that inputs have the shapes compiled for takes 4 % of a step: the guards have seen to that.
-        # What calls the loops is compiled too: in Python it takes 7 % of a step on packed weights.
-        # That cannot call a sum over ranks.
-        in_cpp = model.device.type == "cpu" and model.config.ranks.count == 1
-        # Channels that are chosen are in range: a check in the inner loop would cost more than the sum.
-        options = {"size_asserts": False, "cpp_wrapper": in_cpp, "assert_indirect_indexing": False}
-        compile = partial(torch.compile, dynamic=False, fullgraph=True, options=options)
+        compile = partial(torch.compile, dynamic=False, fullgraph=True, options=compile_options(model))
         self.begin: Callable[..., tuple[Tensor, DecodePass]] = compile(LlamaForCausalLM.begin)
         self.layers: Callable[..., Tensor] = compile(decode_layers)
         self.begin_dense: Callable[..., tuple[Tensor, PrefillPass]] = compile(LlamaForCausalLM.begin_dense)
         self.dense_layers: Callable[..., Tensor] = compile(prefill_layers)
         self.head: Callable[..., Tensor] = compile(type(model).head)
 
+    @property
+    def in_graphs(self) -> bool:
+        """Whether steps are replayed as CUDA graphs, which a GPU launches at once instead of kernel by kernel."""
+        return self.model.device.type == "cuda"
+
     def prepare(self, state: DecodeState) -> float:
         """Have the steps of this state compiled, so that no step of a run waits for it; returns the seconds it took."""
         cache = state.cache
+        if self.in_graphs:
+            for tensor in tensors_of([cache, state.layers, state.live]).values():
+                torch._dynamo.mark_static_address(tensor, guard=False)
         torch._dynamo.mark_dynamic(cache.slots, 0)      # the capacity: one compiled step serves them all
         torch._dynamo.mark_dynamic(cache.places, 1)
         for buffer in cache.keys + cache.values:
@@ -88,6 +92,8 @@ class CompiledDecode:
     def step(self, tokens: Tensor, state: DecodeState, dense: bool) -> Tensor:
         """tokens int64 [B] -> logits [B, V]"""
         state.cache.make_room()
+        if self.in_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         step: DecodePass | PrefillPass
         if dense:       # its tokens are counted below: a number that changes would be compiled anew
             (x, step), run = self.begin_dense(self.model, tokens, state, False, 0), self.dense_layers
@@ -101,7 +107,8 @@ class CompiledDecode:
         if dense:
             for layer in state.layers:
                 layer.ffn.count(state.schedule.live)
-        return self.head(self.model, x)[:, 0]                                       # [B, V]
+        logits = self.head(self.model, x)[:, 0]                                     # [B, V]
+        return logits.clone() if self.in_graphs else logits     # the next step of a graph writes to the same memory
 
     def trusting_guards(self) -> AbstractContextManager[object]:
         """For steps that `prepare` has seen to.
@@ -115,6 +122,41 @@ class CompiledDecode:
 def step_of(state: DecodeState) -> tuple[int, Pruning, bool]:
     """What tells steps apart that are compiled. Two capacities that are alike are one number to the compiler."""
     return len(state.live), state.pruning, state.cache.capacity == state.cache.thin_capacity
+
+
+def compile_options(model: LlamaForCausalLM) -> dict[str, bool]:
+    """Inductor's options for the steps of a model on its device."""
+    if model.device.type == "cuda":
+        return {"triton.cudagraphs": True, "coordinate_descent_tuning": True}   # the first is "reduce-overhead"
+    return {
+        # Checking again that inputs have the shapes compiled for takes 4 % of a step: the guards have seen to that.
+        "size_asserts": False,
+        # Channels that are chosen are in range: a check in the inner loop would cost more than the sum.
+        "assert_indirect_indexing": False,
+        # What calls the loops is compiled too: in Python it takes 7 % of a step on packed weights. That cannot call a
+        # sum over ranks.
+        "cpp_wrapper": model.device.type == "cpu" and model.config.ranks.count == 1,
+    }
+
+
+def tensors_of(thing: Any, path: str = "", seen: set[int] | None = None) -> dict[str, Tensor]:
+    """Every tensor that steps read and that is not a parameter of the model, by its path from `thing`.
+
+    A step never reads the order of a partition: what it needs of one was copied when the channels were partitioned.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(thing, Tensor):
+        return {path: thing}
+    if id(thing) in seen or isinstance(thing, ChannelPartition):
+        return {}
+    seen.add(id(thing))
+    if isinstance(thing, nn.Module):
+        return {f"{path}.{name}": one for name, one in vars(thing).items() if isinstance(one, Tensor)}
+    parts = dict(enumerate(thing)) if isinstance(thing, list | tuple) else getattr(thing, "__dict__", {})
+    found: dict[str, Tensor] = {}
+    for name, part in parts.items():
+        found |= tensors_of(part, f"{path}.{name}", seen)
+    return found
 
 
 def compiler_problem(device: torch.device) -> str | None:

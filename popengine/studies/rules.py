@@ -173,10 +173,15 @@ class DraftFFN(Chooser):
     def __init__(self, ffn: FeedForward, rule: POP, weights: ActiveWeights) -> None:
         super().__init__(ffn, rule, weights)
         self.drafts = drafts_of(ffn)
+        self.channels = self.partition.resident.clone()                             # int64 [A], at a fixed address
 
     def look(self, x: Tensor) -> Tensor:
         gate, up = (draft(x.to(DRAFT_DTYPE)) for draft in self.drafts)              # [B, T, I]
-        return (self.act(gate) * up)[..., self.partition.resident]                  # [B, T, A]
+        return (self.act(gate) * up)[..., self.channels]                            # [B, T, A]
+
+    def repartition(self, clock: Clock | None = None) -> None:
+        super().repartition(clock)
+        self.channels.copy_(self.partition.resident)
 
     def decode_chosen(self, x: Tensor, step: DecodePass) -> Tensor:
         kept = self.kept_places(self.look(x), step)                                 # [R + K]
