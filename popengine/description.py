@@ -40,7 +40,8 @@ def describe(source: str | Path | None) -> dict[str, Any]:
         for entry in checkpoint.entries.values():
             stored[entry.stored or str(entry.dtype).removeprefix("torch.")] += entry.elements
         found: dict[str, Any] = {
-            "checkpoint": str(path), "architectures": checkpoint.config.get("architectures") or [checkpoint.config.get("model_type")],
+            "checkpoint": str(path),
+            "architectures": checkpoint.config.get("architectures") or [checkpoint.config.get("model_type")],
             "file_bytes": sum(file.stat().st_size for file in files), "stored": dict(stored.most_common()),
         }
         try:

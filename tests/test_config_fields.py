@@ -192,7 +192,8 @@ def test_absent_and_null_fields_mean_what_transformers_takes_them_for(family: st
         if family != "llama":
             text.setdefault("num_key_value_heads", 2)       # of which the defaults of most families are no part
         if family == "qwen3_vl":
-            text |= {"head_dim": 16, "use_sliding_window": False}       # which transformers does not know there
+            # What transformers does not know there, and what it reads beside text_config alone.
+            text |= {"head_dim": 16, "use_sliding_window": False, "tie_word_embeddings": False}
         if family in SECTIONS:
             half = (text.get("head_dim") or 16) // 2
             text["rope_scaling"] = {"type": "mrope", "mrope_section": [half - 4, 2, 2]}
