@@ -103,7 +103,8 @@ def test_it_gives_the_tokens_of_the_engine_on_the_default_checkpoint(
 
 
 def test_its_command_prints_the_text(checkpoint: Path) -> None:
-    command = [sys.executable, "-I", SCRIPT, checkpoint, "--prompt", PROMPT, *"--ratio 0.4 --skip 2 -n 12".split()]
+    flags = ["--prompt", PROMPT, "--ratio", "0.4", "--skip", "2", "-n", "12"]
+    command = [sys.executable, "-I", SCRIPT, checkpoint, *flags]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     engine = popengine.load(checkpoint, dtype="float32", device="cpu")
     wanted = engine.tokenizer.decode(tokens_of(engine, 0.4, 2)[1][:12])
