@@ -111,7 +111,8 @@ def of_text(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def render(template: str, tokenizer: TextTokenizer, turns: list[dict[str, str]]) -> str:
     return render_chat(
-        template, turns, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, add_generation_prompt=False
+        template, turns, tokenizer.sandbox, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token,
+        add_generation_prompt=False,
     )
 
 

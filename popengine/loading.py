@@ -23,8 +23,8 @@ from popengine.pictures.patches import PatchVision
 from popengine.pictures.vision import TextOnly, Vision
 from popengine.sharing import add_biases_once, shares
 from popengine.text.chat import read_chat_template
-from popengine.text.isolated import IsolatedTokenizer
 from popengine.text.prompts import Prompts
+from popengine.text.sandbox.process import Sandbox
 from popengine.text.tokenizer import FastTokenizer, TextTokenizer, open_tokenizer
 from popengine.torchrun import agree, ranks
 from popengine.waiting import waiting
@@ -205,8 +205,8 @@ def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device, packed
 def open_text_side(checkpoint: Checkpoint) -> tuple[TextTokenizer, str | None]:
     """Tokenizer and chat template, from the files beside the weights or from inside a .gguf."""
     if isinstance(checkpoint, GGUFCheckpoint):
-        backend = IsolatedTokenizer(checkpoint.tokenizer_json, str(checkpoint.path))
-        return FastTokenizer(backend, checkpoint.bos_token, checkpoint.eos_token), checkpoint.chat_template
+        sandbox = Sandbox("tokenizers", checkpoint.tokenizer_json, str(checkpoint.path))
+        return FastTokenizer(sandbox, checkpoint.bos_token, checkpoint.eos_token), checkpoint.chat_template
     return open_tokenizer(checkpoint.path), read_chat_template(checkpoint.path)
 
 

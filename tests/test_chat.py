@@ -1,7 +1,9 @@
 """Chat templates: the same text as transformers, and no harm from a template that means harm."""
 
+import functools
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -11,9 +13,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import popengine.text.chat
 from popengine.text.chat import end_of_turn_token, read_chat_template, render_chat, render_chats
-from popengine.text.isolated import IsolatedTokenizer
+from popengine.text.sandbox import process
+from popengine.text.sandbox.process import Sandbox
 from popengine.text.tokenizer import FastTokenizer
 from weights.errors import InputError
 
@@ -108,10 +110,18 @@ CASES = {
     "LLaVA": (LLAVA, PICTURE_CONVERSATIONS),
 }
 HELLO = [{"role": "user", "content": "Hello"}]
+NO_TOKENS = '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'
 
 
-def render(template: str, messages: list[dict] | None = None) -> str:
-    return render_chat(template, messages or HELLO, bos_token="<s>", eos_token="</s>")
+def new_sandbox() -> Sandbox:
+    return Sandbox("tokenizers", NO_TOKENS, "here")
+
+
+shared = functools.cache(new_sandbox)
+
+
+def render(template: str, sandbox: Sandbox | None = None) -> str:
+    return render_chat(template, HELLO, sandbox or shared(), bos_token="<s>", eos_token="</s>")
 
 
 def words_of_failure(template: str) -> str:
@@ -137,11 +147,13 @@ def test_text_equals_transformers(name: str, add_generation_prompt: bool) -> Non
         )
         for messages in conversations
     ]
-    assert expected == render_chats(template, conversations, **tokens, add_generation_prompt=add_generation_prompt)
+    texts = render_chats(template, conversations, shared(), **tokens, add_generation_prompt=add_generation_prompt)
+    assert texts == expected
 
 
 def test_a_token_that_is_absent_renders_as_nothing() -> None:
-    assert render_chat("[{{ bos_token }}|{{ eos_token }}]", HELLO, bos_token=None, eos_token="</s>") == "[|</s>]"
+    text = render_chat("[{{ bos_token }}|{{ eos_token }}]", HELLO, shared(), bos_token=None, eos_token="</s>")
+    assert text == "[|</s>]"
 
 
 def test_the_current_time_can_be_written() -> None:
@@ -225,11 +237,11 @@ def test_endless_template_is_stopped() -> None:
     start = time.monotonic()
     rounds = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
     assert "too long" in words_of_failure(rounds)
-    assert time.monotonic() - start < popengine.text.chat.WALL_SECONDS
+    assert time.monotonic() - start < process.WALL_SECONDS
 
 
 def test_wall_clock_stops_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(popengine.text.chat, "WALL_SECONDS", 0.5)
+    monkeypatch.setattr(process, "WALL_SECONDS", 0.5)
     assert "longer than" in words_of_failure("{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3)
 
 
@@ -238,10 +250,11 @@ def test_sandbox_process_can_neither_read_nor_write(tmp_path: Path) -> None:
     target = tmp_path / "written"
     program = f"""
 import sys
-sys.path.insert(0, {str(Path(popengine.text.chat.SANDBOX).parent)!r})
-import chat_sandbox, socket, subprocess
-chat_sandbox.limit_resources(5)
-assert chat_sandbox.render_all("ok", [{{}}], 10) == ["ok"]
+sys.path.insert(0, {str(process.CHILD.parent)!r})
+sys.argv = ["child", "[]"]
+import child, socket, subprocess
+child.limit(5, 400_000_000)
+assert child.render("ok", [{{}}], 10) == ["ok"]
 for attempt in (lambda: open({str(target)!r}, "w"), lambda: open("/etc/hostname"), socket.socket,
                 lambda: subprocess.run(["true"], capture_output=True)):
     try:
@@ -257,10 +270,10 @@ for attempt in (lambda: open({str(target)!r}, "w"), lambda: open("/etc/hostname"
 
 def test_environment_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
-    run = subprocess.run
+    start = subprocess.Popen
     monkeypatch.setenv("SOME_TOKEN", "secret")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: seen.update(kwargs) or run(*args, **kwargs))
-    assert render("ok") == "ok"
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: seen.update(kwargs) or start(*args, **kwargs))
+    assert render("ok", new_sandbox()) == "ok"
     assert "SOME_TOKEN" not in seen["env"]
 
 
@@ -272,7 +285,7 @@ def test_current_directory_cannot_interfere(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m` does
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert render(CHATML).endswith("<|im_start|>assistant\n")
+    assert render(CHATML, new_sandbox()).endswith("<|im_start|>assistant\n")
 
 
 def test_deleted_current_directory_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,12 +293,29 @@ def test_deleted_current_directory_does_not_matter(tmp_path: Path, monkeypatch: 
     gone.mkdir()
     monkeypatch.chdir(gone)
     os.rmdir(gone)
-    assert render("ok") == "ok"
+    assert render("ok", new_sandbox()) == "ok"
 
 
 def test_missing_interpreter_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    shared().stop()
     assert "could not be started" in words_of_failure("ok")
+    with pytest.raises(InputError, match=r"^here: .*Python could not be started"):
+        new_sandbox()
+
+
+def test_the_process_of_a_checkpoint_can_open_nothing() -> None:
+    sandbox = new_sandbox()
+    assert sandbox.process is not None
+    for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
+        assert resource.prlimit(sandbox.process.pid, kind) == (0, 0)
+
+
+def test_one_text_leaves_nothing_for_the_next() -> None:
+    keeps = "{% if ns is not defined %}{% set ns = namespace(n=0) %}{% endif %}{% set ns.n = ns.n + 1 %}{{ ns.n }}"
+    assert [render(keeps), render(keeps)] == ["1", "1"]
+    macro = "{% macro said() %}x{% endmacro %}{{ said() }}"
+    assert render(macro) == "x" and "undefined" in words_of_failure("{{ said() }}")
 
 
 # --- the end of a turn
@@ -298,7 +328,7 @@ def tokenizer() -> FastTokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"])
-    return FastTokenizer(IsolatedTokenizer(backend.to_str(), "here"), bos_token="<s>", eos_token="</s>")
+    return FastTokenizer(Sandbox("tokenizers", backend.to_str(), "here"), bos_token="<s>", eos_token="</s>")
 
 
 @pytest.mark.parametrize(
@@ -318,3 +348,13 @@ def tokenizer() -> FastTokenizer:
 def test_end_of_turn_token(tokenizer: FastTokenizer, template: str, token: str | None) -> None:
     expected = None if token is None else tokenizer.token_id(token)
     assert end_of_turn_token(template, tokenizer) == expected
+
+
+def test_a_template_that_runs_away_takes_no_tokens_with_it(tokenizer: FastTokenizer) -> None:
+    text = "<s>Hello<|im_end|> <|eot_id|>"
+    ids, ran = tokenizer.encode(text, add_special_tokens=False), tokenizer.sandbox.process
+    with pytest.raises(InputError, match="too long"):
+        render("{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3, tokenizer.sandbox)
+    assert ran is not None and ran.poll() is not None
+    assert tokenizer.encode(text, add_special_tokens=False) == ids
+    assert len(tokenizer.special_ids & set(ids)) == 3

@@ -1,13 +1,10 @@
 """Chat templates: finding a checkpoint's template, rendering it safely, and the token that ends an answer."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from popengine.text.scripts import environment, package_folders
+from popengine.text.sandbox.process import Sandbox
 from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
 from weights.json_files import LARGEST_JSON, read_json
@@ -16,10 +13,6 @@ from weights.mapped_file import read_text
 # {"role": "user", "content": text}; with pictures, content may be [{"type": "image"}, {"type": "text", "text": ...}].
 Message = dict[str, Any]
 
-SANDBOX = Path(__file__).resolve().with_name("chat_sandbox.py")
-# Of processor time: a render takes a few milliseconds, starting Python and jinja2 about 0.1 s.
-CPU_SECONDS, CPU_SECONDS_EACH = 2, 0.02
-WALL_SECONDS = 30.0  # that comes first, except where the system does not limit it
 LONGEST_TEXT = 1_000_000  # characters, where nobody knows of a context
 
 
@@ -50,6 +43,7 @@ def read_chat_template(directory: Path) -> str | None:
 def render_chat(
     template: str,
     messages: Sequence[Message],
+    sandbox: Sandbox,
     *,
     bos_token: str | None,
     eos_token: str | None,
@@ -57,7 +51,8 @@ def render_chat(
 ) -> str:
     """The text of one conversation as the template writes it, special tokens included."""
     (text,) = render_chats(
-        template, [messages], bos_token=bos_token, eos_token=eos_token, add_generation_prompt=add_generation_prompt
+        template, [messages], sandbox, bos_token=bos_token, eos_token=eos_token,
+        add_generation_prompt=add_generation_prompt,
     )
     return unless_failed(text)
 
@@ -72,13 +67,14 @@ def unless_failed(text: str | InputError) -> str:
 def render_chats(
     template: str,
     conversations: Sequence[Sequence[Message]],
+    sandbox: Sandbox,
     *,
     bos_token: str | None,
     eos_token: str | None,
     add_generation_prompt: bool = True,
     longest: int = LONGEST_TEXT,
 ) -> list[str | InputError]:
-    """The texts of several conversations, rendered in one short-lived process (about 0.15 s for all of them).
+    """The texts of several conversations, rendered in the process that holds the checkpoint's tokenizer.
 
     Templates come with checkpoints and are not trusted: jinja2's sandbox, limits on time and memory, no files, and at
     most `longest` characters for each text. In the place of a text that failed there is an InputError that says why,
@@ -89,39 +85,11 @@ def render_chats(
     variables = {"bos_token": bos_token, "eos_token": eos_token}
     variables = {name: token for name, token in variables.items() if token is not None}  # undefined, not "None"
     common = {**variables, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-    seconds = CPU_SECONDS + int(CPU_SECONDS_EACH * len(conversations))
-    request = {
-        "template": template,
-        "conversations": [{"messages": list(messages), **common} for messages in conversations],
-        "python_path": package_folders("jinja2", "markupsafe"),
-        "longest": longest,
-        "seconds": seconds,
-    }
-    wall_seconds = WALL_SECONDS + 4 * CPU_SECONDS_EACH * len(conversations)
-    try:
-        process = subprocess.run(
-            [sys.executable, "-I", "-S", str(SANDBOX)],
-            input=json.dumps(request).encode("ascii"),
-            capture_output=True,
-            timeout=wall_seconds,
-            env=environment(),
-            check=False,
-        )
-        answer = json.loads(process.stdout)
-    except subprocess.TimeoutExpired as error:
-        raise template_failed(f"it took longer than {wall_seconds:.0f} seconds") from error
-    except OSError as error:
-        raise template_failed(f"Python could not be started for it: {error}") from error
-    except ValueError as error:
-        if process.returncode < 0:
-            reason = f"it was stopped by signal {-process.returncode}, having run too long or too deep"
-        else:
-            last_words = process.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no answer"]
-            reason = f"its process ended with status {process.returncode}: {last_words[0]}"
-        raise template_failed(reason) from error
-    if "error" in answer:
-        raise template_failed(answer["error"])
-    return [text if isinstance(text, str) else template_failed(text["error"]) for text in answer["texts"]]
+    each = [{"messages": list(messages), **common} for messages in conversations]
+    found = sandbox.request("render", template, each, longest)
+    if "error" in found:
+        raise template_failed(found["error"])
+    return [text if isinstance(text, str) else template_failed(text["error"]) for text in found["answer"]]
 
 
 def template_failed(reason: str) -> InputError:
@@ -139,6 +107,7 @@ def end_of_turn_token(template: str, tokenizer: TextTokenizer) -> int | None:
         text = render_chat(
             template,
             messages,
+            tokenizer.sandbox,
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
             add_generation_prompt=False,

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from popengine.text.chat import render_chats
-from popengine.text.spelled import NOTHING_SPELLED, Spelled, leaves
+from popengine.text.sandbox.special_tokens import NOTHING_SPELLED, Spelled, leaves
 from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
 
@@ -101,8 +101,9 @@ class Prompts:
         if chats:
             said = max(sum(map(len, leaves(messages))) for messages in chats.values())
             render = partial(
-                render_chats, str(self.chat_template), bos_token=self.tokenizer.bos_token,
-                eos_token=self.tokenizer.eos_token, longest=min(self.longest, 2 * said + TEMPLATE_LETTERS),
+                render_chats, str(self.chat_template), sandbox=self.tokenizer.sandbox,
+                bos_token=self.tokenizer.bos_token, eos_token=self.tokenizer.eos_token,
+                longest=min(self.longest, 2 * said + TEMPLATE_LETTERS),
             )
             cut = {index: spelled.hide(messages, pieces=True) for index, messages in chats.items()}
             cut = {index: messages for index, messages in cut.items() if messages != chats[index]}
