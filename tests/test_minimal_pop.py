@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,27 @@ def test_what_cannot_be_is_one_clear_line(
     with pytest.raises(SystemExit) as end:
         minimal.main()
     assert end.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+def names_in_the_file() -> set[str]:
+    """Functions, classes and Class.method."""
+    found: set[str] = set()
+    for node in ast.parse(SCRIPT.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{one.name}" for one in node.body if isinstance(one, ast.FunctionDef)}
+    return found
+
+
+def test_the_page_that_walks_through_it_names_what_is_there() -> None:
+    text, names = (REPOSITORY / "docs" / "how_it_works.md").read_text("utf-8"), names_in_the_file()
+    sections = {section.partition("\n")[0]: section for section in text.split("\n## ")[1:]}
+    rows = [row.split("|")[1:-1] for row in sections["From equation to line"].splitlines() if row.startswith("|") and "`" in row]
+    assert len(rows) > 5 and {name for *_, place in rows for name in re.findall("`(.+?)`", place)} <= names
+    assert {"POP, Table 8", "POP, Eq. 1-3", "Prefill-Only, Eq. 14, 15"} <= {where.strip() for where, *_ in rows}
+    for title in [*(one for one in sections if one.startswith(("POP", "Prefill-Only"))), "Both together"]:
+        assert names & set(re.findall("`([A-Za-z_.]+)`", sections[title])), f"{title} names no function of the file"
 
 
 def test_it_is_one_short_file_that_needs_three_packages() -> None:
