@@ -141,7 +141,8 @@ def names_in_the_file() -> set[str]:
 def test_the_page_that_walks_through_it_names_what_is_there() -> None:
     text, names = (REPOSITORY / "docs" / "how_it_works.md").read_text("utf-8"), names_in_the_file()
     sections = {section.partition("\n")[0]: section for section in text.split("\n## ")[1:]}
-    rows = [row.split("|")[1:-1] for row in sections["From equation to line"].splitlines() if row.startswith("|") and "`" in row]
+    table = sections["From equation to line"].splitlines()
+    rows = [row.split("|")[1:-1] for row in table if row.startswith("|") and "`" in row]
     assert len(rows) > 5 and {name for *_, place in rows for name in re.findall("`(.+?)`", place)} <= names
     assert {"POP, Table 8", "POP, Eq. 1-3", "Prefill-Only, Eq. 14, 15"} <= {where.strip() for where, *_ in rows}
     for title in [*(one for one in sections if one.startswith(("POP", "Prefill-Only"))), "Both together"]:

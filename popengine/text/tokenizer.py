@@ -58,9 +58,10 @@ class FastTokenizer:
     def __init__(self, sandbox: Sandbox, bos_token: str | None = None, eos_token: str | None = None) -> None:
         self.sandbox, self.bos_token, self.eos_token = sandbox, bos_token, eos_token
         named = [token for token in (bos_token, eos_token) if token and self.token_id(token) is not None]
-        known = {token.content for token in add_tokens(sandbox).values() if token.special}
-        new = [AddedToken(token, normalized=False) for token in named if token not in known]
-        added = add_tokens(sandbox, new, special=True)
+        added = add_tokens(sandbox)
+        known = {token.content for token in added.values() if token.special}
+        if new := [AddedToken(token, normalized=False) for token in named if token not in known]:
+            added = add_tokens(sandbox, new, special=True)
 
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.special_tokens = frozenset(token.content for token in added.values() if token.special)
@@ -87,7 +88,7 @@ class FastTokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of the token that is written `token`, None if there is no such token."""
-        return self.sandbox.ask("number", token)
+        return self.sandbox.ask("token_to_id", token)
 
 
 class SentencePieceTokenizer:
@@ -255,16 +256,19 @@ def _open_fast(directory: Path) -> FastTokenizer:
     sandbox = Sandbox("tokenizers", content, str(path), lfs_hint(content[:100].encode()))
     named, extra = _special_tokens(directory)
     # What the configuration adds to the file, in the order of the ids it gives.
-    known = {token.content for token in add_tokens(sandbox).values()}
+    added = add_tokens(sandbox)
+    known = {token.content for token in added.values()}
     declared = _added_tokens(directory, [*named.values(), *extra])
-    added = add_tokens(sandbox, [token for _, token in sorted(declared.items()) if token.content not in known])
+    if new := [token for _, token in sorted(declared.items()) if token.content not in known]:
+        added = add_tokens(sandbox, new)
     by_content = {token.content: token for token in added.values()}
-    special = [
+    new = [
         by_content.get(name, AddedToken(name, normalized=False)) for name in named.values()
         if name not in by_content or not by_content[name].special
     ]
-    special += [AddedToken(name, normalized=False) for name in extra if name not in by_content]
-    add_tokens(sandbox, special, special=True)
+    new += [AddedToken(name, normalized=False) for name in extra if name not in by_content]
+    if new:
+        add_tokens(sandbox, new, special=True)
     return FastTokenizer(sandbox, bos_token=named.get("bos_token"), eos_token=named.get("eos_token"))
 
 

@@ -62,19 +62,14 @@ class JsonTokenizer:
         (self.backend.add_special_tokens if special else self.backend.add_tokens)(made)
         return [(number, token.__getstate__()) for number, token in self.backend.get_added_tokens_decoder().items()]
 
-    def number(self, token: str) -> int | None:
-        return self.backend.token_to_id(token)
-
     def encode(self, text: str, add_special_tokens: bool, parse_special: bool, begins: bool) -> list[int]:
         self.backend.encode_special_tokens = not parse_special
         if begins:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         self.backend.add_tokens([self.added_token(self.BEFORE, normalized=False)])
-        ids, before = self.encode(self.BEFORE + text, add_special_tokens, parse_special, True), self.number(self.BEFORE)
+        before = self.backend.token_to_id(self.BEFORE)
+        ids = self.backend.encode(self.BEFORE + text, add_special_tokens=add_special_tokens).ids
         return [number for number in ids if number != before]
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
 
 class SentencePiece:
@@ -95,9 +90,6 @@ class SentencePiece:
             "controls": [number for number in numbers if one.is_control(number) or one.is_unknown(number)],
             "bytes": [number for number in numbers if one.is_byte(number)],
         }
-
-    def encode(self, text: str) -> list[int]:
-        return list(self.backend.encode(text))
 
 
 class GenerationTag(jinja2.ext.Extension):
@@ -160,7 +152,8 @@ def words_of(error: BaseException) -> str:
 
 
 def main() -> None:
-    """Answers requests: `load` with package and content first, then `render` and the tokenizer's methods."""
+    """Answers requests: `load` with package and content first, then `render`, and methods of the tokenizer above or, if
+    it has none of the name, of the library's."""
     held: Any = None
     time.localtime(), render("{{ 'a constant' }}", [{}], 10)    # read files when they are first used
     for line in sys.stdin:
@@ -175,7 +168,8 @@ def main() -> None:
                 answer = held.about
             else:
                 limit(SECONDS + SECONDS_PER_LETTER * len(line), memory + MEMORY_PER_LETTER * len(line))
-                answer = render(*words) if name == "render" else getattr(held, name)(*words)
+                method = render if name == "render" else getattr(held, name, None) or getattr(held.backend, name)
+                answer = method(*words)
             written = json.dumps({"answer": answer})
             if len(written) > LONGEST_ANSWER:
                 raise ValueError("what it makes of a text is too long")
