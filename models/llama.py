@@ -17,6 +17,7 @@ from models.clock import Clock
 from models.config import LlamaConfig, read_llama_config
 from models.feed_forward import ActiveFeedForward, FeedForward
 from models.gathering import Drift, Gathering
+from models.key_names import TEXT_SPELLINGS, keys_by_our_names
 from models.layers import Embedding, RMSNorm, RotaryEmbedding
 from models.matrix import Matrix
 from models.passes import (
@@ -172,8 +173,7 @@ class LlamaModel(nn.Module):
 
 class LlamaForCausalLM(nn.Module):
     layer_class = LlamaDecoderLayer
-    # Buffers that old checkpoints carry and that follow from the config.
-    ignored_keys = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
+    ignored_keys: tuple[str, ...] = ()
     can_compile = True
     read_config: Callable[..., LlamaConfig] = staticmethod(read_llama_config)
 
@@ -195,9 +195,10 @@ class LlamaForCausalLM(nn.Module):
     ) -> dict[str, tuple[str, tuple[Any, ...]]]:
         """Parameters that a checkpoint keeps under another name: to its key and an index into that tensor.
 
-        The Llama family's modules are named as its checkpoints name them: there are none.
+        The Llama family's modules are named as its checkpoints name them, but for what stands in front.
         """
-        return {}
+        stored_as = keys_by_our_names(checkpoint_names, TEXT_SPELLINGS)
+        return {name: (stored_as[name], ()) for name in parameter_names if name in stored_as}
 
     @property
     def device(self) -> torch.device:

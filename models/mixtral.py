@@ -11,6 +11,7 @@ from typing import Any
 from models.config import ConfigReader, FamilyDefaults, LlamaConfig, read_decoder_fields
 from models.experts import ActiveExperts, MixtureOfExperts
 from models.feed_forward import ActiveFeedForward
+from models.key_names import TEXT_SPELLINGS, keys_by_our_names
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from models.pruning.left_out import MLP
 from models.pruning.partition import PartitionSizes
@@ -143,7 +144,10 @@ class MixtralForCausalLM(LlamaForCausalLM):
         self, parameter_names: list[str], checkpoint_names: list[str]
     ) -> dict[str, tuple[str, tuple[Any, ...]]]:
         channels = self.config.moe_intermediate_size * self.config.ranks.count      # as the checkpoint has them
-        return locate_experts(parameter_names, checkpoint_names, channels)
+        stored_as = keys_by_our_names(checkpoint_names, TEXT_SPELLINGS)
+        places = {name: (name, ()) for name in parameter_names}
+        places |= locate_experts(parameter_names, list(stored_as), channels)
+        return {name: (stored_as.get(key, key), index) for name, (key, index) in places.items()}
 
     def new_state(
         self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None,

@@ -41,8 +41,10 @@ class Conversation:
         max_new_tokens: int,
     ) -> None:
         if engine.chat_template is None:
-            raise InputError("this checkpoint has no chat template, so it cannot hold a conversation; generate goes on "
-                             "with a text (--raw)")
+            raise engine.prompts.template_problem or InputError(
+                "this checkpoint has no chat template, so it cannot hold a conversation; generate goes on with a text "
+                "(--raw)"
+            )
         self.engine, self.pruning, self.sampling, self.max_new_tokens = engine, pruning, sampling, max_new_tokens
         self.state: DecodeState | None = None
         self.messages: list[dict[str, Any]] = []

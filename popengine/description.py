@@ -18,6 +18,7 @@ from popengine.text.tokenizer import TextTokenizer
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
+from weights.files import ANY_WEIGHTS
 from weights.load import find_all
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def describe(source: str | Path | None) -> dict[str, Any]:
     """
     with open_checkpoint(default_checkpoint() if source is None else source) as checkpoint:
         path = checkpoint.path
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        files = [path] if path.is_file() else sorted(path.glob(ANY_WEIGHTS))
         stored = Counter[str]()
         for entry in checkpoint.entries.values():
             stored[entry.stored or str(entry.dtype).removeprefix("torch.")] += entry.elements
@@ -71,7 +72,7 @@ def of_model(checkpoint: Checkpoint) -> dict[str, Any]:
         "layers": config.num_hidden_layers, "hidden_size": config.hidden_size, "channels": mlp.channels,
         "query_heads": config.num_attention_heads, "key_value_heads": config.num_key_value_heads,
         "vocabulary": config.vocab_size, "experts": experts, "pictures": pictures,
-        "context": config.max_position_embeddings, "cache_bytes_per_token": cache * kind.itemsize,
+        "context": config.context, "cache_bytes_per_token": cache * kind.itemsize,
         "memory_bytes": {name: held_bytes(model, language_model, checkpoint, *given) for name, *given in FORMS},
         "auto_memory_bytes": held_bytes(model, language_model, checkpoint, "auto", "auto"),
         "ffn_share_of_layer": layer.ffn / (layer.ffn + layer.attention), "heads_per_group": layer.heads_per_group,
@@ -97,6 +98,8 @@ def held_bytes(model: Any, language_model: LlamaForCausalLM, checkpoint: Checkpo
 def of_text(checkpoint: Checkpoint) -> dict[str, Any]:
     tokenizer, template = open_text_side(checkpoint)
     found: dict[str, Any] = {"tokens": tokenizer.vocabulary_size, "turns": None, "system_turn": None, "turn_end": None}
+    if isinstance(template, InputError):
+        raise template
     if template is None:
         return found
     system = None
@@ -110,10 +113,7 @@ def of_text(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def render(template: str, tokenizer: TextTokenizer, turns: list[dict[str, str]]) -> str:
-    return render_chat(
-        template, turns, tokenizer.sandbox, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token,
-        add_generation_prompt=False,
-    )
+    return render_chat(template, turns, tokenizer, add_generation_prompt=False)
 
 
 def lines(found: dict[str, Any]) -> list[str]:

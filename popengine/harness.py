@@ -194,11 +194,12 @@ class PopengineLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if self.engine.chat_template is None:
-            raise InputError("this checkpoint has no chat template: leave --apply_chat_template out")
-        tokenizer = self.engine.tokenizer
+            raise self.engine.prompts.template_problem or InputError(
+                "this checkpoint has no chat template: leave --apply_chat_template out"
+            )
         return render_chat(
-            self.engine.chat_template, self.spelled.hide(chat_history), tokenizer.sandbox,
-            bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, add_generation_prompt=add_generation_prompt,
+            self.engine.chat_template, self.spelled.hide(chat_history), self.engine.tokenizer,
+            add_generation_prompt=add_generation_prompt,
         )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

@@ -22,7 +22,7 @@ from popengine.packing import Packer, choose_form
 from popengine.pictures.patches import PatchVision
 from popengine.pictures.vision import TextOnly, Vision
 from popengine.sharing import add_biases_once, shares
-from popengine.text.chat import read_chat_template
+from popengine.text.chat import WITHOUT_TEMPLATE, read_chat_template
 from popengine.text.prompts import Prompts
 from popengine.text.sandbox.process import Sandbox
 from popengine.text.tokenizer import FastTokenizer, TextTokenizer, open_tokenizer
@@ -61,7 +61,7 @@ def load(
     device       "auto", "cpu", "cuda", "cuda:1", "mps"
     weights      "auto" (what the checkpoint keeps packed stays so on a CPU, unless float32 is asked for), "plain",
                  "int8", "int4" (CPU only)
-    max_seq_len  a shorter context than the model's own
+    max_seq_len  a shorter context than the model's own (which reaches as far as YaRN or linear scaling stretch it)
     compile      run decode steps through torch.compile: seconds to start, then 1.3 to 2 times as fast on a CPU.
                  Where that does not work, a warning says why and steps run as without it
     progress     progress bars on stderr
@@ -92,7 +92,7 @@ def load(
         if compiled is None and where.type == "cpu" and kind != torch.float16:      # which PyTorch multiplies slowly so
             replace_matrices(model, ColumnMatrix.from_rows)
         warn_of_tokens_without_embedding(tokenizer, model, loaded)
-        context = model.config.max_position_embeddings
+        context = model.config.context
         if max_seq_len is not None:
             if not 1 <= max_seq_len <= context:
                 raise InputError(f"the context must be between 1 and the model's {context} tokens, not {max_seq_len}")
@@ -192,8 +192,9 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device, packed: bool) -> torch.dtype:
     if name != "auto" and name not in DTYPES:
         raise InputError(f"dtype must be auto, {', '.join(DTYPES)}, not {name!r}")
-    wanted = torch.bfloat16 if packed else checkpoint_dtype(checkpoint)
-    dtype = wanted if name == "auto" else DTYPES[name]
+    if packed and name == "auto":
+        name = "bfloat16"
+    dtype = checkpoint_dtype(checkpoint) if name == "auto" else DTYPES[name]
     try:
         ones = torch.ones(2, 2, dtype=dtype, device=device)
         _ = ones @ ones
@@ -202,12 +203,19 @@ def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device, packed
     return dtype
 
 
-def open_text_side(checkpoint: Checkpoint) -> tuple[TextTokenizer, str | None]:
-    """Tokenizer and chat template, from the files beside the weights or from inside a .gguf."""
+def open_text_side(checkpoint: Checkpoint) -> tuple[TextTokenizer, str | InputError | None]:
+    """Tokenizer and chat template, from the files beside the weights or from inside a .gguf.
+
+    An InputError in the template's place says why it cannot be read: raw text needs none.
+    """
     if isinstance(checkpoint, GGUFCheckpoint):
         sandbox = Sandbox("tokenizers", checkpoint.tokenizer_json, str(checkpoint.path))
         return FastTokenizer(sandbox, checkpoint.bos_token, checkpoint.eos_token), checkpoint.chat_template
-    return open_tokenizer(checkpoint.path), read_chat_template(checkpoint.path)
+    tokenizer = open_tokenizer(checkpoint.path)
+    try:
+        return tokenizer, read_chat_template(checkpoint.path)
+    except InputError as error:
+        return tokenizer, InputError(f"{error}; {WITHOUT_TEMPLATE}")
 
 
 def end_of_sequence_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> frozenset[int]:

@@ -47,7 +47,7 @@ def test_a_message_never_becomes_a_control_token_and_keeps_its_letters(engine: E
 
 def test_what_spells_no_control_token_is_encoded_as_it_always_was(engine: Engine) -> None:
     messages = [{"role": "user", "content": "Hi |> <|"}, {"role": "assistant", "content": "  Yes? "}]
-    text = render_chat(str(engine.chat_template), messages, engine.tokenizer.sandbox, bos_token=None, eos_token="<eos>")
+    text = render_chat(str(engine.chat_template), messages, engine.tokenizer)
     assert engine.prompts.ids(messages) == engine.tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -92,7 +92,7 @@ def test_texts_that_spell_a_control_token_together_are_letters(
 
 def test_halves_of_a_control_token_that_do_not_meet_are_encoded_as_they_always_were(engine: Engine) -> None:
     messages = [{"role": "user", "content": "end|> is what <|"}, {"role": "assistant", "content": "<"}]
-    text = render_chat(str(engine.chat_template), messages, engine.tokenizer.sandbox, bos_token=None, eos_token="<eos>")
+    text = render_chat(str(engine.chat_template), messages, engine.tokenizer)
     assert engine.prompts.ids(messages) == engine.tokenizer.encode(text, add_special_tokens=False)
 
 

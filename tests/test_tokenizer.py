@@ -478,6 +478,40 @@ def test_lone_surrogate_is_refused(any_tokenizer: TextTokenizer) -> None:
     assert_one_line(error, "character 3", "UTF-8")
 
 
+HALF = "<\ud83d>"
+WITH_HALF: list[tuple[str, dict[str, Any]]] = [
+    ("tokenizer_config.json", {"pad_token": HALF}),
+    ("tokenizer_config.json", {"eos_token": {"__type": "AddedToken", "content": HALF}}),
+    ("tokenizer_config.json", {"extra_special_tokens": [HALF]}),
+    ("tokenizer_config.json", {"extra_special_tokens": {"image_token": HALF}}),
+    ("tokenizer_config.json", {"additional_special_tokens": [{"content": HALF}]}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"400": {"content": HALF, "special": True}}}),
+    ("special_tokens_map.json", {"unk_token": HALF}),
+    ("added_tokens.json", {HALF: 400}),
+    ("tokenizer.json", {"added_tokens": [{"id": 400, "content": HALF, "special": True, "single_word": False,
+                                          "lstrip": False, "rstrip": False, "normalized": False}]}),
+]
+
+
+@pytest.mark.parametrize("kind", ["fast", "sentencepiece"])
+@pytest.mark.parametrize(("file", "change"), WITH_HALF, ids=str)
+def test_half_a_character_in_a_token_is_refused(
+    tmp_path: Path, sentencepiece_model: bytes, kind: str, file: str, change: dict[str, Any]
+) -> None:
+    if kind == "fast":
+        byte_level_directory(tmp_path)
+    else:
+        sentencepiece_directory(tmp_path, sentencepiece_model)
+    path = tmp_path / file
+    content = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, content | change)
+    if kind == "sentencepiece" and file == "tokenizer.json":
+        return                              # which would be read instead
+    with pytest.raises(InputError) as error:
+        open_tokenizer(tmp_path)
+    assert_one_line(error, file, "escape" if file == "tokenizer.json" else "surrogate")
+
+
 def test_fast_tokenizer_marks_the_named_tokens_special() -> None:
     backend = byte_level_backend()
     backend.add_tokens([AddedToken("<end>", special=False)])

@@ -55,7 +55,8 @@ def fetch_from_hub(directory: Path) -> Path:
     """Download the repository's files into `directory`/SmolLM2-135M-Instruct and return that path, or NotFetched."""
     from huggingface_hub import HfApi, snapshot_download
 
-    from weights.hub import NEEDED_FILES, UNNEEDED_FILES
+    from weights.files import READ
+    from weights.hub import UNNEEDED_FILES
 
     try:
         # A short question first: snapshot_download alone may wait far longer for a Hub that cannot be reached.
@@ -65,7 +66,7 @@ def fetch_from_hub(directory: Path) -> Path:
     partial = directory / f".{FROM_HUB}.partial"
     try:
         snapshot_download(
-            REPOSITORY, local_dir=partial, allow_patterns=list(NEEDED_FILES), ignore_patterns=list(UNNEEDED_FILES)
+            REPOSITORY, local_dir=partial, allow_patterns=list(READ), ignore_patterns=list(UNNEEDED_FILES)
         )
     except Exception as error:
         # The other source takes over, so nothing would ever resume this one.

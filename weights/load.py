@@ -21,6 +21,13 @@ Locate = Callable[[list[str], list[str]], dict[str, tuple[str, tuple[Any, ...]]]
 
 NAMES_SHOWN = 10
 
+# What files carry of their training that plays no part, in any family: buffers that follow from the config, and the
+# value head of reinforcement learning. transformers leaves them aside as well.
+NEVER_NEEDED = (
+    r"(.*\.)?rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)", r"(.*\.)?position_ids", r"(.*\.)?masked_bias",
+    r"(pretrained_model\.)?v_head\..*",
+)  # fmt: skip
+
 # Tensors of fewer elements are read and packed on one thread. On a machine whose cores have other work, waiting for the
 # last of several threads takes far longer than what they share (13 s to load a model that one thread loads in 0.7).
 WORTH_SHARING = 8_000_000
@@ -218,7 +225,7 @@ def check_keys(checkpoint: Checkpoint, wanted: list[Wanted], known: set[str], ig
     unexpected = [
         key
         for key in checkpoint.entries
-        if key not in known and not any(re.fullmatch(pattern, key) for pattern in ignored)
+        if key not in known and not any(re.fullmatch(pattern, key) for pattern in (*ignored, *NEVER_NEEDED))
     ]
     misshaped = []
     used: dict[str, int] = {}  # elements of a key that its pieces take

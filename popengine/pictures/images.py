@@ -17,6 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from weights import files
 from weights.errors import InputError
 from weights.json_files import JsonObject, read_json, shown
 from weights.mapped_file import open_binary
@@ -199,11 +200,11 @@ def read_image_processing(directory: Path) -> ImageProcessing:
 
 def processor_fields(directory: Path) -> JsonObject:
     """What the checkpoint says about its image processor. InputError where neither file is there, or one is broken"""
-    joint = directory / "processor_config.json"
+    joint = directory / files.PROCESSOR
     nested = JsonObject(read_json(joint, optional=True), str(joint))
     if nested.get("image_processor") is not None:
         return nested.section("image_processor")
-    path = directory / "preprocessor_config.json"
+    path = directory / files.IMAGE_PROCESSOR
     if not path.exists():
         raise InputError(
             f"no image processor configuration in {directory}: "

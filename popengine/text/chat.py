@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from popengine.text.sandbox.process import Sandbox
 from popengine.text.tokenizer import TextTokenizer
+from weights import files
 from weights.errors import InputError
 from weights.json_files import LARGEST_JSON, read_json
 from weights.mapped_file import read_text
@@ -13,6 +13,7 @@ from weights.mapped_file import read_text
 # {"role": "user", "content": text}; with pictures, content may be [{"type": "image"}, {"type": "text", "text": ...}].
 Message = dict[str, Any]
 
+WITHOUT_TEMPLATE = "`generate --raw` runs a prompt without a template"
 LONGEST_TEXT = 1_000_000  # characters, where nobody knows of a context
 
 
@@ -22,16 +23,16 @@ def read_chat_template(directory: Path) -> str | None:
     Looked for in chat_template.jinja, chat_template.json (a processor's, so it knows about pictures), and
     `chat_template` of tokenizer_config.json: a string, or a list of named ones, of which "default" is taken.
     """
-    path = Path(directory) / "chat_template.jinja"
+    path = Path(directory) / files.CHAT_TEMPLATE
     if path.exists():
         return read_text(path, LARGEST_JSON)
-    for name in ("chat_template.json", "tokenizer_config.json"):
+    for name in (files.OLDER_CHAT_TEMPLATE, files.TOKENIZER_CONFIG):
         path = Path(directory) / name
         template = read_json(path, optional=True).get("chat_template")
         if isinstance(template, list):
             named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
             if not named:
-                raise InputError(f'{path}: none of the chat templates is named "default"; use --raw without a template')
+                raise InputError(f'{path}: none of the chat templates is named "default"')
             template = named[-1].get("template")
         if isinstance(template, str):
             return template
@@ -43,17 +44,12 @@ def read_chat_template(directory: Path) -> str | None:
 def render_chat(
     template: str,
     messages: Sequence[Message],
-    sandbox: Sandbox,
+    tokenizer: TextTokenizer,
     *,
-    bos_token: str | None,
-    eos_token: str | None,
     add_generation_prompt: bool = True,
 ) -> str:
     """The text of one conversation as the template writes it, special tokens included."""
-    (text,) = render_chats(
-        template, [messages], sandbox, bos_token=bos_token, eos_token=eos_token,
-        add_generation_prompt=add_generation_prompt,
-    )
+    (text,) = render_chats(template, [messages], tokenizer, add_generation_prompt=add_generation_prompt)
     return unless_failed(text)
 
 
@@ -67,10 +63,8 @@ def unless_failed(text: str | InputError) -> str:
 def render_chats(
     template: str,
     conversations: Sequence[Sequence[Message]],
-    sandbox: Sandbox,
+    tokenizer: TextTokenizer,
     *,
-    bos_token: str | None,
-    eos_token: str | None,
     add_generation_prompt: bool = True,
     longest: int = LONGEST_TEXT,
 ) -> list[str | InputError]:
@@ -82,18 +76,16 @@ def render_chats(
     """
     if not conversations:
         return []
-    variables = {"bos_token": bos_token, "eos_token": eos_token}
-    variables = {name: token for name, token in variables.items() if token is not None}  # undefined, not "None"
-    common = {**variables, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-    each = [{"messages": list(messages), **common} for messages in conversations]
-    found = sandbox.request("render", template, each, longest)
+    common = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    each = [{**tokenizer.template_tokens, **common, "messages": list(messages)} for messages in conversations]
+    found = tokenizer.sandbox.request("render", template, each, longest)
     if "error" in found:
         raise template_failed(found["error"])
     return [text if isinstance(text, str) else template_failed(text["error"]) for text in found["answer"]]
 
 
 def template_failed(reason: str) -> InputError:
-    return InputError(f"the chat template failed: {reason}; --raw sends the prompt without a template")
+    return InputError(f"the chat template failed: {reason}; {WITHOUT_TEMPLATE}")
 
 
 def end_of_turn_token(template: str, tokenizer: TextTokenizer) -> int | None:
@@ -104,14 +96,7 @@ def end_of_turn_token(template: str, tokenizer: TextTokenizer) -> int | None:
     marker = "popengine end of turn marker"
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": marker}]
     try:
-        text = render_chat(
-            template,
-            messages,
-            tokenizer.sandbox,
-            bos_token=tokenizer.bos_token,
-            eos_token=tokenizer.eos_token,
-            add_generation_prompt=False,
-        )
+        text = render_chat(template, messages, tokenizer, add_generation_prompt=False)
         _, found, after = text.rpartition(marker)
         ids = tokenizer.encode(after.lstrip(), add_special_tokens=False)
     except InputError:

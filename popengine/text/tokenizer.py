@@ -6,13 +6,14 @@ each in a child process (popengine/text/sandbox). Both decode as Hugging Face do
 
 import base64
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from tokenizers import AddedToken
 
 from popengine.text.sandbox.process import Sandbox
+from weights import files
 from weights.errors import InputError
 from weights.json_files import JsonObject, lfs_hint, read_json, shown
 from weights.mapped_file import read_bytes, read_text
@@ -30,6 +31,7 @@ class TextTokenizer(Protocol):
 
     vocabulary_size  the highest id that has a token, plus one
     bos_token        the text of the beginning-of-sequence token, None if there is none; eos_token likewise
+    template_tokens  special tokens by the names that chat templates have for them: bos_token, pad_token, ...
     special_ids      ids that `decode` leaves out: control tokens, not text; special_tokens: how they are written
     byte_ids         ids that stand for one raw byte ("<0x0A>"); empty for byte-level tokenizers, which have none
     sandbox          the process that it runs in, where the checkpoint's chat template runs, too
@@ -39,6 +41,7 @@ class TextTokenizer(Protocol):
     vocabulary_size: int
     bos_token: str | None
     eos_token: str | None
+    template_tokens: dict[str, Any]
     special_ids: frozenset[int]
     special_tokens: frozenset[str]
     byte_ids: frozenset[int]
@@ -55,8 +58,12 @@ class TextTokenizer(Protocol):
 class FastTokenizer:
     """The tokenizer of a tokenizer.json, with everything that the file says about spaces and BOS."""
 
-    def __init__(self, sandbox: Sandbox, bos_token: str | None = None, eos_token: str | None = None) -> None:
+    def __init__(
+        self, sandbox: Sandbox, bos_token: str | None = None, eos_token: str | None = None,
+        template_tokens: Mapping[str, Any] | None = None,
+    ) -> None:
         self.sandbox, self.bos_token, self.eos_token = sandbox, bos_token, eos_token
+        self.template_tokens = with_ends(template_tokens, bos_token, eos_token)
         named = [token for token in (bos_token, eos_token) if token and self.token_id(token) is not None]
         added = add_tokens(sandbox)
         known = {token.content for token in added.values() if token.special}
@@ -105,6 +112,7 @@ class SentencePieceTokenizer:
         *,
         bos_token: str | None = None,
         eos_token: str | None = None,
+        template_tokens: Mapping[str, Any] | None = None,
         added_tokens: dict[int, AddedToken] | None = None,
         prefix_space: str = "first",
         add_bos: bool = True,
@@ -120,6 +128,7 @@ class SentencePieceTokenizer:
 
         self.bos_token = bos_token or self.texts.get(model["bos"])
         self.eos_token = eos_token or self.texts.get(model["eos"])
+        self.template_tokens = with_ends(template_tokens, self.bos_token, self.eos_token)
         self.add_bos = add_bos and self.bos_token in self.token_ids
         self.add_eos = add_eos and self.eos_token in self.token_ids
         for name in (self.bos_token, self.eos_token):
@@ -239,22 +248,22 @@ def open_tokenizer(directory: Path) -> TextTokenizer:
     InputError names the file that is missing or broken.
     """
     directory = Path(directory)
-    if (directory / "tokenizer.json").is_file():
+    if (directory / files.TOKENIZER).is_file():
         return _open_fast(directory)
-    if (directory / "tokenizer.model").is_file():
+    if (directory / files.SENTENCEPIECE).is_file():
         return _open_sentencepiece(directory)
     # vocab.json and merges.txt do not say how text is cut before merging: SmolLM2, GPT-2 and Qwen2 differ there.
-    found = [name for name in ("vocab.json", "tekken.json", "vocab.txt") if (directory / name).is_file()]
+    found = [name for name in files.OTHER_TOKENIZERS if (directory / name).is_file()]
     convert = "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers writes tokenizer.json"
     hint = f"; {found[0]} alone is not enough: {convert}" if found else ""
     raise InputError(f"{directory}: no tokenizer: expected tokenizer.json or tokenizer.model there{hint}")
 
 
 def _open_fast(directory: Path) -> FastTokenizer:
-    path = directory / "tokenizer.json"
+    path = directory / files.TOKENIZER
     content = read_text(path, LARGEST_TOKENIZER)
     sandbox = Sandbox("tokenizers", content, str(path), lfs_hint(content[:100].encode()))
-    named, extra = _special_tokens(directory)
+    named, extra, for_templates = _special_tokens(directory)
     # What the configuration adds to the file, in the order of the ids it gives.
     added = add_tokens(sandbox)
     known = {token.content for token in added.values()}
@@ -269,13 +278,13 @@ def _open_fast(directory: Path) -> FastTokenizer:
     new += [AddedToken(name, normalized=False) for name in extra if name not in by_content]
     if new:
         add_tokens(sandbox, new, special=True)
-    return FastTokenizer(sandbox, bos_token=named.get("bos_token"), eos_token=named.get("eos_token"))
+    return FastTokenizer(sandbox, named.get("bos_token"), named.get("eos_token"), for_templates)
 
 
 def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
-    path = directory / "tokenizer.model"
-    config = read_json(directory / "tokenizer_config.json", optional=True)
-    named, extra = _special_tokens(directory)
+    path = directory / files.SENTENCEPIECE
+    config = read_json(directory / files.TOKENIZER_CONFIG, optional=True)
+    named, extra, for_templates = _special_tokens(directory)
     prefix_space = "always" if config.get("legacy") else "first"
     if config.get("add_prefix_space") is False:
         prefix_space = "never"
@@ -300,6 +309,7 @@ def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
         sandbox,
         bos_token=named.get("bos_token"),
         eos_token=named.get("eos_token"),
+        template_tokens=for_templates,
         added_tokens=added,
         prefix_space=prefix_space,
         add_bos=config.get("add_bos_token") is not False,
@@ -313,17 +323,32 @@ def add_tokens(sandbox: Sandbox, tokens: Sequence[AddedToken] = (), special: boo
     return {token_id: AddedToken(**token) for token_id, token in found}
 
 
-def _special_tokens(directory: Path) -> tuple[dict[str, str], list[str]]:
-    """The special tokens that the files beside the tokenizer name: those with a role by name, then all others."""
-    declared = dict(read_json(directory / "tokenizer_config.json", optional=True))
+def with_ends(tokens: Mapping[str, Any] | None, bos_token: str | None, eos_token: str | None) -> dict[str, Any]:
+    """Tokens for templates; one that is not there has no name, so that it is undefined and not "None"."""
+    ends = {"bos_token": bos_token, "eos_token": eos_token}
+    return {**(tokens or {}), **{name: token for name, token in ends.items() if token is not None}}
+
+
+def _special_tokens(directory: Path) -> tuple[dict[str, str], list[str], dict[str, Any]]:
+    """The special tokens that the files beside the tokenizer name: those with a role by name, then all others; and all
+    that have names, by these: a chat template may use whatever tokenizer_config.json calls something_token."""
+    declared = dict(read_json(directory / files.TOKENIZER_CONFIG, optional=True))
     if "added_tokens_decoder" not in declared:  # as transformers: only older folders need the second file
-        declared.update(read_json(directory / "special_tokens_map.json", optional=True))
+        declared.update(read_json(directory / files.SPECIAL_TOKENS, optional=True))
     named = {name: text for name in SPECIAL_TOKEN_NAMES if (text := token_text(declared.get(name)))}
     extra: Any = declared.get("extra_special_tokens") or declared.get("additional_special_tokens") or []
     listed = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
     if len(listed) > MOST_ADDED:
         raise InputError(f"{directory}: {len(listed)} special tokens are named, and at most {MOST_ADDED} are read")
-    return named, [text for token in listed if (text := token_text(token))]
+    others = [text for token in listed if (text := token_text(token))]
+    by_name = {name: value for name, value in declared.items() if name.endswith("_token")}
+    by_name |= extra if isinstance(extra, dict) else {}
+    for_templates: dict[str, Any] = {
+        name: text for name, value in by_name.items() if (text := token_text(value)) is not None
+    }
+    if others and not isinstance(extra, dict):
+        for_templates["additional_special_tokens"] = others     # as transformers 4 does
+    return named, others, for_templates
 
 
 def _added_tokens(directory: Path, special: list[str]) -> dict[int, AddedToken]:
@@ -331,7 +356,7 @@ def _added_tokens(directory: Path, special: list[str]) -> dict[int, AddedToken]:
 
     special  which of the tokens in added_tokens.json, a plain {token: id}, are special
     """
-    config = directory / "tokenizer_config.json"
+    config = directory / files.TOKENIZER_CONFIG
     declared = JsonObject(read_json(config, optional=True), str(config)).section("added_tokens_decoder")
     added: dict[int, AddedToken] = {}
     check_count(declared)
@@ -344,7 +369,7 @@ def _added_tokens(directory: Path, special: list[str]) -> dict[int, AddedToken]:
         normalized = token.boolean("normalized", not is_special)
         added[int(number)] = AddedToken(token.text("content"), special=is_special, normalized=normalized, **flags)
     if not added:
-        path = directory / "added_tokens.json"
+        path = directory / files.ADDED_TOKENS
         older = JsonObject(read_json(path, optional=True), str(path))
         check_count(older)
         for content in older.raw:
