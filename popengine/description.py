@@ -118,7 +118,7 @@ def of_text(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def render(template: str, tokenizer: TextTokenizer, turns: list[dict[str, str]]) -> str:
-    return render_chat(template, turns, tokens=tokenizer.template_tokens, add_generation_prompt=False)
+    return render_chat(template, turns, tokenizer, add_generation_prompt=False)
 
 
 def lines(found: dict[str, Any]) -> list[str]:

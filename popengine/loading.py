@@ -23,8 +23,8 @@ from popengine.pictures.patches import PatchVision
 from popengine.pictures.vision import TextOnly, Vision
 from popengine.sharing import add_biases_once, shares
 from popengine.text.chat import WITHOUT_TEMPLATE, read_chat_template
-from popengine.text.isolated import IsolatedTokenizer
 from popengine.text.prompts import Prompts
+from popengine.text.sandbox.process import Sandbox
 from popengine.text.tokenizer import FastTokenizer, TextTokenizer, open_tokenizer
 from popengine.torchrun import agree, ranks
 from popengine.waiting import waiting
@@ -209,8 +209,8 @@ def open_text_side(checkpoint: Checkpoint) -> tuple[TextTokenizer, str | InputEr
     An InputError in the template's place says why it cannot be read: raw text needs none.
     """
     if isinstance(checkpoint, GGUFCheckpoint):
-        backend = IsolatedTokenizer(checkpoint.tokenizer_json, str(checkpoint.path))
-        return FastTokenizer(backend, checkpoint.bos_token, checkpoint.eos_token), checkpoint.chat_template
+        sandbox = Sandbox("tokenizers", checkpoint.tokenizer_json, str(checkpoint.path))
+        return FastTokenizer(sandbox, checkpoint.bos_token, checkpoint.eos_token), checkpoint.chat_template
     tokenizer = open_tokenizer(checkpoint.path)
     try:
         return tokenizer, read_chat_template(checkpoint.path)

@@ -22,7 +22,7 @@ LEVELS = [
 # Who knows the type of its engine, and no more.
 TYPES_ONLY_CIRCLES = [("popengine.run", "popengine.engine"), ("popengine.conversation", "popengine.engine")]
 ISOLATED_SCRIPTS = (
-    "popengine.text.chat_sandbox", "popengine.text.tokenizer_sandbox", "popengine.measure.code_sandbox",
+    "popengine.text.sandbox.child", "popengine.measure.code_sandbox",
 )
 
 
@@ -164,7 +164,8 @@ MADE_UP = {
     "popengine/engine.py": "from popengine.run import Run\n\ndef load():\n    import torch\n",             # hidden
     "popengine/text/__init__.py": "",
     "popengine/text/chat.py": "from ..measure import scoring\n",                            # upwards, relative
-    "popengine/text/chat_sandbox.py": "def render():\n    import jinja2\n",                 # may
+    "popengine/text/sandbox/__init__.py": "",
+    "popengine/text/sandbox/child.py": "def render():\n    import jinja2\n",                 # may
     "popengine/measure/__init__.py": "",
     "popengine/measure/scoring.py": "from popengine import score, __version__\n",           # upwards, to a command
     "popengine/measure/plots.py": "import importlib\ndef draw():\n    importlib.import_module('popengine.score')\n",

@@ -13,7 +13,7 @@ from sentencepiece import SentencePieceTrainer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from popengine.text.isolated import IsolatedTokenizer
+from popengine.text.sandbox.process import Sandbox
 from popengine.text.tokenizer import FastTokenizer, TextStream, TextTokenizer, open_tokenizer
 from weights.errors import InputError
 
@@ -515,6 +515,6 @@ def test_half_a_character_in_a_token_is_refused(
 def test_fast_tokenizer_marks_the_named_tokens_special() -> None:
     backend = byte_level_backend()
     backend.add_tokens([AddedToken("<end>", special=False)])
-    tokenizer = FastTokenizer(IsolatedTokenizer(backend.to_str(), "here"), bos_token=None, eos_token="<end>")
+    tokenizer = FastTokenizer(Sandbox("tokenizers", backend.to_str(), "here"), bos_token=None, eos_token="<end>")
     assert tokenizer.token_id("<end>") in tokenizer.special_ids
     assert tokenizer.decode(tokenizer.encode("hello<end>", add_special_tokens=False)) == "hello"

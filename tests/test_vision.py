@@ -169,7 +169,7 @@ def test_images_stand_where_the_prompt_or_the_template_or_the_rule_puts_them(eng
     messages = [{"role": "user", "content": "Which?"}]
 
     def render(conversations: Sequence[Messages]) -> list[str | InputError]:
-        return render_chats(knows_texts_only, conversations, tokens={})
+        return render_chats(knows_texts_only, conversations, engine.tokenizer)
 
     assert engine.pictures.render([messages], [2], render) == ["[user] <image>\n<image>\nWhich?"]
 

@@ -1,13 +1,9 @@
 """Chat templates: finding a checkpoint's template, rendering it safely, and the token that ends an answer."""
 
-import json
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from popengine.text.scripts import environment, package_folders
 from popengine.text.tokenizer import TextTokenizer
 from weights import files
 from weights.errors import InputError
@@ -17,10 +13,6 @@ from weights.mapped_file import read_text
 # {"role": "user", "content": text}; with pictures, content may be [{"type": "image"}, {"type": "text", "text": ...}].
 Message = dict[str, Any]
 
-SANDBOX = Path(__file__).resolve().with_name("chat_sandbox.py")
-# Of processor time: a render takes a few milliseconds, starting Python and jinja2 about 0.1 s.
-CPU_SECONDS, CPU_SECONDS_EACH = 2, 0.02
-WALL_SECONDS = 30.0  # that comes first, except where the system does not limit it
 WITHOUT_TEMPLATE = "`generate --raw` runs a prompt without a template"
 LONGEST_TEXT = 1_000_000  # characters, where nobody knows of a context
 
@@ -52,12 +44,12 @@ def read_chat_template(directory: Path) -> str | None:
 def render_chat(
     template: str,
     messages: Sequence[Message],
+    tokenizer: TextTokenizer,
     *,
-    tokens: Mapping[str, Any],
     add_generation_prompt: bool = True,
 ) -> str:
     """The text of one conversation as the template writes it, special tokens included."""
-    (text,) = render_chats(template, [messages], tokens=tokens, add_generation_prompt=add_generation_prompt)
+    (text,) = render_chats(template, [messages], tokenizer, add_generation_prompt=add_generation_prompt)
     return unless_failed(text)
 
 
@@ -71,14 +63,12 @@ def unless_failed(text: str | InputError) -> str:
 def render_chats(
     template: str,
     conversations: Sequence[Sequence[Message]],
+    tokenizer: TextTokenizer,
     *,
-    tokens: Mapping[str, Any],
     add_generation_prompt: bool = True,
     longest: int = LONGEST_TEXT,
 ) -> list[str | InputError]:
-    """The texts of several conversations, rendered in one short-lived process (about 0.15 s for all of them).
-
-    tokens  special tokens by the names that templates have for them (TextTokenizer.template_tokens)
+    """The texts of several conversations, rendered in the process that holds the checkpoint's tokenizer.
 
     Templates come with checkpoints and are not trusted: jinja2's sandbox, limits on time and memory, no files, and at
     most `longest` characters for each text. In the place of a text that failed there is an InputError that says why,
@@ -86,40 +76,12 @@ def render_chats(
     """
     if not conversations:
         return []
-    common = {**tokens, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-    seconds = CPU_SECONDS + int(CPU_SECONDS_EACH * len(conversations))
-    request = {
-        "template": template,
-        "conversations": [{**common, "messages": list(messages)} for messages in conversations],
-        "python_path": package_folders("jinja2", "markupsafe"),
-        "longest": longest,
-        "seconds": seconds,
-    }
-    wall_seconds = WALL_SECONDS + 4 * CPU_SECONDS_EACH * len(conversations)
-    try:
-        process = subprocess.run(
-            [sys.executable, "-I", "-S", str(SANDBOX)],
-            input=json.dumps(request).encode("ascii"),
-            capture_output=True,
-            timeout=wall_seconds,
-            env=environment(),
-            check=False,
-        )
-        answer = json.loads(process.stdout)
-    except subprocess.TimeoutExpired as error:
-        raise template_failed(f"it took longer than {wall_seconds:.0f} seconds") from error
-    except OSError as error:
-        raise template_failed(f"Python could not be started for it: {error}") from error
-    except ValueError as error:
-        if process.returncode < 0:
-            reason = f"it was stopped by signal {-process.returncode}, having run too long or too deep"
-        else:
-            last_words = process.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no answer"]
-            reason = f"its process ended with status {process.returncode}: {last_words[0]}"
-        raise template_failed(reason) from error
-    if "error" in answer:
-        raise template_failed(answer["error"])
-    return [text if isinstance(text, str) else template_failed(text["error"]) for text in answer["texts"]]
+    common = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    each = [{**tokenizer.template_tokens, **common, "messages": list(messages)} for messages in conversations]
+    found = tokenizer.sandbox.request("render", template, each, longest)
+    if "error" in found:
+        raise template_failed(found["error"])
+    return [text if isinstance(text, str) else template_failed(text["error"]) for text in found["answer"]]
 
 
 def template_failed(reason: str) -> InputError:
@@ -134,7 +96,7 @@ def end_of_turn_token(template: str, tokenizer: TextTokenizer) -> int | None:
     marker = "popengine end of turn marker"
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": marker}]
     try:
-        text = render_chat(template, messages, tokens=tokenizer.template_tokens, add_generation_prompt=False)
+        text = render_chat(template, messages, tokenizer, add_generation_prompt=False)
         _, found, after = text.rpartition(marker)
         ids = tokenizer.encode(after.lstrip(), add_special_tokens=False)
     except InputError:

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from popengine.text.chat import render_chats
-from popengine.text.spelled import NOTHING_SPELLED, Spelled, leaves
+from popengine.text.sandbox.special_tokens import NOTHING_SPELLED, Spelled, leaves
 from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
 
@@ -109,7 +109,7 @@ class Prompts:
         if chats:
             said = max(sum(map(len, leaves(messages))) for messages in chats.values())
             render = partial(
-                render_chats, str(self.chat_template), tokens=self.tokenizer.template_tokens,
+                render_chats, str(self.chat_template), tokenizer=self.tokenizer,
                 longest=min(self.longest, 2 * said + TEMPLATE_LETTERS),
             )
             cut = {index: spelled.hide(messages, pieces=True) for index, messages in chats.items()}

@@ -1,9 +1,10 @@
 """Text to token ids and back, for both kinds of tokenizer file a checkpoint brings, and decoding while tokens arrive.
 
 tokenizer.json is read by `tokenizers` (FastTokenizer), tokenizer.model by `sentencepiece` (SentencePieceTokenizer),
-each in a process of its own (popengine/text/isolated.py). Both decode as Hugging Face does; TextStream works on either.
+each in a child process (popengine/text/sandbox). Both decode as Hugging Face does; TextStream works on either.
 """
 
+import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,15 +12,15 @@ from typing import Any, Protocol
 
 from tokenizers import AddedToken
 
-from popengine.text.isolated import IsolatedSentencePiece, IsolatedTokenizer
-from popengine.text.tokenizer_sandbox import MOST_ADDED
+from popengine.text.sandbox.process import Sandbox
 from weights import files
 from weights.errors import InputError
-from weights.json_files import JsonObject, read_json, shown
+from weights.json_files import JsonObject, lfs_hint, read_json, shown
 from weights.mapped_file import read_bytes, read_text
 
 # Names under which tokenizer_config.json and special_tokens_map.json declare special tokens, each a string or a dict.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MOST_ADDED = 32_000     # tokens beside the vocabulary: Gemma has 6,000, models that speak have some 29,000
 SPACE_MARK = "▁"  # sentencepiece's visible space
 # Of tokenizer.json and tokenizer.model: far above any real one (Gemma's has 33 MB).
 LARGEST_TOKENIZER = 64_000_000
@@ -33,8 +34,10 @@ class TextTokenizer(Protocol):
     template_tokens  special tokens by the names that chat templates have for them: bos_token, pad_token, ...
     special_ids      ids that `decode` leaves out: control tokens, not text; special_tokens: how they are written
     byte_ids         ids that stand for one raw byte ("<0x0A>"); empty for byte-level tokenizers, which have none
+    sandbox          the process that it runs in, where the checkpoint's chat template runs, too
     """
 
+    sandbox: Sandbox
     vocabulary_size: int
     bos_token: str | None
     eos_token: str | None
@@ -56,24 +59,23 @@ class FastTokenizer:
     """The tokenizer of a tokenizer.json, with everything that the file says about spaces and BOS."""
 
     def __init__(
-        self, backend: IsolatedTokenizer, bos_token: str | None = None, eos_token: str | None = None,
+        self, sandbox: Sandbox, bos_token: str | None = None, eos_token: str | None = None,
         template_tokens: Mapping[str, Any] | None = None,
     ) -> None:
-        named = [token for token in (bos_token, eos_token) if token and backend.token_to_id(token) is not None]
-        added = {token.content for token in backend.added_tokens().values() if token.special}
-        backend.add_tokens([AddedToken(token, normalized=False) for token in named if token not in added], special=True)
-
-        self.backend = backend
-        self.bos_token = bos_token
-        self.eos_token = eos_token
+        self.sandbox, self.bos_token, self.eos_token = sandbox, bos_token, eos_token
         self.template_tokens = with_ends(template_tokens, bos_token, eos_token)
-        added_tokens = backend.added_tokens()
-        self.special_ids = frozenset(token_id for token_id, token in added_tokens.items() if token.special)
-        self.special_tokens = frozenset(token.content for token in added_tokens.values() if token.special)
-        self.vocabulary_size = max(backend.size, max(added_tokens, default=-1) + 1)
-        letter = backend.token_to_id("<0x41>")
-        has_bytes = letter is not None and backend.decode([letter], skip_special_tokens=False) == "A"
-        of_bytes = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256 if has_bytes else 0)]
+        named = [token for token in (bos_token, eos_token) if token and self.token_id(token) is not None]
+        added = add_tokens(sandbox)
+        known = {token.content for token in added.values() if token.special}
+        if new := [AddedToken(token, normalized=False) for token in named if token not in known]:
+            added = add_tokens(sandbox, new, special=True)
+
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.special_tokens = frozenset(token.content for token in added.values() if token.special)
+        self.vocabulary_size = max(sandbox.about, max(added, default=-1) + 1)
+        letter = self.token_id("<0x41>")
+        has_bytes = letter is not None and self.decode([letter], skip_special_tokens=False) == "A"
+        of_bytes = [self.token_id(f"<0x{byte:02X}>") for byte in range(256 if has_bytes else 0)]
         self.byte_ids = frozenset(token_id for token_id in of_bytes if token_id is not None)
 
     def encode(
@@ -85,15 +87,15 @@ class FastTokenizer:
         begins              False for what follows a control token: some put a space before a text, not before the rest
         """
         check_unicode(text)
-        return self.backend.encode(text, add_special_tokens, parse_special, begins)
+        return self.sandbox.ask("encode", text, add_special_tokens, parse_special, begins)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; an id without a token (a padded vocabulary has some) is no text."""
-        return self.backend.decode(list(ids), skip_special_tokens)
+        return self.sandbox.ask("decode", list(ids), skip_special_tokens)
 
     def token_id(self, token: str) -> int | None:
         """The id of the token that is written `token`, None if there is no such token."""
-        return self.backend.token_to_id(token)
+        return self.sandbox.ask("token_to_id", token)
 
 
 class SentencePieceTokenizer:
@@ -106,7 +108,7 @@ class SentencePieceTokenizer:
 
     def __init__(
         self,
-        backend: IsolatedSentencePiece,
+        sandbox: Sandbox,
         *,
         bos_token: str | None = None,
         eos_token: str | None = None,
@@ -116,17 +118,16 @@ class SentencePieceTokenizer:
         add_bos: bool = True,
         add_eos: bool = False,
     ) -> None:
-        self.backend = backend
-        self.prefix_space = prefix_space
-
-        self.texts = dict(enumerate(backend.texts))
-        self.added = {token_id: AddedToken(self.texts[token_id], special=True) for token_id in backend.controls}
+        self.sandbox, self.prefix_space = sandbox, prefix_space
+        model = sandbox.about
+        self.texts = dict(enumerate(model["texts"]))
+        self.added = {token_id: AddedToken(self.texts[token_id], special=True) for token_id in model["controls"]}
         self.added.update(added_tokens or {})
         self.texts.update({token_id: token.content for token_id, token in self.added.items()})
         self.token_ids = {token: token_id for token_id, token in self.texts.items()}
 
-        self.bos_token = bos_token or self.texts.get(backend.bos_id)
-        self.eos_token = eos_token or self.texts.get(backend.eos_id)
+        self.bos_token = bos_token or self.texts.get(model["bos"])
+        self.eos_token = eos_token or self.texts.get(model["eos"])
         self.template_tokens = with_ends(template_tokens, self.bos_token, self.eos_token)
         self.add_bos = add_bos and self.bos_token in self.token_ids
         self.add_eos = add_eos and self.eos_token in self.token_ids
@@ -134,7 +135,7 @@ class SentencePieceTokenizer:
             if name in self.token_ids:
                 self.added.setdefault(self.token_ids[name], AddedToken(name)).special = True
         self.special_ids = frozenset(token_id for token_id, token in self.added.items() if token.special)
-        self.byte_ids = frozenset(backend.byte_ids)
+        self.byte_ids = frozenset(model["bytes"])
         self.vocabulary_size = max(self.texts) + 1
         self.special_tokens = frozenset(self.texts[token_id] for token_id in self.special_ids)
         self._added_pattern = added_tokens_pattern(self.added.values())
@@ -172,7 +173,7 @@ class SentencePieceTokenizer:
         wants_prefix = self.prefix_space == "always" or (self.prefix_space == "first" and is_first)
         if text and wants_prefix and not text.startswith((" ", SPACE_MARK)):
             text = " " + text
-        return self.backend.encode(text)
+        return self.sandbox.ask("encode", text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; an id without a token is no text.
@@ -260,20 +261,24 @@ def open_tokenizer(directory: Path) -> TextTokenizer:
 
 def _open_fast(directory: Path) -> FastTokenizer:
     path = directory / files.TOKENIZER
-    backend = IsolatedTokenizer(read_text(path, LARGEST_TOKENIZER), str(path))
+    content = read_text(path, LARGEST_TOKENIZER)
+    sandbox = Sandbox("tokenizers", content, str(path), lfs_hint(content[:100].encode()))
     named, extra, for_templates = _special_tokens(directory)
     # What the configuration adds to the file, in the order of the ids it gives.
-    known = {token.content for token in backend.added_tokens().values()}
+    added = add_tokens(sandbox)
+    known = {token.content for token in added.values()}
     declared = _added_tokens(directory, [*named.values(), *extra])
-    backend.add_tokens([token for _, token in sorted(declared.items()) if token.content not in known])
-    by_content = {token.content: token for token in backend.added_tokens().values()}
-    backend.add_tokens(
-        [by_content.get(name, AddedToken(name, normalized=False)) for name in named.values()
-         if name not in by_content or not by_content[name].special]
-        + [AddedToken(name, normalized=False) for name in extra if name not in by_content],
-        special=True,
-    )
-    return FastTokenizer(backend, named.get("bos_token"), named.get("eos_token"), for_templates)
+    if new := [token for _, token in sorted(declared.items()) if token.content not in known]:
+        added = add_tokens(sandbox, new)
+    by_content = {token.content: token for token in added.values()}
+    new = [
+        by_content.get(name, AddedToken(name, normalized=False)) for name in named.values()
+        if name not in by_content or not by_content[name].special
+    ]
+    new += [AddedToken(name, normalized=False) for name in extra if name not in by_content]
+    if new:
+        add_tokens(sandbox, new, special=True)
+    return FastTokenizer(sandbox, named.get("bos_token"), named.get("eos_token"), for_templates)
 
 
 def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
@@ -283,21 +288,25 @@ def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
     prefix_space = "always" if config.get("legacy") else "first"
     if config.get("add_prefix_space") is False:
         prefix_space = "never"
-    backend = IsolatedSentencePiece(read_bytes(path, LARGEST_TOKENIZER), str(path))
+    content = read_bytes(path, LARGEST_TOKENIZER)
+    hint = "; a checkpoint whose tokenizer.model is not sentencepiece's needs tokenizer.json beside it"
+    model = base64.b64encode(content or b"\0").decode()
+    sandbox = Sandbox("sentencepiece", model, str(path), hint + lfs_hint(content))
+    pieces = sandbox.about["texts"]
     added = _added_tokens(directory, [*named.values(), *extra])
-    next_id = max(len(backend.texts), max(added, default=-1) + 1)
+    next_id = max(len(pieces), max(added, default=-1) + 1)
     placed = {token.content: token_id for token_id, token in added.items()}
     for name in (*named.values(), *extra):
         if name not in placed:
-            if name in backend.texts:
-                placed[name] = backend.texts.index(name)
+            if name in pieces:
+                placed[name] = pieces.index(name)
             else:
                 placed[name], next_id = next_id, next_id + 1
             added[placed[name]] = AddedToken(name, special=True, normalized=False)
     for name in named.values():
         added[placed[name]].special = True
     return SentencePieceTokenizer(
-        backend,
+        sandbox,
         bos_token=named.get("bos_token"),
         eos_token=named.get("eos_token"),
         template_tokens=for_templates,
@@ -306,6 +315,12 @@ def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
         add_bos=config.get("add_bos_token") is not False,
         add_eos=config.get("add_eos_token") is True,
     )
+
+
+def add_tokens(sandbox: Sandbox, tokens: Sequence[AddedToken] = (), special: bool = False) -> dict[int, AddedToken]:
+    """Adds to the tokens that a tokenizer.json has beside its vocabulary. Returns all of them, by id."""
+    found = sandbox.ask("add", [token.__getstate__() for token in tokens], special, keep=len(tokens) > 0)
+    return {token_id: AddedToken(**token) for token_id, token in found}
 
 
 def with_ends(tokens: Mapping[str, Any] | None, bos_token: str | None, eos_token: str | None) -> dict[str, Any]:
