@@ -91,6 +91,7 @@ def test_every_setting_can_be_said(talk: Talk) -> None:
     ("/load a\0b", "no file can have the name"),
     ("/load " + 400 * "n", "cannot be read: File name too long"),
     ("/load .", "is not a file, but a directory"),
+    ("/image picture.png", "this checkpoint is a text model"),
     ("/load nowhere.json", "nowhere.json cannot be read: No such file"),
     ("/save /nowhere/at/all.json", "cannot be written"),
     ("/stats", "nothing was answered yet"),
