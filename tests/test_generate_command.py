@@ -58,7 +58,7 @@ def test_quiet_prints_the_text_alone(checkpoint: Path, capsys: pytest.CaptureFix
 
 def test_json_has_the_fields_of_the_contract(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--ffn-ratio", 0.5, "--candidate-width", 0.2, "--head-ratio", 0.5, "--prefill", "dense"]
-    flags += ["--dtype", "bfloat16"]
+    flags += ["--dtype", "bfloat16", "--min-evidence", 0]
     assert status("--ckpt", checkpoint, "--prompt", "Hello", "-n", 8, "--json", "--ignore-eos", *flags) == 0
     out, err = capsys.readouterr()
     assert err == ""
