@@ -15,6 +15,7 @@ from models.active_heads import ActiveHeads
 from models.config import LlamaConfig
 from models.layers import RMSNorm, rotate
 from models.matrix import Matrix
+from models.matrix_forms import stack
 from models.passes import DecodePass, PrefillPass, View
 from models.products import attend_cache, attend_prompt
 from models.pruning.partition import head_scores
@@ -43,7 +44,7 @@ class Attention(nn.Module):
     def together(self) -> Matrix:
         """q_proj, k_proj and v_proj as one matrix [(N + 2K) D, H], which they become parts of."""
         if self.stacked_at != self.q_proj.weight.data_ptr():                        # new, or moved since
-            self.qkv = [type(self.q_proj).stack([self.q_proj, self.k_proj, self.v_proj])]
+            self.qkv = [stack([self.q_proj, self.k_proj, self.v_proj])]
             self.stacked_at = self.q_proj.weight.data_ptr()
         return self.qkv[0]
 

@@ -83,7 +83,7 @@ class RopeConfig:
     high_freq_factor: float = 4.0       # llama3
     beta_fast: float = 32.0             # yarn
     beta_slow: float = 1.0              # yarn
-    attention_factor: float = 1.0       # yarn: cos and sin are scaled by it
+    attention_factor: float = 1.0       # yarn, factors: cos and sin are scaled by it
     truncate: bool = True               # yarn
     factors: tuple[float, ...] = ()     # factors: one divisor per frequency, as .gguf files store them
     streams: tuple[int, ...] = ()       # of pictures: which of three positions each frequency turns with
@@ -177,6 +177,7 @@ def read_rope(fields: ConfigReader, default_theta: float, max_position_embedding
         values["attention_factor"] = yarn_attention_factor(rope, factor)
     if rope_type == "factors":
         values["factors"] = rope.numbers("factors", ())
+        values["attention_factor"] = rope.number("attention_factor", 1.0)
     unknown = set(rope.raw) - rope.read
     if rope_type != "default" and unknown:
         raise InputError(f"{rope.where}: {', '.join(sorted(unknown))} is not implemented for RoPE type {rope_type!r}")

@@ -10,6 +10,8 @@ routed to one expert.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +71,7 @@ class ActiveExperts:
         self.spares_unseen = pruning.rule.follows_prompt and pruning.settings.unseen_experts == "dense"
         self.copy_limit = experts
         self.active: list[ActiveFeedForward | None] = [None] * experts
-        self.spare: list[ActiveFeedForward] = []                                    # copies of earlier prompts
+        self.spare: dict[Any, list[ActiveFeedForward]] = {}         # copies of earlier prompts, by `kinds`
         self.shared: ActiveFeedForward | None = None
         if mixture.shared_expert is not None:
             self.shared = ActiveFeedForward(mixture.shared_expert, pruning.rule)
@@ -82,7 +84,9 @@ class ActiveExperts:
         """Forget the last prompt."""
         experts = len(self.active)
         if self.pruning.rule.follows_prompt:
-            self.spare += [one for one in self.active if one is not None and one.copied_bytes()]
+            for ffn, one in zip(self.experts, self.active, strict=True):
+                if one is not None and one.copied_bytes():
+                    self.spare.setdefault(kinds(ffn), []).append(one)
             self.active = [None] * experts
         self.prompt_tokens, self.picks, self.met = [0] * experts, [0] * experts, 0
         self.may_copy = list(range(experts))[: self.copy_limit]
@@ -113,7 +117,8 @@ class ActiveExperts:
             elif expert not in self.may_copy:
                 active = ActiveFeedForward(ffn, self.pruning.rule, copies=False)
             else:
-                active = self.spare.pop() if self.spare else ActiveFeedForward(ffn, self.pruning.rule)
+                spare = self.spare.get(kinds(ffn))
+                active = spare.pop() if spare else ActiveFeedForward(ffn, self.pruning.rule)
                 active.restart()
             self.active[expert] = active
         return active
@@ -139,8 +144,13 @@ class ActiveExperts:
 
     def copied_bytes(self) -> int:
         """Memory that copies of weights take so far."""
-        held = [*self.active, *self.spare, self.shared]
+        held = [*self.active, *chain(*self.spare.values()), self.shared]
         return sum(active.copied_bytes() for active in held if active is not None)
+
+
+def kinds(ffn: FeedForward) -> Any:
+    """Of an expert's matrices: copies of one expert serve another of the same kinds."""
+    return tuple(matrix.kind() for matrix in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
 
 
 class MixtureOfExperts(nn.Module):

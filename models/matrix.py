@@ -119,9 +119,13 @@ class Matrix(nn.Linear):
         """Memory of the weight and the bias, in bytes."""
         return tensor_bytes(self)
 
+    def kind(self) -> tuple[Any, ...]:
+        """Class, dtype, groups and whether there is a bias: matrices that agree in this can become one."""
+        return type(self), self.weight.dtype, self.bias is not None
+
     @classmethod
     def stack(cls, matrices: Sequence["Matrix"]) -> "Matrix":
-        """One matrix of several, one below the other, which become parts of it and stay what they were."""
+        """One matrix of several of one kind, one below the other, which become parts of it and keep their values."""
         bias = matrices[0].bias
         return cls.of(
             share_storage([matrix.weight for matrix in matrices]),

@@ -12,6 +12,7 @@ in and out are the sides of a weight [out, in], g the size of a group, G = in / 
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +125,9 @@ class Int8Matrix(Matrix):
     def read_bytes(self, rows: int | None = None, columns: int | None = None) -> int:
         scales = self.out_features if rows is None else rows
         return super().read_bytes(rows, columns) + scales * self.scale.element_size()
+
+    def kind(self) -> tuple[Any, ...]:
+        return *super().kind(), self.scale.dtype
 
     @classmethod
     def stack(cls, matrices: Sequence[Matrix]) -> "Int8Matrix":
@@ -243,6 +247,9 @@ class Int4Matrix(Matrix):
         if columns is not None:
             return out * (columns + self.groups.element_size())
         return out * (self.in_features // 2 + 2 * len(self.groups) * self.groups.element_size())
+
+    def kind(self) -> tuple[Any, ...]:
+        return *super().kind(), self.groups.dtype, len(self.groups)
 
     @classmethod
     def stack(cls, matrices: Sequence[Matrix]) -> "Int4Matrix":

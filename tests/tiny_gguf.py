@@ -99,9 +99,12 @@ def write_gguf(
     tensors: dict[str, Tensor],
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     architecture: str = "llama",
+    tensors_per_part: int = 0,
 ) -> Path:
-    """Write a file; matrices in `kind`, vectors in float32, as llama.cpp does."""
-    writer = gguf.GGUFWriter(path, architecture)
+    """Write a file, or with tensors_per_part several; matrices in `kind`, vectors in float32, as llama.cpp does."""
+    writer = gguf.GGUFWriter(
+        path, architecture, split_max_tensors=tensors_per_part, small_first_shard=tensors_per_part > 0
+    )
     for key, value in metadata.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)

@@ -219,6 +219,7 @@ def check_keys(checkpoint: Checkpoint, wanted: list[Wanted], known: set[str], ig
         key
         for key in checkpoint.entries
         if key not in known and not any(re.fullmatch(pattern, key) for pattern in ignored)
+        and not adds_nothing(checkpoint, key, known)
     ]
     misshaped = []
     used: dict[str, int] = {}  # elements of a key that its pieces take
@@ -251,6 +252,12 @@ def check_keys(checkpoint: Checkpoint, wanted: list[Wanted], known: set[str], ig
             for what, names in kinds
         )
         raise InputError(f"{checkpoint.path} does not hold the weights that its config describes: {listed}")
+
+
+def adds_nothing(checkpoint: Checkpoint, key: str, known: set[str]) -> bool:
+    """Whether a key is a bias of zeros beside a matrix of the model: AutoGPTQ wrote one for every matrix until 2023."""
+    matrix = key.removesuffix("bias") + "weight"
+    return key.endswith(".bias") and matrix in known and not checkpoint.read(key).any()
 
 
 def piece_shape(entry: TensorEntry, index: tuple[Any, ...]) -> tuple[int, ...] | None:

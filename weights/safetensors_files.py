@@ -8,7 +8,7 @@ has been touched, and `release` gives each tensor's pages back as soon as it has
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from weights.entries import TensorEntry
 from weights.errors import InputError
-from weights.four_bit_layouts import Layout, find_layout, matrix_entry
+from weights.four_bit_layouts import Layout, borrow_evidence, find_layout, matrix_entry
 from weights.groups import Groups
 from weights.json_files import LARGEST_JSON, JsonObject, parse_json, read_json
 from weights.mapped_file import MappedFile
@@ -91,6 +91,12 @@ class SafetensorsCheckpoint:
             self._parts[f"{name}.weight"] = [key for key in keys if key in self.entries]
             self._part_entries |= {key: self.entries.pop(key) for key in self._parts[f"{name}.weight"]}
             self.entries[f"{name}.weight"] = entry
+        if layout.less_one:
+            evidence = 0.0
+            for name in self._parts:
+                evidence += borrow_evidence(*self._quantised(name)[:2])
+                self.release(name)
+            self._layout = replace(layout, borrows=evidence > 0)
 
     def _open_shard(self, shard: str, promised: list[str]) -> None:
         path = self.path / shard
@@ -116,7 +122,11 @@ class SafetensorsCheckpoint:
     def read_groups(self, name: str) -> Groups:
         """A matrix of four-bit numbers as it is kept."""
         assert self._layout is not None
-        return self._layout.groups(*(self._view(key, self._part_entries[key]) for key in self._parts[name][:3]))
+        return self._layout.groups(*self._quantised(name))
+
+    def _quantised(self, name: str) -> list[Tensor]:
+        """qweight, qzeros and scales of a matrix, views of the mapped file."""
+        return [self._view(key, self._part_entries[key]) for key in self._parts[name][:3]]
 
     def _view(self, name: str, entry: TensorEntry) -> Tensor:
         place = self._places[name]

@@ -22,7 +22,7 @@ from popengine.engine import Engine
 from popengine.pictures.images import ImageSource
 from popengine.statistics import measured
 from weights.checkpoint import Checkpoint, open_checkpoint
-from weights.gguf_file import LAYER_NAMES, NAMES, ROPE_FACTORS
+from weights.gguf_families import LAYER_NAMES, NAMES, ROPE_FACTORS
 
 # .gguf's names of dtypes.
 GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
