@@ -104,7 +104,8 @@ def outputs(path: Path) -> Outputs:
 def reference(path: Path, outputs: Outputs, text: Path) -> dict[str, Tensor]:
     """What tests/real/transformers_reference.py computes."""
     given, out = text.with_name(f"{path.stem}.engine"), text.with_name(f"{path.stem}.reference")
-    save_file({"tokens": outputs.tokens, "prompt": outputs.tokens[:PROMPT_TOKENS], "greedy": outputs.greedy}, given)
+    prompt = outputs.tokens[:PROMPT_TOKENS].clone()
+    save_file({"tokens": outputs.tokens, "prompt": prompt, "greedy": outputs.greedy}, given)
     script = Path(__file__).with_name("transformers_reference.py")
     subprocess.run([sys.executable, script, path, text, given, out], check=True, capture_output=True, text=True)
     return load_file(out)
