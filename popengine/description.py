@@ -15,7 +15,7 @@ from popengine.loading import DTYPES, choose_dtype, open_text_side
 from popengine.packing import Packer, choose_form
 from popengine.text.chat import end_of_turn_token, render_chat
 from popengine.text.tokenizer import TextTokenizer
-from weights.checkpoint import Checkpoint, open_checkpoint
+from weights.checkpoint import Checkpoint, GGUFCheckpoint, open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
 from weights.load import find_all
@@ -34,7 +34,7 @@ def describe(source: str | Path | None) -> dict[str, Any]:
     """
     with open_checkpoint(default_checkpoint() if source is None else source) as checkpoint:
         path = checkpoint.path
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        files = checkpoint.files if isinstance(checkpoint, GGUFCheckpoint) else sorted(path.glob("*.safetensors"))
         stored = Counter[str]()
         for entry in checkpoint.entries.values():
             stored[entry.stored or str(entry.dtype).removeprefix("torch.")] += entry.elements

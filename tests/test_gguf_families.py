@@ -1,6 +1,6 @@
 """.gguf files of every family: logits are those of the transformers model that the file was written from.
 
-Names of tensors come from the gguf package's own table, and metadata is spelled here as llama.cpp's converter spells it.
+Names of tensors come from the gguf package's own table; metadata is spelled as llama.cpp's converter spells it.
 """
 
 from collections.abc import Callable
@@ -110,6 +110,7 @@ def write(
 def logits_of(path: Path) -> Tensor:
     with open_checkpoint(path) as checkpoint:
         model, _ = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    assert model.config.unknown_fields == ()
     return model(TOKENS)
 
 

@@ -151,8 +151,10 @@ def byte_level_metadata(pre: str) -> dict[str, Any]:
     }
 
 
-def sentencepiece_model(space_prefix: bool = True) -> sentencepiece.SentencePieceProcessor:
-    """A sentencepiece BPE with byte fallback, trained on TEXT."""
+def sentencepiece_model(
+    space_prefix: bool = True, symbols: tuple[str, ...] = ("<think>",)
+) -> sentencepiece.SentencePieceProcessor:
+    """A sentencepiece BPE with byte fallback, trained on TEXT, in which the symbols are tokens whatever is around."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in TEXT * 3 for line in text.splitlines() if line.strip()),
@@ -165,14 +167,18 @@ def sentencepiece_model(space_prefix: bool = True) -> sentencepiece.SentencePiec
         remove_extra_whitespaces=False,
         add_dummy_prefix=space_prefix,
         split_digits=True,
-        user_defined_symbols=["<think>"],
+        user_defined_symbols=list(symbols),
         minloglevel=2,
     )
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-def sentencepiece_metadata(model: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
+def sentencepiece_metadata(
+    model: sentencepiece.SentencePieceProcessor, symbols: tuple[str, ...] = ("<think>",)
+) -> dict[str, Any]:
+    """llama.cpp's converter writes the spaces of symbols as spaces, those of other pieces as ▁."""
     count = model.get_piece_size()
+    pieces = [model.id_to_piece(number) for number in range(count)]
     types = []
     for number in range(count):
         if model.is_unknown(number):
@@ -182,10 +188,10 @@ def sentencepiece_metadata(model: sentencepiece.SentencePieceProcessor) -> dict[
         elif model.is_byte(number):
             types.append(BYTE)
         else:
-            types.append(USER_DEFINED if model.id_to_piece(number) == "<think>" else NORMAL)
+            types.append(USER_DEFINED if pieces[number] in symbols else NORMAL)
     return {
         "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [model.id_to_piece(number) for number in range(count)],
+        "tokenizer.ggml.tokens": [piece.replace("▁", " ") if piece in symbols else piece for piece in pieces],
         "tokenizer.ggml.scores": [float(np.float32(model.get_score(number))) for number in range(count)],
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.bos_token_id": model.bos_id(),

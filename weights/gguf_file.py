@@ -63,7 +63,7 @@ class Place:
 class GGUFCheckpoint:
     """A .gguf file, or all parts of one, opened: headers are read and checked, no tensor is read.
 
-    path               the file, or any of its parts
+    path               the file, or any of its parts; files: all of them
     config             what config.json would say, made from the metadata
     generation_config  {"eos_token_id": [every id that ends a text or a turn]}
     entries            every tensor under its Hugging Face name, in the order of the files
@@ -78,6 +78,7 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         parts = open_parts(path)
+        self.files = [part.path for part in parts]
         metadata = parts[0].header.metadata
         family = find_family(metadata)
         tensors = {name: tensor for part in parts for name, tensor in part.header.tensors.items()}

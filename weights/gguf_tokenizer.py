@@ -88,7 +88,8 @@ SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 def tokenizer_json(metadata: Metadata) -> str:
     """The tokenizer.json that a .gguf file describes; InputError for a kind that is not supported."""
     kind = metadata.text("tokenizer.ggml.model")
-    tokens = metadata.strings("tokenizer.ggml.tokens")
+    # As llama.cpp does, since several tokens of a padded vocabulary may have no text.
+    tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(metadata.strings("tokenizer.ggml.tokens"))]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise InputError(f"{metadata.path} is corrupt: a token is twice in its vocabulary")
@@ -112,7 +113,7 @@ def tokenizer_json(metadata: Metadata) -> str:
         "added_tokens": [
             {"id": token_id, "content": token, "special": number == CONTROL, **plain}
             for (token, token_id), number in zip(vocabulary.items(), types, strict=False)
-            if token and number in (CONTROL, USER_DEFINED)
+            if number in (CONTROL, USER_DEFINED)
         ],
         "post_processor": between(bos, eos, tokens),
         **parts,
