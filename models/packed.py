@@ -10,7 +10,7 @@ every product unpacks.
 in and out are the sides of a weight [out, in], g the size of a group, G = in / g groups of a row; T rows.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -64,16 +64,16 @@ class Int8Matrix(Matrix):
         """The nearest there is to plain values [out, in]."""
         rows, columns = values.shape
         made = cls.with_room(rows, columns, torch.empty(0, dtype=dtype, device=values.device), bias)
-        made.fill(values.split(rows_at_once(columns)))
-        return made
+        return made.fill(values.split(rows_at_once(columns)))
 
-    def fill(self, stretches: Iterable[Tensor]) -> None:
+    def fill(self, stretches: Iterable[Tensor]) -> "Int8Matrix":
         """Become the nearest to plain values, stretches of rows [n, in] that are all of them together."""
         begin = 0
         for part in stretches:
             rows = slice(begin, begin + len(part))
             nearest_int8(part, self.numbers()[rows], self.scale[rows])
             begin += len(part)
+        return self
 
     def numbers(self) -> Tensor:
         """int8 [out, in]"""
@@ -158,21 +158,33 @@ class Int4Matrix(Matrix):
 
     @classmethod
     def of_groups(cls, given: Groups, dtype: torch.dtype, bias: Tensor | None = None) -> "Int4Matrix":
-        groups = torch.stack([given.scale, given.minimum + 8 * given.scale], dim=-1).to(dtype)          # [out, G, 2]
-        size = next(size for size in GROUP_SIZES if given.size % size == 0)
-        groups = groups.repeat_interleave(given.size // size, dim=1)                # wider ones are several alike
-        made = cls.with_room(len(given.numbers), given.numbers.shape[1], groups.shape[1], groups, bias)
-        padded = F.pad(given.numbers, (0, 0, 0, made.groups.shape[1] - made.out_features))
-        made.weight.copy_(pack(padded.t(), *layout()))
-        made.groups[:, : made.out_features] = groups.transpose(0, 1)
-        return made
+        rows, columns = given.numbers.shape
+        made = cls.with_room(rows, columns, given.size, torch.empty(0, dtype=dtype), bias)
+        return made.fill([given])
 
     @classmethod
-    def with_room(cls, rows: int, columns: int, groups: int, like: Tensor, bias: Tensor | None) -> "Int4Matrix":
+    def with_room(cls, rows: int, columns: int, size: int, like: Tensor, bias: Tensor | None) -> "Int4Matrix":
+        """Numbers and scales yet to come. size: of a group; wider ones than the product knows are several alike"""
         block, _ = layout()
         blocks = -(-rows // block)
+        groups = columns // next(known for known in GROUP_SIZES if size % known == 0)
         weight = torch.zeros(blocks, columns, block // 2, dtype=torch.uint8)
         return cls.packed(weight, like.new_zeros(groups, blocks * block, 2), rows, bias)
+
+    def fill(self, stretches: Iterable[Groups]) -> "Int4Matrix":
+        """Become what groups stand for, stretches of rows that are all of them together, whole blocks but the last."""
+        block, halves = layout()
+        begin = 0
+        for part in stretches:
+            rows = slice(begin, begin + len(part.numbers))
+            padded = F.pad(part.numbers, (0, 0, 0, -len(part.numbers) % block))     # [rows, in]
+            first = begin // block
+            self.weight[first : first + len(padded) // block] = pack(padded.t(), block, halves)
+            for place, values in enumerate((part.scale, part.minimum + 8 * part.scale)):            # [rows, G]
+                into = self.groups[:, rows, place].unflatten(0, (values.shape[1], -1))
+                into.copy_(values.t().unsqueeze(1))
+            begin = rows.stop
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
@@ -214,7 +226,7 @@ class Int4Matrix(Matrix):
 
     def empty_rows(self, rows: int) -> "Int4Matrix":
         bias = room_for_bias(self, rows)
-        return Int4Matrix.with_room(rows, self.in_features, len(self.groups), self.groups, bias)
+        return Int4Matrix.with_room(rows, self.in_features, self.in_features // len(self.groups), self.groups, bias)
 
     def empty_columns(self, columns: int) -> Int8Matrix:
         return Int8Matrix.with_room(self.out_features, columns, self.groups, room_for_bias(self, self.out_features))
@@ -259,7 +271,7 @@ class Int4Matrix(Matrix):
         groups = torch.cat([part.groups[:, : part.out_features] for part in parts], dim=1)
         if all(part.out_features == part.groups.shape[1] for part in parts):        # whole blocks
             return cls.packed(share_storage([part.weight for part in parts]), groups, rows, bias)
-        whole = cls.with_room(rows, first.in_features, len(groups), groups, bias)
+        whole = cls.with_room(rows, first.in_features, first.in_features // len(groups), groups, bias)
         numbers = torch.cat([part.numbers()[:, : part.out_features] for part in parts], dim=1)      # [in, rows]
         whole.weight.copy_(pack(F.pad(numbers, (0, whole.groups.shape[1] - rows)), *layout()))
         whole.groups[:, :rows] = groups
@@ -289,12 +301,29 @@ class Int8Embedding(nn.Module):
         return self.numbers[tokens].to(self.scale.dtype) * self.scale[tokens].unsqueeze(-1)
 
 
+class StoredEmbedding(nn.Module):
+    """Embeddings whose rows stay as a file has them until they are looked up. tokens int64 [...] -> [..., in]
+
+    stored  uint8 [V, bytes of a row]
+    read    makes Groups of the bytes of so many rows
+    """
+
+    def __init__(self, stored: Tensor, read: Callable[[Tensor, int], Groups], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stored, self.read, self.dtype = stored, read, dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = self.stored[tokens.flatten()]                                        # [n, bytes of a row]
+        return self.read(rows.flatten(), len(rows)).values().to(self.dtype).view(*tokens.shape, -1)
+
+
 def has_packed_products(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype != torch.float32
 
 
-def rows_at_once(columns: int) -> int:
-    return max(64, STRETCH // columns)
+def rows_at_once(columns: int, weights: int | None = None) -> int:
+    """Rows that have about so many weights (None: STRETCH), in whole blocks of every layout."""
+    return max(1, (weights or STRETCH) // columns // 64) * 64
 
 
 def room_for_bias(matrix: Matrix, rows: int) -> Tensor | None:

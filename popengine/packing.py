@@ -4,8 +4,7 @@ The projections of attention and of feed-forward networks are, and the output pr
 are one tensor. Routers, norms, biases and the vision tower stay plain: they are small, or choose.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +12,19 @@ from torch import Tensor, nn
 from models.attention import Attention
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.packed import Int4Matrix, Int8Embedding, Int8Matrix, rows_at_once
+from models.matrix import Matrix
+from models.packed import Int4Matrix, Int8Embedding, Int8Matrix, StoredEmbedding, rows_at_once
 from weights.checkpoint import Checkpoint
 from weights.entries import TensorEntry
 from weights.errors import InputError
-from weights.groups import Groups, group
+from weights.gguf_blocks import READERS, stored_size
+from weights.groups import group
 from weights.load import Packing
 
 # What `--weights` takes. auto: what a checkpoint keeps packed stays so, everything else is plain.
 FORMS = ("auto", "plain", "int8", "int4")
+# Weights that are packed at once: what is made of them on the way stays in a processor's cache.
+PACKED_AT_ONCE = 1 << 19
 # Neighbours in a row that share a scale, of weights that are packed here (docs/packed.md compares sizes).
 GROUP = 32
 
@@ -58,6 +61,8 @@ class Packer:
                 names = ("gate_proj", "up_proj", "down_proj")
             for name in names:
                 self.places[id(getattr(module, name).weight)] = (module, name)
+        embedding = language_model.model.embed_tokens.weight
+        self.places[id(embedding)] = (language_model.model, "embed_tokens")         # unless it is the head's too
         self.places[id(language_model.lm_head.weight)] = (language_model, "lm_head")
 
     def __call__(self, target: Tensor, name: str, entry: TensorEntry) -> Packing | None:
@@ -66,36 +71,40 @@ class Packer:
             return None
         parent, attribute = self.places[id(target)]
         rows, columns = target.shape
+        put = partial(self.put, parent, attribute)
+        if attribute == "embed_tokens":     # a quantised one's rows stay as the file has them
+            if self.form != "auto" or entry.stored not in READERS:
+                return None
+            read, held = READERS[entry.stored], stored_size(entry.stored, rows * columns)
+            return Packing(lambda all: StoredEmbedding(next(all).clone(), read, self.dtype), put, "stored", rows, held)
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        step = rows_at_once(columns, PACKED_AT_ONCE)
         four_bits = entry.groups if self.form == "auto" else self.form == "int4"
         as_int8 = parent is self.model or not four_bits
         made = "int8" if as_int8 else "int4"
         self.forms[f"{entry.stored} as {made}" if entry.stored else made] = None
         if as_int8:
-            return Packing(
-                lambda stretches: self.put_int8(parent, attribute, rows, columns, stretches),
-                rows * (columns + 2), rows_at_once=rows_at_once(columns),
-            )
+            eight = partial(Int8Matrix.with_room, rows, columns, like, None)
+            return Packing(lambda values: eight().fill(values), put, "values", step, rows * (columns + 2))
         size = entry.groups or GROUP
         if columns % size or size % GROUP:
             raise InputError(f"{name} has {columns} columns, which groups of {size} do not divide: use weights int8")
+        four = partial(Int4Matrix.with_room, rows, columns, size, like, None)
         held = rows * columns // 2 + rows * columns // size * 4
-        return Packing(lambda given: self.put_int4(parent, attribute, given), held, from_groups=entry.groups > 0)
+        if entry.groups:
+            return Packing(lambda groups: four().fill(groups), put, "groups", step, held)
+        return Packing(lambda values: four().fill(group(part, GROUP) for part in values), put, "values", step, held)
 
     @property
     def made(self) -> str:
         """What form the matrices have got, for people."""
         return ", ".join(self.forms) or "plain"
 
-    def put_int8(
-        self, parent: nn.Module, attribute: str, rows: int, columns: int, stretches: Iterable[Tensor]
-    ) -> None:
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-        matrix = Int8Matrix.with_room(rows, columns, like, getattr(parent, attribute).bias)
-        matrix.fill(stretches)
-        setattr(parent, attribute, matrix)
+    def put(self, parent: nn.Module, attribute: str, made: nn.Module) -> None:
+        """Put a matrix into its place, with the bias that is there, or an embedding."""
+        if isinstance(made, Matrix):
+            made.bias = getattr(parent, attribute).bias
+        setattr(parent, attribute, made)
         if parent is self.model and self.model.config.tie_word_embeddings:
-            self.model.model.embed_tokens = Int8Embedding(matrix)  # type: ignore[assignment]
-
-    def put_int4(self, parent: nn.Module, attribute: str, given: Any) -> None:
-        groups = given if isinstance(given, Groups) else group(given, GROUP)
-        setattr(parent, attribute, Int4Matrix.of_groups(groups, self.dtype, getattr(parent, attribute).bias))
+            assert isinstance(made, Int8Matrix)
+            self.model.model.embed_tokens = Int8Embedding(made)  # type: ignore[assignment]

@@ -26,7 +26,7 @@ from popengine.generate import main
 from popengine.loading import load
 from weights.checkpoint import open_checkpoint
 from weights.four_bit_layouts import Layout, borrow_evidence
-from weights.gguf_blocks import FOUR_BIT_TYPES
+from weights.gguf_blocks import BLOCKS, FOUR_BIT_TYPES, READERS
 from weights.groups import Groups, group
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,15 +154,24 @@ def test_an_embedding_looks_up_rows() -> None:
     assert torch.equal(Int8Embedding(matrix)(tokens), matrix.values()[tokens])
 
 
-@pytest.mark.parametrize("kind", sorted(FOUR_BIT_TYPES))
+@pytest.mark.parametrize("kind", READERS)
 def test_blocks_of_gguf_files_are_read_as_gguf_dequantises_them(kind: str) -> None:
     number = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[number]
+    assert BLOCKS[kind] == (block, size)
     random = np.random.default_rng(0)
     raw = random.integers(0, 256, (18, size), dtype=np.uint8)
-    raw[:, :4] = (random.random((18, 2)) - 0.5).astype(np.float16).view(np.uint8)
-    groups = FOUR_BIT_TYPES[kind](torch.from_numpy(raw.flatten()), (6, 3 * block))
+    # Scales in half precision stand first, but for Q6_K's. Random bytes would be infinities among them.
+    some = random.random((18, 2)) - 0.5
+    if kind == "Q6_K":
+        raw[:, -2:] = some[:, :1].astype(np.float16).view(np.uint8)
+    else:
+        raw[:, :4 if kind in ("Q4_1", "Q4_K", "Q5_1", "Q5_K") else 2] = (
+            some if kind in ("Q4_1", "Q4_K", "Q5_1", "Q5_K") else some[:, :1]
+        ).astype(np.float16).view(np.uint8)
+    groups = READERS[kind](torch.from_numpy(raw.flatten()), 6)
     assert torch.equal(groups.values(), torch.from_numpy(gguf.dequantize(raw.reshape(6, -1), number)))
+    assert (groups.numbers.max() < 16) == (kind in FOUR_BIT_TYPES)
 
 
 # Models

@@ -53,19 +53,20 @@ class Layout:
         first, second = qweight.shape
         return (second, 8 * first) if self.method == "gptq" else (8 * second, first)
 
-    def groups(self, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Groups:
-        """qweight int32 [in / 8, out] (AWQ: [in, out / 8]), qzeros int32 [G, out / 8], scales [G, out]"""
+    def groups(self, qweight: Tensor, qzeros: Tensor, scales: Tensor, rows: slice = slice(None)) -> Groups:
+        """Some rows of a matrix, or all.
+
+        qweight int32 [in / 8, out] (AWQ: [in, out / 8]), qzeros int32 [G, out / 8], scales [G, out]
+        """
         if self.method == "gptq":
-            numbers = eight(qweight.t())                                            # [out, in]
+            numbers = eight(qweight[:, rows].t())                                   # [rows, in]
             zeros = self.zeros(qzeros)                                              # [G, out]
         else:
-            places = torch.tensor(AWQ_ORDER).argsort()
-            numbers, zeros = (
-                eight(packed).unflatten(1, (-1, 8))[..., places].flatten(1) for packed in (qweight, qzeros)
-            )
-            numbers = numbers.t().contiguous()                                      # [out, in]
-        scale = scales.float().t().contiguous()                                     # [out, G]
-        return Groups(numbers, scale, -scale * zeros.t().float())
+            first, last, _ = rows.indices(8 * qweight.shape[1])
+            eights = qweight[:, first // 8 : -(-last // 8)]                         # those that have the rows
+            numbers, zeros = in_awq_order(eights)[:, first % 8 :][:, : last - first].t(), in_awq_order(qzeros)
+        scale = scales[:, rows].float().t().contiguous()                            # [rows, G]
+        return Groups(numbers.contiguous(), scale, -scale * zeros[:, rows].t().float())
 
     def zeros(self, qzeros: Tensor) -> Tensor:
         """GPTQ's: int32 [G, out / 8] -> uint8 [G, out]"""
@@ -78,6 +79,11 @@ def eight(packed: Tensor) -> Tensor:
     """int32 [rows, n] -> uint8 [rows, 8 n], lowest bits first"""
     octets = packed.contiguous().view(torch.uint8)                                  # [rows, 4 n], lowest first
     return torch.stack([octets & 15, octets >> 4], dim=-1).flatten(1)
+
+
+def in_awq_order(packed: Tensor) -> Tensor:
+    """int32 [n, out / 8] -> uint8 [n, out]"""
+    return eight(packed).unflatten(1, (-1, 8))[..., torch.tensor(AWQ_ORDER).argsort()].flatten(1)
 
 
 def plus_eight_ones(qzeros: Tensor) -> Tensor:

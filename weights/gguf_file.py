@@ -19,7 +19,7 @@ from torch import Tensor
 
 from weights.entries import TensorEntry
 from weights.errors import InputError
-from weights.gguf_blocks import FOUR_BIT_TYPES, GROUP
+from weights.gguf_blocks import FOUR_BIT_TYPES, GROUP, READERS
 from weights.gguf_families import ROPE_FACTORS, Family, find_family, hugging_face_names, read_config
 from weights.gguf_header import GGUFHeader, read_header
 from weights.gguf_tokenizer import ends_of_turns, special_id, tokenizer_json
@@ -124,35 +124,32 @@ class GGUFCheckpoint:
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Rows of a tensor in its entry's dtype, on the CPU, dequantised and in Hugging Face's order."""
         entry, place = self.entries[name], self._places[name]
-        shape = (len(range(*rows.indices(entry.shape[0]))), *entry.shape[1:])
-        raw = self._ordered_bytes(name).reshape(entry.shape[0], -1)[rows].reshape(-1)
+        raw = self._ordered_rows(name, rows)                                        # [n, bytes of a row]
         if place.type_name in PLAIN_TYPES:
-            values = torch.from_numpy(raw.copy()).view(entry.dtype)
+            values = raw.clone().view(entry.dtype).view(len(raw), *entry.shape[1:])
         else:
-            values = dequantise(raw, place.type_name, math.prod(shape))
-        return values.sub_(place.offset).view(shape) if place.offset else values.view(shape)
+            values = dequantise(raw, place.type_name, entry.shape[-1]).view(len(raw), *entry.shape[1:])
+        return values.sub_(place.offset) if place.offset else values
 
-    def read_groups(self, name: str) -> Groups:
-        """A tensor of four-bit numbers as it is kept, on the CPU, in Hugging Face's order."""
-        raw = torch.from_numpy(self._ordered_bytes(name))
-        return FOUR_BIT_TYPES[self._places[name].type_name](raw, self.entries[name].shape)
+    def read_groups(self, name: str, rows: slice = slice(None)) -> Groups:
+        """Rows of a matrix of four-bit numbers as they are kept, on the CPU, in Hugging Face's order."""
+        raw = self._ordered_rows(name, rows)
+        return READERS[self._places[name].type_name](raw.flatten(), len(raw))
 
     def stored_bytes(self, name: str) -> Tensor:
         """uint8, a tensor's bytes in the file."""
         place = self._places[name]
         return place.file.view(place.begin, place.end)
 
-    def _ordered_bytes(self, name: str) -> Any:
-        """A tensor's bytes with its rows in Hugging Face's order: numpy, uint8 [bytes]."""
+    def _ordered_rows(self, name: str, rows: slice) -> Tensor:
+        """The bytes of some of a tensor's rows, which are in Hugging Face's order: uint8 [n, bytes of a row]"""
         place = self._places[name]
-        # In numpy, because so many small copies cost more to share out over torch's threads than to make.
-        raw = self.stored_bytes(name).numpy()
-        if place.heads:
-            # A row's bytes stay together, so rows can change places before they are dequantised: within each head
-            # row 2 j goes to j, and row 2 j + 1 to head_dim / 2 + j.
-            pairs = raw.reshape(place.heads, place.shape[0] // place.heads // 2, 2, -1)
-            raw = pairs.swapaxes(1, 2).reshape(-1)
-        return raw
+        raw = self.stored_bytes(name).view(place.shape[0], -1)
+        if not place.heads:
+            return raw[rows]
+        # Within each head row 2 j goes to j, and row 2 j + 1 to head_dim / 2 + j.
+        order = torch.arange(len(raw)).view(place.heads, -1, 2).transpose(1, 2).flatten()
+        return raw[order[rows]]
 
     def release(self, name: str) -> None:
         """Give back the file's pages that reading `name` touched; the tensor that was read is the caller's."""
@@ -236,7 +233,7 @@ def find_places(part: Part) -> dict[str, Place]:
                 raise InputError(message) from error
             readable.add(kind.name)
         elements = math.prod(tensor.shape)
-        if elements == 0 or tensor.shape[-1] % block:
+        if elements == 0 or tensor.shape[-1] % block or (block > 1 and len(tensor.shape) == 1):
             raise InputError(f"{path} is corrupt: {name} has the shape {list(tensor.shape)} in blocks of {block}")
         begin = header.data_start + tensor.offset
         end = begin + elements // block * block_bytes
@@ -282,21 +279,14 @@ def read_rope_factors(place: Place, path: Path) -> list[float]:
     return factors.tolist()
 
 
-def dequantise(raw: Any, type_name: str, elements: int) -> Tensor:
-    """The float32 values of a tensor's quantised blocks.
-
-    raw      [bytes]     numpy array, uint8
-    returns  [elements]  float32
-    """
-    gguf = importlib.import_module("gguf")
-    kind = gguf.GGMLQuantizationType[type_name]
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    values = torch.empty(elements, dtype=torch.float32)
-    floats = values.numpy()
-    blocks_at_once = DEQUANTISED_AT_ONCE // block
-    for start in range(0, elements // block, blocks_at_once):
-        part = raw[start * block_bytes : (start + blocks_at_once) * block_bytes]
-        # Blocks know nothing of rows, so that a stretch of any length can pass as one row.
-        part_values = gguf.dequantize(part.reshape(1, -1), kind)            # [1, elements of this part]
-        floats[start * block : start * block + part_values.size] = part_values[0]
+def dequantise(raw: Tensor, type_name: str, columns: int) -> Tensor:
+    """The values of rows of quantised blocks. raw uint8 [rows, bytes] -> float32 [rows, columns]"""
+    values = torch.empty(len(raw), columns)
+    step = max(1, DEQUANTISED_AT_ONCE // columns)
+    for part, into in zip(raw.split(step), values.split(step), strict=True):
+        if type_name in READERS:
+            into.copy_(READERS[type_name](part.flatten(), len(part)).values())
+        else:
+            gguf = importlib.import_module("gguf")
+            into.copy_(torch.from_numpy(gguf.dequantize(part.numpy(), gguf.GGMLQuantizationType[type_name])))
     return values

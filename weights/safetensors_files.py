@@ -115,14 +115,15 @@ class SafetensorsCheckpoint:
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Rows of a tensor as a view of the mapped file, in its entry's dtype, on the CPU, not to be written to."""
         if name in self._parts:
-            return self.read_groups(name).part(0, rows).values()
+            return self.read_groups(name, rows).values()
         whole = self._view(name, self.entries[name])
         return whole[rows] if rows != slice(None) else whole
 
-    def read_groups(self, name: str) -> Groups:
-        """A matrix of four-bit numbers as it is kept."""
+    def read_groups(self, name: str, rows: slice = slice(None)) -> Groups:
+        """Rows of a matrix of four-bit numbers as they are kept."""
         assert self._layout is not None
-        return self._layout.groups(*self._quantised(name))
+        qweight, qzeros, scales = self._quantised(name)
+        return self._layout.groups(qweight, qzeros, scales, rows)
 
     def _quantised(self, name: str) -> list[Tensor]:
         """qweight, qzeros and scales of a matrix, views of the mapped file."""
