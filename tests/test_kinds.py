@@ -2,11 +2,15 @@
 
 from copy import deepcopy
 from itertools import permutations, product
+from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from builders import SETTINGS, SIZES, prefilled, random_reference
+from tiny_gguf import write_gguf
 from torch import Tensor, nn
 from transformers import LlamaConfig, MixtralConfig
 
@@ -16,8 +20,11 @@ from models.llama import LlamaForCausalLM
 from models.matrix import Matrix
 from models.matrix_forms import ColumnMatrix, MixedMatrix, stack
 from models.mixtral import MixtralForCausalLM
-from models.packed import Int4Matrix, Int8Matrix
+from models.packed import Int4Matrix, Int8Matrix, StoredEmbedding
 from models.pruning.settings import DENSE, PruningSettings
+from popengine.loading import load_model
+from weights.checkpoint import open_checkpoint
+from weights.gguf_blocks import FOUR_BIT_TYPES, READERS
 from weights.groups import group
 
 KINDS = ("plain", "columns", "int8", "int4", "int4 in wide groups")
@@ -142,3 +149,80 @@ def test_a_copy_of_a_mixture_holds_the_rows_of_its_first_part_only() -> None:
     copy.copy_rows(whole, rows)
     assert torch.equal(copy.values(), whole.values()[rows])
     assert copy.held_bytes() == 2 * 64 * 4 and whole.held_bytes() == sum(part.held_bytes() for part in parts)
+
+
+def readable_kinds() -> list[gguf.GGMLQuantizationType]:
+    """All that the gguf package dequantises."""
+    found = []
+    for kind in gguf.GGMLQuantizationType:
+        try:
+            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+            found.append(kind)
+        except NotImplementedError:
+            pass
+    return found
+
+
+def every_kind(path: Path) -> list[str]:
+    """A Llama with a layer for each kind: its v_proj, gate_proj and down_proj are of that kind, the others of the next.
+
+    Random blocks, as the gguf package cannot quantise to all kinds. Returns the kinds by layer.
+    """
+    random = np.random.default_rng(0)
+
+    def blocks(out: int, kind: gguf.GGMLQuantizationType) -> Any:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        raw = random.integers(0, 256, (out, 256 // block * size), dtype=np.uint8)
+        # Bytes below 0x38: no half-precision scale in them, wherever it lies, is above 0.5.
+        return raw % 0x38, kind
+
+    kinds = [kind for kind in readable_kinds() if kind.name not in ("F32", "F16", "BF16")]
+    tensors: dict[str, Any] = {"token_embd.weight": blocks(260, kinds[0]), "output_norm.weight": torch.ones(256)}
+    tensors["output.weight"] = blocks(260, kinds[1])
+    for layer, (own, other) in enumerate(zip(kinds, kinds[1:] + kinds[:1], strict=True)):
+        rows = {"attn_q": 256, "attn_k": 64, "attn_v": 64, "attn_output": 256} | dict.fromkeys(
+            ("ffn_gate", "ffn_up", "ffn_down"), 256
+        )
+        for name, out in rows.items():
+            kind = own if name in ("attn_v", "ffn_gate", "ffn_down") else other
+            tensors[f"blk.{layer}.{name}.weight"] = blocks(out, kind)
+        tensors |= {f"blk.{layer}.{name}.weight": torch.ones(256) for name in ("attn_norm", "ffn_norm")}
+    metadata = {
+        "llama.context_length": 64, "llama.embedding_length": 256, "llama.block_count": len(kinds),
+        "llama.feed_forward_length": 256, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 1,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.merges": ["a b"],
+    }
+    write_gguf(path, metadata, tensors)
+    return [kind.name for kind in kinds]
+
+
+@torch.inference_mode()
+def test_every_kind_of_gguf_files_becomes_what_the_docs_say(tmp_path: Path) -> None:
+    """Four bits number by number, all others as eight bits; an embedding of its own to the last bit."""
+    kinds = every_kind(tmp_path / "m.gguf")
+    assert set(READERS) < set(kinds)
+    with open_checkpoint(tmp_path / "m.gguf") as checkpoint:
+        model, _ = load_model(checkpoint, torch.bfloat16, torch.device("cpu"), "auto")
+        assert isinstance(model, LlamaForCausalLM)
+        for layer, (own, other) in enumerate(zip(kinds, kinds[1:] + kinds[:1], strict=True)):
+            for name in ("self_attn.v_proj", "self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+                kind = other if name in ("self_attn.q_proj", "mlp.up_proj") else own
+                matrix = model.model.layers[layer].get_submodule(name)
+                key = f"model.layers.{layer}.{name}.weight"
+                assert isinstance(matrix, Int4Matrix) == (kind in FOUR_BIT_TYPES), kind
+                if isinstance(matrix, Int4Matrix):
+                    groups = checkpoint.read_groups(key)
+                    assert torch.equal(matrix.numbers()[:, : matrix.out_features].t(), groups.numbers)
+                    scales = torch.stack([groups.scale, groups.minimum + 8 * groups.scale], dim=-1)     # [out, G, 2]
+                    assert torch.equal(matrix.groups[:, : matrix.out_features].transpose(0, 1), scales.bfloat16())
+                else:
+                    assert isinstance(matrix, Int8Matrix)
+                    step = matrix.scale.float().unsqueeze(1)
+                    assert ((matrix.numbers() * step - checkpoint.read(key)).abs() <= 0.51 * step + 1e-28).all(), kind
+        tokens = torch.tensor([[3, 0, 259, 3]])
+        wanted = checkpoint.read("model.embed_tokens.weight").bfloat16()[tokens]
+        if kinds[0] in READERS:
+            assert isinstance(model.model.embed_tokens, StoredEmbedding)
+        assert torch.equal(model.embed(tokens), wanted)
+        assert torch.isfinite(logits(model, DENSE)).all() and torch.isfinite(logits(model, FROZEN)).all()

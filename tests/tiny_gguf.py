@@ -96,12 +96,15 @@ class TinyLlama:
 def write_gguf(
     path: Path,
     metadata: dict[str, Any],
-    tensors: dict[str, Tensor],
+    tensors: dict[str, Any],
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     architecture: str = "llama",
     tensors_per_part: int = 0,
 ) -> Path:
-    """Write a file, or with tensors_per_part several; matrices in `kind`, vectors in float32, as llama.cpp does."""
+    """Write a file, or with tensors_per_part several; matrices in `kind`, vectors in float32, as llama.cpp does.
+
+    Of tensors, Tensor or, where the blocks are made already, a pair: uint8 [rows, bytes], and their type.
+    """
     writer = gguf.GGUFWriter(
         path, architecture, split_max_tensors=tensors_per_part, small_first_shard=tensors_per_part > 0
     )
@@ -117,7 +120,9 @@ def write_gguf(
         else:
             writer.add_array(key, value)
     for name, tensor in tensors.items():
-        if tensor.dim() > 1 and kind != gguf.GGMLQuantizationType.F32:
+        if isinstance(tensor, tuple):
+            writer.add_tensor(name, tensor[0], raw_dtype=tensor[1])
+        elif tensor.dim() > 1 and kind != gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, gguf.quantize(tensor.numpy(), kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, tensor.numpy())
