@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.clip import VisionConfig, VisionTower, read_vision_config
 from models.config import ConfigReader, FamilyDefaults, LlamaConfig, RopeConfig, read_decoder_fields, read_rope
-from models.layers import RMSNorm, RotaryEmbedding
+from models.layers import RMSNorm, RotaryEmbedding, at_least_float32
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from models.llava import LlavaForConditionalGeneration
 from models.passes import PictureRows
@@ -95,9 +95,9 @@ class Gemma3RMSNorm(RMSNorm):
     """Times 1 + w, in float32 to the end."""
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = at_least_float32(x)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * (1 + self.weight.float())).to(x.dtype)
+        return (wide * (1 + at_least_float32(self.weight))).to(x.dtype)
 
 
 class Gemma3RotaryEmbedding(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from builders import LLAVA_TINY, MIXTRAL, MODELS, QWEN2_MOE, SETTINGS, complete_checkpoint, resolved, saved_pair
 from tiny_gemma import complete_gemma
 from tiny_qwen_vl import complete_qwen
+from tolerance import assert_same
 
 from models.feed_forward import FeedForward
 from models.pruning.settings import DENSE, PruningSettings
@@ -52,17 +53,17 @@ def test_a_prompt_in_two_pieces_is_one_prompt(tmp_path: Path, name: str, setting
         model.decode(torch.tensor([token]), state)
     logits = model.prefill(model.embed(tokens[:, 17:]), state, kept=17)
     assert (state.cache.filled, int(state.cache.length)) == (30, 30)
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert_same(logits, expected)
     assert state.gathering.tokens == whole.gathering.tokens == 30
     for mine, theirs in zip(state.layers, whole.layers, strict=True):
         if isinstance(model.model.layers[0].mlp, FeedForward):
-            torch.testing.assert_close(mine.ffn.evidence.squares, theirs.ffn.evidence.squares, atol=1e-3, rtol=1e-4)
+            assert_same(mine.ffn.evidence.squares, theirs.ffn.evidence.squares)
             assert torch.equal(mine.ffn.partition.order, theirs.ffn.partition.order)
         else:
             assert mine.ffn.prompt_tokens == theirs.ffn.prompt_tokens
         assert torch.equal(mine.heads.partition.order, theirs.heads.partition.order)
     step = torch.tensor([11])
-    torch.testing.assert_close(model.decode(step, state), model.decode(step, whole), atol=1e-4, rtol=1e-4)
+    assert_same(model.decode(step, state), model.decode(step, whole))
 
 
 @torch.inference_mode()

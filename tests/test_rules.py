@@ -22,6 +22,7 @@ from builders import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from slow_pop import slow_order
+from tolerance import assert_same
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -88,7 +89,7 @@ def test_each_rule_is_its_formula(
     rule: str, by_columns: bool, share: float | None, model: LlamaForCausalLM
 ) -> None:
     """One row, by whichever path reads least; what its path leaves unread is poisoned in the test below."""
-    model = stored_by_columns(deepcopy(model).float()) if by_columns else model
+    model = stored_by_columns(model) if by_columns else model
     kind = model.lm_head.weight.dtype
     pruning = resolved(model, PruningSettings(ffn_ratio=0.4, rule=rule, retained_share=share))
     state = model.new_state(1, 64, pruning)
@@ -98,7 +99,7 @@ def test_each_rule_is_its_formula(
     _, step = model.begin(torch.tensor([5]), state)
     for x in torch.randn(6, SIZES["hidden_size"], dtype=kind):
         wanted = slow_step(ffn, x, prompt, rule, active.sizes.active, round(80 * (share or 0)))
-        torch.testing.assert_close(ffn.decode(x[None, None], active, step)[0, 0], wanted, atol=1e-5, rtol=1e-5)
+        assert_same(ffn.decode(x[None, None], active, step)[0, 0], wanted)
 
 
 @pytest.mark.parametrize("more", [{"redraw_every": 6}, {"redraw_on_drift": 0.0, "retained_share": 0.3}])
@@ -115,7 +116,7 @@ def test_steps_and_a_known_text_agree_under_every_rule(
         steps = torch.cat([one.decode(token[None], state) for token in tokens[12:]])
         assert state.gathering.redraws > 2
         _, again = prefilled(one, tokens[None, :12], settings)
-        torch.testing.assert_close(evaluate(one, tokens[12:], again), steps, atol=1e-5, rtol=1e-5)
+        assert_same(evaluate(one, tokens[12:], again), steps)
 
 
 @torch.inference_mode()
@@ -130,7 +131,7 @@ def test_rows_that_a_cheap_rule_does_not_choose_are_not_read(model: LlamaForCaus
     look = (x @ layer.up_proj.weight.T)[0, 0].abs() * active.candidate_factors
     losing = look.argsort(descending=True)[active.sizes.active :]
     layer.gate_proj.weight[losing] = torch.nan
-    torch.testing.assert_close(layer.decode(x, active, step), wanted)
+    assert_same(layer.decode(x, active, step), wanted)
     dense = bytes_per_token(model, resolved(model, DENSE)) - bytes_per_token(model, pruning)
     assert dense == 8 * len(model.model.layers) * SIZES["hidden_size"] * len(losing)
 
@@ -160,7 +161,7 @@ def test_a_draft_chooses_and_of_the_weights_only_what_it_chose_is_read(
     for matrix in (layer.gate_proj, layer.up_proj):
         matrix.weight[losing] = torch.nan
     active.down.weight[:, losing] = torch.nan
-    torch.testing.assert_close(layer.decode(x, active, step), wanted)
+    assert_same(layer.decode(x, active, step), wanted)
 
 
 @torch.inference_mode()
@@ -238,8 +239,8 @@ def test_neither_padding_nor_an_ended_sequence_makes_the_attention_drift(model: 
         model.decode(torch.tensor([3, other]), state)
         seen.append(state.layers[-1].drift)
     assert seen[0].since.any()
-    torch.testing.assert_close(seen[0].before, seen[1].before)
-    torch.testing.assert_close(seen[0].since, seen[1].since)
+    assert_same(seen[0].before, seen[1].before)
+    assert_same(seen[0].since, seen[1].since)
     assert all(layer.drift is None for layer in state.layers[:-1])
 
 
@@ -261,10 +262,10 @@ def test_steps_add_to_the_evidence_what_one_long_prompt_would_have_shown(
             assert torch.equal(own.heads.partition.order, other.heads.partition.order)
             for piece, all_at_once in zip(networks(own.ffn), networks(other.ffn), strict=True):
                 assert piece.evidence.tokens == all_at_once.evidence.tokens
-                torch.testing.assert_close(piece.evidence.squares, all_at_once.evidence.squares, atol=1e-5, rtol=1e-4)
+                assert_same(piece.evidence.squares, all_at_once.evidence.squares)
                 assert torch.equal(piece.partition.order, all_at_once.partition.order)
         token = torch.tensor([3])
-        torch.testing.assert_close(one.decode(token, state), one.decode(token, whole), atol=1e-5, rtol=1e-5)
+        assert_same(one.decode(token, state), one.decode(token, whole))
 
 
 def networks(active: Any) -> list[Any]:
@@ -284,7 +285,7 @@ def test_sequences_that_have_ended_are_no_evidence(model: LlamaForCausalLM) -> N
     model.decode(torch.tensor([3, 60]), other)
     assert state.gathering.tokens == 25
     for one, two in zip(state.layers, other.layers, strict=True):
-        torch.testing.assert_close(one.ffn.evidence.squares, two.ffn.evidence.squares)
+        assert_same(one.ffn.evidence.squares, two.ffn.evidence.squares)
 
 
 @torch.inference_mode()
@@ -331,7 +332,7 @@ def test_a_prior_is_evidence_of_so_many_tokens(model: LlamaForCausalLM) -> None:
     _, state = prefilled(model, tokens, pruning)
     model.prefill(model.embed(tokens), state)
     evidence, bare = state.layers[0].ffn.evidence, without.layers[0].ffn.evidence
-    torch.testing.assert_close(evidence.squares, 32 * squares + bare.squares)
+    assert_same(evidence.squares, 32 * squares + bare.squares)
     assert evidence.tokens == 32 + 9
 
 
