@@ -147,7 +147,8 @@ class Gemma3ForCausalLM(LlamaForCausalLM):
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens int64 [B, T] -> [B, T, H], times the root of H as the dtype rounds it (55.5 in bfloat16 for 55.4)"""
         x = super().embed(tokens)
-        return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+        # On the host: a number that a kernel is given costs no copy to the device.
+        return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
 
     def head(self, x: Tensor) -> Tensor:
         """Final norm and output projection, within the soft cap. x [B, T, H] -> logits [B, T, V]"""
