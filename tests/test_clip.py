@@ -8,6 +8,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, 
 from models.clip import VisionTower, read_vision_config
 from weights.errors import InputError
 
+pytestmark = pytest.mark.numeric
+
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -42,6 +42,7 @@ VARIANTS: dict[str, Any] = {
 }
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.inference_mode()
 def test_logits_equal_hugging_face_with_and_without_cache(name: str, tmp_path: Path) -> None:

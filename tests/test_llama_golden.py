@@ -15,6 +15,8 @@ from models.llama import LlamaForCausalLM
 from models.pruning.settings import DENSE
 from weights.errors import InputError
 
+pytestmark = pytest.mark.numeric
+
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,

@@ -40,6 +40,7 @@ def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
         assert distance(y, wanted) <= 1.01 * rounding(x.dtype)          # of the result, and little before that
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,6 +114,7 @@ def test_copies_are_indices_into_the_whole(kind: type[Matrix], dtype: torch.dtyp
         assert below.bias is None and beside.bias is None
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_are_those_of_the_columns_and_rows(kind: type[Matrix], dtype: torch.dtype) -> None:
@@ -135,6 +137,7 @@ def test_bytes_are_those_of_the_weight(kind: type[Matrix], dtype: torch.dtype, s
     assert Matrix.of(matrix.weight, matrix.bias).held_bytes() == (OUT * IN + OUT) * size
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
@@ -152,6 +155,7 @@ def test_chosen_rows_and_columns_equal_compact_copies(kind: type[Matrix], rows: 
         assert looked_up.held_bytes() == 0
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 def test_stacked_matrices_are_parts_of_one_and_stay_what_they_were(kind: type[Matrix], bias: bool) -> None:

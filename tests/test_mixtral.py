@@ -53,6 +53,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
     return saved_pair(tmp_path_factory.mktemp("qwen2_moe"), QWEN2_MOE)[1].double()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", ["model", "shared"])
 @torch.inference_mode()
 def test_masked_and_active_decode_agree_for_every_expert(name: str, request: pytest.FixtureRequest) -> None:

@@ -12,6 +12,8 @@ from transformers import MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3M
 from models.pruning.settings import DENSE
 from weights.checkpoint import open_checkpoint
 
+pytestmark = pytest.mark.numeric
+
 QWEN = SIZES | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 WINDOW = {"use_sliding_window": True, "sliding_window": 7}
 

@@ -54,6 +54,7 @@ def assert_product(y: Tensor, x: Tensor, matrix: Matrix) -> None:
     assert distance(y, wanted) <= (16 if x.dtype == torch.float32 else 2.02) * rounding(x.dtype)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("kind", "out", "columns"),
     [*((kind, *shape) for kind in KINDS for shape in SHAPES), *(("int8", *shape) for shape in ODD_SHAPES)],
@@ -77,6 +78,7 @@ def test_compiled_products_are_those_of_the_values(kind: str) -> None:
             assert_product(product(x), x, matrix)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 def test_unpacking_in_stretches_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix, x = made(kind, 192, 128), torch.randn(1, 40, 128).bfloat16()
@@ -87,6 +89,7 @@ def test_unpacking_in_stretches_changes_nothing(kind: str, monkeypatch: pytest.M
     assert torch.equal(matrix(x), whole)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("out", "columns"), SHAPES)
 def test_copies_are_indices_into_the_whole(kind: str, out: int, columns: int) -> None:
@@ -107,6 +110,7 @@ def test_copies_are_indices_into_the_whole(kind: str, out: int, columns: int) ->
         assert ((beside.values() - wanted).float().abs() <= 0.51 * step + 0.005 * wanted.float().abs()).all()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("outs", [(64, 64, 128), (80, 16, 40)], ids=["blocks", "parts"])
 def test_stacked_matrices_are_one(kind: str, outs: tuple[int, ...]) -> None:
@@ -119,6 +123,7 @@ def test_stacked_matrices_are_one(kind: str, outs: tuple[int, ...]) -> None:
     assert_same(whole(x), torch.cat([part(x) for part in parts], dim=-1), roundings=4)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("block", [64, 32])
 @pytest.mark.parametrize("halves", [True, False])
 def test_numbers_come_back_from_every_layout(block: int, halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +233,7 @@ def test_compiled_steps_without_copies_serve_every_prompt(folder: Path) -> None:
     assert first == again != other
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("form", KINDS)
 def test_a_packed_model_is_as_exact_as_a_plain_one_in_bfloat16(folder: Path, form: str) -> None:
     """Both beside the same values in float32: what is more is the packed products' and copies' own."""

@@ -18,6 +18,8 @@ from models.pruning.partition import (
     undecided,
 )
 
+pytestmark = pytest.mark.numeric
+
 
 @given(st.integers(1, 5000), st.floats(0, 0.999), st.floats(0, 2))
 def test_sizes_follow_the_formulas(channels: int, ratio: float, width: float) -> None:

@@ -25,6 +25,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return saved_pair(tmp_path_factory.mktemp(request.param), MODELS[request.param])[1].double()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", SETTINGS)
 def test_masked_and_active_decode_agree(model: LlamaForCausalLM, name: str) -> None:
     tokens, real = left_padded([12, 7], SIZES["vocab_size"])
@@ -39,6 +40,7 @@ def test_masked_and_active_decode_agree(model: LlamaForCausalLM, name: str) -> N
             assert_same(masked_decode(model, chosen, state, masked), logits)
 
 
+@pytest.mark.numeric
 def test_ratio_zero_is_the_dense_network(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([20], SIZES["vocab_size"])
     with torch.inference_mode():
@@ -83,6 +85,7 @@ def test_the_widest_width_chooses_among_all_channels(model: LlamaForCausalLM, ru
             assert_same(model.lm_head(model.model.norm(x[:, -1])), logits)
 
 
+@pytest.mark.numeric
 def test_padding_changes_nothing(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([9], SIZES["vocab_size"])
     padded = torch.cat([torch.full((1, 6), 7), tokens], dim=1)
@@ -173,6 +176,7 @@ def test_columns_of_losing_candidates_are_not_read(model: LlamaForCausalLM) -> N
         assert dense - read == model.dtype.itemsize * len(model.model.layers) * model.config.hidden_size * unread
 
 
+@pytest.mark.numeric
 def test_storing_weights_by_columns_changes_nothing(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([12], SIZES["vocab_size"])
     pruning = resolved(model, SETTINGS["both"])

@@ -100,6 +100,7 @@ def longer(given: dict[str, Tensor], new: Tensor) -> dict[str, Tensor]:
     return given | {name: torch.cat([given[name], tensor], dim=1) for name, tensor in more.items()}
 
 
+@pytest.mark.numeric
 @torch.inference_mode()
 def test_logits_equal_hugging_face_with_and_without_cache(pair: tuple) -> None:
     reference, ours = pair

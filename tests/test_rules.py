@@ -81,6 +81,7 @@ def slow_step(ffn: FeedForward, x: Tensor, prompt: Tensor, rule: str, active: in
     return (gate * up * keep) @ ffn.down_proj.weight.T
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("share", [None, 0.2], ids=["", "retained"])
 @pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("rule", CHEAP)
