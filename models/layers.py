@@ -39,6 +39,11 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision is too coarse for sums of squares; float64 stays what it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -46,7 +51,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = at_least_float32(x)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 

@@ -67,14 +67,18 @@ class WindowedTower(VisionTower):
 
     def windows(self, grids: Sequence[Grid]) -> tuple[Tensor, list[int]]:
         """The tokens window by window, int64 [n], and how many patches each window has."""
-        side, first, order, sizes = self.config.window_tokens, 0, [], []
+        side, per_token = self.config.window_tokens, self.config.spatial_merge_size**2
+        first, order, sizes = 0, [], []
         for rows, columns in grids:
             index = torch.arange(rows * columns, device=self.frequencies.device)
             window = index // columns // side * -(-columns // side) + index % columns // side       # of each token
             order.append(first + window.argsort(stable=True))
-            sizes.append(window.bincount())
+            sizes += [
+                min(side, rows - y) * min(side, columns - x) * per_token
+                for y in range(0, rows, side) for x in range(0, columns, side)
+            ]
             first += rows * columns
-        return torch.cat(order), (torch.cat(sizes) * self.config.spatial_merge_size**2).tolist()
+        return torch.cat(order), sizes
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """[P, C] -> [n, H]"""

@@ -31,7 +31,7 @@ from models.config import (
     rope_section,
 )
 from models.key_names import INNER_TEXT_SPELLINGS
-from models.layers import activation_function, rotate
+from models.layers import activation_function, at_least_float32, rotate
 from models.llama import LlamaForCausalLM
 from models.passes import PictureRows
 from models.picture_model import Grid, PictureConfig, PictureModel
@@ -244,7 +244,7 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
         """x [P, W]; cos, sin float32 [1, P, D]; lengths of the segments, one after the other -> [P, W]"""
         q, k, v = self.qkv(x).view(1, len(x), 3, self.heads, -1).permute(2, 0, 3, 1, 4)         # [1, N, P, D] each
-        q, k = (rotate(part.float(), cos, sin).to(x.dtype) for part in (q, k))
+        q, k = (rotate(at_least_float32(part), cos, sin).to(x.dtype) for part in (q, k))
         segments = zip(*(part.split(lengths, dim=2) for part in (q, k, v)), strict=True)
         a = torch.cat([F.scaled_dot_product_attention(*segment) for segment in segments], dim=2)
         return self.proj(a[0].transpose(0, 1).flatten(1))

@@ -144,8 +144,8 @@ def heads_partition(layer: LayerState) -> ChannelPartition:
 
 
 def stored_by_columns(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A copy of the model with weights as eager steps on a CPU have them."""
-    model = deepcopy(model)
+    """A copy of the model in float32, with weights as eager steps on a CPU have them."""
+    model = deepcopy(model).float()
     replace_matrices(model, ColumnMatrix.from_rows)
     return model
 

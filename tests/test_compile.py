@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from builders import complete_checkpoint, generated
+from tolerance import assert_rounds_no_worse
 from torch import Tensor
 
 from models.pruning.settings import DENSE, PruningSettings
@@ -62,22 +63,16 @@ def decode_logits(engine: Engine, prompt: list[int], continuation: list[int]) ->
         return torch.cat([engine.decode(torch.tensor([token]), state) for token in continuation]).float()
 
 
-def distance(logits: Tensor, reference: Tensor) -> float:
-    return float((logits - reference).norm() / reference.norm())
-
-
 def test_compiled_bfloat16_is_as_near_to_float32_as_eager_bfloat16(
     eager: Engine, default_checkpoint_path: Path
 ) -> None:
-    # Each operation of bfloat16 rounds to 8 bits, and fused code rounds in fewer places: the two cannot be equal, but
-    # neither may be further from the same weights in float32 than the other.
+    # Each operation of bfloat16 rounds to 8 bits, and fused code rounds in fewer places: the two cannot be equal.
     ids = eager.prompts.ids(TEXT, raw=True)
     prompt, continuation = ids[:-10], ids[-10:]
     reference = decode_logits(eager, prompt, continuation)
     plain = decode_logits(load(default_checkpoint_path, dtype="bfloat16"), prompt, continuation)
     fast = decode_logits(load(default_checkpoint_path, dtype="bfloat16", compile=True), prompt, continuation)
-    assert distance(fast, plain) < 0.03
-    assert distance(fast, reference) < 1.25 * distance(plain, reference)
+    assert_rounds_no_worse(fast, plain, reference)
 
 
 def test_neither_another_prompt_nor_a_longer_one_compiles_again(tiny_checkpoint: Path) -> None:

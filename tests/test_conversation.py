@@ -21,6 +21,7 @@ from builders import (
 )
 from tiny_gemma import complete_gemma
 from tiny_qwen_vl import complete_qwen
+from tolerance import assert_same
 
 from models.blocks import FeedForwardBlock
 from models.feed_forward import FeedForward
@@ -65,17 +66,17 @@ def test_a_prompt_in_two_pieces_is_one_prompt(tmp_path: Path, name: str, setting
         next_logits(model, torch.tensor([token]), state)
     logits = model.prefill(model.embed(tokens[:, 17:]), state, kept=17)
     assert (state.cache.filled, int(state.cache.length)) == (30, 30)
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert_same(logits, expected)
     assert state.schedule.tokens == whole.schedule.tokens == 30
     for mine, theirs in zip(state.layers, whole.layers, strict=True):
         if isinstance(model.model.layers[0].mlp, FeedForward):
-            torch.testing.assert_close(mine.ffn.evidence.squares, theirs.ffn.evidence.squares, atol=1e-3, rtol=1e-4)
+            assert_same(mine.ffn.evidence.squares, theirs.ffn.evidence.squares)
             assert torch.equal(mine.ffn.partition.order, theirs.ffn.partition.order)
         else:
             assert mine.ffn.prompt_tokens == theirs.ffn.prompt_tokens
         assert torch.equal(heads_partition(mine).order, heads_partition(theirs).order)
     step = torch.tensor([11])
-    torch.testing.assert_close(next_logits(model, step, state), next_logits(model, step, whole), atol=1e-4, rtol=1e-4)
+    assert_same(next_logits(model, step, state), next_logits(model, step, whole))
 
 
 @torch.inference_mode()

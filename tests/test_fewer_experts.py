@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from builders import LLAVA_TINY, MIXTRAL, MIXTRAL_TINY, QWEN2_MOE, SIZES, one_line_error, prefilled, saved_pair
+from tolerance import assert_same
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -82,7 +83,7 @@ def test_experts_that_count_least_are_as_if_deleted(pair: tuple[Any, LlamaForCau
     small = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     state = reference.state_dict()
     for layer, weights in enumerate(slow_weights(reference)):
-        torch.testing.assert_close(calibration.routers[NAMES.format(layer)].weights, weights, atol=1e-4, rtol=1e-4)
+        assert_same(calibration.routers[NAMES.format(layer)].weights, weights)
         left = sorted(weights.topk(3).indices.tolist())
         for key in state:
             if key.startswith(NAMES.format(layer)) and (".experts." in key or key.endswith("mlp.gate.weight")):
@@ -91,7 +92,7 @@ def test_experts_that_count_least_are_as_if_deleted(pair: tuple[Any, LlamaForCau
     tokens = torch.randint(SIZES["vocab_size"], (1, 30), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         wanted = small(tokens).logits[0, 19:]
-    torch.testing.assert_close(logits_of(model, pruning, tokens, 20), wanted, atol=1e-4, rtol=1e-4)
+    assert_same(logits_of(model, pruning, tokens, 20), wanted)
     assert pruning.ffn_ratio == 0.4
     mixture = model.model.layers[0].mlp
     gate, experts = pruning.rule.experts_of(mixture)
@@ -142,7 +143,7 @@ def test_experts_that_are_routed_alike_are_as_if_averaged(pair: tuple[Any, Llama
     tokens = torch.randint(SIZES["vocab_size"], (1, 30), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         wanted = merged(tokens).logits[0, 19:]
-    torch.testing.assert_close(logits_of(model, pruning, tokens, 20), wanted, atol=1e-4, rtol=1e-4)
+    assert_same(logits_of(model, pruning, tokens, 20), wanted)
 
 
 def test_like_experts_are_one_group() -> None:

@@ -19,6 +19,7 @@ from builders import (
     one_line_error,
     saved_pair,
 )
+from tolerance import assert_same
 
 from models.llama import LlamaForCausalLM
 from popengine.gates import main
@@ -45,7 +46,7 @@ def test_open_gates_leave_the_model_as_it_is(model: LlamaForCausalLM, x: torch.T
     log_p = model.forward_embedded(x)[0, PROMPT_TOKENS - 1 :].float().log_softmax(dim=-1)
     wanted = -log_p.gather(1, torch.tensor(ANSWER)[:, None]).sum()
     loss = gated_loss(model, x, torch.ones(x.shape[1], LAYERS), ANSWER)
-    torch.testing.assert_close(loss, wanted)
+    assert_same(loss, wanted)
 
 
 def test_the_last_layer_does_not_matter_to_the_prompt(model: LlamaForCausalLM, x: torch.Tensor) -> None:
@@ -59,7 +60,7 @@ def test_both_gradients_add_up_to_that_of_one_shared_gate(model: LlamaForCausalL
         shared = torch.ones(LAYERS, requires_grad=True)
         loss = gated_loss(model, x, shared.expand(x.shape[1], -1), ANSWER)
         (wanted,) = torch.autograd.grad(loss, shared)
-    torch.testing.assert_close(gradients(model, x, PROMPT_TOKENS, ANSWER).sum(dim=0), wanted)
+    assert_same(gradients(model, x, PROMPT_TOKENS, ANSWER).sum(dim=0), wanted)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from slow_pop import SlowPOP
 from slow_prefill import SlowPrefillOnly
 from tiny_gemma import VISION, reference_model
+from tolerance import assert_same
 from torch import Tensor
 from transformers import Gemma3Config, Gemma3TextConfig
 
@@ -43,6 +44,7 @@ VARIANTS: dict[str, Any] = {
 }
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.inference_mode()
 def test_logits_equal_hugging_face_with_and_without_cache(name: str, tmp_path: Path) -> None:
@@ -52,13 +54,13 @@ def test_logits_equal_hugging_face_with_and_without_cache(name: str, tmp_path: P
     tokens, real = left_padded([24, 17, 14], SIZES["vocab_size"])
     wanted = reference(tokens[:1]).logits
     assert wanted.std() > 0.1
-    torch.testing.assert_close(model(tokens[:1]), wanted, atol=1e-4, rtol=0)
+    assert_same(model(tokens[:1]), wanted)
     positions, prompt = (real.cumsum(1) - 1).clamp(min=0), 12
     wanted = reference(tokens, attention_mask=real.long(), position_ids=positions).logits
-    torch.testing.assert_close(model(tokens, real)[real], wanted[real], atol=1e-4, rtol=0)
+    assert_same(model(tokens, real)[real], wanted[real])
     logits, state = prefilled(model, tokens[:, :prompt], DENSE, real[:, :prompt])
     for slot in range(prompt, tokens.shape[1]):
-        torch.testing.assert_close(logits, wanted[:, slot - 1], atol=1e-4, rtol=0)
+        assert_same(logits, wanted[:, slot - 1])
         logits = next_logits(model, tokens[:, slot], state)
 
 
@@ -240,13 +242,13 @@ def test_logits_with_pictures_equal_hugging_face(pair: tuple, batch: str) -> Non
         all_tokens, pixel_values=pixel_values, attention_mask=all_real.long(),
         position_ids=(all_real.cumsum(1) - 1).clamp(min=0), token_type_ids=(all_tokens == IMAGE).long(),
     ).logits
-    assert (model(all_tokens, pixel_values, all_real) - wanted)[all_real].abs().max() <= 1e-4
+    assert_same(model(all_tokens, pixel_values, all_real)[all_real], wanted[all_real])
     state = model.language_model.new_state(len(tokens), all_tokens.shape[1], resolved(model.language_model, DENSE))
     features = None if pixel_values is None else model.encode_images(pixel_values)
     x, rows = model.place(tokens, real, features)
     logits = model.language_model.prefill(x, state, real, pictures=rows)
     for step in range(new.shape[1]):
-        assert (logits - wanted[:, tokens.shape[1] - 1 + step]).abs().max() <= 1e-4
+        assert_same(logits, wanted[:, tokens.shape[1] - 1 + step])
         logits = next_logits(model.language_model, new[:, step], state)
 
 
@@ -258,7 +260,7 @@ def test_the_soft_cap_of_logits_holds_with_pictures_where_transformers_forgets_i
     theirs = reference(tokens, pixel_values=pixel_values, token_type_ids=(tokens == IMAGE).long()).logits
     assert theirs.abs().max() > 3
     ours = load_pictured(tmp_path)(tokens, pixel_values)
-    torch.testing.assert_close(ours, 3 * torch.tanh(theirs / 3), atol=1e-4, rtol=0)
+    assert_same(ours, 3 * torch.tanh(theirs / 3))
 
 
 @torch.inference_mode()
@@ -272,7 +274,7 @@ def test_a_picture_of_the_released_geometry_has_256_tokens(tmp_path: Path) -> No
     pixel_values = torch.randn(1, 3, 896, 896, generator=torch.Generator().manual_seed(0))
     wanted = reference.get_image_features(pixel_values).pooler_output
     assert wanted.shape == (1, 256, 48)
-    torch.testing.assert_close(load_pictured(tmp_path).encode_images(pixel_values), wanted, atol=1e-4, rtol=0)
+    assert_same(load_pictured(tmp_path).encode_images(pixel_values), wanted)
 
 
 @torch.inference_mode()
@@ -299,7 +301,7 @@ def test_a_prompt_in_two_pieces_gives_the_same(pair: tuple, kept: int) -> None:
     x, rows = model.place(torch.tensor([ids[:kept]]), None, features[:seen] if seen else None)
     text.prefill(x, parts, pictures=rows)
     x, rows = model.place(torch.tensor([ids]), None, features[seen:], kept=kept)
-    torch.testing.assert_close(text.prefill(x, parts, kept=kept, pictures=rows), wanted, atol=1e-5, rtol=1e-5)
+    assert_same(text.prefill(x, parts, kept=kept, pictures=rows), wanted)
 
 
 @torch.inference_mode()
@@ -358,7 +360,7 @@ def test_a_boundary_within_a_picture_sees_all_of_it(pair: tuple) -> None:
     wanted = seen[last]                                                             # [1, T, N D]
     skipping = PruningSettings(prune_ratio=0, prefill_skip="1/3", boundary_tokens=5)
     text.prefill(x, watched(text.new_state(1, 64, resolved(text, skipping)), Heads()), pictures=rows)
-    torch.testing.assert_close(seen[last], wanted[:, -5:], atol=1e-5, rtol=1e-5)
+    assert_same(seen[last], wanted[:, -5:])
 
 
 HUB_SPELLINGS = {

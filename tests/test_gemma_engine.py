@@ -9,6 +9,7 @@ import torch
 from builders import exit_status, generated, one_line_error
 from PIL import Image
 from tiny_gemma import complete_gemma, new_processor, picture
+from tolerance import assert_same
 from transformers import Gemma3ForConditionalGeneration, Gemma3Processor
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
@@ -64,11 +65,11 @@ def test_prompts_pixels_and_logits_equal_transformers(
     assert isinstance(engine.pictures, Vision)
     pixel_values = engine.pictures.pixel_values(flat)
     if pixel_values is not None:
-        assert (pixel_values - inputs["pixel_values"]).abs().max() <= 1e-3
+        assert_same(pixel_values, inputs["pixel_values"])
     positions = (real.cumsum(1) - 1).clamp(min=0)
     wanted = reference(**inputs, position_ids=positions).logits
     logits = engine.pictures.model(inputs["input_ids"], pixel_values, real)
-    assert (logits - wanted)[real].abs().max() <= 1e-4
+    assert_same(logits[real], wanted[real])
     made = torch.tensor(generated_with(engine, ids, 12, DENSE, flat))               # [steps, B]
     inputs["input_ids"] = inputs["input_ids"].masked_fill(~real, 0)
     theirs = reference.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None)
@@ -78,7 +79,7 @@ def test_prompts_pixels_and_logits_equal_transformers(
 def test_a_processor_that_says_nothing_takes_the_defaults() -> None:
     processing = parse_image_processing(JsonObject({"image_processor_type": "Gemma3ImageProcessorFast"}, "test"))
     wanted = torch.as_tensor(Gemma3ImageProcessorPil()(PICTURES[0], return_tensors="pt")["pixel_values"][0])
-    assert (processing.pixel_values(PICTURES[0]) - wanted).abs().max() <= 1e-3
+    assert_same(processing.pixel_values(PICTURES[0]), wanted)
 
 
 def generated_with(

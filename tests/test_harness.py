@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 from builders import another_setting
+from tolerance import tolerated
 
 from models.pruning.settings import PruningSettings
 from popengine.loading import load
@@ -96,10 +97,10 @@ def test_dense_equals_the_harness_own_hugging_face_model(checkpoint: Path, tasks
     own = evaluate("hf", {"pretrained": str(checkpoint), "dtype": "float32"}, tasks)
     for document, wanted in zip(answers(dense, "local_choice"), answers(own, "local_choice"), strict=True):
         for (log_likelihood, greedy), (own_log_likelihood, own_greedy) in zip(document, wanted, strict=True):
-            assert float(log_likelihood) == pytest.approx(float(own_log_likelihood), abs=1e-3)
+            assert float(log_likelihood) == pytest.approx(float(own_log_likelihood), rel=tolerated(1))
             assert greedy == own_greedy
     rolling = [[float(one[0]) for one in answers(results, "local_rolling")] for results in (dense, own)]
-    assert rolling[0] == pytest.approx(rolling[1], abs=1e-3)
+    assert rolling[0] == pytest.approx(rolling[1], rel=tolerated(1))
     assert answers(dense, "local_generate") == answers(own, "local_generate")
     assert dense["results"]["local_choice"]["acc,none"] == own["results"]["local_choice"]["acc,none"]
 
@@ -118,7 +119,7 @@ def test_pruning_goes_through_decode(checkpoint: Path, tasks: Path, dense: dict[
     pruned = evaluate("popengine", {"ckpt": str(checkpoint), "ffn_ratio": 0.5, "prefill": "dense"}, tasks)
     for document, wanted in zip(answers(pruned, "local_choice"), answers(dense, "local_choice"), strict=True):
         long, own_long = float(document[1][0]), float(wanted[1][0])
-        assert long != pytest.approx(own_long, abs=1e-4)
+        assert long != pytest.approx(own_long, rel=tolerated(1))
 
 
 def test_methods_that_leave_out_layers_are_arguments(checkpoint: Path, tasks: Path, tmp_path: Path) -> None:

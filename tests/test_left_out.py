@@ -22,6 +22,7 @@ from builders import (
     saved_pair,
 )
 from slow_left_out import without
+from tolerance import assert_same
 
 from models.llama import LlamaForCausalLM
 from models.pruning.left_out import Half, read_halves, written_halves
@@ -53,9 +54,9 @@ def test_prompt_and_steps_are_the_model_without_these_halves(pair: tuple[Any, Ll
     settings = replace(DENSE, leave_out=plan)
     logits, state = prefilled(model, tokens[:, :12], settings)
     steps = [logits, *(next_logits(model, token, state) for token in tokens[0, 12:].split(1))]
-    torch.testing.assert_close(torch.cat(steps), wanted, atol=1e-4, rtol=1e-4)
+    assert_same(torch.cat(steps), wanted)
     _, state = prefilled(model, tokens[:, :12], settings)
-    torch.testing.assert_close(evaluate(model, tokens[0, 12:], state), wanted[1:], atol=1e-4, rtol=1e-4)
+    assert_same(evaluate(model, tokens[0, 12:], state), wanted[1:])
     dense, _ = prefilled(model, tokens[:, :12], DENSE)
     assert (dense - logits).abs().max() > 1e-3
 
@@ -87,17 +88,17 @@ def test_what_is_left_out_keeps_no_cache_and_no_copies_and_is_not_read(pair: tup
 def test_with_a_layer_less_every_setting_is_that_of_the_shorter_model(name: str, tmp_path: Path) -> None:
     """Partitions, picks, heads, a batch with padding, prompts that skip layers."""
     config = MODELS["grouped_query"]
-    model = saved_pair(tmp_path / "whole", config)[1]
+    model = saved_pair(tmp_path / "whole", config)[1].double()
     reference = without(random_reference(type(config)(**config.to_dict())), read_halves("0"))
     reference.save_pretrained(tmp_path / "short")
-    short = ours(tmp_path / "short")
+    short = ours(tmp_path / "short").double()
     tokens, real = left_padded([12, 7], SIZES["vocab_size"])
     for skip, skip_short in ((0.0, 0.0), ("1/3", "1/2")):
         settings = replace(SETTINGS[name], prefill_skip=skip, boundary_tokens=3)
         logits, state = prefilled(model, tokens, replace(settings, leave_out="0"), real)
         wanted, other = prefilled(short, tokens, replace(settings, prefill_skip=skip_short), real)
         for _ in range(4):
-            torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+            assert_same(logits, wanted)
             chosen = wanted.argmax(-1)
             logits, wanted = next_logits(model, chosen, state), next_logits(short, chosen, other)
 
@@ -110,9 +111,20 @@ def test_prompts_may_skip_layers_whose_attention_is_left_out(tmp_path: Path) -> 
     settings = replace(DENSE, prefill_skip="1/3", leave_out="2.attention")
     skipped, state = prefilled(model, tokens, settings)
     whole, other = prefilled(model, tokens, replace(settings, prefill_skip=0.0))
-    torch.testing.assert_close(skipped, whole, atol=1e-5, rtol=1e-5)    # nobody looks at the other rows of that layer
+    assert_same(skipped, whole)    # nobody looks at the other rows of that layer
     token = torch.tensor([7])
-    torch.testing.assert_close(next_logits(model, token, state), next_logits(model, token, other), atol=1e-5, rtol=1e-5)
+    assert_same(next_logits(model, token, state), next_logits(model, token, other))
+
+
+@torch.inference_mode()
+def test_drift_is_watched_at_the_last_attention_that_runs(tmp_path: Path) -> None:
+    model = saved_pair(tmp_path, MODELS["multi_head"])[1]
+    settings = PruningSettings(ffn_ratio=0.4, dense_every=2, redraw_on_drift=0.0, leave_out="2.attention")
+    _, state = prefilled(model, torch.arange(12)[None], settings)
+    for token in range(6):
+        next_logits(model, torch.tensor([token]), state)
+    assert [layer.drift is not None for layer in state.layers] == [False, True, False]
+    assert state.schedule.redraws > 0
 
 
 def test_the_ratio_counts_what_is_left_out(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from slow_masked import in_model_order, masked_decode
 from slow_pop import SlowPOP
 from tiny_llava import VARIANTS, load_ours, padded, pictures, prompt, reference_model
+from tolerance import assert_same
 from transformers import (
     LlavaForConditionalGeneration,
 )
@@ -56,13 +57,13 @@ def test_logits_equal_hugging_face_with_and_without_cache(pair: tuple) -> None:
         all_tokens = torch.cat([tokens, new], dim=1)
         all_real = torch.cat([real, torch.ones_like(new, dtype=torch.bool)], dim=1)
         expected = reference(all_tokens, pixel_values=pixel_values, attention_mask=all_real.long()).logits
-        assert (ours(all_tokens, pixel_values, all_real) - expected)[all_real].abs().max() <= 1e-4
+        assert_same(ours(all_tokens, pixel_values, all_real)[all_real], expected[all_real])
 
         state = ours.language_model.new_state(len(tokens), all_tokens.shape[1], resolved(ours.language_model, DENSE))
         features = ours.encode_images(pixel_values) if count else None
         logits = ours.language_model.prefill(ours.embed(tokens, features), state, real)
         for step in range(new.shape[1]):
-            assert (logits - expected[:, tokens.shape[1] - 1 + step]).abs().max() <= 1e-4
+            assert_same(logits, expected[:, tokens.shape[1] - 1 + step])
             logits = next_logits(ours.language_model, new[:, step], state)
 
 
@@ -200,7 +201,7 @@ def test_masked_and_active_decode_agree_with_pictures_in_the_prompt(grouped: tup
         for _ in range(32):
             chosen = logits.argmax(-1)
             logits = next_logits(text, chosen, pruned)
-            torch.testing.assert_close(masked_decode(text, chosen, pruned, masked), logits, atol=1e-5, rtol=1e-5)
+            assert_same(masked_decode(text, chosen, pruned, masked), logits)
 
 
 @pytest.mark.parametrize("prefill", ["pruned", "dense"])

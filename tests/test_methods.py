@@ -9,6 +9,7 @@ import torch
 from builders import MIXTRAL, SIZES, prefilled, resolved, saved_pair
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tolerance import assert_same
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -79,7 +80,7 @@ def test_a_static_method_is_the_dense_network_with_channels_cut_out(
             other.down_proj.bias.copy_(static.bias)
     tokens = torch.randint(SIZES["vocab_size"], (1, 30), generator=torch.Generator().manual_seed(2))
     wanted = cut(tokens)[0, 19:]
-    torch.testing.assert_close(logits_of(model, pruning, tokens, 20), wanted, atol=1e-4, rtol=0)
+    assert_same(logits_of(model, pruning, tokens, 20), wanted)
 
 
 @pytest.mark.parametrize("method", STATIC)
@@ -106,7 +107,7 @@ def test_flap_gives_networks_unequal_shares_and_keeps_the_mean(
     static = rule.of[ffn]
     wanted = ffn.down_proj.weight[:, static.partition.pruned] @ calibration.moments[name].mean[static.partition.pruned]
     assert static.bias is not None
-    torch.testing.assert_close(static.bias, wanted, atol=1e-5, rtol=1e-5)
+    assert_same(static.bias, wanted)
 
 
 @torch.inference_mode()
@@ -130,9 +131,9 @@ def test_calibration_is_mean_and_variance_over_all_texts(model: LlamaForCausalLM
     for name, moments in calibration.moments.items():
         together = torch.cat(h[name])
         assert moments.tokens == len(together) == 120
-        torch.testing.assert_close(moments.mean, together.mean(dim=0), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(moments.variance, together.var(dim=0), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(moments.mean_square, together.square().mean(dim=0), atol=1e-5, rtol=1e-4)
+        assert_same(moments.mean, together.mean(dim=0))
+        assert_same(moments.variance, together.var(dim=0))
+        assert_same(moments.mean_square, together.square().mean(dim=0))
 
 
 @torch.inference_mode()
@@ -217,4 +218,4 @@ def test_ratio_zero_is_dense_under_every_method(model: LlamaForCausalLM, calibra
         if "skip" in method or method in ("prefill-only", "visual-tokens", "router-statistics", "uncurl"):
             continue                                            # they refuse to leave out nothing
         pruning = pruning_for(method, Request(model, replace(DENSE, prior=1), calibration))
-        torch.testing.assert_close(logits_of(model, pruning, tokens, 16), wanted, atol=1e-5, rtol=0)
+        assert_same(logits_of(model, pruning, tokens, 16), wanted)

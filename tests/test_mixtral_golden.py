@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 import torch
 from builders import SIZES, left_padded, ours, prefilled, random_reference, saved_pair
+from tolerance import assert_same
 from transformers import MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from models.pruning.settings import DENSE
 from weights.checkpoint import open_checkpoint
+
+pytestmark = pytest.mark.numeric
 
 QWEN = SIZES | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 WINDOW = {"use_sliding_window": True, "sliding_window": 7}
@@ -52,10 +55,10 @@ def test_logits_equal_hugging_face_with_and_without_cache(name: str, tmp_path: P
     positions = (real.long().cumsum(dim=1) - 1).clamp(min=0)
     wanted = reference(tokens, attention_mask=real.long(), position_ids=positions).logits
     assert wanted.std() > 0.1
-    torch.testing.assert_close(model(tokens, real)[real], wanted[real], atol=1e-4, rtol=0)
+    assert_same(model(tokens, real)[real], wanted[real])
     last, state = prefilled(model, tokens[:, :16], DENSE, real[:, :16])
     steps = [last, *(model.decode(tokens[:, slot], state) for slot in range(16, 24))]
-    torch.testing.assert_close(torch.stack(steps, dim=1), wanted[:, 15:], atol=1e-4, rtol=0)
+    assert_same(torch.stack(steps, dim=1), wanted[:, 15:])
 
 
 @pytest.mark.parametrize("make", [mixtral, qwen2_moe, qwen3_moe])
@@ -87,8 +90,8 @@ def test_an_expert_without_tokens_and_one_with_all_of_them(favourite: int | None
     tokens, _ = left_padded([16], SIZES["vocab_size"])
     wanted = reference(tokens).logits
     last, state = prefilled(model, tokens, DENSE)
-    torch.testing.assert_close(model(tokens), wanted, atol=1e-4, rtol=0)
-    torch.testing.assert_close(last, wanted[:, -1], atol=1e-4, rtol=0)
+    assert_same(model(tokens), wanted)
+    assert_same(last, wanted[:, -1])
     counts = state.layers[0].ffn.prompt_tokens
     assert counts[0] == 0
     if favourite is not None:

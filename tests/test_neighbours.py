@@ -22,6 +22,7 @@ from builders import (
     saved_pair,
 )
 from slow_left_out import without
+from tolerance import assert_same
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -105,8 +106,8 @@ def test_influence_and_angles_are_those_of_hugging_faces_layers(
     pair: tuple[Any, LlamaForCausalLM], calibration: Calibration
 ) -> None:
     angles, influence = angles_and_influence(pair[0])
-    torch.testing.assert_close(calibration.influence, influence, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(calibration.angles, angles, atol=1e-5, rtol=1e-5)
+    assert_same(calibration.influence, influence)
+    assert_same(calibration.angles, angles)
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
@@ -277,9 +278,9 @@ def test_probe_pruning_is_a_few_rows_that_decide_for_all(
     for own, mask in zip(state.layers, masks, strict=True):
         assert own.ffn.partition.retained.tolist() == sorted(mask.tolist())
     steps = [logits, *(next_logits(model, token, state) for token in tokens[0, prompt:].split(1))]
-    torch.testing.assert_close(torch.cat(steps), wanted, atol=1e-4, rtol=1e-4)
+    assert_same(torch.cat(steps), wanted)
     _, state = prefilled(model, tokens[:, :prompt], pruning)
-    torch.testing.assert_close(evaluate(model, tokens[0, prompt:], state), wanted[1:], atol=1e-4, rtol=1e-4)
+    assert_same(evaluate(model, tokens[0, prompt:], state), wanted[1:])
     frozen = pruning_for("frozen", request(model, calibration, ffn_ratio=0.4))
     assert bytes_per_token(model, pruning) == bytes_per_token(model, frozen)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from builders import MIXTRAL, MODELS, QWEN2_MOE, SETTINGS, SIZES, prefilled, resolved, saved_pair
+from tolerance import assert_same
 from transformers import LlamaConfig
 
 from models.llama import LlamaForCausalLM
@@ -43,7 +44,7 @@ def both_ways(model: LlamaForCausalLM, settings: PruningSettings | Pruning) -> t
 @torch.inference_mode()
 def test_parallel_and_steps_agree(settings: str, model: LlamaForCausalLM) -> None:
     steps, parallel = both_ways(model, SETTINGS[settings])
-    torch.testing.assert_close(parallel, steps, atol=1e-4, rtol=1e-5)
+    assert_same(parallel, steps)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -57,7 +58,7 @@ def test_parallel_and_steps_agree_for_every_method(method: str, model: LlamaForC
     thin = 4 if method == "visual-tokens" else "all"            # of pictures, which these prompts have none of
     settings = PruningSettings(ffn_ratio=0.4, prefill_skip=skip, prior=1, visual_tokens=thin)
     steps, parallel = both_ways(model, pruning_for(method, request_for(model, settings)))
-    torch.testing.assert_close(parallel, steps, atol=1e-4, rtol=1e-5)
+    assert_same(parallel, steps)
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from slow_pop import slow_order, slow_scores, slow_sizes
+from tolerance import assert_same
 
 from models.pruning.partition import (
     Evidence,
@@ -16,6 +17,8 @@ from models.pruning.partition import (
     retained_sizes,
     undecided,
 )
+
+pytestmark = pytest.mark.numeric
 
 
 @given(st.integers(1, 5000), st.floats(0, 0.999), st.floats(0, 2))
@@ -54,7 +57,7 @@ def test_scores_equal_a_naive_double_loop() -> None:
     torch.manual_seed(0)
     h, down = torch.randn(2, 5, 12), torch.randn(7, 12)
     fast = channel_scores(h, torch.linalg.vector_norm(down, dim=0))
-    torch.testing.assert_close(fast, torch.tensor(slow_scores(h, down)), atol=1e-5, rtol=1e-5)
+    assert_same(fast, torch.tensor(slow_scores(h, down)))
 
 
 def test_tokens_that_are_not_real_do_not_count() -> None:
@@ -63,7 +66,7 @@ def test_tokens_that_are_not_real_do_not_count() -> None:
     real = torch.tensor([[False, False, True, True, True], [True] * 5])
     polluted = h.masked_fill(~real.unsqueeze(-1), float("nan"))
     wanted = (h[0, 2:].square().sum(0) + h[1].square().sum(0)).sqrt() * norms
-    torch.testing.assert_close(channel_scores(polluted, norms, real), wanted)
+    assert_same(channel_scores(polluted, norms, real), wanted)
 
 
 def test_evidence_of_a_prompt_in_pieces_is_that_of_the_prompt() -> None:
@@ -73,12 +76,12 @@ def test_evidence_of_a_prompt_in_pieces_is_that_of_the_prompt() -> None:
     whole.add(h, None, 18)
     for start, end in ((0, 4), (4, 5), (5, 9)):
         pieces.add(h[:, start:end], None, 2 * (end - start))
-    torch.testing.assert_close(pieces.scores(norms), whole.scores(norms))
-    torch.testing.assert_close(whole.scores(norms), channel_scores(h, norms))
+    assert_same(pieces.scores(norms), whole.scores(norms))
+    assert_same(whole.scores(norms), channel_scores(h, norms))
     assert pieces.tokens == whole.tokens == 18
     pieces.restart()                                            # another prompt owes nothing to this one
     pieces.add(h[:1], None, 9)
-    torch.testing.assert_close(pieces.scores(norms), channel_scores(h[:1], norms))
+    assert_same(pieces.scores(norms), channel_scores(h[:1], norms))
     assert pieces.tokens == 9
 
 
@@ -89,9 +92,9 @@ def test_padding_is_no_evidence() -> None:
     padded, bare = (Evidence(12, h.device) for _ in range(2))
     padded.add(h.masked_fill(~real.unsqueeze(-1), float("nan")), real, 8)
     bare.add(torch.cat([h[0, 2:], h[1]])[None], None, 8)
-    torch.testing.assert_close(padded.squares, bare.squares)
+    assert_same(padded.squares, bare.squares)
     padded.add(torch.full((2, 1, 12), float("nan")), torch.tensor([[False], [False]]), 0)      # ended sequences alike
-    torch.testing.assert_close(padded.squares, bare.squares)
+    assert_same(padded.squares, bare.squares)
     assert padded.tokens == bare.tokens == 8
 
 
@@ -101,7 +104,7 @@ def test_head_scores_equal_a_naive_double_loop() -> None:
     coordinates = torch.tensor(slow_scores(a.flatten(2), output)).view(3, 4)
     wanted = torch.tensor([sum(c * c for c in head) ** 0.5 for head in coordinates.tolist()])
     fast = head_scores(channel_scores(a.flatten(2), torch.linalg.vector_norm(output, dim=0)), 4)
-    torch.testing.assert_close(fast, wanted, atol=1e-5, rtol=1e-5)
+    assert_same(fast, wanted)
 
 
 @given(st.lists(st.integers(0, 5), min_size=4, max_size=40), st.floats(0, 0.9), st.floats(0, 1))

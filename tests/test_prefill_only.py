@@ -26,6 +26,7 @@ from builders import (
 from PIL import Image
 from slow_prefill import SlowPrefillOnly, two_passes, without_keys
 from smollm2_text import CHAT_PROMPT
+from tolerance import assert_same
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -50,7 +51,7 @@ LAYERS = SIZES["num_hidden_layers"]
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
-    return saved_pair(tmp_path_factory.mktemp(request.param), FAMILIES[request.param])[1]
+    return saved_pair(tmp_path_factory.mktemp(request.param), FAMILIES[request.param])[1].double()
 
 
 def skipping(share: float | str, boundary: int = 1, settings: PruningSettings = DENSE) -> PruningSettings:
@@ -95,18 +96,18 @@ def test_one_pass_equals_two(model: LlamaForCausalLM, share: float | str, bounda
     assert len(pruning.skipped) in (1, 2) and pruning.skipped[-1] == LAYERS - 1
     logits, state = prefilled(model, tokens, pruning, real)
     wanted, slow = two_passes(model, model.embed(tokens), resolved(model, DENSE), pruning.skipped, boundary, real)
-    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+    assert_same(logits, wanted)
     dense, _ = prefilled(model, tokens, DENSE, real)
     # The first skipped layer gets what the dense model's gets: skipping it alone changes nothing.
     assert ((logits - dense).abs().max() > 1e-3) == (len(pruning.skipped) > 1)
     for index in range(LAYERS):
         for one, other in zip(caches(state, index), caches(slow, index), strict=True):
             where = real[:, None, :, None]
-            torch.testing.assert_close(one[:, :, :12] * where, other[:, :, :12] * where, atol=1e-5, rtol=1e-5)
+            assert_same(one[:, :, :12] * where, other[:, :, :12] * where)
     for _ in range(4):
         chosen = logits.argmax(-1)
         logits, wanted = next_logits(model, chosen, state), next_logits(model, chosen, slow)
-        torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+        assert_same(logits, wanted)
 
 
 @pytest.mark.parametrize("boundary", [1, 5])
@@ -118,9 +119,9 @@ def test_without_keys_skipped_layers_know_of_no_prompt(model: LlamaForCausalLM, 
     wanted = without_keys(model, tokens, LAYERS - 2, 12 - boundary)[0, boundary - 1 :]              # [9, V]
     logits, state = prefilled(model, tokens[:, :12], pruning)
     steps = [logits, *(next_logits(model, token, state) for token in tokens[0, 12:].split(1))]
-    torch.testing.assert_close(torch.cat(steps), wanted, atol=1e-5, rtol=1e-5)
+    assert_same(torch.cat(steps), wanted)
     _, state = prefilled(model, tokens[:, :12], pruning)
-    torch.testing.assert_close(evaluate(model, tokens[0, 12:], state), wanted[1:], atol=1e-5, rtol=1e-5)
+    assert_same(evaluate(model, tokens[0, 12:], state), wanted[1:])
     seeing, _ = prefilled(model, tokens[:, :12], replace(pruning, no_skipped_kv=False))
     assert (seeing - logits).abs().max() > 1e-3
     model.prefill(model.embed(tokens[:, :boundary]), state)
@@ -136,9 +137,9 @@ def test_one_pass_equals_two_under_a_static_mask(model: LlamaForCausalLM) -> Non
     pruning = pruning_for("magnitude", Request(model, skipping("2/3", 3, settings)))
     logits, state = prefilled(model, tokens, pruning, real)
     wanted, slow = two_passes(model, model.embed(tokens), whole, pruning.skipped, 3, real)
-    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+    assert_same(logits, wanted)
     chosen = torch.tensor([3, 4])
-    torch.testing.assert_close(model.decode(chosen, state), model.decode(chosen, slow), atol=1e-5, rtol=1e-5)
+    assert_same(model.decode(chosen, state), model.decode(chosen, slow))
 
 
 @torch.inference_mode()
@@ -149,7 +150,7 @@ def test_caches_up_to_the_first_skipped_layer_are_the_dense_models(model: LlamaF
     for one, other in zip(caches(state, 0), caches(dense, 0), strict=True):
         assert torch.equal(one, other)
     for one, other in zip(caches(state, 1), caches(dense, 1), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        assert_same(one, other)
     assert any((one - other).abs().max() > 1e-3 for one, other in zip(caches(state, 2), caches(dense, 2), strict=True))
 
 
@@ -164,9 +165,9 @@ def test_each_prompt_of_a_batch_is_as_if_it_were_alone(model: LlamaForCausalLM, 
     following = next_logits(model, torch.tensor([3, 4, 5]), state)
     for index, length in enumerate(lengths):
         alone, own = prefilled(model, tokens[index : index + 1, -length:], settings)
-        torch.testing.assert_close(logits[index : index + 1], alone, atol=1e-5, rtol=1e-5)
+        assert_same(logits[index : index + 1], alone)
         step = next_logits(model, torch.tensor([3 + index]), own)
-        torch.testing.assert_close(following[index : index + 1], step, atol=1e-5, rtol=1e-5)
+        assert_same(following[index : index + 1], step)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -235,7 +236,7 @@ def test_image_tokens_are_prompt_tokens() -> None:
     state = engine.model.new_state(1, 256, pruning)
     logits = engine.model.prefill(x, state)
     wanted, _ = two_passes(engine.model, x, engine.resolve(DENSE), pruning.skipped, 1, capacity=256)
-    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+    assert_same(logits, wanted)
     made = engine.generate("What colour is it?", images=[picture], pruning=skipping(share), max_new_tokens=4)[0]
     assert made.token_ids[0] == int(logits.argmax())
     assert made.statistics.image_tokens > 10
@@ -314,14 +315,14 @@ def test_controls_skip_other_layers(tmp_path: Path) -> None:
         assert (pruning.skipped, pruning.boundary, pruning.ratio) == (skipped, 2, 0)
         logits, _ = prefilled(model, tokens, pruning, real)
         slow, _ = two_passes(model, model.embed(tokens), resolved(model, DENSE), skipped, 2, real)
-        torch.testing.assert_close(logits, slow, atol=1e-5, rtol=1e-5)
+        assert_same(logits, slow)
     # Without a boundary the logits are those of a model that ends with the kept layers.
     for settings in (DENSE, SETTINGS["both"]):
         pruning = pruning_for("skip-no-boundary", Request(model, skipping("1/3", 2, settings)))
         logits, _ = prefilled(model, tokens, pruning, real)
         short = deepcopy(model)
         short.model.layers = short.model.layers[:6]  # type: ignore[assignment]
-        torch.testing.assert_close(logits, short(tokens, real)[:, -1], atol=1e-5, rtol=1e-5)
+        assert_same(logits, short(tokens, real)[:, -1])
     assert pruning_for("frozen", request).skipped == pruning_for("magnitude", request).skipped == (6, 7, 8)
     with pytest.raises(InputError, match="give --prefill-skip"):
         pruning_for("skip-first", Request(model, DENSE))

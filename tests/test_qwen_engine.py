@@ -10,6 +10,7 @@ import torch
 from builders import one_line_error, resolved
 from PIL import Image
 from tiny_qwen_vl import FAMILIES, PROCESSOR, complete_qwen, picture
+from tolerance import assert_same
 from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 
 from models.pruning.settings import DENSE, PruningSettings
@@ -124,7 +125,7 @@ def test_a_text_is_scored_as_the_dense_model_does(engine: Engine) -> None:
     ids = engine.prompts.ids("Some words to be scored, and no picture.", raw=True)
     window = Window(ids[:20], ids[20:])
     found = log_probabilities(engine.model, window, engine.resolve(DENSE))
-    torch.testing.assert_close(found, dense_log_probabilities(engine.model, window), atol=1e-4, rtol=1e-4)
+    assert_same(found, dense_log_probabilities(engine.model, window))
 
 
 @torch.inference_mode()
@@ -139,7 +140,7 @@ def test_gates_see_pictures_where_they_stand(engine: Engine) -> None:
     logits = [engine.model.prefill(x, state, pictures=pictures)]
     logits += [engine.model.decode(torch.tensor([token]), state) for token in answer[:-1]]
     wanted = torch.nn.functional.cross_entropy(torch.cat(logits), torch.tensor(answer), reduction="sum")
-    torch.testing.assert_close(loss, wanted, atol=1e-4, rtol=1e-4)
+    assert_same(loss, wanted)
 
 
 def test_compiled_steps_go_on_after_pictures(tmp_path: Path) -> None:

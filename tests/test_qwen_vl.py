@@ -15,6 +15,7 @@ from slow_masked import in_model_order, masked_decode
 from slow_pop import SlowPOP
 from slow_prefill import SlowPrefillOnly, two_passes
 from tiny_qwen_vl import AFTER, BEFORE, FAMILIES, IMAGE, PROCESSOR, VARIANTS, picture, randomised, reference_model
+from tolerance import assert_same
 from torch import Tensor
 from transformers import Qwen2VLImageProcessorPil
 
@@ -100,6 +101,7 @@ def longer(given: dict[str, Tensor], new: Tensor) -> dict[str, Tensor]:
     return given | {name: torch.cat([given[name], tensor], dim=1) for name, tensor in more.items()}
 
 
+@pytest.mark.numeric
 @torch.inference_mode()
 def test_logits_equal_hugging_face_with_and_without_cache(pair: tuple) -> None:
     reference, ours = pair
@@ -110,7 +112,7 @@ def test_logits_equal_hugging_face_with_and_without_cache(pair: tuple) -> None:
         expected = reference(**whole).logits
         all_real = whole["attention_mask"].bool()
         logits = ours(whole["input_ids"], pixel_values, all_real, grids)
-        assert (logits - expected)[all_real].abs().max() <= 1e-4
+        assert_same(logits[all_real], expected[all_real])
 
         text = ours.language_model
         state = text.new_state(len(tokens), tokens.shape[1] + 4, resolved(text, DENSE))
@@ -118,7 +120,7 @@ def test_logits_equal_hugging_face_with_and_without_cache(pair: tuple) -> None:
         x, pictures = ours.place(tokens, real, features, grids)
         logits = text.prefill(x, state, real, pictures=pictures)
         for step in range(new.shape[1]):
-            assert (logits - expected[:, tokens.shape[1] - 1 + step]).abs().max() <= 1e-4
+            assert_same(logits, expected[:, tokens.shape[1] - 1 + step])
             logits = next_logits(text, new[:, step], state)
 
 
@@ -177,7 +179,7 @@ def test_masked_and_active_decode_agree_with_channels_and_heads_pruned(family: t
         for _ in range(12):
             chosen = logits.argmax(-1)
             logits = next_logits(text, chosen, pruned)
-            torch.testing.assert_close(masked_decode(text, chosen, pruned, masked), logits, atol=1e-5, rtol=1e-5)
+            assert_same(masked_decode(text, chosen, pruned, masked), logits)
 
 
 @torch.inference_mode()
@@ -202,7 +204,7 @@ def test_a_prompt_with_pictures_in_two_parts_is_that_prompt(family: tuple) -> No
     next_logits(text, torch.tensor([4]), state)               # an answer that is taken back
     x, pictures = ours.place(tokens, None, second, grids, kept)
     found = [text.prefill(x, state, kept=kept, pictures=pictures), next_logits(text, torch.tensor([4]), state)]
-    torch.testing.assert_close(torch.cat(found), torch.cat(wanted), atol=1e-4, rtol=1e-4)
+    assert_same(torch.cat(found), torch.cat(wanted))
 
 
 @torch.inference_mode()
@@ -213,7 +215,7 @@ def test_a_known_text_after_a_picture_is_its_steps(family: tuple) -> None:
     _, state = prefilled(ours, [[4, PICTURES[1], 3]], settings)
     _, again = prefilled(ours, [[4, PICTURES[1], 3]], settings)
     wanted = torch.cat([next_logits(text, token[None], state) for token in new])
-    torch.testing.assert_close(evaluate(text, new, again), wanted, atol=1e-4, rtol=1e-4)
+    assert_same(evaluate(text, new, again), wanted)
 
 
 @torch.inference_mode()
@@ -229,7 +231,7 @@ def test_layers_that_skip_the_prompt_see_pictures_where_they_stand(family: tuple
     dense = resolved(text, DENSE)
     wanted, slow = two_passes(text, x, dense, pruning.skipped, boundary, capacity=160, pictures=pictures)
     for token in ([3], [9]):
-        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        assert_same(logits, wanted)
         logits, wanted = (next_logits(text, torch.tensor(token), one) for one in (state, slow))
 
 
@@ -279,7 +281,7 @@ def test_towers_of_the_released_patches_and_windows_equal_hugging_face(variant: 
     found = ours.encode_images(given["pixel_values"], grids)
     deeper = getattr(wanted, "deepstack_features", None)
     features = wanted.pooler_output if deeper is None else torch.stack([wanted.pooler_output, *deeper])
-    assert (found - features).abs().max() <= 1e-4
+    assert_same(found, features)
 
 
 SIZES = [(24, 16), (37, 26), (8, 8), (5, 4), (300, 40), (40, 301), (17, 131), (64, 64)]
@@ -297,7 +299,7 @@ def test_pixel_values_and_their_order_equal_hugging_face(least: int, most: int, 
     ))
     for size in SIZES:
         wanted = expected(images=[picture(*size)], return_tensors="pt")
-        assert (ours.pixel_values(picture(*size)) - wanted["pixel_values"]).abs().max() <= 1e-3
+        assert_same(ours.pixel_values(picture(*size)), wanted["pixel_values"])
         rows, columns = ours.grid(size[1], size[0])
         assert wanted["image_grid_thw"].tolist() == [[1, 2 * rows, 2 * columns]]
 
@@ -321,7 +323,7 @@ def test_processors_as_released_equal_hugging_face(name: str, raw: dict, sizes: 
     ours, expected = parse_patch_processing(JsonObject(raw, name)), Qwen2VLImageProcessorPil(**raw)
     for size in sizes:
         wanted = expected(images=[picture(*size)], return_tensors="pt")["pixel_values"]
-        assert (ours.pixel_values(picture(*size)) - wanted).abs().max() <= 1e-3
+        assert_same(ours.pixel_values(picture(*size)), wanted)
 
 
 def test_processors_as_transformers_saves_them_are_read(tmp_path: Path) -> None:

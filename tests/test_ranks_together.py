@@ -14,6 +14,7 @@ import torch
 from builders import REPOSITORY, complete_checkpoint
 from rank_cases import compute
 from safetensors.torch import load_file
+from tolerance import assert_same, tolerated
 
 from popengine.torchrun import contents
 
@@ -54,8 +55,7 @@ def test_ranks_compute_what_one_process_does_with_as_many_groups(
         assert found.keys() == alone.keys()
         for name, (logits, tokens) in found.items():
             wanted, wanted_tokens = alone[name]
-            largest = max(1.0, float(wanted.abs().max()))          # sums of other parts round otherwise
-            assert float((logits - wanted).abs().max()) <= 1e-5 * largest, name
+            assert_same(logits, wanted)                            # sums of other parts round otherwise
             assert tokens == wanted_tokens, name
 
 
@@ -85,11 +85,11 @@ def test_what_ranks_keep_is_of_the_whole_model_and_says_how_many_they_were(tiny:
         assert (status, lines) == (0, []), (command, lines)
         table = tmp_path / "out" / "table.json"
         found.append(json.loads(table.read_text())["rows"][0] if command == "compare" else json.loads(out))
-    assert [one["perplexity"] for one in found] == pytest.approx([found[1]["perplexity"]] * 3, rel=1e-5)
+    assert [one["perplexity"] for one in found] == pytest.approx([found[1]["perplexity"]] * 3, rel=tolerated(10))
     one, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("of-one", "of-two"))
     assert one.keys() == other.keys()
     for key, values in one.items():
-        torch.testing.assert_close(other[key], values, rtol=1e-4, atol=1e-6)
+        assert_same(other[key], values)
     first, *_ = (tmp_path / "out" / "progress.jsonl").read_text().splitlines()
     assert json.loads(first)["comparison"]["ranks"] == 2            # so that one process does not go on with it
 

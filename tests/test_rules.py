@@ -23,6 +23,7 @@ from builders import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from slow_pop import slow_order
+from tolerance import assert_same
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -83,6 +84,7 @@ def slow_step(ffn: FeedForward, x: Tensor, prompt: Tensor, rule: str, active: in
     return (gate * up * keep) @ ffn.down_proj.weight.T
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("share", [None, 0.2], ids=["", "retained"])
 @pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("rule", CHEAP)
@@ -91,7 +93,7 @@ def test_each_rule_is_its_formula(
     rule: str, by_columns: bool, share: float | None, model: LlamaForCausalLM
 ) -> None:
     """One row, by whichever path reads least; what its path leaves unread is poisoned in the test below."""
-    model = stored_by_columns(deepcopy(model).float()) if by_columns else model
+    model = stored_by_columns(model) if by_columns else model
     kind = model.lm_head.weight.dtype
     pruning = resolved(model, PruningSettings(ffn_ratio=0.4, rule=rule, retained_share=share))
     state = model.new_state(1, 64, pruning)
@@ -103,7 +105,7 @@ def test_each_rule_is_its_formula(
     _, step = model.begin(torch.tensor([5]), state)
     for x in torch.randn(6, SIZES["hidden_size"], dtype=kind):
         wanted = slow_step(ffn, x, prompt, rule, active.sizes.active, round(80 * (share or 0)))
-        torch.testing.assert_close(active.decode(x[None, None], step)[0, 0], wanted, atol=1e-5, rtol=1e-5)
+        assert_same(active.decode(x[None, None], step)[0, 0], wanted)
 
 
 @pytest.mark.parametrize("more", [{"redraw_every": 6}, {"redraw_every": 3, "retained_share": 0.3}])
@@ -120,7 +122,7 @@ def test_steps_and_a_known_text_agree_under_every_rule(
         steps = torch.cat([next_logits(one, token[None], state) for token in tokens[12:]])
         assert state.schedule.redraws > 2
         _, again = prefilled(one, tokens[None, :12], settings)
-        torch.testing.assert_close(evaluate(one, tokens[12:], again), steps, atol=1e-5, rtol=1e-5)
+        assert_same(evaluate(one, tokens[12:], again), steps)
 
 
 @torch.inference_mode()
@@ -135,7 +137,7 @@ def test_rows_that_a_cheap_rule_does_not_choose_are_not_read(model: LlamaForCaus
     look = (x @ layer.up_proj.weight.T)[0, 0].abs() * active.candidate_norms
     losing = look.argsort(descending=True)[active.sizes.active :]
     layer.gate_proj.weight[losing] = torch.nan
-    torch.testing.assert_close(active.decode(x, step), wanted)
+    assert_same(active.decode(x, step), wanted)
     dense = bytes_per_token(model, resolved(model, DENSE)) - bytes_per_token(model, pruning)
     assert dense == 8 * len(model.model.layers) * SIZES["hidden_size"] * len(losing)
 
@@ -165,7 +167,7 @@ def test_a_draft_chooses_and_of_the_weights_only_what_it_chose_is_read(
     for matrix in (layer.gate_proj, layer.up_proj):
         matrix.weight[losing] = torch.nan
     active.down.weight[:, losing] = torch.nan
-    torch.testing.assert_close(active.decode(x, step), wanted)
+    assert_same(active.decode(x, step), wanted)
 
 
 @torch.inference_mode()
@@ -207,6 +209,48 @@ def test_glass_cuts_by_the_sum_of_two_ranks(model: LlamaForCausalLM, mixture: Ll
 
 
 @torch.inference_mode()
+def test_partitions_are_drawn_anew_where_the_attention_turns(tmp_path: Path) -> None:
+    """Every step dense, so that Hugging Face's own attention output says at which steps the bound was passed."""
+    reference, model = saved_pair(tmp_path, LlamaConfig(**SIZES))
+    tokens = torch.randint(SIZES["vocab_size"], (40,), generator=torch.Generator().manual_seed(3))
+    told: list[Tensor] = []
+    hook = reference.model.layers[-1].self_attn.register_forward_hook(lambda *all: told.append(all[-1][0][0]))
+    reference(tokens[None])
+    hook.remove()
+    (a,) = told                                                                     # [T, H]
+    turned = [1 - torch.cosine_similarity(a[:place].mean(dim=0), a[place], dim=0) for place in range(12, 39)]
+    bound = float(torch.stack(turned).median())
+    settings = PruningSettings(ffn_ratio=0.4, prefill="dense", dense_every=1, redraw_on_drift=bound + 1e-4)
+    _, state = prefilled(model, tokens[None, 20:], settings)
+    for _ in range(2):                  # the last prompt is forgotten
+        model.prefill(model.embed(tokens[None, :12]), state)
+        drawn = []
+        for token in tokens[12:]:
+            before = state.schedule.redraws
+            next_logits(model, token[None], state)
+            drawn.append(state.schedule.redraws > before)
+        # A step looks at what was seen before it: at the first there is nothing since the prompt.
+        assert drawn == [False, *[bool(one > bound + 1e-4) for one in turned]]
+
+
+@torch.inference_mode()
+def test_neither_padding_nor_an_ended_sequence_makes_the_attention_drift(model: LlamaForCausalLM) -> None:
+    settings = PruningSettings(ffn_ratio=0.4, dense_every=9, redraw_on_drift=0.5)
+    seen = []
+    for other in (5, 60):
+        tokens, real = left_padded([12, 9], SIZES["vocab_size"])
+        tokens[~real] = other
+        _, state = prefilled(model, tokens, settings, real)
+        state.end(1)
+        next_logits(model, torch.tensor([3, other]), state)
+        seen.append(state.layers[-1].drift)
+    assert seen[0].since.any()
+    assert_same(seen[0].before, seen[1].before)
+    assert_same(seen[0].since, seen[1].since)
+    assert all(layer.drift is None for layer in state.layers[:-1])
+
+
+@torch.inference_mode()
 def test_steps_add_to_the_evidence_what_one_long_prompt_would_have_shown(
     model: LlamaForCausalLM, mixture: LlamaForCausalLM
 ) -> None:
@@ -224,10 +268,10 @@ def test_steps_add_to_the_evidence_what_one_long_prompt_would_have_shown(
             assert torch.equal(heads_partition(own).order, heads_partition(other).order)
             for piece, all_at_once in zip(networks(own.ffn), networks(other.ffn), strict=True):
                 assert piece.evidence.tokens == all_at_once.evidence.tokens
-                torch.testing.assert_close(piece.evidence.squares, all_at_once.evidence.squares, atol=1e-5, rtol=1e-4)
+                assert_same(piece.evidence.squares, all_at_once.evidence.squares)
                 assert torch.equal(piece.partition.order, all_at_once.partition.order)
         token = torch.tensor([3])
-        torch.testing.assert_close(next_logits(one, token, state), next_logits(one, token, whole), atol=1e-5, rtol=1e-5)
+        assert_same(next_logits(one, token, state), next_logits(one, token, whole))
 
 
 def networks(active: Any) -> list[Any]:
@@ -247,7 +291,7 @@ def test_sequences_that_have_ended_are_no_evidence(model: LlamaForCausalLM) -> N
     next_logits(model, torch.tensor([3, 60]), other)
     assert state.schedule.tokens == 25
     for one, two in zip(state.layers, other.layers, strict=True):
-        torch.testing.assert_close(one.ffn.evidence.squares, two.ffn.evidence.squares)
+        assert_same(one.ffn.evidence.squares, two.ffn.evidence.squares)
 
 
 @torch.inference_mode()
@@ -294,7 +338,7 @@ def test_a_prior_is_evidence_of_so_many_tokens(model: LlamaForCausalLM) -> None:
     _, state = prefilled(model, tokens, pruning)
     model.prefill(model.embed(tokens), state)
     evidence, bare = state.layers[0].ffn.evidence, without.layers[0].ffn.evidence
-    torch.testing.assert_close(evidence.squares, 32 * squares + bare.squares)
+    assert_same(evidence.squares, 32 * squares + bare.squares)
     assert evidence.tokens == 32 + 9
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from builders import complete_checkpoint, exit_status, one_line_error
+from tolerance import SMOLLM2, tolerated
 
 from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import Engine
@@ -52,9 +53,9 @@ def test_dense_scores_are_those_of_one_forward_pass(engine: Engine) -> None:
             log_p = log_probabilities(engine.model, window, engine.resolve(DENSE), step_by_step)
             score = score_window(log_p, dense_log_probabilities(engine.model, window), window)
             losses = [-float(wanted[23 + place, token]) for place, token in enumerate(window.continuation)]
-            assert score.losses == pytest.approx(losses, abs=1e-4)
+            assert score.losses == pytest.approx(losses, abs=tolerated(float(wanted.abs().max())))
             assert all(score.agreed)
-            assert score.divergences == pytest.approx([0] * 16, abs=1e-5)
+            assert score.divergences == pytest.approx([0] * 16, abs=tolerated(1))
 
 
 @pytest.mark.parametrize("method", ["pop", "frozen", "all-channels", "flap"])
@@ -65,9 +66,9 @@ def test_parallel_and_step_by_step_report_the_same(
     flags += ["--calibration-text", text] if method == "flap" else ["--head-ratio", 0.5, "--candidate-width", 0.5]
     parallel = report(capsys, *flags)
     steps = report(capsys, *flags, "--step-by-step")
-    assert parallel["mean_loss"] == pytest.approx(steps["mean_loss"], abs=1e-4)
-    assert parallel["divergence"] == pytest.approx(steps["divergence"], abs=1e-4)
-    assert parallel["agreement"] == pytest.approx(steps["agreement"], abs=0.03)
+    assert parallel["mean_loss"] == pytest.approx(steps["mean_loss"], abs=tolerated(steps["mean_loss"]))
+    assert parallel["divergence"] == pytest.approx(steps["divergence"], abs=tolerated(steps["mean_loss"]))
+    assert parallel["agreement"] == pytest.approx(steps["agreement"], abs=1.01 / 48)      # of one token, a tie
     assert (parallel["evaluation"], steps["evaluation"]) == ("parallel", "step by step")
     assert report(capsys, *flags) == parallel
     assert parallel["perplexity"] == pytest.approx(math.exp(parallel["mean_loss"]))
@@ -76,7 +77,7 @@ def test_parallel_and_step_by_step_report_the_same(
 
 
 def test_the_default_checkpoint_step_by_step_and_in_parallel(default_checkpoint_path: Path) -> None:
-    """The trained model, where activations have outliers: the loss within 1e-4."""
+    """The trained model, where activations have outliers."""
     engine = load(default_checkpoint_path, dtype="float32", device="cpu")
     ids = engine.tokenizer.encode(Path(__file__).read_text(encoding="utf-8"), add_special_tokens=False)
     window = Window(ids[:64], ids[64:80])
@@ -87,7 +88,7 @@ def test_the_default_checkpoint_step_by_step_and_in_parallel(default_checkpoint_
             summarise([score_window(log_probabilities(engine.model, window, pruning, steps), dense, window)]).mean_loss
             for steps in (True, False)
         ]
-    assert means[0] == pytest.approx(means[1], abs=1e-4)
+    assert means[0] == pytest.approx(means[1], abs=tolerated(means[1], SMOLLM2))
 
 
 def test_windows_are_spread_over_the_text_without_overlap(engine: Engine) -> None:

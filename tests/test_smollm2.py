@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from slow_evidence import SlowEvidence, mean_squares
 from slow_pop import SlowPOP
 from smollm2_text import CHAT_PROMPT, TEXT
+from tolerance import SMOLLM2, assert_same
 
 from models.llama import LlamaForCausalLM
 from models.pruning.pop import Prior
@@ -54,7 +55,7 @@ def test_logits_equal_those_kept(engine: Engine, goldens: dict[str, Any]) -> Non
         logits = engine.model(goldens["tokens"][None].long())[0]                    # [256, V]
     assert torch.equal(logits.argmax(-1).int(), goldens["argmax"])
     sampled = logits[:, goldens["sampled_ids"].long()]
-    torch.testing.assert_close(sampled, goldens["sampled_logits"], atol=2e-3, rtol=0)
+    assert_same(sampled, goldens["sampled_logits"], SMOLLM2)
 
 
 def test_greedy_tokens_equal_those_kept(engine: Engine, goldens: dict[str, Any]) -> None:
@@ -73,7 +74,7 @@ def test_logits_equal_transformers(engine: Engine, default_model_of_transformers
     with torch.inference_mode():
         wanted, logits = default_model_of_transformers(tokens).logits, engine.model(tokens)
     assert torch.equal(logits.argmax(-1), wanted.argmax(-1))
-    torch.testing.assert_close(logits, wanted, atol=2e-3, rtol=0)
+    assert_same(logits, wanted, SMOLLM2)
 
 
 def test_greedy_tokens_equal_transformers(engine: Engine, default_model_of_transformers: Any) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from slow_prefill import two_passes
 from slow_visual_tokens import slow_logits
 from tiny_llava import IMAGE, VARIANTS, load_ours, padded, pictures, prompt, reference_model
+from tolerance import assert_same
 from torch import Tensor
 
 from models.cache import View
@@ -84,7 +85,7 @@ def test_what_stays_and_what_is_said_equal_the_slow_way(pair: tuple, settings: P
     rows = [range(one.first, one.first + one.length) for one in stretches([ids], ours.config.tokens_per_image)]
     after = settings.visual_tokens_layer if settings is ATTENTION else None
     wanted, stays = slow_logits(reference, x, rows, NEW, 4, after)
-    torch.testing.assert_close(logits[0], wanted, atol=1e-4, rtol=1e-4)
+    assert_same(logits[0], wanted)
     cache = state.cache
     assert cache.places[0, : len(stays)].tolist() == stays and len(stays) == len(ids) - 5 * count
     for index, keys in enumerate(cache.keys):           # what is not kept has no slot, and none is empty at the end
@@ -113,7 +114,7 @@ def test_prompts_of_a_batch_are_thinned_each_for_itself(pair: tuple, settings: P
             logits += [
                 ours.language_model.decode(torch.tensor([token]), single) for token in NEW[: together.shape[1] - 1]
             ]
-        torch.testing.assert_close(together[index], torch.cat(logits), atol=1e-4, rtol=1e-4)
+        assert_same(together[index], torch.cat(logits))
     evidence = state.layers[-1].ffn
     if settings.ffn_ratio is not None and hasattr(evidence, "evidence"):
         left = sum(map(len, prompts)) - 3 * (9 - 4)
@@ -127,7 +128,7 @@ def test_all_that_stays_changes_nothing(pair: tuple) -> None:
     dense, _ = run(ours, [ids], 1, DENSE, NEW)
     for settings in (replace(ATTENTION, visual_tokens=9), replace(DIVERSITY, visual_tokens=99)):
         whole, _ = run(ours, [ids], 1, settings, NEW)
-        torch.testing.assert_close(whole, dense, atol=1e-5, rtol=1e-5)
+        assert_same(whole, dense)
 
 
 def test_of_equal_features_one_stays() -> None:
@@ -187,7 +188,7 @@ def test_other_families_leave_out_the_same_way(family: str, tmp_path: Path) -> N
         x, _, found, _ = engine.pictures.embed(torch.tensor([ids]), None, run.given)
         with torch.inference_mode():
             mine = engine.model.prefill(x, state, pictures=found)
-        torch.testing.assert_close(mine[0], logits[0, -len(new)], atol=1e-4, rtol=1e-4)
+        assert_same(mine[0], logits[0, -len(new)])
 
 
 @pytest.fixture(scope="module")

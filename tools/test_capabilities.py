@@ -1,0 +1,42 @@
+"""Run the tests that compare numbers as other processors would: fewer vector instructions, one and two threads.
+
+    python tools/test_capabilities.py [arguments of pytest]
+
+PyTorch, oneDNN and MKL are each told which instructions to use; only sets that this machine has are tried.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+# PyTorch's name, oneDNN's and MKL's, each including those before.
+SETS = [("default", "SSE41", "SSE4_2"), ("avx2", "AVX2", "AVX2"), ("avx512", "AVX512_CORE", "AVX512")]
+
+
+def main() -> int:
+    own = torch.backends.cpu.get_cpu_capability().lower()
+    names = [name for name, _, _ in SETS]
+    tried = SETS[: names.index(own) + 1 if own in names else 1]
+    tests = Path(__file__).resolve().parents[1] / "tests"
+    files = [path for path in sorted(tests.glob("test_*.py")) if "mark.numeric" in path.read_text(encoding="utf-8")]
+    command = [sys.executable, "-m", "pytest", "-m", "numeric", *sys.argv[1:], *map(str, files)]
+    failed = 0
+    for (name, onednn, mkl), threads in ((one, threads) for one in tried for threads in (1, 2)):
+        settings = {
+            "ATEN_CPU_CAPABILITY": name, "ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl,
+            "OMP_NUM_THREADS": str(threads),
+        }
+        began = time.perf_counter()
+        run = subprocess.run(command, env=os.environ | settings)
+        verdict = "failed" if run.returncode else "passed"
+        print(f"{name}, {threads} thread(s): {verdict} in {time.perf_counter() - began:.0f} s", flush=True)
+        failed |= run.returncode
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
