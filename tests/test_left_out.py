@@ -116,17 +116,6 @@ def test_prompts_may_skip_layers_whose_attention_is_left_out(tmp_path: Path) -> 
     assert_same(next_logits(model, token, state), next_logits(model, token, other))
 
 
-@torch.inference_mode()
-def test_drift_is_watched_at_the_last_attention_that_runs(tmp_path: Path) -> None:
-    model = saved_pair(tmp_path, MODELS["multi_head"])[1]
-    settings = PruningSettings(ffn_ratio=0.4, dense_every=2, redraw_on_drift=0.0, leave_out="2.attention")
-    _, state = prefilled(model, torch.arange(12)[None], settings)
-    for token in range(6):
-        next_logits(model, torch.tensor([token]), state)
-    assert [layer.drift is not None for layer in state.layers] == [False, True, False]
-    assert state.schedule.redraws > 0
-
-
 def test_the_ratio_counts_what_is_left_out(tmp_path: Path) -> None:
     model = saved_pair(tmp_path, MODELS["multi_head"])[1]
     assert resolved(model, replace(DENSE, leave_out="1")).ratio == pytest.approx(1 / 3)

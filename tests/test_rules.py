@@ -209,48 +209,6 @@ def test_glass_cuts_by_the_sum_of_two_ranks(model: LlamaForCausalLM, mixture: Ll
 
 
 @torch.inference_mode()
-def test_partitions_are_drawn_anew_where_the_attention_turns(tmp_path: Path) -> None:
-    """Every step dense, so that Hugging Face's own attention output says at which steps the bound was passed."""
-    reference, model = saved_pair(tmp_path, LlamaConfig(**SIZES))
-    tokens = torch.randint(SIZES["vocab_size"], (40,), generator=torch.Generator().manual_seed(3))
-    told: list[Tensor] = []
-    hook = reference.model.layers[-1].self_attn.register_forward_hook(lambda *all: told.append(all[-1][0][0]))
-    reference(tokens[None])
-    hook.remove()
-    (a,) = told                                                                     # [T, H]
-    turned = [1 - torch.cosine_similarity(a[:place].mean(dim=0), a[place], dim=0) for place in range(12, 39)]
-    bound = float(torch.stack(turned).median())
-    settings = PruningSettings(ffn_ratio=0.4, prefill="dense", dense_every=1, redraw_on_drift=bound + 1e-4)
-    _, state = prefilled(model, tokens[None, 20:], settings)
-    for _ in range(2):                  # the last prompt is forgotten
-        model.prefill(model.embed(tokens[None, :12]), state)
-        drawn = []
-        for token in tokens[12:]:
-            before = state.schedule.redraws
-            next_logits(model, token[None], state)
-            drawn.append(state.schedule.redraws > before)
-        # A step looks at what was seen before it: at the first there is nothing since the prompt.
-        assert drawn == [False, *[bool(one > bound + 1e-4) for one in turned]]
-
-
-@torch.inference_mode()
-def test_neither_padding_nor_an_ended_sequence_makes_the_attention_drift(model: LlamaForCausalLM) -> None:
-    settings = PruningSettings(ffn_ratio=0.4, dense_every=9, redraw_on_drift=0.5)
-    seen = []
-    for other in (5, 60):
-        tokens, real = left_padded([12, 9], SIZES["vocab_size"])
-        tokens[~real] = other
-        _, state = prefilled(model, tokens, settings, real)
-        state.end(1)
-        next_logits(model, torch.tensor([3, other]), state)
-        seen.append(state.layers[-1].drift)
-    assert seen[0].since.any()
-    assert_same(seen[0].before, seen[1].before)
-    assert_same(seen[0].since, seen[1].since)
-    assert all(layer.drift is None for layer in state.layers[:-1])
-
-
-@torch.inference_mode()
 def test_steps_add_to_the_evidence_what_one_long_prompt_would_have_shown(
     model: LlamaForCausalLM, mixture: LlamaForCausalLM
 ) -> None:
