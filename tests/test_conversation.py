@@ -262,6 +262,15 @@ def test_what_is_no_conversation_of_this_model_is_refused(
     assert conversation.messages == before
 
 
+def test_a_picture_s_name_may_be_no_text(engine: Engine, tmp_path: Path) -> None:
+    conversation = engine.chat(pruning=DENSE)
+    conversation.images = [str(tmp_path / "caf\udce9.png")]         # a byte that is no UTF-8, as Python has it
+    conversation.save(tmp_path / "kept.json")
+    again = engine.chat(pruning=DENSE)
+    again.load(tmp_path / "kept.json")
+    assert again.images == conversation.images
+
+
 def test_nothing_said_is_refused_and_so_is_a_model_without_a_template(engine: Engine, tmp_path: Path) -> None:
     conversation = engine.chat()
     for text in ("", "  \n", "bad \udce9 byte"):
