@@ -32,6 +32,8 @@ PADDING = 16
 LONGEST_WRITTEN_OUT = 3072
 # Sizes of groups that the product of four bits knows.
 GROUP_SIZES = (256, 128, 64, 32)
+# Columns whose halves lie side by side in a GroupedInt8Matrix.
+HALVES = 16
 # Of drafts: their activations, which packed products want in half precision, and their groups.
 DRAFT_DTYPE, DRAFT_GROUP = torch.bfloat16, 32
 # Weights of a stretch that is unpacked at once.
@@ -186,8 +188,8 @@ class Int4Matrix(Matrix):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
         if row_count(x) <= FEW_ROWS_INT4 and has_packed_products(x):
-            packed = self.weight.view(-1, self.in_features // 2)
-            size = self.in_features // len(self.groups)
+            width = self.weight.shape[1]
+            packed, size = self.weight.view(-1, width // 2), width // len(self.groups)
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.flatten(0, -2), packed, size, self.groups)
             y = y.view(*x.shape[:-1], -1)
         else:
@@ -208,7 +210,7 @@ class Int4Matrix(Matrix):
     def stretches(self) -> Iterator[tuple[slice, slice]]:
         """Blocks to unpack at once, one stretch after the other, and the rows that they are."""
         block, _ = layout()
-        step = max(1, rows_at_once(self.in_features) // block)
+        step = max(1, rows_at_once(self.weight.shape[1]) // block)
         for first in range(0, len(self.weight), step):
             yield slice(first, first + step), slice(first * block, (first + step) * block)
 
@@ -231,19 +233,13 @@ class Int4Matrix(Matrix):
 
     def copy_rows(self, source: Matrix, rows: Tensor) -> None:
         assert isinstance(source, Int4Matrix)
-        block, halves = layout()
-        half = block // 2
-        padded = F.pad(rows, (0, self.groups.shape[1] - len(rows)))                 # what is padding is dropped again
-        # Two rows share a row of bytes. Where each lies, and by how many bits it is above:
-        place, within = padded // block * half, padded % block
-        place += within % half if halves else within // 2
-        above = 4 * (within // half if halves else within % 2).to(torch.uint8).unsqueeze(1)
-        step = max(1, STRETCH // (len(source.weight) * half))
-        for first in range(0, self.in_features, step):
+        place, above = places_of_rows(F.pad(rows, (0, self.groups.shape[1] - len(rows))))   # padding is dropped again
+        step = max(1, STRETCH // source.groups.shape[1])
+        for first in range(0, self.weight.shape[1], step):
             columns = slice(first, first + step)
             packed = source.weight[:, columns].transpose(1, 2).flatten(0, 1)        # [blocks * half, in]
-            numbers = packed.index_select(0, place) >> above & 15                   # [rows, in]
-            self.weight[:, columns] = pack(numbers.t(), block, halves)
+            numbers = packed.index_select(0, place) >> above.unsqueeze(1) & 15      # [rows, in]
+            self.weight[:, columns] = pack(numbers.t(), *layout())
         scales = pairs(source.groups)[:, rows]                                      # [G, rows]
         pairs(self.groups)[:, : self.out_features] = scales
         if source.bias is not None:
@@ -282,7 +278,7 @@ class Int4Matrix(Matrix):
         out = self.out_features if rows is None else rows
         if columns is not None:
             return out * (columns + self.groups.element_size())
-        return out * (self.in_features // 2 + 2 * len(self.groups) * self.groups.element_size())
+        return out * (self.weight.shape[1] // 2 + 2 * len(self.groups) * self.groups.element_size())
 
     def kind(self) -> tuple[Any, ...]:
         return *super().kind(), self.groups.dtype, len(self.groups)
@@ -295,11 +291,103 @@ class Int4Matrix(Matrix):
         groups = torch.cat([part.groups[:, : part.out_features] for part in parts], dim=1)
         if all(part.out_features == part.groups.shape[1] for part in parts):        # whole blocks
             return cls.packed(share_storage([part.weight for part in parts]), groups, rows, bias)
-        whole = cls.with_room(rows, first.in_features, first.in_features // len(groups), groups, bias)
+        width = first.weight.shape[1]
+        whole = cls.with_room(rows, width, width // len(groups), groups, bias)
         numbers = torch.cat([part.numbers()[:, : part.out_features] for part in parts], dim=1)      # [in, rows]
         whole.weight.copy_(pack(F.pad(numbers, (0, whole.groups.shape[1] - rows)), *layout()))
         whole.groups[:, :rows] = groups
         return whole
+
+
+class GroupedInt8Matrix(Int4Matrix):
+    """Whole numbers of eight bits in groups of 16 or of 32 along a row: exactly what most kinds of .gguf files hold.
+
+    PyTorch has no product for them, but a number is 16 h + l. Both halves are columns of an Int4Matrix of twice the
+    width: 16 columns of h, then those of l, which multiply x and x / 16. Copies are as an Int4Matrix's.
+
+    weight  uint8 [blocks, 2 in, block / 2]
+    groups  [in / 16, out, 2]: of value = s (number - 128) + m the scale 16 s, and z = (8 s + m) 16 / 17: then
+            (h - 8) 16 s + z and 1/16 of (l - 8) 16 s + z add up to the value
+    """
+
+    @classmethod
+    def packed(cls, weight: Tensor, groups: Tensor, rows: int, bias: Tensor | None) -> "GroupedInt8Matrix":
+        made = super().packed(weight, groups, rows, bias)
+        made.in_features = weight.shape[1] // 2
+        return made  # type: ignore[return-value]
+
+    @classmethod
+    def of_stretches(cls, rows: int, columns: int, like: Tensor, stretches: Iterable[Groups]) -> "GroupedInt8Matrix":
+        """What groups stand for, stretches of rows as for Int4Matrix.fill."""
+        made = cls.with_room(rows, 2 * columns, 2 * HALVES, like, None)
+        return made.fill(in_halves(part) for part in stretches)  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if row_count(x) <= FEW_ROWS_INT4 and has_packed_products(x):
+            parts = x.unflatten(-1, (-1, 1, HALVES))                                # [..., in / 16, 1, 16]
+            x = torch.cat([parts, parts / 16], dim=-2).flatten(-3)                  # [..., 2 in]
+        return super().forward(x)
+
+    def transposed(self, blocks: slice = slice(None)) -> Tensor:
+        numbers = self.numbers(blocks)                                              # [2 in, rows]
+        first = (blocks.start or 0) * layout()[0]
+        return joined_values(numbers, self.groups[:, first : first + numbers.shape[1]])
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Some of the rows as plain numbers. int64 [n] -> [n, in]"""
+        place, above = places_of_rows(rows)
+        half = self.weight.shape[2]
+        numbers = self.weight[place // half, :, place % half] >> above.unsqueeze(1) & 15            # [n, 2 in]
+        return joined_values(numbers.t(), self.groups[:, rows]).t()
+
+    def empty_rows(self, rows: int) -> "GroupedInt8Matrix":
+        bias = room_for_bias(self, rows)
+        return self.with_room(rows, self.weight.shape[1], 2 * HALVES, self.groups, bias)  # type: ignore[return-value]
+
+    def write_as_int8(self, columns: Tensor, numbers: Tensor, scale: Tensor) -> None:
+        for blocks, rows in self.stretches():
+            values = self.transposed(blocks).index_select(0, columns).t()           # [rows, k]
+            nearest_int8(values[: len(numbers[rows])], numbers[rows], scale[rows])
+
+    @classmethod
+    def stack(cls, matrices: Sequence[Matrix]) -> "GroupedInt8Matrix":
+        whole = Int4Matrix.stack(matrices)
+        return cls.packed(whole.weight, whole.groups, whole.out_features, whole.bias)
+
+
+def joined_values(numbers: Tensor, groups: Tensor) -> Tensor:
+    """What numbers of a GroupedInt8Matrix stand for. uint8 [2 in, rows], groups [in / 16, rows, 2] -> [in, rows]"""
+    high, low = numbers.unflatten(0, (-1, 2, HALVES)).unbind(1)                     # [in / 16, 16, rows]
+    wide, z = groups.unbind(-1)                                                     # [in / 16, rows]
+    scale = wide / 16
+    rest = (z.float() * 17 / 16 - 8 * scale.float()).to(scale.dtype)                # m
+    signed = (high << 4 | low).to(scale.dtype) - 128                                # whole numbers, which bfloat16 has
+    return torch.addcmul(rest.unsqueeze(1), signed, scale.unsqueeze(1)).flatten(0, 1)
+
+
+def places_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Two rows share bytes in an Int4Matrix. Where each lies, and by how many bits it is above: int64, uint8 [n]
+
+    A place counts the bytes of all blocks.
+    """
+    block, halves = layout()
+    half, within = block // 2, rows % block
+    place = rows // block * half + (within % half if halves else within // 2)
+    return place, 4 * (within // half if halves else within % 2).to(torch.uint8)
+
+
+def in_halves(given: Groups) -> Groups:
+    """The groups of a GroupedInt8Matrix: numbers [out, 2 in], in groups of 32 that are 16 h and the l of the same."""
+    size = given.size
+    # As whole numbers around 0, as far as eight bits go (those of at most six bits can be moved by 192).
+    zero = torch.where(given.scale == 0, 128, -given.minimum / given.scale).round().clamp(-64, 128)   # [out, G]
+    rest = given.minimum + zero * given.scale                                       # [out, G]
+    moved = given.numbers.unflatten(1, (-1, size)) + (128 - zero).to(torch.uint8).unsqueeze(-1)     # [out, G, g]
+    parts = moved.view(len(moved), -1, 1, HALVES)                                   # [out, in / 16, 1, 16]
+    numbers = torch.cat([parts >> 4, parts & 15], dim=2).flatten(1)                 # [out, 2 in]
+    wide = 16 * given.scale
+    minimum = (8 * given.scale + rest) * 16 / 17 - 8 * wide
+    return Groups(numbers, *(one.repeat_interleave(size // HALVES, dim=1) for one in (wide, minimum)))
 
 
 def draft_of(matrix: Matrix) -> Matrix:
@@ -323,6 +411,17 @@ class Int8Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.numbers[tokens].to(self.scale.dtype) * self.scale[tokens].unsqueeze(-1)
+
+
+class GroupedInt8Embedding(nn.Module):
+    """The rows of a GroupedInt8Matrix as embeddings. tokens int64 [...] -> [..., in]"""
+
+    def __init__(self, matrix: GroupedInt8Matrix) -> None:
+        super().__init__()
+        self.matrix = (matrix,)             # in a tuple, so that it is no submodule a second time
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.matrix[0].rows(tokens.flatten()).unflatten(0, tokens.shape)
 
 
 class StoredEmbedding(nn.Module):

@@ -90,7 +90,7 @@ def held(
     wanted = find_all(model, checkpoint, kind, model.locate, model.ignored_keys)      # whether every key is there
     if form == "plain":
         return sum(one.held_bytes for one in wanted), form
-    pack = Packer(language_model, form, kind, CPU)
+    pack = Packer(language_model, form, kind, CPU, checkpoint.entries)
     try:
         wanted = find_all(model, checkpoint, kind, model.locate, model.ignored_keys, pack)
     except InputError:

@@ -163,7 +163,7 @@ def load_model(
         )
         model = laid_out(replace(text, tie_word_embeddings=False))
     language_model = model.language_model if isinstance(model, PictureModel) else model
-    pack = None if form == "plain" else Packer(language_model, form, dtype, device)
+    pack = None if form == "plain" else Packer(language_model, form, dtype, device, checkpoint.entries)
     held = shares(model, language_model)
     load_weights(model, checkpoint, dtype, device, model.locate, model.ignored_keys, progress, pack, held)
     add_biases_once(language_model)

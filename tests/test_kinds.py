@@ -20,14 +20,14 @@ from models.llama import LlamaForCausalLM
 from models.matrix import Matrix
 from models.matrix_forms import ColumnMatrix, MixedMatrix, stack
 from models.mixtral import MixtralForCausalLM
-from models.packed import Int4Matrix, Int8Matrix, StoredEmbedding
+from models.packed import GroupedInt8Matrix, Int4Matrix, Int8Matrix, StoredEmbedding
 from models.pruning.settings import DENSE, PruningSettings
 from popengine.loading import load_model
 from weights.checkpoint import open_checkpoint
 from weights.gguf_blocks import FOUR_BIT_TYPES, READERS
 from weights.groups import group
 
-KINDS = ("plain", "columns", "int8", "int4", "int4 in wide groups")
+KINDS = ("plain", "columns", "int8", "int4", "int4 in wide groups", "int8 in groups")
 SIZES_OF_32 = SIZES | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_hidden_layers": 2}
 PROMPT = torch.randint(0, 96, (1, 20), generator=torch.Generator().manual_seed(1))
 FROZEN = PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.0, prefill="dense")
@@ -39,6 +39,11 @@ def converted(matrix: Matrix, kind: str) -> Matrix:
         return ColumnMatrix.of(matrix.weight.t().contiguous().t(), matrix.bias)
     if kind == "int8":
         return Int8Matrix.nearest(matrix.weight, torch.float32, matrix.bias)
+    if kind == "int8 in groups":
+        given = group(matrix.weight, 32)
+        made: Matrix = GroupedInt8Matrix.of_stretches(*matrix.weight.shape, torch.empty(0), [given])
+        made.bias = matrix.bias
+        return made
     if kind.startswith("int4"):
         return Int4Matrix.of_groups(group(matrix.weight, 64 if "wide" in kind else 32), torch.float32, matrix.bias)
     return Matrix.of(matrix.weight.clone(), matrix.bias)
@@ -90,7 +95,7 @@ def test_a_projection_of_another_kind_than_the_others(llama: LlamaForCausalLM, p
     for own, others in permutations(KINDS, 2):
         pair = mixed(llama, lambda _, name, own=own, others=others: own if name == projection else others)
         columns = own if projection in ("o_proj", "down_proj") else others
-        copied_as_eight = columns.startswith("int4") or others.startswith("int4")
+        copied_as_eight = any(kind.startswith("int4") or kind.endswith("groups") for kind in (columns, others))
         assert_alike(*pair, DENSE, True, (own, others))
         if copied_as_eight:
             assert_alike(*pair, FROZEN, False, (own, others))
@@ -163,8 +168,9 @@ def readable_kinds() -> list[gguf.GGMLQuantizationType]:
     return found
 
 
-def every_kind(path: Path) -> list[str]:
+def every_kind(path: Path, four_bits: int) -> list[str]:
     """A Llama with a layer for each kind: its v_proj, gate_proj and down_proj are of that kind, the others of the next.
+    Then so many layers of Q4_0.
 
     Random blocks, as the gguf package cannot quantise to all kinds. Returns the kinds by layer.
     """
@@ -177,6 +183,7 @@ def every_kind(path: Path) -> list[str]:
         return raw % 0x38, kind
 
     kinds = [kind for kind in readable_kinds() if kind.name not in ("F32", "F16", "BF16")]
+    kinds += [gguf.GGMLQuantizationType.Q4_0] * four_bits
     tensors: dict[str, Any] = {"token_embd.weight": blocks(260, kinds[0]), "output_norm.weight": torch.ones(256)}
     tensors["output.weight"] = blocks(260, kinds[1])
     for layer, (own, other) in enumerate(zip(kinds, kinds[1:] + kinds[:1], strict=True)):
@@ -197,10 +204,12 @@ def every_kind(path: Path) -> list[str]:
     return [kind.name for kind in kinds]
 
 
+@pytest.mark.parametrize("four_bits", [0, 30])
 @torch.inference_mode()
-def test_every_kind_of_gguf_files_becomes_what_the_docs_say(tmp_path: Path) -> None:
-    """Four bits number by number, all others as eight bits; an embedding of its own to the last bit."""
-    kinds = every_kind(tmp_path / "m.gguf")
+def test_every_kind_of_gguf_files_becomes_what_the_docs_say(tmp_path: Path, four_bits: int) -> None:
+    """Four bits number by number, all others as eight bits: in a file that has mostly these in their groups, else with
+    a scale for each row. An embedding of its own to the last bit."""
+    kinds = every_kind(tmp_path / "m.gguf", four_bits)
     assert set(READERS) < set(kinds)
     with open_checkpoint(tmp_path / "m.gguf") as checkpoint:
         model, _ = load_model(checkpoint, torch.bfloat16, torch.device("cpu"), "auto")
@@ -210,8 +219,16 @@ def test_every_kind_of_gguf_files_becomes_what_the_docs_say(tmp_path: Path) -> N
                 kind = other if name in ("self_attn.q_proj", "mlp.up_proj") else own
                 matrix = model.model.layers[layer].get_submodule(name)
                 key = f"model.layers.{layer}.{name}.weight"
-                assert isinstance(matrix, Int4Matrix) == (kind in FOUR_BIT_TYPES), kind
-                if isinstance(matrix, Int4Matrix):
+                in_groups = kind in READERS and kind not in FOUR_BIT_TYPES and not four_bits
+                wanted = GroupedInt8Matrix if in_groups else Int4Matrix if kind in FOUR_BIT_TYPES else Int8Matrix
+                assert type(matrix) is wanted, kind
+                if in_groups:
+                    groups, stored = checkpoint.read_groups(key), checkpoint.read(key)
+                    # Scale, middle and value are rounded to 8 bits each; a middle is half a step, or what is asked for.
+                    of_size = [part.repeat_interleave(groups.size, dim=1) for part in (groups.scale, groups.minimum)]
+                    bound = (stored.abs() + of_size[1].abs()) / 2**7 + 0.06 * of_size[0].abs()
+                    assert ((matrix.values() - stored).abs() <= bound + 1e-28).all(), kind
+                elif isinstance(matrix, Int4Matrix):
                     groups = checkpoint.read_groups(key)
                     assert torch.equal(matrix.numbers()[:, : matrix.out_features].t(), groups.numbers)
                     scales = torch.stack([groups.scale, groups.minimum + 8 * groups.scale], dim=-1)     # [out, G, 2]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models import packed
 from models.matrix import Matrix
-from models.packed import Int4Matrix, Int8Embedding, Int8Matrix
+from models.packed import GroupedInt8Embedding, GroupedInt8Matrix, Int4Matrix, Int8Embedding, Int8Matrix
 from models.pruning.settings import DENSE, PruningSettings
 from models.reading import bytes_per_token
 from popengine.engine import Engine
@@ -148,6 +148,41 @@ def test_bytes_are_what_a_product_reads() -> None:
     assert eight.read_bytes() == 80 * 96 + 80 * 2 and eight.read_bytes(rows=7) == 7 * (96 + 2)
     assert eight.read_bytes(columns=10) == 80 * 10 + 80 * 2
     assert four.read_bytes() == 80 * (96 // 2 + 3 * 4) and four.read_bytes(columns=10) == 80 * (10 + 2)
+
+
+def eight_bits(out: int, columns: int, size: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Tensor]:
+    """A matrix of eight bits in groups, as Q8_0 (32) and Q6_K (16) have them, and its values. float32 [out, in]"""
+    torch.manual_seed(0)
+    bits = 8 if size == 32 else 6
+    numbers = torch.randint(0, 2**bits, (out, columns), dtype=torch.uint8)
+    scale = (torch.rand(out, columns // size) - 0.5) / 50
+    given = Groups(numbers, scale, -(2 ** (bits - 1)) * scale)
+    return GroupedInt8Matrix.of_stretches(out, columns, torch.empty(0, dtype=dtype), [given]), given.values()
+
+
+@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.006), (torch.float32, 1e-5)])
+def test_eight_bits_in_groups_multiply_copy_and_stack(size: int, dtype: torch.dtype, bound: float) -> None:
+    """Rounding a scale, and a result, to the 8 bits of bfloat16 costs 2^-9 each at most; float32 costs nothing."""
+    matrix, values = eight_bits(80, 96, size, dtype)
+    for rows in ROWS:
+        x = torch.randn(1, rows, 96).to(dtype)
+        wanted = F.linear(x.float(), values)
+        assert (matrix(x).float() - wanted).norm() / wanted.norm() < bound
+    rows, columns = torch.randperm(80)[:37], torch.randperm(96)[:41]
+    below, beside = matrix.empty_rows(len(rows)), matrix.empty_columns(len(columns))
+    below.copy_rows(matrix, rows)
+    beside.copy_columns(matrix, columns)
+    assert torch.equal(below.values(), matrix.values()[rows])
+    wanted = matrix.values()[:, columns].float()
+    step = wanted.abs().amax(dim=1, keepdim=True) / 127
+    assert ((exact_values(beside) - wanted).abs() <= 0.52 * step).all()
+    other = eight_bits(48, 96, size, dtype)[0]
+    before = matrix.values(), other.values()
+    assert torch.equal(GroupedInt8Matrix.stack([matrix, other]).values(), torch.cat(before))
+    torch.testing.assert_close(matrix.column_norms(), torch.linalg.vector_norm(values, dim=0), atol=0, rtol=0.006)
+    tokens = torch.tensor([[3, 0], [79, 3]])
+    assert torch.equal(GroupedInt8Embedding(matrix)(tokens), matrix.values()[tokens])
 
 
 def test_an_embedding_looks_up_rows() -> None:
