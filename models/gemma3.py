@@ -201,7 +201,7 @@ def read_gemma3_config(raw: Mapping[str, Any], where: str = "config.json") -> Ge
     fields = ConfigReader(raw, where)
     text, vision = fields.section("text_config"), fields.section("vision_config")
     vision.text("model_type", "siglip_vision_model", ("siglip_vision_model",))
-    tied = fields.boolean("tie_word_embeddings", text.boolean("tie_word_embeddings", True))
+    tied = fields.boolean("tie_word_embeddings", True)      # text_config's does not count
     of_tower = read_vision_config({**vision.raw, "model_type": "siglip_vision_model"}, vision.where)
     tokens, side = fields.integer("mm_tokens_per_image", 256), of_tower.image_size // of_tower.patch_size
     if math.isqrt(tokens) ** 2 != tokens or side % math.isqrt(tokens):

@@ -40,7 +40,8 @@ def describe(source: str | Path | None) -> dict[str, Any]:
         for entry in checkpoint.entries.values():
             stored[entry.stored or str(entry.dtype).removeprefix("torch.")] += entry.elements
         found: dict[str, Any] = {
-            "checkpoint": str(path), "architectures": checkpoint.config.get("architectures"),
+            "checkpoint": str(path),
+            "architectures": checkpoint.config.get("architectures") or [checkpoint.config.get("model_type")],
             "file_bytes": sum(file.stat().st_size for file in files), "stored": dict(stored.most_common()),
         }
         try:
@@ -124,7 +125,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     said = [
         f"checkpoint  {found['checkpoint']}",
         f"stored      {megabytes(found['file_bytes'])}: {stored}",
-        f"kind        {', '.join(names) if isinstance(names, list) else names}",
+        f"kind        {', '.join(map(str, names)) if isinstance(names, list) else names}",
     ]
     if found["problem"] is not None:
         return [*said, f"supported   no: {found['problem']}"]

@@ -219,10 +219,12 @@ def open_text_side(checkpoint: Checkpoint) -> tuple[TextTokenizer, str | InputEr
 
 
 def end_of_sequence_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> frozenset[int]:
-    """Every id that any file of the checkpoint calls an end of sequence."""
-    ids: set[int] = set()
-    for config in (checkpoint.generation_config, checkpoint.config):
-        ids.update(JsonObject(config, str(checkpoint.path)).integers("eos_token_id", ()))
+    """Every id that any file of the checkpoint calls an end of sequence; text_config's, where no other does."""
+    generation, config = (JsonObject(raw, str(checkpoint.path)) for raw in (
+        checkpoint.generation_config, checkpoint.config
+    ))  # fmt: skip
+    ids = {*generation.integers("eos_token_id", ()), *config.integers("eos_token_id", ())}
+    ids = ids or {*config.section("text_config").integers("eos_token_id", ())}
     if tokenizer.eos_token is not None:
         token = tokenizer.token_id(tokenizer.eos_token)
         ids |= set() if token is None else {token}

@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbe
 import models.config as config_file
 from models.families import architecture
 from models.layers import RotaryEmbedding
+from popengine.loading import end_of_sequence_ids
 from weights.errors import InputError
 
 B, T = 2, 7
@@ -166,7 +169,7 @@ def test_rope_is_read_wherever_it_stands(family: str) -> None:
     assert scaled > 5
 
 
-@pytest.mark.parametrize("family", [*TEXT_FAMILIES, "llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", [*TEXT_FAMILIES, *PICTURE_FAMILIES])
 def test_absent_and_null_fields_mean_what_transformers_takes_them_for(family: str) -> None:
     source = random.Random(family)
     for _ in range(40):
@@ -177,18 +180,21 @@ def test_absent_and_null_fields_mean_what_transformers_takes_them_for(family: st
             "num_key_value_heads": [None, 2], "head_dim": [None, 24], "intermediate_size": [48], "rms_norm_eps": [1e-3],
             "max_position_embeddings": [64], "vocab_size": [96], "tie_word_embeddings": [True, False],
         }  # fmt: skip
-        if family in ("qwen2", "qwen3", "qwen2_moe", "qwen2_vl"):
+        if family in ("qwen2", "qwen3", "qwen2_moe", "qwen2_vl", "qwen2_5_vl"):
             choices["layer_types"] = [None, ["full_attention"] * text["num_hidden_layers"]]
-        if family in ("qwen3", "gemma3_text"):
+        if family.startswith(("qwen3", "gemma3")) and family != "qwen3_moe":
             choices["head_dim"] = [24]                      # null is an error there, and so is below
-        if family not in ("llama", "qwen2", "qwen3", "qwen2_vl"):
+        if family not in ("llama", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
             choices["num_key_value_heads"] = [2]
-        if family == "gemma3_text":
+        if family.startswith("gemma3"):
             choices["sliding_window"] = [6]
         text |= {name: source.choice(values) for name, values in choices.items() if source.random() < 0.5}
         if family != "llama":
             text.setdefault("num_key_value_heads", 2)       # of which the defaults of most families are no part
-        if family == "qwen2_vl":
+        if family == "qwen3_vl":
+            # What transformers does not know there, and what it reads beside text_config alone.
+            text |= {"head_dim": 16, "use_sliding_window": False, "tie_word_embeddings": False}
+        if family in SECTIONS:
             half = (text.get("head_dim") or 16) // 2
             text["rope_scaling"] = {"type": "mrope", "mrope_section": [half - 4, 2, 2]}
         theirs, ours = read_both(family, text)
@@ -204,7 +210,7 @@ def test_absent_and_null_fields_mean_what_transformers_takes_them_for(family: st
 def hugging_face_windows(family: str, theirs: Any) -> list[int | None]:
     """Per layer, as the modeling files choose their masks."""
     layers = theirs.num_hidden_layers
-    if family == "llama":
+    if family in ("llama", "qwen3_vl"):
         return [None] * layers
     if family in ("mistral", "llava", "mixtral", "qwen3_moe"):
         return [theirs.sliding_window] * layers
@@ -242,3 +248,16 @@ def test_a_rope_that_nobody_would_read_is_refused() -> None:
         raw["text_config"] = SIZES | inside | {"num_key_value_heads": 2}
         with pytest.raises(InputError, match=r"rope_scaling \(yarn\) stands beside text_config"):
             architecture(raw, family).read_config(raw)
+
+
+def test_ends_of_sequence_may_stand_in_text_config(tmp_path: Path) -> None:
+    """Where nothing else names one: transformers takes them from there, too."""
+    silent: Any = SimpleNamespace(eos_token=None)
+    for generation, config, ids in (
+        ({}, {"text_config": {"eos_token_id": [3, 4]}}, {3, 4}),
+        ({"eos_token_id": 5}, {"text_config": {"eos_token_id": 3}}, {5}),
+        ({"eos_token_id": [5, 6]}, {"eos_token_id": 7, "text_config": None}, {5, 6, 7}),
+        ({}, {"eos_token_id": None}, set()),
+    ):
+        checkpoint: Any = SimpleNamespace(generation_config=generation, config=config, path=tmp_path)
+        assert end_of_sequence_ids(checkpoint, silent) == ids

@@ -263,7 +263,7 @@ def _open_fast(directory: Path) -> FastTokenizer:
     path = directory / files.TOKENIZER
     content = read_text(path, LARGEST_TOKENIZER)
     sandbox = Sandbox("tokenizers", content, str(path), lfs_hint(content[:100].encode()))
-    named, extra, for_templates = _special_tokens(directory)
+    named, extra = _special_tokens(directory)
     # What the configuration adds to the file, in the order of the ids it gives.
     added = add_tokens(sandbox)
     known = {token.content for token in added.values()}
@@ -278,13 +278,13 @@ def _open_fast(directory: Path) -> FastTokenizer:
     new += [AddedToken(name, normalized=False) for name in extra if name not in by_content]
     if new:
         add_tokens(sandbox, new, special=True)
-    return FastTokenizer(sandbox, named.get("bos_token"), named.get("eos_token"), for_templates)
+    return FastTokenizer(sandbox, named.get("bos_token"), named.get("eos_token"), _for_templates(named, extra))
 
 
 def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
     path = directory / files.SENTENCEPIECE
     config = read_json(directory / files.TOKENIZER_CONFIG, optional=True)
-    named, extra, for_templates = _special_tokens(directory)
+    named, extra = _special_tokens(directory)
     prefix_space = "always" if config.get("legacy") else "first"
     if config.get("add_prefix_space") is False:
         prefix_space = "never"
@@ -309,7 +309,7 @@ def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
         sandbox,
         bos_token=named.get("bos_token"),
         eos_token=named.get("eos_token"),
-        template_tokens=for_templates,
+        template_tokens=_for_templates(named, extra),
         added_tokens=added,
         prefix_space=prefix_space,
         add_bos=config.get("add_bos_token") is not False,
@@ -329,26 +329,27 @@ def with_ends(tokens: Mapping[str, Any] | None, bos_token: str | None, eos_token
     return {**(tokens or {}), **{name: token for name, token in ends.items() if token is not None}}
 
 
-def _special_tokens(directory: Path) -> tuple[dict[str, str], list[str], dict[str, Any]]:
-    """The special tokens that the files beside the tokenizer name: those with a role by name, then all others; and all
-    that have names, by these: a chat template may use whatever tokenizer_config.json calls something_token."""
+def _special_tokens(directory: Path) -> tuple[dict[str, str], list[str]]:
+    """The special tokens that the files beside the tokenizer name: those that have names, by these, then all others.
+
+    As in transformers 5, every field called something_token names one.
+    """
     declared = dict(read_json(directory / files.TOKENIZER_CONFIG, optional=True))
     if "added_tokens_decoder" not in declared:  # as transformers: only older folders need the second file
         declared.update(read_json(directory / files.SPECIAL_TOKENS, optional=True))
-    named = {name: text for name in SPECIAL_TOKEN_NAMES if (text := token_text(declared.get(name)))}
     extra: Any = declared.get("extra_special_tokens") or declared.get("additional_special_tokens") or []
-    listed = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
-    if len(listed) > MOST_ADDED:
-        raise InputError(f"{directory}: {len(listed)} special tokens are named, and at most {MOST_ADDED} are read")
-    others = [text for token in listed if (text := token_text(token))]
-    by_name = {name: value for name, value in declared.items() if name.endswith("_token")}
+    by_name = {name: declared.get(name) for name in SPECIAL_TOKEN_NAMES}
+    by_name |= {name: value for name, value in declared.items() if name.endswith("_token")}
     by_name |= extra if isinstance(extra, dict) else {}
-    for_templates: dict[str, Any] = {
-        name: text for name, value in by_name.items() if (text := token_text(value)) is not None
-    }
-    if others and not isinstance(extra, dict):
-        for_templates["additional_special_tokens"] = others     # as transformers 4 does
-    return named, others, for_templates
+    listed = extra if isinstance(extra, list) else []
+    if len(listed) + len(by_name) > MOST_ADDED:
+        raise InputError(f"{directory}: more than {MOST_ADDED} special tokens are named")
+    named = {name: text for name, value in by_name.items() if (text := token_text(value))}
+    return named, [text for token in listed if (text := token_text(token))]
+
+
+def _for_templates(named: dict[str, str], extra: list[str]) -> dict[str, Any]:
+    return {**named, "additional_special_tokens": extra} if extra else {**named}        # the list: transformers 4
 
 
 def _added_tokens(directory: Path, special: list[str]) -> dict[int, AddedToken]:
