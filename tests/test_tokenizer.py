@@ -463,13 +463,13 @@ def test_added_tokens_are_read_at_once_up_to_a_number_far_above_any_model(tmp_pa
             content = {str(token["content"]): token["id"] for token in tokens}
             (tmp_path / "tokenizer_config.json").unlink(missing_ok=True)
         write_json(tmp_path / place, content)
-        began = time.perf_counter()
+        began = time.process_time()         # the child's own limit is below this
         if count < 32_000:
             assert open_tokenizer(tmp_path).token_id("<9999>") is not None
         else:
             with pytest.raises(InputError, match=r"it has 50\d{3} added tokens, and at most 32000 are read"):
                 open_tokenizer(tmp_path)
-        assert time.perf_counter() - began < 2.0
+        assert time.process_time() - began < 2.0
 
 
 def test_lone_surrogate_is_refused(any_tokenizer: TextTokenizer) -> None:
