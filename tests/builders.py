@@ -119,15 +119,22 @@ CHAT_TEMPLATE = (
 )
 
 
-def complete_checkpoint(folder: Path, **changes: Any) -> Path:
-    """A folder that the command can run: a tiny random Llama, a byte-level tokenizer and a chat template."""
+def complete_checkpoint(folder: Path, config: Any = None, **changes: Any) -> Path:
+    """A folder that the command can run: a tiny random model, a byte-level tokenizer and a chat template.
+
+    config   of the model, whose vocabulary becomes the tokenizer's; None: a Llama of SIZES
+    changes  fields of the config
+    """
     vocabulary = {piece: index for index, piece in enumerate(sorted(ByteLevel.alphabet()))}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
     backend.decoder = ByteLevelDecoder()
     backend.add_special_tokens(["<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<eos>"])
-    sizes = SIZES | {"vocab_size": backend.get_vocab_size(), "max_position_embeddings": 256, "eos_token_id": 260}
-    random_reference(LlamaConfig(**sizes | changes)).save_pretrained(folder)
+    sizes = {"vocab_size": backend.get_vocab_size(), "max_position_embeddings": 256, "eos_token_id": 260} | changes
+    config = LlamaConfig(**SIZES | sizes) if config is None else deepcopy(config)
+    for name, value in sizes.items():
+        setattr(config, name, value)
+    random_reference(config).save_pretrained(folder)
     backend.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": "<eos>", "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
