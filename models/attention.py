@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from models.cache import LayerCache, View
 from models.config import LlamaConfig
 from models.layers import RMSNorm, rotate
-from models.matrix import Matrix
-from models.matrix_forms import stack
+from models.matrices.forms import stack
+from models.matrices.plain import Matrix
+from models.matrices.products import attend_cache, attend_prompt
 from models.passes import DecodePass, PrefillPass
-from models.products import attend_cache, attend_prompt
 
 
 class Attention(nn.Module):

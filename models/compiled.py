@@ -1,5 +1,5 @@
 """A model's decode step through torch.compile. Nothing else knows of it but the products, which are chosen where they
-are computed (models/products.py).
+are computed (models/matrices/products.py).
 
 B batch, H hidden size, V vocabulary.
 """

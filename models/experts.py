@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.feed_forward import FeedForward
 from models.layers import at_least_float32
-from models.matrix import Matrix
+from models.matrices.plain import Matrix
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.layers import activation_function
-from models.matrix import Matrix
+from models.matrices.plain import Matrix
 
 
 class FeedForward(nn.Module):

@@ -15,10 +15,11 @@ from models.blocks import AttentionBlock, PrunedBlock, Sublayer
 from models.cache import KVCache, LayerCache, View
 from models.clock import Clock
 from models.config import LlamaConfig, read_llama_config
+from models.cost_model import all_copy_bytes
 from models.feed_forward import FeedForward
 from models.key_names import TEXT_SPELLINGS, keys_by_our_names
 from models.layers import Embedding, RMSNorm, RotaryEmbedding
-from models.matrix import Matrix
+from models.matrices.plain import Matrix
 from models.passes import DecodePass, PictureRows, PrefillPass, decode_pass, following_pass, prefill_pass
 from models.pruning.heads import PartitionedAttention
 from models.pruning.left_out import ATTENTION, MLP
@@ -26,7 +27,6 @@ from models.pruning.partition import PartitionSizes
 from models.pruning.pop import POP
 from models.pruning.refresh import RefreshSchedule
 from models.pruning.resolve import Pruning
-from models.reading import all_copy_bytes
 from models.state import DecodeState, LayerState
 from models.walks import decode_layers, prefill_layers
 from weights.errors import InputError

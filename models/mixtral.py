@@ -10,6 +10,7 @@ from typing import Any
 
 from models.blocks import PrunedBlock
 from models.config import ConfigReader, FamilyDefaults, LlamaConfig, read_decoder_fields
+from models.cost_model import copy_bytes
 from models.experts import MixtureOfExperts
 from models.key_names import TEXT_SPELLINGS, keys_by_our_names
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
@@ -17,7 +18,6 @@ from models.pruning.experts import PartitionedExperts
 from models.pruning.left_out import MLP
 from models.pruning.partition import PartitionSizes
 from models.pruning.resolve import Pruning
-from models.reading import copy_bytes
 from models.state import DecodeState
 from weights.errors import InputError
 

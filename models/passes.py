@@ -17,7 +17,7 @@ from torch import Tensor
 from models.cache import KVCache, LayerCache, View
 from models.clock import Clock, phase
 from models.masks import Masks, Slots, masks_in_cache, slots_in_cache, visible
-from models.products import attend_cache, attend_prompt
+from models.matrices.products import attend_cache, attend_prompt
 from models.pruning.partition import Evidence, channel_scores
 
 Rotary = Callable[..., tuple[Tensor, Tensor]]

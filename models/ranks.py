@@ -5,7 +5,7 @@ is a part of a sum: two sums over all ranks in every layer, which stand where th
 vocabulary it has some rows. Norms, routers and vision towers are whole everywhere.
 
 A model is laid out for one rank by a config of that rank's heads and channels. Whoever started the processes has
-joined them before (popengine/torchrun.py); with one process nothing here imports or does anything.
+joined them before (popengine/engine/distributed.py); with one process nothing here imports or does anything.
 
 V vocabulary.
 """

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from models.pruning.settings import PruningSettings as PruningSettings
-    from popengine.loading import load as load
-    from popengine.sampling import Sampling as Sampling
+    from popengine.engine.loading import load as load
+    from popengine.engine.sampling import Sampling as Sampling
     from weights.errors import InputError as InputError
 
 __version__ = "0.1.0"
 
 PUBLIC = {
-    "load": "popengine.loading",
+    "load": "popengine.engine.loading",
     "PruningSettings": "models.pruning.settings",
-    "Sampling": "popengine.sampling",
+    "Sampling": "popengine.engine.sampling",
     "InputError": "weights.errors",
 }
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from popengine import __version__
 from popengine.command import nearest
-from popengine.waiting import waiting
+from popengine.engine.spinner import waiting
 from weights.errors import InputError
 
 COMMANDS = {

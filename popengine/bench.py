@@ -2,7 +2,7 @@
 
     python -m popengine.bench -p 128 -n 64 --prune-ratio 0 0.2 0.4 --compile --against transformers,llama.cpp
 
-popengine/measure/benchmark.py says how. Compare figures of one run with each other, never with another run's.
+popengine/benchmark/benchmark.py says how. Compare figures of one run with each other, never with another run's.
 """
 
 import argparse
@@ -90,7 +90,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(flags: argparse.Namespace) -> None:
     check(flags)
     start_pytorch(flags)
-    from popengine.measure import bench_table, benchmark
+    from popengine.benchmark import benchmark
+    from popengine.benchmark import table as bench_table
 
     with tempfile.TemporaryDirectory(prefix="popengine-bench-") as folder:
         result = benchmark.measure(flags, Path(folder))

@@ -25,7 +25,7 @@ from popengine.command import (
     said_of,
     start_pytorch,
 )
-from popengine.processes import is_first
+from popengine.engine.processes import is_first
 from weights.errors import InputError, one_line
 
 try:
@@ -63,8 +63,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(flags: argparse.Namespace) -> None:
     pruning = generation_settings(flags)
     start_pytorch(flags)
-    from popengine import loading, statistics, torchrun
-    from popengine.sampling import Sampling
+    from popengine.engine import distributed as torchrun
+    from popengine.engine import loading
+    from popengine.engine import results as statistics
+    from popengine.engine.sampling import Sampling
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     engine = load_with_warnings(loading.load, flags)

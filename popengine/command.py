@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from models.pruning.settings import RECOMMENDED, PruningSettings
-from popengine.processes import is_one_of_several
-from popengine.waiting import waiting
+from popengine.engine.processes import is_one_of_several
+from popengine.engine.spinner import waiting
 from weights.errors import InputError, one_line
 
 # How PyTorch's allocators, drivers and the loader of libraries say so: none raises a MemoryError.
@@ -95,7 +95,7 @@ def run_as_command(
     open_standard_streams()
     status, said = 2, ""
     # That module imports PyTorch, which takes seconds.
-    torchrun = importlib.import_module("popengine.torchrun") if is_one_of_several() else None
+    torchrun = importlib.import_module("popengine.engine.distributed") if is_one_of_several() else None
     try:
         flags = parser.parse_args(arguments)
         refuse_shadowed_packages()

@@ -63,7 +63,7 @@ def run(flags: argparse.Namespace) -> None:
     if flags.time < 0 or (flags.time and flags.text is None):
         raise InputError("--time takes a number of rounds of at least 1, and a text whose first window is decoded")
     start_pytorch(flags)
-    from popengine.measure import comparison, comparison_table, prepared, scoring, tasks
+    from popengine.evaluation import comparison, comparison_table, prepared, scoring, tasks
 
     prepared.check_methods(flags)
     for name in flags.tasks:

@@ -20,8 +20,8 @@ from popengine.command import (
     run_as_command,
     start_pytorch,
 )
+from popengine.engine.processes import is_one_of_several
 from popengine.generate import read_prompt
-from popengine.processes import is_one_of_several
 from weights.errors import InputError
 from weights.output_file import check_output, write_output
 
@@ -65,9 +65,9 @@ def run(flags: argparse.Namespace) -> None:
         raise InputError("the page shows every layer: give no --leave-out")
     check_output(flags.out)
     start_pytorch(flags)
-    from popengine import loading
-    from popengine.measure.explained_run import explained_run
-    from popengine.sampling import Sampling
+    from popengine.engine import loading
+    from popengine.engine.sampling import Sampling
+    from popengine.page.explained_run import explained_run
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     engine = load_with_warnings(loading.load, flags)

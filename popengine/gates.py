@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from popengine.command import OneLineParser, add_checkpoint_flag, add_machine_flags, run_as_command, start_pytorch
-from popengine.processes import is_one_of_several
+from popengine.engine.processes import is_one_of_several
 from weights.errors import InputError
 from weights.output_file import make_folder, write_output
 
@@ -49,11 +49,11 @@ def run(flags: argparse.Namespace) -> None:
     if is_one_of_several():
         raise InputError("derivatives do not go through sums over ranks: start gates without torchrun")
     start_pytorch(flags)
-    from popengine import loading
-    from popengine.measure import gates, scoring, tasks
+    from popengine.engine import loading
+    from popengine.evaluation import gates, scoring, tasks
 
     if not flags.no_plots:
-        from popengine.measure import plots
+        from popengine.evaluation import plots
     questions = [] if flags.tasks is None else tasks.questions_for(flags.tasks, flags.samples, flags.seed)
     make_folder(flags.out, "gates.json", "gates.md", "gates.png")
     show_progress = sys.stderr.isatty() and not flags.quiet

@@ -18,7 +18,7 @@ from popengine.command import (
     run_as_command,
     start_pytorch,
 )
-from popengine.processes import is_first
+from popengine.engine.processes import is_first
 from weights.errors import InputError
 
 # Bytes on standard input: no context holds more.
@@ -57,8 +57,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(flags: argparse.Namespace) -> None:
     pruning = generation_settings(flags)
     start_pytorch(flags)
-    from popengine import loading, statistics, torchrun
-    from popengine.sampling import Sampling
+    from popengine.engine import distributed as torchrun
+    from popengine.engine import loading
+    from popengine.engine import results as statistics
+    from popengine.engine.sampling import Sampling
 
     prompt = torchrun.told_by_first(read_prompt(flags.prompt) if is_first() else None, torchrun.patient())
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)

@@ -25,15 +25,15 @@ import torch
 
 from models.pruning.settings import PruningSettings
 from popengine.command import OneLineParser, run_as_command
-from popengine.loading import load
-from popengine.measure.answering import encode, fitting, generate_until, log_likelihoods
-from popengine.measure.scoring import Window, dense_log_probabilities, log_probabilities
-from popengine.methods.by_name import Request, pruning_for
-from popengine.methods.calibration import load_calibration
-from popengine.sampling import Sampling
+from popengine.engine.distributed import agree, contents
+from popengine.engine.loading import load
+from popengine.engine.sampling import Sampling
+from popengine.evaluation.answering import encode, fitting, generate_until, log_likelihoods
+from popengine.evaluation.scoring import Window, dense_log_probabilities, log_probabilities
+from popengine.studies.by_name import Request, pruning_for
+from popengine.studies.calibration import load_calibration
 from popengine.text.chat import render_chat
 from popengine.text.sandbox.special_tokens import Spelled
-from popengine.torchrun import agree, contents
 from weights.errors import InputError
 from weights.json_files import shown
 

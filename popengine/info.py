@@ -31,7 +31,7 @@ def run(flags: argparse.Namespace) -> None:
     if flags.checkpoint and flags.ckpt:
         raise InputError("name one checkpoint, with --ckpt or without")
     start_pytorch(flags)
-    from popengine import description
+    from popengine.engine import checkpoint_info as description
 
     found = description.describe(flags.checkpoint or flags.ckpt)
     print(json.dumps(found, ensure_ascii=False) if flags.json else "\n".join(description.lines(found)))

@@ -1,6 +1,6 @@
 """The command: python -m popengine.score --ckpt ... --text FILE --method pop --prune-ratio 0.2
 
-Perplexity of a text through prefill and decode steps (popengine/measure/scoring.py says why not by one forward pass).
+Perplexity of a text through prefill and decode steps (popengine/evaluation/scoring.py says why).
 """
 
 import argparse
@@ -51,9 +51,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(flags: argparse.Namespace) -> None:
     settings = pruning_settings(flags)
     start_pytorch(flags)
-    from popengine import loading, statistics
-    from popengine.measure import scoring, task_calibration
-    from popengine.methods import by_name
+    from popengine.engine import loading
+    from popengine.engine import results as statistics
+    from popengine.evaluation import scoring, task_calibration
+    from popengine.studies import by_name
 
     by_name.check_method(flags.method)
     if flags.save_calibration is not None:

@@ -58,7 +58,7 @@ def run(flags: argparse.Namespace) -> None:
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
     start_pytorch(flags)
-    from popengine.measure import comparison, prepared, progress_file, task_archive, task_runs
+    from popengine.evaluation import comparison, prepared, progress_file, task_archive, task_runs
 
     for name in flags.tasks:
         if name not in task_archive.TASKS:

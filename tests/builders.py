@@ -25,18 +25,18 @@ from transformers import (
     Qwen3Config,
 )
 
+from models.cost_model import layer_weights
 from models.llama import LlamaForCausalLM
-from models.matrix import replace_matrices
-from models.matrix_forms import ColumnMatrix
+from models.matrices.forms import ColumnMatrix
+from models.matrices.plain import replace_matrices
 from models.pruning.heads import PartitionedAttention
 from models.pruning.partition import ChannelPartition, partition_sizes, undecided
 from models.pruning.resolve import Pruning
 from models.pruning.settings import PruningSettings
-from models.reading import layer_weights
 from models.state import DecodeState, LayerState
-from popengine.engine import Engine
-from popengine.loading import load_model
-from popengine.run import next_logits
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load_model
+from popengine.engine.run import next_logits
 from popengine.studies.resolve import resolve_study
 from weights.checkpoint import open_checkpoint
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from models import packed
+from models.matrices import packed
 from popengine.studies import rules
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from models.picture_model import PictureModel
+from models.families.picture_model import PictureModel
 from models.pruning.settings import PruningSettings
-from popengine.engine import Engine
-from popengine.loading import load, load_model
-from popengine.processes import is_first
-from popengine.torchrun import ranks
+from popengine.engine.distributed import ranks
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load, load_model
+from popengine.engine.processes import is_first
 from weights.checkpoint import open_checkpoint
 
 

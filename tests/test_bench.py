@@ -18,20 +18,21 @@ from tiny_gguf import TinyLlama
 from tiny_gguf import write_gguf as write_tiny
 from tolerance import assert_same
 
+from models.cost_model import layer_weights
 from models.experts import MixtureOfExperts
-from models.families import architecture
-from models.picture_model import PictureModel
+from models.families.picture_model import PictureModel
 from models.pruning.resolve import resolve
 from models.pruning.settings import PruningSettings
-from models.reading import layer_weights
+from models.registry import architecture
 from popengine.bench import main
-from popengine.loading import load
-from popengine.measure import bench_shapes, benchmark
-from popengine.measure.bench_engines import Generated, LlamaCppEngine, gguf_bytes_per_token, write_gguf
-from popengine.measure.bench_table import describe
-from popengine.measure.benchmark import Entry, rows
-from popengine.methods.calibration import calibrate, save_calibration
-from popengine.statistics import regions
+from popengine.benchmark import benchmark
+from popengine.benchmark import shapes as bench_shapes
+from popengine.benchmark.benchmark import Entry, rows
+from popengine.benchmark.engines import Generated, LlamaCppEngine, gguf_bytes_per_token, write_gguf
+from popengine.benchmark.table import describe
+from popengine.engine.loading import load
+from popengine.engine.results import regions
+from popengine.studies.calibration import calibrate, save_calibration
 from weights.checkpoint import open_checkpoint
 
 status = partial(exit_status, main)

@@ -23,7 +23,7 @@ from builders import LLAVA_TINY, REPOSITORY, complete_checkpoint, exit_status
 
 from popengine import __main__ as front_door
 from popengine.chat import COMMANDS, OF_SAMPLING, main
-from popengine.sampling import Sampling
+from popengine.engine.sampling import Sampling
 
 Talk = Callable[..., tuple[int, str, str]]
 

@@ -5,7 +5,7 @@ import torch
 from tolerance import assert_same
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from models.clip import VisionTower, read_vision_config
+from models.families.clip import VisionTower, read_vision_config
 from weights.errors import InputError
 
 pytestmark = pytest.mark.numeric

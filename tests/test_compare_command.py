@@ -14,16 +14,16 @@ import torch
 from builders import MIXTRAL_TINY, REPOSITORY, SIZES, exit_status, generated, one_line_error, saved_pair
 from transformers import LlamaConfig
 
+from models.cost_model import bytes_per_token
 from models.pruning.settings import DENSE, PruningSettings
-from models.reading import bytes_per_token
 from popengine.compare import main
-from popengine.loading import load
-from popengine.measure import comparison
-from popengine.measure.scoring import Window, cut_windows, log_probabilities, read_text
-from popengine.measure.studies import drift_figures, pick_figures, picks, rank_drift
-from popengine.measure.tasks import Question, is_answered, questions_for
-from popengine.measure.text_tasks import LEARNT
-from popengine.methods.activations import Activation, embedded, watch_dense
+from popengine.engine.loading import load
+from popengine.evaluation import comparison
+from popengine.evaluation.scoring import Window, cut_windows, log_probabilities, read_text
+from popengine.evaluation.studies import drift_figures, pick_figures, picks, rank_drift
+from popengine.evaluation.tasks import Question, is_answered, questions_for
+from popengine.evaluation.text_tasks import LEARNT
+from popengine.studies.activations import Activation, embedded, watch_dense
 from weights.errors import InputError
 
 status, error = partial(exit_status, main), partial(one_line_error, main)

@@ -13,9 +13,9 @@ from tolerance import assert_rounds_no_worse
 from torch import Tensor
 
 from models.pruning.settings import DENSE, PruningSettings
-from popengine.engine import Engine
-from popengine.loading import load
-from popengine.statistics import measured
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load
+from popengine.engine.results import measured
 
 POP = PruningSettings(prune_ratio=0.4)
 TEXT = (

@@ -30,9 +30,9 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbeddin
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 import models.config as config_file
-from models.families import architecture
 from models.layers import RotaryEmbedding
-from popengine.loading import end_of_sequence_ids
+from models.registry import architecture
+from popengine.engine.loading import end_of_sequence_ids
 from weights.errors import InputError
 
 B, T = 2, 7

@@ -14,10 +14,10 @@ from tiny_qwen_vl import VARIANTS as QWEN_VL_VARIANTS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig
 
-from models.families import ARCHITECTURES
-from models.packed import Int8Matrix
+from models.matrices.packed import Int8Matrix
 from models.passes import PictureRows
 from models.pruning.settings import DENSE, RULE_NAMES, PruningSettings
+from models.registry import ARCHITECTURES
 from weights.json_files import read_json
 
 POP, BOTH = SETTINGS["ffn"], SETTINGS["both"]

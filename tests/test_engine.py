@@ -9,10 +9,10 @@ from builders import SIZES, complete_checkpoint
 from tokenizers import Tokenizer
 
 from models.pruning.settings import DENSE, PruningSettings
-from popengine.engine import Engine
-from popengine.loading import load
-from popengine.measure.scoring import Window, dense_log_probabilities
-from popengine.sampling import Sampling, next_tokens
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load
+from popengine.engine.sampling import Sampling, next_tokens
+from popengine.evaluation.scoring import Window, dense_log_probabilities
 from weights.errors import InputError
 
 HALF = PruningSettings(ffn_ratio=0.5, candidate_width=0.3)

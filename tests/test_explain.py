@@ -18,15 +18,15 @@ from tolerance import assert_same, tolerated
 
 from models.pruning.settings import DENSE, PruningSettings
 from popengine import explain
-from popengine.engine import Engine
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load
+from popengine.engine.run import next_logits
+from popengine.engine.sampling import Sampling
+from popengine.evaluation.scoring import Window
+from popengine.evaluation.studies import picks, rank_drift
 from popengine.explain import main, page
-from popengine.loading import load
-from popengine.measure.explained_run import embedded, explained_run, picture_of
-from popengine.measure.scoring import Window
-from popengine.measure.studies import picks, rank_drift
-from popengine.pictures.vision import Vision
-from popengine.run import next_logits
-from popengine.sampling import Sampling
+from popengine.images.vision import Vision
+from popengine.page.explained_run import embedded, explained_run, picture_of
 
 POP = PruningSettings(ffn_ratio=0.5, candidate_width=0.4)
 HOSTILE = "</script><img src=x onerror=\"document.title='seen'\"><!--<script>"

@@ -14,18 +14,18 @@ from tolerance import assert_same
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from models.cost_model import bytes_per_token
 from models.experts import MixtureOfExperts
 from models.llama import LlamaForCausalLM
 from models.pruning.resolve import Pruning
 from models.pruning.settings import DENSE, PruningSettings
-from models.reading import bytes_per_token
 from popengine import compare, score
-from popengine.loading import load
-from popengine.measure.task_calibration import calibration_of_tasks
-from popengine.methods.by_name import Request, pruning_for
-from popengine.methods.calibration import calibrate, load_calibration, save_calibration
-from popengine.methods.experts import spectral_groups
-from popengine.run import next_logits
+from popengine.engine.loading import load
+from popengine.engine.run import next_logits
+from popengine.evaluation.task_calibration import calibration_of_tasks
+from popengine.studies.by_name import Request, pruning_for
+from popengine.studies.calibration import calibrate, load_calibration, save_calibration
+from popengine.studies.experts import spectral_groups
 from weights.errors import InputError
 
 SETTINGS = PruningSettings(ffn_ratio=0.4)                   # 2 of 5 experts

@@ -22,10 +22,10 @@ from builders import (
 from tolerance import assert_same
 
 from models.llama import LlamaForCausalLM
+from popengine.engine.loading import load
+from popengine.evaluation.gates import OUTPUT, PROMPT, answered, gated_loss, gradients, of_questions, study
+from popengine.evaluation.tasks import questions_for
 from popengine.gates import main
-from popengine.loading import load
-from popengine.measure.gates import OUTPUT, PROMPT, answered, gated_loss, gradients, of_questions, study
-from popengine.measure.tasks import questions_for
 
 FAMILIES: dict[str, Any] = MODELS | {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE}
 LAYERS, PROMPT_TOKENS, ANSWER = SIZES["num_hidden_layers"], 9, [5, 6, 7, 8]

@@ -16,14 +16,20 @@ from tolerance import assert_same
 from torch import Tensor
 from transformers import Gemma3Config, Gemma3TextConfig
 
-from models.gemma3 import GLOBAL_THETA, LOCAL_THETA, Gemma3ForCausalLM, read_gemma3_config, read_gemma3_text_config
-from models.gemma3 import Gemma3ForConditionalGeneration as OurGemma
+from models.cost_model import layer_weights
+from models.families.gemma3 import (
+    GLOBAL_THETA,
+    LOCAL_THETA,
+    Gemma3ForCausalLM,
+    read_gemma3_config,
+    read_gemma3_text_config,
+)
+from models.families.gemma3 import Gemma3ForConditionalGeneration as OurGemma
 from models.pruning.resolve import Pruning, resolve
 from models.pruning.settings import DENSE, PruningSettings
-from models.reading import layer_weights
-from popengine.loading import load_model
-from popengine.measure.bench_shapes import SHAPES
-from popengine.run import next_logits
+from popengine.benchmark.shapes import SHAPES
+from popengine.engine.loading import load_model
+from popengine.engine.run import next_logits
 from popengine.studies.recording import Watch, watched
 from weights.checkpoint import open_checkpoint
 from weights.errors import InputError

@@ -15,11 +15,11 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 
 from models.pruning.settings import DENSE, PruningSettings
 from popengine import compare, generate, score
-from popengine.engine import Engine
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load
+from popengine.images.images import parse_image_processing
+from popengine.images.vision import Vision
 from popengine.info import main as info
-from popengine.loading import load
-from popengine.pictures.images import parse_image_processing
-from popengine.pictures.vision import Vision
 from weights.errors import InputError
 from weights.json_files import JsonObject
 

@@ -13,7 +13,7 @@ import torch
 from tiny_gguf import write_gguf
 from torch import Tensor
 
-from popengine.loading import load_model
+from popengine.engine.loading import load_model
 from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
 

@@ -12,9 +12,9 @@ from builders import another_setting
 from tolerance import tolerated
 
 from models.pruning.settings import PruningSettings
-from popengine.loading import load
-from popengine.methods.by_name import Request, pruning_for
-from popengine.methods.calibration import calibrate, load_calibration, save_calibration
+from popengine.engine.loading import load
+from popengine.studies.by_name import Request, pruning_for
+from popengine.studies.calibration import calibrate, load_calibration, save_calibration
 from weights.errors import InputError
 
 lm_eval = pytest.importorskip("lm_eval")

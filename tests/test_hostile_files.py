@@ -24,9 +24,9 @@ from tiny_gemma import complete_gemma
 from tiny_qwen_vl import FAMILIES as QWENS
 from tiny_qwen_vl import complete_qwen
 
-from popengine.loading import end_of_sequence_ids, load_model
-from popengine.pictures.images import parse_image_processing, processor_fields, read_image_processing
-from popengine.pictures.patches import parse_patch_processing
+from popengine.engine.loading import end_of_sequence_ids, load_model
+from popengine.images.images import parse_image_processing, processor_fields, read_image_processing
+from popengine.images.patches import parse_patch_processing
 from popengine.text.chat import read_chat_template
 from popengine.text.tokenizer import open_tokenizer
 from weights.checkpoint import checkpoint_dtype, open_checkpoint

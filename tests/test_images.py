@@ -12,9 +12,9 @@ from transformers.image_utils import load_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from popengine.measure.picture_tasks import picture_questions
-from popengine.pictures import images
-from popengine.pictures.images import open_image, parse_image_processing, read_image_processing, upright_rgb
+from popengine.evaluation.picture_tasks import picture_questions
+from popengine.images import images
+from popengine.images.images import open_image, parse_image_processing, read_image_processing, upright_rgb
 from weights.errors import InputError
 from weights.json_files import JsonObject
 

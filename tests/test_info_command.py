@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from builders import LLAVA_TINY, MIXTRAL_TINY, exit_status, one_line_error, ours
 
-from models.llava import LlavaForConditionalGeneration
-from models.matrix import Matrix
+from models.cost_model import layer_weights
+from models.families.llava import LlavaForConditionalGeneration
+from models.matrices.plain import Matrix
 from models.pruning.resolve import resolve
 from models.pruning.settings import PruningSettings
-from models.reading import layer_weights
+from popengine.engine.loading import load
+from popengine.images.vision import Vision
 from popengine.info import main
-from popengine.loading import load
-from popengine.pictures.vision import Vision
 from weights.errors import InputError
 from weights.safetensors_files import SafetensorsCheckpoint
 

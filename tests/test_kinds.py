@@ -17,12 +17,12 @@ from transformers import LlamaConfig, MixtralConfig
 from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.matrix import Matrix
-from models.matrix_forms import ColumnMatrix, MixedMatrix, stack
+from models.matrices.forms import ColumnMatrix, MixedMatrix, stack
+from models.matrices.packed import GroupedInt8Matrix, Int4Matrix, Int8Matrix, StoredEmbedding
+from models.matrices.plain import Matrix
 from models.mixtral import MixtralForCausalLM
-from models.packed import GroupedInt8Matrix, Int4Matrix, Int8Matrix, StoredEmbedding
 from models.pruning.settings import DENSE, PruningSettings
-from popengine.loading import load_model
+from popengine.engine.loading import load_model
 from weights.checkpoint import open_checkpoint
 from weights.gguf_blocks import FOUR_BIT_TYPES, READERS
 from weights.groups import group

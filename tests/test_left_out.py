@@ -24,13 +24,13 @@ from builders import (
 from slow_left_out import without
 from tolerance import assert_same
 
+from models.cost_model import bytes_per_token, prompt_work
 from models.llama import LlamaForCausalLM
 from models.pruning.left_out import Half, read_halves, written_halves
 from models.pruning.settings import DENSE, PruningSettings
-from models.reading import bytes_per_token, prompt_work
 from popengine import explain, generate
-from popengine.loading import load
-from popengine.run import next_logits
+from popengine.engine.loading import load
+from popengine.engine.run import next_logits
 from popengine.studies.known_text import evaluate
 from weights.errors import InputError
 

@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from models.cache import View
-from models.llava import LlavaForConditionalGeneration as OurLlava
+from models.families.llava import LlavaForConditionalGeneration as OurLlava
 from models.passes import prefill_pass
 from models.pruning.partition import channel_scores, partition_channels
 from models.pruning.settings import DENSE, PruningSettings
-from popengine.run import next_logits
+from popengine.engine.run import next_logits
 from weights.errors import InputError
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from tolerance import assert_same, distance, rounding
 from torch import Tensor, nn
 
-from models.matrix import Matrix, replace_matrices
-from models.matrix_forms import ChosenColumns, ChosenRows, ColumnMatrix
+from models.matrices.forms import ChosenColumns, ChosenRows, ColumnMatrix
+from models.matrices.plain import Matrix, replace_matrices
 
 OUT, IN = 40, 64
 ROWS = (1, 2, 3, 4, 8, 16, 40)

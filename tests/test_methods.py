@@ -13,15 +13,15 @@ from tolerance import assert_same
 from torch import Tensor
 from transformers import LlamaConfig
 
+from models.cost_model import bytes_per_token
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.pruning.resolve import Pruning
 from models.pruning.settings import DENSE, PruningSettings
-from models.reading import bytes_per_token
-from popengine.methods.activations import Activation, embedded, feed_forward_networks, watch_dense
-from popengine.methods.by_name import METHODS, Request, pruning_for
-from popengine.methods.calibration import Calibration, calibrate, load_calibration, save_calibration
-from popengine.run import next_logits
+from popengine.engine.run import next_logits
+from popengine.studies.activations import Activation, embedded, feed_forward_networks, watch_dense
+from popengine.studies.by_name import METHODS, Request, pruning_for
+from popengine.studies.calibration import Calibration, calibrate, load_calibration, save_calibration
 from popengine.studies.rules import StaticRule
 from weights.errors import InputError
 

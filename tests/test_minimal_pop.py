@@ -15,7 +15,7 @@ from builders import REPOSITORY, complete_checkpoint
 from transformers import LlamaForCausalLM
 
 import popengine
-from popengine.engine import Engine
+from popengine.engine.engine import Engine
 from weights.checkpoint import open_checkpoint
 
 SCRIPT = REPOSITORY / "docs" / "minimal_pop.py"

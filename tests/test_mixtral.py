@@ -27,17 +27,17 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from models.cache import View
+from models.cost_model import all_copy_bytes, bytes_per_token, copy_bytes
 from models.llama import LlamaForCausalLM
-from models.matrix import Matrix
-from models.matrix_forms import ChosenColumns, ChosenRows
+from models.matrices.forms import ChosenColumns, ChosenRows
+from models.matrices.plain import Matrix
 from models.mixtral import MixtralConfig as OurConfig
 from models.mixtral import MixtralForCausalLM, read_mixtral_config
 from models.passes import prefill_pass
 from models.pruning.partition import channel_scores, partition_channels, partition_sizes
 from models.pruning.settings import DENSE, PruningSettings
-from models.reading import all_copy_bytes, bytes_per_token, copy_bytes
 from models.state import DecodeState
-from popengine.loading import load
+from popengine.engine.loading import load
 from weights.errors import InputError
 
 FFN = SETTINGS["ffn"]

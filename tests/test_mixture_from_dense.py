@@ -8,7 +8,7 @@ from builders import REPOSITORY, complete_checkpoint
 from tolerance import assert_same, distance
 
 from models.experts import MixtureOfExperts
-from popengine.loading import load
+from popengine.engine.loading import load
 
 
 @pytest.mark.parametrize("per_token", [4, 2])

@@ -26,23 +26,23 @@ from tolerance import assert_same
 from torch import Tensor
 from transformers import LlamaConfig
 
+from models.cost_model import bytes_per_token, layer_weights
 from models.llama import LlamaForCausalLM
 from models.pruning.left_out import HALVES, Half, read_halves
 from models.pruning.resolve import share_of_halves
 from models.pruning.settings import PruningSettings
-from models.reading import bytes_per_token, layer_weights
 from popengine import compare, score
-from popengine.loading import load
-from popengine.measure.comparison import configurations
-from popengine.measure.scoring import calibration_from
-from popengine.methods.by_name import Request, pruning_for
-from popengine.methods.calibration import Calibration, calibrate, load_calibration, save_calibration
-from popengine.methods.cfsp import kept_shares
-from popengine.methods.probe_pruning import PROBED, probe_rows
-from popengine.methods.tyr import GENERATIONS, OFFSPRING, STEPS, moved
-from popengine.run import next_logits
+from popengine.engine.loading import load
+from popengine.engine.run import next_logits
+from popengine.evaluation.comparison import configurations
+from popengine.evaluation.scoring import calibration_from
+from popengine.studies.by_name import Request, pruning_for
+from popengine.studies.calibration import Calibration, calibrate, load_calibration, save_calibration
+from popengine.studies.cfsp import kept_shares
 from popengine.studies.known_text import evaluate
+from popengine.studies.probe_pruning import PROBED, probe_rows
 from popengine.studies.rules import StaticRule
+from popengine.studies.tyr import GENERATIONS, OFFSPRING, STEPS, moved
 from weights.errors import InputError
 
 CONFIG = LlamaConfig(**SIZES | {"num_hidden_layers": 4})

@@ -17,14 +17,14 @@ from tiny_qwen_vl import complete_qwen, picture
 from tolerance import assert_rounds_no_worse, assert_same, distance, rounding
 from torch import Tensor
 
-from models import packed
-from models.matrix import Matrix
-from models.packed import GroupedInt8Embedding, GroupedInt8Matrix, Int4Matrix, Int8Embedding, Int8Matrix
+from models.cost_model import bytes_per_token
+from models.matrices import packed
+from models.matrices.packed import GroupedInt8Embedding, GroupedInt8Matrix, Int4Matrix, Int8Embedding, Int8Matrix
+from models.matrices.plain import Matrix
 from models.pruning.settings import DENSE, PruningSettings
-from models.reading import bytes_per_token
-from popengine.engine import Engine
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load
 from popengine.generate import main
-from popengine.loading import load
 from weights.checkpoint import open_checkpoint
 from weights.four_bit_layouts import Layout, borrow_evidence
 from weights.gguf_blocks import BLOCKS, FOUR_BIT_TYPES, READERS

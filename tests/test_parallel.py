@@ -14,10 +14,10 @@ from models.llama import LlamaForCausalLM
 from models.mixtral import MixtralForCausalLM
 from models.pruning.resolve import Pruning
 from models.pruning.settings import PruningSettings
-from popengine.methods.activations import Activation, embedded, feed_forward_networks, watch_dense
-from popengine.methods.by_name import METHODS, Request, pruning_for
-from popengine.methods.calibration import calibrate
-from popengine.run import next_logits
+from popengine.engine.run import next_logits
+from popengine.studies.activations import Activation, embedded, feed_forward_networks, watch_dense
+from popengine.studies.by_name import METHODS, Request, pruning_for
+from popengine.studies.calibration import calibrate
 from popengine.studies.known_text import evaluate
 from popengine.studies.recording import recorded
 

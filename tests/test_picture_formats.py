@@ -17,8 +17,8 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from popengine.pictures.images import image_size, open_image, parse_image_processing
-from popengine.pictures.patches import parse_patch_processing
+from popengine.images.images import image_size, open_image, parse_image_processing
+from popengine.images.patches import parse_patch_processing
 from weights.errors import InputError
 from weights.json_files import JsonObject
 

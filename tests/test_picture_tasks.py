@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from popengine.measure.picture_tasks import (
+from popengine.evaluation.picture_tasks import (
     COLOURS,
     KINDS,
     SHAPES,

@@ -23,10 +23,10 @@ from slow_masked import in_model_order, masked_decode, masked_network
 from slow_pop import SlowPOP
 from tolerance import assert_same
 
+from models.cost_model import bytes_per_token
 from models.llama import LlamaForCausalLM
 from models.pruning.partition import channel_scores, keep_best
 from models.pruning.settings import DENSE, PruningSettings
-from models.reading import bytes_per_token
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -38,10 +38,10 @@ from models.pruning.resolve import LayerWeights, resolve
 from models.pruning.settings import DENSE, PruningSettings, exact_share
 from models.state import DecodeState
 from popengine import generate, score
-from popengine.loading import load
-from popengine.methods.by_name import Request, pruning_for
-from popengine.run import next_logits
-from popengine.statistics import measured, report
+from popengine.engine.loading import load
+from popengine.engine.results import measured, report
+from popengine.engine.run import next_logits
+from popengine.studies.by_name import Request, pruning_for
 from popengine.studies.known_text import evaluate
 from weights.errors import InputError
 

@@ -12,8 +12,8 @@ from builders import LLAVA_TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from popengine.engine import Engine
-from popengine.loading import load
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load
 from popengine.text.chat import render_chat
 from weights.errors import InputError
 

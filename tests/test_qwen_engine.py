@@ -14,14 +14,14 @@ from tolerance import assert_same
 from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 
 from models.pruning.settings import DENSE, PruningSettings
-from popengine.engine import Engine
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load
+from popengine.evaluation.gates import gated_loss
+from popengine.evaluation.scoring import Window, dense_log_probabilities, log_probabilities
 from popengine.generate import main as generate
+from popengine.images.patches import PatchVision
 from popengine.info import main as info
-from popengine.loading import load
-from popengine.measure.gates import gated_loss
-from popengine.measure.scoring import Window, dense_log_probabilities, log_probabilities
-from popengine.methods.by_name import Request, pruning_for
-from popengine.pictures.patches import PatchVision
+from popengine.studies.by_name import Request, pruning_for
 from weights.errors import InputError
 
 SMALL, TALL, SQUARE = picture(24, 16), picture(26, 37), picture(32, 32)         # of 6, 15 and 16 tokens

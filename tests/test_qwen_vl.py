@@ -19,14 +19,14 @@ from tolerance import assert_same
 from torch import Tensor
 from transformers import Qwen2VLImageProcessorPil
 
-from models.families import architecture
+from models.families.qwen2_vl import Qwen2VLForConditionalGeneration as OurQwen
 from models.pruning.settings import DENSE, PruningSettings
-from models.qwen2_vl import Qwen2VLForConditionalGeneration as OurQwen
-from popengine.loading import load_model
-from popengine.measure.bench_shapes import SHAPES
-from popengine.pictures.images import image_size, processor_fields
-from popengine.pictures.patches import parse_patch_processing
-from popengine.run import next_logits
+from models.registry import architecture
+from popengine.benchmark.shapes import SHAPES
+from popengine.engine.loading import load_model
+from popengine.engine.run import next_logits
+from popengine.images.images import image_size, processor_fields
+from popengine.images.patches import parse_patch_processing
 from popengine.studies.known_text import evaluate
 from weights.checkpoint import open_checkpoint
 from weights.errors import InputError

@@ -16,7 +16,7 @@ from rank_cases import compute
 from safetensors.torch import load_file
 from tolerance import assert_same, tolerated
 
-from popengine.torchrun import contents
+from popengine.engine.distributed import contents
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -124,7 +124,7 @@ checkpoint = how if os.path.isdir(how) and rank == "1" else checkpoint
 sys.argv = ["generate", "--ckpt", checkpoint, "--prompt", "a", "-n", rank if how == "flags" else "99"]
 sys.argv += ["--bogus"] if how == "bogus" and rank == "1" else []
 if how == "dies":
-    from popengine import run
+    from popengine.engine import run
     def accept(self, chosen):
         self.new_tokens += 1
         if rank == "1" and self.new_tokens == 5:

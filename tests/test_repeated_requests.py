@@ -16,8 +16,8 @@ from builders import LLAVA_TINY, MIXTRAL, MIXTRAL_TINY, MODELS, QWEN2_MOE, compl
 from torch import Tensor
 
 from models.pruning.settings import PruningSettings
-from popengine.engine import Engine
-from popengine.loading import load
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load
 
 FAMILIES = MODELS | {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE}
 # Every setting that keeps evidence, or decides what becomes of it.

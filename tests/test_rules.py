@@ -27,20 +27,20 @@ from tolerance import assert_same
 from torch import Tensor
 from transformers import LlamaConfig
 
-from models import packed
 from models.cache import View
+from models.cost_model import bytes_per_token
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.packed import Int4Matrix, Int8Matrix, draft_of
+from models.matrices import packed
+from models.matrices.packed import Int4Matrix, Int8Matrix, draft_of
 from models.passes import prefill_pass
 from models.pruning.pop import POP, Prior
 from models.pruning.refresh import RefreshSchedule
 from models.pruning.resolve import Pruning
 from models.pruning.settings import DENSE, RULE_NAMES, PruningSettings
-from models.reading import bytes_per_token
-from popengine.loading import load
-from popengine.prior import read
-from popengine.run import next_logits
+from popengine.engine.loading import load
+from popengine.engine.prior import read
+from popengine.engine.run import next_logits
 from popengine.studies import rules
 from popengine.studies.known_text import evaluate
 from weights.errors import InputError

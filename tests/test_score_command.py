@@ -12,9 +12,9 @@ from builders import complete_checkpoint, exit_status, one_line_error
 from tolerance import SMOLLM2, tolerated
 
 from models.pruning.settings import DENSE, PruningSettings
-from popengine.engine import Engine
-from popengine.loading import load
-from popengine.measure.scoring import (
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load
+from popengine.evaluation.scoring import (
     Text,
     Window,
     WindowScore,

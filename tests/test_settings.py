@@ -11,9 +11,9 @@ from models.pruning.resolve import LayerWeights
 from models.pruning.settings import RECOMMENDED, PruningSettings, compared_fields
 from popengine import compare, generate, score
 from popengine.command import generation_settings, pruning_settings
-from popengine.measure.comparison import Configuration
-from popengine.measure.comparison_table import markdown
-from popengine.statistics import pruning_report
+from popengine.engine.results import pruning_report
+from popengine.evaluation.comparison import Configuration
+from popengine.evaluation.comparison_table import markdown
 from popengine.studies.resolve import resolve_study
 from weights.errors import InputError
 

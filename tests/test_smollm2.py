@@ -21,8 +21,8 @@ from tolerance import SMOLLM2, assert_same
 from models.llama import LlamaForCausalLM
 from models.pruning.pop import Prior
 from models.pruning.settings import DENSE, PruningSettings
-from popengine.engine import Engine
-from popengine.loading import load
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load
 from weights.default_checkpoint import FROM_PACKAGE
 
 GOLDENS = Path(__file__).parent / "goldens" / "smollm2.safetensors"

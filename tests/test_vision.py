@@ -16,11 +16,11 @@ from transformers import AutoProcessor
 from transformers import LlavaForConditionalGeneration as HuggingFaceLlava
 
 from models.pruning.settings import DENSE, PruningSettings
-from popengine.engine import Engine
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load
+from popengine.evaluation.picture_tasks import KINDS, picture_questions
 from popengine.generate import main
-from popengine.loading import load
-from popengine.measure.picture_tasks import KINDS, picture_questions
-from popengine.pictures.vision import Vision
+from popengine.images.vision import Vision
 from popengine.text.chat import render_chats
 from popengine.text.prompts import Messages
 from weights.errors import InputError

@@ -18,17 +18,17 @@ from tolerance import assert_same
 from torch import Tensor
 
 from models.cache import View
-from models.llava import LlavaForConditionalGeneration as OurLlava
+from models.families.llava import LlavaForConditionalGeneration as OurLlava
 from models.passes import PictureRows, Stretch, prefill_pass
 from models.pruning.settings import DENSE, PruningSettings
 from models.state import DecodeState
 from popengine import generate
-from popengine.engine import Engine
-from popengine.loading import load
-from popengine.measure.picture_tasks import picture_questions
-from popengine.methods.by_name import Request, pruning_for
-from popengine.run import next_logits
-from popengine.statistics import measured, report
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load
+from popengine.engine.results import measured, report
+from popengine.engine.run import next_logits
+from popengine.evaluation.picture_tasks import picture_questions
+from popengine.studies.by_name import Request, pruning_for
 from popengine.studies.visual_tokens import most_diverse
 from weights.errors import InputError
 

@@ -19,7 +19,7 @@ from builders import CHAT_TEMPLATE, REPOSITORY, complete_checkpoint
 from loopback_hub import LoopbackHub
 from safetensors.torch import save
 
-from popengine.loading import open_text_side
+from popengine.engine.loading import open_text_side
 from weights import files
 from weights.checkpoint import open_checkpoint
 from weights.hub import is_hub_id
@@ -108,7 +108,7 @@ def test_every_file_that_is_read_is_in_the_list_that_is_fetched() -> None:
     """Names of files in the source of what opens checkpoints, and constants of the list that nobody uses."""
     names: dict[str, str] = {}
     used: set[str] = set()
-    for folder in ("weights", "models", "popengine/text", "popengine/pictures"):
+    for folder in ("weights", "models", "popengine/text", "popengine/images/"):
         for path in (REPOSITORY / folder).glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -16,8 +16,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from models.llava import LlavaForConditionalGeneration as OurLlava
-from popengine.loading import load_model
+from models.families.llava import LlavaForConditionalGeneration as OurLlava
+from popengine.engine.loading import load_model
 from weights.checkpoint import open_checkpoint
 
 IMAGE, PADDING = 90, 0

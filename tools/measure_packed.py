@@ -17,12 +17,12 @@ import torch
 from measure_products import microseconds, report
 from torch import Tensor
 
-from models.matrix import Matrix
-from models.packed import Int4Matrix, Int8Matrix
-from models.products import written_out
+from models.matrices.packed import Int4Matrix, Int8Matrix
+from models.matrices.plain import Matrix
+from models.matrices.products import written_out
 from models.pruning.settings import DENSE
-from popengine.loading import load
-from popengine.measure.scoring import cut_windows, read_text, score_text
+from popengine.engine.loading import load
+from popengine.evaluation.scoring import cut_windows, read_text, score_text
 from weights.checkpoint import open_checkpoint
 from weights.groups import group
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.products import add_up_columns, add_up_for_each, written_out
+from models.matrices.products import add_up_columns, add_up_for_each, written_out
 
 # out, in: gate and up, down, o of SmolLM2-135M; its lm_head; gate and up of a 1B model.
 SHAPES = [(1536, 576), (576, 1536), (576, 576), (49152, 576), (8192, 2048)]

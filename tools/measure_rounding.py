@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from models.pruning.settings import DENSE
-from popengine.engine import Engine
-from popengine.loading import load
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load
 
 PROMPT, STEPS = 128, 64
 

@@ -12,10 +12,10 @@ from statistics import median
 import torch
 from PIL import Image
 
-from models.families import architecture
-from models.qwen2_vl import Qwen2VLForConditionalGeneration
-from popengine.measure.bench_shapes import SHAPES
-from popengine.pictures.patches import parse_patch_processing
+from models.families.qwen2_vl import Qwen2VLForConditionalGeneration
+from models.registry import architecture
+from popengine.benchmark.shapes import SHAPES
+from popengine.images.patches import parse_patch_processing
 from weights.json_files import JsonObject
 
 SIZES = ("224x224", "448x448", "640x480", "1280x960")

@@ -8,8 +8,8 @@ import statistics
 import time
 
 from models.pruning.settings import DENSE, RECOMMENDED, PruningSettings
-from popengine.engine import Engine
-from popengine.loading import load
+from popengine.engine.engine import Engine
+from popengine.engine.loading import load
 
 QUESTIONS = ("Name three trees that grow by the sea.", "Which of them grows tallest?")
 

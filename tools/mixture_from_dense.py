@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from popengine.loading import load
-from popengine.measure.bench_shapes import checkpoint_name
-from popengine.measure.scoring import cut_windows, read_text
-from popengine.methods.activations import Activation, embedded, layer_by_layer
+from popengine.benchmark.shapes import checkpoint_name
+from popengine.engine.loading import load
+from popengine.evaluation.scoring import cut_windows, read_text
+from popengine.studies.activations import Activation, embedded, layer_by_layer
 from weights.checkpoint import open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.gguf_file import GGUFCheckpoint

@@ -11,7 +11,7 @@ import json
 import math
 from pathlib import Path
 
-from popengine.measure.comparison import Configuration
+from popengine.evaluation.comparison import Configuration
 from weights.errors import InputError
 
 

@@ -29,12 +29,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor, nn
 
 from models.cache import View
-from models.llava import LlavaForConditionalGeneration
+from models.families.llava import LlavaForConditionalGeneration
 from models.passes import PictureRows, prefill_pass
 from models.pruning.settings import DENSE
-from popengine import prior
-from popengine.loading import load
-from popengine.measure.picture_tasks import (
+from popengine.engine import prior
+from popengine.engine.loading import load
+from popengine.evaluation.picture_tasks import (
     COLOURS,
     KINDS,
     SHAPES,
@@ -45,8 +45,8 @@ from popengine.measure.picture_tasks import (
     picture_questions,
     random_scene,
 )
-from popengine.measure.tasks import is_answered, questions_for
-from popengine.pictures.images import ImageProcessing, parse_image_processing
+from popengine.evaluation.tasks import is_answered, questions_for
+from popengine.images.images import ImageProcessing, parse_image_processing
 from weights.json_files import JsonObject
 
 REPOSITORY = Path(__file__).resolve().parents[1]

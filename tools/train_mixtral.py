@@ -26,9 +26,18 @@ from models.experts import Routing
 from models.mixtral import MIXTRAL_NAMES, MixtralForCausalLM
 from models.passes import prefill_pass
 from models.pruning.settings import DENSE, PruningSettings
-from popengine import prior
-from popengine.loading import load
-from popengine.measure.text_tasks import BOS, EOS, PAD, TASKS, UNKNOWN, build_tokenizer, held_out_prompts, make_prompt
+from popengine.engine import prior
+from popengine.engine.loading import load
+from popengine.evaluation.text_tasks import (
+    BOS,
+    EOS,
+    PAD,
+    TASKS,
+    UNKNOWN,
+    build_tokenizer,
+    held_out_prompts,
+    make_prompt,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAX_ANSWER = 64  # tokens, more than the longest answer and its end

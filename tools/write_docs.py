@@ -15,9 +15,9 @@ from typing import Any
 import popengine
 from models.pruning.resolve import Pruning
 from popengine.__main__ import COMMANDS
-from popengine.conversation import Conversation
-from popengine.engine import Engine, Generation, Piece
-from popengine.statistics import ExpertUse, Regions, Statistics
+from popengine.engine.conversation import Conversation
+from popengine.engine.engine import Engine
+from popengine.engine.results import ExpertUse, Generation, Piece, Regions, Statistics
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 GENERATED = "Written by `python tools/write_docs.py`; changes belong into {}.\n"

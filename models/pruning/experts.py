@@ -13,7 +13,7 @@ from torch import Tensor
 from models.clock import Clock
 from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
-from models.matrix import Matrix
+from models.matrices.plain import Matrix
 from models.passes import DecodePass, PrefillPass
 from models.pruning.pop import ActiveWeights, DenseFFN, LookedUpWeights, PrunedFFN
 from models.pruning.resolve import Pruning

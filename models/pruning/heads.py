@@ -14,9 +14,9 @@ from models.attention import Attention, CachedAttention
 from models.cache import LayerCache
 from models.clock import Clock, phase
 from models.layers import rotate
-from models.matrix import tensor_bytes
+from models.matrices.plain import tensor_bytes
+from models.matrices.products import attend_cache
 from models.passes import DecodePass, PrefillPass
-from models.products import attend_cache
 from models.pruning.partition import head_scores, partition_channels, undecided
 from models.pruning.pop import POP
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.products import keep_best
+from models.matrices.products import keep_best
 from weights.errors import InputError
 
 

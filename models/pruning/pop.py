@@ -19,8 +19,8 @@ from models.blocks import BlockNorms, FeedForwardBlock, PrunedBlock, Sublayer
 from models.clock import Clock, phase
 from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
-from models.matrix import Matrix, take_columns, tensor_bytes
-from models.matrix_forms import ChosenColumns, ChosenRows, by_columns
+from models.matrices.forms import ChosenColumns, ChosenRows, by_columns
+from models.matrices.plain import Matrix, take_columns, tensor_bytes
 from models.passes import DecodePass, PrefillPass
 from models.pruning.partition import (
     ChannelPartition,

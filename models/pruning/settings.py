@@ -17,7 +17,7 @@ DEFAULT_PRUNE_RATIO = 0.2
 RULE_NAMES = ("pop", "all-channels", "up", "gate", "cats", "teal", "glass", "draft")
 # Those whose candidates are as many as the width says; under the others all that is not retained is a candidate.
 WIDTH_RULES = ("pop", "glass")
-# Methods that leave out layers or halves of them (popengine/methods).
+# Methods that leave out layers or halves of them (popengine/studies/).
 LAYER_METHODS = ("shortgpt", "finercut")
 
 
@@ -77,7 +77,7 @@ class PruningSettings:
     unseen_experts   what becomes of an expert that fewer than min_tokens prompt tokens were routed to: "weights" cuts
                      it by the prior, else by scores from its weights alone, so that the budget still holds; "dense"
                      leaves it whole
-    prior            tokens that the model's own sampled text counts for as evidence (popengine/prior.py)
+    prior            tokens that the model's own sampled text counts for as evidence (popengine/engine/prior.py)
     min_evidence     until the scores have seen so many real tokens, steps run dense and add to them
     dense_every      one step in so many runs dense and adds to the evidence; None: no step does
     redraw_every     at the first dense step after so many steps the partitions are drawn anew; None: they stay

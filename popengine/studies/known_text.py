@@ -13,7 +13,7 @@ from models.walks import decode_layers
 
 
 def evaluate(model: LlamaForCausalLM, tokens: Tensor, state: DecodeState) -> Tensor:
-    """The logits of the run's steps (popengine/run.py) of one token after the other.
+    """The logits of the run's steps (popengine/engine/run.py) of one token after the other.
 
     Steps depend on each other only through the tokens and the cache: each row decides for itself, as its step would
     have done, and attends to the rows before it. One sequence only: several would share their decisions.

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from models.clock import Clock
 from models.feed_forward import FeedForward
-from models.matrix import Matrix
-from models.packed import DRAFT_DTYPE, draft_of
+from models.matrices.packed import DRAFT_DTYPE, draft_of
+from models.matrices.plain import Matrix
+from models.matrices.products import places, row_count
 from models.passes import DecodePass, PrefillPass
-from models.products import places, row_count
 from models.pruning.partition import (
     ChannelPartition,
     Evidence,

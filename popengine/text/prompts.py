@@ -26,7 +26,7 @@ TEMPLATE_LETTERS = 200_000
 
 
 class Placing(Protocol):
-    """How pictures get their places in a text and among its tokens (popengine.pictures.vision).
+    """How pictures get their places in a text and among its tokens (popengine.images.vision).
 
     meant  control tokens that a message may spell and mean, unless the model wrote it
     """

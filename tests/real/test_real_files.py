@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.pruning.settings import DENSE
-from popengine.loading import load
+from popengine.engine.loading import load
 
 pytestmark = pytest.mark.real
 
@@ -40,7 +40,7 @@ def peak_bytes():
     return int(line.split()[1]) * 1024
 
 before = peak_bytes()
-from popengine.loading import load
+from popengine.engine.loading import load
 began = time.perf_counter()
 load(sys.argv[1])
 print(json.dumps({"seconds": time.perf_counter() - began, "bytes": peak_bytes() - before}))

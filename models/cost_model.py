@@ -1,0 +1,136 @@
+"""What a model weighs and what a step reads: all accounting of weights and bytes.
+
+The cost model of every report: bytes of weights per token = attention + lm_head + feed-forward networks, of which a
+step reads what stays resident, and of down_proj only what is chosen where its matrix can leave the rest unread.
+"""
+
+from typing import Any
+
+from models.experts import MixtureOfExperts
+from models.feed_forward import FeedForward
+from models.matrices.plain import Matrix
+from models.pruning.experts import PartitionedExperts
+from models.pruning.left_out import ATTENTION, MLP
+from models.pruning.pop import POP, channel_bytes
+from models.pruning.resolve import LayerWeights, Pruning
+
+
+def weight_count(matrix: Matrix) -> int:
+    return matrix.in_features * matrix.out_features
+
+
+def layer_weights(model: Any) -> LayerWeights:
+    """Weights per decoder layer of a language model, averaged over layers where they differ."""
+    layers = model.model.layers
+    attention, first = 0, layers[0].self_attn
+    for layer in layers:
+        one = layer.self_attn
+        attention += sum(map(weight_count, (one.q_proj, one.k_proj, one.v_proj, one.o_proj)))
+    return LayerWeights(
+        attention=attention // len(layers),
+        ffn=sum(ffn_weights(layer.mlp) for layer in layers) // len(layers),
+        head=2 * first.head_dim * first.q_proj.in_features,
+        head_groups=first.head_groups,
+        heads_per_group=first.heads // first.head_groups,
+        layers=len(layers),
+    )
+
+
+def ffn_weights(mlp: FeedForward | MixtureOfExperts) -> int:
+    """Weights that the prune ratio is a share of; of a mixture, those of the experts one token is routed to.
+
+    The paper leaves out the shared expert (POP, Table 8), which is pruned at the same rate as the others all the same.
+    """
+    if isinstance(mlp, MixtureOfExperts):
+        return mlp.experts_per_token * ffn_weights(mlp.experts[0])
+    return 3 * weight_count(mlp.gate_proj)
+
+
+def bytes_per_token(model: Any, pruning: Pruning, batch: int = 1, state: Any = None) -> int:
+    """Bytes of weights that one decode step of `batch` sequences reads for each token of one of them.
+
+    state  the DecodeState of a run, which knows which experts have no copy of their active weights; None: all have one
+    """
+    read = model.lm_head.read_bytes()
+    for index, layer in enumerate(model.model.layers):
+        halves = pruning.halves(index)
+        active = None if state is None else state.layers[index].ffn
+        if ATTENTION in halves:
+            read += attention_bytes(layer.self_attn, pruning.rule)
+        if MLP in halves:
+            read += mlp_bytes(layer.mlp, pruning.rule, batch, active)
+    return read
+
+
+def attention_bytes(attention: Any, rule: POP) -> int:
+    heads = rule.head_sizes(attention.heads // attention.head_groups)
+    queries = heads.resident * attention.head_groups * attention.head_dim
+    keys_and_values = attention.k_proj.read_bytes() + attention.v_proj.read_bytes()
+    outputs = attention.o_proj.read_bytes(columns=queries if heads.prunes else None)
+    return keys_and_values + attention.q_proj.read_bytes(rows=queries) + outputs
+
+
+def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: POP, batch: int, active: PartitionedExperts | None) -> int:
+    if isinstance(mlp, FeedForward):
+        return rule.step_bytes(mlp, batch)
+    networks = mlp.experts if active is None else active.experts
+    # Rows that meet at an expert are masked, a row by itself may read chosen columns. Without a run to tell: all meet.
+    meeting = float(batch > 1) if active is None or not any(active.picks) else active.met / sum(active.picks)
+    each = 0.0
+    for index, expert in enumerate(networks):
+        if active is not None and active.multiplies_whole(index):
+            each += channel_bytes(expert)
+        else:
+            each += (1 - meeting) * rule.step_bytes(expert, 1) + meeting * rule.step_bytes(expert, batch)
+    shared = 0 if mlp.shared_expert is None else rule.step_bytes(mlp.shared_expert, batch)
+    return round(mlp.experts_per_token * each / len(networks)) + shared
+
+
+def prompt_work(model: Any, pruning: Pruning, tokens: int, missing: int = 0) -> tuple[int, int]:
+    """Multiplications that a prompt of so many tokens takes: with weights, and in attention (queries, keys, values).
+
+    A layer that is skipped makes keys and values of every token, and runs the boundary alone. Layers that tokens of
+    pictures are left out of have `missing` fewer.
+    """
+    linear, attention = weight_count(model.lm_head), 0
+    for index, layer in enumerate(model.model.layers):
+        if pruning.view(index, None).thin:
+            tokens, missing = tokens - missing, 0
+        skipped = pruning.skipped_by(tokens)
+        rows, one, halves = pruning.boundary if index in skipped else tokens, layer.self_attn, pruning.halves(index)
+        if MLP in halves:
+            linear += rows * prompt_ffn_weights(layer.mlp, pruning)
+        if ATTENTION not in halves:
+            continue
+        keys_and_values = weight_count(one.k_proj) + weight_count(one.v_proj)
+        linear += tokens * keys_and_values + rows * (weight_count(one.q_proj) + weight_count(one.o_proj))
+        seen = sum(min(place, one.window or place) for place in range(tokens - rows + 1, tokens + 1))
+        attention += 2 * one.heads * one.head_dim * seen
+    return linear, attention
+
+
+def prompt_ffn_weights(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
+    """Weights that one prompt token is multiplied with: of down_proj what is left, where the prompt is pruned too."""
+    if isinstance(mlp, MixtureOfExperts):
+        shared = 0 if mlp.shared_expert is None else prompt_ffn_weights(mlp.shared_expert, pruning)
+        return weight_count(mlp.gate) + mlp.experts_per_token * prompt_ffn_weights(mlp.experts[0], pruning) + shared
+    return pruning.rule.prompt_weights(mlp, pruning.settings.prefill == "dense")
+
+
+def copy_bytes(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
+    """Memory that active copies of a network (in a mixture: of all its experts) take; nothing to prune, no copy."""
+    if isinstance(mlp, MixtureOfExperts):
+        networks = [*mlp.experts] if mlp.shared_expert is None else [*mlp.experts, mlp.shared_expert]
+        return sum(copy_bytes(ffn, pruning) for ffn in networks)
+    sizes = pruning.rule.sizes(mlp)
+    rows = mlp.gate_proj.read_bytes(rows=sizes.resident) + mlp.up_proj.read_bytes(rows=sizes.resident)
+    return rows + mlp.down_proj.read_bytes(columns=sizes.resident) if sizes.copied else 0
+
+
+def all_copy_bytes(model: Any, pruning: Pruning) -> int:
+    """The same for every layer of a language model."""
+    return sum(
+        copy_bytes(layer.mlp, pruning) for index, layer in enumerate(model.model.layers)
+        if MLP in pruning.halves(index)
+        and (isinstance(layer.mlp, MixtureOfExperts) or pruning.rule.copying_saves(layer.mlp))
+    )

@@ -1,0 +1,1 @@
+"""Matrices: how weights are stored and multiplied, and which product is used."""

@@ -1,0 +1,166 @@
+"""Other forms of a matrix: stored by columns, several of different kinds, chosen rows or columns without a copy.
+
+in and out are the sides of a weight [out, in]; T rows.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.matrices.plain import FEW_ROWS, Matrix, bits, take_columns
+from models.matrices.products import add_up_columns, add_up_for_each, kept, places, row_count, stretches
+
+
+class ColumnMatrix(Matrix):
+    """The same stored column by column: what eager products of a few rows on a CPU want. float32 and bfloat16 only."""
+
+    parts: int
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> "ColumnMatrix":
+        made: ColumnMatrix = super().of(weight, bias)  # type: ignore[assignment]
+        made.parts = torch.get_num_threads()        # which compiled code could not ask
+        return made
+
+    @classmethod
+    def from_rows(cls, matrix: Matrix) -> "ColumnMatrix":
+        """A matrix stored by rows in this order; its values, its parameter and whoever shares that stay the same."""
+        matrix.weight.data = matrix.weight.data.t().contiguous().t()
+        return cls.of(matrix.weight, matrix.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = row_count(x)
+        if rows > FEW_ROWS[self.weight.dtype]:
+            return F.linear(x, self.weight, self.bias)
+        if rows == 1:
+            y = add_up_columns(self.weight.t(), kept(stretches, self.in_features, 1)[0], x.flatten(), self.parts)
+        else:
+            y = add_up_for_each(self.weight.t(), x.flatten(0, -2))                  # [T, out]
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+    def reads_chosen_columns(self, rows: int) -> bool:
+        return rows == 1
+
+    def multiply_columns(self, x: Tensor, columns: Tensor) -> Tensor:
+        y = add_up_columns(self.weight.t(), columns, x.flatten(), self.parts)       # [out]
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+    def multiply_kept(self, x: Tensor, keep: Tensor, count: int) -> Tensor:
+        if row_count(x) > 1:
+            return super().multiply_kept(x, keep, count)
+        columns = places(keep.flatten(), count)                                     # [count]
+        return self.multiply_columns(x[..., columns], columns)
+
+    def reads_chosen_rows(self, rows: int) -> bool:
+        return False            # which lie scattered over all columns
+
+    def empty(self, rows: int, columns: int) -> Matrix:
+        bias = None if self.bias is None else self.bias.new_empty(rows)
+        return type(self).of(self.weight.new_empty(columns, rows).t(), bias)
+
+    def copy_rows(self, source: Matrix, rows: Tensor) -> None:
+        torch.gather(bits(source.weight.t()), 1, rows.expand(source.in_features, -1), out=bits(self.weight.t()))
+        if source.bias is not None:
+            torch.index_select(source.bias, 0, rows, out=self.bias)
+
+    def copy_columns(self, source: Matrix, columns: Tensor) -> None:
+        torch.index_select(bits(source.weight.t()), 0, columns, out=bits(self.weight.t()))
+        if source.bias is not None:
+            self.bias.copy_(source.bias)
+
+
+def by_columns(matrix: Matrix) -> Matrix:
+    """The matrix itself, or a copy stored by columns where that lets a CPU read chosen ones alone."""
+    if type(matrix) is not Matrix or matrix.weight.device.type != "cpu" or matrix.weight.dtype not in FEW_ROWS:
+        return matrix
+    return ColumnMatrix.of(matrix.weight.t().contiguous().t(), matrix.bias)
+
+
+class MixedMatrix(Matrix):
+    """Matrices of different kinds that multiply the same input: their outputs stand one after the other.
+
+    A compact copy drops rows of the first part only. The other parts are not copied: the copy uses them as they are.
+    """
+
+    def __init__(self, parts: Sequence[Matrix], borrowed: Sequence[Matrix] = ()) -> None:
+        """parts: matrices [out, in] of one `in`; borrowed: further parts, whose memory belongs to another matrix"""
+        nn.Module.__init__(self)
+        self.own, self.parts = tuple(parts), (*parts, *borrowed)                    # in tuples: no submodules
+        self.in_features = self.parts[0].in_features
+        self.out_features = sum(part.out_features for part in self.parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]"""
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    def empty_rows(self, rows: int) -> "MixedMatrix":
+        first, *others = self.parts
+        return MixedMatrix([first.empty_rows(rows - sum(part.out_features for part in others))], others)
+
+    def copy_rows(self, source: Matrix, rows: Tensor) -> None:
+        """Become the rows named, which end with every row of all parts but the first. int64 [out]"""
+        assert isinstance(source, MixedMatrix)
+        self.parts[0].copy_rows(source.parts[0], rows[: self.parts[0].out_features])
+
+    def values(self) -> Tensor:
+        return torch.cat([part.values() for part in self.parts])
+
+    def held_bytes(self) -> int:
+        return sum(part.held_bytes() for part in self.own)
+
+
+def stack(matrices: Sequence[Matrix]) -> Matrix:
+    """Matrices that multiply the same input as one, one below the other. They become parts of it and keep their values.
+
+    Neighbours of one kind become one product; a MixedMatrix holds what remains if there are several kinds.
+    """
+    alike = [list(run) for _, run in groupby(matrices, key=lambda matrix: matrix.kind())]
+    stacked = [run[0] if len(run) == 1 else type(run[0]).stack(run) for run in alike]
+    return stacked[0] if len(stacked) == 1 else MixedMatrix(stacked)
+
+
+class ChosenRows(nn.Module):
+    """Rows of another matrix, which are not copied: the whole is multiplied with and what was not chosen is dropped."""
+
+    def __init__(self, whole: Matrix) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def copy_rows(self, source: Matrix, rows: Tensor) -> None:
+        self.chosen = rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return take_columns(self.whole(x), self.chosen)
+
+    def reads_chosen_rows(self, rows: int) -> bool:
+        return False
+
+    def held_bytes(self) -> int:
+        return 0
+
+
+class ChosenColumns(nn.Module):
+    """Columns of another matrix, which are not copied: the whole is multiplied with, by zeros where not chosen."""
+
+    def __init__(self, whole: Matrix) -> None:
+        super().__init__()
+        self.whole, self.bias = whole, whole.bias
+
+    def copy_columns(self, source: Matrix, columns: Tensor) -> None:
+        self.chosen = columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        spread = x.new_zeros(*x.shape[:-1], self.whole.in_features).index_copy_(-1, self.chosen, x)
+        return self.whole(spread)
+
+    def multiply_kept(self, x: Tensor, keep: Tensor, count: int) -> Tensor:
+        return self(x.masked_fill(~keep, 0))
+
+    def reads_chosen_columns(self, rows: int) -> bool:
+        return False
+
+    def held_bytes(self) -> int:
+        return 0

@@ -1,0 +1,1 @@
+"""The benchmark: timed engines, shapes of random weights, tables."""

@@ -1,0 +1,322 @@
+"""The engines that a benchmark compares, each behind the same method: generate greedily and say how long it took.
+
+Peers are optional: transformers and llama-cpp-python are imported here and only when asked for, and run on the same
+weights in the same dtype.
+"""
+
+import importlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch.profiler import profile
+
+from models.config import read_llama_config
+from models.rope import rotary_frequencies
+from popengine.engine.engine import Engine
+from popengine.engine.results import measured
+from popengine.images.images import ImageSource
+from popengine.studies.resolve import StudyPruning
+from weights.checkpoint import Checkpoint, open_checkpoint
+from weights.gguf_families import LAYER_NAMES, NAMES, ROPE_FACTORS
+from weights.gguf_header import read_header
+from weights.mapped_file import MappedFile
+
+# .gguf's names of dtypes.
+GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One greedy generation. prefill_ms is without the partition, whose parts are scores, sort and copy.
+
+    compile_s is what compiling took before it began.
+    """
+
+    tokens: list[int]
+    prefill_ms: float
+    step_ms: list[float]
+    scores_ms: float = 0.0
+    sort_ms: float = 0.0
+    copy_ms: float = 0.0
+    compile_s: float = 0.0
+
+    @property
+    def partition_ms(self) -> float:
+        return self.scores_ms + self.sort_ms + self.copy_ms
+
+
+class Contender(Protocol):
+    """name: what the table calls it; load_s: seconds from files to weights in memory, imports not counted."""
+
+    name: str
+    load_s: float
+
+    def generate(self, prompts: list[list[int]], new_tokens: int, steps: int | None = None) -> Generated:
+        """All of `new_tokens` tokens, greedily, whatever they are; those of the first prompt are given.
+
+        prompts  of one length
+        steps  stop after so many decode steps, with buffers for `new_tokens` all the same (a warm-up)
+        """
+
+    def drop_buffers(self) -> None:
+        """Give back what generations leave behind to be used again."""
+
+
+class AbsentPeer(Exception):
+    """A peer cannot run, and why."""
+
+
+class OwnEngine:
+    """One setting of popengine. Settings share the weights of an engine and take turns with its buffers."""
+
+    def __init__(
+        self, name: str, engine: Engine, pruning: StudyPruning, images: Sequence[ImageSource] = ()
+    ) -> None:
+        self.name, self.engine, self.pruning, self.load_s = name, engine, pruning, engine.load_s
+        self.images = images                        # of one prompt, and so of each
+
+    def generate(self, prompts: list[list[int]], new_tokens: int, steps: int | None = None) -> Generated:
+        images = [image for _ in prompts for image in self.images]
+        run = self.engine.run(prompts, new_tokens, self.pruning, ignore_eos=True, images=images)
+        iterator: Iterator[list[int | None]] = iter(run)
+        tokens, times = [], []
+        for _ in range(new_tokens if steps is None else min(new_tokens, 1 + steps)):
+            began = time.perf_counter()
+            token, *_ = next(iterator)
+            times.append((time.perf_counter() - began) * 1000)
+            assert token is not None
+            tokens.append(token)
+        iterator.close()  # type: ignore[attr-defined]  # a generator: it gives its buffers back to the engine
+        found = measured(run)
+        return Generated(
+            tokens,
+            found.prefill_ms,
+            times[1:],
+            found.scores_ms,
+            found.sort_ms,
+            found.copy_ms,
+            found.compile_s,
+        )
+
+    def share_between_ranks(self, prompts: list[list[int]], new_tokens: int, steps: int) -> float:
+        """The share of a decode step that sums and joins over ranks take, waiting for the slower rank included.
+
+        By PyTorch's profiler, which names what gloo does on the host and NCCL on the card. It makes steps slower, and
+        so says a share: the time of a step is taken without it.
+        """
+        images = [image for _ in prompts for image in self.images]
+        run = iter(self.engine.run(prompts, new_tokens, self.pruning, ignore_eos=True, images=images))
+        next(run)
+        with profile() as seen:
+            began = time.perf_counter()
+            for _ in range(steps):
+                next(run)
+            took = time.perf_counter() - began
+        run.close()  # type: ignore[attr-defined]
+        microseconds = sum(
+            event.self_device_time_total if event.key.startswith("nccl") else event.cpu_time_total
+            for event in seen.key_averages() if event.key.startswith(("gloo:", "nccl"))
+        )
+        return microseconds / 1e6 / took
+
+    def drop_buffers(self) -> None:
+        self.engine.idle_state = None
+
+
+def import_peer(module: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise AbsentPeer(f"{package} is not installed ({error})") from None
+
+
+class TransformersEngine:
+    """Hugging Face's model as from_pretrained makes it: eager, its default attention, its default cache."""
+
+    name = "transformers"
+
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+        transformers = import_peer("transformers", "transformers")
+        transformers.utils.logging.disable_progress_bar()
+        self.device = device
+        importlib.import_module("transformers.models.llama.modeling_llama")     # seconds, not counted as loading
+        began = time.perf_counter()
+        if path.is_dir():
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        else:
+            # Not from the .gguf itself, whose weights transformers may keep packed.
+            with open_checkpoint(path) as checkpoint:
+                config = dict(checkpoint.config)
+                del config["architectures"], config["torch_dtype"]
+                config = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+                weights = {name: checkpoint.read(name).to(dtype) for name in checkpoint.entries}
+            tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+            missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+            if set(missing) - tied or unexpected:
+                raise AbsentPeer(f"it does not take these weights: {[*missing, *unexpected][:3]}")
+            model.tie_weights()
+        self.model = model.eval().to(device)
+        self.load_s = time.perf_counter() - began
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], new_tokens: int, steps: int | None = None) -> Generated:
+        tokens: list[int] = []
+        times = []
+        ids, cache = torch.tensor(prompts, device=self.device), None
+        for _ in range(new_tokens if steps is None else min(new_tokens, 1 + steps)):
+            began = time.perf_counter()
+            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids, cache = output.logits[:, -1].argmax(dim=-1, keepdim=True), output.past_key_values      # [B, 1]
+            tokens.append(int(ids[0]))
+            times.append((time.perf_counter() - began) * 1000)
+        return Generated(tokens, times[0], times[1:])
+
+    def drop_buffers(self) -> None:
+        """There are none: its cache ends with each generation."""
+
+
+def llama_cpp_type(path: Path, form: str, dtype: str) -> str | None:
+    """The type of weights that llama.cpp is given beside ours; None: the very same file."""
+    with open_checkpoint(path) as checkpoint:
+        quantised = any(entry.stored is not None for entry in checkpoint.entries.values())
+    if form == "auto" and quantised and path.is_file() and dtype != "float32":
+        return None
+    return {"int8": "Q8_0", "int4": "Q4_1"}.get(form, GGUF_TYPES[dtype])
+
+
+class LlamaCppEngine:
+    """llama.cpp through llama-cpp-python, on a .gguf of the same weights written for it, or on the checkpoint itself.
+
+    kind  the type of its matrices; None: those of the checkpoint, which is a .gguf
+    """
+
+    def __init__(self, path: Path, kind: str | None, context: int, threads: int, folder: Path) -> None:
+        self.library = import_peer("llama_cpp", "llama-cpp-python")
+        self.numpy = import_peer("numpy", "numpy")
+        self.name = f"llama.cpp, {kind or 'the same file'}"
+        file = path
+        if kind is not None:
+            with open_checkpoint(path) as checkpoint:
+                file = write_gguf(checkpoint, kind, folder / f"{kind}.gguf")
+        began = time.perf_counter()
+        try:
+            self.model = self.library.Llama(
+                str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
+            )
+        except (ValueError, RuntimeError) as error:
+            raise AbsentPeer(f"it does not load a .gguf of these weights ({error})") from None
+        self.load_s = time.perf_counter() - began
+        self.vocabulary = self.model.n_vocab()
+        self.bytes_per_token = gguf_bytes_per_token([file])
+
+    def generate(self, prompts: list[list[int]], new_tokens: int, steps: int | None = None) -> Generated:
+        self.model.reset()
+        tokens: list[int] = []
+        times = []
+        (ids,) = prompts
+        for _ in range(new_tokens if steps is None else min(new_tokens, 1 + steps)):
+            began = time.perf_counter()
+            self.model.eval(ids)
+            logits = self.library.llama_get_logits_ith(self.model.ctx, -1)
+            tokens.append(int(self.numpy.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax()))
+            times.append((time.perf_counter() - began) * 1000)
+            ids = tokens[-1:]
+        return Generated(tokens, times[0], times[1:])
+
+    def drop_buffers(self) -> None:
+        """Its cache belongs to the loaded model."""
+
+
+def gguf_bytes_per_token(files: Sequence[Path]) -> int:
+    """Bytes of matrices that a decode step reads of a .gguf file, or of all its parts; as everywhere without vectors.
+
+    Of the experts it reads those that the token is routed to, of the embedding one row, unless it is the head too.
+    """
+    gguf = import_peer("gguf", "gguf")
+    headers = [read_header(MappedFile(file), file) for file in files]
+    metadata, tensors = headers[0].metadata, {name: one for header in headers for name, one in header.tensors.items()}
+    architecture, tied, total = metadata.text("general.architecture"), "output.weight" not in tensors, 0
+    for name, tensor in tensors.items():
+        if len(tensor.shape) < 2 or (name == "token_embd.weight" and not tied):
+            continue
+        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type_number)]
+        size = math.prod(tensor.shape) // block * block_bytes
+        if "_exps." in name:                                        # of all experts of a layer together
+            used, count = (metadata.size(f"{architecture}.expert_{what}") for what in ("used_count", "count"))
+            size = size * used // count
+        total += size
+    return total
+
+
+def write_gguf(checkpoint: Checkpoint, kind: str, path: Path) -> Path:
+    """The weights of a Llama in llama.cpp's names and order, matrices of this type and vectors in float32.
+
+    There is no vocabulary in it: it is fed with token ids. AbsentPeer for what cannot be written.
+    """
+    gguf = import_peer("gguf", "gguf, which writes llama.cpp's weights,")
+    if checkpoint.config.get("architectures") != ["LlamaForCausalLM"] or checkpoint.config.get("attention_bias"):
+        raise AbsentPeer("its weights are written for plain Llama checkpoints only")
+    config = read_llama_config(checkpoint.config)
+    plain_rope = replace(config.rope, rope_type="default")
+    factors = rotary_frequencies(plain_rope, config.head_dim) / rotary_frequencies(config.rope, config.head_dim)
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope.theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+
+    names = {name: gguf_name(name) for name in checkpoint.entries if not name.endswith("rotary_emb.inv_freq")}
+    for name, other in names.items():
+        shape = checkpoint.entries[name].shape
+        add_tensor_info(gguf, writer, other, shape, kind if len(shape) > 1 else "F32")
+    add_tensor_info(gguf, writer, ROPE_FACTORS, tuple(factors.shape), "F32")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name in names:
+        tensor = checkpoint.read(name)
+        if "q_proj" in name or "k_proj" in name:
+            # llama.cpp rotates neighbouring pairs where Hugging Face rotates the two halves of a head.
+            tensor = tensor.view(-1, 2, config.head_dim // 2, config.hidden_size).transpose(1, 2)
+        matrix = gguf.GGMLQuantizationType[kind if len(checkpoint.entries[name].shape) > 1 else "F32"]
+        writer.write_tensor_data(gguf.quantize(tensor.contiguous().float().numpy(), matrix))
+        checkpoint.release(name)
+    writer.write_tensor_data(factors.numpy())
+    writer.close()
+    return path
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of one of Hugging Face's tensors."""
+    whole = {hugging_face: gguf for gguf, hugging_face in NAMES.items()}
+    parts = {hugging_face: gguf for gguf, hugging_face in LAYER_NAMES.items()}
+    if name in whole:
+        return whole[name]
+    _, _, layer, *part, suffix = name.split(".")
+    return f"blk.{layer}.{parts['.'.join(part)]}.{suffix}"
+
+
+def add_tensor_info(gguf: ModuleType, writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
+    raw = gguf.GGMLQuantizationType[kind]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[raw]
+    byte_shape = (*shape[:-1], shape[-1] // block * block_bytes)
+    numpy = importlib.import_module("numpy")
+    writer.add_tensor_info(name, byte_shape, numpy.dtype("uint8"), numpy.prod(byte_shape).item(), raw_dtype=raw)
+

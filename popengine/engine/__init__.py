@@ -1,0 +1,1 @@
+"""The engine: the run, loading, sampling, results and conversations."""

@@ -1,0 +1,296 @@
+"""The engine: prompts in, text out. Made by `popengine.load`; the loop itself is in popengine/engine/run.py.
+
+B batch.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.compiled import CompiledDecode
+from models.cost_model import bytes_per_token, layer_weights
+from models.llama import LlamaForCausalLM
+from models.pruning.pop import Prior
+from models.pruning.settings import DENSE, RECOMMENDED, PruningSettings
+from models.state import DecodeState
+from popengine.engine.conversation import Conversation
+from popengine.engine.prior import prior_for
+from popengine.engine.results import Generation, Piece, measured
+from popengine.engine.run import Run, next_logits
+from popengine.engine.sampling import Sampling
+from popengine.engine.spinner import waiting
+from popengine.images.images import ImageSource
+from popengine.images.vision import TextOnly, Vision
+from popengine.studies.resolve import StudyPruning, resolve_study
+from popengine.text.chat import end_of_turn_token
+from popengine.text.prompts import Prompt, Prompts
+from popengine.text.tokenizer import TextStream
+from weights.errors import InputError
+from weights.memory import available_memory
+
+# Capacities are rounded up to this many slots, so that prompts of like length find the buffers of the last one.
+CAPACITY_STEP = 128
+
+
+class Engine:
+    """A loaded checkpoint, ready to generate.
+
+    model     the language model
+    prompts   texts and conversations to token ids; pictures: what a checkpoint that reads images has besides
+    compiled  the model's decode step through torch.compile, where that was asked for
+    weights   what form its matrices have, for people
+    folder    where the checkpoint lies, and its fingerprint; progress: whether to show bars on stderr
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        prompts: Prompts,
+        pictures: TextOnly | Vision,
+        *,
+        compiled: CompiledDecode | None,
+        stop_ids: frozenset[int],
+        max_seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        weights: str,
+        load_s: float,
+        folder: Path,
+        fingerprint: str,
+        progress: bool = False,
+    ) -> None:
+        self.model, self.prompts, self.pictures, self.compiled = model, prompts, pictures, compiled
+        self.tokenizer, self.chat_template = prompts.tokenizer, prompts.chat_template
+        self.max_seq_len, self.dtype, self.device, self.weights = max_seq_len, dtype, device, weights
+        self.load_s = load_s
+        self.end_of_sequence_ids = stop_ids
+        self.folder, self.fingerprint, self.progress = folder, fingerprint, progress
+        self.priors: dict[int, Prior] = {}
+        self.idle_state: DecodeState | None = None
+
+    @property
+    def unknown_fields(self) -> tuple[str, ...]:
+        """Fields of config.json that nothing here knows, and that are ignored."""
+        return self.model.config.unknown_fields + self.pictures.unknown_fields
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a sequence: what the files call end of sequence, and what the chat template ends a turn with."""
+        turn_end = end_of_turn_token(self.chat_template, self.tokenizer) if self.chat_template else None
+        return self.end_of_sequence_ids if turn_end is None else self.end_of_sequence_ids | {turn_end}
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[str] | Sequence[list[dict[str, Any]]],
+        *,
+        images: Sequence[ImageSource] | Sequence[Sequence[ImageSource]] = (),
+        max_new_tokens: int = 128,
+        pruning: PruningSettings | StudyPruning | None = None,
+        sampling: Sampling | None = None,
+        raw: bool = False,
+        system_prompt: str | None = None,
+        ignore_eos: bool = False,
+        parse_special: bool = False,
+    ) -> list[Generation]:
+        """Generate for a batch of prompts, decided upon together: one partition and one pick serve the whole batch.
+
+        prompts        one prompt or a list; a prompt is text, or a conversation as chat templates take it
+        images         paths or Pillow images, for a checkpoint that reads them: of the one prompt, or a list for each
+                       of several prompts (see popengine.images.vision for where they stand in the text)
+        pruning        None: what is recommended (models/pruning/settings.py); PruningSettings() is the paper's rule
+        raw            encode text as it stands, without the chat template
+        system_prompt  put before each text prompt as the system's turn
+        parse_special  control tokens that a message spells are those tokens; else (and never in raw text) their letters
+        Raises InputError for prompts that are empty or do not fit the context, and for images that cannot be read.
+        """
+        texts = as_batch(prompts)
+        pictures = images_per_prompt(images, texts, one_prompt=texts[0] is prompts)
+        batch = self.prompts.batch(texts, pictures, raw=raw, system_prompt=system_prompt, parse_special=parse_special)
+        all_images = [image for own in pictures for image in own]
+        run = self.run(batch, max_new_tokens, pruning, sampling, ignore_eos, all_images)
+        token_ids: list[list[int]] = [[] for _ in batch]
+        for step in run:
+            for ids, token in zip(token_ids, step, strict=True):
+                if token is not None:
+                    ids.append(token)
+        statistics = measured(run)
+        return [
+            Generation(self.tokenizer.decode(ids), ids, prompt, str(reason), statistics)
+            for ids, prompt, reason in zip(token_ids, batch, run.finish_reasons, strict=True)
+        ]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        images: Sequence[ImageSource] = (),
+        max_new_tokens: int = 128,
+        pruning: PruningSettings | StudyPruning | None = None,
+        sampling: Sampling | None = None,
+        raw: bool = False,
+        system_prompt: str | None = None,
+        ignore_eos: bool = False,
+        parse_special: bool = False,
+    ) -> Iterator[Piece]:
+        """Generate for one prompt, piece by piece. Bad input raises InputError here, before the first piece."""
+        ids = self.prompts.ids(
+            prompt, raw=raw, system_prompt=system_prompt, images=images, parse_special=parse_special
+        )
+        return self.pieces(self.run([ids], max_new_tokens, pruning, sampling, ignore_eos, images))
+
+    def chat(
+        self,
+        system_prompt: str | None = None,
+        *,
+        pruning: PruningSettings | StudyPruning | None = None,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 512,
+    ) -> Conversation:
+        """A conversation, whose earlier turns are not computed again. Raises InputError without a chat template."""
+        return Conversation(self, system_prompt, pruning or RECOMMENDED, sampling or Sampling(), max_new_tokens)
+
+    def pieces(self, run: Run) -> Iterator[Piece]:
+        """The tokens of a run of one prompt as text."""
+        text = TextStream(self.tokenizer)
+        for (token,) in run:
+            assert token is not None
+            yield Piece(text.push(token), token)
+        yield Piece(text.finish(), None, run.finish_reasons[0], run.prompts[0], measured(run))
+
+    def joined(self, pieces: Iterable[Piece]) -> Generation:
+        """The pieces of one stream as one."""
+        *said, last = pieces
+        assert last.prompt_token_ids is not None and last.finish_reason is not None and last.statistics is not None
+        text = "".join(piece.text for piece in (*said, last))
+        ids = [piece.token_id for piece in said if piece.token_id is not None]
+        return Generation(text, ids, last.prompt_token_ids, last.finish_reason, last.statistics)
+
+    def run(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        pruning: PruningSettings | StudyPruning | None = None,
+        sampling: Sampling | None = None,
+        ignore_eos: bool = False,
+        images: Sequence[ImageSource] = (),
+        held: DecodeState | None = None,
+        kept: int = 0,
+    ) -> Run:
+        """Check everything that can be wrong, then a Run over token ids that has computed nothing yet.
+
+        images      those of all prompts, in the order of their image tokens
+        held, kept  see Run
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"the number of new tokens must be at least 1, not {max_new_tokens}")
+        for ids in prompts:
+            if not ids:
+                raise InputError("the prompt is empty: give at least one token of text")
+            if len(ids) + max_new_tokens > self.max_seq_len:
+                raise InputError(
+                    f"the prompt has {len(ids)} tokens and {max_new_tokens} new ones are asked for, together "
+                    f"{len(ids) + max_new_tokens}: more than the context of {self.max_seq_len}"
+                )
+            self.model.check_ids(self.pictures.text_ids(ids))
+        stop_ids = frozenset[int]() if ignore_eos else self.stop_ids
+        resolved = self.resolve(pruning or RECOMMENDED)
+        given = self.pictures.given(images, prompts, kept)
+        return Run(self, prompts, max_new_tokens, resolved, sampling or Sampling(), stop_ids, given, held, kept)
+
+    def resolve(self, pruning: PruningSettings | StudyPruning) -> StudyPruning:
+        """Settings made concrete for this model; what is concrete already stays.
+
+        The recommended settings give way to the dense model where they would save nothing.
+        """
+        if isinstance(pruning, StudyPruning):
+            return pruning
+        if pruning.visual_tokens != "all" and not self.pictures.reads:
+            raise InputError(
+                f"visual tokens {pruning.visual_tokens} is for pictures, and this checkpoint is a text model; LLaVA, "
+                "Qwen-VL and Gemma-3 read images"
+            )
+        weights = layer_weights(self.model)
+        found, dense = resolve_study(pruning, weights), resolve_study(DENSE, weights)
+        if pruning == RECOMMENDED and bytes_per_token(self.model, found) >= bytes_per_token(self.model, dense):
+            return replace(dense, why_dense=f"the recommended pruning would read no less of {self.weights} weights")
+        return found if not found.cuts else replace(found, rule=found.rule.with_prior(self.prior(pruning.prior)))
+
+    def prior(self, tokens: int) -> Prior | None:
+        """Evidence before any token, counted as so many; None for 0."""
+        if tokens and tokens not in self.priors:
+            self.priors[tokens] = prior_for(self, tokens, self.progress)
+        return self.priors.get(tokens)
+
+    @contextmanager
+    def borrowed_state(self, batch: int, tokens: int, pruning: StudyPruning, missing: int = 0) -> Iterator[DecodeState]:
+        """The last run's buffers when they fit, else new ones. A state belongs to one run at a time.
+
+        missing  of the tokens, those of pictures that some layers do without
+        """
+        state, self.idle_state = self.idle_state, None
+        thin_capacity = self.capacity(tokens - missing)
+        if state is None or not state.fits(batch, self.capacity(tokens), pruning, thin_capacity):
+            state = None                        # before the new one is allocated: never both
+            state = self.new_state(batch, tokens, pruning, missing)
+        try:
+            yield state
+        except InputError:
+            state = None                        # NaN in its cache would be read again, with weight 0, as NaN
+            raise
+        finally:
+            self.idle_state = state
+
+    def capacity(self, tokens: int) -> int:
+        """Slots of a cache that so many tokens fit into."""
+        return min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, self.max_seq_len)
+
+    @torch.inference_mode()
+    def new_state(self, batch: int, tokens: int, pruning: StudyPruning, missing: int = 0) -> DecodeState:
+        """Buffers for a batch of so many tokens each. Raises InputError where they do not fit the memory."""
+        free = available_memory(self.device)
+        return self.model.new_state(batch, self.capacity(tokens), pruning, free, self.capacity(tokens - missing))
+
+    def prepare(self, state: DecodeState) -> float:
+        """Before a run: what has to be compiled for it. Returns seconds."""
+        if self.compiled is None:
+            return 0.0
+        with waiting("compiling", self.progress and not self.compiled.knows(state)):
+            return self.compiled.prepare(state)
+
+    def stepping(self) -> AbstractContextManager[object]:
+        """Around the steps of a run."""
+        return nullcontext() if self.compiled is None else self.compiled.trusting_guards()
+
+    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
+        """One step. tokens int64 [B] -> logits [B, V]"""
+        return next_logits(self.model if self.compiled is None else self.compiled, tokens, state)
+
+
+def as_batch(prompts: Prompt | Sequence[str] | Sequence[list[dict[str, Any]]]) -> list[Prompt]:
+    """One prompt or many -> many. A list of messages is one conversation."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
+        return [prompts]  # type: ignore[list-item]
+    if not prompts:
+        raise InputError("no prompt was given")
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def images_per_prompt(
+    images: Sequence[ImageSource] | Sequence[Sequence[ImageSource]], prompts: list[Prompt], one_prompt: bool
+) -> list[Sequence[ImageSource]]:
+    """The images of each prompt. For one prompt they come as a plain list, for several as a list of lists."""
+    if one_prompt:
+        return [images]  # type: ignore[list-item]
+    if not images:
+        return [()] * len(prompts)
+    if len(images) != len(prompts) or not all(isinstance(own, (list, tuple)) for own in images):
+        raise InputError(
+            f"images for {len(prompts)} prompts must be {len(prompts)} lists of images, one list for each prompt"
+        )
+    return list(images)  # type: ignore[arg-type]

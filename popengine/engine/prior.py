@@ -1,0 +1,172 @@
+"""Evidence before any token: what a model's channels do on text that it samples itself, from its first token alone.
+
+A short prompt is thin evidence. The prior needs no data: it is made once per checkpoint, kept beside it
+(prior.safetensors) or in the user's cache, under the checkpoint's fingerprint, and counts as so many tokens as the
+setting `prior` says. GLASS (arXiv 2508.14302) fuses ranks to the same end; here squares are added up like any other
+evidence.
+
+H hidden size, I channels of a network (or coordinates of an attention's heads), n rows that one network sees.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models.attention import Attention
+from models.experts import MixtureOfExperts
+from models.feed_forward import FeedForward
+from models.llama import LlamaForCausalLM
+from models.pruning.pop import Prior
+from models.pruning.settings import DENSE
+from popengine.engine.distributed import from_each
+from popengine.engine.processes import is_first
+from popengine.engine.sampling import Sampling
+from popengine.studies.recording import Watch, watched
+from weights.errors import InputError
+from weights.output_file import write_output
+
+FORMAT = "popengine prior 1"
+# A network or attention, and which part of it: "h", what feeds down_proj or o_proj, or a network's factors.
+Part = tuple[nn.Module, str]
+FILE = "prior.safetensors"
+TEXTS, TEXT_TOKENS = 16, 160
+PARTS = ("h", "gate", "up")
+# Of a mean square, far above any model's: so many tokens of it, and sums of those, are numbers still.
+LARGEST = 1e24
+
+
+class Sampler(Protocol):
+    """What is asked of an engine."""
+
+    model: LlamaForCausalLM
+    tokenizer: Any
+    max_seq_len: int
+    device: torch.device
+    folder: Path
+    fingerprint: str
+    idle_state: Any
+
+    def run(self, *arguments: Any, **named: Any) -> Any: ...
+
+    def resolve(self, pruning: Any) -> Any: ...
+
+
+def prior_for(engine: Sampler, tokens: int, progress: bool) -> Prior:
+    """The prior of this engine's model, read where it is kept, else made and kept."""
+    model = engine.model
+    name = engine.fingerprint
+    kept = cache_folder() / f"{name}.safetensors"
+    found = read(engine.folder / FILE, name, model) or read(kept, name, model)
+    everywhere = from_each(found is not None)           # a rank on another machine may not have it
+    if found is None or not all(everywhere):
+        found = make(engine, progress)
+        write(kept, name, found, model)
+    return Prior(found, tokens)
+
+
+def observed(model: LlamaForCausalLM) -> dict[str, FeedForward | Attention]:
+    """The networks and attentions that a prior knows of, by their place in the model."""
+    return {name: one for name, one in model.named_modules() if isinstance(one, (FeedForward, Attention))}
+
+
+@torch.inference_mode()
+def make(engine: Sampler, progress: bool) -> dict[Part, Tensor]:
+    """Sample texts at temperature 1, and take the mean square of every channel over them: float32 [I]"""
+    model, tokenizer = engine.model, engine.tokenizer
+    named = (tokenizer.token_id(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token)
+    start = next((token for token in named if token is not None), 0)
+    length = min(TEXT_TOKENS, engine.max_seq_len - 1)
+    run = engine.run([[start]] * TEXTS, length, DENSE, Sampling(temperature=1.0, seed=0), ignore_eos=True)
+    bar = tqdm(total=length + TEXTS, desc="prior", unit="step", disable=not progress, leave=False)
+    steps = []
+    for step in run:
+        steps.append(step)
+        bar.update()
+    engine.idle_state = None            # of a batch that nobody asks for again
+    squares = MeanSquares()
+    for text in zip(*steps, strict=True):
+        state = watched(model.new_state(1, length + 1, engine.resolve(DENSE)), squares)
+        model.prefill(model.embed(torch.tensor([[start, *text]], device=engine.device)), state)
+        bar.update()
+    bar.close()
+    return {(module, part): total / squares.rows[module] for (module, part), total in squares.sums.items()}
+
+
+class MeanSquares(Watch):
+    """Adds up the squares of every channel and of both its factors, and of the coordinates of heads."""
+
+    def __init__(self) -> None:
+        self.sums: dict[Part, Tensor] = {}
+        self.rows: dict[nn.Module, int] = {}
+
+    def add(self, module: nn.Module, **parts: Tensor) -> None:
+        """parts [B, T, I] each, by name"""
+        self.rows[module] = self.rows.get(module, 0) + next(iter(parts.values())).shape[:-1].numel()
+        for part, values in parts.items():
+            squares = values.float().square().flatten(0, -2).sum(dim=0)             # [I]
+            self.sums[module, part] = self.sums.get((module, part), 0) + squares
+
+    def network(self, ffn: FeedForward, h: Tensor, gate: Tensor, up: Tensor, rows: Tensor | None) -> None:
+        self.add(ffn, h=h, gate=gate, up=up)
+
+    def heads(self, attention: Any, a: Tensor) -> None:
+        self.add(attention, h=a)
+
+
+def cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "popengine" / "priors"
+
+
+def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[Part, Tensor] | None:
+    """A prior that was kept; None where there is none of this model: it is then made again."""
+    if not path.is_file():              # nor a pipe, which would be waited for
+        return None
+    places, ranks = observed(model), model.config.ranks
+    mixtures = (one for one in model.modules() if isinstance(one, MixtureOfExperts))
+    unreached = {module for mixture in mixtures for module in mixture.modules()}     # experts, perhaps
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            if (about.get("format"), about.get("model")) != (FORMAT, name):
+                return None
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping: has only keys()
+    except (OSError, SafetensorError):
+        return None
+    found: dict[Part, Tensor] = {}
+    for place, one in places.items():
+        size = one.channels if isinstance(one, FeedForward) else one.heads * one.head_dim
+        parts = PARTS if isinstance(one, FeedForward) else PARTS[:1]
+        keys = [f"{place} {part}" for part in parts]
+        if one in unreached and not any(key in tensors for key in keys):
+            continue
+        for key, part in zip(keys, parts, strict=True):
+            squares = tensors.pop(key, None)
+            if squares is None or squares.dtype != torch.float32 or squares.shape != (ranks.count * size,) or not bool(
+                ((squares >= 0) & (squares <= LARGEST)).all()
+            ):
+                return None
+            found[one, part] = squares[ranks.stretch(len(squares))].to(model.device)
+    return None if tensors else found
+
+
+def write(path: Path, name: str, prior: dict[Part, Tensor], model: LlamaForCausalLM) -> None:
+    """Keep a prior; where that cannot be done it is made again next time."""
+    places: dict[nn.Module, str] = {one: place for place, one in observed(model).items()}
+    ranks = model.config.ranks
+    tensors = {
+        f"{places[one]} {part}": ranks.join(values).cpu().contiguous()
+        for (one, part), values in prior.items()
+    }
+    if not is_first():
+        return
+    with contextlib.suppress(OSError, InputError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_output(path, save(tensors, {"format": FORMAT, "model": name}))

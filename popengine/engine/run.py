@@ -1,0 +1,157 @@
+"""The run, to be read first: prompts -> prefill -> token -> decode -> token -> ... for one batch.
+
+B batch, T prompt tokens, V vocabulary.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from models.llama import LlamaForCausalLM
+from models.pruning.settings import PruningSettings
+from models.state import DecodeState
+from popengine.engine.sampling import Sampling, next_tokens, require_finite
+from popengine.images.vision import Given, TextOnly, Vision
+from popengine.studies.resolve import StudyPruning
+
+
+class RunningEngine(Protocol):
+    """What a run asks of its engine (popengine/engine/engine.py)."""
+
+    model: LlamaForCausalLM
+    pictures: TextOnly | Vision
+    device: torch.device
+    dtype: torch.dtype
+    weights: str
+
+    def resolve(self, pruning: PruningSettings | StudyPruning) -> StudyPruning: ...
+
+    def borrowed_state(
+        self, batch: int, tokens: int, pruning: StudyPruning, missing: int = 0
+    ) -> AbstractContextManager[DecodeState]: ...
+
+    def prepare(self, state: DecodeState) -> float: ...
+
+    def stepping(self) -> AbstractContextManager[object]: ...
+
+    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor: ...
+
+
+class Run:
+    """One batch on its way: nothing is computed before it is iterated, the prompt at the first step.
+
+    Iterating yields, per step, the new token of each sequence, or None for sequences that had ended before.
+
+    missing  slots that layers have fewer where rows of pictures are left out
+    held  the state of a conversation, which holds the first `kept` tokens of the one prompt; None: the engine lends one
+    """
+
+    def __init__(
+        self,
+        engine: RunningEngine,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        pruning: StudyPruning,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        given: Given,
+        held: DecodeState | None = None,
+        kept: int = 0,
+    ) -> None:
+        self.engine, self.prompts, self.sampling, self.stop_ids = engine, prompts, sampling, stop_ids
+        self.max_new_tokens, self.pruning, self.given = max_new_tokens, pruning, given
+        self.held, self.kept = held, kept
+        lengths = [len(ids) for ids in prompts]
+        self.missing = pruning.dropped_rows(given.stretches, lengths)
+        self.generator = sampling.generator(engine.device)
+        self.finish_reasons: list[str | None] = [None] * len(prompts)
+        self.new_tokens = self.decode_steps = 0
+        self.compile_s = self.image_s = self.prefill_s = self.decode_s = 0.0
+
+    def __iter__(self) -> Iterator[list[int | None]]:
+        engine = self.engine
+        longest = max(map(len, self.prompts))
+        lent = engine.borrowed_state(len(self.prompts), longest + self.max_new_tokens, self.pruning, self.missing)
+        with lent if self.held is None else nullcontext(self.held) as self.state:
+            self.compile_s = engine.prepare(self.state)
+            tokens, real = pad_left(self.prompts, engine.device)
+            with torch.inference_mode():
+                x, counted, pictures, self.image_s = engine.pictures.embed(
+                    tokens, real, self.given, self.pruning.settings.scored_tokens, self.kept
+                )
+                began = time.perf_counter()
+                logits = engine.model.prefill(
+                    x, self.state, real, counted, kept=self.kept, pictures=pictures
+                )                                                                   # [B, V]
+                chosen = self.choose(logits)                                        # [B]
+                new = self.accept(chosen)
+            self.prefill_s = time.perf_counter() - began
+            yield new
+            while None in self.finish_reasons:
+                began = time.perf_counter()
+                with torch.inference_mode(), engine.stepping():
+                    logits = engine.decode(chosen, self.state)                      # [B, V]
+                    chosen = self.choose(logits)                                    # [B]
+                    new = self.accept(chosen)
+                self.decode_s += time.perf_counter() - began
+                self.decode_steps += 1
+                yield new
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """logits [B, V] -> int64 [B]"""
+        require_finite(logits, f"new token {self.new_tokens + 1} of prompt", 1)
+        return next_tokens(logits, self.sampling, self.generator)
+
+    def accept(self, chosen: Tensor) -> list[int | None]:
+        """Take one token per sequence that is still running, and end those that are done."""
+        self.new_tokens += 1
+        new: list[int | None] = []
+        for index, token in enumerate(chosen.tolist()):
+            if self.finish_reasons[index] is not None:
+                new.append(None)
+                continue
+            new.append(token)
+            if token in self.stop_ids:
+                self.end(index)
+            elif self.new_tokens == self.max_new_tokens:
+                self.finish_reasons[index] = "length"
+        return new
+
+    @torch.inference_mode()
+    def end(self, index: int) -> None:
+        """One sequence is done: it yields no more tokens and no longer counts when candidates are chosen."""
+        self.finish_reasons[index] = "stop"
+        self.state.end(index)
+
+
+class Decoder(Protocol):
+    """What computes steps: a model, or its compiled steps. tokens int64 [B] -> logits [B, V]"""
+
+    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor: ...
+
+    def dense_step(self, tokens: Tensor, state: DecodeState, partitions: bool) -> Tensor: ...
+
+
+def next_logits(decoder: Decoder, tokens: Tensor, state: DecodeState) -> Tensor:
+    """One step of a run: pruned, or dense where evidence is still gathered. tokens int64 [B] -> logits [B, V]"""
+    dense, partitions = state.schedule.next_step()
+    return decoder.dense_step(tokens, state, partitions) if dense else decoder.decode(tokens, state)
+
+
+def pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Prompts as one tensor, int64 [B, T], and which slots are real, bool [B, T] (None when none is padding).
+
+    Padding stands on the left, so that every sequence ends in the same slot. Its token id is never seen by a real
+    token: 0 will do.
+    """
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
+    if all(len(ids) == longest for ids in prompts):
+        return tokens, None
+    lengths = torch.tensor([len(ids) for ids in prompts], device=device)
+    real = torch.arange(longest, device=device) >= (longest - lengths)[:, None]    # [B, T]
+    return tokens, real

@@ -1,0 +1,1 @@
+"""Quality: scores of texts, tasks, comparisons of methods, plots."""

@@ -1,0 +1,80 @@
+"""How a task's requests are answered, so that online pruning is what is measured: the harness and `popengine.tasks`.
+
+A continuation that is scored goes through decode steps after its context was prefilled; an answer that is generated
+ends at a stop string.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from popengine.engine.engine import Engine
+from popengine.engine.sampling import Sampling
+from popengine.evaluation.scoring import Window, after_prompt
+from popengine.studies.resolve import StudyPruning
+from weights.errors import InputError
+
+
+def encode(engine: Engine, text: str) -> list[int]:
+    """As the tokenizer does, unless the text begins with the tokenizer's own token already."""
+    begin = engine.tokenizer.bos_token
+    return engine.tokenizer.encode(text, not (begin and text.startswith(begin)))
+
+
+def encoded_pair(engine: Engine, context: str, continuation: str) -> Window:
+    """Cut where the context's own tokens end, as lm_eval does; spaces at its end belong to the continuation."""
+    bare = context.rstrip()
+    prompt = encode(engine, bare)
+    return fitting(engine, prompt, encode(engine, context + continuation)[len(prompt) :])
+
+
+def fitting(engine: Engine, context: list[int], continuation: list[int]) -> Window:
+    """Context and continuation, the former cut from the left where both are too long for the model.
+
+    The last token is scored and never run, so that one more fits than the context has positions.
+    """
+    whole = (context + continuation)[-(engine.max_seq_len + 1) :]
+    scored = min(len(continuation), len(whole) - 1)
+    return Window(whole[: len(whole) - scored], whole[len(whole) - scored :])
+
+
+@torch.inference_mode()
+def log_likelihoods(engine: Engine, windows: Sequence[Window], pruning: StudyPruning) -> list[tuple[float, bool]]:
+    """Of each continuation, and whether greedy steps would say it; a prompt that several share is prefilled once."""
+    found: dict[int, tuple[float, bool]] = {}
+    prompts = {tuple(window.prompt): window.prompt for window in windows}
+    for prompt in prompts.values():
+        own = [number for number, window in enumerate(windows) if window.prompt == prompt]
+        continuations = [windows[number].continuation for number in own]
+        for number, log_p in zip(own, after_prompt(engine.model, prompt, continuations, pruning), strict=True):
+            said = torch.tensor(windows[number].continuation, device=log_p.device)  # [S]
+            greedy = bool((log_p.argmax(dim=-1) == said).all())                     # log_p [S, V]
+            found[number] = float(log_p.gather(1, said[:, None]).sum()), greedy
+    return [found[number] for number in range(len(windows))]
+
+
+def generate_until(
+    engine: Engine, prompts: Sequence[list[int]], new_tokens: int, pruning: StudyPruning, sampling: Sampling,
+    stops: Sequence[str],
+) -> list[str]:
+    """Texts up to the first stop string of each, or the end of sequence. A prompt too long is cut from the left."""
+    room = engine.max_seq_len - new_tokens
+    if room < 1:
+        raise InputError(f"generating {new_tokens} tokens leaves no room in the context of {engine.max_seq_len}")
+    run = engine.run([ids[-room:] for ids in prompts], new_tokens, pruning, sampling)
+    token_ids: list[list[int]] = [[] for _ in prompts]
+    for step in run:
+        for index, token in enumerate(step):
+            if token is None:
+                continue
+            token_ids[index].append(token)
+            if first_stop(engine.tokenizer.decode(token_ids[index]), stops) is not None:
+                run.end(index)
+    texts = [engine.tokenizer.decode(ids) for ids in token_ids]
+    return [text[: first_stop(text, stops)] for text in texts]
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first of the stop strings begins; None when there is none."""
+    places = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
+    return min(places, default=None)

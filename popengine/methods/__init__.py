@@ -1,1 +1,0 @@
-"""Pruning methods by name, and what the calibrated ones know about a model."""

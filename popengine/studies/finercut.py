@@ -1,0 +1,84 @@
+"""FinerCut (arXiv 2405.18218): attentions and feed-forward networks are left out one by one, of prompts and steps.
+
+Each time that one goes whose removal, on top of those before, changes the model's output least. As in the paper: the
+candidates, the greedy order, no training afterwards. Ours: the change is the Jensen-Shannon divergence of the next
+token's distribution from the dense model's, mean over the tokens of a window of the calibration text; and halves
+go for as long as one fits the ratio, where the paper counts them, so that it is equal parameters that are compared.
+
+W windows, T tokens, H hidden size, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from models.cache import View
+from models.cost_model import layer_weights
+from models.llama import LlamaForCausalLM
+from models.passes import PrefillPass, prefill_pass
+from models.pruning.left_out import HALVES, Half
+from models.pruning.resolve import share_of_halves
+from popengine.studies.request import Request
+from popengine.studies.resolve import StudyPruning
+from weights.errors import InputError
+
+
+@torch.inference_mode()
+def finercut(request: Request) -> StudyPruning:
+    """Halves of layers are left out, greedily by the change of the model's output (arXiv 2405.18218)."""
+    calibration, model = request.calibrated("finercut"), request.model
+    budget, weights = request.layer_budget("finercut"), layer_weights(model)
+    removed: list[Half] = []
+    running = [Half(layer, part) for layer in range(weights.layers) for part in HALVES]
+    while candidates := [
+        half for half in running if share_of_halves([*removed, half], weights) <= budget + 1e-9 and len(running) > 1
+    ]:
+        missing = [half for half in candidates if frozenset([*removed, half]) not in calibration.measured]
+        for half, change in changes(model, calibration.windows, running, missing):
+            calibration.measured[frozenset([*removed, half])] = change
+        least = min(candidates, key=lambda half: calibration.measured[frozenset([*removed, half])])
+        removed.append(least)
+        running.remove(least)
+    if budget > 0 and not removed:
+        raise InputError(f"a share of {budget:.3g} is less than any half of a layer holds: raise the prune ratio")
+    return request.without(sorted(removed))
+
+
+def changes(
+    model: LlamaForCausalLM, windows: Tensor, running: list[Half], candidates: list[Half]
+) -> Iterable[tuple[Half, float]]:
+    """What each candidate's removal from the halves that run makes of the output. windows int64 [W, T]
+
+    What runs before a candidate is computed once for all.
+    """
+    if not candidates:
+        return
+    x = model.embed(windows.to(model.device))                                       # [W, T, H]
+    step = prefill_pass(model.model.rotary, map(View, model.config.windows), x, None)
+    whole = [Half(layer, part) for layer in range(len(model.model.layers)) for part in HALVES]
+    dense = log_probabilities(model, through(model, whole, x, step))                # [W, T, V]
+    for place, half in enumerate(running):
+        if half in candidates:
+            yield half, divergence(dense, log_probabilities(model, through(model, running[place + 1 :], x, step)))
+        x = through(model, [half], x, step)
+
+
+def through(model: LlamaForCausalLM, halves: list[Half], x: Tensor, step: PrefillPass) -> Tensor:
+    """x [W, T, H] -> the same, behind these halves"""
+    for half in halves:
+        x = getattr(model.model.layers[half.layer], f"forward_{half.part}")(x, step)
+    return x
+
+
+def log_probabilities(model: LlamaForCausalLM, x: Tensor) -> Tensor:
+    """x [W, T, H] -> float32 [W, T, V]"""
+    return model.head(x).float().log_softmax(dim=-1)
+
+
+def divergence(one: Tensor, other: Tensor) -> float:
+    """Jensen-Shannon, in nats, mean over tokens. Log-probabilities [W, T, V]"""
+    middle = torch.logaddexp(one, other) - math.log(2)
+    halves = (part.exp().mul_(part - middle).sum(dim=-1) for part in (one, other))  # [W, T] each
+    return float(sum(halves).mean()) / 2  # type: ignore[union-attr]  # two tensors are no number
