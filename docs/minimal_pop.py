@@ -80,11 +80,11 @@ class FFN:
 
     def prefill(self, x: Tensor) -> Tensor:
         """All prompt tokens in parallel. Fixes the partition until the next prompt. x [T, H] -> [T, H]"""
-        w, retained, resident = self.w, self.sizes.retained, self.sizes.retained + self.sizes.candidate
+        w, retained, active = self.w, self.sizes.retained, self.sizes.retained + self.sizes.candidate
         h = silu(project(x, w, "gate_proj")) * project(x, w, "up_proj")                     # [T, I]
         order = channel_scores(h, self.norms).argsort(descending=True, stable=True)         # [I]       Eq. 1-3
         # The best R channels, then the next C, both in ascending order. The others are not read until the next prompt.
-        kept = torch.cat([order[:retained].sort().values, order[retained:resident].sort().values])  # [R + C]
+        kept = torch.cat([order[:retained].sort().values, order[retained:active].sort().values])  # [R + C]
         rows = {name: tensor[kept] for name, tensor in w.items() if not name.startswith("down_proj")}
         self.active = w | rows | {"down_proj.weight": w["down_proj.weight"][:, kept]}       # [R + C, H], [H, R + C]
         self.candidate_norms = self.norms[kept[retained:]]                                  # [C]

@@ -10,7 +10,7 @@ B batch, T rows, S cache slots, H hidden size, N query heads, K key/value heads,
 import torch
 from torch import Tensor, nn
 
-from models.cache import LayerCache, View
+from models.cache import AttentionPattern, LayerCache
 from models.config import LlamaConfig
 from models.layers import RMSNorm, rotate
 from models.matrices.forms import stack
@@ -41,10 +41,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rows: PrefillPass) -> Tensor:
         """Attention of rows to each other, without a cache. x [B, T, H] -> [B, T, H]"""
-        view = View(self.window)
-        q = rotate(self.queries(x), *rows.turns[view])                              # [B, N, T, D]
-        k = rotate(self.keys(x), *rows.turns[view])                                 # [B, K, T, D]
-        a = attend_prompt(q, k, self.values(x), rows.masks[view], self.scale)       # [B, T, N, D]
+        pattern = AttentionPattern(self.window)
+        q = rotate(self.queries(x), *rows.rotary[pattern])                              # [B, N, T, D]
+        k = rotate(self.keys(x), *rows.rotary[pattern])                                 # [B, K, T, D]
+        a = attend_prompt(q, k, self.values(x), rows.masks[pattern], self.scale)       # [B, T, N, D]
         return self.o_proj(a.flatten(2))
 
     def queries(self, x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         return self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def queries_keys_values(
-        self, x: Tensor, qkv: Matrix, rows: PrefillPass | DecodePass, view: View
+        self, x: Tensor, qkv: Matrix, rows: PrefillPass | DecodePass, pattern: AttentionPattern
     ) -> tuple[Tensor, Tensor, Tensor]:
         """All three by one product, queries and keys by one rotation. A of the query heads are in `qkv`.
 
@@ -74,7 +74,7 @@ class Attention(nn.Module):
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)                 # [B, T, A + K, D]
         else:
             qk = projected[:, :, : -self.kv_heads]
-        rotated = rotate(qk.transpose(1, 2), *rows.turns[view])                     # [B, A + K, T, D]
+        rotated = rotate(qk.transpose(1, 2), *rows.rotary[pattern])                     # [B, A + K, T, D]
         q, k = rotated.tensor_split([-self.kv_heads], dim=1)
         return q, k, v.transpose(1, 2)
 
@@ -100,22 +100,23 @@ class CachedAttention:
 
     def prefill(self, x: Tensor, cache: LayerCache, rows: PrefillPass) -> Tensor:
         """Run rows of a prompt and write their keys and values. x [B, T, H] -> [B, T, H]"""
-        q, k, v = self.attention.queries_keys_values(x, self.qkv, rows, cache.view)     # [B, N, T, D], [B, K, T, D]
-        cache.write(k, v, rows.slots[cache.view])
+        q, k, v = self.attention.queries_keys_values(x, self.qkv, rows, cache.pattern)     # [B, N, T, D], [B, K, T, D]
+        cache.write(k, v, rows.slots[cache.pattern])
         a = rows.attend(q, k, v, cache, self.attention.scale)                       # [B, T, N, D]
         return self.attention.o_proj(a.flatten(2))
 
     def decode(self, x: Tensor, cache: LayerCache, step: DecodePass) -> Tensor:
         """Run rows of a step: write their keys and values, attend to the cache. x [B, T, H] -> [B, T, H]"""
-        q, k, v = self.attention.queries_keys_values(x, self.qkv, step, cache.view)
-        cache.write(k, v, step.slots[cache.view])
-        a = attend_cache(q, cache.keys, cache.values, step.masks[cache.view], self.attention.scale)     # [B, T, N, D]
+        q, k, v = self.attention.queries_keys_values(x, self.qkv, step, cache.pattern)
+        cache.write(k, v, step.slots[cache.pattern])
+        mask = step.masks[cache.pattern]                                            # [B, 1, T, S]
+        a = attend_cache(q, cache.keys, cache.values, mask, self.attention.scale)   # [B, T, N, D]
         return self.attention.o_proj(a.flatten(2))
 
     def write_keys_and_values(self, x: Tensor, cache: LayerCache, rows: PrefillPass) -> None:
         """Write keys and values of rows that skip this attention. x [B, T, H]"""
-        k = rotate(self.attention.keys(x), *rows.turns[cache.view])                 # [B, K, T, D]
-        cache.write(k, self.attention.values(x), rows.slots[cache.view])
+        k = rotate(self.attention.keys(x), *rows.rotary[cache.pattern])                 # [B, K, T, D]
+        cache.write(k, self.attention.values(x), rows.slots[cache.pattern])
 
     def restart(self) -> None:
         """Forget the last prompt."""

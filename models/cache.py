@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class View(NamedTuple):
+class AttentionPattern(NamedTuple):
     """What the rows of a layer see of what came before. The masks and rotary embeddings of a pass go by it.
 
-    window  tokens a query sees, itself included; None: all before it
-    blind   not the prompt's rows that passed the layer by
-    thin    not the rows of pictures that have been left out, which have no slots there
+    window         tokens a query sees, itself included; None: all before it
+    no_skipped_kv  not the prompt's rows that passed the layer by
+    pruned_visual  not the rows of pictures that have been left out, which have no slots there
     """
 
     window: int | None
-    blind: bool = False
-    thin: bool = False
+    no_skipped_kv: bool = False
+    pruned_visual: bool = False
 
 
 @dataclass
@@ -31,7 +31,7 @@ class LayerCache:
 
     keys: Tensor
     values: Tensor
-    view: View
+    pattern: AttentionPattern
 
     def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """keys, values [B, K, T, D]; slots int64 [T]"""
@@ -48,7 +48,7 @@ class KVCache:
     number for the host.
 
     Where rows of pictures are left out, some layers have fewer slots, `thin_capacity`:
-    `left_out` of those that are filled are missing there, and `places` says which stands for which.
+    `left_out` of those that are filled are missing there, and `logical_positions` says which stands for which.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class KVCache:
         self.passed_by = torch.zeros(1, dtype=torch.int64, device=device)   # [1] the first slots, in skipped layers
         self.left_out = torch.zeros(1, dtype=torch.int64, device=device)    # [1] slots, and the same for the host
         self.missing = 0
-        self.places = torch.arange(thin_capacity, device=device).repeat(batch, 1)   # [B, S], -1: padding
+        self.logical_positions = torch.arange(thin_capacity, device=device).repeat(batch, 1)   # [B, S], -1: padding
 
     def start(self, prompt_slots: int, real: Tensor | None, rope_delta: Tensor | None = None) -> None:
         """Begin anew with a prompt of `prompt_slots` slots; real [B, T] is False where a slot is padding."""
@@ -98,31 +98,32 @@ class KVCache:
 
     @property
     def thin_capacity(self) -> int:
-        return self.places.shape[1]
+        return self.logical_positions.shape[1]
 
     def leave_out(self, missing: int, kept: int) -> None:
         """So many slots are missing from thin layers; after the first `kept` of those, which stand for what they stood
         for, every further one is the next."""
         self.missing = missing
         self.left_out.fill_(missing)
-        self.places[:, kept:] = torch.arange(kept + missing, self.thin_capacity + missing, device=self.places.device)
+        following = torch.arange(kept + missing, self.thin_capacity + missing, device=self.slots.device)
+        self.logical_positions[:, kept:] = following
 
     def go_back(self, slots: int) -> None:
         """Forget what lies beyond the first `slots`, of one sequence."""
         if self.missing:
-            kept = int((self.places[0, : self.filled - self.missing] < slots).sum())
+            kept = int((self.logical_positions[0, : self.filled - self.missing] < slots).sum())
             self.leave_out(slots - kept, kept)
         self.filled = slots
         self.length.fill_(slots)
 
     def grow(self, capacity: int) -> None:
         """To more slots, what is filled staying where it is. These are other tensors than before."""
-        more, of_thin = capacity - self.capacity, self.places
+        more, of_thin = capacity - self.capacity, self.logical_positions
         for buffers in (self.keys, self.values):
             for index, old in enumerate(buffers):
                 buffers[index] = F.pad(old, (0, 0, 0, more if old.shape[2] else 0))     # 0: it does not attend
         self.capacity, self.slots = capacity, torch.arange(capacity, device=self.slots.device)
-        self.places = F.pad(of_thin, (0, more))
+        self.logical_positions = F.pad(of_thin, (0, more))
         self.leave_out(self.missing, of_thin.shape[1])
 
     def make_room(self, rows: int = 1) -> None:

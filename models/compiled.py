@@ -60,7 +60,7 @@ class CompiledDecode:
             for tensor in tensors_of([cache, state.layers, state.live]).values():
                 torch._dynamo.mark_static_address(tensor, guard=False)
         torch._dynamo.mark_dynamic(cache.slots, 0)      # the capacity: one compiled step serves them all
-        torch._dynamo.mark_dynamic(cache.places, 1)
+        torch._dynamo.mark_dynamic(cache.logical_positions, 1)
         for buffer in cache.keys + cache.values:
             if buffer.numel():                          # else nothing attends to it
                 torch._dynamo.mark_dynamic(buffer, 2)

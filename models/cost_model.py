@@ -1,7 +1,7 @@
 """What a model weighs and what a step reads: all accounting of weights and bytes.
 
 The cost model of every report: bytes of weights per token = attention + lm_head + feed-forward networks, of which a
-step reads what stays resident, and of down_proj only what is chosen where its matrix can leave the rest unread.
+step reads what stays active, and of down_proj only what is chosen where its matrix can leave the rest unread.
 """
 
 from typing import Any
@@ -64,7 +64,7 @@ def bytes_per_token(model: Any, pruning: Pruning, batch: int = 1, state: Any = N
 
 def attention_bytes(attention: Any, rule: POP) -> int:
     heads = rule.head_sizes(attention.heads // attention.head_groups)
-    queries = heads.resident * attention.head_groups * attention.head_dim
+    queries = heads.active * attention.head_groups * attention.head_dim
     keys_and_values = attention.k_proj.read_bytes() + attention.v_proj.read_bytes()
     outputs = attention.o_proj.read_bytes(columns=queries if heads.prunes else None)
     return keys_and_values + attention.q_proj.read_bytes(rows=queries) + outputs
@@ -94,7 +94,7 @@ def prompt_work(model: Any, pruning: Pruning, tokens: int, missing: int = 0) -> 
     """
     linear, attention = weight_count(model.lm_head), 0
     for index, layer in enumerate(model.model.layers):
-        if pruning.view(index, None).thin:
+        if pruning.pattern(index, None).pruned_visual:
             tokens, missing = tokens - missing, 0
         skipped = pruning.skipped_by(tokens)
         rows, one, halves = pruning.boundary if index in skipped else tokens, layer.self_attn, pruning.halves(index)
@@ -123,8 +123,8 @@ def copy_bytes(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
         networks = [*mlp.experts] if mlp.shared_expert is None else [*mlp.experts, mlp.shared_expert]
         return sum(copy_bytes(ffn, pruning) for ffn in networks)
     sizes = pruning.rule.sizes(mlp)
-    rows = mlp.gate_proj.read_bytes(rows=sizes.resident) + mlp.up_proj.read_bytes(rows=sizes.resident)
-    return rows + mlp.down_proj.read_bytes(columns=sizes.resident) if sizes.copied else 0
+    rows = mlp.gate_proj.read_bytes(rows=sizes.active) + mlp.up_proj.read_bytes(rows=sizes.active)
+    return rows + mlp.down_proj.read_bytes(columns=sizes.active) if sizes.copied else 0
 
 
 def all_copy_bytes(model: Any, pruning: Pruning) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.attention import Attention, CachedAttention
 from models.blocks import AttentionBlock, PrunedBlock, Sublayer
-from models.cache import KVCache, LayerCache, View
+from models.cache import AttentionPattern, KVCache, LayerCache
 from models.clock import Clock
 from models.config import LlamaConfig, read_llama_config
 from models.cost_model import all_copy_bytes
@@ -154,7 +154,7 @@ class LlamaForCausalLM(nn.Module):
     def forward_embedded(self, x: Tensor, real: Tensor | None = None, pictures: PictureRows | None = None) -> Tensor:
         """The same, from embedded tokens (which may be features of pictures). x [B, T, H] -> logits [B, T, V]"""
         given = pictures or PictureRows()
-        rows = prefill_pass(self.model.rotary, map(View, self.config.windows), x, real, given)
+        rows = prefill_pass(self.model.rotary, map(AttentionPattern, self.config.windows), x, real, given)
         for index, layer in enumerate(self.model.layers):
             x = given.add_features(index, layer(x, rows))
         return self.head(x)
@@ -178,17 +178,17 @@ class LlamaForCausalLM(nn.Module):
             )
         thin_capacity = capacity if thin_capacity is None else thin_capacity
         running = [pruning.halves(index) for index in range(config.num_hidden_layers)]
-        views = [pruning.view(index, layer.self_attn.window) for index, layer in enumerate(self.model.layers)]
+        patterns = [pruning.pattern(index, layer.self_attn.window) for index, layer in enumerate(self.model.layers)]
         sizes = [
-            (ATTENTION in halves) * (thin_capacity if view.thin else capacity)
-            for halves, view in zip(running, views, strict=True)
+            (ATTENTION in halves) * (thin_capacity if pattern.pruned_visual else capacity)
+            for halves, pattern in zip(running, patterns, strict=True)
         ]
         cache = KVCache(
             sizes, batch, config.num_key_value_heads, capacity, thin_capacity, config.head_dim, self.dtype, self.device
         )
         whole, layers = replace(pruning, rule=POP(0.0, 0.0)), []        # skipped blocks need no weight copies
         for index, (layer, halves) in enumerate(zip(self.model.layers, running, strict=True)):
-            own = LayerCache(cache.keys[index], cache.values[index], views[index])
+            own = LayerCache(cache.keys[index], cache.values[index], patterns[index])
             attention = layer.new_attention(pruning if ATTENTION in halves else whole)
             ffn = layer.new_ffn(pruning if MLP in halves else whole)
             blocks: dict[str, Sublayer] = {
@@ -245,10 +245,10 @@ class LlamaForCausalLM(nn.Module):
         """The pass of a prompt that starts the cache, or of more of one after its first `kept` slots."""
         if not kept:
             state.start(x.shape[1], real, pictures.rope_delta)
-            rows = prefill_pass(self.model.rotary, state.views, x, real, pictures)
+            rows = prefill_pass(self.model.rotary, state.patterns, x, real, pictures)
         else:
             state.go_on(kept, pictures.rope_delta)
-            rows = following_pass(self.model.rotary, state.views, x, state.cache, pictures)
+            rows = following_pass(self.model.rotary, state.patterns, x, state.cache, pictures)
             state.cache.make_room(x.shape[1])
             state.cache.advance(x.shape[1])
         rows.clock = state.clock
@@ -276,14 +276,14 @@ class LlamaForCausalLM(nn.Module):
     def begin(self, tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodePass]:
         """The rows of a step, which decide together, and their pass. tokens int64 [B] -> x [B, 1, H]"""
         x = self.embed(tokens.unsqueeze(1))
-        return x, decode_pass(self.model.rotary, state.views, x, state.cache, state.live, together=True)
+        return x, decode_pass(self.model.rotary, state.patterns, x, state.cache, state.live, together=True)
 
     def begin_dense(
         self, tokens: Tensor, state: DecodeState, partitions: bool, live: int
     ) -> tuple[Tensor, PrefillPass]:
         """The rows of a dense step, `live` of which are evidence, and their pass. tokens int64 [B] -> x [B, 1, H]"""
         x = self.embed(tokens.unsqueeze(1))
-        rows = following_pass(self.model.rotary, state.views, x, state.cache, PictureRows())
+        rows = following_pass(self.model.rotary, state.patterns, x, state.cache, PictureRows())
         rows.counted, rows.tokens, rows.partitions, rows.of_prompt = state.live, live, partitions, False
         return x, rows
 

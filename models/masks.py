@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.cache import KVCache, View
+from models.cache import AttentionPattern, KVCache
 
-Masks = dict[View, Any]
-Slots = dict[View, Tensor]
+Masks = dict[AttentionPattern, Any]
+Slots = dict[AttentionPattern, Tensor]
 
 
 def visible(
@@ -45,20 +45,21 @@ def blocks_at(blocks: Tensor, slots: Tensor) -> Tensor:
     return blocks.gather(1, slots * inside).masked_fill(~inside, -1)
 
 
-def slots_in_cache(views: Iterable[View], cache: KVCache, slots: Tensor) -> Slots:
+def slots_in_cache(patterns: Iterable[AttentionPattern], cache: KVCache, slots: Tensor) -> Slots:
     """Where rows are kept that would fill these slots if no row had been left out. int64 [T]"""
-    return {view: slots - cache.left_out if view.thin else slots for view in set(views)}
+    return {pattern: slots - cache.left_out if pattern.pruned_visual else slots for pattern in set(patterns)}
 
 
 def masks_in_cache(
-    views: Iterable[View], cache: KVCache, slots: Tensor, dtype: torch.dtype, blocks: Tensor | None = None
+    patterns: Iterable[AttentionPattern], cache: KVCache, slots: Tensor, dtype: torch.dtype,
+    blocks: Tensor | None = None,
 ) -> Masks:
     """Masks of rows that fill these slots of the cache, int64 [T] or [B, T]; blocks: see PictureRows."""
     masks: Masks = {}
-    for view in set(views):
-        kept = cache.places if view.thin else cache.slots                           # [B, S] or [S]
-        hidden = ~visible(slots, kept, cache.padding, view.window, blocks)[:, None]             # [B, 1, T, S]
-        if view.blind:
+    for pattern in set(patterns):
+        kept = cache.logical_positions if pattern.pruned_visual else cache.slots  # [B, S] or [S]
+        hidden = ~visible(slots, kept, cache.padding, pattern.window, blocks)[:, None]             # [B, 1, T, S]
+        if pattern.no_skipped_kv:
             hidden = hidden | (kept < cache.passed_by)[..., None, None, :]
-        masks[view] = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
+        masks[pattern] = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
     return masks

@@ -14,16 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.cache import KVCache, LayerCache, View
+from models.cache import AttentionPattern, KVCache, LayerCache
 from models.clock import Clock, phase
 from models.masks import Masks, Slots, masks_in_cache, slots_in_cache, visible
 from models.matrices.products import attend_cache, attend_prompt
 from models.pruning.partition import Evidence, channel_scores
 
-Rotary = Callable[..., tuple[Tensor, Tensor]]
+RotaryOf = Callable[..., tuple[Tensor, Tensor]]
 
 
-class Stretch(NamedTuple):
+class ImageSpan(NamedTuple):
     """The rows of one picture, one after the other: of which prompt of the batch, the first of them, how many."""
 
     sequence: int
@@ -31,7 +31,7 @@ class Stretch(NamedTuple):
     length: int
 
 
-Turns = dict[View, tuple[Tensor, Tensor]]
+RotaryPairs = dict[AttentionPattern, tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -49,7 +49,7 @@ class PictureRows:
     rope_delta: Tensor | None = None
     added: Sequence[Tensor] = ()
     blocks: Tensor | None = None
-    stretches: Sequence[Stretch] = ()
+    stretches: Sequence[ImageSpan] = ()
 
     def add_features(self, layer: int, x: Tensor) -> Tensor:
         """The rows that leave a layer, with the features of pictures that are added there. [B, T, H]"""
@@ -63,8 +63,8 @@ NO_PICTURES = PictureRows()
 class PrefillPass:
     """What every layer needs to run rows of a prompt, or a dense step after it.
 
-    turns         cos, sin [B, T, D], rotary embedding of the positions, by what layers see
-    places        int64 [T], the cache slots that these rows fill; [B, T], would fill if none had been left out
+    rotary        cos, sin [B, T, D], rotary embedding of the positions, by what layers see
+    logical_positions  int64 [T], the cache slots that these rows fill; [B, T], would fill if none had been left out
     slots         int64 [T], those that they fill, by what layers see
     masks         by what layers see. Of rows that follow: float [B, 1, T, S], 0 where a row may look and -inf
                   elsewhere; else bool [B, 1, T, T], True where it may look, None: causal and nothing else
@@ -78,8 +78,8 @@ class PrefillPass:
     of_prompt     whether these are rows of a prompt; else of a dense step after it
     """
 
-    turns: Turns
-    places: Tensor
+    rotary: RotaryPairs
+    logical_positions: Tensor
     slots: Slots
     masks: Masks
     follows: bool
@@ -95,7 +95,7 @@ class PrefillPass:
     def count(self, batch: int, counted: Tensor | None) -> None:
         """Say which rows of the batch are evidence. counted bool [B, T], None: all"""
         self.counted = counted
-        self.tokens = batch * self.places.shape[-1] if counted is None else int(counted.sum())
+        self.tokens = batch * self.logical_positions.shape[-1] if counted is None else int(counted.sum())
 
     def see(self, evidence: Evidence, h: Tensor) -> None:
         """Add the squares of these rows to the evidence. h [B, T, I]"""
@@ -105,7 +105,7 @@ class PrefillPass:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, scale: float) -> Tensor:
         """Attend to each other, or to the cache where rows came before. q [B, N, T, D]; k, v [B, K, T, D] of these rows
         -> [B, T, N, D]"""
-        mask = self.masks[cache.view]
+        mask = self.masks[cache.pattern]
         if not self.follows:
             return attend_prompt(q, k, v, mask, scale)
         return attend_cache(q, cache.keys, cache.values, mask, scale)
@@ -119,14 +119,14 @@ class PrefillPass:
 class DecodePass:
     """What every layer needs to run rows that come after the prompt.
 
-    turns     by what layers see: cos, sin [B, T, D]
+    rotary    by what layers see: cos, sin [B, T, D]
     masks     by what layers see: float [B, 1, T, S], 0 where a row may look and -inf elsewhere
     slots     by what layers see: int64 [T], the cache slots that these rows fill
     live      bool [B, 1], False for sequences that have ended: they do not count when candidates are chosen
     together  whether the rows decide together (the sequences of a batch, at one step) or each for itself
     """
 
-    turns: Turns
+    rotary: RotaryPairs
     masks: Masks
     slots: Slots
     live: Tensor
@@ -142,7 +142,8 @@ class DecodePass:
 
 
 def prefill_pass(
-    rotary: Rotary, views: Iterable[View], x: Tensor, real: Tensor | None, pictures: PictureRows = NO_PICTURES
+    rotary: RotaryOf, patterns: Iterable[AttentionPattern], x: Tensor, real: Tensor | None,
+    pictures: PictureRows = NO_PICTURES,
 ) -> PrefillPass:
     """The pass of a whole prompt, whose rows attend to each other. x [B, T, H]; real bool [B, T], None: no padding"""
     slots = torch.arange(x.shape[1], device=x.device)                               # [T]
@@ -150,35 +151,38 @@ def prefill_pass(
     positions = pictures.positions
     if positions is None:
         positions = slots[None] if padding is None else (slots - padding).clamp(min=0)
-    views, masks = set(views), Masks()
-    for view in views:
-        masks[view] = None
-        if padding is not None or pictures.blocks is not None or (view.window and view.window < len(slots)):
-            masks[view] = visible(slots, slots, padding, view.window, pictures.blocks)[:, None]
-    turns = turned(rotary, views, positions, x.dtype)
-    return PrefillPass(turns, slots, dict.fromkeys(views, slots), masks, follows=False, pictures=pictures)
+    patterns, masks = set(patterns), Masks()
+    for pattern in patterns:
+        masks[pattern] = None
+        if padding is not None or pictures.blocks is not None or (pattern.window and pattern.window < len(slots)):
+            masks[pattern] = visible(slots, slots, padding, pattern.window, pictures.blocks)[:, None]
+    pairs = rotary_pairs(rotary, patterns, positions, x.dtype)
+    return PrefillPass(pairs, slots, dict.fromkeys(patterns, slots), masks, follows=False, pictures=pictures)
 
 
 def following_pass(
-    rotary: Rotary, views: Iterable[View], x: Tensor, cache: KVCache, pictures: PictureRows
+    rotary: RotaryOf, patterns: Iterable[AttentionPattern], x: Tensor, cache: KVCache, pictures: PictureRows
 ) -> PrefillPass:
     """The pass of rows that come after those in the cache, and attend to it. x [B, T, H]"""
     slots = cache.length + torch.arange(x.shape[1], device=x.device)                # [T]
     positions = cache.positions(slots) if pictures.positions is None else pictures.positions
-    masks = masks_in_cache(views, cache, slots, x.dtype, pictures.blocks)
-    turns, own = turned(rotary, views, positions, x.dtype), slots_in_cache(views, cache, slots)
-    return PrefillPass(turns, slots, own, masks, follows=True, pictures=pictures)
+    masks = masks_in_cache(patterns, cache, slots, x.dtype, pictures.blocks)
+    pairs, own = rotary_pairs(rotary, patterns, positions, x.dtype), slots_in_cache(patterns, cache, slots)
+    return PrefillPass(pairs, slots, own, masks, follows=True, pictures=pictures)
 
 
 def decode_pass(
-    rotary: Rotary, views: Iterable[View], x: Tensor, cache: KVCache, live: Tensor, together: bool
+    rotary: RotaryOf, patterns: Iterable[AttentionPattern], x: Tensor, cache: KVCache, live: Tensor, together: bool
 ) -> DecodePass:
     """The pass of a step's rows, after those in the cache. x [B, T, H]; live bool [B, 1]"""
     slots = cache.length if x.shape[1] == 1 else cache.length + torch.arange(x.shape[1], device=x.device)       # [T]
-    turns, masks = turned(rotary, views, cache.positions(slots), x.dtype), masks_in_cache(views, cache, slots, x.dtype)
-    return DecodePass(turns, masks, slots_in_cache(views, cache, slots), live, together)
+    pairs = rotary_pairs(rotary, patterns, cache.positions(slots), x.dtype)
+    masks = masks_in_cache(patterns, cache, slots, x.dtype)
+    return DecodePass(pairs, masks, slots_in_cache(patterns, cache, slots), live, together)
 
 
-def turned(rotary: Rotary, views: Iterable[View], positions: Tensor, dtype: torch.dtype) -> Turns:
+def rotary_pairs(
+    rotary: RotaryOf, patterns: Iterable[AttentionPattern], positions: Tensor, dtype: torch.dtype
+) -> RotaryPairs:
     """Rotary embeddings for every kind of layer. positions int64 [B, T] or [3, B, T]"""
-    return {view: rotary(positions, dtype, view.window) for view in set(views)}
+    return {pattern: rotary(positions, dtype, pattern.window) for pattern in set(patterns)}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.attention import CachedAttention
 from models.blocks import PrunedBlock, Sublayer
-from models.cache import KVCache, LayerCache, View
+from models.cache import AttentionPattern, KVCache, LayerCache
 from models.clock import Clock
 from models.passes import DecodePass, PrefillPass
 from models.pruning.refresh import RefreshSchedule
@@ -58,9 +58,9 @@ class DecodeState:
     schedule: RefreshSchedule
 
     @property
-    def views(self) -> list[View]:
+    def patterns(self) -> list[AttentionPattern]:
         """What the layers' rows see."""
-        return [layer.cache.view for layer in self.layers]
+        return [layer.cache.pattern for layer in self.layers]
 
     def start(self, prompt_slots: int, real: Tensor | None, rope_delta: Tensor | None = None) -> None:
         """Forget the last prompt. real bool [B, T], False where a slot is padding; rope_delta: see PictureRows"""

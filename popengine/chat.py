@@ -75,7 +75,7 @@ def run(flags: argparse.Namespace) -> None:
     )
     engine.resolve(pruning)                 # what is wrong with it, and the prior, before anything is said
     chat = Chat(conversation, statistics, torchrun)
-    typed = torchrun.told_by_first(sys.stdin.isatty() and sys.stdout.isatty())
+    typed = torchrun.broadcast(sys.stdin.isatty() and sys.stdout.isatty())
     if typed and not flags.quiet:
         tell(f"{engine.folder.name}, {engine.weights}, {str(engine.dtype).removeprefix('torch.')}; /help says more")
     for line in torchrun.heard_by_all(typed_lines() if typed else piped_lines()):
@@ -168,7 +168,7 @@ class Chat:
             for piece in pieces:
                 print(piece.text, end="", flush=True)
                 self.last = piece if piece.finish_reason else self.last
-                if self.torchrun.told_by_first(bool(noted)):
+                if self.torchrun.broadcast(bool(noted)):
                     break
         print(flush=True)
         if piece.finish_reason == "length":

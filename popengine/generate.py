@@ -62,7 +62,7 @@ def run(flags: argparse.Namespace) -> None:
     from popengine.engine import results as statistics
     from popengine.engine.sampling import Sampling
 
-    prompt = torchrun.told_by_first(read_prompt(flags.prompt) if is_first() else None, torchrun.patient())
+    prompt = torchrun.broadcast(read_prompt(flags.prompt) if is_first() else None, torchrun.patient())
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     engine = load_with_warnings(loading.load, flags)
     pieces = engine.stream(

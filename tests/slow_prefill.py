@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
-from models.cache import View
+from models.cache import AttentionPattern
 from models.layers import rotate
 from models.llama import LlamaForCausalLM
-from models.passes import PictureRows, decode_pass, prefill_pass, turned
+from models.passes import PictureRows, decode_pass, prefill_pass, rotary_pairs
 from models.pruning.resolve import Pruning
 from models.state import DecodeState
 
@@ -41,7 +41,7 @@ def two_passes(
     real = None if real is None else real[:, :-boundary]
     state.start(first.shape[1], real, None if pictures is None else pictures.rope_delta)
     given = PictureRows() if real is not None else PictureRows(positions[..., :-boundary])
-    step = prefill_pass(model.model.rotary, state.views, first, real, given)
+    step = prefill_pass(model.model.rotary, state.patterns, first, real, given)
     step.finish_dense = pruning.settings.prefill == "dense"
     for index, (layer, own) in enumerate(zip(model.model.layers, state.layers, strict=True)):
         if index not in skipped:
@@ -52,12 +52,12 @@ def two_passes(
         normed = layer.input_layernorm(first)
         k, v = attention.k_proj(normed).view(heads), attention.v_proj(normed).view(heads)       # [B, T - K, heads, D]
         k = k if attention.k_norm is None else attention.k_norm(k)
-        own.cache.keys[:, :, : first.shape[1]] = rotate(k.transpose(1, 2), *step.turns[own.cache.view])
+        own.cache.keys[:, :, : first.shape[1]] = rotate(k.transpose(1, 2), *step.rotary[own.cache.pattern])
         own.cache.values[:, :, : first.shape[1]] = v.transpose(1, 2)
     for index, out in zip(range(first.shape[1], x.shape[1]), last.split(1, dim=1), strict=True):      # [B, 1, H]
-        one = decode_pass(model.model.rotary, state.views, out, state.cache, state.live, together=True)
+        one = decode_pass(model.model.rotary, state.patterns, out, state.cache, state.live, together=True)
         if pictures is not None:
-            one.turns = turned(model.model.rotary, state.views, positions[..., index : index + 1], out.dtype)
+            one.rotary = rotary_pairs(model.model.rotary, state.patterns, positions[..., index : index + 1], out.dtype)
         for own, more in zip(state.layers, added, strict=True):
             out = own.decode(out, one) + more[:, index : index + 1]
         state.cache.advance()
@@ -71,13 +71,13 @@ def without_keys(model: LlamaForCausalLM, tokens: Tensor, kept: int, first: int)
     tokens int64 [1, T]; first: the first row of the boundary -> logits of it and what follows [1, T - first, V]
     """
     x = model.embed(tokens)
-    step = prefill_pass(model.model.rotary, map(View, model.config.windows), x, None)
+    step = prefill_pass(model.model.rotary, map(AttentionPattern, model.config.windows), x, None)
     for layer in model.model.layers[:kept]:
         x = layer(x, step)
     x = x[:, first:]
-    masks = {view: None if mask is None else mask[..., first:, first:] for view, mask in step.masks.items()}
-    turns = {view: (cos[:, first:], sin[:, first:]) for view, (cos, sin) in step.turns.items()}
-    step = replace(step, turns=turns, masks=masks)
+    masks = {pattern: None if mask is None else mask[..., first:, first:] for pattern, mask in step.masks.items()}
+    turns = {pattern: (cos[:, first:], sin[:, first:]) for pattern, (cos, sin) in step.rotary.items()}
+    step = replace(step, rotary=turns, masks=masks)
     for layer in model.model.layers[kept:]:
         x = layer(x, step)
     return model.head(x)

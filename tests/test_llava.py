@@ -21,7 +21,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from models.cache import View
+from models.cache import AttentionPattern
 from models.families.llava import LlavaForConditionalGeneration as OurLlava
 from models.passes import prefill_pass
 from models.pruning.partition import channel_scores, partition_channels
@@ -238,7 +238,8 @@ def test_only_text_tokens_count_in_the_scores_when_asked(grouped: tuple) -> None
             model.language_model.prefill(x, state, None, counted)
             orders.append(state.layers[0].ffn.partition.order.tolist())
         layer = model.language_model.model.layers[0]
-        step = prefill_pass(model.language_model.model.rotary, map(View, model.language_model.config.windows), x, None)
+        text = model.language_model
+        step = prefill_pass(text.model.rotary, map(AttentionPattern, text.config.windows), x, None)
         after = x + layer.self_attn(layer.input_layernorm(x), step)
         h = layer.mlp.activation(layer.post_attention_layernorm(after))
         scores = channel_scores(h[is_text][None], layer.mlp.down_norms())

@@ -26,7 +26,7 @@ from tolerance import SMOLLM2, assert_same
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from models.cache import View
+from models.cache import AttentionPattern
 from models.cost_model import all_copy_bytes, bytes_per_token, copy_bytes
 from models.llama import LlamaForCausalLM
 from models.matrices.forms import ChosenColumns, ChosenRows
@@ -117,7 +117,7 @@ def test_an_experts_partition_comes_from_the_tokens_routed_to_it(model: LlamaFor
     _, state = prefilled(model, tokens, FFN, real)
     layer, active = model.model.layers[0], state.layers[0].ffn
     x = model.embed(tokens)
-    step = prefill_pass(model.model.rotary, map(View, model.config.windows), x, real)
+    step = prefill_pass(model.model.rotary, map(AttentionPattern, model.config.windows), x, real)
     x = layer.post_attention_layernorm(x + layer.self_attn(layer.input_layernorm(x), step))
     seen: list[list[Tensor]] = [[] for _ in layer.mlp.experts]
     for sequence, slot in real.nonzero().tolist():
@@ -243,9 +243,9 @@ def test_a_sequence_that_has_ended_does_not_count_in_an_experts_pick(model: Llam
 def test_weight_bytes_count_the_routed_experts_only(model: LlamaForCausalLM, shared: LlamaForCausalLM) -> None:
     attention, head = 48 * 48 * 2 + 48 * 24 * 2, 96 * 48
     dense, pruned = (resolved(model, settings) for settings in (DENSE, FFN))
-    resident = 80 - round(0.4 * 80) + 12
+    active = 80 - round(0.4 * 80) + 12
     assert bytes_per_token(model, dense) == 8 * (head + 3 * (attention + 2 * 3 * 80 * 48))
-    assert bytes_per_token(model, pruned) == 8 * (head + 3 * (attention + 2 * 3 * resident * 48))
+    assert bytes_per_token(model, pruned) == 8 * (head + 3 * (attention + 2 * 3 * active * 48))
     assert bytes_per_token(shared, dense) == 8 * (head + 3 * (attention + (2 * 40 + 56) * 3 * 48))
 
 
@@ -281,7 +281,7 @@ def test_copies_take_the_memory_that_was_stated_before_they_were_made(model: Lla
     )
     assert 0 < stated <= state.partition_bytes() <= 1.01 * stated          # candidate norms are the difference
     mixture, (one, *_) = model.model.layers[0].mlp, filter(None, state.layers[0].ffn.active)
-    assert copy_bytes(mixture, state.pruning) == 5 * 8 * 3 * 48 * one.sizes.resident
+    assert copy_bytes(mixture, state.pruning) == 5 * 8 * 3 * 48 * one.sizes.active
     assert copy_bytes(mixture, resolved(model, DENSE)) == 0
 
 

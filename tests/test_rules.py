@@ -27,7 +27,7 @@ from tolerance import assert_same
 from torch import Tensor
 from transformers import LlamaConfig
 
-from models.cache import View
+from models.cache import AttentionPattern
 from models.cost_model import bytes_per_token
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
@@ -99,12 +99,12 @@ def test_each_rule_is_its_formula(
     state = model.new_state(1, 64, pruning)
     prompt = torch.randn(14, SIZES["hidden_size"], dtype=kind)
     ffn, active = model.model.layers[1].mlp, state.layers[1].ffn
-    rows = prefill_pass(model.model.rotary, [View(None)], prompt[None], None)
+    rows = prefill_pass(model.model.rotary, [AttentionPattern(None)], prompt[None], None)
     rows.partitions, rows.tokens = True, len(prompt)
     active.prefill(prompt[None], rows)
     _, step = model.begin(torch.tensor([5]), state)
     for x in torch.randn(6, SIZES["hidden_size"], dtype=kind):
-        wanted = slow_step(ffn, x, prompt, rule, active.sizes.active, round(80 * (share or 0)))
+        wanted = slow_step(ffn, x, prompt, rule, active.sizes.computed, round(80 * (share or 0)))
         assert_same(active.decode(x[None, None], step)[0, 0], wanted)
 
 
@@ -135,7 +135,7 @@ def test_rows_that_a_cheap_rule_does_not_choose_are_not_read(model: LlamaForCaus
     _, step = model.begin(torch.tensor([5]), state)
     wanted = active.decode(x, step)
     look = (x @ layer.up_proj.weight.T)[0, 0].abs() * active.candidate_norms
-    losing = look.argsort(descending=True)[active.sizes.active :]
+    losing = look.argsort(descending=True)[active.sizes.computed :]
     layer.gate_proj.weight[losing] = torch.nan
     assert_same(active.decode(x, step), wanted)
     dense = bytes_per_token(model, resolved(model, DENSE)) - bytes_per_token(model, pruning)
@@ -160,7 +160,7 @@ def test_a_draft_chooses_and_of_the_weights_only_what_it_chose_is_read(
     _, step = model.begin(torch.tensor([5]), state)
     gate, up = (draft(x.bfloat16()) for draft in active.drafts)
     scores = (layer.act(gate) * up).float()[0, 0].abs() * layer.down_norms()
-    chosen = scores.argsort(descending=True)[: active.sizes.active]
+    chosen = scores.argsort(descending=True)[: active.sizes.computed]
     losing = sorted(set(range(layer.channels)) - set(chosen.tolist()))
     h = layer.activation(x)[..., chosen]
     wanted = h @ layer.down_proj.weight[:, chosen].T
@@ -204,7 +204,7 @@ def test_glass_cuts_by_the_sum_of_two_ranks(model: LlamaForCausalLM, mixture: Ll
             places = [usual.index(channel) + own.index(channel) * (held.evidence.tokens > 0) for channel in usual]
             by_place = [usual[place] for place in sorted(range(len(usual)), key=lambda at: (places[at], usual[at]))]
             assert held.partition.retained.tolist() == sorted(by_place[: held.sizes.retained])
-            assert held.partition.pruned.tolist() == sorted(by_place[held.sizes.resident :])
+            assert held.partition.pruned.tolist() == sorted(by_place[held.sizes.active :])
             assert torch.equal(held.partition.order, again.partition.order)
 
 

@@ -18,7 +18,7 @@ from popengine.evaluation.text_tasks import (
 from weights.errors import InputError
 
 
-def written_out(left: str, right: str, sign: str) -> str:
+def fused_gemv(left: str, right: str, sign: str) -> str:
     """Addition, or multiplication by one digit, whose carries are counted back from the results."""
     operands = [(int(a), int(b)) for a, b in zip(left[::-1], right[::-1], strict=True)]
     steps, carry = "", 0
@@ -63,9 +63,9 @@ def solve(task: str, question: str) -> str:
         return "".join(f"{one}{turn}{new}" for one, turn, new in zip(question[1:], turns, shifted, strict=True))
     if task == "add":
         left, right = question.split("+")
-        return written_out(left, right, "+")
+        return fused_gemv(left, right, "+")
     left, factor = question.split("*")
-    return written_out(left, factor * len(left), "*")
+    return fused_gemv(left, factor * len(left), "*")
 
 
 @pytest.mark.parametrize("task", TASKS)

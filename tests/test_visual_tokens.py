@@ -17,9 +17,9 @@ from tiny_llava import IMAGE, VARIANTS, load_ours, padded, pictures, prompt, ref
 from tolerance import assert_same
 from torch import Tensor
 
-from models.cache import View
+from models.cache import AttentionPattern
 from models.families.llava import LlavaForConditionalGeneration as OurLlava
-from models.passes import PictureRows, Stretch, prefill_pass
+from models.passes import ImageSpan, PictureRows, prefill_pass
 from models.pruning.settings import DENSE, PruningSettings
 from models.state import DecodeState
 from popengine import generate
@@ -45,14 +45,14 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return reference, load_ours(directory)
 
 
-def stretches(prompts: list[list[int]], length: int) -> list[Stretch]:
+def stretches(prompts: list[list[int]], length: int) -> list[ImageSpan]:
     """Where the pictures of a padded batch are."""
     longest, found = max(map(len, prompts)), []
     for sequence, ids in enumerate(prompts):
         row = 0
         while row < len(ids):
             if ids[row] == IMAGE:
-                found.append(Stretch(sequence, longest - len(ids) + row, length))
+                found.append(ImageSpan(sequence, longest - len(ids) + row, length))
             row += length if ids[row] == IMAGE else 1
     return found
 
@@ -87,7 +87,7 @@ def test_what_stays_and_what_is_said_equal_the_slow_way(pair: tuple, settings: P
     wanted, stays = slow_logits(reference, x, rows, NEW, 4, after)
     assert_same(logits[0], wanted)
     cache = state.cache
-    assert cache.places[0, : len(stays)].tolist() == stays and len(stays) == len(ids) - 5 * count
+    assert cache.logical_positions[0, : len(stays)].tolist() == stays and len(stays) == len(ids) - 5 * count
     for index, keys in enumerate(cache.keys):           # what is not kept has no slot, and none is empty at the end
         thin = index >= (after or 0)
         assert keys.shape[2] == len(ids) + len(NEW) - 5 * count * thin
@@ -142,17 +142,17 @@ def by_hand(engine: Engine, ids: list[int], images: list[Image.Image], gone: set
     tokens, model = torch.tensor([ids]), engine.model
     x, _, found, _ = engine.pictures.embed(tokens, None, engine.pictures.given(images, [ids]))
     given = found or PictureRows()
-    step = prefill_pass(model.model.rotary, map(View, model.config.windows), x, None, given)
+    step = prefill_pass(model.model.rotary, map(AttentionPattern, model.config.windows), x, None, given)
     causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()[None, None]
     stay = [row for row in range(len(ids)) if row not in gone]
     added = list(given.added)
     for index, layer in enumerate(model.model.layers):
         if index == first:
             x, added = x[:, stay], [one[:, stay] for one in added]
-            seen = {view: causal if mask is None else mask for view, mask in step.masks.items()}
-            masks = {view: mask[..., stay, :][..., stay] for view, mask in seen.items()}
-            turns = {view: (cos[:, stay], sin[:, stay]) for view, (cos, sin) in step.turns.items()}
-            step = replace(step, masks=masks, turns=turns)
+            seen = {pattern: causal if mask is None else mask for pattern, mask in step.masks.items()}
+            masks = {pattern: mask[..., stay, :][..., stay] for pattern, mask in seen.items()}
+            turns = {pattern: (cos[:, stay], sin[:, stay]) for pattern, (cos, sin) in step.rotary.items()}
+            step = replace(step, masks=masks, rotary=turns)
         x = layer(x, step)
         x = x + added[index] if index < len(added) else x
     return model.head(x)
@@ -178,7 +178,7 @@ def test_other_families_leave_out_the_same_way(family: str, tmp_path: Path) -> N
         run = engine.run([ids], 5, settings, ignore_eos=True, images=images)
         new = [token for (token,) in run]
         cache, first = run.state.cache, run.state.pruning.thin_from
-        here = {int(place) for place in cache.places[0, : cache.filled - cache.missing]}
+        here = {int(place) for place in cache.logical_positions[0, : cache.filled - cache.missing]}
         gone = set(range(len(ids))) - here
         lengths = [one.length for one in run.given.stretches]
         assert len(gone) == sum(length - length // 2 for length in lengths) == run.missing > 0
@@ -217,8 +217,8 @@ def test_a_conversation_leaves_out_each_turns_pictures(llava: Engine, settings: 
         said = conversation.say(text, SCENES[turn : turn + 1] if turn < 2 else [])
         cache = conversation.state.cache
         assert cache.missing == 32 * min(turn + 1, 2)
-        assert cache.places[0, : cache.filled - cache.missing].tolist() == sorted(
-            set(cache.places[0, : cache.filled - cache.missing].tolist())
+        assert cache.logical_positions[0, : cache.filled - cache.missing].tolist() == sorted(
+            set(cache.logical_positions[0, : cache.filled - cache.missing].tolist())
         )
         if settings is DIVERSITY:
             afresh = llava.generate(
@@ -228,7 +228,8 @@ def test_a_conversation_leaves_out_each_turns_pictures(llava: Engine, settings: 
     filled = cache.filled
     with torch.inference_mode():
         cache.go_back(20)
-    assert (cache.places[0, : 20 - cache.missing] < 20).all() and cache.places[0, 20 - cache.missing] == 20
+    left, positions = 20 - cache.missing, cache.logical_positions[0]
+    assert (positions[:left] < 20).all() and positions[left] == 20
     assert filled > 20 > cache.missing > 0
 
 
@@ -239,7 +240,7 @@ def test_left_out_tokens_and_skipped_layers_compose(llava: Engine) -> None:
     ids = llava.prompts.ids("What do you see?", images=SCENES[:1])
     run = llava.run([ids], 6, settings, ignore_eos=True, images=SCENES[:1])
     new = [token for (token,) in run]
-    places = run.state.cache.places[0, : len(ids) - run.missing]
+    places = run.state.cache.logical_positions[0, : len(ids) - run.missing]
     x, *_ = llava.pictures.embed(torch.tensor([ids]), None, run.given)
     positions = PictureRows(positions=places[None], rope_delta=torch.tensor([[run.missing]]))
     logits, state = two_passes(

@@ -63,20 +63,20 @@ def draw() -> str:
     parts.append(row_label(y, "partition", "cut by score"))
     for column, channel in enumerate(partition.order.tolist()):
         parts.append(cell(column, y, COLOURS[region[channel]], str(channel)))
-    ends = (0, sizes.retained, sizes.resident, CHANNELS)
+    ends = (0, sizes.retained, sizes.active, CHANNELS)
     words = ("retained: always runs", "candidate: asked again", "pruned: never read")
     for start, end, caption, colour in zip(ends, ends[1:], words, COLOURS.values(), strict=False):
         parts.append(bracket(start, end, y + 32, caption, colour))
 
     y += 100
     parts.append(text(24, y, "Decode: every token", 17, bold=True))
-    parts.append(text(LEFT + 100, y, f"reads the {sizes.resident} rows that were copied together, keeps the best "
+    parts.append(text(LEFT + 100, y, f"reads the {sizes.active} rows that were copied together, keeps the best "
                       f"{sizes.pick} of {sizes.candidate} candidates", 13, QUIET))
     for step in range(3):
         row = y + 18 + step * 34
         parts.append(row_label(row, f"token {step + 1}", ""))
         picked = set(torch.randperm(sizes.candidate)[: sizes.pick].tolist())
-        for column, channel in enumerate(partition.resident.tolist()):
+        for column, channel in enumerate(partition.active.tolist()):
             lost = column >= sizes.retained and column - sizes.retained not in picked
             parts.append(cell(column, row, COLOURS[region[channel]], str(channel), outline=lost))
     width, height = LEFT + CHANNELS * CELL + 24, y + 18 + 3 * 34 + 12

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.matrices.packed import Int4Matrix, Int8Matrix
 from models.matrices.plain import Matrix
-from models.matrices.products import written_out
+from models.matrices.products import fused_gemv
 from models.pruning.settings import DENSE
 from popengine.engine.loading import load
 from popengine.evaluation.scoring import cut_windows, read_text, score_text
@@ -39,7 +39,7 @@ def as_packed(matrix: Int8Matrix, x: Tensor) -> Tensor:
 
 
 def as_written_out(matrix: Int8Matrix, x: Tensor) -> Tensor:
-    return written_out(x, matrix.weight) * matrix.scale
+    return fused_gemv(x, matrix.weight) * matrix.scale
 
 
 def both_rounded(matrix: Int8Matrix, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.matrices.products import add_up_columns, add_up_for_each, written_out
+from models.matrices.products import add_up_columns, add_up_for_each, fused_gemv
 
 # out, in: gate and up, down, o of SmolLM2-135M; its lm_head; gate and up of a 1B model.
 SHAPES = [(1536, 576), (576, 1536), (576, 576), (49152, 576), (8192, 2048)]
@@ -27,19 +27,19 @@ BYTES = 200_000_000                                 # of matrices to take turns 
 
 
 def masked(down: Tensor, h: Tensor, keep: Tensor) -> Tensor:
-    return written_out((h * keep)[None], down)
+    return fused_gemv((h * keep)[None], down)
 
 
 def gathered(down: Tensor, h: Tensor, winners: Tensor) -> Tensor:
-    return written_out(h[None, winners], down[:, winners])
+    return fused_gemv(h[None, winners], down[:, winners])
 
 
 def chosen_rows(weight: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-    return written_out(x, weight[rows])
+    return fused_gemv(x, weight[rows])
 
 
 def multiplied(weight: Tensor, x: Tensor) -> Tensor:
-    return written_out(x, weight)
+    return fused_gemv(x, weight)
 
 
 def microseconds(step: Callable[[Tensor], Tensor], weights: list[Tensor]) -> float:

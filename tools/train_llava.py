@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
-from models.cache import View
+from models.cache import AttentionPattern
 from models.families.llava import LlavaForConditionalGeneration
 from models.passes import PictureRows, prefill_pass
 from models.pruning.settings import DENSE
@@ -295,14 +295,14 @@ def train_tower(model: LlavaForConditionalGeneration, drawer: Drawer, steps: int
 def train_answers(model: LlavaForConditionalGeneration, drawer: Drawer, steps: int, rate: float, batch: int) -> None:
     learner = Learner(list(model.parameters()), matrices_of(model), rate, steps, descent=0.4)
     text = model.language_model
-    views = [View(None)] * len(text.model.layers)
+    patterns = [AttentionPattern(None)] * len(text.model.layers)
     for _ in range(steps):
         pixel_values, (tokens, labels, turns, positions) = drawer.batch(batch, model.config.tokens_per_image)
         mine, other = turns[:, :, None], turns[:, None, :]                          # [B, T, 1], [B, 1, T]
         with torch.autocast("cpu", torch.bfloat16):
             x = model.embed(tokens, model.encode_images(pixel_values))              # [B, T, H]
-            step = prefill_pass(text.model.rotary, views, x, None, PictureRows(positions))
-            step.masks[views[0]] = ((mine == other) | (other == 0)).tril()[:, None]             # [B, 1, T, T]
+            step = prefill_pass(text.model.rotary, patterns, x, None, PictureRows(positions))
+            step.masks[patterns[0]] = ((mine == other) | (other == 0)).tril()[:, None]             # [B, 1, T, T]
             for layer in text.model.layers:
                 x = layer(x, step)
             answers = labels != -100

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.cache import View
+from models.cache import AttentionPattern
 from models.experts import Routing
 from models.mixtral import MIXTRAL_NAMES, MixtralForCausalLM
 from models.passes import prefill_pass
@@ -124,7 +124,7 @@ def forward(model: MixtralForCausalLM, tokens: Tensor) -> tuple[Tensor, list[Rou
     Sequences are padded on the right, where causal attention never looks from a real token: no mask is needed.
     """
     x = model.embed(tokens)                                                         # [B, T, H]
-    step = prefill_pass(model.model.rotary, map(View, model.config.windows), x, None)
+    step = prefill_pass(model.model.rotary, map(AttentionPattern, model.config.windows), x, None)
     routings = []
     for layer in model.model.layers:
         x = x + layer.self_attn(layer.input_layernorm(x), step)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.matrices.plain import Matrix, share_storage
-from models.matrices.products import is_fused, row_count, written_out
+from models.matrices.products import fused_gemv, is_fused, row_count
 from weights.errors import InputError
 from weights.groups import Groups, group
 
@@ -83,7 +83,7 @@ class Int8Matrix(Matrix):
         """x [..., in] -> [..., out]"""
         rows = row_count(x)
         if rows <= FEW_ROWS_WRITTEN_OUT and is_fused(x):
-            y = written_out(x, self.numbers()) * self.scale
+            y = fused_gemv(x, self.numbers()) * self.scale
         elif rows <= FEW_ROWS_INT8 and has_packed_products(x):
             padded = F.pad(x, (0, self.weight.shape[1] - self.in_features)).flatten(0, -2)
             y = torch.ops.aten._weight_int8pack_mm(padded, self.weight, self.scale).view(*x.shape[:-1], -1)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.matrices.products import is_fused, row_count, written_out, written_out_rows
+from models.matrices.products import fused_gemv, fused_gemv_rows, is_fused, row_count
 
 # Up to how many rows a product is written out or added up instead of left to a library (tools/measure_products.py).
 FEW_ROWS = {torch.float32: 8, torch.bfloat16: 3}
@@ -48,7 +48,7 @@ class Matrix(nn.Linear):
         if rows > WEIGHT_FIRST_ROWS or not is_fused(x):
             return F.linear(x, self.weight, self.bias)
         if rows <= FEW_ROWS.get(x.dtype, 1):
-            y = written_out(x, self.weight)
+            y = fused_gemv(x, self.weight)
         elif x.dtype == torch.float32:
             y = (self.weight @ x.flatten(0, -2).t()).t().reshape(*x.shape[:-1], -1)
         else:
@@ -77,7 +77,7 @@ class Matrix(nn.Linear):
 
     def multiply_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """What the rows named put out, and no others. x [..., in], int64 [k] -> [..., k]"""
-        y = written_out_rows(x, self.values(), rows) if is_fused(x) else F.linear(x, self.values()[rows])
+        y = fused_gemv_rows(x, self.values(), rows) if is_fused(x) else F.linear(x, self.values()[rows])
         return y if self.bias is None else y + self.bias[rows]
 
     def empty_rows(self, rows: int) -> "Matrix":

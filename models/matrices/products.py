@@ -31,7 +31,7 @@ def row_count(x: Tensor) -> int:
     return x.shape[:-1].numel()
 
 
-def written_out(x: Tensor, weight: Tensor) -> Tensor:
+def fused_gemv(x: Tensor, weight: Tensor) -> Tensor:
     """A few rows times a weight as multiply and sum, for a compiler to fuse. x [..., in], weight [out, in]"""
     if row_count(x) == 1:
         return sum_in_streams(x, [weight[part] for part in row_streams(weight.shape[0])])
@@ -44,7 +44,7 @@ def written_out(x: Tensor, weight: Tensor) -> Tensor:
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def written_out_rows(x: Tensor, weight: Tensor, which: Tensor) -> Tensor:
+def fused_gemv_rows(x: Tensor, weight: Tensor, which: Tensor) -> Tensor:
     """The same of one row and the weight's rows named. x [..., in], weight [out, in], which int64 [k] -> [..., k]"""
     # The indices are split before they gather: split afterwards, what was gathered would be stored first.
     return sum_in_streams(x, [weight[which[part]] for part in row_streams(len(which))])

@@ -36,7 +36,7 @@ class PartitionedAttention(CachedAttention):
         self.sizes = rule.head_sizes(heads)
         self.partition = undecided(self.sizes, (groups,), device)
         self.evidence = rule.new_evidence(attention, attention.heads * head_dim, device)
-        rows = groups * self.sizes.resident * head_dim
+        rows = groups * self.sizes.active * head_dim
         self.active_qkv = self.qkv.empty_rows(rows + 2 * attention.kv_heads * head_dim)     # [(A + 2K) D, H]
         self.active_o = attention.o_proj.empty_columns(rows)                        # [H, A D]
         self.candidate_norms = attention.output_norms()[: groups * self.sizes.candidate * head_dim].clone()    # [G C D]
@@ -46,16 +46,16 @@ class PartitionedAttention(CachedAttention):
 
     def prefill(self, x: Tensor, cache: LayerCache, rows: PrefillPass) -> Tensor:
         q, k, v = (
-            self.in_cache(part) for part in self.attention.queries_keys_values(x, self.qkv, rows, cache.view)
+            self.in_cache(part) for part in self.attention.queries_keys_values(x, self.qkv, rows, cache.pattern)
         )
-        cache.write(k, v, rows.slots[cache.view])
+        cache.write(k, v, rows.slots[cache.pattern])
         a = self.in_model(rows.attend(q, k, v, cache, self.attention.scale)).flatten(2)     # [B, T, N D]
         rows.see(self.evidence, a)
         if rows.partitions:
             self.repartition(cache, rows.clock)
         if rows.finish_dense:
             return self.attention.o_proj(a)
-        return self.active_o(a[..., self.coordinates(self.partition.resident)])
+        return self.active_o(a[..., self.coordinates(self.partition.active)])
 
     def repartition(self, cache: LayerCache, clock: Clock | None = None) -> None:
         """Partition the heads by all evidence so far, and put copies and cache into their order."""
@@ -64,7 +64,7 @@ class PartitionedAttention(CachedAttention):
             scores = head_scores(self.evidence.scores(attention.output_norms()), attention.head_dim)        # [N]
             self.partition = partition_channels(scores.view(attention.head_groups, -1), self.sizes)
         with phase(clock, "copy"):
-            active = self.coordinates(self.partition.resident)                      # [A D]
+            active = self.coordinates(self.partition.active)                      # [A D]
             queries = attention.heads * attention.head_dim
             keys_values = torch.arange(queries, self.qkv.out_features, device=active.device)
             self.active_qkv.copy_rows(self.qkv, torch.cat([active, keys_values]))
@@ -78,9 +78,9 @@ class PartitionedAttention(CachedAttention):
                 self.cache_order.copy_(self.partition.order[0])
 
     def decode(self, x: Tensor, cache: LayerCache, step: DecodePass) -> Tensor:
-        q, k, v = self.attention.queries_keys_values(x, self.active_qkv, step, cache.view)      # [B, A, T, D], ...
-        cache.write(self.in_cache(k), self.in_cache(v), step.slots[cache.view])
-        a = attend_cache(q, *self.in_use(cache), step.masks[cache.view], self.attention.scale)      # [B, T, A, D]
+        q, k, v = self.attention.queries_keys_values(x, self.active_qkv, step, cache.pattern)      # [B, A, T, D], ...
+        cache.write(self.in_cache(k), self.in_cache(v), step.slots[cache.pattern])
+        a = attend_cache(q, *self.in_use(cache), step.masks[cache.pattern], self.attention.scale)      # [B, T, A, D]
         if self.sizes.decides:
             a = a * self.kept_heads(a, step).unsqueeze(-1)
         return self.active_o(a.flatten(2))
@@ -94,8 +94,8 @@ class PartitionedAttention(CachedAttention):
         return F.pad(keep, (self.sizes.retained, 0), value=True).flatten(-2)        # [..., G (R + C)]
 
     def write_keys_and_values(self, x: Tensor, cache: LayerCache, rows: PrefillPass) -> None:
-        k = rotate(self.attention.keys(x), *rows.turns[cache.view])                 # [B, K, T, D]
-        cache.write(self.in_cache(k), self.in_cache(self.attention.values(x)), rows.slots[cache.view])
+        k = rotate(self.attention.keys(x), *rows.rotary[cache.pattern])                 # [B, K, T, D]
+        cache.write(self.in_cache(k), self.in_cache(self.attention.values(x)), rows.slots[cache.pattern])
 
     def coordinates(self, in_groups: Tensor) -> Tensor:
         """Coordinates of heads that are counted inside each group: int64 [G, n] -> [G n D]"""
@@ -116,7 +116,7 @@ class PartitionedAttention(CachedAttention):
         """Keys and values that the active heads attend to. [B, K, S, D] each"""
         if self.cache_order is None:
             return cache.keys, cache.values
-        return cache.keys[:, : self.sizes.resident], cache.values[:, : self.sizes.resident]
+        return cache.keys[:, : self.sizes.active], cache.values[:, : self.sizes.active]
 
     def restart(self) -> None:
         self.evidence.restart()

@@ -90,12 +90,12 @@ class PartitionSizes:
         return self.retained + self.candidate + self.pruned
 
     @property
-    def active(self) -> int:
-        """Channels that finish a decode step."""
+    def computed(self) -> int:
+        """Channels that finish a decode step: retained and picked."""
         return self.retained + self.pick
 
     @property
-    def resident(self) -> int:
+    def active(self) -> int:
         """Channels whose weights a decode step reads: retained and candidate."""
         return self.retained + self.candidate
 
@@ -106,7 +106,7 @@ class PartitionSizes:
 
     @property
     def copied(self) -> bool:
-        """Whether the resident channels are a choice of all, or in another order, and so copied."""
+        """Whether the active channels are a choice of all, or in another order, and so copied."""
         return self.prunes and self.candidate < self.channels
 
     @property
@@ -166,16 +166,16 @@ class ChannelPartition:
 
     @property
     def candidate(self) -> Tensor:
-        return self.order[..., self.sizes.retained : self.sizes.resident]
+        return self.order[..., self.sizes.retained : self.sizes.active]
 
     @property
     def pruned(self) -> Tensor:
-        return self.order[..., self.sizes.resident :]
+        return self.order[..., self.sizes.active :]
 
     @property
-    def resident(self) -> Tensor:
+    def active(self) -> Tensor:
         """Retained then candidate channels: the rows a decode step reads, in the order it reads them."""
-        return self.order[..., : self.sizes.resident]
+        return self.order[..., : self.sizes.active]
 
     def pick(self, candidate_scores: Tensor) -> Tensor:
         """Which candidates this decode step keeps (ties: the earlier candidate).
@@ -203,9 +203,9 @@ def partition_channels(scores: Tensor, sizes: PartitionSizes) -> ChannelPartitio
     each = scores.unflatten(-1, (sizes.groups, -1))                                 # [..., G, I / G]
     by_score = each.sort(dim=-1, descending=True, stable=True).indices
     region = torch.zeros_like(by_score, dtype=torch.int8)                           # 0 retained
-    retained, resident = sizes.retained // sizes.groups, sizes.resident // sizes.groups
-    region.scatter_(-1, by_score[..., retained:resident], 1)                        # candidate
-    region.scatter_(-1, by_score[..., resident:], 2)                                # pruned
+    retained, active = sizes.retained // sizes.groups, sizes.active // sizes.groups
+    region.scatter_(-1, by_score[..., retained:active], 1)                        # candidate
+    region.scatter_(-1, by_score[..., active:], 2)                                # pruned
     return ChannelPartition(region.flatten(-2).sort(dim=-1, stable=True).indices, sizes)    # [..., I]
 
 

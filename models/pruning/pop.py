@@ -88,20 +88,20 @@ class PartitionedFFN:
             self.repartition(rows.clock)                                            # Eq. 3 and section 3.2
         if rows.finish_dense:
             return self.ffn.down_proj(h)
-        return self.down(take_columns(h, self.partition.resident))                  # [B, T, R + C] -> [B, T, H]
+        return self.down(take_columns(h, self.partition.active))                  # [B, T, R + C] -> [B, T, H]
 
     def repartition(self, clock: Clock | None = None) -> None:
         with phase(clock, "sort"):
             self.partition = partition_channels(self.rule.scores(self.ffn, self.evidence), self.sizes)
             torch.index_select(self.ffn.down_norms(), 0, self.partition.candidate, out=self.candidate_norms)
         with phase(clock, "copy"):
-            self.weights.fill(self.ffn, self.partition.resident)
+            self.weights.fill(self.ffn, self.partition.active)
 
     def decode(self, x: Tensor, step: DecodePass) -> Tensor:
         h = self.act(self.gate(x)) * self.up(x)                                     # [B, T, R + C]
         scores = step.scores(h[..., self.sizes.retained :], self.candidate_norms)   # Eq. 3: [C] or [B, T, C]
         keep = F.pad(self.partition.pick(scores), (self.sizes.retained, 0), value=True)         # [..., R + C]
-        return self.down.multiply_kept(h, keep, self.sizes.active)                  # [B, T, H]
+        return self.down.multiply_kept(h, keep, self.sizes.computed)                  # [B, T, H]
 
     def restart(self) -> None:
         self.evidence.restart()
@@ -243,7 +243,7 @@ class POP:
         sizes = self.sizes(ffn)
         if not sizes.copied:
             return WholeWeights(ffn, down_by_columns(ffn))
-        return ActiveWeights(ffn, sizes.resident) if self.copying_saves(ffn) else LookedUpWeights(ffn)
+        return ActiveWeights(ffn, sizes.active) if self.copying_saves(ffn) else LookedUpWeights(ffn)
 
     def new_evidence(self, network: nn.Module, channels: int, device: torch.device, part: str = "h") -> Evidence:
         """Evidence of a network, or of the heads of an attention, before any token. part: "h", "gate" or "up"."""
@@ -278,7 +278,7 @@ class POP:
         They do not where nearly all channels are active and the copy of an int4 down_proj is int8.
         """
         sizes = self.sizes(ffn)
-        return not sizes.copied or channel_bytes(ffn, sizes.resident, sizes.resident) <= channel_bytes(ffn)
+        return not sizes.copied or channel_bytes(ffn, sizes.active, sizes.active) <= channel_bytes(ffn)
 
     def step_bytes(self, ffn: FeedForward, rows: int) -> int:
         """Bytes of weights that a step of so many rows reads of one network."""
@@ -286,12 +286,12 @@ class POP:
         if not sizes.prunes or not self.copying_saves(ffn):
             return channel_bytes(ffn)
         down = ffn.down_proj if sizes.copied else down_by_columns(ffn)
-        columns = sizes.active if down.reads_chosen_columns(rows) else sizes.resident
-        return channel_bytes(ffn, sizes.resident, None if columns == ffn.channels and not sizes.copied else columns)
+        columns = sizes.computed if down.reads_chosen_columns(rows) else sizes.active
+        return channel_bytes(ffn, sizes.active, None if columns == ffn.channels and not sizes.copied else columns)
 
     def prompt_weights(self, ffn: FeedForward, finish_dense: bool) -> int:
         """Weights that each prompt token is multiplied with in one network."""
-        down = ffn.channels if finish_dense else self.sizes(ffn).resident
+        down = ffn.channels if finish_dense else self.sizes(ffn).active
         return (2 * ffn.channels + down) * ffn.down_proj.out_features
 
 

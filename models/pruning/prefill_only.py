@@ -50,24 +50,25 @@ class PrefillOnly:
 
     def split(self, rows: PrefillPass, state: Any) -> tuple[PrefillPass, PrefillPass]:
         """The passes of the rows before the boundary, and of the boundary, which attends to the cache."""
-        before = rows.places.shape[-1] - self.boundary
+        before = rows.logical_positions.shape[-1] - self.boundary
         state.cache.passed_by.copy_(state.cache.left_out + before)
         rest, last = (
             replace(
-                rows, places=rows.places[..., part], slots={view: slots[part] for view, slots in rows.slots.items()},
-                turns={view: (cos[:, part], sin[:, part]) for view, (cos, sin) in rows.turns.items()},
+                rows, logical_positions=rows.logical_positions[..., part],
+                slots={pattern: slots[part] for pattern, slots in rows.slots.items()},
+                rotary={pattern: (cos[:, part], sin[:, part]) for pattern, (cos, sin) in rows.rotary.items()},
                 pictures=replace(rows.pictures, added=[one[:, part] for one in rows.pictures.added]),
             )
             for part in (slice(before), slice(before, None))
         )
         dtype = state.cache.keys[0].dtype
-        last.masks = masks_in_cache(rows.slots, state.cache, last.places, dtype, rows.pictures.blocks)
+        last.masks = masks_in_cache(rows.slots, state.cache, last.logical_positions, dtype, rows.pictures.blocks)
         last.follows = True
         last.count(len(state.live), None if rows.counted is None else rows.counted[:, before:])
         return rest, last
 
     def evidence_tokens(self, rows: PrefillPass, state: Any) -> int:
-        total = rows.places.shape[-1]
+        total = rows.logical_positions.shape[-1]
         if total <= self.boundary:
             return rows.tokens
         if rows.counted is None:

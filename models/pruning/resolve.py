@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from models.cache import View
-from models.passes import Stretch
+from models.cache import AttentionPattern
+from models.passes import ImageSpan
 from models.pruning.left_out import ATTENTION, HALVES, MLP, Half, check_halves, read_halves
 from models.pruning.partition import partition_sizes
 from models.pruning.pop import POP
@@ -61,11 +61,11 @@ class Pruning:
         """How a prompt walks through the layers."""
         return PrefillOnly(self.skipped, self.boundary) if self.skipped else EveryLayer()
 
-    def view(self, layer: int, window: int | None) -> View:
+    def pattern(self, layer: int, window: int | None) -> AttentionPattern:
         """What the rows of a layer see of its cache."""
-        return View(window)
+        return AttentionPattern(window)
 
-    def dropped_rows(self, spans: Sequence[Stretch], lengths: Sequence[int]) -> int:
+    def dropped_rows(self, spans: Sequence[ImageSpan], lengths: Sequence[int]) -> int:
         """How many rows shorter the longest prompt becomes on its way, given all pictures and lengths of prompts."""
         return 0
 
@@ -91,16 +91,16 @@ def resolve(
     Raises InputError when the ratio asks for more than the FFN has (r >= 1), or for less than the heads alone remove.
     """
     heads = partition_sizes(layer.heads_per_group, settings.head_ratio, settings.candidate_width)
-    if heads.active == 0:
+    if heads.computed == 0:
         raise InputError(
             f"head ratio {settings.head_ratio} leaves no query head of {layer.heads_per_group} in a group; lower it"
         )
-    if settings.head_ratio > 0 and heads.active == heads.channels:
+    if settings.head_ratio > 0 and heads.computed == heads.channels:
         raise InputError(
             f"head ratio {settings.head_ratio} turns off none of the {layer.heads_per_group} query heads of a group; "
             f"raise it above {0.5 / layer.heads_per_group:.2g}, or leave it at 0"
         )
-    off_heads = (heads.channels - heads.active) * layer.head_groups * layer.head
+    off_heads = (heads.channels - heads.computed) * layer.head_groups * layer.head
     total = layer.attention + layer.ffn
     if settings.ffn_ratio is not None:
         ffn_ratio = settings.ffn_ratio

@@ -50,7 +50,7 @@ def ranks(device: str = "auto") -> Ranks:
     return Ranks(distributed.get_rank(), distributed.get_world_size())
 
 
-def from_each(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """What each rank has."""
     ours = ranks()
     found: list[Any] = [value] * ours.count
@@ -59,7 +59,7 @@ def from_each(value: Any) -> list[Any]:
     return found
 
 
-def told_by_first(value: Any, group: distributed.ProcessGroup | None = None) -> Any:
+def broadcast(value: Any, group: distributed.ProcessGroup | None = None) -> Any:
     """What the first rank has, on every rank: a seed that it has drawn, a text that it has read."""
     box = [value]
     if ranks().count > 1:
@@ -74,7 +74,7 @@ def patient() -> distributed.ProcessGroup | None:
 
 def agree(on: dict[str, Any]) -> None:
     """InputError where ranks were started with other flags, files or versions than the first."""
-    found = from_each(on)
+    found = all_gather(on)
     for index, theirs in enumerate(found):
         for name in on:
             if theirs[name] != found[0][name]:
@@ -84,7 +84,7 @@ def agree(on: dict[str, Any]) -> None:
 def heard_by_all(lines: Iterable[str]) -> Iterator[str]:
     """Lines that the first rank reads, on every rank."""
     iterator, group = iter(lines) if is_first() else iter(()), patient()
-    while (line := told_by_first(next(iterator, None), group)) is not None:
+    while (line := broadcast(next(iterator, None), group)) is not None:
         yield line
 
 
@@ -129,7 +129,7 @@ def one_of_several(flags: Any) -> Iterator[None]:
                         shutil.copytree(asked, private)
                     setattr(flags, name, type(asked)(private))
             sys.stdout = sys.stderr = nowhere
-        from_each(None)                 # copied, before the first rank writes
+        all_gather(None)                 # copied, before the first rank writes
         before = signal.signal(signal.SIGTERM, ended_by_torchrun)
         try:
             yield

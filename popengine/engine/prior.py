@@ -25,7 +25,7 @@ from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.pruning.pop import Prior
 from models.pruning.settings import DENSE
-from popengine.engine.distributed import from_each
+from popengine.engine.distributed import all_gather
 from popengine.engine.processes import is_first
 from popengine.engine.sampling import Sampling
 from popengine.studies.recording import Watch, watched
@@ -64,7 +64,7 @@ def prior_for(engine: Sampler, tokens: int, progress: bool) -> Prior:
     name = engine.fingerprint
     kept = cache_folder() / f"{name}.safetensors"
     found = read(engine.folder / FILE, name, model) or read(kept, name, model)
-    everywhere = from_each(found is not None)           # a rank on another machine may not have it
+    everywhere = all_gather(found is not None)           # a rank on another machine may not have it
     if found is None or not all(everywhere):
         found = make(engine, progress)
         write(kept, name, found, model)

@@ -15,7 +15,7 @@ from models.llama import LlamaForCausalLM
 from models.pruning.settings import PruningSettings
 from models.state import DecodeState
 from popengine.engine.sampling import Sampling, next_tokens, require_finite
-from popengine.images.vision import Given, TextOnly, Vision
+from popengine.images.vision import ImageInputs, TextOnly, Vision
 from popengine.studies.resolve import StudyPruning
 
 
@@ -58,7 +58,7 @@ class Run:
         pruning: StudyPruning,
         sampling: Sampling,
         stop_ids: frozenset[int],
-        given: Given,
+        given: ImageInputs,
         held: DecodeState | None = None,
         kept: int = 0,
     ) -> None:

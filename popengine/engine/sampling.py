@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from popengine.engine.distributed import told_by_first
+from popengine.engine.distributed import broadcast
 from weights.errors import InputError
 
 # The least that float32 can sensibly divide by.
@@ -41,7 +41,7 @@ class Sampling:
         if self.temperature == 0:
             return None
         generator = torch.Generator(device)
-        generator.manual_seed(told_by_first(generator.seed()) if self.seed is None else self.seed)
+        generator.manual_seed(broadcast(generator.seed()) if self.seed is None else self.seed)
         return generator
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from models.cache import View
+from models.cache import AttentionPattern
 from models.llama import LlamaForCausalLM
 from models.passes import PictureRows, prefill_pass
 from models.pruning.settings import DENSE
@@ -101,7 +101,7 @@ def gated_loss(
 ) -> Tensor:
     """Negative log-probability of the answer, summed, with what layers add times gates. x [1, T, H]; gates [T, L]"""
     given = pictures or PictureRows()
-    rows = prefill_pass(model.model.rotary, map(View, model.config.windows), x, None, given)
+    rows = prefill_pass(model.model.rotary, map(AttentionPattern, model.config.windows), x, None, given)
     for index, (layer, gate) in enumerate(zip(model.model.layers, gates.unbind(dim=1), strict=True)):
         gate = gate[:, None].to(x.dtype)                                            # [T, 1]
         x = x + layer.after_attention(layer.self_attn(layer.before_attention(x), rows)) * gate

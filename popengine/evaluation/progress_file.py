@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from popengine.engine.distributed import told_by_first
+from popengine.engine.distributed import broadcast
 from weights.errors import InputError
 from weights.mapped_file import read_bytes
 from weights.output_file import append_output, write_output
@@ -50,7 +50,7 @@ class ProgressFile:
             )
         if damaged or not text:
             write_output(path, lines({"comparison": identity}, *sound))
-        self.records = told_by_first(self.records)      # a rank on another machine has another folder
+        self.records = broadcast(self.records)      # a rank on another machine has another folder
 
     def add(self, key: str, record: dict[str, Any]) -> None:
         self.records[key] = {"key": key, **record}

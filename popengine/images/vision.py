@@ -20,7 +20,7 @@ from torch import Tensor
 from models.clock import Clock
 from models.families.picture_model import Grid, PictureModel
 from models.llama import LlamaForCausalLM
-from models.passes import PictureRows, Stretch
+from models.passes import ImageSpan, PictureRows
 from popengine.images.images import ImageProcessing, ImageSource, read_image_processing
 from popengine.text.chat import unless_failed
 from popengine.text.prompts import Messages, Render
@@ -28,7 +28,7 @@ from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
 
 
-class Given(NamedTuple):
+class ImageInputs(NamedTuple):
     """The pictures of a run.
 
     grids         of all of them; new_grids: of those whose tokens the cache does not hold yet
@@ -39,7 +39,7 @@ class Given(NamedTuple):
     grids: Sequence[Grid] = ()
     new_grids: Sequence[Grid] = ()
     pixel_values: Tensor | None = None
-    stretches: Sequence[Stretch] = ()
+    stretches: Sequence[ImageSpan] = ()
 
 
 class Embedded(NamedTuple):
@@ -72,7 +72,7 @@ class TextOnly:
     def render(self, conversations: Sequence[Messages], images: Sequence[int], render: Render) -> list[str]:
         return [unless_failed(text) for text in render(conversations)]
 
-    def written_out(self, text: str) -> str:
+    def fused_gemv(self, text: str) -> str:
         return text
 
     def expand(self, ids: list[int], images: Sequence[ImageSource]) -> list[int]:
@@ -86,8 +86,8 @@ class TextOnly:
         self.expand([], images)             # refuses them
         return None
 
-    def given(self, images: Sequence[ImageSource], prompts: Sequence[Sequence[int]] = (), kept: int = 0) -> Given:
-        return Given()
+    def given(self, images: Sequence[ImageSource], prompts: Sequence[Sequence[int]] = (), kept: int = 0) -> ImageInputs:
+        return ImageInputs()
 
     def image_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
         return 0
@@ -96,7 +96,7 @@ class TextOnly:
         return ids
 
     def embed(
-        self, tokens: Tensor, real: Tensor | None, given: Given, scored: str = "all", kept: int = 0
+        self, tokens: Tensor, real: Tensor | None, given: ImageInputs, scored: str = "all", kept: int = 0
     ) -> Embedded:
         return Embedded(self.model.embed(tokens[:, kept:]))
 
@@ -129,7 +129,7 @@ class Vision:
             )
         return token
 
-    def written_out(self, text: str) -> str:
+    def fused_gemv(self, text: str) -> str:
         """A text with everything that its marks stand for."""
         pieces = (piece if isinstance(piece, str) else self.token(piece) for piece in self.model.written_as)
         return text.replace(self.mark, "".join(pieces))
@@ -177,15 +177,15 @@ class Vision:
         """Rows and columns of an image's tokens. InputError for one that cannot be read."""
         return 1, self.model.config.tokens_per_image
 
-    def given(self, images: Sequence[ImageSource], prompts: Sequence[Sequence[int]] = (), kept: int = 0) -> Given:
+    def given(self, images: Sequence[ImageSource], prompts: Sequence[Sequence[int]] = (), kept: int = 0) -> ImageInputs:
         """The images of a run, in the order of their tokens; kept: tokens of the one prompt in the cache already."""
         grids = [self.grid(image) for image in images]
         ends = [*accumulate(rows * columns for rows, columns in grids)]
         seen = sum(end <= self.image_tokens([prompts[0][:kept]]) for end in ends) if kept else 0
         stretches = self.stretches(prompts, [rows * columns for rows, columns in grids[seen:]], kept)
-        return Given(grids, grids[seen:], self.pixel_values(images[seen:]), stretches)
+        return ImageInputs(grids, grids[seen:], self.pixel_values(images[seen:]), stretches)
 
-    def stretches(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], kept: int) -> list[Stretch]:
+    def stretches(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], kept: int) -> list[ImageSpan]:
         """Where pictures of these lengths are among the rows of the padded batch, without the first `kept` of them."""
         waiting, found, longest = iter(lengths), [], max(map(len, prompts), default=0)
         for sequence, ids in enumerate(prompts):
@@ -194,12 +194,12 @@ class Vision:
                 is_picture = ids[row] == self.image_token_id
                 length = next(waiting) if is_picture else 1
                 if is_picture:
-                    found.append(Stretch(sequence, longest - len(ids) + row - kept, length))
+                    found.append(ImageSpan(sequence, longest - len(ids) + row - kept, length))
                 row += length
         return found
 
     def embed(
-        self, tokens: Tensor, real: Tensor | None, given: Given, scored: str = "all", kept: int = 0
+        self, tokens: Tensor, real: Tensor | None, given: ImageInputs, scored: str = "all", kept: int = 0
     ) -> Embedded:
         """The prompts with their pictures in place.
 

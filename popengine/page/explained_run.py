@@ -336,7 +336,7 @@ def watch(engine: Engine, run: Run, new: list[int], records: list[NetworkRecord]
             sizes = drawing.partition.sizes
             record.moved[frame] = float((rank[row] - drawing.rank).abs().float().mean()) / len(drawing.rank)
             if frame in record.picked:          # neither a dense step nor an expert that the pruned model passed by
-                wanted, squares = (rank[row] < sizes.active)[drawing.order], scores[row].square()[drawing.order]
+                wanted, squares = (rank[row] < sizes.computed)[drawing.order], scores[row].square()[drawing.order]
                 ran = record.picked[frame].clone()
                 ran[: sizes.retained] = True
                 of_all = squares.sum().clamp(min=1e-30)
@@ -372,7 +372,7 @@ def encoded(record: NetworkRecord) -> dict[str, Any]:
              "scores": base64_of(one.scores[one.order].to(torch.bfloat16).view(torch.int16))}
             for one in record.drawings
         ],
-        "picked": masks({frame: mask[sizes.retained : sizes.resident] for frame, mask in record.picked.items()})
+        "picked": masks({frame: mask[sizes.retained : sizes.active] for frame, mask in record.picked.items()})
         if sizes else masks({}),
         "wanted": masks(record.wanted),
         "moved": {frame: rounded(value) for frame, value in record.moved.items()},

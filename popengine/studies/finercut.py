@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from models.cache import View
+from models.cache import AttentionPattern
 from models.cost_model import layer_weights
 from models.llama import LlamaForCausalLM
 from models.passes import PrefillPass, prefill_pass
@@ -56,7 +56,7 @@ def changes(
     if not candidates:
         return
     x = model.embed(windows.to(model.device))                                       # [W, T, H]
-    step = prefill_pass(model.model.rotary, map(View, model.config.windows), x, None)
+    step = prefill_pass(model.model.rotary, map(AttentionPattern, model.config.windows), x, None)
     whole = [Half(layer, part) for layer in range(len(model.model.layers)) for part in HALVES]
     dense = log_probabilities(model, through(model, whole, x, step))                # [W, T, V]
     for place, half in enumerate(running):

@@ -52,7 +52,7 @@ class Probed(POP):
         return fused.sqrt() * ffn.down_norms()
 
     def prompt_weights(self, ffn: FeedForward, finish_dense: bool) -> int:
-        of_row = 3 * self.sizes(ffn).resident * ffn.down_proj.out_features
+        of_row = 3 * self.sizes(ffn).active * ffn.down_proj.out_features
         return of_row + round(PROBED * 2 * ffn.channels * ffn.down_proj.out_features)
 
 

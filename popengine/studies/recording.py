@@ -110,8 +110,8 @@ class WatchedAttention(CachedAttention):
         self.watch = watch
 
     def prefill(self, x: Tensor, cache: LayerCache, rows: PrefillPass) -> Tensor:
-        q, k, v = self.attention.queries_keys_values(x, self.qkv, rows, cache.view)
-        cache.write(k, v, rows.slots[cache.view])
+        q, k, v = self.attention.queries_keys_values(x, self.qkv, rows, cache.pattern)
+        cache.write(k, v, rows.slots[cache.pattern])
         a = rows.attend(q, k, v, cache, self.attention.scale).flatten(2)
         self.watch.heads(self.attention, a)
         return self.attention.o_proj(a)

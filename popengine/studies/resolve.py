@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from models.cache import View
-from models.passes import Stretch
+from models.cache import AttentionPattern
+from models.passes import ImageSpan
 from models.pruning.left_out import ATTENTION, Half
 from models.pruning.resolve import LayerWeights, Pruning, resolve
 from models.pruning.settings import PruningSettings, exact_share
@@ -30,10 +30,10 @@ class StudyPruning(Pruning):
         walk, first = super().walk, self.thin_from
         return walk if first is None else DropVisualTokens(walk, first, self)
 
-    def view(self, layer: int, window: int | None) -> View:
-        return View(window, self.no_skipped_kv and layer in self.skipped, self.is_thin(layer))
+    def pattern(self, layer: int, window: int | None) -> AttentionPattern:
+        return AttentionPattern(window, self.no_skipped_kv and layer in self.skipped, self.is_thin(layer))
 
-    def dropped_rows(self, spans: Sequence[Stretch], lengths: Sequence[int]) -> int:
+    def dropped_rows(self, spans: Sequence[ImageSpan], lengths: Sequence[int]) -> int:
         left = list(lengths)
         for span in spans:
             left[span.sequence] -= span.length - self.visual_tokens(span.length)
@@ -60,7 +60,7 @@ class StudyPruning(Pruning):
             raise InputError(f"visual tokens {wanted} leaves none of the {of_picture} tokens of a picture; raise it")
         return min(kept, of_picture)
 
-    def uncounted(self, stretches: Sequence[Stretch]) -> int:
+    def uncounted(self, stretches: Sequence[ImageSpan]) -> int:
         """Rows of these pictures that are left out and would count as evidence."""
         lengths = [one.length for one in stretches] if self.settings.scored_tokens == "all" else []
         return sum(length - self.visual_tokens(length) for length in lengths)

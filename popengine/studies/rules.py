@@ -80,7 +80,7 @@ class Chooser(PartitionedFFN):
         if self.gate.reads_chosen_rows(row_count(x)):
             return self.decode_chosen(x, step)
         h = self.act(self.gate(x)) * self.up(x)                                     # [B, T, A]
-        return self.down.multiply_kept(h, self.kept(self.look(x), step), self.sizes.active)
+        return self.down.multiply_kept(h, self.kept(self.look(x), step), self.sizes.computed)
 
     def kept(self, look: Tensor, step: DecodePass) -> Tensor:
         """The active channels that a step keeps. look [B, T, A] -> bool [A] or [B, T, A]"""
@@ -89,13 +89,13 @@ class Chooser(PartitionedFFN):
 
     def kept_places(self, look: Tensor, step: DecodePass) -> Tensor:
         """The same of one row, as places among the active channels. look [1, 1, A] -> int64 [R + K]"""
-        return places(self.kept(look, step).flatten(), self.sizes.active)
+        return places(self.kept(look, step).flatten(), self.sizes.computed)
 
     def finish(self, h: Tensor, kept: Tensor) -> Tensor:
         """down_proj of one row's kept channels. h [1, 1, R + K], kept int64 [R + K] -> [1, 1, H]"""
         if self.down.reads_chosen_columns(1):
             return self.down.multiply_columns(h, kept)
-        return self.down(h.new_zeros(1, 1, self.sizes.resident).index_copy(-1, kept, h))
+        return self.down(h.new_zeros(1, 1, self.sizes.active).index_copy(-1, kept, h))
 
 
 class FactorFFN(Chooser):
@@ -173,7 +173,7 @@ class DraftFFN(Chooser):
     def __init__(self, ffn: FeedForward, rule: POP, weights: ActiveWeights) -> None:
         super().__init__(ffn, rule, weights)
         self.drafts = drafts_of(ffn)
-        self.channels = self.partition.resident.clone()                             # int64 [A], at a fixed address
+        self.channels = self.partition.active.clone()                             # int64 [A], at a fixed address
 
     def look(self, x: Tensor) -> Tensor:
         gate, up = (draft(x.to(DRAFT_DTYPE)) for draft in self.drafts)              # [B, T, I]
@@ -181,7 +181,7 @@ class DraftFFN(Chooser):
 
     def repartition(self, clock: Clock | None = None) -> None:
         super().repartition(clock)
-        self.channels.copy_(self.partition.resident)
+        self.channels.copy_(self.partition.active)
 
     def decode_chosen(self, x: Tensor, step: DecodePass) -> Tensor:
         kept = self.kept_places(self.look(x), step)                                 # [R + K]
@@ -213,14 +213,14 @@ class ChooseFirst(AllChannels):
             return super().step_bytes(ffn, rows)
         first, second = self.rows_read(sizes)
         down = ffn.down_proj if sizes.copied else down_by_columns(ffn)
-        columns = sizes.active if down.reads_chosen_columns(rows) else sizes.resident
+        columns = sizes.computed if down.reads_chosen_columns(rows) else sizes.active
         factors = ffn.gate_proj.read_bytes(rows=first) + ffn.up_proj.read_bytes(rows=second)
         whole = columns == ffn.channels and not sizes.copied
         return factors + ffn.down_proj.read_bytes(columns=None if whole else columns)
 
     def rows_read(self, sizes: PartitionSizes) -> tuple[int, int]:
         """How many rows of the factor that scores and of the other a step reads."""
-        return sizes.resident, sizes.active
+        return sizes.active, sizes.computed
 
 
 class Up(ChooseFirst):
@@ -250,7 +250,7 @@ class Draft(ChooseFirst):
     in_place = DraftFFN
 
     def rows_read(self, sizes: PartitionSizes) -> tuple[int, int]:
-        return sizes.active, sizes.active
+        return sizes.computed, sizes.computed
 
     def step_bytes(self, ffn: FeedForward, rows: int) -> int:
         drafts = sum(draft.read_bytes() for draft in drafts_of(ffn)) if self.sizes(ffn).decides else 0
@@ -299,7 +299,7 @@ class StaticFFN(PartitionedFFN):
     def __init__(self, ffn: FeedForward, rule: POP, weights: ActiveWeights, chosen: StaticChannels) -> None:
         super().__init__(ffn, rule, weights)
         self.partition = chosen.partition
-        weights.fill(ffn, chosen.partition.resident)
+        weights.fill(ffn, chosen.partition.active)
         if chosen.bias is not None:
             self.down.bias = chosen.bias if self.down.bias is None else self.down.bias + chosen.bias
 

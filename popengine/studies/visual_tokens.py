@@ -57,16 +57,16 @@ def attended_by_last(layer: LayerState, x: Tensor, step: PrefillPass, cache: KVC
 
     x [B, T, H], what the layer was given -> float32 [B, S]
     """
-    block, own, view = layer.sublayers[0], layer.heads, layer.cache.view
+    block, own, pattern = layer.sublayers[0], layer.heads, layer.cache.pattern
     assert isinstance(block, AttentionBlock)
-    last = replace(step, turns={view: (cos[:, -1:], sin[:, -1:]) for view, (cos, sin) in step.turns.items()})
+    last = replace(step, rotary={pattern: (cos[:, -1:], sin[:, -1:]) for pattern, (cos, sin) in step.rotary.items()})
     normed = block.layer.before_attention(x[:, -1:])                                # [B, 1, H]
-    q, _, _ = own.attention.queries_keys_values(normed, own.qkv, last, view)
+    q, _, _ = own.attention.queries_keys_values(normed, own.qkv, last, pattern)
     if isinstance(own, PartitionedAttention):
         q = own.in_cache(q)
     keys, scale = layer.cache.keys, own.attention.scale
     q = q.float().view(len(x), keys.shape[1], -1, q.shape[-1])                      # [B, K, N/K, D]
-    mask = masks_in_cache([view], cache, step.places[-1:], torch.float32)[view]     # [B, 1, 1, S]
+    mask = masks_in_cache([pattern], cache, step.logical_positions[-1:], torch.float32)[pattern]     # [B, 1, 1, S]
     weights = (q @ keys.float().transpose(2, 3) * scale + mask).softmax(dim=-1)     # [B, K, N/K, S]
     return block.layer.ranks.add_up(weights.mean(dim=(1, 2)))
 
@@ -96,8 +96,8 @@ def leave_out(
     """
     batch, rows, _ = x.shape
     given = step.pictures
-    stays = cache.padding <= step.places                                            # [B, T]
-    before = int(step.places[0])                                                    # slots before these rows,
+    stays = cache.padding <= step.logical_positions   # [B, T]
+    before = int(step.logical_positions[0])   # slots before these rows,
     own = before - cache.missing                                                    # and in thin layers
     for sequence, first, length in given.stretches:
         stretch, count = slice(first, first + length), pruning.visual_tokens(length)
@@ -117,26 +117,26 @@ def leave_out(
         return of_rows.expand(batch, *of_rows.shape[1:]).gather(1, index.expand(-1, -1, *of_rows.shape[2:]))
 
     real = taken(stays)
-    places = taken(step.places[None]).masked_fill(~real, -1)                        # [B, R]
+    places = taken(step.logical_positions[None]).masked_fill(~real, -1)                        # [B, R]
     slots = own + torch.arange(left, device=x.device)                               # [R]
-    cache.places[:, own : own + left] = places
+    cache.logical_positions[:, own : own + left] = places
     cache.leave_out(cache.missing + rows - left, own + left)
-    thin = [view for view in step.slots if view.thin]
+    thin = [pattern for pattern in step.slots if pattern.pruned_visual]
     if step.follows:
         masks = masks_in_cache(thin, cache, places, x.dtype, given.blocks)
     else:
         sees_all = given.blocks is None and bool(real.all())
         masks = {
-            view: None if sees_all and view.window is None
-            else visible(places, places, cache.padding, view.window, given.blocks)[:, None]
-            for view in thin
+            pattern: None if sees_all and pattern.window is None
+            else visible(places, places, cache.padding, pattern.window, given.blocks)[:, None]
+            for pattern in thin
         }
     counted = None if step.counted is None and bool(real.all()) else real
     if counted is not None and step.counted is not None:
         counted = counted & taken(step.counted)
     left_step = replace(
-        step, places=places, slots=dict.fromkeys(thin, slots), masks=masks, counted=counted,
-        turns={view: (taken(cos), taken(sin)) for view, (cos, sin) in step.turns.items() if view.thin},
+        step, logical_positions=places, slots=dict.fromkeys(thin, slots), masks=masks, counted=counted,
+        rotary={one: (taken(cos), taken(sin)) for one, (cos, sin) in step.rotary.items() if one.pruned_visual},
         tokens=batch * left if counted is None else int(counted.sum()),
         pictures=replace(given, added=[taken(one) for one in given.added]),
     )
