@@ -63,9 +63,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(flags: argparse.Namespace) -> None:
     pruning = generation_settings(flags)
     start_pytorch(flags)
-    from popengine.engine import distributed as torchrun
-    from popengine.engine import loading
-    from popengine.engine import results as statistics
+    from popengine.engine import distributed, loading, results
     from popengine.engine.sampling import Sampling
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
@@ -74,11 +72,11 @@ def run(flags: argparse.Namespace) -> None:
         flags.system_prompt, pruning=pruning, sampling=sampling, max_new_tokens=flags.max_new_tokens
     )
     engine.resolve(pruning)                 # what is wrong with it, and the prior, before anything is said
-    chat = Chat(conversation, statistics, torchrun)
-    typed = torchrun.broadcast(sys.stdin.isatty() and sys.stdout.isatty())
+    chat = Chat(conversation, results, distributed)
+    typed = distributed.broadcast(sys.stdin.isatty() and sys.stdout.isatty())
     if typed and not flags.quiet:
         tell(f"{engine.folder.name}, {engine.weights}, {str(engine.dtype).removeprefix('torch.')}; /help says more")
-    for line in torchrun.heard_by_all(typed_lines() if typed else piped_lines()):
+    for line in distributed.heard_by_all(typed_lines() if typed else piped_lines()):
         try:
             chat.obey(line, noted_interrupts() if typed else contextlib.nullcontext([]))
         except KeyboardInterrupt:
@@ -135,12 +133,12 @@ def tell(words: str) -> None:
 class Chat:
     """What lines do to a conversation.
 
-    statistics, torchrun  the modules of popengine, which import PyTorch
+    results, distributed  the modules of popengine, which import PyTorch
     """
 
-    def __init__(self, conversation: Any, statistics: Any, torchrun: Any) -> None:
+    def __init__(self, conversation: Any, results: Any, distributed: Any) -> None:
         self.conversation, self.engine = conversation, conversation.engine
-        self.statistics, self.torchrun = statistics, torchrun
+        self.results, self.distributed = results, distributed
         self.images: list[str] = []
         self.last: Any = None                                       # the last piece of the last answer
         self.ended = False
@@ -168,7 +166,7 @@ class Chat:
             for piece in pieces:
                 print(piece.text, end="", flush=True)
                 self.last = piece if piece.finish_reason else self.last
-                if self.torchrun.broadcast(bool(noted)):
+                if self.distributed.broadcast(bool(noted)):
                     break
         print(flush=True)
         if piece.finish_reason == "length":
@@ -188,7 +186,7 @@ class Chat:
         else:
             conversation.max_new_tokens = changes.get(name, conversation.max_new_tokens)
         found = vars(conversation) | vars(conversation.sampling)
-        found |= self.statistics.pruning_report(self.engine.resolve(conversation.pruning))
+        found |= self.results.pruning_report(self.engine.resolve(conversation.pruning))
         tell(f"{name.replace('_', '-')} {found[name]}")
 
     def help(self, _: None) -> None:
@@ -212,7 +210,7 @@ class Chat:
     def stats(self, _: None) -> None:
         if self.last is None:
             raise InputError("nothing was answered yet")
-        found = self.statistics.lines(self.last.statistics, self.last.finish_reason, self.engine.load_s)
+        found = self.results.lines(self.last.statistics, self.last.finish_reason, self.engine.load_s)
         tell("\n".join(found))
 
     def save(self, path: str) -> None:

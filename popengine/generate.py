@@ -57,12 +57,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(flags: argparse.Namespace) -> None:
     pruning = generation_settings(flags)
     start_pytorch(flags)
-    from popengine.engine import distributed as torchrun
-    from popengine.engine import loading
-    from popengine.engine import results as statistics
+    from popengine.engine import distributed, loading, results
     from popengine.engine.sampling import Sampling
 
-    prompt = torchrun.broadcast(read_prompt(flags.prompt) if is_first() else None, torchrun.patient())
+    prompt = distributed.broadcast(read_prompt(flags.prompt) if is_first() else None, distributed.patient())
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     engine = load_with_warnings(loading.load, flags)
     pieces = engine.stream(
@@ -84,7 +82,7 @@ def run(flags: argparse.Namespace) -> None:
             print(piece.text, end="", flush=True)
     assert piece.statistics is not None
     if flags.json:
-        found = statistics.report(piece.statistics)
+        found = results.report(piece.statistics)
         found["timing"]["load_s"] = engine.load_s
         made = {
             "text": "".join(text), "token_ids": token_ids[:-1], "prompt_token_ids": piece.prompt_token_ids,
@@ -94,7 +92,7 @@ def run(flags: argparse.Namespace) -> None:
         return
     print(flush=True)
     if not flags.quiet:
-        lines = statistics.lines(piece.statistics, piece.finish_reason or "length", engine.load_s)
+        lines = results.lines(piece.statistics, piece.finish_reason or "length", engine.load_s)
         print("", *lines, sep="\n", file=sys.stderr)
 
 

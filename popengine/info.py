@@ -31,10 +31,10 @@ def run(flags: argparse.Namespace) -> None:
     if flags.checkpoint and flags.ckpt:
         raise InputError("name one checkpoint, with --ckpt or without")
     start_pytorch(flags)
-    from popengine.engine import checkpoint_info as description
+    from popengine.engine import checkpoint_info
 
-    found = description.describe(flags.checkpoint or flags.ckpt)
-    print(json.dumps(found, ensure_ascii=False) if flags.json else "\n".join(description.lines(found)))
+    found = checkpoint_info.describe(flags.checkpoint or flags.ckpt)
+    print(json.dumps(found, ensure_ascii=False) if flags.json else "\n".join(checkpoint_info.lines(found)))
 
 
 if __name__ == "__main__":

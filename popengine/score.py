@@ -51,8 +51,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(flags: argparse.Namespace) -> None:
     settings = pruning_settings(flags)
     start_pytorch(flags)
-    from popengine.engine import loading
-    from popengine.engine import results as statistics
+    from popengine.engine import loading, results
     from popengine.evaluation import scoring, task_calibration
     from popengine.studies import by_name
 
@@ -74,7 +73,7 @@ def run(flags: argparse.Namespace) -> None:
         print(json.dumps({
             "method": flags.method,
             **{name: None if math.isnan(value) else value for name, value in asdict(summary).items()},
-            "pruning": statistics.pruning_report(pruning),
+            "pruning": results.pruning_report(pruning),
             "weight_bytes_per_token": read,
             "weight_share": read / dense,
             "text": {"name": text.name, "digest": text.digest, "tokens": len(text.ids)},
