@@ -22,7 +22,7 @@ from popengine.engine.engine import Engine
 from popengine.engine.results import measured
 from popengine.images.images import ImageSource
 from popengine.studies.resolve import StudyPruning
-from weights.checkpoint import Checkpoint, open_checkpoint
+from weights.checkpoint import Checkpoint, GGUFCheckpoint, open_checkpoint
 from weights.gguf_families import LAYER_NAMES, NAMES, ROPE_FACTORS
 from weights.gguf_header import read_header
 from weights.mapped_file import MappedFile
@@ -201,20 +201,22 @@ class LlamaCppEngine:
         self.library = import_peer("llama_cpp", "llama-cpp-python")
         self.numpy = import_peer("numpy", "numpy")
         self.name = f"llama.cpp, {kind or 'the same file'}"
-        file = path
-        if kind is not None:
-            with open_checkpoint(path) as checkpoint:
-                file = write_gguf(checkpoint, kind, folder / f"{kind}.gguf")
+        with open_checkpoint(path) as checkpoint:
+            files = [path]
+            if kind is not None:
+                files = [write_gguf(checkpoint, kind, folder / f"{kind}.gguf")]
+            elif isinstance(checkpoint, GGUFCheckpoint):
+                files = list(checkpoint.files)              # one file in several parts
         began = time.perf_counter()
         try:
             self.model = self.library.Llama(
-                str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
+                str(files[0]), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
             )
         except (ValueError, RuntimeError) as error:
             raise AbsentPeer(f"it does not load a .gguf of these weights ({error})") from None
         self.load_s = time.perf_counter() - began
         self.vocabulary = self.model.n_vocab()
-        self.bytes_per_token = gguf_bytes_per_token([file])
+        self.bytes_per_token = gguf_bytes_per_token(files)
 
     def generate(self, prompts: list[list[int]], new_tokens: int, steps: int | None = None) -> Generated:
         self.model.reset()
