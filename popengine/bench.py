@@ -94,7 +94,7 @@ def run(flags: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="popengine-bench-") as folder:
         result = benchmark.measure(flags, Path(folder))
     if flags.json:
-        Path(flags.json).write_text(json.dumps(result, indent=1) + "\n")
+        Path(flags.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(bench_table.describe(result, benchmark.SUMMED_BYTES))
 
 
