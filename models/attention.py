@@ -1,23 +1,22 @@
-"""Grouped-query attention with its cache, and the heads of it that stay active.
+"""Grouped-query attention with rotary positions, and its run over an explicit cache.
 
-Attention shows the three ways through that FeedForward has: `forward`, `prefill`, `decode`. Modules carry Hugging
-Face's names.
+`Attention` holds the weights and the dense forward. `CachedAttention` runs a prompt and steps over one layer's cache;
+pruning query heads is another class with the same methods (models/pruning/heads.py). Modules carry Hugging Face's
+names.
 
-B batch, T rows, S cache slots, H hidden size, N query heads, K key/value heads, D head size, A resident heads
-(retained, then candidate, group by group), G groups of query heads that are cut alike, U heads per group.
+B batch, T rows, S cache slots, H hidden size, N query heads, K key/value heads, D head size.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.active_heads import ActiveHeads
+from models.cache import LayerCache, View
 from models.config import LlamaConfig
 from models.layers import RMSNorm, rotate
 from models.matrix import Matrix
-from models.passes import DecodePass, PrefillPass, View
+from models.matrix_forms import stack
+from models.passes import DecodePass, PrefillPass
 from models.products import attend_cache, attend_prompt
-from models.pruning.partition import head_scores
 
 
 class Attention(nn.Module):
@@ -40,29 +39,32 @@ class Attention(nn.Module):
         self.qkv: list[Matrix] = []         # in a list, so that it is no submodule: its weights have names already
         self.stacked_at = 0
 
-    def together(self) -> Matrix:
-        """q_proj, k_proj and v_proj as one matrix [(N + 2K) D, H], which they become parts of."""
-        if self.stacked_at != self.q_proj.weight.data_ptr():                        # new, or moved since
-            self.qkv = [type(self.q_proj).stack([self.q_proj, self.k_proj, self.v_proj])]
-            self.stacked_at = self.q_proj.weight.data_ptr()
-        return self.qkv[0]
+    def forward(self, x: Tensor, rows: PrefillPass) -> Tensor:
+        """Attention of rows to each other, without a cache. x [B, T, H] -> [B, T, H]"""
+        view = View(self.window)
+        q = rotate(self.queries(x), *rows.turns[view])                              # [B, N, T, D]
+        k = rotate(self.keys(x), *rows.turns[view])                                 # [B, K, T, D]
+        a = attend_prompt(q, k, self.values(x), rows.masks[view], self.scale)       # [B, T, N, D]
+        return self.o_proj(a.flatten(2))
 
-    def output_norms(self) -> Tensor:
-        """l2 norm of each column of o_proj, float32 [N D]: constants of the weights, computed at first use."""
-        if self.norms is None:
-            self.norms = self.o_proj.column_norms()
-        return self.norms
+    def queries(self, x: Tensor) -> Tensor:
+        """Queries before their rotation. x [B, T, H] -> [B, N, T, D]"""
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return q if self.q_norm is None else self.q_norm(q)
 
-    def coordinates(self, in_groups: Tensor) -> Tensor:
-        """The coordinates of heads, which are counted inside each group: int64 [G, n] -> [G n D]"""
-        first = torch.arange(self.head_groups, device=in_groups.device) * (self.heads // self.head_groups)
-        heads = (in_groups + first[:, None]).flatten()                              # [G n]
-        return (heads[:, None] * self.head_dim + torch.arange(self.head_dim, device=heads.device)).flatten()
+    def keys(self, x: Tensor) -> Tensor:
+        """Keys before their rotation. x [B, T, H] -> [B, K, T, D]"""
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return k if self.k_norm is None else self.k_norm(k)
+
+    def values(self, x: Tensor) -> Tensor:
+        """x [B, T, H] -> [B, K, T, D]"""
+        return self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def queries_keys_values(
-        self, x: Tensor, qkv: Matrix, step: PrefillPass | DecodePass, view: View
+        self, x: Tensor, qkv: Matrix, rows: PrefillPass | DecodePass, view: View
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One product for all three, one rotation for the first two.
+        """All three by one product, queries and keys by one rotation. A of the query heads are in `qkv`.
 
         x [B, T, H]; qkv [(A + 2K) D, H] -> q [B, A, T, D], k and v [B, K, T, D]
         """
@@ -72,67 +74,52 @@ class Attention(nn.Module):
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)                 # [B, T, A + K, D]
         else:
             qk = projected[:, :, : -self.kv_heads]
-        turned = rotate(qk.transpose(1, 2), *step.turns[view])                      # [B, A + K, T, D]
-        q, k = turned.tensor_split([-self.kv_heads], dim=1)
+        rotated = rotate(qk.transpose(1, 2), *rows.turns[view])                     # [B, A + K, T, D]
+        q, k = rotated.tensor_split([-self.kv_heads], dim=1)
         return q, k, v.transpose(1, 2)
 
-    def forward(self, x: Tensor, step: PrefillPass) -> Tensor:
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)        # [B, N or K, T, D]
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        view = View(self.window)
-        q, k = rotate(q, *step.turns[view]), rotate(k, *step.turns[view])
-        a = attend_prompt(q, k, v, step.masks[view], self.scale)                    # [B, T, N, D]
-        return self.o_proj(a.flatten(2))
+    def together(self) -> Matrix:
+        """q_proj, k_proj and v_proj as one matrix [(N + 2K) D, H], which they become parts of."""
+        if self.stacked_at != self.q_proj.weight.data_ptr():                        # new, or moved since
+            self.qkv = [stack([self.q_proj, self.k_proj, self.v_proj])]
+            self.stacked_at = self.q_proj.weight.data_ptr()
+        return self.qkv[0]
 
-    def prefill(self, x: Tensor, keys: Tensor, values: Tensor, active: ActiveHeads, step: PrefillPass) -> Tensor:
-        """Run the prompt and write its keys and values to the cache, [B, K, S, D]. x [B, T, H] -> [B, T, H]"""
-        q, k, v = (active.in_cache(part) for part in self.queries_keys_values(x, active.whole, step, active.view))
-        keys.index_copy_(2, step.slots[active.view], k)                             # [B, K, T, D]
-        values.index_copy_(2, step.slots[active.view], v)
-        a = active.in_model(step.attend(q, k, v, keys, values, active.view, self.scale)).flatten(2)     # [B, T, N D]
-        if step.observe is not None:
-            step.observe(self, a, step.rows, None, None)
-        if active.prunes:
-            step.see(active.evidence, a)
-            if step.draws:
-                active.draw(self, keys, values, step.clock)
-        if step.finish_dense or not active.prunes:
-            return self.o_proj(a)
-        return active.o(a[..., self.coordinates(active.partition.resident)])
+    def output_norms(self) -> Tensor:
+        """l2 norm of each column of o_proj, float32 [N D]: a constant of the weights, computed at first use."""
+        if self.norms is None:
+            self.norms = self.o_proj.column_norms()
+        return self.norms
 
-    def leave_keys_and_values(
-        self, x: Tensor, keys: Tensor, values: Tensor, active: ActiveHeads, step: PrefillPass
-    ) -> None:
-        """Write the keys and values of rows that pass the layer by (Prefill-Only, arXiv 2602.03295). x [B, T, H]"""
-        k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)        # [B, K, T, D]
-            for projection in (self.k_proj, self.v_proj)
-        )
-        if self.k_norm is not None:
-            k = self.k_norm(k)
-        slots = step.slots[active.view]                                             # [T]
-        keys.index_copy_(2, slots, active.in_cache(rotate(k, *step.turns[active.view])))
-        values.index_copy_(2, slots, active.in_cache(v))
 
-    def decode(self, x: Tensor, keys: Tensor, values: Tensor, active: ActiveHeads, step: DecodePass) -> Tensor:
-        """Run rows: add their keys and values to the cache, attend with the resident heads. x [B, T, H]"""
-        q, k, v = self.queries_keys_values(x, active.qkv, step, active.view)        # [B, A, T, D], [B, K, T, D]
-        keys.index_copy_(2, step.slots[active.view], active.in_cache(k))
-        values.index_copy_(2, step.slots[active.view], active.in_cache(v))
-        a = attend_cache(q, *active.in_use(keys, values), step.masks[active.view], self.scale)      # [B, T, A, D]
-        if active.sizes.decides:
-            a = self.drop_losing_heads(a, active, step)
-        return active.o(a.flatten(2))
+class CachedAttention:
+    """The attention of one layer over its cache, with all of its heads."""
 
-    def drop_losing_heads(self, a: Tensor, active: ActiveHeads, step: DecodePass) -> Tensor:
-        """Zero the candidate heads that are not kept at this step. a [B, T, A, D] -> the same"""
-        grid = a.unflatten(2, (self.head_groups, -1))                               # [B, T, G, R + C, D]
-        candidate = grid[..., active.sizes.retained :, :].flatten(2)                # [B, T, G C D]
-        scores = head_scores(step.scores(candidate, active.candidate_norms), self.head_dim)     # [G C] or [B, T, G C]
-        keep = active.partition.pick(scores.unflatten(-1, (self.head_groups, -1)))  # [..., G, C]
-        on = F.pad(keep, (active.sizes.retained, 0), value=True)                    # [..., G, R + C]
-        return a * on.flatten(-2).unsqueeze(-1)
+    def __init__(self, attention: Attention) -> None:
+        self.attention, self.qkv = attention, attention.together()                  # [(N + 2K) D, H]
+
+    def prefill(self, x: Tensor, cache: LayerCache, rows: PrefillPass) -> Tensor:
+        """Run rows of a prompt and write their keys and values. x [B, T, H] -> [B, T, H]"""
+        q, k, v = self.attention.queries_keys_values(x, self.qkv, rows, cache.view)     # [B, N, T, D], [B, K, T, D]
+        cache.write(k, v, rows.slots[cache.view])
+        a = rows.attend(q, k, v, cache, self.attention.scale)                       # [B, T, N, D]
+        return self.attention.o_proj(a.flatten(2))
+
+    def decode(self, x: Tensor, cache: LayerCache, step: DecodePass) -> Tensor:
+        """Run rows of a step: write their keys and values, attend to the cache. x [B, T, H] -> [B, T, H]"""
+        q, k, v = self.attention.queries_keys_values(x, self.qkv, step, cache.view)
+        cache.write(k, v, step.slots[cache.view])
+        a = attend_cache(q, cache.keys, cache.values, step.masks[cache.view], self.attention.scale)     # [B, T, N, D]
+        return self.attention.o_proj(a.flatten(2))
+
+    def write_keys_and_values(self, x: Tensor, cache: LayerCache, rows: PrefillPass) -> None:
+        """Write keys and values of rows that skip this attention. x [B, T, H]"""
+        k = rotate(self.attention.keys(x), *rows.turns[cache.view])                 # [B, K, T, D]
+        cache.write(k, self.attention.values(x), rows.slots[cache.view])
+
+    def restart(self) -> None:
+        """Forget the last prompt."""
+
+    def copied_bytes(self) -> int:
+        """Memory that copies of active heads take, in bytes."""
+        return 0

@@ -4,10 +4,39 @@ B batch, K key/value heads, S slots (capacity), D head size, T prompt tokens.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class View(NamedTuple):
+    """What the rows of a layer see of what came before. The masks and rotary embeddings of a pass go by it.
+
+    window  tokens a query sees, itself included; None: all before it
+    blind   not the prompt's rows that passed the layer by
+    thin    not the rows of pictures that have been left out, which have no slots there
+    """
+
+    window: int | None
+    blind: bool = False
+    thin: bool = False
+
+
+@dataclass
+class LayerCache:
+    """One layer's part of the cache: keys and values [B, K, S, D], and what its rows see of them."""
+
+    keys: Tensor
+    values: Tensor
+    view: View
+
+    def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """keys, values [B, K, T, D]; slots int64 [T]"""
+        self.keys.index_copy_(2, slots, keys)
+        self.values.index_copy_(2, slots, values)
 
 
 class KVCache:
@@ -18,7 +47,7 @@ class KVCache:
     computes with (nothing in a step depends on a Python number, so its shapes are static); `filled` is the same
     number for the host.
 
-    Where rows of pictures are left out (models/visual_tokens.py), some layers have fewer slots, `thin_capacity`:
+    Where rows of pictures are left out, some layers have fewer slots, `thin_capacity`:
     `left_out` of those that are filled are missing there, and `places` says which stands for which.
     """
 

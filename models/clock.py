@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -40,3 +40,8 @@ class Clock:
             self.seconds[phase] += start.elapsed_time(end) / 1000
         self.events.clear()
         return self.seconds[name] * 1000
+
+
+def phase(clock: Clock | None, name: str) -> AbstractContextManager[None]:
+    """Times what runs inside, under this name; without a clock nothing is timed (a step, perhaps a compiled one)."""
+    return nullcontext() if clock is None else clock.phase(name)

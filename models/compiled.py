@@ -8,14 +8,17 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.llama import LlamaForCausalLM, decode_layers, prefill_layers
+from models.llama import LlamaForCausalLM
 from models.passes import DecodePass, PrefillPass
+from models.pruning.partition import ChannelPartition
 from models.pruning.resolve import Pruning
 from models.state import DecodeState
+from models.walks import decode_layers, prefill_layers
 
 # Layers that one call of compiled code runs at most.
 MOST_LAYERS_PER_CALL = 5
@@ -36,24 +39,26 @@ class CompiledDecode:
         self.steps: dict[tuple[int, Pruning, bool], float] = {}
         # Every step of the one function counts towards these limits, in every engine of the process.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
-        layers = tuple(model.model.layers)
-        size = max(size for size in range(1, MOST_LAYERS_PER_CALL + 1) if len(layers) % size == 0)
-        self.groups = {first: layers[first : first + size] for first in range(0, len(layers), size)}
-        # Checking again that inputs have the shapes compiled for takes 4 % of a step: the guards have seen to that.
-        # What calls the loops is compiled too: in Python it takes 7 % of a step on packed weights.
-        # That cannot call a sum over ranks.
-        in_cpp = model.device.type == "cpu" and model.config.ranks.count == 1
-        options = {"size_asserts": False, "cpp_wrapper": in_cpp}
-        compile = partial(torch.compile, dynamic=False, fullgraph=True, options=options)
+        layers = len(model.model.layers)
+        self.group_size = max(size for size in range(1, MOST_LAYERS_PER_CALL + 1) if layers % size == 0)
+        compile = partial(torch.compile, dynamic=False, fullgraph=True, options=compile_options(model))
         self.begin: Callable[..., tuple[Tensor, DecodePass]] = compile(LlamaForCausalLM.begin)
         self.layers: Callable[..., Tensor] = compile(decode_layers)
         self.begin_dense: Callable[..., tuple[Tensor, PrefillPass]] = compile(LlamaForCausalLM.begin_dense)
         self.dense_layers: Callable[..., Tensor] = compile(prefill_layers)
         self.head: Callable[..., Tensor] = compile(type(model).head)
 
+    @property
+    def in_graphs(self) -> bool:
+        """Whether steps are replayed as CUDA graphs, which a GPU launches at once instead of kernel by kernel."""
+        return self.model.device.type == "cuda"
+
     def prepare(self, state: DecodeState) -> float:
         """Have the steps of this state compiled, so that no step of a run waits for it; returns the seconds it took."""
         cache = state.cache
+        if self.in_graphs:
+            for tensor in tensors_of([cache, state.layers, state.live]).values():
+                torch._dynamo.mark_static_address(tensor, guard=False)
         torch._dynamo.mark_dynamic(cache.slots, 0)      # the capacity: one compiled step serves them all
         torch._dynamo.mark_dynamic(cache.places, 1)
         for buffer in cache.keys + cache.values:
@@ -66,7 +71,7 @@ class CompiledDecode:
             tokens = torch.zeros(len(state.live), dtype=torch.int64, device=state.live.device)
             self.model.prefill(self.model.embed(tokens.unsqueeze(1)), state)
             self.step(tokens, state, dense=False)
-            if state.gathering.ever_dense:
+            if state.schedule.ever_dense:
                 self.step(tokens, state, dense=True)
         return self.steps.setdefault(step_of(state), time.perf_counter() - began)
 
@@ -74,17 +79,21 @@ class CompiledDecode:
         """Whether the steps of this state have been compiled."""
         return step_of(state) in self.steps
 
-    def __call__(self, tokens: Tensor, state: DecodeState) -> Tensor:
+    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
         """What `decode` of the model computes. tokens int64 [B] -> logits [B, V]"""
-        state.cache.make_room()
-        dense, draws = state.gathering.next_step()
-        if not draws:
-            return self.step(tokens, state, dense)
-        # A step that draws partitions is rare, and sorts and copies: it runs as it is written.
-        return self.model.dense_step(tokens, state, draws)
+        return self.step(tokens, state, dense=False)
+
+    def dense_step(self, tokens: Tensor, state: DecodeState, partitions: bool) -> Tensor:
+        """What `dense_step` of the model computes. A step that partitions is rare: it runs as it is written."""
+        if partitions:
+            return self.model.dense_step(tokens, state, partitions)
+        return self.step(tokens, state, dense=True)
 
     def step(self, tokens: Tensor, state: DecodeState, dense: bool) -> Tensor:
         """tokens int64 [B] -> logits [B, V]"""
+        state.cache.make_room()
+        if self.in_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         step: DecodePass | PrefillPass
         if dense:       # its tokens are counted below: a number that changes would be compiled anew
             (x, step), run = self.begin_dense(self.model, tokens, state, False, 0), self.dense_layers
@@ -92,13 +101,14 @@ class CompiledDecode:
             (x, step), run = self.begin(self.model, tokens, state), self.layers     # [B, 1, H]
         for mask in step.masks.values():
             torch._dynamo.mark_dynamic(mask, 3)
-        for first, layers in self.groups.items():
-            x = run(layers, x, state.layers[first : first + len(layers)], step)
+        for first in range(0, len(state.layers), self.group_size):
+            x = run(state.layers[first : first + self.group_size], x, step)
         state.cache.advance()
         if dense:
             for layer in state.layers:
-                layer.ffn.count(state.gathering.live)
-        return self.head(self.model, x)[:, 0]                                       # [B, V]
+                layer.ffn.count(state.schedule.live)
+        logits = self.head(self.model, x)[:, 0]                                     # [B, V]
+        return logits.clone() if self.in_graphs else logits     # the next step of a graph writes to the same memory
 
     def trusting_guards(self) -> AbstractContextManager[object]:
         """For steps that `prepare` has seen to.
@@ -112,6 +122,41 @@ class CompiledDecode:
 def step_of(state: DecodeState) -> tuple[int, Pruning, bool]:
     """What tells steps apart that are compiled. Two capacities that are alike are one number to the compiler."""
     return len(state.live), state.pruning, state.cache.capacity == state.cache.thin_capacity
+
+
+def compile_options(model: LlamaForCausalLM) -> dict[str, bool]:
+    """Inductor's options for the steps of a model on its device."""
+    if model.device.type == "cuda":
+        return {"triton.cudagraphs": True, "coordinate_descent_tuning": True}   # the first is "reduce-overhead"
+    return {
+        # Checking again that inputs have the shapes compiled for takes 4 % of a step: the guards have seen to that.
+        "size_asserts": False,
+        # Channels that are chosen are in range: a check in the inner loop would cost more than the sum.
+        "assert_indirect_indexing": False,
+        # What calls the loops is compiled too: in Python it takes 7 % of a step on packed weights. That cannot call a
+        # sum over ranks.
+        "cpp_wrapper": model.device.type == "cpu" and model.config.ranks.count == 1,
+    }
+
+
+def tensors_of(thing: Any, path: str = "", seen: set[int] | None = None) -> dict[str, Tensor]:
+    """Every tensor that steps read and that is not a parameter of the model, by its path from `thing`.
+
+    A step never reads the order of a partition: what it needs of one was copied when the channels were partitioned.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(thing, Tensor):
+        return {path: thing}
+    if id(thing) in seen or isinstance(thing, ChannelPartition):
+        return {}
+    seen.add(id(thing))
+    if isinstance(thing, nn.Module):
+        return {f"{path}.{name}": one for name, one in vars(thing).items() if isinstance(one, Tensor)}
+    parts = dict(enumerate(thing)) if isinstance(thing, list | tuple) else getattr(thing, "__dict__", {})
+    found: dict[str, Tensor] = {}
+    for name, part in parts.items():
+        found |= tensors_of(part, f"{path}.{name}", seen)
+    return found
 
 
 def compiler_problem(device: torch.device) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from models.ranks import ALONE, Ranks
 from weights.errors import InputError
-from weights.json_files import JsonObject, shown
+from weights.json_files import LARGEST_INTEGER, JsonObject, shown
 
 # Layers are laid out one by one before any weight is looked at: a hostile number must not keep us busy.
 MOST_LAYERS = 1024
@@ -19,7 +19,12 @@ MOST_LAYERS = 1024
 # Model types whose config says whether attention has biases.
 BIASED_BY_CONFIG = ("llama", "qwen3", "qwen3_moe", "gemma3_text")
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "factors")
+# Settings of one type that transformers ignores in another; and what YaRN's first checkpoints said beside them.
+ROPE_FIELDS = frozenset({
+    "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale",
+    "mscale_all_dim", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "finetuned",
+})
 
 # Fields that say nothing about what is computed at inference: provenance, training, token ids (read elsewhere) and
 # switches of transformers' own implementation.
@@ -83,7 +88,7 @@ class RopeConfig:
     high_freq_factor: float = 4.0       # llama3
     beta_fast: float = 32.0             # yarn
     beta_slow: float = 1.0              # yarn
-    attention_factor: float = 1.0       # yarn: cos and sin are scaled by it
+    attention_factor: float = 1.0       # yarn, factors: cos and sin are scaled by it
     truncate: bool = True               # yarn
     factors: tuple[float, ...] = ()     # factors: one divisor per frequency, as .gguf files store them
     streams: tuple[int, ...] = ()       # of pictures: which of three positions each frequency turns with
@@ -112,6 +117,14 @@ class LlamaConfig:
     windows: tuple[int | None, ...]     # per layer: tokens a query sees, itself included; None: all before it
     unknown_fields: tuple[str, ...] = ()
     ranks: Ranks = ALONE                # with several, heads and channels are those of one
+
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence may have: as far as linear scaling or YaRN stretches the positions of training."""
+        if self.rope.rope_type not in ("linear", "yarn"):
+            return self.max_position_embeddings
+        stretched = min(self.rope.original_max_position_embeddings * self.rope.factor, LARGEST_INTEGER)
+        return max(self.max_position_embeddings, int(stretched))
 
     @property
     def attention_scale(self) -> float:
@@ -144,11 +157,27 @@ class FamilyDefaults:
     rope_theta: float = 10000.0
 
 
+def rope_section(fields: JsonObject, default_theta: float) -> JsonObject:
+    """What config.json says of RoPE, rope_theta filled in.
+
+    As in transformers 5, `rope_scaling` (which people add by hand) replaces all of `rope_parameters`. Where that would
+    replace a rope_theta by the family's default as well, an InputError says so.
+    """
+    parameters, scaling = fields.section("rope_parameters"), fields.section("rope_scaling")
+    rope, theta = scaling if scaling.raw else parameters, fields.number("rope_theta", default_theta)
+    replaced = parameters.number("rope_theta", theta)
+    if rope is scaling and replaced != theta and "rope_theta" not in scaling.raw:
+        raise InputError(
+            f"{scaling.where} replaces rope_parameters with its rope_theta of {replaced}, and has none: add it there"
+        )
+    given = {name: value for name, value in rope.raw.items() if value is not None}
+    return JsonObject({"rope_theta": theta} | given, rope.where)
+
+
 def read_rope(fields: ConfigReader, default_theta: float, max_position_embeddings: int) -> RopeConfig:
     """RoPE from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`."""
-    rope = fields.section("rope_scaling" if fields.get("rope_parameters") is None else "rope_parameters")
-    fields.read |= {"rope_scaling", "rope_parameters"}
-    theta = rope.number("rope_theta", fields.number("rope_theta", default_theta))
+    rope = rope_section(fields, default_theta)
+    theta = rope.number("rope_theta", default_theta)
     rope_type = rope.text("rope_type", rope.text("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise InputError(
@@ -160,9 +189,9 @@ def read_rope(fields: ConfigReader, default_theta: float, max_position_embedding
     values: dict[str, Any] = {"theta": theta, "rope_type": rope_type}
     if rope_type == "linear":
         values["factor"] = rope.number("factor", None)
-    if rope_type in ("llama3", "yarn"):
-        original = fields.integer("original_max_position_embeddings", max_position_embeddings)
-        values["original_max_position_embeddings"] = rope.integer("original_max_position_embeddings", original)
+    if rope_type in ("linear", "llama3", "yarn"):
+        original = rope.integer("original_max_position_embeddings", max_position_embeddings)
+        values["original_max_position_embeddings"] = fields.integer("original_max_position_embeddings", original)
     if rope_type == "llama3":
         for name in ("factor", "low_freq_factor", "high_freq_factor"):
             values[name] = rope.number(name, None)
@@ -177,10 +206,21 @@ def read_rope(fields: ConfigReader, default_theta: float, max_position_embedding
         values["attention_factor"] = yarn_attention_factor(rope, factor)
     if rope_type == "factors":
         values["factors"] = rope.numbers("factors", ())
-    unknown = set(rope.raw) - rope.read
+        values["attention_factor"] = rope.number("attention_factor", 1.0)
+    if rope_type == "dynamic":          # which turns faster only beyond max_position_embeddings, where no prompt gets
+        values["rope_type"] = "default"
+    unknown = rope.raw.keys() - rope.read - ROPE_FIELDS
     if rope_type != "default" and unknown:
         raise InputError(f"{rope.where}: {', '.join(sorted(unknown))} is not implemented for RoPE type {rope_type!r}")
     return RopeConfig(**values)
+
+
+def refuse_rope_outside(fields: ConfigReader, text: RopeConfig) -> None:
+    """InputError for a rope_scaling beside text_config, where nobody reads it, that says another type than inside."""
+    outside = fields.section("rope_scaling")
+    kind = outside.text("rope_type", outside.text("type", "default"))
+    if kind not in ("default", "mrope", "dynamic", text.rope_type):
+        raise InputError(f"{outside.where} ({kind}) stands beside text_config, which is read instead: put it in there")
 
 
 def yarn_attention_factor(rope: JsonObject, factor: float) -> float:
@@ -205,6 +245,8 @@ def layer_windows(fields: ConfigReader, model_type: str, layers: int) -> tuple[i
     # Gemma, and Qwen with a switch: either a list of layer types or a rule that is each family's own.
     use_window = model_type == "gemma3_text" or fields.boolean("use_sliding_window", False)
     fields.read.add("sliding_window")       # even where the switch says that it is not used
+    if "sliding_window" in fields.raw and fields.raw["sliding_window"] is None:
+        use_window = False
     window = fields.integer("sliding_window", 4096) if use_window else None
     max_layers = fields.integer("max_window_layers", 28, least=0)
     if model_type == "qwen3_moe":
@@ -243,7 +285,9 @@ def read_decoder_fields(fields: ConfigReader, model_type: str, defaults: FamilyD
     layers = fields.integer("num_hidden_layers", 32, most=MOST_LAYERS)
     hidden_size = fields.integer("hidden_size", defaults.hidden_size)
     heads = fields.integer("num_attention_heads", 32)
-    kv_heads = fields.integer("num_key_value_heads", defaults.num_key_value_heads or heads)
+    # null means one for each query head, also in families whose default for an absent field is another.
+    kv_default = None if "num_key_value_heads" in fields.raw else defaults.num_key_value_heads
+    kv_heads = fields.integer("num_key_value_heads", kv_default or heads)
     if heads % kv_heads:
         raise InputError(
             f"{fields.where}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})"

@@ -1,4 +1,4 @@
-"""The one table of architectures, by the name that config.json gives: another family is one file and one line here."""
+"""The one table of families, by the model_type of config.json: another one is one file and one line here."""
 
 from typing import Any
 
@@ -13,28 +13,37 @@ from models.qwen3_vl import Qwen3VLForConditionalGeneration
 from weights.errors import InputError
 from weights.json_files import shown
 
-ARCHITECTURES: dict[str, type[LlamaForCausalLM] | type[PictureModel]] = {
-    "LlamaForCausalLM": LlamaForCausalLM,
-    "MistralForCausalLM": LlamaForCausalLM,
-    "Qwen2ForCausalLM": LlamaForCausalLM,
-    "Qwen3ForCausalLM": LlamaForCausalLM,
-    "MixtralForCausalLM": MixtralForCausalLM,
-    "Qwen2MoeForCausalLM": MixtralForCausalLM,
-    "Qwen3MoeForCausalLM": MixtralForCausalLM,
-    "Gemma3ForCausalLM": Gemma3ForCausalLM,
-    "Gemma3ForConditionalGeneration": Gemma3ForConditionalGeneration,
-    "LlavaForConditionalGeneration": LlavaForConditionalGeneration,
-    "Qwen2VLForConditionalGeneration": Qwen2VLForConditionalGeneration,
-    "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VLForConditionalGeneration,
-    "Qwen3VLForConditionalGeneration": Qwen3VLForConditionalGeneration,
+FAMILIES: dict[str, tuple[str, type[LlamaForCausalLM] | type[PictureModel]]] = {
+    "llama": ("LlamaForCausalLM", LlamaForCausalLM),
+    "mistral": ("MistralForCausalLM", LlamaForCausalLM),
+    "qwen2": ("Qwen2ForCausalLM", LlamaForCausalLM),
+    "qwen3": ("Qwen3ForCausalLM", LlamaForCausalLM),
+    "mixtral": ("MixtralForCausalLM", MixtralForCausalLM),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", MixtralForCausalLM),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", MixtralForCausalLM),
+    "gemma3_text": ("Gemma3ForCausalLM", Gemma3ForCausalLM),
+    "gemma3": ("Gemma3ForConditionalGeneration", Gemma3ForConditionalGeneration),
+    "llava": ("LlavaForConditionalGeneration", LlavaForConditionalGeneration),
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", Qwen2VLForConditionalGeneration),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", Qwen3VLForConditionalGeneration),
 }
 
 
 def architecture(config: dict[str, Any], where: str) -> type[LlamaForCausalLM] | type[PictureModel]:
-    """The class of a config.json. Raises InputError for one that is not supported."""
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else names
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise InputError(f"{where}: architecture {shown(name)} is not supported; supported are {known}")
-    return ARCHITECTURES[name]
+    """The class of a config.json: by its model_type, as in transformers, else by the name under architectures.
+
+    Raises InputError for one that is not supported, and where the two contradict each other. A name that only begins
+    as the family's (LlamaModel, LLaMAForCausalLM) does not.
+    """
+    model_type, names = config.get("model_type"), config.get("architectures") or None
+    name = names[0] if isinstance(names, list) else names
+    families = dict(FAMILIES.values())
+    for kind, (known, family) in FAMILIES.items():
+        begins_alike = str(name).lower().startswith(known.split("For")[0].lower())
+        if kind == model_type and (name is None or name in [*families] or begins_alike):
+            return family
+    if not isinstance(name, str) or name not in families:
+        what = f"model type {shown(model_type)}" if name is None else f"architecture {shown(name)}"
+        raise InputError(f"{where}: {what} is not supported; supported are {', '.join(families)}")
+    return families[name]

@@ -18,7 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.clip import VisionConfig, VisionTower, read_vision_config
-from models.config import ConfigReader, FamilyDefaults, LlamaConfig, RopeConfig, read_decoder_fields, read_rope
+from models.config import (
+    ConfigReader,
+    FamilyDefaults,
+    LlamaConfig,
+    RopeConfig,
+    read_decoder_fields,
+    read_rope,
+    refuse_rope_outside,
+)
 from models.layers import RMSNorm, RotaryEmbedding, at_least_float32
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from models.llava import LlavaForConditionalGeneration
@@ -52,6 +60,11 @@ class Gemma3TextConfig(LlamaConfig):
     local_rope: RopeConfig = field(default_factory=RopeConfig)
     query_pre_attn_scalar: float = 256
     final_logit_softcapping: float | None = None
+
+    @property
+    def context(self) -> int:
+        """max_position_embeddings counts positions as they are after scaling (factor 8: 16,384 become 131,072)."""
+        return self.max_position_embeddings
 
     @property
     def attention_scale(self) -> float:
@@ -124,14 +137,14 @@ class Gemma3DecoderLayer(LlamaDecoderLayer):
         self.pre_feedforward_layernorm = Gemma3RMSNorm(hidden, eps)
         self.post_feedforward_layernorm = Gemma3RMSNorm(hidden, eps)
 
-    def attended(self, a: Tensor) -> Tensor:
-        return self.post_attention_layernorm(a)
+    def after_attention(self, a: Tensor) -> Tensor:
+        return self.post_attention_layernorm(super().after_attention(a))
 
     def before_mlp(self, x: Tensor) -> Tensor:
         return self.pre_feedforward_layernorm(x)
 
     def after_mlp(self, y: Tensor) -> Tensor:
-        return self.post_feedforward_layernorm(y)
+        return self.post_feedforward_layernorm(super().after_mlp(y))
 
 
 class Gemma3ForCausalLM(LlamaForCausalLM):
@@ -189,7 +202,7 @@ def read_gemma3_config(raw: Mapping[str, Any], where: str = "config.json") -> Ge
     fields = ConfigReader(raw, where)
     text, vision = fields.section("text_config"), fields.section("vision_config")
     vision.text("model_type", "siglip_vision_model", ("siglip_vision_model",))
-    tied = fields.boolean("tie_word_embeddings", text.boolean("tie_word_embeddings", True))
+    tied = fields.boolean("tie_word_embeddings", True)      # text_config's does not count
     of_tower = read_vision_config({**vision.raw, "model_type": "siglip_vision_model"}, vision.where)
     tokens, side = fields.integer("mm_tokens_per_image", 256), of_tower.image_size // of_tower.patch_size
     if math.isqrt(tokens) ** 2 != tokens or side % math.isqrt(tokens):
@@ -197,8 +210,10 @@ def read_gemma3_config(raw: Mapping[str, Any], where: str = "config.json") -> Ge
             f"{where}: mm_tokens_per_image ({tokens}) must be a square of a number that divides the {side} patches on "
             "a side of a picture"
         )
+    of_text = read_gemma3_text_config({**text.raw, "tie_word_embeddings": tied}, text.where)
+    refuse_rope_outside(fields, of_text.rope)
     return Gemma3Config(
-        text=read_gemma3_text_config({**text.raw, "tie_word_embeddings": tied}, text.where),
+        text=of_text,
         vision=of_tower,
         image_token_index=fields.integer("image_token_index", fields.integer("image_token_id", 262_144, 0), 0),
         boi_token_index=fields.integer("boi_token_index", fields.integer("boi_token_id", 255_999, 0), 0),
@@ -243,8 +258,7 @@ class Gemma3ForConditionalGeneration(PictureModel):
 
     read_config = staticmethod(read_gemma3_config)
     spellings = LlavaForConditionalGeneration.spellings
-    # Buffers that follow from the config, and SigLIP's pooling head, which plays no part.
-    ignored_keys = (r".*rotary_emb\.inv_freq", r".*vision_tower\..*position_ids", r".*vision_tower\.(.*\.)?head\..*")
+    ignored_keys = (r".*vision_tower\.(.*\.)?head\..*",)      # SigLIP's pooling head plays no part
 
     def __init__(self, config: Gemma3Config) -> None:
         super().__init__()

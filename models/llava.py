@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from models.clip import VisionConfig, VisionTower, read_vision_config
 from models.config import FAMILIES as LLAMA_FAMILIES
-from models.config import MOST_LAYERS, ConfigReader, LlamaConfig, read_llama_config
+from models.config import MOST_LAYERS, ConfigReader, LlamaConfig, read_llama_config, refuse_rope_outside
+from models.key_names import INNER_TEXT_SPELLINGS
 from models.layers import activation_function
 from models.llama import LlamaForCausalLM
 from models.mixtral import FAMILIES as MIXTURE_FAMILIES
@@ -71,8 +72,10 @@ def read_llava_config(raw: Mapping[str, Any], where: str = "config.json") -> Lla
     layers = fields.integers("vision_feature_layer", (-2,))
     if not 1 <= len(layers) <= MOST_LAYERS:
         raise InputError(f"{where}: vision_feature_layer names {len(layers)} layers; at least one is needed")
+    text = read_text_config(fields)
+    refuse_rope_outside(fields, text.rope)
     return LlavaConfig(
-        text=read_text_config(fields),
+        text=text,
         vision=read_vision_config(fields.section("vision_config").raw or DEFAULT_VISION, f"{where}: vision_config"),
         image_token_index=fields.integer("image_token_index", fields.integer("image_token_id", 32000, 0), 0),
         vision_feature_layer=tuple(layers),
@@ -87,7 +90,7 @@ def read_text_config(fields: ConfigReader) -> LlamaConfig:
     """The config of the language model: any of the Llama family or a mixture of experts."""
     text = fields.section("text_config")
     model_type = text.text("model_type", "llama", (*LLAMA_FAMILIES, *MIXTURE_FAMILIES))
-    raw = {"model_type": model_type, **{name: value for name, value in text.raw.items() if value is not None}}
+    raw = {**text.raw, "model_type": model_type}
     # Older checkpoints say in text_config whether the output projection is tied, newer ones beside it.
     if fields.boolean("tie_word_embeddings", False):
         raw["tie_word_embeddings"] = True
@@ -113,10 +116,9 @@ class LlavaForConditionalGeneration(PictureModel):
 
     read_config = staticmethod(read_llava_config)
     spellings = (
-        (r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
-        (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
-        (r"model\.language_model\.", "language_model.model."),
-        (r"lm_head\.", "language_model.lm_head."),
+        (r"(model\.)*vision_tower\.(vision_model\.)?", "vision_tower."),
+        (r"(model\.)*multi_modal_projector\.", "multi_modal_projector."),
+        *INNER_TEXT_SPELLINGS,
     )
 
     def __init__(self, config: LlavaConfig) -> None:
@@ -127,10 +129,8 @@ class LlavaForConditionalGeneration(PictureModel):
         text = config.text
         self.language_model = MixtralForCausalLM(text) if isinstance(text, MixtralConfig) else LlamaForCausalLM(text)
         unbuilt = range(len(self.vision_tower.encoder.layers), config.vision.num_hidden_layers)
-        # What lies beyond the deepest hidden state that is read, and buffers that follow from the config.
+        # What lies beyond the deepest hidden state that is read.
         self.ignored_keys = (
-            r".*rotary_emb\.inv_freq",
-            r".*vision_tower\..*position_ids",
             r".*vision_tower\.(vision_model\.)?(post_layernorm|head)\..*",
             rf".*vision_tower\.(vision_model\.)?encoder\.layers\.({'|'.join(map(str, unbuilt))})\..*",
         )

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.products import is_fused, row_count, written_out
+from models.products import is_fused, row_count, written_out, written_out_rows
 
 # Up to how many rows a product is written out or added up instead of left to a library (tools/measure_products.py).
 FEW_ROWS = {torch.float32: 8, torch.bfloat16: 3}
@@ -64,14 +64,20 @@ class Matrix(nn.Linear):
         y = x @ self.values()[:, columns].t()
         return y if self.bias is None else y + self.bias
 
+    def multiply_kept(self, x: Tensor, keep: Tensor, count: int) -> Tensor:
+        """The product with the inputs that are kept, as if the others were 0.
+
+        x [..., in]; keep bool [in] or [..., in], `count` of them True in each row -> [..., out]
+        """
+        return self(x.masked_fill(~keep, 0))
+
     def reads_chosen_rows(self, rows: int) -> bool:
         """Whether `multiply_rows` reads the chosen rows alone for so many rows of x, and is worth calling."""
         return rows == 1
 
     def multiply_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """What the rows named put out, and no others. x [..., in], int64 [k] -> [..., k]"""
-        chosen = self.values()[rows]
-        y = written_out(x, chosen) if is_fused(x) else F.linear(x, chosen)
+        y = written_out_rows(x, self.values(), rows) if is_fused(x) else F.linear(x, self.values()[rows])
         return y if self.bias is None else y + self.bias[rows]
 
     def empty_rows(self, rows: int) -> "Matrix":
@@ -119,9 +125,13 @@ class Matrix(nn.Linear):
         """Memory of the weight and the bias, in bytes."""
         return tensor_bytes(self)
 
+    def kind(self) -> tuple[Any, ...]:
+        """Class, dtype, groups and whether there is a bias: matrices that agree in this can become one."""
+        return type(self), self.weight.dtype, self.bias is not None
+
     @classmethod
     def stack(cls, matrices: Sequence["Matrix"]) -> "Matrix":
-        """One matrix of several, one below the other, which become parts of it and stay what they were."""
+        """One matrix of several of one kind, one below the other, which become parts of it and keep their values."""
         bias = matrices[0].bias
         return cls.of(
             share_storage([matrix.weight for matrix in matrices]),

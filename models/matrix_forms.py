@@ -1,14 +1,17 @@
-"""Other forms of a matrix: stored by columns, chosen rows or columns without a copy.
+"""Other forms of a matrix: stored by columns, several of different kinds, chosen rows or columns without a copy.
 
 in and out are the sides of a weight [out, in]; T rows.
 """
+
+from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.matrix import FEW_ROWS, Matrix, bits, take_columns
-from models.products import add_up_columns, add_up_for_each, kept, row_count, stretches
+from models.products import add_up_columns, add_up_for_each, kept, places, row_count, stretches
 
 
 class ColumnMatrix(Matrix):
@@ -45,6 +48,12 @@ class ColumnMatrix(Matrix):
         y = add_up_columns(self.weight.t(), columns, x.flatten(), self.parts)       # [out]
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
+    def multiply_kept(self, x: Tensor, keep: Tensor, count: int) -> Tensor:
+        if row_count(x) > 1:
+            return super().multiply_kept(x, keep, count)
+        columns = places(keep.flatten(), count)                                     # [count]
+        return self.multiply_columns(x[..., columns], columns)
+
     def reads_chosen_rows(self, rows: int) -> bool:
         return False            # which lie scattered over all columns
 
@@ -68,6 +77,49 @@ def by_columns(matrix: Matrix) -> Matrix:
     if type(matrix) is not Matrix or matrix.weight.device.type != "cpu" or matrix.weight.dtype not in FEW_ROWS:
         return matrix
     return ColumnMatrix.of(matrix.weight.t().contiguous().t(), matrix.bias)
+
+
+class MixedMatrix(Matrix):
+    """Matrices of different kinds that multiply the same input: their outputs stand one after the other.
+
+    A compact copy drops rows of the first part only. The other parts are not copied: the copy uses them as they are.
+    """
+
+    def __init__(self, parts: Sequence[Matrix], borrowed: Sequence[Matrix] = ()) -> None:
+        """parts: matrices [out, in] of one `in`; borrowed: further parts, whose memory belongs to another matrix"""
+        nn.Module.__init__(self)
+        self.own, self.parts = tuple(parts), (*parts, *borrowed)                    # in tuples: no submodules
+        self.in_features = self.parts[0].in_features
+        self.out_features = sum(part.out_features for part in self.parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]"""
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    def empty_rows(self, rows: int) -> "MixedMatrix":
+        first, *others = self.parts
+        return MixedMatrix([first.empty_rows(rows - sum(part.out_features for part in others))], others)
+
+    def copy_rows(self, source: Matrix, rows: Tensor) -> None:
+        """Become the rows named, which end with every row of all parts but the first. int64 [out]"""
+        assert isinstance(source, MixedMatrix)
+        self.parts[0].copy_rows(source.parts[0], rows[: self.parts[0].out_features])
+
+    def values(self) -> Tensor:
+        return torch.cat([part.values() for part in self.parts])
+
+    def held_bytes(self) -> int:
+        return sum(part.held_bytes() for part in self.own)
+
+
+def stack(matrices: Sequence[Matrix]) -> Matrix:
+    """Matrices that multiply the same input as one, one below the other. They become parts of it and keep their values.
+
+    Neighbours of one kind become one product; a MixedMatrix holds what remains if there are several kinds.
+    """
+    alike = [list(run) for _, run in groupby(matrices, key=lambda matrix: matrix.kind())]
+    stacked = [run[0] if len(run) == 1 else type(run[0]).stack(run) for run in alike]
+    return stacked[0] if len(stacked) == 1 else MixedMatrix(stacked)
 
 
 class ChosenRows(nn.Module):
@@ -103,6 +155,9 @@ class ChosenColumns(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         spread = x.new_zeros(*x.shape[:-1], self.whole.in_features).index_copy_(-1, self.chosen, x)
         return self.whole(spread)
+
+    def multiply_kept(self, x: Tensor, keep: Tensor, count: int) -> Tensor:
+        return self(x.masked_fill(~keep, 0))
 
     def reads_chosen_columns(self, rows: int) -> bool:
         return False

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from models.blocks import PrunedBlock
 from models.config import ConfigReader, FamilyDefaults, LlamaConfig, read_decoder_fields
-from models.experts import ActiveExperts, MixtureOfExperts
-from models.feed_forward import ActiveFeedForward
+from models.experts import MixtureOfExperts
+from models.key_names import TEXT_SPELLINGS, keys_by_our_names
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from models.pruning.experts import PartitionedExperts
 from models.pruning.left_out import MLP
 from models.pruning.partition import PartitionSizes
 from models.pruning.resolve import Pruning
@@ -126,10 +128,10 @@ class MixtralDecoderLayer(LlamaDecoderLayer):
                 config.num_experts_per_tok, config.norm_topk_prob, config.shared_expert_intermediate_size,
             )
 
-    def new_active(self, pruning: Pruning) -> ActiveFeedForward | ActiveExperts:
+    def new_ffn(self, pruning: Pruning) -> PrunedBlock:
         if isinstance(self.mlp, MixtureOfExperts):
-            return ActiveExperts(self.mlp, pruning)
-        return super().new_active(pruning)
+            return PartitionedExperts(self.mlp, pruning)
+        return super().new_ffn(pruning)
 
 
 class MixtralForCausalLM(LlamaForCausalLM):
@@ -143,7 +145,10 @@ class MixtralForCausalLM(LlamaForCausalLM):
         self, parameter_names: list[str], checkpoint_names: list[str]
     ) -> dict[str, tuple[str, tuple[Any, ...]]]:
         channels = self.config.moe_intermediate_size * self.config.ranks.count      # as the checkpoint has them
-        return locate_experts(parameter_names, checkpoint_names, channels)
+        stored_as = keys_by_our_names(checkpoint_names, TEXT_SPELLINGS)
+        places = {name: (name, ()) for name in parameter_names}
+        places |= locate_experts(parameter_names, list(stored_as), channels)
+        return {name: (stored_as.get(key, key), index) for name, (key, index) in places.items()}
 
     def new_state(
         self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None,
@@ -155,7 +160,7 @@ class MixtralForCausalLM(LlamaForCausalLM):
         if free_memory is not None and one_per_layer:
             left = free_memory - self.cache_bytes(batch, capacity, pruning) - self.least_copies(pruning)
             for layer in state.layers:
-                if isinstance(layer.ffn, ActiveExperts):
+                if isinstance(layer.ffn, PartitionedExperts):
                     layer.ffn.copy_limit = left // one_per_layer
         return state
 

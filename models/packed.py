@@ -10,8 +10,9 @@ every product unpacks.
 in and out are the sides of a weight [out, in], g the size of a group, G = in / g groups of a row; T rows.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,10 @@ from weights.groups import Groups, group
 FEW_ROWS_WRITTEN_OUT, FEW_ROWS_INT8, FEW_ROWS_INT4 = 3, 8, 16
 # PyTorch's product of eight bits reads rows by so many numbers at a time, past their end if need be.
 PADDING = 16
-# Rows up to this length are faster written out; longer ones through the packed product, by as much.
-LONGEST_WRITTEN_OUT = 3072
 # Sizes of groups that the product of four bits knows.
 GROUP_SIZES = (256, 128, 64, 32)
+# Columns whose halves lie side by side in a GroupedInt8Matrix.
+HALVES = 16
 # Of drafts: their activations, which packed products want in half precision, and their groups.
 DRAFT_DTYPE, DRAFT_GROUP = torch.bfloat16, 32
 # Weights of a stretch that is unpacked at once.
@@ -63,16 +64,16 @@ class Int8Matrix(Matrix):
         """The nearest there is to plain values [out, in]."""
         rows, columns = values.shape
         made = cls.with_room(rows, columns, torch.empty(0, dtype=dtype, device=values.device), bias)
-        made.fill(values.split(rows_at_once(columns)))
-        return made
+        return made.fill(values.split(rows_at_once(columns)))
 
-    def fill(self, stretches: Iterable[Tensor]) -> None:
+    def fill(self, stretches: Iterable[Tensor]) -> "Int8Matrix":
         """Become the nearest to plain values, stretches of rows [n, in] that are all of them together."""
         begin = 0
         for part in stretches:
             rows = slice(begin, begin + len(part))
             nearest_int8(part, self.numbers()[rows], self.scale[rows])
             begin += len(part)
+        return self
 
     def numbers(self) -> Tensor:
         """int8 [out, in]"""
@@ -81,7 +82,7 @@ class Int8Matrix(Matrix):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
         rows = row_count(x)
-        if rows <= FEW_ROWS_WRITTEN_OUT and is_fused(x) and self.in_features <= LONGEST_WRITTEN_OUT:
+        if rows <= FEW_ROWS_WRITTEN_OUT and is_fused(x):
             y = written_out(x, self.numbers()) * self.scale
         elif rows <= FEW_ROWS_INT8 and has_packed_products(x):
             padded = F.pad(x, (0, self.weight.shape[1] - self.in_features)).flatten(0, -2)
@@ -107,10 +108,7 @@ class Int8Matrix(Matrix):
 
     def copy_columns(self, source: Matrix, columns: Tensor) -> None:
         if isinstance(source, Int4Matrix):
-            for blocks, rows in source.stretches():
-                values = source.transposed(blocks)[columns].t()                     # [rows, in], of whole blocks
-                numbers = self.numbers()[rows]
-                nearest_int8(values[: len(numbers)], numbers, self.scale[rows])
+            source.write_as_int8(columns, self.numbers(), self.scale)
         else:
             assert isinstance(source, Int8Matrix)
             self.numbers().copy_(source.weight.gather(1, columns.expand(source.out_features, -1)))
@@ -124,6 +122,9 @@ class Int8Matrix(Matrix):
     def read_bytes(self, rows: int | None = None, columns: int | None = None) -> int:
         scales = self.out_features if rows is None else rows
         return super().read_bytes(rows, columns) + scales * self.scale.element_size()
+
+    def kind(self) -> tuple[Any, ...]:
+        return *super().kind(), self.scale.dtype
 
     @classmethod
     def stack(cls, matrices: Sequence[Matrix]) -> "Int8Matrix":
@@ -154,27 +155,39 @@ class Int4Matrix(Matrix):
 
     @classmethod
     def of_groups(cls, given: Groups, dtype: torch.dtype, bias: Tensor | None = None) -> "Int4Matrix":
-        groups = torch.stack([given.scale, given.minimum + 8 * given.scale], dim=-1).to(dtype)          # [out, G, 2]
-        size = next(size for size in GROUP_SIZES if given.size % size == 0)
-        groups = groups.repeat_interleave(given.size // size, dim=1)                # wider ones are several alike
-        made = cls.with_room(len(given.numbers), given.numbers.shape[1], groups.shape[1], groups, bias)
-        padded = F.pad(given.numbers, (0, 0, 0, made.groups.shape[1] - made.out_features))
-        made.weight.copy_(pack(padded.t(), *layout()))
-        made.groups[:, : made.out_features] = groups.transpose(0, 1)
-        return made
+        rows, columns = given.numbers.shape
+        made = cls.with_room(rows, columns, given.size, torch.empty(0, dtype=dtype), bias)
+        return made.fill([given])
 
     @classmethod
-    def with_room(cls, rows: int, columns: int, groups: int, like: Tensor, bias: Tensor | None) -> "Int4Matrix":
+    def with_room(cls, rows: int, columns: int, size: int, like: Tensor, bias: Tensor | None) -> "Int4Matrix":
+        """Numbers and scales yet to come. size: of a group; wider ones than the product knows are several alike"""
         block, _ = layout()
         blocks = -(-rows // block)
+        groups = columns // next(known for known in GROUP_SIZES if size % known == 0)
         weight = torch.zeros(blocks, columns, block // 2, dtype=torch.uint8)
         return cls.packed(weight, like.new_zeros(groups, blocks * block, 2), rows, bias)
+
+    def fill(self, stretches: Iterable[Groups]) -> "Int4Matrix":
+        """Become what groups stand for, stretches of rows that are all of them together, whole blocks but the last."""
+        block, halves = layout()
+        begin = 0
+        for part in stretches:
+            rows = slice(begin, begin + len(part.numbers))
+            padded = F.pad(part.numbers, (0, 0, 0, -len(part.numbers) % block))     # [rows, in]
+            first = begin // block
+            self.weight[first : first + len(padded) // block] = pack(padded.t(), block, halves)
+            for place, values in enumerate((part.scale, part.minimum + 8 * part.scale)):            # [rows, G]
+                into = self.groups[:, rows, place].unflatten(0, (values.shape[1], -1))
+                into.copy_(values.t().unsqueeze(1))
+            begin = rows.stop
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
         if row_count(x) <= FEW_ROWS_INT4 and has_packed_products(x):
-            packed = self.weight.view(-1, self.in_features // 2)
-            size = self.in_features // len(self.groups)
+            width = self.weight.shape[1]
+            packed, size = self.weight.view(-1, width // 2), width // len(self.groups)
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.flatten(0, -2), packed, size, self.groups)
             y = y.view(*x.shape[:-1], -1)
         else:
@@ -195,14 +208,15 @@ class Int4Matrix(Matrix):
     def stretches(self) -> Iterator[tuple[slice, slice]]:
         """Blocks to unpack at once, one stretch after the other, and the rows that they are."""
         block, _ = layout()
-        step = max(1, rows_at_once(self.in_features) // block)
+        step = max(1, rows_at_once(self.weight.shape[1]) // block)
         for first in range(0, len(self.weight), step):
             yield slice(first, first + step), slice(first * block, (first + step) * block)
 
-    def numbers(self, blocks: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """Those of some blocks and columns, unpacked and transposed: uint8 [in, rows]"""
+    def numbers(self, blocks: slice = slice(None), columns: Tensor | None = None) -> Tensor:
+        """Those of some blocks and columns (None: all), unpacked and transposed: uint8 [in, rows]"""
         _, halves = layout()
-        packed = self.weight[blocks, columns].transpose(0, 1)                       # [in, blocks, block / 2]
+        packed = self.weight[blocks] if columns is None else self.weight[blocks].index_select(1, columns)
+        packed = packed.transpose(0, 1)                                             # [in, blocks, block / 2]
         return torch.stack([packed & 15, packed >> 4], dim=-2 if halves else -1).flatten(1)
 
     def reads_chosen_rows(self, rows: int) -> bool:
@@ -210,22 +224,42 @@ class Int4Matrix(Matrix):
 
     def empty_rows(self, rows: int) -> "Int4Matrix":
         bias = room_for_bias(self, rows)
-        return Int4Matrix.with_room(rows, self.in_features, len(self.groups), self.groups, bias)
+        return Int4Matrix.with_room(rows, self.in_features, self.in_features // len(self.groups), self.groups, bias)
 
     def empty_columns(self, columns: int) -> Int8Matrix:
         return Int8Matrix.with_room(self.out_features, columns, self.groups, room_for_bias(self, self.out_features))
 
     def copy_rows(self, source: Matrix, rows: Tensor) -> None:
         assert isinstance(source, Int4Matrix)
-        padded = F.pad(rows, (0, self.groups.shape[1] - len(rows)))                 # what is padding is dropped again
-        step = rows_at_once(len(padded))
-        for first in range(0, self.in_features, step):
+        place, above = places_of_rows(F.pad(rows, (0, self.groups.shape[1] - len(rows))))   # padding is dropped again
+        step = max(1, STRETCH // source.groups.shape[1])
+        for first in range(0, self.weight.shape[1], step):
             columns = slice(first, first + step)
-            numbers = source.numbers(columns=columns)                               # [in, rows]
-            self.weight[:, columns] = pack(numbers.gather(1, padded.expand(len(numbers), -1)), *layout())
-        self.groups[:, : self.out_features] = source.groups[:, rows]
+            packed = source.weight[:, columns].transpose(1, 2).flatten(0, 1)        # [blocks * half, in]
+            numbers = packed.index_select(0, place) >> above.unsqueeze(1) & 15      # [rows, in]
+            self.weight[:, columns] = pack(numbers.t(), *layout())
+        scales = pairs(source.groups)[:, rows]                                      # [G, rows]
+        pairs(self.groups)[:, : self.out_features] = scales
         if source.bias is not None:
             torch.index_select(source.bias, 0, rows, out=self.bias)
+
+    def write_as_int8(self, columns: Tensor, numbers: Tensor, scale: Tensor) -> None:
+        """Fill int8 numbers [out, k] and scales [out] with the columns named, int64 [k].
+
+        A row's scale comes from what its groups can stand for, so that no value has to be looked at before.
+        """
+        group_of = columns // (self.in_features // len(self.groups))                # [k]
+        used = group_of.bincount(minlength=len(self.groups)) > 0                    # [G]
+        for blocks, rows in self.stretches():
+            step, middle = self.groups[:, rows].float().unbind(-1)                  # [G, rows]
+            least = middle - 8 * step                                               # what 0 stands for
+            most = torch.maximum(least.abs(), (least + 15 * step).abs())            # [G, rows]
+            count = len(scale[rows])                                                # the last block may be padded
+            scale[rows] = most[used].amax(dim=0)[:count] / 127
+            factor = F.pad(scale[rows].float().clamp(min=1e-30).reciprocal(), (0, most.shape[1] - count))   # [rows]
+            values = self.numbers(blocks, columns).float()                          # [k, rows]
+            values.mul_((step * factor).index_select(0, group_of)).add_((least * factor).index_select(0, group_of))
+            numbers[rows] = values.round_().clamp_(-127, 127).to(torch.int8).t()[:count]
 
     def values(self) -> Tensor:
         return self.transposed().t()[: self.out_features]
@@ -242,7 +276,10 @@ class Int4Matrix(Matrix):
         out = self.out_features if rows is None else rows
         if columns is not None:
             return out * (columns + self.groups.element_size())
-        return out * (self.in_features // 2 + 2 * len(self.groups) * self.groups.element_size())
+        return out * (self.weight.shape[1] // 2 + 2 * len(self.groups) * self.groups.element_size())
+
+    def kind(self) -> tuple[Any, ...]:
+        return *super().kind(), self.groups.dtype, len(self.groups)
 
     @classmethod
     def stack(cls, matrices: Sequence[Matrix]) -> "Int4Matrix":
@@ -252,11 +289,103 @@ class Int4Matrix(Matrix):
         groups = torch.cat([part.groups[:, : part.out_features] for part in parts], dim=1)
         if all(part.out_features == part.groups.shape[1] for part in parts):        # whole blocks
             return cls.packed(share_storage([part.weight for part in parts]), groups, rows, bias)
-        whole = cls.with_room(rows, first.in_features, len(groups), groups, bias)
+        width = first.weight.shape[1]
+        whole = cls.with_room(rows, width, width // len(groups), groups, bias)
         numbers = torch.cat([part.numbers()[:, : part.out_features] for part in parts], dim=1)      # [in, rows]
         whole.weight.copy_(pack(F.pad(numbers, (0, whole.groups.shape[1] - rows)), *layout()))
         whole.groups[:, :rows] = groups
         return whole
+
+
+class GroupedInt8Matrix(Int4Matrix):
+    """Whole numbers of eight bits in groups of 16 or of 32 along a row: exactly what most kinds of .gguf files hold.
+
+    PyTorch has no product for them, but a number is 16 h + l. Both halves are columns of an Int4Matrix of twice the
+    width: 16 columns of h, then those of l, which multiply x and x / 16. Copies are as an Int4Matrix's.
+
+    weight  uint8 [blocks, 2 in, block / 2]
+    groups  [in / 16, out, 2]: of value = s (number - 128) + m the scale 16 s, and z = (8 s + m) 16 / 17: then
+            (h - 8) 16 s + z and 1/16 of (l - 8) 16 s + z add up to the value
+    """
+
+    @classmethod
+    def packed(cls, weight: Tensor, groups: Tensor, rows: int, bias: Tensor | None) -> "GroupedInt8Matrix":
+        made = super().packed(weight, groups, rows, bias)
+        made.in_features = weight.shape[1] // 2
+        return made  # type: ignore[return-value]
+
+    @classmethod
+    def of_stretches(cls, rows: int, columns: int, like: Tensor, stretches: Iterable[Groups]) -> "GroupedInt8Matrix":
+        """What groups stand for, stretches of rows as for Int4Matrix.fill."""
+        made = cls.with_room(rows, 2 * columns, 2 * HALVES, like, None)
+        return made.fill(in_halves(part) for part in stretches)  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if row_count(x) <= FEW_ROWS_INT4 and has_packed_products(x):
+            parts = x.unflatten(-1, (-1, 1, HALVES))                                # [..., in / 16, 1, 16]
+            x = torch.cat([parts, parts / 16], dim=-2).flatten(-3)                  # [..., 2 in]
+        return super().forward(x)
+
+    def transposed(self, blocks: slice = slice(None)) -> Tensor:
+        numbers = self.numbers(blocks)                                              # [2 in, rows]
+        first = (blocks.start or 0) * layout()[0]
+        return joined_values(numbers, self.groups[:, first : first + numbers.shape[1]])
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Some of the rows as plain numbers. int64 [n] -> [n, in]"""
+        place, above = places_of_rows(rows)
+        half = self.weight.shape[2]
+        numbers = self.weight[place // half, :, place % half] >> above.unsqueeze(1) & 15            # [n, 2 in]
+        return joined_values(numbers.t(), self.groups[:, rows]).t()
+
+    def empty_rows(self, rows: int) -> "GroupedInt8Matrix":
+        bias = room_for_bias(self, rows)
+        return self.with_room(rows, self.weight.shape[1], 2 * HALVES, self.groups, bias)  # type: ignore[return-value]
+
+    def write_as_int8(self, columns: Tensor, numbers: Tensor, scale: Tensor) -> None:
+        for blocks, rows in self.stretches():
+            values = self.transposed(blocks).index_select(0, columns).t()           # [rows, k]
+            nearest_int8(values[: len(numbers[rows])], numbers[rows], scale[rows])
+
+    @classmethod
+    def stack(cls, matrices: Sequence[Matrix]) -> "GroupedInt8Matrix":
+        whole = Int4Matrix.stack(matrices)
+        return cls.packed(whole.weight, whole.groups, whole.out_features, whole.bias)
+
+
+def joined_values(numbers: Tensor, groups: Tensor) -> Tensor:
+    """What numbers of a GroupedInt8Matrix stand for. uint8 [2 in, rows], groups [in / 16, rows, 2] -> [in, rows]"""
+    high, low = numbers.unflatten(0, (-1, 2, HALVES)).unbind(1)                     # [in / 16, 16, rows]
+    wide, z = groups.unbind(-1)                                                     # [in / 16, rows]
+    scale = wide / 16
+    rest = (z.float() * 17 / 16 - 8 * scale.float()).to(scale.dtype)                # m
+    signed = (high << 4 | low).to(scale.dtype) - 128                                # whole numbers, which bfloat16 has
+    return torch.addcmul(rest.unsqueeze(1), signed, scale.unsqueeze(1)).flatten(0, 1)
+
+
+def places_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Two rows share bytes in an Int4Matrix. Where each lies, and by how many bits it is above: int64, uint8 [n]
+
+    A place counts the bytes of all blocks.
+    """
+    block, halves = layout()
+    half, within = block // 2, rows % block
+    place = rows // block * half + (within % half if halves else within // 2)
+    return place, 4 * (within // half if halves else within % 2).to(torch.uint8)
+
+
+def in_halves(given: Groups) -> Groups:
+    """The groups of a GroupedInt8Matrix: numbers [out, 2 in], in groups of 32 that are 16 h and the l of the same."""
+    size = given.size
+    # As whole numbers around 0, as far as eight bits go (those of at most six bits can be moved by 192).
+    zero = torch.where(given.scale == 0, 128, -given.minimum / given.scale).round().clamp(-64, 128)   # [out, G]
+    rest = given.minimum + zero * given.scale                                       # [out, G]
+    moved = given.numbers.unflatten(1, (-1, size)) + (128 - zero).to(torch.uint8).unsqueeze(-1)     # [out, G, g]
+    parts = moved.view(len(moved), -1, 1, HALVES)                                   # [out, in / 16, 1, 16]
+    numbers = torch.cat([parts >> 4, parts & 15], dim=2).flatten(1)                 # [out, 2 in]
+    wide = 16 * given.scale
+    minimum = (8 * given.scale + rest) * 16 / 17 - 8 * wide
+    return Groups(numbers, *(one.repeat_interleave(size // HALVES, dim=1) for one in (wide, minimum)))
 
 
 def draft_of(matrix: Matrix) -> Matrix:
@@ -282,12 +411,45 @@ class Int8Embedding(nn.Module):
         return self.numbers[tokens].to(self.scale.dtype) * self.scale[tokens].unsqueeze(-1)
 
 
+class GroupedInt8Embedding(nn.Module):
+    """The rows of a GroupedInt8Matrix as embeddings. tokens int64 [...] -> [..., in]"""
+
+    def __init__(self, matrix: GroupedInt8Matrix) -> None:
+        super().__init__()
+        self.matrix = (matrix,)             # in a tuple, so that it is no submodule a second time
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.matrix[0].rows(tokens.flatten()).unflatten(0, tokens.shape)
+
+
+class StoredEmbedding(nn.Module):
+    """Embeddings whose rows stay as a file has them until they are looked up. tokens int64 [...] -> [..., in]
+
+    stored  uint8 [V, bytes of a row]
+    read    makes Groups of the bytes of so many rows
+    """
+
+    def __init__(self, stored: Tensor, read: Callable[[Tensor, int], Groups], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stored, self.read, self.dtype = stored, read, dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = self.stored[tokens.flatten()]                                        # [n, bytes of a row]
+        return self.read(rows.flatten(), len(rows)).values().to(self.dtype).view(*tokens.shape, -1)
+
+
 def has_packed_products(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype != torch.float32
 
 
-def rows_at_once(columns: int) -> int:
-    return max(64, STRETCH // columns)
+def rows_at_once(columns: int, weights: int | None = None) -> int:
+    """Rows that have about so many weights (None: STRETCH), in whole blocks of every layout."""
+    return max(1, (weights or STRETCH) // columns // 64) * 64
+
+
+def pairs(groups: Tensor) -> Tensor:
+    """Two neighbouring scales as one integer, which is copied in a quarter of the time. [..., 2] -> [...]"""
+    return groups.view(torch.int32 if groups.element_size() == 2 else torch.int64).squeeze(-1)
 
 
 def room_for_bias(matrix: Matrix, rows: int) -> Tensor | None:
@@ -299,8 +461,8 @@ def nearest_int8(values: Tensor, numbers: Tensor, scale: Tensor) -> None:
 
     A scale is rounded before the numbers are taken, which then make up for it.
     """
-    wide = values.to(scale.device, torch.float32)
-    scale.copy_(wide.abs().amax(dim=1) / 127)
+    wide = values.to(scale.device, torch.float32)                                   # [out, in]
+    scale.copy_(torch.maximum(wide.amax(dim=1), -wide.amin(dim=1)) / 127)
     numbers.copy_((wide / scale.float().clamp(min=1e-30).unsqueeze(1)).round_().clamp_(-127, 127))
 
 

@@ -3,7 +3,6 @@
 B batch, T prompt tokens, H hidden size, n image tokens of all pictures.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.config import LlamaConfig
+from models.key_names import Spellings, keys_by_our_names
 from models.llama import LlamaForCausalLM
 from models.passes import PictureRows
 from weights.errors import InputError
@@ -48,7 +48,7 @@ class PictureModel(nn.Module):
     language_model: LlamaForCausalLM
     ignored_keys: tuple[str, ...] = ()
     read_config: Callable[..., Any]
-    spellings: tuple[tuple[str, str], ...] = ()
+    spellings: Spellings = ()
     around_image: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     refused_tokens: tuple[tuple[int, str], ...] = ()
 
@@ -71,7 +71,7 @@ class PictureModel(nn.Module):
         self, parameter_names: list[str], checkpoint_names: list[str]
     ) -> dict[str, tuple[str, tuple[Any, ...]]]:
         """Where each parameter stands in a checkpoint, whichever release of transformers has written it."""
-        stored_as = {self.our_name(key): key for key in checkpoint_names}
+        stored_as = keys_by_our_names(checkpoint_names, self.spellings)
         prefix = "language_model."
         of_text = self.language_model.locate(
             [name.removeprefix(prefix) for name in parameter_names if name.startswith(prefix)],
@@ -80,14 +80,6 @@ class PictureModel(nn.Module):
         places: dict[str, tuple[str, tuple[Any, ...]]] = {name: (name, ()) for name in parameter_names}
         places |= {prefix + name: (prefix + key, index) for name, (key, index) in of_text.items()}
         return {name: (stored_as.get(key, key), index) for name, (key, index) in places.items()}
-
-    def our_name(self, key: str) -> str:
-        """The parameter that a checkpoint's key stands for; names that are ours already, or nobody's, stay."""
-        for pattern, ours in self.spellings:
-            matched = re.match(pattern, key)
-            if matched:
-                return ours + key[matched.end() :]
-        return key
 
     def sizes(self) -> dict[str, int | None]:
         """How large pictures are, and how many tokens each has; None: any size, as many as such squares fit in."""

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Rows of a weight that a written-out product of one row reads at once (docs/speed.md).
+STREAMS = 8
 # Scores up to which every pair is compared instead of sorting: beyond, the comparisons cost more than the call.
 MOST_COMPARED = 256
 
@@ -31,13 +33,40 @@ def row_count(x: Tensor) -> int:
 
 def written_out(x: Tensor, weight: Tensor) -> Tensor:
     """A few rows times a weight as multiply and sum, for a compiler to fuse. x [..., in], weight [out, in]"""
+    if row_count(x) == 1:
+        return sum_in_streams(x, [weight[part] for part in row_streams(weight.shape[0])])
     rows = x.reshape(-1, x.shape[-1]).float()                                       # [T, in]
     wide = weight.float()
     # as_strided has Inductor keep a row, instead of computing it (a norm, say) anew for every row of the weight.
     # Sums over the same weight become one loop, which reads it once for all rows.
     sums = [(wide * row.as_strided(row.shape, (1,))).sum(dim=-1) for row in rows.unbind()]      # T times [out]
-    y = sums[0] if len(sums) == 1 else torch.stack(sums)
+    y = torch.stack(sums)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def written_out_rows(x: Tensor, weight: Tensor, which: Tensor) -> Tensor:
+    """The same of one row and the weight's rows named. x [..., in], weight [out, in], which int64 [k] -> [..., k]"""
+    # The indices are split before they gather: split afterwards, what was gathered would be stored first.
+    return sum_in_streams(x, [weight[which[part]] for part in row_streams(len(which))])
+
+
+def sum_in_streams(x: Tensor, parts: list[Tensor]) -> Tensor:
+    """One row times parts of equal length of a weight. x [..., in], parts [n, in] each -> [..., sum of n]
+
+    A loop over one row of a weight at a time does not keep the memory busy. Sums over parts of equal length become one
+    loop, which reads a row of each part at once and converts x once.
+    """
+    row = x.flatten().float()                                                       # [in]
+    # as_strided has Inductor keep a row, instead of computing it (a norm, say) anew for every row of the weight.
+    row = row.as_strided(row.shape, (1,))
+    y = torch.cat([(part.float() * row).sum(dim=-1) for part in parts])             # [out]
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def row_streams(rows: int) -> list[slice]:
+    """As many parts of equal length as STREAMS, or the next smaller power of two that divides the rows."""
+    count = next(count for count in (STREAMS, STREAMS // 2, STREAMS // 4, 1) if rows % count == 0)
+    return [slice(begin, begin + rows // count) for begin in range(0, rows, rows // count)]
 
 
 @lru_cache(maxsize=1024)

@@ -21,7 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import MOST_LAYERS, ConfigReader, LlamaConfig, RopeConfig, read_llama_config
+from models.config import (
+    MOST_LAYERS,
+    ConfigReader,
+    LlamaConfig,
+    RopeConfig,
+    read_llama_config,
+    refuse_rope_outside,
+    rope_section,
+)
+from models.key_names import INNER_TEXT_SPELLINGS
 from models.layers import activation_function, at_least_float32, rotate
 from models.llama import LlamaForCausalLM
 from models.passes import PictureRows
@@ -160,6 +169,7 @@ def read_config(family: Family, raw: Mapping[str, Any], where: str = "config.jso
     beside = {name: value for name, value in raw.items() if name not in fields.read}
     text = read_text_config(family, nested or beside, f"{where}: text_config" if nested else where, tied)
     fields.read.update(nested or beside)
+    refuse_rope_outside(fields, text.rope)
     if text.hidden_size != vision.out_hidden_size:
         raise InputError(
             f"{where}: the tower makes features of size {vision.out_hidden_size}, and the language model has "
@@ -174,17 +184,18 @@ def read_config(family: Family, raw: Mapping[str, Any], where: str = "config.jso
 
 def read_text_config(family: Family, given: Mapping[str, Any], where: str, tied: bool) -> LlamaConfig:
     """The language model's config: Qwen2's or Qwen3's, and which position each frequency turns with."""
-    raw = {**family.text, **{name: value for name, value in given.items() if value is not None}}
+    null_counts = ("num_key_value_heads", "sliding_window")
+    said = {name: value for name, value in given.items() if value is not None or name in null_counts}
+    raw = {**family.text, **said}
     raw["model_type"] = family.text["model_type"]
     text = ConfigReader(given, where)
-    name = "rope_scaling" if text.get("rope_parameters") is None else "rope_parameters"
-    rope = text.section(name)
+    rope = rope_section(text, family.text["rope_theta"])
     sections = rope.integers("mrope_section", family.sections)
     if rope.boolean("mrope_interleaved", family.interleaved) != family.interleaved:
         raise InputError(f"{rope.where}: mrope_interleaved must be {str(family.interleaved).lower()} for this family")
     kind = rope.text("rope_type", rope.text("type", "default"))
     others = {field: rope.raw[field] for field in rope.raw if field not in rope.read}
-    raw[name] = others | {"rope_type": "default" if kind == "mrope" else kind}
+    raw |= {"rope_parameters": others | {"rope_type": "default" if kind == "mrope" else kind}, "rope_scaling": None}
     if tied:
         raw["tie_word_embeddings"] = True
     config = read_llama_config(raw, where)
@@ -342,11 +353,9 @@ class Qwen2VLForConditionalGeneration(PictureModel):
     tower_class: type[VisionTower] = VisionTower
     read_config = staticmethod(partial(read_config, Family(**QWEN2_FAMILY, read_vision=read_qwen2_vision)))
     spellings = (
-        (r"(model\.)?visual\.", "visual."),
-        (r"model\.(language_model\.)?", "language_model.model."),
-        (r"lm_head\.", "language_model.lm_head."),
+        (r"(model\.)*visual\.", "visual."),
+        *INNER_TEXT_SPELLINGS,
     )
-    ignored_keys = (r".*rotary_(pos_)?emb\.inv_freq",)
 
     def __init__(self, config: QwenVLConfig) -> None:
         super().__init__()

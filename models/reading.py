@@ -6,12 +6,13 @@ step reads what stays resident, and of down_proj only what is chosen where its m
 
 from typing import Any
 
-from models.experts import ActiveExperts, MixtureOfExperts
+from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.matrix import Matrix
+from models.pruning.experts import PartitionedExperts
 from models.pruning.left_out import ATTENTION, MLP
+from models.pruning.pop import POP, channel_bytes
 from models.pruning.resolve import LayerWeights, Pruning
-from models.pruning.rules import POP
 
 
 def weight_count(matrix: Matrix) -> int:
@@ -69,37 +70,20 @@ def attention_bytes(attention: Any, rule: POP) -> int:
     return keys_and_values + attention.q_proj.read_bytes(rows=queries) + outputs
 
 
-def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: POP, batch: int, active: ActiveExperts | None) -> int:
+def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: POP, batch: int, active: PartitionedExperts | None) -> int:
     if isinstance(mlp, FeedForward):
-        return ffn_bytes(mlp, rule if mlp.copying_saves(rule) else None, batch)
+        return rule.step_bytes(mlp, batch)
     networks = mlp.experts if active is None else active.experts
-    rules = [None if active is not None and active.is_whole(index) else rule for index in range(len(networks))]
     # Rows that meet at an expert are masked, a row by itself may read chosen columns. Without a run to tell: all meet.
     meeting = float(batch > 1) if active is None or not any(active.picks) else active.met / sum(active.picks)
-    each = sum(
-        (1 - meeting) * ffn_bytes(expert, own, 1) + meeting * ffn_bytes(expert, own, batch)
-        for expert, own in zip(networks, rules, strict=True)
-    )
-    shared = 0 if mlp.shared_expert is None else ffn_bytes(mlp.shared_expert, rule, batch)
+    each = 0.0
+    for index, expert in enumerate(networks):
+        if active is not None and active.multiplies_whole(index):
+            each += channel_bytes(expert)
+        else:
+            each += (1 - meeting) * rule.step_bytes(expert, 1) + meeting * rule.step_bytes(expert, batch)
+    shared = 0 if mlp.shared_expert is None else rule.step_bytes(mlp.shared_expert, batch)
     return round(mlp.experts_per_token * each / len(networks)) + shared
-
-
-def ffn_bytes(ffn: FeedForward, rule: POP | None, batch: int) -> int:
-    """Of one network's step; no rule: it multiplies with its full weights."""
-    if rule is None:
-        return sum(matrix.read_bytes() for matrix in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
-    sizes = rule.sizes(ffn)
-    down = ffn.down_proj if sizes.copied or not sizes.prunes else ffn.down_by_columns()
-    finishing = sizes.active if down.reads_chosen_columns(batch) else sizes.resident
-    drafts = rule.looks_at == "draft" and sizes.decides
-    looks_first = rule.looks_at != "h" and ffn.gate_proj.reads_chosen_rows(batch)
-    second = sizes.active if looks_first else sizes.resident
-    one, other = (
-        ffn.gate_proj.read_bytes(rows=rows) for rows in (second if drafts else sizes.resident, second)
-    )
-    one += sum(draft.read_bytes() for draft in ffn.drafts()) if drafts else 0
-    whole = not sizes.copied and finishing == sizes.channels
-    return one + other + ffn.down_proj.read_bytes(columns=None if whole else finishing)
 
 
 def prompt_work(model: Any, pruning: Pruning, tokens: int, missing: int = 0) -> tuple[int, int]:
@@ -110,8 +94,8 @@ def prompt_work(model: Any, pruning: Pruning, tokens: int, missing: int = 0) -> 
     """
     linear, attention = weight_count(model.lm_head), 0
     for index, layer in enumerate(model.model.layers):
-        if index == pruning.thin_from:
-            tokens -= missing
+        if pruning.view(index, None).thin:
+            tokens, missing = tokens - missing, 0
         skipped = pruning.skipped_by(tokens)
         rows, one, halves = pruning.boundary if index in skipped else tokens, layer.self_attn, pruning.halves(index)
         if MLP in halves:
@@ -130,11 +114,7 @@ def prompt_ffn_weights(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) ->
     if isinstance(mlp, MixtureOfExperts):
         shared = 0 if mlp.shared_expert is None else prompt_ffn_weights(mlp.shared_expert, pruning)
         return weight_count(mlp.gate) + mlp.experts_per_token * prompt_ffn_weights(mlp.experts[0], pruning) + shared
-    left = mlp.channels if pruning.settings.prefill == "dense" else pruning.rule.sizes(mlp).resident
-    if pruning.rule.probed:
-        ahead = pruning.rule.probed * (weight_count(mlp.gate_proj) + weight_count(mlp.up_proj))
-        return 3 * left * mlp.down_proj.out_features + round(ahead)
-    return weight_count(mlp.gate_proj) + weight_count(mlp.up_proj) + left * mlp.down_proj.out_features
+    return pruning.rule.prompt_weights(mlp, pruning.settings.prefill == "dense")
 
 
 def copy_bytes(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
@@ -152,5 +132,5 @@ def all_copy_bytes(model: Any, pruning: Pruning) -> int:
     return sum(
         copy_bytes(layer.mlp, pruning) for index, layer in enumerate(model.model.layers)
         if MLP in pruning.halves(index)
-        and (isinstance(layer.mlp, MixtureOfExperts) or layer.mlp.copying_saves(pruning.rule))
+        and (isinstance(layer.mlp, MixtureOfExperts) or pruning.rule.copying_saves(layer.mlp))
     )

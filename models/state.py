@@ -1,45 +1,53 @@
-"""What prefill leaves behind and decode steps carry on: the cache, and per layer the weights that stay active."""
+"""What a prefill leaves behind and decode steps carry on: per layer its cache and the blocks that run.
 
-from dataclasses import dataclass
-from typing import Any
+A layer is two residual blocks, attention and feed-forward network. A state lists the blocks of each layer that run, so
+that leaving out a layer, or one block of it, is a shorter list.
+
+B batch, T rows, S cache slots, H hidden size.
+"""
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from models.active_heads import ActiveHeads
-from models.cache import KVCache
+from models.attention import CachedAttention
+from models.blocks import PrunedBlock, Sublayer
+from models.cache import KVCache, LayerCache, View
 from models.clock import Clock
-from models.gathering import Drift, Gathering
-from models.passes import View
-from models.pruning.left_out import HALVES
+from models.passes import DecodePass, PrefillPass
+from models.pruning.refresh import RefreshSchedule
 from models.pruning.resolve import Pruning
 
 
 @dataclass
 class LayerState:
-    """One layer's share: its slice of the cache, its active heads and its active feed-forward weights.
+    """One layer's part of the cache, what runs in place of its two blocks' insides, and the blocks that run."""
 
-    ffn is what the layer's own feed-forward network made: ActiveFeedForward, or the experts' of a mixture.
-    drift is the last attention's alone, where partitions are drawn anew on it.
-    halves are those of the layer that run; probed: a rule looks at the prompt's stream before the network runs on it.
-    """
+    index: int
+    cache: LayerCache
+    heads: CachedAttention
+    ffn: PrunedBlock
+    sublayers: list[Sublayer] = field(default_factory=list)
 
-    keys: Tensor                                                                    # [B, K, S, D]
-    values: Tensor                                                                  # [B, K, S, D]
-    heads: ActiveHeads
-    ffn: Any
-    drift: Drift | None = None
-    halves: tuple[str, ...] = HALVES
-    probed: bool = False
+    def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
+        for sublayer in self.sublayers:
+            x = sublayer.prefill(x, rows)
+        return rows.pictures.add_features(self.index, x)
+
+    def decode(self, x: Tensor, step: DecodePass) -> Tensor:
+        for sublayer in self.sublayers:
+            x = sublayer.decode(x, step)
+        return x
 
 
 @dataclass
 class DecodeState:
     """Allocated once for a batch size, a capacity and a pruning; a prefill starts it anew, or goes on after a prompt.
 
-    live       bool [B, 1], False for a sequence that has ended: it no longer counts when candidates are chosen
-    clock      time of the prompt's phases; step_clock: of partitions that are drawn later
-    gathering  when steps run dense, and when partitions are drawn anew
+    live      bool [B, 1], False for a sequence that has ended: it no longer counts when candidates are chosen
+    clock     time of the prompt's phases
+    schedule  when steps run dense, and when channels are partitioned again
     """
 
     cache: KVCache
@@ -47,49 +55,45 @@ class DecodeState:
     pruning: Pruning
     live: Tensor
     clock: Clock
-    step_clock: Clock
-    gathering: Gathering
+    schedule: RefreshSchedule
 
     @property
     def views(self) -> list[View]:
         """What the layers' rows see."""
-        return [layer.heads.view for layer in self.layers]
+        return [layer.cache.view for layer in self.layers]
 
     def start(self, prompt_slots: int, real: Tensor | None, rope_delta: Tensor | None = None) -> None:
-        """Forget the last prompt. real bool [B, T] is False where a slot is padding; rope_delta: see PictureRows"""
+        """Forget the last prompt. real bool [B, T], False where a slot is padding; rope_delta: see PictureRows"""
         self.cache.start(prompt_slots, real, rope_delta)
         for layer in self.layers:
             layer.heads.restart()
             layer.ffn.restart()
-            if layer.drift is not None:
-                layer.drift.restart()
         self.live.fill_(True)
-        self.clock, self.step_clock = Clock(self.live.device), Clock(self.live.device)
-        drift = next((layer.drift for layer in self.layers if layer.drift is not None), None)
-        self.gathering = Gathering(self.pruning, len(self.live), drift)
+        self.clock = Clock(self.live.device)
+        self.schedule = RefreshSchedule(self.pruning, len(self.live))
 
     def go_on(self, kept: int, rope_delta: Tensor | None = None) -> None:
-        """More of a prompt comes, after the first `kept` slots of the cache; what is evidence already stays so."""
+        """Go on with more of a prompt after the first `kept` slots of the cache. What is evidence stays evidence."""
         self.cache.go_back(kept)
         self.cache.shift(rope_delta)
         self.live.fill_(True)
-        self.clock, self.step_clock = Clock(self.live.device), Clock(self.live.device)
-        self.gathering.live = len(self.live)
+        self.clock = Clock(self.live.device)
+        self.schedule.live = len(self.live)
 
     @torch.inference_mode()
     def grow(self, capacity: int) -> None:
-        """Make the cache larger."""
+        """Enlarge the cache to so many slots."""
         self.cache.grow(capacity)
         for layer, keys, values in zip(self.layers, self.cache.keys, self.cache.values, strict=True):
-            layer.keys, layer.values = keys, values
+            layer.cache.keys, layer.cache.values = keys, values
 
     def end(self, index: int) -> None:
         """One sequence has ended."""
         self.live[index] = False
-        self.gathering.live -= 1
+        self.schedule.live -= 1
 
     def fits(self, batch: int, capacity: int, pruning: Pruning, thin_capacity: int) -> bool:
-        """Made for just this: a cache of another capacity would cost attention time, or be too small."""
+        """Whether it was made for just this: a cache of another capacity would cost attention time, or be too small."""
         cache = self.cache
         made_for = len(self.live), cache.capacity, self.pruning, cache.thin_capacity
         return made_for == (batch, capacity, pruning, thin_capacity)

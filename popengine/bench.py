@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from models.pruning.settings import RULE_NAMES, PruningSettings, share
-from popengine.command import OneLineParser, add_checkpoint_flag, check_output, run_as_command, start_pytorch
+from popengine.command import OneLineParser, add_checkpoint_flag, run_as_command, start_pytorch
 from weights.errors import InputError
+from weights.output_file import check_output, write_output
 
 PEERS = ("transformers", "llama.cpp")
 # Of everything that is counted: a million tokens, sequences or rounds.
@@ -94,7 +95,7 @@ def run(flags: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="popengine-bench-") as folder:
         result = benchmark.measure(flags, Path(folder))
     if flags.json:
-        Path(flags.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_output(Path(flags.json), json.dumps(result, indent=1) + "\n")
     print(bench_table.describe(result, benchmark.SUMMED_BYTES))
 
 

@@ -8,7 +8,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
 from models.pruning.settings import PruningSettings
@@ -22,10 +22,11 @@ from popengine.command import (
     nearest,
     noted_interrupts,
     run_as_command,
+    said_of,
     start_pytorch,
 )
 from popengine.processes import is_first
-from weights.errors import InputError
+from weights.errors import InputError, one_line
 
 try:
     import readline  # where there is one, lines can be edited and come again
@@ -36,16 +37,10 @@ except ImportError:
 OF_PRUNING: dict[str, Callable[[str], Any]] = {one.name: one.metadata["type"] for one in fields(PruningSettings)}
 OF_SAMPLING: dict[str, Callable[[str], Any]] = {"temperature": float, "top_k": int, "top_p": float, "seed": int}
 SETTINGS = OF_PRUNING | OF_SAMPLING | {"max_new_tokens": int}
-HELP = """\
-/ratio 0.3        how much is pruned: a share of the layers' parameters, 0: dense
-/image PATH       a picture that the next turn is about
-/system TEXT      what the model is told first
-/reset            begin anew
-/stats            what the last answer took
-/save FILE        keep the conversation; /load FILE goes on with one
-/quit             or Ctrl-D; Ctrl-C ends an answer
-Settings, shown without a value, changed with one: {settings}
-Model, dtype, weights and device are chosen at the start: popengine chat --ckpt ... --dtype ..."""
+# Those that may have no value, which is typed as `none`.
+OPTIONAL = {one.name for one in fields(PruningSettings) if one.default is None} | {"seed"}
+# What says how much is pruned: one of them, not both.
+EITHER = {"prune_ratio": "ffn_ratio", "ffn_ratio": "prune_ratio"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,18 +77,19 @@ def run(flags: argparse.Namespace) -> None:
     if typed and not flags.quiet:
         tell(f"{engine.folder.name}, {engine.weights}, {str(engine.dtype).removeprefix('torch.')}; /help says more")
     for line in torchrun.heard_by_all(typed_lines() if typed else piped_lines()):
-        if line.strip() == "/quit":
-            return
         try:
             chat.obey(line, noted_interrupts() if typed else contextlib.nullcontext([]))
-        except InputError as error:
-            if not typed:
-                raise
-            tell(f"error: {error}")
         except KeyboardInterrupt:
             if not typed:
                 raise
             print()
+        except Exception as error:
+            if not typed or isinstance(error, BrokenPipeError):
+                raise
+            # A person's conversation outlives every mistake, ours too.
+            tell(f"error: {said_of(error) or one_line(f'of popengine itself, {error!r}')}")
+        if chat.ended:
+            return
 
 
 def piped_lines() -> Iterator[str]:
@@ -119,12 +115,14 @@ def typed_lines() -> Iterator[str]:
         except KeyboardInterrupt:
             print()
             tell("Ctrl-D or /quit ends the conversation")
+        except UnicodeDecodeError:
+            tell("error: that line is not UTF-8")
         else:
             yield line
 
 
 def complete(start: str, index: int) -> str | None:
-    found = [name for name in Chat.names() if start.startswith("/") and name.startswith(start)]
+    found = [name for name in COMMANDS if name.startswith(start)]
     return found[index] if index < len(found) else None
 
 
@@ -133,7 +131,7 @@ def tell(words: str) -> None:
 
 
 class Chat:
-    """What lines do to a conversation. A command is a method: its name after `on_`, its argument one text.
+    """What lines do to a conversation.
 
     statistics, torchrun  the modules of popengine, which import PyTorch
     """
@@ -143,12 +141,7 @@ class Chat:
         self.statistics, self.torchrun = statistics, torchrun
         self.images: list[str] = []
         self.last: Any = None                                       # the last piece of the last answer
-
-    @staticmethod
-    def names() -> list[str]:
-        """All commands."""
-        own = sorted(name.removeprefix("on_") for name in vars(Chat) if name.startswith("on_"))
-        return [f"/{name.replace('_', '-')}" for name in [*own, "quit", *SETTINGS]]
+        self.ended = False
 
     def obey(self, line: str, interrupts: contextlib.AbstractContextManager[list[int]]) -> None:
         """A command, or a turn; `interrupts` notes in a list that the answer is to end."""
@@ -157,17 +150,14 @@ class Chat:
         if not line.startswith("/"):
             self.answer(line.rstrip("\n"), interrupts)
             return
-        name, _, argument = line.strip().partition(" ")
-        if name not in self.names():
+        name, _, words = line.strip().partition(" ")
+        if name not in COMMANDS:
             raise InputError(
                 f"{name} is no command (/help lists them; begin with a space to say it all the same)"
-                f"{nearest(name, self.names())}"
+                f"{nearest(name, COMMANDS)}"
             )
-        name, argument = name[1:].replace("-", "_"), argument.strip()
-        if name in SETTINGS:
-            self.set(name, argument)
-        else:
-            getattr(self, f"on_{name}")(argument)
+        command = COMMANDS[name]
+        command.run(self, command.parse(words.strip()))
 
     def answer(self, text: str, interrupts: contextlib.AbstractContextManager[list[int]]) -> None:
         images, self.images = self.images, []
@@ -184,62 +174,115 @@ class Chat:
             more = "the context is full: /reset begins anew" if said < most else "/max-new-tokens allows more"
             tell(f"ended after {said} tokens; {more}")
 
-    def set(self, name: str, word: str) -> None:
-        """Change a setting from the next turn on, and show what it is."""
-        conversation = self.conversation
-        shown = name.replace("_", "-")
-        if word:
-            self.change(name, shown, word)
+    def set(self, asked: tuple[str, dict[str, Any]]) -> None:
+        """Change fields of the settings from the next turn on, or none, and show what the named one is."""
+        (name, changes), conversation = asked, self.conversation
+        if name in OF_PRUNING:
+            pruning = replace(conversation.pruning, **changes)
+            self.engine.resolve(pruning)                            # what is wrong with it is said now
+            conversation.pruning = pruning
+        elif name in OF_SAMPLING:
+            conversation.sampling = replace(conversation.sampling, **changes)
+        else:
+            conversation.max_new_tokens = changes.get(name, conversation.max_new_tokens)
         found = vars(conversation) | vars(conversation.sampling)
         found |= self.statistics.pruning_report(self.engine.resolve(conversation.pruning))
-        tell(f"{shown} {found[name]}")
+        tell(f"{name.replace('_', '-')} {found[name]}")
 
-    def change(self, name: str, shown: str, word: str) -> None:
-        conversation = self.conversation
-        owner = "pruning" if name in OF_PRUNING else "sampling" if name in OF_SAMPLING else None
-        try:
-            value = None if word == "none" else SETTINGS[name](word)
-        except ValueError:
-            raise InputError(f"/{shown} takes a number, not {word!r}") from None
-        if owner is None:
-            if value is None or value < 1:
-                raise InputError(f"/{shown} must be at least 1, not {word}")
-            conversation.max_new_tokens = value
-            return
-        other = {"prune_ratio": "ffn_ratio", "ffn_ratio": "prune_ratio"}.get(name)      # one says it, not both
-        settings = replace(getattr(conversation, owner), **{name: value}, **({other: None} if other else {}))
-        if owner == "pruning":
-            self.engine.resolve(settings)
-        setattr(conversation, owner, settings)
+    def help(self, _: None) -> None:
+        for name, one in COMMANDS.items():
+            if one.help:
+                tell(f"{f'{name} {one.shown}':<18}{one.help}")
+        settings = [name for name, one in COMMANDS.items() if not one.help]
+        tell(f"Settings, shown without a value, changed with one: {' '.join(settings)}")
+        tell("Model, dtype, weights and device are chosen at the start: popengine chat --ckpt ... --dtype ...")
 
-    def on_ratio(self, word: str) -> None:
-        self.set("prune_ratio", word)
-
-    def on_help(self, _: str) -> None:
-        tell(HELP.format(settings=" ".join(f"/{name.replace('_', '-')}" for name in SETTINGS)))
-
-    def on_reset(self, _: str) -> None:
+    def reset(self, _: None) -> None:
         self.conversation.begin_anew()
 
-    def on_system(self, text: str) -> None:
+    def system(self, text: str) -> None:
         self.conversation.instruct(text or None)
 
-    def on_image(self, path: str) -> None:
-        self.engine.pictures.pixel_values([path])      # what is wrong with it is said now
+    def image(self, path: str) -> None:
+        self.engine.pictures.pixel_values([path])                   # what is wrong with it is said now
         self.images.append(path)
 
-    def on_stats(self, _: str) -> None:
+    def stats(self, _: None) -> None:
         if self.last is None:
             raise InputError("nothing was answered yet")
         found = self.statistics.lines(self.last.statistics, self.last.finish_reason, self.engine.load_s)
         tell("\n".join(found))
 
-    def on_save(self, path: str) -> None:
+    def save(self, path: str) -> None:
         if is_first():
-            self.conversation.save(path or "conversation.json")
+            self.conversation.save(path)
 
-    def on_load(self, path: str) -> None:
-        self.conversation.load(path or "conversation.json")
+    def load(self, path: str) -> None:
+        self.conversation.load(path)
+
+    def quit(self, _: None) -> None:
+        self.ended = True
+
+
+@dataclass(frozen=True)
+class Command:
+    """What can be said with a slash.
+
+    parse  makes the argument from the words behind the name, or raises InputError
+    run    what it does with that argument
+    shown  the argument in the help; help: empty for a setting, which is listed by its name
+    """
+
+    parse: Callable[[str], Any]
+    run: Callable[[Chat, Any], None]
+    shown: str = ""
+    help: str = ""
+
+
+def nothing(words: str) -> None:
+    if words:
+        raise InputError(f"this command stands alone, without {words!r}")
+
+
+def text(words: str) -> str:
+    return words
+
+
+def file(words: str) -> str:
+    return words or "conversation.json"
+
+
+def setting(name: str) -> Callable[[str], tuple[str, dict[str, Any]]]:
+    """The fields of the settings that a value changes; without one: none, and the field is shown."""
+
+    def parse(word: str) -> tuple[str, dict[str, Any]]:
+        if not word:
+            return name, {}
+        try:
+            value: Any = None if word == "none" and name in OPTIONAL else SETTINGS[name](word)
+        except ValueError:
+            kind = "a whole number" if SETTINGS[name] is int else "a number"
+            raise InputError(f"/{name.replace('_', '-')} takes {kind}, not {word!r}") from None
+        if name == "max_new_tokens" and value < 1:
+            raise InputError(f"/max-new-tokens must be at least 1, not {word}")
+        return name, {name: value} | ({EITHER[name]: None} if name in EITHER else {})
+
+    return parse
+
+
+COMMANDS = {
+    "/ratio": Command(
+        setting("prune_ratio"), Chat.set, "0.3", "how much is pruned: a share of the layers' parameters, 0: dense"
+    ),
+    "/image": Command(text, Chat.image, "PATH", "a picture that the next turn is about"),
+    "/system": Command(text, Chat.system, "TEXT", "what the model is told first"),
+    "/reset": Command(nothing, Chat.reset, "", "begin anew"),
+    "/stats": Command(nothing, Chat.stats, "", "what the last answer took"),
+    "/save": Command(file, Chat.save, "FILE", "keep the conversation (without a name: conversation.json)"),
+    "/load": Command(file, Chat.load, "FILE", "go on with one that was kept"),
+    "/help": Command(nothing, Chat.help, "", "this list"),
+    "/quit": Command(nothing, Chat.quit, "", "or Ctrl-D; Ctrl-C ends an answer"),
+} | {f"/{name.replace('_', '-')}": Command(setting(name), Chat.set) for name in SETTINGS}
 
 
 if __name__ == "__main__":

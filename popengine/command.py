@@ -111,18 +111,25 @@ def run_as_command(
         silence(sys.stdout)         # whoever read our output has gone, and nothing is left to say
         status = 141
     except (OSError, MemoryError, RuntimeError, ImportError) as error:
-        if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
-            said = "error: this machine has too little memory for that; ask for less, or for a smaller dtype"
-        elif isinstance(error, OSError):
-            of_file = "" if error.filename is None else f" ({error.filename})"
-            said = one_line(f"error: reading or writing failed: {error.strerror or error}{of_file}")
-        elif torchrun is None or isinstance(error, ImportError):
+        told = said_of(error)
+        if told is None and (torchrun is None or isinstance(error, ImportError)):
             raise
-        else:
-            said = one_line(f"error: the ranks have lost each other, or one has failed: {error}")
+        said = one_line(f"error: {told or f'the ranks have lost each other, or one has failed: {error}'}")
     if status in (2, 130) and (torchrun is None or torchrun.says_why_it_failed()):
         complain(said)
     sys.exit(status)
+
+
+def said_of(error: Exception) -> str | None:
+    """What an error means to a user; None for one that is a mistake in the program."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        return "this machine has too little memory for that; ask for less, or for a smaller dtype"
+    if isinstance(error, OSError):
+        of_file = "" if error.filename is None else f" ({error.filename})"
+        return one_line(f"reading or writing failed: {error.strerror or error}{of_file}")
+    return None
 
 
 def complain(line: str) -> None:
@@ -314,29 +321,3 @@ def add_calibration_flags(flags: argparse.ArgumentParser) -> None:
     )
     calibration.add_argument("--save-calibration", type=Path, metavar="FILE.safetensors")
     calibration.add_argument("--calibration", type=Path, metavar="FILE.safetensors", help="one that was saved")
-
-
-def make_folder(folder: Path, *names: str) -> None:
-    """Raises InputError for a folder that cannot be made or written to, or where a file of these names cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: the output folder cannot be made: {error.strerror}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{folder}: the output folder cannot be written to")
-    for name in names:
-        check_output(folder / name)
-
-
-def check_output(path: Path) -> None:
-    """Before the work whose results go there: InputError where a file cannot be written, or is something else."""
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} is not a file, and is not replaced by one")
-    is_new = not path.exists()
-    try:
-        with path.open("a"):
-            pass
-        if is_new:
-            path.unlink()
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None

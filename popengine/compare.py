@@ -18,11 +18,11 @@ from popengine.command import (
     add_machine_flags,
     add_scoring_flags,
     add_setting_flags,
-    make_folder,
     run_as_command,
     start_pytorch,
 )
 from weights.errors import InputError, one_line
+from weights.output_file import make_folder, write_output
 
 
 def parser() -> argparse.ArgumentParser:
@@ -91,9 +91,9 @@ def run(flags: argparse.Namespace) -> None:
     folder = None if flags.no_plots else flags.out
     result = compared.measure(flags.tasks, flags.questions, flags.seed, flags.time, folder)
     result["about"] = identity | result["about"]
-    (flags.out / "table.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_output(flags.out / "table.json", json.dumps(result, indent=1) + "\n")
     table = comparison_table.markdown(result["rows"], result["about"], result["studies"])
-    (flags.out / "table.md").write_text(table)
+    write_output(flags.out / "table.md", table)
     print(table, end="")
 
 

@@ -6,20 +6,20 @@ answer that is trimmed, say) is taken back from there on. Evidence of tokens tha
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.pruning.resolve import Pruning
 from models.pruning.settings import PruningSettings
 from models.state import DecodeState
 from popengine.pictures.images import ImageSource
 from popengine.run import Run
 from popengine.sampling import Sampling
+from popengine.studies.resolve import StudyPruning
 from popengine.text.prompts import check_text
 from weights.errors import InputError
 from weights.json_files import read_json
+from weights.output_file import write_output
 
 if TYPE_CHECKING:
     from popengine.engine import Engine, Generation, Piece
@@ -37,12 +37,14 @@ class Conversation:
     """
 
     def __init__(
-        self, engine: "Engine", system_prompt: str | None, pruning: PruningSettings | Pruning, sampling: Sampling,
+        self, engine: "Engine", system_prompt: str | None, pruning: PruningSettings | StudyPruning, sampling: Sampling,
         max_new_tokens: int,
     ) -> None:
         if engine.chat_template is None:
-            raise InputError("this checkpoint has no chat template, so it cannot hold a conversation; generate goes on "
-                             "with a text (--raw)")
+            raise engine.prompts.template_problem or InputError(
+                "this checkpoint has no chat template, so it cannot hold a conversation; generate goes on with a text "
+                "(--raw)"
+            )
         self.engine, self.pruning, self.sampling, self.max_new_tokens = engine, pruning, sampling, max_new_tokens
         self.state: DecodeState | None = None
         self.messages: list[dict[str, Any]] = []
@@ -117,7 +119,7 @@ class Conversation:
                 self.messages, self.images = [*messages, answer], pictures
 
     def save(self, path: str | Path) -> None:
-        """Keep what was said in a file, which appears whole or not at all. InputError where that cannot be done."""
+        """Keep what was said in a file. InputError where that cannot be done."""
         path = Path(path)
         if not all(isinstance(image, (str, Path)) for image in self.images):
             raise InputError(f"{path}: only pictures that are files can be saved with a conversation")
@@ -125,19 +127,13 @@ class Conversation:
             "format": FORMAT, "model": self.engine.fingerprint, "messages": self.messages,
             "images": [str(Path(str(image)).absolute()) for image in self.images],
         }
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
-            unfinished.write_text(json.dumps(kept, ensure_ascii=False, indent=1), encoding="utf-8")
-            unfinished.replace(path)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise InputError(f"{path}: the conversation cannot be saved: {error.strerror}") from None
+        # The name of a picture may hold bytes that are no UTF-8; JSON writes their surrogates as this handler does.
+        text = json.dumps(kept, ensure_ascii=False, indent=1)
+        write_output(path, text.encode("utf-8", "backslashreplace"))
 
     def load(self, path: str | Path) -> None:
         """Go on with a conversation that was saved. InputError for what is none, or one of another model."""
         path = Path(path)
-        if not path.is_file():
-            raise InputError(f"{path}: no such file")
         kept = read_json(path)
         if kept.get("format") != FORMAT:
             raise InputError(f"{path} is not a conversation that popengine saved ({FORMAT})")

@@ -12,12 +12,13 @@ from models.llama import LlamaForCausalLM
 from models.picture_model import PictureModel
 from models.reading import layer_weights
 from popengine.loading import DTYPES, choose_dtype, open_text_side
-from popengine.packing import Packer, choose_form
+from popengine.packing import PACKED_ERRORS, Packer, choose_form
 from popengine.text.chat import end_of_turn_token, render_chat
 from popengine.text.tokenizer import TextTokenizer
-from weights.checkpoint import Checkpoint, open_checkpoint
+from weights.checkpoint import Checkpoint, GGUFCheckpoint, open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
+from weights.files import ANY_WEIGHTS
 from weights.load import find_all
 
 CPU = torch.device("cpu")
@@ -34,12 +35,13 @@ def describe(source: str | Path | None) -> dict[str, Any]:
     """
     with open_checkpoint(default_checkpoint() if source is None else source) as checkpoint:
         path = checkpoint.path
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        files = checkpoint.files if isinstance(checkpoint, GGUFCheckpoint) else sorted(path.glob(ANY_WEIGHTS))
         stored = Counter[str]()
         for entry in checkpoint.entries.values():
             stored[entry.stored or str(entry.dtype).removeprefix("torch.")] += entry.elements
         found: dict[str, Any] = {
-            "checkpoint": str(path), "architectures": checkpoint.config.get("architectures"),
+            "checkpoint": str(path),
+            "architectures": checkpoint.config.get("architectures") or [checkpoint.config.get("model_type")],
             "file_bytes": sum(file.stat().st_size for file in files), "stored": dict(stored.most_common()),
         }
         try:
@@ -65,38 +67,44 @@ def of_model(checkpoint: Checkpoint) -> dict[str, Any]:
         experts = {"experts": len(mlp.experts), "per_token": mlp.experts_per_token}
         mlp = mlp.experts[0]
     kind = choose_dtype("auto", checkpoint, CPU, packed=choose_form("auto", checkpoint, CPU, "auto") != "plain")
+    auto_bytes, auto_weights = held(model, language_model, checkpoint, "auto", "auto")
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return {
         "parameters": sum(one.numel() for one in model.parameters()),
         "layers": config.num_hidden_layers, "hidden_size": config.hidden_size, "channels": mlp.channels,
         "query_heads": config.num_attention_heads, "key_value_heads": config.num_key_value_heads,
         "vocabulary": config.vocab_size, "experts": experts, "pictures": pictures,
-        "context": config.max_position_embeddings, "cache_bytes_per_token": cache * kind.itemsize,
-        "memory_bytes": {name: held_bytes(model, language_model, checkpoint, *given) for name, *given in FORMS},
-        "auto_memory_bytes": held_bytes(model, language_model, checkpoint, "auto", "auto"),
+        "context": config.context, "cache_bytes_per_token": cache * kind.itemsize,
+        "memory_bytes": {name: held(model, language_model, checkpoint, *given)[0] for name, *given in FORMS},
+        "auto_memory_bytes": auto_bytes, "auto_weights": auto_weights,
         "ffn_share_of_layer": layer.ffn / (layer.ffn + layer.attention), "heads_per_group": layer.heads_per_group,
         "can_compile": language_model.can_compile,
         "unknown_fields": list(config.unknown_fields + unknown),
     }
 
 
-def held_bytes(model: Any, language_model: LlamaForCausalLM, checkpoint: Checkpoint, form: str, dtype: str) -> Any:
-    """Memory of the weights in this form; None where the checkpoint cannot have it."""
+def held(
+    model: Any, language_model: LlamaForCausalLM, checkpoint: Checkpoint, form: str, dtype: str
+) -> tuple[int | None, str]:
+    """Memory of the weights in this form, None where the checkpoint cannot have it; and what its matrices become."""
     form = choose_form(form, checkpoint, CPU, dtype)
     kind = choose_dtype(dtype, checkpoint, CPU, packed=form != "plain")
-    pack = None if form == "plain" else Packer(language_model, form, kind, CPU)
     wanted = find_all(model, checkpoint, kind, model.locate, model.ignored_keys)      # whether every key is there
-    if pack is None:
-        return sum(one.held_bytes for one in wanted)
+    if form == "plain":
+        return sum(one.held_bytes for one in wanted), form
+    pack = Packer(language_model, form, kind, CPU, checkpoint.entries)
     try:
-        return sum(one.held_bytes for one in find_all(model, checkpoint, kind, model.locate, model.ignored_keys, pack))
+        wanted = find_all(model, checkpoint, kind, model.locate, model.ignored_keys, pack)
     except InputError:
-        return None
+        return None, form
+    return sum(one.held_bytes for one in wanted), pack.made
 
 
 def of_text(checkpoint: Checkpoint) -> dict[str, Any]:
     tokenizer, template = open_text_side(checkpoint)
     found: dict[str, Any] = {"tokens": tokenizer.vocabulary_size, "turns": None, "system_turn": None, "turn_end": None}
+    if isinstance(template, InputError):
+        raise template
     if template is None:
         return found
     system = None
@@ -110,9 +118,7 @@ def of_text(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def render(template: str, tokenizer: TextTokenizer, turns: list[dict[str, str]]) -> str:
-    return render_chat(
-        template, turns, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, add_generation_prompt=False
-    )
+    return render_chat(template, turns, tokenizer, add_generation_prompt=False)
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -123,7 +129,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     said = [
         f"checkpoint  {found['checkpoint']}",
         f"stored      {megabytes(found['file_bytes'])}: {stored}",
-        f"kind        {', '.join(names) if isinstance(names, list) else names}",
+        f"kind        {', '.join(map(str, names)) if isinstance(names, list) else names}",
     ]
     if found["problem"] is not None:
         return [*said, f"supported   no: {found['problem']}"]
@@ -136,6 +142,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{found['hidden_size']}, {found['channels']} FFN channels, {found['query_heads']} query heads on "
         f"{found['key_value_heads']} key/value heads, {found['vocabulary']} tokens",
         f"memory      {memory}; without flags {megabytes(found['auto_memory_bytes'])}",
+        *([] if found["auto_weights"] == "plain" else [f"packed      {found['auto_weights']} ({PACKED_ERRORS})"]),
         f"context     {found['context']} tokens, each {found['cache_bytes_per_token'] / 1e3:.0f} kB of keys and values",
         f"pruning     --prune-ratio below {share:.3f}: so much of a layer are FFN channels",
     ]

@@ -15,18 +15,18 @@ from torch import Tensor
 
 from models.compiled import CompiledDecode
 from models.llama import LlamaForCausalLM
-from models.pruning.resolve import Pruning, resolve
-from models.pruning.rules import Prior
-from models.pruning.settings import RECOMMENDED, PruningSettings
-from models.reading import layer_weights
+from models.pruning.pop import Prior
+from models.pruning.settings import DENSE, RECOMMENDED, PruningSettings
+from models.reading import bytes_per_token, layer_weights
 from models.state import DecodeState
 from popengine.conversation import Conversation
 from popengine.pictures.images import ImageSource
 from popengine.pictures.vision import TextOnly, Vision
 from popengine.prior import prior_for
-from popengine.run import Run
+from popengine.run import Run, next_logits
 from popengine.sampling import Sampling
 from popengine.statistics import Statistics, measured
+from popengine.studies.resolve import StudyPruning, resolve_study
 from popengine.text.chat import end_of_turn_token
 from popengine.text.prompts import Prompt, Prompts
 from popengine.text.tokenizer import TextStream
@@ -117,7 +117,7 @@ class Engine:
         *,
         images: Sequence[ImageSource] | Sequence[Sequence[ImageSource]] = (),
         max_new_tokens: int = 128,
-        pruning: PruningSettings | Pruning | None = None,
+        pruning: PruningSettings | StudyPruning | None = None,
         sampling: Sampling | None = None,
         raw: bool = False,
         system_prompt: str | None = None,
@@ -157,7 +157,7 @@ class Engine:
         *,
         images: Sequence[ImageSource] = (),
         max_new_tokens: int = 128,
-        pruning: PruningSettings | Pruning | None = None,
+        pruning: PruningSettings | StudyPruning | None = None,
         sampling: Sampling | None = None,
         raw: bool = False,
         system_prompt: str | None = None,
@@ -174,7 +174,7 @@ class Engine:
         self,
         system_prompt: str | None = None,
         *,
-        pruning: PruningSettings | Pruning | None = None,
+        pruning: PruningSettings | StudyPruning | None = None,
         sampling: Sampling | None = None,
         max_new_tokens: int = 512,
     ) -> Conversation:
@@ -201,7 +201,7 @@ class Engine:
         self,
         prompts: list[list[int]],
         max_new_tokens: int,
-        pruning: PruningSettings | Pruning | None = None,
+        pruning: PruningSettings | StudyPruning | None = None,
         sampling: Sampling | None = None,
         ignore_eos: bool = False,
         images: Sequence[ImageSource] = (),
@@ -229,16 +229,22 @@ class Engine:
         given = self.pictures.given(images, prompts, kept)
         return Run(self, prompts, max_new_tokens, resolved, sampling or Sampling(), stop_ids, given, held, kept)
 
-    def resolve(self, pruning: PruningSettings | Pruning) -> Pruning:
-        """Settings made concrete for this model; what is concrete already stays."""
-        if isinstance(pruning, Pruning):
+    def resolve(self, pruning: PruningSettings | StudyPruning) -> StudyPruning:
+        """Settings made concrete for this model; what is concrete already stays.
+
+        The recommended settings give way to the dense model where they would save nothing.
+        """
+        if isinstance(pruning, StudyPruning):
             return pruning
         if pruning.visual_tokens != "all" and not self.pictures.reads:
             raise InputError(
                 f"visual tokens {pruning.visual_tokens} is for pictures, and this checkpoint is a text model; LLaVA, "
                 "Qwen-VL and Gemma-3 read images"
             )
-        found = resolve(pruning, layer_weights(self.model))
+        weights = layer_weights(self.model)
+        found, dense = resolve_study(pruning, weights), resolve_study(DENSE, weights)
+        if pruning == RECOMMENDED and bytes_per_token(self.model, found) >= bytes_per_token(self.model, dense):
+            return replace(dense, why_dense=f"the recommended pruning would read no less of {self.weights} weights")
         return found if not found.cuts else replace(found, rule=found.rule.with_prior(self.prior(pruning.prior)))
 
     def prior(self, tokens: int) -> Prior | None:
@@ -248,7 +254,7 @@ class Engine:
         return self.priors.get(tokens)
 
     @contextmanager
-    def borrowed_state(self, batch: int, tokens: int, pruning: Pruning, missing: int = 0) -> Iterator[DecodeState]:
+    def borrowed_state(self, batch: int, tokens: int, pruning: StudyPruning, missing: int = 0) -> Iterator[DecodeState]:
         """The last run's buffers when they fit, else new ones. A state belongs to one run at a time.
 
         missing  of the tokens, those of pictures that some layers do without
@@ -271,7 +277,7 @@ class Engine:
         return min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, self.max_seq_len)
 
     @torch.inference_mode()
-    def new_state(self, batch: int, tokens: int, pruning: Pruning, missing: int = 0) -> DecodeState:
+    def new_state(self, batch: int, tokens: int, pruning: StudyPruning, missing: int = 0) -> DecodeState:
         """Buffers for a batch of so many tokens each. Raises InputError where they do not fit the memory."""
         free = available_memory(self.device)
         return self.model.new_state(batch, self.capacity(tokens), pruning, free, self.capacity(tokens - missing))
@@ -289,8 +295,7 @@ class Engine:
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
         """One step. tokens int64 [B] -> logits [B, V]"""
-        step = self.model.decode if self.compiled is None else self.compiled
-        return step(tokens, state)
+        return next_logits(self.model if self.compiled is None else self.compiled, tokens, state)
 
 
 def as_batch(prompts: Prompt | Sequence[str] | Sequence[list[dict[str, Any]]]) -> list[Prompt]:

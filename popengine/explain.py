@@ -15,7 +15,6 @@ from popengine.command import (
     OneLineParser,
     add_checkpoint_flag,
     add_generation_flags,
-    check_output,
     generation_settings,
     load_with_warnings,
     run_as_command,
@@ -24,6 +23,7 @@ from popengine.command import (
 from popengine.generate import read_prompt
 from popengine.processes import is_one_of_several
 from weights.errors import InputError
+from weights.output_file import check_output, write_output
 
 PARTS = Path(__file__).parent / "page"
 MOST_BYTES = 5_000_000
@@ -75,7 +75,7 @@ def run(flags: argparse.Namespace) -> None:
     found = explained_run(engine, ids, flags.max_new_tokens, pruning, sampling, flags.image, flags.ignore_eos)
     found["model"] = Path(flags.ckpt).name if flags.ckpt else "SmolLM2-135M-Instruct"
     found = fitted(found)
-    flags.out.write_text(page(found), encoding="utf-8")
+    write_output(flags.out, page(found))
     if flags.json:
         print(json.dumps(found))
     elif not flags.quiet:

@@ -10,16 +10,10 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from popengine.command import (
-    OneLineParser,
-    add_checkpoint_flag,
-    add_machine_flags,
-    make_folder,
-    run_as_command,
-    start_pytorch,
-)
+from popengine.command import OneLineParser, add_checkpoint_flag, add_machine_flags, run_as_command, start_pytorch
 from popengine.processes import is_one_of_several
 from weights.errors import InputError
+from weights.output_file import make_folder, write_output
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,9 +77,9 @@ def run(flags: argparse.Namespace) -> None:
         "dtype": str(engine.dtype).removeprefix("torch."),
     }
     rows = found.rows()
-    (flags.out / "gates.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    write_output(flags.out / "gates.json", json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     table = gates.markdown(found, about)
-    (flags.out / "gates.md").write_text(table)
+    write_output(flags.out / "gates.md", table)
     if not flags.no_plots:
         plots.plot_gates(rows, flags.out / "gates.png", about["checkpoint"])
     print(table, end="")

@@ -32,7 +32,7 @@ from popengine.methods.by_name import Request, pruning_for
 from popengine.methods.calibration import load_calibration
 from popengine.sampling import Sampling
 from popengine.text.chat import render_chat
-from popengine.text.spelled import Spelled
+from popengine.text.sandbox.special_tokens import Spelled
 from popengine.torchrun import agree, contents
 from weights.errors import InputError
 from weights.json_files import shown
@@ -194,11 +194,12 @@ class PopengineLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if self.engine.chat_template is None:
-            raise InputError("this checkpoint has no chat template: leave --apply_chat_template out")
-        tokenizer = self.engine.tokenizer
+            raise self.engine.prompts.template_problem or InputError(
+                "this checkpoint has no chat template: leave --apply_chat_template out"
+            )
         return render_chat(
-            self.engine.chat_template, self.spelled.hide(chat_history),
-            bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, add_generation_prompt=add_generation_prompt,
+            self.engine.chat_template, self.spelled.hide(chat_history), self.engine.tokenizer,
+            add_generation_prompt=add_generation_prompt,
         )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

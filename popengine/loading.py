@@ -22,9 +22,9 @@ from popengine.packing import Packer, choose_form
 from popengine.pictures.patches import PatchVision
 from popengine.pictures.vision import TextOnly, Vision
 from popengine.sharing import add_biases_once, shares
-from popengine.text.chat import read_chat_template
-from popengine.text.isolated import IsolatedTokenizer
+from popengine.text.chat import WITHOUT_TEMPLATE, read_chat_template
 from popengine.text.prompts import Prompts
+from popengine.text.sandbox.process import Sandbox
 from popengine.text.tokenizer import FastTokenizer, TextTokenizer, open_tokenizer
 from popengine.torchrun import agree, ranks
 from popengine.waiting import waiting
@@ -61,7 +61,7 @@ def load(
     device       "auto", "cpu", "cuda", "cuda:1", "mps"
     weights      "auto" (what the checkpoint keeps packed stays so on a CPU, unless float32 is asked for), "plain",
                  "int8", "int4" (CPU only)
-    max_seq_len  a shorter context than the model's own
+    max_seq_len  a shorter context than the model's own (which reaches as far as YaRN or linear scaling stretch it)
     compile      run decode steps through torch.compile: seconds to start, then 1.3 to 2 times as fast on a CPU.
                  Where that does not work, a warning says why and steps run as without it
     progress     progress bars on stderr
@@ -92,7 +92,7 @@ def load(
         if compiled is None and where.type == "cpu" and kind != torch.float16:      # which PyTorch multiplies slowly so
             replace_matrices(model, ColumnMatrix.from_rows)
         warn_of_tokens_without_embedding(tokenizer, model, loaded)
-        context = model.config.max_position_embeddings
+        context = model.config.context
         if max_seq_len is not None:
             if not 1 <= max_seq_len <= context:
                 raise InputError(f"the context must be between 1 and the model's {context} tokens, not {max_seq_len}")
@@ -163,7 +163,7 @@ def load_model(
         )
         model = laid_out(replace(text, tie_word_embeddings=False))
     language_model = model.language_model if isinstance(model, PictureModel) else model
-    pack = None if form == "plain" else Packer(language_model, form, dtype, device)
+    pack = None if form == "plain" else Packer(language_model, form, dtype, device, checkpoint.entries)
     held = shares(model, language_model)
     load_weights(model, checkpoint, dtype, device, model.locate, model.ignored_keys, progress, pack, held)
     add_biases_once(language_model)
@@ -192,8 +192,9 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device, packed: bool) -> torch.dtype:
     if name != "auto" and name not in DTYPES:
         raise InputError(f"dtype must be auto, {', '.join(DTYPES)}, not {name!r}")
-    wanted = torch.bfloat16 if packed else checkpoint_dtype(checkpoint)
-    dtype = wanted if name == "auto" else DTYPES[name]
+    if packed and name == "auto":
+        name = "bfloat16"
+    dtype = checkpoint_dtype(checkpoint) if name == "auto" else DTYPES[name]
     try:
         ones = torch.ones(2, 2, dtype=dtype, device=device)
         _ = ones @ ones
@@ -202,19 +203,28 @@ def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device, packed
     return dtype
 
 
-def open_text_side(checkpoint: Checkpoint) -> tuple[TextTokenizer, str | None]:
-    """Tokenizer and chat template, from the files beside the weights or from inside a .gguf."""
+def open_text_side(checkpoint: Checkpoint) -> tuple[TextTokenizer, str | InputError | None]:
+    """Tokenizer and chat template, from the files beside the weights or from inside a .gguf.
+
+    An InputError in the template's place says why it cannot be read: raw text needs none.
+    """
     if isinstance(checkpoint, GGUFCheckpoint):
-        backend = IsolatedTokenizer(checkpoint.tokenizer_json, str(checkpoint.path))
-        return FastTokenizer(backend, checkpoint.bos_token, checkpoint.eos_token), checkpoint.chat_template
-    return open_tokenizer(checkpoint.path), read_chat_template(checkpoint.path)
+        sandbox = Sandbox("tokenizers", checkpoint.tokenizer_json, str(checkpoint.path))
+        return FastTokenizer(sandbox, checkpoint.bos_token, checkpoint.eos_token), checkpoint.chat_template
+    tokenizer = open_tokenizer(checkpoint.path)
+    try:
+        return tokenizer, read_chat_template(checkpoint.path)
+    except InputError as error:
+        return tokenizer, InputError(f"{error}; {WITHOUT_TEMPLATE}")
 
 
 def end_of_sequence_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> frozenset[int]:
-    """Every id that any file of the checkpoint calls an end of sequence."""
-    ids: set[int] = set()
-    for config in (checkpoint.generation_config, checkpoint.config):
-        ids.update(JsonObject(config, str(checkpoint.path)).integers("eos_token_id", ()))
+    """Every id that any file of the checkpoint calls an end of sequence; text_config's, where no other does."""
+    generation, config = (JsonObject(raw, str(checkpoint.path)) for raw in (
+        checkpoint.generation_config, checkpoint.config
+    ))  # fmt: skip
+    ids = {*generation.integers("eos_token_id", ()), *config.integers("eos_token_id", ())}
+    ids = ids or {*config.section("text_config").integers("eos_token_id", ())}
     if tokenizer.eos_token is not None:
         token = tokenizer.token_id(tokenizer.eos_token)
         ids |= set() if token is None else {token}

@@ -8,13 +8,14 @@ evidence.
 H hidden size, I channels of a network (or coordinates of an attention's heads), n rows that one network sees.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,11 +23,14 @@ from models.attention import Attention
 from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.pruning.rules import Prior
+from models.pruning.pop import Prior
 from models.pruning.settings import DENSE
 from popengine.processes import is_first
 from popengine.sampling import Sampling
+from popengine.studies.recording import Watch, watched
 from popengine.torchrun import from_each
+from weights.errors import InputError
+from weights.output_file import write_output
 
 FORMAT = "popengine prior 1"
 # A network or attention, and which part of it: "h", what feeds down_proj or o_proj, or a network's factors.
@@ -86,24 +90,34 @@ def make(engine: Sampler, progress: bool) -> dict[Part, Tensor]:
         steps.append(step)
         bar.update()
     engine.idle_state = None            # of a batch that nobody asks for again
-    sums: dict[Part, Tensor] = {}
-    rows: dict[nn.Module, int] = {}
-
-    def observe(module: nn.Module, h: Tensor, _: Tensor | None, gate: Tensor | None, up: Tensor | None) -> None:
-        if isinstance(module, MixtureOfExperts):        # its experts are told of one by one
-            return
-        rows[module] = rows.get(module, 0) + h.shape[:-1].numel()
-        for part, values in zip(PARTS, (h, gate, up), strict=True):
-            if values is not None:
-                squares = values.float().square().flatten(0, -2).sum(dim=0)         # [I]
-                sums[module, part] = sums[module, part] + squares if (module, part) in sums else squares
-
+    squares = MeanSquares()
     for text in zip(*steps, strict=True):
-        state = model.new_state(1, length + 1, engine.resolve(DENSE))
-        model.prefill(model.embed(torch.tensor([[start, *text]], device=engine.device)), state, observe=observe)
+        state = watched(model.new_state(1, length + 1, engine.resolve(DENSE)), squares)
+        model.prefill(model.embed(torch.tensor([[start, *text]], device=engine.device)), state)
         bar.update()
     bar.close()
-    return {(module, part): total / rows[module] for (module, part), total in sums.items()}
+    return {(module, part): total / squares.rows[module] for (module, part), total in squares.sums.items()}
+
+
+class MeanSquares(Watch):
+    """Adds up the squares of every channel and of both its factors, and of the coordinates of heads."""
+
+    def __init__(self) -> None:
+        self.sums: dict[Part, Tensor] = {}
+        self.rows: dict[nn.Module, int] = {}
+
+    def add(self, module: nn.Module, **parts: Tensor) -> None:
+        """parts [B, T, I] each, by name"""
+        self.rows[module] = self.rows.get(module, 0) + next(iter(parts.values())).shape[:-1].numel()
+        for part, values in parts.items():
+            squares = values.float().square().flatten(0, -2).sum(dim=0)             # [I]
+            self.sums[module, part] = self.sums.get((module, part), 0) + squares
+
+    def network(self, ffn: FeedForward, h: Tensor, gate: Tensor, up: Tensor, rows: Tensor | None) -> None:
+        self.add(ffn, h=h, gate=gate, up=up)
+
+    def heads(self, attention: Any, a: Tensor) -> None:
+        self.add(attention, h=a)
 
 
 def cache_folder() -> Path:
@@ -153,10 +167,6 @@ def write(path: Path, name: str, prior: dict[Part, Tensor], model: LlamaForCausa
     }
     if not is_first():
         return
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError, InputError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, {"format": FORMAT, "model": name})
-        unfinished.replace(path)
-    except (OSError, SafetensorError):
-        unfinished.unlink(missing_ok=True)
+        write_output(path, save(tensors, {"format": FORMAT, "model": name}))

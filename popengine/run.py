@@ -6,16 +6,15 @@ B batch, T prompt tokens, V vocabulary.
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from models.pruning.resolve import Pruning
 from models.state import DecodeState
-from models.visual_tokens import rows_left
 from popengine.pictures.vision import Given
 from popengine.sampling import Sampling, next_tokens, require_finite
+from popengine.studies.resolve import StudyPruning
 
 if TYPE_CHECKING:
     from popengine.engine import Engine
@@ -35,7 +34,7 @@ class Run:
         engine: "Engine",
         prompts: list[list[int]],
         max_new_tokens: int,
-        pruning: Pruning,
+        pruning: StudyPruning,
         sampling: Sampling,
         stop_ids: frozenset[int],
         given: Given,
@@ -46,7 +45,7 @@ class Run:
         self.max_new_tokens, self.pruning, self.given = max_new_tokens, pruning, given
         self.held, self.kept = held, kept
         lengths = [len(ids) for ids in prompts]
-        self.missing = max(lengths) - rows_left(pruning, given.stretches, lengths)
+        self.missing = pruning.dropped_rows(given.stretches, lengths)
         self.generator = sampling.generator(engine.device)
         self.finish_reasons: list[str | None] = [None] * len(prompts)
         self.new_tokens = self.decode_steps = 0
@@ -106,6 +105,20 @@ class Run:
         """One sequence is done: it yields no more tokens and no longer counts when candidates are chosen."""
         self.finish_reasons[index] = "stop"
         self.state.end(index)
+
+
+class Decoder(Protocol):
+    """What computes steps: a model, or its compiled steps. tokens int64 [B] -> logits [B, V]"""
+
+    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor: ...
+
+    def dense_step(self, tokens: Tensor, state: DecodeState, partitions: bool) -> Tensor: ...
+
+
+def next_logits(decoder: Decoder, tokens: Tensor, state: DecodeState) -> Tensor:
+    """One step of a run: pruned, or dense where evidence is still gathered. tokens int64 [B] -> logits [B, V]"""
+    dense, partitions = state.schedule.next_step()
+    return decoder.dense_step(tokens, state, partitions) if dense else decoder.decode(tokens, state)
 
 
 def pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:

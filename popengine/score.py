@@ -17,11 +17,11 @@ from popengine.command import (
     add_machine_flags,
     add_scoring_flags,
     add_setting_flags,
-    check_output,
     pruning_settings,
     run_as_command,
     start_pytorch,
 )
+from weights.output_file import check_output
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,12 +4,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from models.experts import ActiveExperts
-from models.pruning.resolve import Pruning
+from models.pruning.experts import PartitionedExperts
 from models.pruning.settings import DENSE
 from models.reading import bytes_per_token
 from models.state import DecodeState
 from popengine.run import Run
+from popengine.studies.resolve import StudyPruning
 from weights.memory import peak_memory_bytes
 
 
@@ -72,7 +72,7 @@ class Statistics:
     decode_tokens_per_s: float
     compile_s: float
     regions: Regions
-    pruning: Pruning
+    pruning: StudyPruning
     layers: int
     skipped_layers: int
     weight_bytes_per_token: int
@@ -94,7 +94,7 @@ def measured(run: Run) -> Statistics:
     scores, sort, copy = (clock.milliseconds(phase) for phase in ("scores", "sort", "copy"))
     partition = scores + sort + copy
     per_token = run.decode_s / run.decode_steps if run.decode_steps else math.nan
-    gathering, dense = run.state.gathering, bytes_per_token(engine.model, engine.resolve(DENSE))
+    schedule, dense = run.state.schedule, bytes_per_token(engine.model, engine.resolve(DENSE))
     pruned = bytes_per_token(engine.model, run.pruning, len(run.prompts), run.state)
     return Statistics(
         prompt_tokens=sum(map(len, run.prompts)),
@@ -112,23 +112,23 @@ def measured(run: Run) -> Statistics:
         compile_s=run.compile_s,
         regions=regions(engine.model, run.pruning),
         pruning=run.pruning,
-        weight_bytes_per_token=pruned + (dense - pruned) * gathering.dense_steps // max(1, gathering.steps),
+        weight_bytes_per_token=pruned + (dense - pruned) * schedule.dense_steps // max(1, schedule.steps),
         dense_weight_bytes_per_token=dense,
         layers=len(run.state.layers),
         skipped_layers=len(run.pruning.skipped_by(max(map(len, run.prompts)) - run.kept)),
         peak_memory_bytes=peak_memory_bytes(engine.device),
         left_out_tokens=sum(one.length - run.pruning.visual_tokens(one.length) for one in run.given.stretches),
         experts=expert_use(run.state),
-        evidence_tokens=gathering.tokens,
-        dense_steps=gathering.dense_steps,
-        redraws=gathering.redraws,
+        evidence_tokens=schedule.tokens,
+        dense_steps=schedule.dense_steps,
+        redraws=schedule.redraws,
         weights=engine.weights,
         dtype=str(engine.dtype).removeprefix("torch."),
         device=str(engine.device),
     )
 
 
-def regions(model: Any, pruning: Pruning) -> Regions:
+def regions(model: Any, pruning: StudyPruning) -> Regions:
     sizes = model.ffn_sizes(pruning)
     return Regions(sizes.channels, sizes.retained, sizes.candidate, sizes.pruned, sizes.pick)
 
@@ -136,13 +136,13 @@ def regions(model: Any, pruning: Pruning) -> Regions:
 def expert_use(state: DecodeState) -> tuple[ExpertUse, ...]:
     use = []
     for index, layer in enumerate(state.layers):
-        if isinstance(layer.ffn, ActiveExperts):
+        if isinstance(layer.ffn, PartitionedExperts):
             copied = tuple(one is not None and one.copied_bytes() > 0 for one in layer.ffn.active)
             use.append(ExpertUse(index, tuple(layer.ffn.prompt_tokens), tuple(layer.ffn.picks), copied))
     return tuple(use)
 
 
-def pruning_report(pruning: Pruning) -> dict[str, Any]:
+def pruning_report(pruning: StudyPruning) -> dict[str, Any]:
     """Settings as JSON: what they mean for the model in the place of what was asked for."""
     return asdict(pruning.settings) | {"prune_ratio": pruning.ratio, "ratio": pruning.ratio,
                                        "ffn_ratio": pruning.ffn_ratio}
@@ -212,6 +212,8 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
         f"({statistics.weights}; {statistics.dtype}, {statistics.device})",
         f"memory    {megabytes(statistics.peak_memory_bytes)} at peak; loaded in {load_s:.1f} s",
     ]
+    if statistics.pruning.why_dense:
+        found.insert(2, f"dense     nothing is pruned: {statistics.pruning.why_dense}")
     if statistics.pruning.cuts:
         prior = statistics.pruning.settings.prior
         found.insert(3, (

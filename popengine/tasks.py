@@ -18,11 +18,11 @@ from popengine.command import (
     add_checkpoint_flag,
     add_machine_flags,
     add_setting_flags,
-    make_folder,
     run_as_command,
     start_pytorch,
 )
 from weights.errors import InputError, one_line
+from weights.output_file import make_folder, write_output
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,9 +81,9 @@ def run(flags: argparse.Namespace) -> None:
     runs.measure()
     about |= {"limit": flags.limit, "machine": comparison.machine()}
     rows = runs.rows()
-    (flags.out / "table.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    write_output(flags.out / "table.json", json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     table = task_runs.markdown(rows, about)
-    (flags.out / "table.md").write_text(table)
+    write_output(flags.out / "table.md", table)
     print(table, end="")
 
 

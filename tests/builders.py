@@ -28,12 +28,16 @@ from transformers import (
 from models.llama import LlamaForCausalLM
 from models.matrix import replace_matrices
 from models.matrix_forms import ColumnMatrix
-from models.pruning.resolve import Pruning, resolve
+from models.pruning.heads import PartitionedAttention
+from models.pruning.partition import ChannelPartition, partition_sizes, undecided
+from models.pruning.resolve import Pruning
 from models.pruning.settings import PruningSettings
 from models.reading import layer_weights
-from models.state import DecodeState
+from models.state import DecodeState, LayerState
 from popengine.engine import Engine
 from popengine.loading import load_model
+from popengine.run import next_logits
+from popengine.studies.resolve import resolve_study
 from weights.checkpoint import open_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -123,19 +127,35 @@ CHAT_TEMPLATE = (
 )
 
 
-def complete_checkpoint(folder: Path, **changes: Any) -> Path:
-    """A folder that the command can run: a tiny random Llama, a byte-level tokenizer and a chat template."""
+def complete_checkpoint(folder: Path, config: Any = None, **changes: Any) -> Path:
+    """A folder that the command can run: a tiny random model, a byte-level tokenizer and a chat template.
+
+    config   of the model, whose vocabulary becomes the tokenizer's; None: a Llama of SIZES
+    changes  fields of the config
+    """
     vocabulary = {piece: index for index, piece in enumerate(sorted(ByteLevel.alphabet()))}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
     backend.decoder = ByteLevelDecoder()
     backend.add_special_tokens(["<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<eos>"])
-    sizes = SIZES | {"vocab_size": backend.get_vocab_size(), "max_position_embeddings": 256, "eos_token_id": 260}
-    random_reference(LlamaConfig(**sizes | changes)).save_pretrained(folder)
+    sizes = {"vocab_size": backend.get_vocab_size(), "max_position_embeddings": 256, "eos_token_id": 260} | changes
+    config = LlamaConfig(**SIZES | sizes) if config is None else deepcopy(config)
+    for name, value in sizes.items():
+        setattr(config, name, value)
+    random_reference(config).save_pretrained(folder)
     backend.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": "<eos>", "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def heads_partition(layer: LayerState) -> ChannelPartition:
+    """The partition of a layer's query heads; where heads are not pruned all are retained."""
+    heads, attention = layer.heads, layer.heads.attention
+    if isinstance(heads, PartitionedAttention):
+        return heads.partition
+    sizes = partition_sizes(attention.heads // attention.head_groups, 0.0, 0.0)
+    return undecided(sizes, (attention.head_groups,), attention.q_proj.weight.device)
 
 
 def stored_by_columns(model: LlamaForCausalLM) -> LlamaForCausalLM:
@@ -147,7 +167,7 @@ def stored_by_columns(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 def resolved(model: LlamaForCausalLM, settings: PruningSettings | Pruning) -> Pruning:
     """Settings made concrete for a model; what is concrete already stays."""
-    return settings if isinstance(settings, Pruning) else resolve(settings, layer_weights(model))
+    return settings if isinstance(settings, Pruning) else resolve_study(settings, layer_weights(model))
 
 
 def prefilled(
@@ -167,7 +187,7 @@ def greedy(
     logits, state = prefilled(model, torch.tensor([prompt]), settings, capacity=len(prompt) + count)
     new = [int(logits.argmax())]
     while len(new) < count:
-        new.append(int(model.decode(torch.tensor(new[-1:]), state).argmax()))
+        new.append(int(next_logits(model, torch.tensor(new[-1:]), state).argmax()))
     return new
 
 
@@ -192,7 +212,7 @@ def another_setting(name: str) -> dict[str, Any]:
     """The same as arguments of PruningSettings, with whatever else this setting asks for."""
     needed: dict[str, dict[str, Any]] = {
         "retained_share": {"candidate_width": 1.0}, "redraw_every": {"dense_every": 2},
-        "redraw_on_drift": {"dense_every": 2}, "boundary_tokens": {"prefill_skip": 0.5},
+        "boundary_tokens": {"prefill_skip": 0.5},
         "visual_tokens_by": {"visual_tokens": 0.5}, "visual_tokens_layer": {"visual_tokens": 0.5},
     }
     return {name: another_value(name)} | needed.get(name, {})

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from models import feed_forward, packed
+from models import packed
+from popengine.studies import rules
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
 
@@ -76,5 +77,5 @@ def default_gguf(default_checkpoint_path: Path) -> Path:
 @pytest.fixture
 def exact_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """In half precision two paths round scores differently, and choose differently where two are all but equal."""
-    for module in (feed_forward, packed):
+    for module in (rules, packed):
         monkeypatch.setattr(module, "DRAFT_DTYPE", torch.float32)

@@ -15,6 +15,7 @@ from popengine.engine import Engine
 from popengine.loading import load
 from popengine.methods.by_name import Request, pruning_for
 from popengine.methods.calibration import Calibration, calibrate
+from popengine.run import next_logits
 from popengine.sampling import Sampling
 
 POP = {"ffn_ratio": 0.4, "candidate_width": 0.3}
@@ -81,7 +82,7 @@ def compute(tiny: Path, groups: int) -> dict[str, tuple[Tensor, list[int]]]:
         state = engine.model.new_state(1, len(ids) + count + 1, pruning)
         given = torch.tensor([[token % engine.model.config.vocab_size for token in ids]])
         logits = [engine.model.prefill(engine.model.embed(given), state)]                       # [1, V]
-        logits += [engine.model.decode(torch.tensor([token]), state) for token in tokens[:8]]
+        logits += [next_logits(engine.model, torch.tensor([token]), state) for token in tokens[:8]]
         found[name] = torch.cat(logits), tokens
     return found
 

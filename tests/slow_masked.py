@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from builders import heads_partition
 from slow_pop import slow_order
 from torch import Tensor
 
 from models.attention import Attention
-from models.experts import ActiveExperts, MixtureOfExperts
+from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.layers import rotate
 from models.llama import LlamaForCausalLM
+from models.pruning.experts import PartitionedExperts
 from models.pruning.partition import ChannelPartition
 from models.state import DecodeState
 
@@ -33,10 +35,11 @@ def masked_decode(model: LlamaForCausalLM, tokens: Tensor, decided: DecodeState,
     for layer, own, other in zip(model.model.layers, state.layers, decided.layers, strict=True):
         cos, sin = model.model.rotary(position, x.dtype, layer.self_attn.window)    # [B, 1, D]
         a = masked_attention(
-            layer.self_attn, layer.input_layernorm(x), own.keys, own.values, other.heads.partition, decided.live[:, 0],
+            layer.self_attn, layer.input_layernorm(x), own.cache.keys, own.cache.values, heads_partition(other),
+            decided.live[:, 0],
             cos, sin, cache.filled, cache.padding,
         )
-        x = x + layer.attended(a)
+        x = x + layer.after_attention(a)
         normed = layer.before_mlp(x)
         if isinstance(layer.mlp, MixtureOfExperts):
             y = masked_mixture(layer.mlp, normed, other.ffn, decided.live[:, 0])
@@ -54,7 +57,7 @@ def masked_network(ffn: FeedForward, x: Tensor, partition: ChannelPartition, liv
     return times(ffn.down_proj, h * on(scores, partition.retained, partition.candidate, partition.sizes.pick))
 
 
-def masked_mixture(mixture: MixtureOfExperts, x: Tensor, active: ActiveExperts, live: Tensor) -> Tensor:
+def masked_mixture(mixture: MixtureOfExperts, x: Tensor, active: PartitionedExperts, live: Tensor) -> Tensor:
     """Every expert on the rows that were sent to it, which decide together. x [B, 1, H] -> [B, 1, H]"""
     probabilities = times(mixture.gate, x[:, 0]).softmax(dim=-1)                    # [B, experts]
     weights, chosen = probabilities.topk(mixture.experts_per_token)
@@ -124,7 +127,7 @@ def in_model_order(state: DecodeState, copy: DecodeState) -> None:
     copy.start(state.cache.filled, None, state.cache.rope_delta)
     copy.cache.padding.copy_(state.cache.padding)
     for source, target in zip(state.layers, copy.layers, strict=True):
-        order = source.heads.cache_order
+        order = getattr(source.heads, "cache_order", None)
         back = slice(None) if order is None else order.argsort()
-        target.keys.copy_(source.keys[:, back])
-        target.values.copy_(source.values[:, back])
+        target.cache.keys.copy_(source.cache.keys[:, back])
+        target.cache.values.copy_(source.cache.values[:, back])

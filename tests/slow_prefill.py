@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
+from models.cache import View
 from models.layers import rotate
 from models.llama import LlamaForCausalLM
-from models.passes import PictureRows, View, decode_pass, prefill_pass, turned
+from models.passes import PictureRows, decode_pass, prefill_pass, turned
 from models.pruning.resolve import Pruning
 from models.state import DecodeState
 
@@ -39,27 +40,26 @@ def two_passes(
     state = model.new_state(len(x), capacity, pruning)
     real = None if real is None else real[:, :-boundary]
     state.start(first.shape[1], real, None if pictures is None else pictures.rope_delta)
-    step = prefill_pass(
-        model.model.rotary, state.views, first, real, positions=None if real is not None else positions[..., :-boundary]
-    )
+    given = PictureRows() if real is not None else PictureRows(positions[..., :-boundary])
+    step = prefill_pass(model.model.rotary, state.views, first, real, given)
     step.finish_dense = pruning.settings.prefill == "dense"
     for index, (layer, own) in enumerate(zip(model.model.layers, state.layers, strict=True)):
         if index not in skipped:
-            first = layer.prefill(first, own, step) + added[index][:, :-boundary]
+            first = own.prefill(first, step) + added[index][:, :-boundary]
             continue
         attention = layer.self_attn
         heads = (len(x), -1, attention.kv_heads, attention.head_dim)
         normed = layer.input_layernorm(first)
         k, v = attention.k_proj(normed).view(heads), attention.v_proj(normed).view(heads)       # [B, T - K, heads, D]
         k = k if attention.k_norm is None else attention.k_norm(k)
-        own.keys[:, :, : first.shape[1]] = rotate(k.transpose(1, 2), *step.turns[own.heads.view])
-        own.values[:, :, : first.shape[1]] = v.transpose(1, 2)
+        own.cache.keys[:, :, : first.shape[1]] = rotate(k.transpose(1, 2), *step.turns[own.cache.view])
+        own.cache.values[:, :, : first.shape[1]] = v.transpose(1, 2)
     for index, out in zip(range(first.shape[1], x.shape[1]), last.split(1, dim=1), strict=True):      # [B, 1, H]
         one = decode_pass(model.model.rotary, state.views, out, state.cache, state.live, together=True)
         if pictures is not None:
             one.turns = turned(model.model.rotary, state.views, positions[..., index : index + 1], out.dtype)
-        for layer, own, more in zip(model.model.layers, state.layers, added, strict=True):
-            out = layer.decode(out, own, one) + more[:, index : index + 1]
+        for own, more in zip(state.layers, added, strict=True):
+            out = own.decode(out, one) + more[:, index : index + 1]
         state.cache.advance()
     return model.head(out)[:, 0], state
 

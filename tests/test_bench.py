@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -14,6 +15,7 @@ import torch
 from builders import LLAVA_TINY, SIZES, exit_status, one_line_error
 from safetensors.torch import save_file
 from tiny_gguf import TinyLlama
+from tiny_gguf import write_gguf as write_tiny
 from tolerance import assert_same
 
 from models.experts import MixtureOfExperts
@@ -25,7 +27,7 @@ from models.reading import layer_weights
 from popengine.bench import main
 from popengine.loading import load
 from popengine.measure import bench_shapes, benchmark
-from popengine.measure.bench_engines import Generated, write_gguf
+from popengine.measure.bench_engines import Generated, LlamaCppEngine, gguf_bytes_per_token, write_gguf
 from popengine.measure.bench_table import describe
 from popengine.measure.benchmark import Entry, rows
 from popengine.methods.calibration import calibrate, save_calibration
@@ -161,7 +163,7 @@ def test_arithmetic_of_the_columns() -> None:
     entries = [
         made_up("dense", 0.0, 20.0, 400_000_000, [1, 2, 3]),
         made_up("POP", 0.4, 16.0, 250_000_000, [1, 2, 3]),
-        made_up("peer", None, 40.0, None, [1, 2, 4]),
+        made_up("peer", None, 40.0, 600_000_000, [1, 2, 4]),
     ]
     dense, pop, peer = rows(entries, bandwidth_gb_per_s=25.0)
     assert dense["gb_per_s"] == pytest.approx(20.0)
@@ -175,7 +177,7 @@ def test_arithmetic_of_the_columns() -> None:
     assert pop["step_time_over"] == {"peer": pytest.approx(0.4)}
     assert pop["prefill_time_over"] == {"peer": pytest.approx(1.11)}
     assert pop["peak_memory_bytes"] == 1200
-    assert peer["gb_per_s"] == pytest.approx(10.0)
+    assert peer["gb_per_s"] == pytest.approx(15.0)
     assert (peer["speedup"], peer["step_time_over"]) == (None, {})
     assert (dense["tokens_as_first_row"], pop["tokens_as_first_row"], peer["tokens_as_first_row"]) == (3, None, 2)
 
@@ -270,6 +272,34 @@ def test_weights_for_llama_cpp_are_in_its_order(tmp_path: Path, tied: bool) -> N
     assert written.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(written[name], tensor), name
+
+
+def test_a_peer_reads_the_bytes_of_its_own_weights(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp's .gguf, and transformers' plain weights beside packed ones of ours."""
+    kind = gguf.GGMLQuantizationType
+    layers = 2 * 64 * (128 + 64 + 64 + 128 + 3 * 96)                # q, k, v, o and three of the network
+    for tied, name, bits in ((True, kind.Q4_1, 5), (False, kind.Q8_0, 8.5), (False, kind.F16, 16)):
+        source = TinyLlama(tied=tied)
+        metadata = source.metadata() | {"llama.expert_count": 8, "llama.expert_used_count": 2}
+        file = write_tiny(tmp_path / "tiny.gguf", metadata, source.gguf_tensors(), name)
+        assert gguf_bytes_per_token([file]) == (260 * 64 + layers) * bits / 8           # the head, once
+        experts = {"blk.0.ffn_gate_exps.weight": torch.randn(8, 96, 64)}
+        file = write_tiny(tmp_path / "experts.gguf", metadata, source.gguf_tensors() | experts, name)
+        assert gguf_bytes_per_token([file]) == (260 * 64 + layers + 2 * 96 * 64) * bits / 8
+
+    silent = SimpleNamespace(Llama=lambda *_, **__: SimpleNamespace(n_vocab=lambda: 260))
+    monkeypatch.setitem(sys.modules, "llama_cpp", silent)
+    assert LlamaCppEngine(file, None, 8, 1, tmp_path).bytes_per_token == gguf_bytes_per_token([file])
+
+    out = tmp_path / "bench.json"
+    arguments = ["--ckpt", checkpoint, "-p", 12, "-n", 3, "--prune-ratio", 0, "--dtype", "bfloat16", "--rounds", 1]
+    assert status(*arguments, "--weights", "int8", "--against", "transformers", "--json", out) == 0
+    ours, theirs = json.loads(out.read_text())["dtypes"][0]["rows"]
+    hidden, layers = SIZES["hidden_size"], SIZES["num_hidden_layers"]
+    whole = layers * hidden * 3 * (hidden + SIZES["intermediate_size"]) + 261 * hidden
+    assert ours["weight_bytes_per_token"] < theirs["weight_bytes_per_token"] == 2 * whole
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Chat templates: the same text as transformers, and no harm from a template that means harm."""
 
+import functools
 import json
 import os
+import random
+import resource
 import subprocess
 import sys
 import time
@@ -11,10 +14,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import popengine.text.chat
 from popengine.text.chat import end_of_turn_token, read_chat_template, render_chat, render_chats
-from popengine.text.isolated import IsolatedTokenizer
-from popengine.text.tokenizer import FastTokenizer
+from popengine.text.sandbox import process
+from popengine.text.sandbox.process import Sandbox
+from popengine.text.tokenizer import FastTokenizer, open_tokenizer
 from weights.errors import InputError
 
 # Written here in the manner of the well-known formats.
@@ -108,10 +111,19 @@ CASES = {
     "LLaVA": (LLAVA, PICTURE_CONVERSATIONS),
 }
 HELLO = [{"role": "user", "content": "Hello"}]
+NO_TOKENS = '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'
 
 
-def render(template: str, messages: list[dict] | None = None) -> str:
-    return render_chat(template, messages or HELLO, bos_token="<s>", eos_token="</s>")
+def new_tokenizer(**tokens: str) -> FastTokenizer:
+    tokens = tokens or {"bos_token": "<s>", "eos_token": "</s>"}
+    return FastTokenizer(Sandbox("tokenizers", NO_TOKENS, "here"), template_tokens=tokens)
+
+
+shared = functools.cache(new_tokenizer)
+
+
+def render(template: str, tokenizer: FastTokenizer | None = None) -> str:
+    return render_chat(template, HELLO, tokenizer or shared())
 
 
 def words_of_failure(template: str) -> str:
@@ -137,11 +149,55 @@ def test_text_equals_transformers(name: str, add_generation_prompt: bool) -> Non
         )
         for messages in conversations
     ]
-    assert expected == render_chats(template, conversations, **tokens, add_generation_prompt=add_generation_prompt)
+    assert expected == render_chats(template, conversations, shared(), add_generation_prompt=add_generation_prompt)
 
 
 def test_a_token_that_is_absent_renders_as_nothing() -> None:
-    assert render_chat("[{{ bos_token }}|{{ eos_token }}]", HELLO, bos_token=None, eos_token="</s>") == "[|</s>]"
+    assert render_chat("[{{ bos_token }}|{{ eos_token }}]", HELLO, new_tokenizer(eos_token="</s>")) == "[|</s>]"
+
+
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "image_token",
+         "prefix_token")
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_a_template_may_use_whatever_token_has_a_name(tmp_path: Path, case: int) -> None:
+    """Any of them, as text or with flags, in either file, beside transformers' reading of the same files."""
+    source = random.Random(case)
+    named = {name: f"<{name}>" for name in NAMES if source.random() < 0.5}
+    given = {
+        name: {"__type": "AddedToken", "content": token, "special": True} if source.random() < 0.5 else token
+        for name, token in named.items()
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | {n: v for n, v in given.items() if source.random() < 0.7}
+    if case % 3 == 0:
+        config["extra_special_tokens"] = {"video_token": "<video>", "end_of_video": "<end>"}
+    files = {"tokenizer_config.json": config, "special_tokens_map.json": given}
+    if case % 2:
+        config["added_tokens_decoder"] = {"0": {"content": "a", "special": False}}      # then the map is not read
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "tokenizer.json"))
+    template = "".join(
+        f"{{{{ {name} }}}}{{{{ {name} is defined }}}}|" for name in (*NAMES, "video_token", "end_of_video")
+    )
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(HELLO, chat_template=template, tokenize=False)
+    assert render_chat(template, HELLO, open_tokenizer(tmp_path)) == expected
+    assert "True" in expected
+
+
+def test_the_additional_tokens_are_a_list(tmp_path: Path) -> None:
+    """As in transformers 4; a name of an extra token does not hide what a template is given."""
+    Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "tokenizer.json"))
+    config = {"additional_special_tokens": ["<a>", {"content": "<b>"}], "pad_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = "{{ additional_special_tokens | join(',') }} {{ pad_token is defined }}"
+    assert render_chat(template, HELLO, open_tokenizer(tmp_path)) == "<a>,<b> False"
+    config = {"extra_special_tokens": {"messages": "<a>", "tools": "<b>", "longest": "<c>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = "{{ messages[0].content }} {{ tools is none }} {{ longest }}"
+    assert render_chat(template, HELLO, open_tokenizer(tmp_path)) == "Hello True <c>"
 
 
 def test_the_current_time_can_be_written() -> None:
@@ -225,11 +281,11 @@ def test_endless_template_is_stopped() -> None:
     start = time.monotonic()
     rounds = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
     assert "too long" in words_of_failure(rounds)
-    assert time.monotonic() - start < popengine.text.chat.WALL_SECONDS
+    assert time.monotonic() - start < process.WALL_SECONDS
 
 
 def test_wall_clock_stops_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(popengine.text.chat, "WALL_SECONDS", 0.5)
+    monkeypatch.setattr(process, "WALL_SECONDS", 0.5)
     assert "longer than" in words_of_failure("{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3)
 
 
@@ -238,10 +294,11 @@ def test_sandbox_process_can_neither_read_nor_write(tmp_path: Path) -> None:
     target = tmp_path / "written"
     program = f"""
 import sys
-sys.path.insert(0, {str(Path(popengine.text.chat.SANDBOX).parent)!r})
-import chat_sandbox, socket, subprocess
-chat_sandbox.limit_resources(5)
-assert chat_sandbox.render_all("ok", [{{}}], 10) == ["ok"]
+sys.path.insert(0, {str(process.CHILD.parent)!r})
+sys.argv = ["child", "[]"]
+import child, socket, subprocess
+child.limit(5, 400_000_000)
+assert child.render("ok", [{{}}], 10) == ["ok"]
 for attempt in (lambda: open({str(target)!r}, "w"), lambda: open("/etc/hostname"), socket.socket,
                 lambda: subprocess.run(["true"], capture_output=True)):
     try:
@@ -257,10 +314,10 @@ for attempt in (lambda: open({str(target)!r}, "w"), lambda: open("/etc/hostname"
 
 def test_environment_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
-    run = subprocess.run
+    start = subprocess.Popen
     monkeypatch.setenv("SOME_TOKEN", "secret")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: seen.update(kwargs) or run(*args, **kwargs))
-    assert render("ok") == "ok"
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: seen.update(kwargs) or start(*args, **kwargs))
+    assert render("ok", new_tokenizer()) == "ok"
     assert "SOME_TOKEN" not in seen["env"]
 
 
@@ -272,7 +329,7 @@ def test_current_directory_cannot_interfere(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m` does
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert render(CHATML).endswith("<|im_start|>assistant\n")
+    assert render(CHATML, new_tokenizer()).endswith("<|im_start|>assistant\n")
 
 
 def test_deleted_current_directory_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,12 +337,29 @@ def test_deleted_current_directory_does_not_matter(tmp_path: Path, monkeypatch: 
     gone.mkdir()
     monkeypatch.chdir(gone)
     os.rmdir(gone)
-    assert render("ok") == "ok"
+    assert render("ok", new_tokenizer()) == "ok"
 
 
 def test_missing_interpreter_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    shared().sandbox.stop()
     assert "could not be started" in words_of_failure("ok")
+    with pytest.raises(InputError, match=r"^here: .*Python could not be started"):
+        new_tokenizer()
+
+
+def test_the_process_of_a_checkpoint_can_open_nothing() -> None:
+    tokenizer = new_tokenizer()
+    assert tokenizer.sandbox.process is not None
+    for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
+        assert resource.prlimit(tokenizer.sandbox.process.pid, kind) == (0, 0)
+
+
+def test_one_text_leaves_nothing_for_the_next() -> None:
+    keeps = "{% if ns is not defined %}{% set ns = namespace(n=0) %}{% endif %}{% set ns.n = ns.n + 1 %}{{ ns.n }}"
+    assert [render(keeps), render(keeps)] == ["1", "1"]
+    macro = "{% macro said() %}x{% endmacro %}{{ said() }}"
+    assert render(macro) == "x" and "undefined" in words_of_failure("{{ said() }}")
 
 
 # --- the end of a turn
@@ -298,7 +372,7 @@ def tokenizer() -> FastTokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"])
-    return FastTokenizer(IsolatedTokenizer(backend.to_str(), "here"), bos_token="<s>", eos_token="</s>")
+    return FastTokenizer(Sandbox("tokenizers", backend.to_str(), "here"), bos_token="<s>", eos_token="</s>")
 
 
 @pytest.mark.parametrize(
@@ -318,3 +392,13 @@ def tokenizer() -> FastTokenizer:
 def test_end_of_turn_token(tokenizer: FastTokenizer, template: str, token: str | None) -> None:
     expected = None if token is None else tokenizer.token_id(token)
     assert end_of_turn_token(template, tokenizer) == expected
+
+
+def test_a_template_that_runs_away_takes_no_tokens_with_it(tokenizer: FastTokenizer) -> None:
+    text = "<s>Hello<|im_end|> <|eot_id|>"
+    ids, ran = tokenizer.encode(text, add_special_tokens=False), tokenizer.sandbox.process
+    with pytest.raises(InputError, match="too long"):
+        render("{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3, tokenizer)
+    assert ran is not None and ran.poll() is not None
+    assert tokenizer.encode(text, add_special_tokens=False) == ids
+    assert len(tokenizer.special_ids & set(ids)) == 3

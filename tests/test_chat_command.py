@@ -12,16 +12,17 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from builders import LLAVA_TINY, REPOSITORY, complete_checkpoint, exit_status
 
 from popengine import __main__ as front_door
-from popengine.chat import OF_SAMPLING, Chat, main
+from popengine.chat import COMMANDS, OF_SAMPLING, main
 from popengine.sampling import Sampling
 
 Talk = Callable[..., tuple[int, str, str]]
@@ -64,10 +65,9 @@ def test_settings_are_shown_and_changed(talk: Talk) -> None:
 
 def test_every_setting_can_be_said(talk: Talk) -> None:
     assert set(OF_SAMPLING) == {one.name for one in fields(Sampling)}
-    status, _, err = talk(*[name for name in Chat.names() if name not in ("/quit", "/stats", "/image", "/load")])
+    status, _, err = talk(*[name for name in COMMANDS if name not in ("/quit", "/stats", "/image", "/load")])
     assert status == 0
-    for name in Chat.names():
-        assert name == "/help" or name in err, name
+    assert all(name in err for name in COMMANDS)
 
 
 @pytest.mark.parametrize(("line", "named"), [
@@ -78,8 +78,22 @@ def test_every_setting_can_be_said(talk: Talk) -> None:
     ("/redraw-every 4", "needs dense every"),
     ("/max-new-tokens 0", "at least 1"),
     ("/temperature -1", "temperature"),
-    ("/load nowhere.json", "nowhere.json: no such file"),
-    ("/save /nowhere/at/all.json", "cannot be saved"),
+    ("/temperature none", "/temperature takes a number, not 'none'"),
+    ("/top-k none", "/top-k takes a whole number, not 'none'"),
+    ("/top-p none", "/top-p takes a number, not 'none'"),
+    ("/max-new-tokens none", "/max-new-tokens takes a whole number, not 'none'"),
+    ("/quit now", "stands alone, without 'now'"),
+    ("/reset all of it", "stands alone"),
+    ("/save /", "/ is not a file, and is not replaced by one"),
+    ("/save .", ". is not a file, and is not replaced by one"),
+    ("/save " + 300 * "n", "cannot be written: File name too long"),
+    ("/save a\0b", "no file can have the name"),
+    ("/load a\0b", "no file can have the name"),
+    ("/load " + 400 * "n", "cannot be read: File name too long"),
+    ("/load .", "is not a file, but a directory"),
+    ("/image picture.png", "this checkpoint is a text model"),
+    ("/load nowhere.json", "nowhere.json cannot be read: No such file"),
+    ("/save /nowhere/at/all.json", "cannot be written"),
     ("/stats", "nothing was answered yet"),
     (b"caf\xe9", "line 1 on standard input is not UTF-8"),
     ("x" * 300, "context is full"),
@@ -97,6 +111,58 @@ def test_a_conversation_is_saved_and_goes_on(talk: Talk, tmp_path: Path) -> None
     assert [one["role"] for one in json.loads(kept.read_text())["messages"]] == ["system", "user", "assistant"]
     _, second, _ = talk("Something else", "/reset", f"/load {kept}", "And now?")
     assert second.splitlines()[-1] == both.splitlines()[-1]
+
+
+WORDS = ["", "none", "0", "1", "-1", "0.3", "1/3", "2/0", "nan", "inf", "-inf", "1e400", "9" * 30, "9" * 5000, "now",
+         "all", ".", "..", "/", "/dev/null", "n" * 300, "a\0b", "caf\udce9", "\x1b[2J", "'", '"', "*", "file", "folder",
+         "pipe", "kept.json", "pop", "glass", "cats", "draft", "dense", "text", "1.mlp", "0-2", "=", "é", "\u202e"]
+
+
+def random_lines(draw: Random, until: Callable[[], bool]) -> Iterator[str]:
+    """Whatever a person types, but for the one command that ends it."""
+    while not until():
+        words = draw.choices(WORDS, k=draw.choice([1, 1, 1, 1, 2, 3]))
+        name = draw.choice([*COMMANDS, *COMMANDS, "/", "/rato", "/save\t", "//"])
+        line = draw.choice([f"{name} {' '.join(words)}", f"{name} {' '.join(words)}", name, f"{name}{words[0]}"])
+        if line.strip() != "/quit":
+            yield line
+        if draw.random() < 0.1:
+            yield draw.choice([" /etc is a folder", "Hello", "/reset", "x" * 100, "\0", "\udce9"])
+
+
+def test_nothing_that_a_person_types_ends_a_chat(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random lines on a terminal: 250 of them, or for so many seconds as RANDOM_TEST_SECONDS says, from a new seed."""
+    seconds = float(os.environ.get("RANDOM_TEST_SECONDS", "0"))
+    seed = Random().randrange(10**6) if seconds else 0
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)
+    began, asked = time.monotonic(), []
+
+    def enough() -> bool:
+        return time.monotonic() - began > seconds if seconds else len(asked) >= 250
+
+    lines = random_lines(Random(seed), enough)
+
+    def typed(_: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        asked.append(line)
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    status = exit_status(main, "--ckpt", checkpoint, "--prune-ratio", 0, "-n", 2)
+    err = capsys.readouterr().err
+    assert status == 0, (seed, asked[-3:], err[-500:])
+    assert "of popengine itself" not in err, (seed, err[err.index("of popengine itself") :][:500])
+    assert len(asked) > 100 and next(lines, None) is None
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "folder").is_dir() and not (tmp_path / "n").exists()
 
 
 def test_a_picture_goes_with_the_next_turn(talk: Talk, tmp_path: Path) -> None:

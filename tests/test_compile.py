@@ -121,7 +121,7 @@ def test_a_batch_of_two_compiles_and_gives_the_eager_tokens(tiny_checkpoint: Pat
 
 
 @pytest.mark.parametrize("changes", [
-    {"min_evidence": 40}, {"dense_every": 3, "redraw_every": 6}, {"dense_every": 3, "redraw_on_drift": 0.3},
+    {"min_evidence": 40}, {"dense_every": 3, "redraw_every": 6},
     {"rule": "up", "retained_share": 0.2},
     {"rule": "draft"}, {"rule": "all-channels"},
 ])
@@ -142,7 +142,7 @@ def test_a_compiled_dense_step_counts_its_tokens(tiny_checkpoint: Path) -> None:
         engine.model.prefill(engine.model.embed(torch.arange(20).view(2, 10)), state)
         engine.decode(torch.tensor([1, 2]), state)
     ffn = state.layers[0].ffn
-    assert ffn.evidence.tokens == ffn.watched.tokens == state.gathering.tokens == 22
+    assert ffn.evidence.tokens == ffn.watched.tokens == state.schedule.tokens == 22
 
 
 def test_models_batches_and_settings_in_turn_are_not_mixed_up(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -8,17 +8,30 @@ from typing import Any
 
 import pytest
 import torch
-from builders import LLAVA_TINY, MIXTRAL, MODELS, QWEN2_MOE, SETTINGS, complete_checkpoint, resolved, saved_pair
+from builders import (
+    LLAVA_TINY,
+    MIXTRAL,
+    MODELS,
+    QWEN2_MOE,
+    SETTINGS,
+    complete_checkpoint,
+    heads_partition,
+    resolved,
+    saved_pair,
+)
 from tiny_gemma import complete_gemma
 from tiny_qwen_vl import complete_qwen
 from tolerance import assert_same
 
+from models.blocks import FeedForwardBlock
 from models.feed_forward import FeedForward
+from models.pruning.partition import Evidence
 from models.pruning.settings import DENSE, PruningSettings
 from popengine.conversation import Conversation, common_prefix
 from popengine.engine import Engine, Generation
 from popengine.loading import load
 from popengine.pictures.vision import Vision
+from popengine.run import next_logits
 from weights.errors import InputError
 
 HALF = PruningSettings(ffn_ratio=0.5, candidate_width=0.3)
@@ -50,35 +63,34 @@ def test_a_prompt_in_two_pieces_is_one_prompt(tmp_path: Path, name: str, setting
     expected = model.prefill(model.embed(tokens), whole)
     model.prefill(model.embed(tokens[:, :17]), state)
     for token in (5, 6, 7):                                         # said, and then taken back
-        model.decode(torch.tensor([token]), state)
+        next_logits(model, torch.tensor([token]), state)
     logits = model.prefill(model.embed(tokens[:, 17:]), state, kept=17)
     assert (state.cache.filled, int(state.cache.length)) == (30, 30)
     assert_same(logits, expected)
-    assert state.gathering.tokens == whole.gathering.tokens == 30
+    assert state.schedule.tokens == whole.schedule.tokens == 30
     for mine, theirs in zip(state.layers, whole.layers, strict=True):
         if isinstance(model.model.layers[0].mlp, FeedForward):
             assert_same(mine.ffn.evidence.squares, theirs.ffn.evidence.squares)
             assert torch.equal(mine.ffn.partition.order, theirs.ffn.partition.order)
         else:
             assert mine.ffn.prompt_tokens == theirs.ffn.prompt_tokens
-        assert torch.equal(mine.heads.partition.order, theirs.heads.partition.order)
+        assert torch.equal(heads_partition(mine).order, heads_partition(theirs).order)
     step = torch.tensor([11])
-    assert_same(model.decode(step, state), model.decode(step, whole))
+    assert_same(next_logits(model, step, state), next_logits(model, step, whole))
 
 
 @torch.inference_mode()
-def test_later_pieces_skip_layers_too(tmp_path: Path) -> None:
+def test_later_pieces_skip_layers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = saved_pair(tmp_path, MODELS["grouped_query"])
     state = model.new_state(1, 64, resolved(model, replace(HALF, prefill_skip="1/3", boundary_tokens=4)))
     tokens = torch.randint(96, (1, 30), generator=torch.Generator().manual_seed(3))
     model.prefill(model.embed(tokens[:, :17]), state)
-    rows = []
-    model.prefill(
-        model.embed(tokens[:, 17:]), state, observe=lambda module, h, *_: rows.append(h.shape[1]), kept=17
-    )
-    assert rows == [13, 13, 13, 13, 4, 4]                           # attention and network of three layers
-    assert state.gathering.tokens == 4 + 4
-    assert all(layer.keys[:, :, :30].abs().sum(dim=(0, 1, 3)).all() for layer in state.layers)
+    rows, add = [], Evidence.add
+    monkeypatch.setattr(Evidence, "add", lambda own, h, *rest: (rows.append(h.shape[1]), add(own, h, *rest))[1])
+    model.prefill(model.embed(tokens[:, 17:]), state, kept=17)
+    assert rows == [13, 13, 4]                                      # networks of three layers
+    assert state.schedule.tokens == 4 + 4
+    assert all(layer.cache.keys[:, :, :30].abs().sum(dim=(0, 1, 3)).all() for layer in state.layers)
 
 
 @torch.inference_mode()
@@ -88,14 +100,14 @@ def test_an_expert_that_a_later_turn_reaches_is_cut(tmp_path: Path) -> None:
     tokens = torch.randint(96, (1, 30), generator=torch.Generator().manual_seed(3))
     model.prefill(model.embed(tokens[:, :1]), state)
     for token in tokens[0, 1:16]:
-        model.decode(token[None], state)
+        next_logits(model, token[None], state)
     layers = [layer.ffn for layer in state.layers]
-    assert any(one is not None and not one.prunes for layer in layers for one in layer.active)
+    assert any(one is not None and not one.sizes.prunes for layer in layers for one in layer.active)
     model.prefill(model.embed(tokens[:, 16:]), state, kept=16)
     for layer in layers:
         reached = [one for one, seen in zip(layer.active, layer.prompt_tokens, strict=True) if seen]
         assert len(reached) > 2
-        assert all(one.prunes and one.evidence.tokens > 0 for one in reached)
+        assert all(one.sizes.prunes and one.evidence.tokens > 0 for one in reached)
 
 
 def test_later_turns_answer_as_a_fresh_run_does(engine: Engine) -> None:
@@ -174,7 +186,7 @@ def test_a_step_that_is_cut_in_two_is_not_gone_on_with(
     stream = conversation.stream("Hello there")
     next(stream)
     with monkeypatch.context() as patch:
-        patch.setattr(FeedForward, "decode", interrupted)
+        patch.setattr(FeedForwardBlock, "decode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(stream)
     assert conversation.state is None
@@ -182,7 +194,7 @@ def test_a_step_that_is_cut_in_two_is_not_gone_on_with(
     assert after.statistics.kept_tokens == 0
     assert after.token_ids == asked_afresh(conversation).token_ids
     with monkeypatch.context() as patch:
-        patch.setattr(FeedForward, "prefill", interrupted)
+        patch.setattr(FeedForwardBlock, "prefill", interrupted)
         with pytest.raises(KeyboardInterrupt):
             conversation.say("Not heard")
     assert len(conversation.messages) == 4
@@ -243,11 +255,20 @@ def test_what_is_no_conversation_of_this_model_is_refused(
     path.write_text(change(path.read_text()))
     with pytest.raises(InputError, match=named):
         conversation.load(path)
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="cannot be read: No such file"):
         conversation.load(tmp_path / "nowhere.json")
-    with pytest.raises(InputError, match="cannot be saved"):
+    with pytest.raises(InputError, match="cannot be written"):
         conversation.save(tmp_path / "no" / "folder.json")
     assert conversation.messages == before
+
+
+def test_a_picture_s_name_may_be_no_text(engine: Engine, tmp_path: Path) -> None:
+    conversation = engine.chat(pruning=DENSE)
+    conversation.images = [str(tmp_path / "caf\udce9.png")]         # a byte that is no UTF-8, as Python has it
+    conversation.save(tmp_path / "kept.json")
+    again = engine.chat(pruning=DENSE)
+    again.load(tmp_path / "kept.json")
+    assert again.images == conversation.images
 
 
 def test_nothing_said_is_refused_and_so_is_a_model_without_a_template(engine: Engine, tmp_path: Path) -> None:

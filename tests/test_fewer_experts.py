@@ -25,6 +25,7 @@ from popengine.measure.task_calibration import calibration_of_tasks
 from popengine.methods.by_name import Request, pruning_for
 from popengine.methods.calibration import calibrate, load_calibration, save_calibration
 from popengine.methods.experts import spectral_groups
+from popengine.run import next_logits
 from weights.errors import InputError
 
 SETTINGS = PruningSettings(ffn_ratio=0.4)                   # 2 of 5 experts
@@ -45,7 +46,7 @@ def logits_of(model: LlamaForCausalLM, pruning: Pruning, tokens: Tensor, prompt:
     """Prefill, then steps: [1 + steps, V]"""
     with torch.inference_mode():
         first, state = prefilled(model, tokens[:, :prompt], pruning)
-        return torch.cat([first, *(model.decode(token, state) for token in tokens[:, prompt:].T)])
+        return torch.cat([first, *(next_logits(model, token, state) for token in tokens[:, prompt:].T)])
 
 
 def slow_weights(reference: Any) -> list[Tensor]:
@@ -94,7 +95,7 @@ def test_experts_that_count_least_are_as_if_deleted(pair: tuple[Any, LlamaForCau
     assert_same(logits_of(model, pruning, tokens, 20), wanted)
     assert pruning.ffn_ratio == 0.4
     mixture = model.model.layers[0].mlp
-    gate, experts = pruning.experts.of[mixture]
+    gate, experts = pruning.rule.experts_of(mixture)
     assert gate.out_features == len(experts) == 3
     assert {id(one) for one in experts} < {id(one) for one in mixture.experts}      # not copies of them
 
@@ -130,7 +131,7 @@ def test_experts_that_are_routed_alike_are_as_if_averaged(pair: tuple[Any, Llama
         router = calibration.routers[NAMES.format(layer)]
         groups = spectral_groups(router.likeness, 3)
         assert sorted(one for group in groups for one in group) == [0, 1, 2, 3, 4]
-        networks = pruning.experts.of[model.model.layers[layer].mlp][1]
+        networks = pruning.rule.experts_of(model.model.layers[layer].mlp)[1]
         assert len({id(one) for one in networks}) == len(groups) == 3
         for group in groups:
             parts = [(experts.gate_up_proj[one], experts.down_proj[one]) for one in group]
@@ -160,7 +161,7 @@ def test_a_step_reads_as_much_and_experts_are_counted(pair: tuple[Any, LlamaForC
     pruning = pruning_for(method, Request(model, SETTINGS, calibrate(model, windows(), "numbers")))
     dense = pruning_for("dense", Request(model, DENSE))
     _, state = prefilled(model, torch.tensor([list(range(20))]), pruning)
-    model.decode(torch.tensor([3]), state)
+    next_logits(model, torch.tensor([3]), state)
     assert bytes_per_token(model, pruning, 1, state) == bytes_per_token(model, dense)
     left = 3 if method == "router-statistics" else 5
     assert [len(layer.ffn.picks) for layer in state.layers] == [left] * 3

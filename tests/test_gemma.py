@@ -23,6 +23,8 @@ from models.pruning.settings import DENSE, PruningSettings
 from models.reading import layer_weights
 from popengine.loading import load_model
 from popengine.measure.bench_shapes import SHAPES
+from popengine.run import next_logits
+from popengine.studies.recording import Watch, watched
 from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
 
@@ -59,7 +61,7 @@ def test_logits_equal_hugging_face_with_and_without_cache(name: str, tmp_path: P
     logits, state = prefilled(model, tokens[:, :prompt], DENSE, real[:, :prompt])
     for slot in range(prompt, tokens.shape[1]):
         assert_same(logits, wanted[:, slot - 1])
-        logits = model.decode(tokens[:, slot], state)
+        logits = next_logits(model, tokens[:, slot], state)
 
 
 @torch.inference_mode()
@@ -247,7 +249,7 @@ def test_logits_with_pictures_equal_hugging_face(pair: tuple, batch: str) -> Non
     logits = model.language_model.prefill(x, state, real, pictures=rows)
     for step in range(new.shape[1]):
         assert_same(logits, wanted[:, tokens.shape[1] - 1 + step])
-        logits = model.language_model.decode(new[:, step], state)
+        logits = next_logits(model.language_model, new[:, step], state)
 
 
 @torch.inference_mode()
@@ -308,7 +310,7 @@ def tokens_after(model: OurGemma, ids: list[int], pixel_values: Tensor, count: i
     x, rows = model.place(torch.tensor([ids]), None, model.encode_images(pixel_values))
     tokens = [int(model.language_model.prefill(x, state, pictures=rows).argmax())]
     while len(tokens) < count:
-        tokens.append(int(model.language_model.decode(torch.tensor(tokens[-1:]), state).argmax()))
+        tokens.append(int(next_logits(model.language_model, torch.tensor(tokens[-1:]), state).argmax()))
     return tokens
 
 
@@ -349,14 +351,15 @@ def test_a_boundary_within_a_picture_sees_all_of_it(pair: tuple) -> None:
     x, rows = model.place(torch.tensor([ids]), None, model.encode_images(pictures(1)))
     seen: dict[Any, Tensor] = {}
 
-    def observe(network: Any, output: Tensor, *_: Any) -> None:
-        seen[network] = output
+    class Heads(Watch):
+        def heads(self, attention: Any, a: Tensor) -> None:
+            seen[attention] = a
 
     last = text.model.layers[-1].self_attn
-    text.prefill(x, text.new_state(1, 64, resolved(text, DENSE)), observe=observe, pictures=rows)
+    text.prefill(x, watched(text.new_state(1, 64, resolved(text, DENSE)), Heads()), pictures=rows)
     wanted = seen[last]                                                             # [1, T, N D]
     skipping = PruningSettings(prune_ratio=0, prefill_skip="1/3", boundary_tokens=5)
-    text.prefill(x, text.new_state(1, 64, resolved(text, skipping)), observe=observe, pictures=rows)
+    text.prefill(x, watched(text.new_state(1, 64, resolved(text, skipping)), Heads()), pictures=rows)
     assert_same(seen[last], wanted[:, -5:])
 
 

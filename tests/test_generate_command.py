@@ -58,7 +58,7 @@ def test_quiet_prints_the_text_alone(checkpoint: Path, capsys: pytest.CaptureFix
 
 def test_json_has_the_fields_of_the_contract(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--ffn-ratio", 0.5, "--candidate-width", 0.2, "--head-ratio", 0.5, "--prefill", "dense"]
-    flags += ["--dtype", "bfloat16"]
+    flags += ["--dtype", "bfloat16", "--min-evidence", 0]
     assert status("--ckpt", checkpoint, "--prompt", "Hello", "-n", 8, "--json", "--ignore-eos", *flags) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -144,6 +144,28 @@ def test_broken_checkpoints(own_checkpoint: Path, capsys: pytest.CaptureFixture[
     change(own_checkpoint)
     said = error(capsys, "--ckpt", own_checkpoint, "--prompt", "Hello", "-n", 4)
     assert re.search(named, said), said
+
+
+ADVICE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+    "unknown dtype": (configured(dtype="fp16"), ["--dtype", "float32"]),
+    "dtype of another type": (configured(dtype=16), ["--dtype", "bfloat16"]),
+    "no template is the default": (
+        write("tokenizer_config.json", '{"chat_template": [{"name": "tool_use", "template": "x"}]}'), ["--raw"]
+    ),
+    "template of another type": (write("chat_template.json", '{"chat_template": 3}'), ["--raw"]),
+    "template is not UTF-8": (write("chat_template.jinja", b"\xff"), ["--raw"]),
+    "template is no template": (templated("{% if %}"), ["--raw"]),
+    "template raises": (templated("{{ raise_exception('no') }}"), ["--raw"]),
+}
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_what_an_error_advises_helps(own_checkpoint: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    change, flags = ADVICE[name]
+    change(own_checkpoint)
+    said = error(capsys, "--ckpt", own_checkpoint, "--prompt", "Hello", "-n", 4)
+    assert flags[0] in said or name == "dtype of another type", said
+    assert status("--ckpt", own_checkpoint, "--prompt", "Hello", "-n", 4, *flags) == 0
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_a_picture_that_cannot_be_read_is_one_clear_line(tmp_path: Path, monkeyp
     noise(150, 100).save(tmp_path / "large.png")
     noise(150, 200).save(tmp_path / "bomb.png")
     for name, message in [
-        ("missing.png", "no such image"),
+        ("missing.png", "cannot be read: No such file"),
         ("", "is not a file, but a directory"),
         ("pipe.png", "is not a file, but a pipe or device"),
         ("script.png", "not an image of a kind that is read"),
@@ -124,10 +124,9 @@ def test_a_picture_that_cannot_be_read_is_one_clear_line(tmp_path: Path, monkeyp
         assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "I", "F", "LA", "CMYK", "YCbCr", "HSV", "LAB"])
-def test_every_mode_is_read_as_transformers_reads_it(mode: str) -> None:
-    wide = Image.frombytes("I;16", (9, 7), bytes(range(126)))
-    picture = wide if mode == "I;16" else noise(9, 7).convert(mode) if mode not in ("I", "F") else wide.convert(mode)
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "CMYK", "YCbCr", "HSV", "LAB"])
+def test_modes_of_8_bits_are_read_as_transformers_reads_them(mode: str) -> None:
+    picture = noise(9, 7).convert(mode)
     assert upright_rgb(picture).tobytes() == load_image(picture).tobytes()
 
 

@@ -15,11 +15,14 @@ from builders import REPOSITORY
 
 PACKAGES = ("weights", "models", "popengine")
 # Where each part stands; nobody imports what stands higher. The package itself only names what its users may import.
-LEVELS = ["weights", "models", "methods, text and pictures", "the engine's files", "popengine", "measure", "commands"]
+LEVELS = [
+    "weights", "models", "studies, methods, text and pictures", "the engine's files", "popengine", "measure",
+    "commands",
+]
 # Who knows the type of its engine, and no more.
 TYPES_ONLY_CIRCLES = [("popengine.run", "popengine.engine"), ("popengine.conversation", "popengine.engine")]
 ISOLATED_SCRIPTS = (
-    "popengine.text.chat_sandbox", "popengine.text.tokenizer_sandbox", "popengine.measure.code_sandbox",
+    "popengine.text.sandbox.child", "popengine.measure.code_sandbox",
 )
 
 
@@ -88,8 +91,8 @@ def level_of(name: str, path: Path) -> int:
     package, *rest = name.split(".")
     if package != "popengine":
         return LEVELS.index(package)
-    if rest and rest[0] in ("methods", "text", "pictures"):
-        return LEVELS.index("methods, text and pictures")
+    if rest and rest[0] in ("studies", "methods", "text", "pictures"):
+        return LEVELS.index("studies, methods, text and pictures")
     if not rest or rest[0] == "measure":
         return LEVELS.index(rest[0] if rest else "popengine")
     return LEVELS.index("commands" if is_command(name, path) else "the engine's files")
@@ -145,7 +148,7 @@ def test_nobody_imports_upwards_in_circles_or_inside_functions() -> None:
     # That the rules below are about something: these stand where they are said to stand.
     for name, level in {"popengine.generate": "commands", "popengine.harness": "commands", "models.llama": "models",
                         "popengine.engine": "the engine's files", "popengine.measure.scoring": "measure",
-                        "popengine.text.chat": "methods, text and pictures"}.items():
+                        "popengine.text.chat": "studies, methods, text and pictures"}.items():
         assert LEVELS[level_of(name, modules[name])] == level
     assert problems(REPOSITORY) == []
 
@@ -161,7 +164,8 @@ MADE_UP = {
     "popengine/engine.py": "from popengine.run import Run\n\ndef load():\n    import torch\n",             # hidden
     "popengine/text/__init__.py": "",
     "popengine/text/chat.py": "from ..measure import scoring\n",                            # upwards, relative
-    "popengine/text/chat_sandbox.py": "def render():\n    import jinja2\n",                 # may
+    "popengine/text/sandbox/__init__.py": "",
+    "popengine/text/sandbox/child.py": "def render():\n    import jinja2\n",                 # may
     "popengine/measure/__init__.py": "",
     "popengine/measure/scoring.py": "from popengine import score, __version__\n",           # upwards, to a command
     "popengine/measure/plots.py": "import importlib\ndef draw():\n    importlib.import_module('popengine.score')\n",

@@ -54,6 +54,15 @@ def test_it_says_what_loading_then_finds(info: Any, folder: Path) -> None:
     assert found["problem"] is None
 
 
+def test_it_says_what_quantised_matrices_become(
+    info: Any, default_gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert info(default_gguf)["auto_weights"] == "Q8_0 as int8, Q4_1 as int4"
+    assert info(LLAVA_TINY)["auto_weights"] == "plain"
+    assert status(default_gguf) == 0
+    assert "packed      Q8_0 as int8, Q4_1 as int4 (int4, int8 in groups: the file" in capsys.readouterr().out
+
+
 def test_packed_forms_take_what_is_said(info: Any, tmp_path: Path) -> None:
     found, engine = info(LLAVA_TINY), load(LLAVA_TINY, weights="int8", dtype="bfloat16")
     assert isinstance(engine.pictures, Vision)

@@ -1,5 +1,6 @@
 """Tokenizer files that mean harm: bounds on time and memory, panics, crashes, and the next text as before."""
 
+import base64
 import json
 import resource
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from popengine.text.isolated import Isolated, IsolatedSentencePiece, IsolatedTokenizer
+from popengine.text.sandbox.process import Sandbox
 from popengine.text.tokenizer import FastTokenizer, SentencePieceTokenizer, open_tokenizer
 from tests.tiny_gguf import sentencepiece_model
 from weights.errors import InputError
@@ -63,15 +64,15 @@ parts = st.one_of(
 
 
 @contextmanager
-def bounded() -> Iterator[list[Isolated]]:
+def bounded() -> Iterator[list[Sandbox]]:
     """Processes that are put into the list have taken at most 2 s and 500 MB when they are ended."""
     began = resource.getrusage(resource.RUSAGE_CHILDREN)
-    made: list[Isolated] = []
+    made: list[Sandbox] = []
     yield made
-    for isolated in made:
-        if isolated.process is not None:
-            assert resource.prlimit(isolated.process.pid, resource.RLIMIT_AS)[0] < 500_000_000
-        isolated.stop()
+    for sandbox in made:
+        if sandbox.process is not None:
+            assert resource.prlimit(sandbox.process.pid, resource.RLIMIT_AS)[0] < 500_000_000
+        sandbox.stop()
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime < 2
 
@@ -81,8 +82,8 @@ def bounded() -> Iterator[list[Isolated]]:
 def test_any_parts_of_a_tokenizer(sound: dict[str, Any], changes: list[tuple[str, Any]], text: str) -> None:
     with bounded() as made:
         try:
-            made.append(IsolatedTokenizer(json.dumps(sound | dict(changes)), "tokenizer.json"))
-            tokenizer = FastTokenizer(made[0])      # type: ignore[arg-type]
+            made.append(Sandbox("tokenizers", json.dumps(sound | dict(changes)), "tokenizer.json"))
+            tokenizer = FastTokenizer(made[0])
             ids = tokenizer.encode(text, add_special_tokens=True)
             assert isinstance(tokenizer.decode(ids[:1000]), str)
         except InputError as error:
@@ -105,8 +106,9 @@ def test_any_bytes_of_a_sentencepiece_model(
         content[place % len(content)] = value
     with bounded() as made:
         try:
-            made.append(IsolatedSentencePiece(bytes(content if whole else content[: cut % len(content)]), "model"))
-            tokenizer = SentencePieceTokenizer(made[0])     # type: ignore[arg-type]
+            model = bytes(content if whole else content[: cut % len(content)])
+            made.append(Sandbox("sentencepiece", base64.b64encode(model or b"\0").decode(), "model"))
+            tokenizer = SentencePieceTokenizer(made[0])
             ids = tokenizer.encode("Hi there <s>", add_special_tokens=True)
             assert isinstance(tokenizer.decode(ids), str)
         except InputError as error:
@@ -123,11 +125,11 @@ def test_after_a_failure_the_next_text_is_encoded_as_before(
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.json").write_text(json.dumps(sound | {"pre_tokenizer": both}))
     hostile, usual = open_tokenizer(tmp_path), open_tokenizer(checkpoint)
-    assert isinstance(hostile, FastTokenizer) and isinstance(hostile.backend, IsolatedTokenizer)
+    assert isinstance(hostile, FastTokenizer)
     text = "Hello <|end|> there <eos>"
     for _ in range(2):
         assert hostile.encode(text, True) == usual.encode(text, True)
         assert hostile.special_ids == usual.special_ids
-        hostile.backend.process.kill()              # as its limits do  # type: ignore[union-attr]
+        hostile.sandbox.process.kill()              # as its limits do  # type: ignore[union-attr]
         with pytest.raises(InputError, match="more time or memory than any tokenizer needs"):
             hostile.encode("Hi", True)

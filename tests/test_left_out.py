@@ -24,13 +24,14 @@ from builders import (
 from slow_left_out import without
 from tolerance import assert_same
 
-from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
 from models.pruning.left_out import Half, read_halves, written_halves
 from models.pruning.settings import DENSE, PruningSettings
 from models.reading import bytes_per_token, prompt_work
 from popengine import explain, generate
 from popengine.loading import load
+from popengine.run import next_logits
+from popengine.studies.known_text import evaluate
 from weights.errors import InputError
 
 FAMILIES: dict[str, Any] = MODELS | {"mixtral": MIXTRAL}
@@ -52,7 +53,7 @@ def test_prompt_and_steps_are_the_model_without_these_halves(pair: tuple[Any, Ll
     wanted = reference(tokens, use_cache=False).logits[0, 11:]                      # [9, V]
     settings = replace(DENSE, leave_out=plan)
     logits, state = prefilled(model, tokens[:, :12], settings)
-    steps = [logits, *(model.decode(token, state) for token in tokens[0, 12:].split(1))]
+    steps = [logits, *(next_logits(model, token, state) for token in tokens[0, 12:].split(1))]
     assert_same(torch.cat(steps), wanted)
     _, state = prefilled(model, tokens[:, :12], settings)
     assert_same(evaluate(model, tokens[0, 12:], state), wanted[1:])
@@ -79,7 +80,7 @@ def test_what_is_left_out_keeps_no_cache_and_no_copies_and_is_not_read(pair: tup
     assert model.cache_bytes(1, 64, state.pruning) * 3 == model.cache_bytes(1, 64) * 2
     state.grow(100)
     assert [keys.shape[2] for keys in state.cache.keys] == [100, 0, 100]
-    assert model.decode(torch.tensor([5]), state).isfinite().all()
+    assert next_logits(model, torch.tensor([5]), state).isfinite().all()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -99,7 +100,7 @@ def test_with_a_layer_less_every_setting_is_that_of_the_shorter_model(name: str,
         for _ in range(4):
             assert_same(logits, wanted)
             chosen = wanted.argmax(-1)
-            logits, wanted = model.decode(chosen, state), short.decode(chosen, other)
+            logits, wanted = next_logits(model, chosen, state), next_logits(short, chosen, other)
 
 
 @torch.inference_mode()
@@ -112,18 +113,7 @@ def test_prompts_may_skip_layers_whose_attention_is_left_out(tmp_path: Path) -> 
     whole, other = prefilled(model, tokens, replace(settings, prefill_skip=0.0))
     assert_same(skipped, whole)    # nobody looks at the other rows of that layer
     token = torch.tensor([7])
-    assert_same(model.decode(token, state), model.decode(token, other))
-
-
-@torch.inference_mode()
-def test_drift_is_watched_at_the_last_attention_that_runs(tmp_path: Path) -> None:
-    model = saved_pair(tmp_path, MODELS["multi_head"])[1]
-    settings = PruningSettings(ffn_ratio=0.4, dense_every=2, redraw_on_drift=0.0, leave_out="2.attention")
-    _, state = prefilled(model, torch.arange(12)[None], settings)
-    for token in range(6):
-        model.decode(torch.tensor([token]), state)
-    assert [layer.drift is not None for layer in state.layers] == [False, True, False]
-    assert state.gathering.redraws > 0
+    assert_same(next_logits(model, token, state), next_logits(model, token, other))
 
 
 def test_the_ratio_counts_what_is_left_out(tmp_path: Path) -> None:

@@ -125,7 +125,6 @@ def test_absent_fields_take_the_familys_defaults() -> None:
     ("change", "named"),
     [
         ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),

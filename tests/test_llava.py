@@ -21,10 +21,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from models.cache import View
 from models.llava import LlavaForConditionalGeneration as OurLlava
-from models.passes import View, prefill_pass
+from models.passes import prefill_pass
 from models.pruning.partition import channel_scores, partition_channels
 from models.pruning.settings import DENSE, PruningSettings
+from popengine.run import next_logits
 from weights.errors import InputError
 
 
@@ -62,7 +64,7 @@ def test_logits_equal_hugging_face_with_and_without_cache(pair: tuple) -> None:
         logits = ours.language_model.prefill(ours.embed(tokens, features), state, real)
         for step in range(new.shape[1]):
             assert_same(logits, expected[:, tokens.shape[1] - 1 + step])
-            logits = ours.language_model.decode(new[:, step], state)
+            logits = next_logits(ours.language_model, new[:, step], state)
 
 
 HUB_SPELLINGS = {
@@ -198,7 +200,7 @@ def test_masked_and_active_decode_agree_with_pictures_in_the_prompt(grouped: tup
         in_model_order(pruned, masked)
         for _ in range(32):
             chosen = logits.argmax(-1)
-            logits = text.decode(chosen, pruned)
+            logits = next_logits(text, chosen, pruned)
             assert_same(masked_decode(text, chosen, pruned, masked), logits)
 
 
@@ -217,7 +219,7 @@ def test_a_slow_implementation_with_hooks_gives_the_same_tokens(
         x = ours.embed(torch.tensor([ids]), ours.encode_images(pixel_values))
         tokens = [int(ours.language_model.prefill(x, state).argmax())]
         while len(tokens) < 30:
-            tokens.append(int(ours.language_model.decode(torch.tensor(tokens[-1:]), state).argmax()))
+            tokens.append(int(next_logits(ours.language_model, torch.tensor(tokens[-1:]), state).argmax()))
     slow = SlowPOP(reference, pruning.ffn_ratio, 0.3, prefill, layers=reference.model.language_model.layers)
     assert tokens == slow.generate(ids, 30, pixel_values=pixel_values)
     assert len(set(tokens)) > 5  # a sequence that repeats one token would prove little

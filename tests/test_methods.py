@@ -15,13 +15,14 @@ from transformers import LlamaConfig
 
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.pruning.alternatives import StaticRule
 from models.pruning.resolve import Pruning
 from models.pruning.settings import DENSE, PruningSettings
 from models.reading import bytes_per_token
 from popengine.methods.activations import Activation, embedded, feed_forward_networks, watch_dense
 from popengine.methods.by_name import METHODS, Request, pruning_for
 from popengine.methods.calibration import Calibration, calibrate, load_calibration, save_calibration
+from popengine.run import next_logits
+from popengine.studies.rules import StaticRule
 from weights.errors import InputError
 
 SETTINGS = PruningSettings(ffn_ratio=0.4)
@@ -50,7 +51,7 @@ def calibration(model: LlamaForCausalLM) -> Calibration:
 def logits_of(model: LlamaForCausalLM, settings: PruningSettings | Pruning, tokens: Tensor, prompt: int) -> Tensor:
     """Prefill, then steps: [1 + steps, V]"""
     first, state = prefilled(model, tokens[:, :prompt], settings)
-    return torch.cat([first, *(model.decode(token, state) for token in tokens[:, prompt:].T)])
+    return torch.cat([first, *(next_logits(model, token, state) for token in tokens[:, prompt:].T)])
 
 
 def static_rule(method: str, request: Request) -> StaticRule:

@@ -26,13 +26,13 @@ from tolerance import SMOLLM2, assert_same
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from models.clock import Clock
+from models.cache import View
 from models.llama import LlamaForCausalLM
 from models.matrix import Matrix
 from models.matrix_forms import ChosenColumns, ChosenRows
 from models.mixtral import MixtralConfig as OurConfig
 from models.mixtral import MixtralForCausalLM, read_mixtral_config
-from models.passes import View, prefill_pass
+from models.passes import prefill_pass
 from models.pruning.partition import channel_scores, partition_channels, partition_sizes
 from models.pruning.settings import DENSE, PruningSettings
 from models.reading import all_copy_bytes, bytes_per_token, copy_bytes
@@ -87,7 +87,7 @@ def test_with_no_room_for_copies_the_full_weights_give_the_same(name: str, reque
         for index, (one, with_copy) in enumerate(zip(layer.ffn.active, other.ffn.active, strict=True)):
             assert isinstance(one.gate, ChosenRows) and isinstance(one.down, ChosenColumns)
             assert one.copied_bytes() == 0 < with_copy.copied_bytes()
-            assert layer.ffn.is_whole(index) and not other.ffn.is_whole(index)
+            assert layer.ffn.multiplies_whole(index) and not other.ffn.multiplies_whole(index)
 
 
 @pytest.mark.parametrize("prefill", ["pruned", "dense"])
@@ -163,11 +163,11 @@ def test_unseen_experts_can_be_left_dense(model: LlamaForCausalLM) -> None:
     active, mixture = left.layers[0].ffn, model.model.layers[0].mlp
     unseen = active.prompt_tokens.index(0)
     x = torch.randn(1, 1, SIZES["hidden_size"], dtype=model.dtype)
-    expert, clock = mixture.experts[unseen], Clock(x.device)
+    expert = mixture.experts[unseen]
     _, step = model.begin(torch.tensor([0]), left)
-    assert torch.equal(expert.decode(x, active.drawn(unseen, expert, clock), step), expert(x))
-    assert active.is_whole(unseen)
-    other = expert.decode(x, cut.layers[0].ffn.drawn(unseen, expert, clock), step)
+    assert torch.equal(active.partitioned(unseen).decode(x, step), expert(x))
+    assert active.multiplies_whole(unseen)
+    other = cut.layers[0].ffn.partitioned(unseen).decode(x, step)
     assert (other - expert(x)).abs().max() > 1e-4
 
 
@@ -179,7 +179,7 @@ def test_min_tokens_makes_little_evidence_count_as_none(model: LlamaForCausalLM)
     for layer, own in zip(state.layers, model.model.layers, strict=True):
         assert sum(layer.ffn.prompt_tokens) == 24
         for index, expert in enumerate(own.mlp.experts):
-            active = layer.ffn.drawn(index, expert, state.clock)
+            active = layer.ffn.partitioned(index)
             expected = partition_channels(expert.weight_scores(), active.sizes)
             assert torch.equal(active.partition.order, expected.order)
 
@@ -223,19 +223,19 @@ def test_picks_are_counted_and_no_other_expert_is_read(model: LlamaForCausalLM) 
         if index not in routed and copy is not None:
             copy.gate.weight.fill_(torch.nan)
     _, step = model.begin(torch.tensor([0]), state)
-    assert mixture.decode(x, active, step).isfinite().all()
+    assert active.decode(x, step).isfinite().all()
 
 
 @torch.inference_mode()
 def test_a_sequence_that_has_ended_does_not_count_in_an_experts_pick(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([12, 12], SIZES["vocab_size"])
     _, state = prefilled(model, tokens, FFN)
-    active, mixture = state.layers[0].ffn, model.model.layers[0].mlp
+    active = state.layers[0].ffn
     _, step = model.begin(tokens[:, 0], state)
     x = torch.randn(32, 2, 1, SIZES["hidden_size"], dtype=model.dtype)
-    alone = [mixture.decode(pair[:1], active, replace(step, live=torch.tensor([[True]]))) for pair in x]
-    ended = [mixture.decode(pair, active, replace(step, live=torch.tensor([[True], [False]])))[:1] for pair in x]
-    both = [mixture.decode(pair, active, step)[:1] for pair in x]
+    alone = [active.decode(pair[:1], replace(step, live=torch.tensor([[True]]))) for pair in x]
+    ended = [active.decode(pair, replace(step, live=torch.tensor([[True], [False]])))[:1] for pair in x]
+    both = [active.decode(pair, step)[:1] for pair in x]
     assert_same(torch.stack(ended), torch.stack(alone))
     assert (torch.stack(both) - torch.stack(alone)).abs().max() > 1e-3
 
@@ -335,8 +335,8 @@ def test_weight_bytes_count_experts_without_a_copy_whole(model: LlamaForCausalLM
         layer.ffn.copy_limit = 0
     model.prefill(model.embed(tokens), whole)
     for layer, own in zip(whole.layers, model.model.layers, strict=True):
-        for index, expert in enumerate(own.mlp.experts):
-            layer.ffn.drawn(index, expert, whole.clock)         # those that the prompt did not reach, too
+        for index in range(len(own.mlp.experts)):
+            layer.ffn.partitioned(index)         # those that the prompt did not reach, too
     assert bytes_per_token(model, copied.pruning, 1, whole) == bytes_per_token(model, resolved(model, DENSE))
     assert bytes_per_token(model, copied.pruning, 1, copied) == bytes_per_token(model, copied.pruning)
 

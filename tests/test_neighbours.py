@@ -26,9 +26,7 @@ from tolerance import assert_same
 from torch import Tensor
 from transformers import LlamaConfig
 
-from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
-from models.pruning.alternatives import StaticRule
 from models.pruning.left_out import HALVES, Half, read_halves
 from models.pruning.resolve import share_of_halves
 from models.pruning.settings import PruningSettings
@@ -40,8 +38,11 @@ from popengine.measure.scoring import calibration_from
 from popengine.methods.by_name import Request, pruning_for
 from popengine.methods.calibration import Calibration, calibrate, load_calibration, save_calibration
 from popengine.methods.cfsp import kept_shares
-from popengine.methods.probe_pruning import PROBED, Probed
+from popengine.methods.probe_pruning import PROBED, probe_rows
 from popengine.methods.tyr import GENERATIONS, OFFSPRING, STEPS, moved
+from popengine.run import next_logits
+from popengine.studies.known_text import evaluate
+from popengine.studies.rules import StaticRule
 from weights.errors import InputError
 
 CONFIG = LlamaConfig(**SIZES | {"num_hidden_layers": 4})
@@ -276,7 +277,7 @@ def test_probe_pruning_is_a_few_rows_that_decide_for_all(
     logits, state = prefilled(model, tokens[:, :prompt], pruning)
     for own, mask in zip(state.layers, masks, strict=True):
         assert own.ffn.partition.retained.tolist() == sorted(mask.tolist())
-    steps = [logits, *(model.decode(token, state) for token in tokens[0, prompt:].split(1))]
+    steps = [logits, *(next_logits(model, token, state) for token in tokens[0, prompt:].split(1))]
     assert_same(torch.cat(steps), wanted)
     _, state = prefilled(model, tokens[:, :prompt], pruning)
     assert_same(evaluate(model, tokens[0, prompt:], state), wanted[1:])
@@ -287,9 +288,9 @@ def test_probe_pruning_is_a_few_rows_that_decide_for_all(
 def test_padding_is_no_probe(model: LlamaForCausalLM) -> None:
     x, real = torch.rand(2, 12, SIZES["hidden_size"]), left_padded([12, 7], SIZES["vocab_size"])[1]
     x[1, :5] *= 100
-    probe = Probed(0.4, 0.0).probe(x, real)
+    probe = probe_rows(x, real)
     assert len(probe) == math.ceil(PROBED * 19) and not set(probe.tolist()) & set(range(12, 17))
-    assert set(Probed(0.4, 0.0).probe(x, None).tolist()) <= set(range(12, 17))
+    assert set(probe_rows(x, None).tolist()) <= set(range(12, 17))
 
 
 @pytest.mark.parametrize("method", METHODS)

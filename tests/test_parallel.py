@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from builders import MIXTRAL, MODELS, QWEN2_MOE, SETTINGS, SIZES, prefilled, saved_pair
+from builders import MIXTRAL, MODELS, QWEN2_MOE, SETTINGS, SIZES, prefilled, resolved, saved_pair
 from tolerance import assert_same
 from transformers import LlamaConfig
 
-from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
 from models.mixtral import MixtralForCausalLM
 from models.pruning.resolve import Pruning
@@ -18,6 +17,9 @@ from models.pruning.settings import PruningSettings
 from popengine.methods.activations import Activation, embedded, feed_forward_networks, watch_dense
 from popengine.methods.by_name import METHODS, Request, pruning_for
 from popengine.methods.calibration import calibrate
+from popengine.run import next_logits
+from popengine.studies.known_text import evaluate
+from popengine.studies.recording import recorded
 from weights.errors import InputError
 
 CONFIGS: dict[str, Any] = MODELS | {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE}
@@ -32,7 +34,7 @@ def both_ways(model: LlamaForCausalLM, settings: PruningSettings | Pruning) -> t
     """Logits of 24 steps after a prompt of 20 tokens, [24, V]: one by one, and in parallel."""
     tokens = torch.randint(SIZES["vocab_size"], (44,), generator=torch.Generator().manual_seed(5))
     _, state = prefilled(model, tokens[None, :20], settings, capacity=48)
-    steps = torch.cat([model.decode(token[None], state) for token in tokens[20:]])
+    steps = torch.cat([next_logits(model, token[None], state) for token in tokens[20:]])
     model.prefill(model.embed(tokens[None, :20]), state)
     parallel = evaluate(model, tokens[20:], state)
     assert state.cache.filled == int(state.cache.length) == 44
@@ -67,9 +69,10 @@ def test_each_position_picks_for_itself(tmp_path: Path) -> None:
     model = saved_pair(tmp_path, LlamaConfig(**SIZES))[1]
     tokens = torch.arange(40)
     settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.4)
-    _, state = prefilled(model, tokens[None, :16], settings)
     seen: list[tuple[Any, torch.Tensor]] = []
-    evaluate(model, tokens[16:], state, lambda ffn, partition, keep: seen.append((partition, keep)))
+    pruning = recorded(resolved(model, settings), lambda ffn, partition, keep: seen.append((partition, keep)))
+    _, state = prefilled(model, tokens[None, :16], pruning)
+    evaluate(model, tokens[16:], state)
     assert len(seen) == len(model.model.layers)
     for partition, keep in seen:
         assert keep.shape == (1, 24, partition.sizes.candidate)

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from builders import MODELS, SETTINGS, SIZES, greedy, left_padded, prefilled, resolved, saved_pair, stored_by_columns
+from builders import (
+    MODELS,
+    SETTINGS,
+    SIZES,
+    greedy,
+    heads_partition,
+    left_padded,
+    prefilled,
+    resolved,
+    saved_pair,
+    stored_by_columns,
+)
 from slow_masked import in_model_order, masked_decode, masked_network
 from slow_pop import SlowPOP
 from tolerance import assert_same
@@ -77,7 +88,7 @@ def test_the_widest_width_chooses_among_all_channels(model: LlamaForCausalLM, ru
             x, step = model.begin(chosen, reference)
             for layer, own in zip(model.model.layers, reference.layers, strict=True):
                 normed = layer.input_layernorm(x)
-                x = x + layer.attended(layer.self_attn.decode(normed, own.keys, own.values, own.heads, step))
+                x = x + layer.after_attention(own.heads.decode(normed, own.cache, step))
                 h = layer.mlp.activation(layer.before_mlp(x))
                 best = keep_best(channel_scores(h, layer.mlp.down_norms()), h.shape[-1] // 2)
                 x = x + layer.after_mlp(layer.mlp.down_proj(h * best))
@@ -100,7 +111,7 @@ def test_padding_changes_nothing(model: LlamaForCausalLM) -> None:
             logits, padded_logits = model.decode(chosen, state), model.decode(chosen, padded_state)
         for one, other in zip(state.layers, padded_state.layers, strict=True):
             assert torch.equal(one.ffn.partition.order, other.ffn.partition.order)
-            assert torch.equal(one.heads.partition.order, other.heads.partition.order)
+            assert torch.equal(heads_partition(one).order, heads_partition(other).order)
 
 
 def test_a_sequence_that_has_ended_no_longer_counts(model: LlamaForCausalLM) -> None:
@@ -162,14 +173,14 @@ def test_columns_of_losing_candidates_are_not_read(model: LlamaForCausalLM) -> N
         layer, active = model.model.layers[0], state.layers[0].ffn
         _, step = model.begin(tokens[:, 0], state)
         x = torch.randn(1, 1, model.config.hidden_size, dtype=model.dtype)
-        wanted = layer.mlp.decode(x, active, step)
+        wanted = active.decode(x, step)
         assert_same(wanted, masked_network(layer.mlp, x, active.partition, step.live[:, 0]))
         h = layer.mlp.activation(x)[0, 0, active.partition.candidate]
-        keep = active.partition.pick(h.abs() * active.candidate_factors)
+        keep = active.partition.pick(h.abs() * active.candidate_norms)
         losing = active.sizes.retained + (~keep).nonzero().flatten()
         assert len(losing) == active.sizes.candidate - active.sizes.pick > 0
         active.down.weight[:, losing] = torch.nan
-        assert torch.equal(layer.mlp.decode(x, active, step), wanted)
+        assert torch.equal(active.decode(x, step), wanted)
         read = bytes_per_token(model, pruning)
         dense = bytes_per_token(model, resolved(model, DENSE))
         unread = 3 * active.sizes.pruned + len(losing)
@@ -191,6 +202,7 @@ def test_storing_weights_by_columns_changes_nothing(model: LlamaForCausalLM) -> 
             logits, again = model.decode(chosen, state), by_columns.decode(chosen, other)
         for one, two in zip(state.layers, other.layers, strict=True):
             pairs = [(getattr(one.ffn, name), getattr(two.ffn, name)) for name in ("gate", "up", "down")]
-            for rows, columns in [*pairs, (one.heads.qkv, two.heads.qkv), (one.heads.o, two.heads.o)]:
+            pairs += [(getattr(one.heads, name), getattr(two.heads, name)) for name in ("active_qkv", "active_o")]
+            for rows, columns in pairs:
                 assert torch.equal(rows.weight, columns.weight)
                 assert rows.weight.stride() != columns.weight.stride()

@@ -26,20 +26,22 @@ from builders import (
 from PIL import Image
 from slow_prefill import SlowPrefillOnly, two_passes, without_keys
 from tolerance import assert_same
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig
 
-from models.experts import ActiveExperts
-from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
-from models.pruning.partition import channel_scores, head_scores, partition_channels
+from models.pruning.experts import PartitionedExperts
+from models.pruning.heads import PartitionedAttention
+from models.pruning.partition import Evidence, channel_scores, head_scores, partition_channels
 from models.pruning.resolve import LayerWeights, resolve
 from models.pruning.settings import DENSE, PruningSettings, exact_share
 from models.state import DecodeState
 from popengine import generate, score
 from popengine.loading import load
 from popengine.methods.by_name import Request, pruning_for
+from popengine.run import next_logits
 from popengine.statistics import measured, report
+from popengine.studies.known_text import evaluate
 from weights.errors import InputError
 
 FAMILIES: dict[str, Any] = MODELS | {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE}
@@ -58,9 +60,9 @@ def skipping(share: float | str, boundary: int = 1, settings: PruningSettings = 
 def caches(state: DecodeState, layer: int) -> tuple[Tensor, Tensor]:
     """Keys and values of a layer, heads in the model's order. [B, K, S, D] each"""
     own = state.layers[layer]
-    order = own.heads.cache_order
+    order = getattr(own.heads, "cache_order", None)
     back = slice(None) if order is None else order.argsort()
-    return own.keys[:, back], own.values[:, back]
+    return own.cache.keys[:, back], own.cache.values[:, back]
 
 
 @pytest.mark.parametrize("name", [None, *SETTINGS])
@@ -73,7 +75,7 @@ def test_a_prompt_of_no_more_than_the_boundary_tokens_runs_in_full(model: LlamaF
         logits, state = prefilled(model, tokens, skipping("2/3", boundary, settings), real)
         assert torch.equal(logits, wanted)
         token = torch.tensor([5, 6])
-        assert torch.equal(model.decode(token, state), model.decode(token, reference))
+        assert torch.equal(next_logits(model, token, state), next_logits(model, token, reference))
         wanted, reference = prefilled(model, tokens, settings, real)
 
 
@@ -103,7 +105,7 @@ def test_one_pass_equals_two(model: LlamaForCausalLM, share: float | str, bounda
             assert_same(one[:, :, :12] * where, other[:, :, :12] * where)
     for _ in range(4):
         chosen = logits.argmax(-1)
-        logits, wanted = model.decode(chosen, state), model.decode(chosen, slow)
+        logits, wanted = next_logits(model, chosen, state), next_logits(model, chosen, slow)
         assert_same(logits, wanted)
 
 
@@ -115,15 +117,15 @@ def test_without_keys_skipped_layers_know_of_no_prompt(model: LlamaForCausalLM, 
     pruning = pruning_for("skip-no-keys", Request(model, skipping("2/3", boundary)))
     wanted = without_keys(model, tokens, LAYERS - 2, 12 - boundary)[0, boundary - 1 :]              # [9, V]
     logits, state = prefilled(model, tokens[:, :12], pruning)
-    steps = [logits, *(model.decode(token, state) for token in tokens[0, 12:].split(1))]
+    steps = [logits, *(next_logits(model, token, state) for token in tokens[0, 12:].split(1))]
     assert_same(torch.cat(steps), wanted)
     _, state = prefilled(model, tokens[:, :12], pruning)
     assert_same(evaluate(model, tokens[0, 12:], state), wanted[1:])
-    seeing, _ = prefilled(model, tokens[:, :12], replace(pruning, blind=False))
+    seeing, _ = prefilled(model, tokens[:, :12], replace(pruning, no_skipped_kv=False))
     assert (seeing - logits).abs().max() > 1e-3
     model.prefill(model.embed(tokens[:, :boundary]), state)
     _, dense = prefilled(model, tokens[:, :boundary], DENSE)
-    assert torch.equal(model.decode(tokens[0, -1:], state), model.decode(tokens[0, -1:], dense))
+    assert torch.equal(next_logits(model, tokens[0, -1:], state), next_logits(model, tokens[0, -1:], dense))
 
 
 @torch.inference_mode()
@@ -159,42 +161,42 @@ def test_each_prompt_of_a_batch_is_as_if_it_were_alone(model: LlamaForCausalLM, 
     tokens, real = left_padded(lengths, SIZES["vocab_size"])
     settings = skipping("2/3", boundary)
     logits, state = prefilled(model, tokens, settings, real)
-    following = model.decode(torch.tensor([3, 4, 5]), state)
+    following = next_logits(model, torch.tensor([3, 4, 5]), state)
     for index, length in enumerate(lengths):
         alone, own = prefilled(model, tokens[index : index + 1, -length:], settings)
         assert_same(logits[index : index + 1], alone)
-        step = model.decode(torch.tensor([3 + index]), own)
+        step = next_logits(model, torch.tensor([3 + index]), own)
         assert_same(following[index : index + 1], step)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 @torch.inference_mode()
-def test_only_rows_that_run_are_evidence(model: LlamaForCausalLM, name: str) -> None:
-    """And padding in the boundary is none. The partitions are those of scores over what an observer was told."""
+def test_only_rows_that_run_are_evidence(
+    model: LlamaForCausalLM, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And padding in the boundary is none. The partitions are those of scores over what the evidence was given."""
     tokens, real = left_padded([12, 2], SIZES["vocab_size"])
     state = model.new_state(2, 64, resolved(model, skipping("1/3", 4, SETTINGS[name])))
-    seen: dict[nn.Module, Tensor] = {}
-
-    def observe(module: nn.Module, h: Tensor, *_: Tensor | None) -> None:
-        seen[module] = h
-
-    model.prefill(model.embed(tokens), state, real, observe=observe)
+    seen: dict[Evidence, Tensor] = {}
+    add = Evidence.add
+    monkeypatch.setattr(Evidence, "add", lambda own, h, *rest: (seen.update({own: h}), add(own, h, *rest))[1])
+    model.prefill(model.embed(tokens), state, real)
     for index, layer in enumerate(model.model.layers):
         counted = real if index < LAYERS - 1 else real[:, -4:]
         heads, ffn, active = state.layers[index].heads, layer.mlp, state.layers[index].ffn
-        if heads.prunes:
+        if isinstance(heads, PartitionedAttention):
             assert heads.evidence.tokens == int(counted.sum())
-            a = seen[layer.self_attn]
+            a = seen[heads.evidence]
             assert a.shape[:2] == counted.shape
             scores = head_scores(channel_scores(a, layer.self_attn.output_norms(), counted), layer.self_attn.head_dim)
             wanted = partition_channels(scores.view(layer.self_attn.head_groups, -1), heads.sizes)
             assert torch.equal(heads.partition.order, wanted.order)
-        if isinstance(active, ActiveExperts):
+        if isinstance(active, PartitionedExperts):
             assert sum(active.prompt_tokens) == int(counted.sum()) * layer.mlp.experts_per_token
             assert sum(active.picks) == 0
-        elif active.prunes:
+        elif active.sizes.prunes:
             assert active.evidence.tokens == int(counted.sum())
-            scores = channel_scores(seen[ffn], ffn.down_norms(), counted)
+            scores = channel_scores(seen[active.evidence], ffn.down_norms(), counted)
             assert torch.equal(active.partition.order, partition_channels(scores, active.sizes).order)
 
 
@@ -204,8 +206,8 @@ def test_steps_run_dense_until_skipped_layers_have_seen_enough(model: LlamaForCa
     tokens, _ = left_padded([12], SIZES["vocab_size"])
     _, state = prefilled(model, tokens, settings)
     for _ in range(5):
-        model.decode(torch.tensor([4]), state)
-    assert state.gathering.dense_steps == 3
+        next_logits(model, torch.tensor([4]), state)
+    assert state.schedule.dense_steps == 3
 
 
 @pytest.mark.parametrize("name", [None, "both", "ffn_dense_prefill"])
@@ -215,10 +217,10 @@ def test_buffers_serve_the_next_prompt_as_if_they_were_new(model: LlamaForCausal
     first, _ = left_padded([30], SIZES["vocab_size"], seed=3)
     tokens, _ = left_padded([9], SIZES["vocab_size"])
     _, state = prefilled(model, first, settings)
-    model.decode(torch.tensor([1]), state)
+    next_logits(model, torch.tensor([1]), state)
     wanted, fresh = prefilled(model, tokens, settings)
     assert torch.equal(model.prefill(model.embed(tokens), state), wanted)
-    assert torch.equal(model.decode(torch.tensor([4]), state), model.decode(torch.tensor([4]), fresh))
+    assert torch.equal(next_logits(model, torch.tensor([4]), state), next_logits(model, torch.tensor([4]), fresh))
 
 
 @torch.inference_mode()

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from popengine.engine import Engine
 from popengine.loading import load
-from popengine.text import chat
 from popengine.text.chat import render_chat
 from weights.errors import InputError
 
@@ -48,7 +47,7 @@ def test_a_message_never_becomes_a_control_token_and_keeps_its_letters(engine: E
 
 def test_what_spells_no_control_token_is_encoded_as_it_always_was(engine: Engine) -> None:
     messages = [{"role": "user", "content": "Hi |> <|"}, {"role": "assistant", "content": "  Yes? "}]
-    text = render_chat(str(engine.chat_template), messages, bos_token=None, eos_token="<eos>")
+    text = render_chat(str(engine.chat_template), messages, engine.tokenizer)
     assert engine.prompts.ids(messages) == engine.tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -93,7 +92,7 @@ def test_texts_that_spell_a_control_token_together_are_letters(
 
 def test_halves_of_a_control_token_that_do_not_meet_are_encoded_as_they_always_were(engine: Engine) -> None:
     messages = [{"role": "user", "content": "end|> is what <|"}, {"role": "assistant", "content": "<"}]
-    text = render_chat(str(engine.chat_template), messages, bos_token=None, eos_token="<eos>")
+    text = render_chat(str(engine.chat_template), messages, engine.tokenizer)
     assert engine.prompts.ids(messages) == engine.tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -125,13 +124,16 @@ def test_what_a_normalizer_makes_of_a_message_is_no_control_token(
     assert controls(engine, ids) == ["<|user|>", "<|end|>", "<|end|>", "<|assistant|>"]
 
 
-def test_a_batch_of_chats_starts_one_process(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = [engine.prompts.ids(f"Number {n}") for n in (0, 499)]
+def test_tokenizer_and_template_of_a_checkpoint_share_one_process(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started: list[Any] = []
-    run = subprocess.run
-    monkeypatch.setattr(chat.subprocess, "run", lambda *words, **named: started.append(1) or run(*words, **named))
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **named: started.append(1) or start(*words, **named))
+    engine = load(checkpoint)
+    alone = [engine.prompts.ids(f"Number {n}") for n in (0, 499)]
     together = engine.prompts.batch([f"Number {n}" for n in range(500)], [()] * 500)
-    assert len(started) == 1
+    assert len(engine.stop_ids) == 2 and len(started) == 1
     assert [together[0], together[499]] == alone
 
 

@@ -201,7 +201,7 @@ def test_a_video_is_one_clear_line(engine: Engine) -> None:
         ("config.json", "text_config", {"rope_parameters": {"mrope_section": [2, 3, 4]}}, "add up to 8, half of the"),
         ("config.json", "text_config", {"rope_parameters": {"mrope_section": [8]}}, "three numbers that add up to 8"),
         ("config.json", "text_config", {"rope_parameters": {"mrope_section": [10, -1, -1]}}, "add up to 8"),
-        ("config.json", "text_config", {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' is not implemented"),
+        ("config.json", "text_config", {"rope_parameters": {"rope_type": "longrope"}}, "'longrope' is not implemented"),
         ("config.json", "vision_config", {"in_channels": 1}, "in_channels must be 3"),
         ("config.json", "vision_config", {"num_heads": 7}, "multiple of four times num_heads"),
         ("config.json", "vision_config", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not one of axial"),

@@ -13,6 +13,7 @@ from builders import (
     MIXTRAL_TINY,
     SIZES,
     complete_checkpoint,
+    heads_partition,
     left_padded,
     prefilled,
     resolved,
@@ -26,20 +27,22 @@ from tolerance import assert_same
 from torch import Tensor
 from transformers import LlamaConfig
 
-from models import feed_forward, packed
-from models.clock import Clock
-from models.feed_forward import ActiveFeedForward, FeedForward
-from models.gathering import Gathering
-from models.known_text import evaluate
+from models import packed
+from models.cache import View
+from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.packed import Int4Matrix, Int8Matrix, draft_of
-from models.passes import View, prefill_pass
+from models.passes import prefill_pass
+from models.pruning.pop import POP, Prior
+from models.pruning.refresh import RefreshSchedule
 from models.pruning.resolve import Pruning
-from models.pruning.rules import POP, Prior
 from models.pruning.settings import DENSE, RULE_NAMES, PruningSettings
 from models.reading import bytes_per_token
 from popengine.loading import load
 from popengine.prior import read
+from popengine.run import next_logits
+from popengine.studies import rules
+from popengine.studies.known_text import evaluate
 from weights.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("exact_drafts")
@@ -96,14 +99,16 @@ def test_each_rule_is_its_formula(
     state = model.new_state(1, 64, pruning)
     prompt = torch.randn(14, SIZES["hidden_size"], dtype=kind)
     ffn, active = model.model.layers[1].mlp, state.layers[1].ffn
-    ffn.prefill(prompt[None], active, prefill_pass(model.model.rotary, [View(None)], prompt[None], None))
+    rows = prefill_pass(model.model.rotary, [View(None)], prompt[None], None)
+    rows.partitions, rows.tokens = True, len(prompt)
+    active.prefill(prompt[None], rows)
     _, step = model.begin(torch.tensor([5]), state)
     for x in torch.randn(6, SIZES["hidden_size"], dtype=kind):
         wanted = slow_step(ffn, x, prompt, rule, active.sizes.active, round(80 * (share or 0)))
-        assert_same(ffn.decode(x[None, None], active, step)[0, 0], wanted)
+        assert_same(active.decode(x[None, None], step)[0, 0], wanted)
 
 
-@pytest.mark.parametrize("more", [{"redraw_every": 6}, {"redraw_on_drift": 0.0, "retained_share": 0.3}])
+@pytest.mark.parametrize("more", [{"redraw_every": 6}, {"redraw_every": 3, "retained_share": 0.3}])
 @pytest.mark.parametrize("rule", RULE_NAMES)
 @torch.inference_mode()
 def test_steps_and_a_known_text_agree_under_every_rule(
@@ -114,8 +119,8 @@ def test_steps_and_a_known_text_agree_under_every_rule(
         settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.3, prior=1, rule=rule, dense_every=3, **more)
         tokens = torch.randint(SIZES["vocab_size"], (40,), generator=torch.Generator().manual_seed(5))
         _, state = prefilled(one, tokens[None, :12], settings)
-        steps = torch.cat([one.decode(token[None], state) for token in tokens[12:]])
-        assert state.gathering.redraws > 2
+        steps = torch.cat([next_logits(one, token[None], state) for token in tokens[12:]])
+        assert state.schedule.redraws > 2
         _, again = prefilled(one, tokens[None, :12], settings)
         assert_same(evaluate(one, tokens[12:], again), steps)
 
@@ -128,11 +133,11 @@ def test_rows_that_a_cheap_rule_does_not_choose_are_not_read(model: LlamaForCaus
     layer, active = model.model.layers[0].mlp, state.layers[0].ffn
     x = torch.randn(1, 1, SIZES["hidden_size"], dtype=torch.float64)
     _, step = model.begin(torch.tensor([5]), state)
-    wanted = layer.decode(x, active, step)
-    look = (x @ layer.up_proj.weight.T)[0, 0].abs() * active.candidate_factors
+    wanted = active.decode(x, step)
+    look = (x @ layer.up_proj.weight.T)[0, 0].abs() * active.candidate_norms
     losing = look.argsort(descending=True)[active.sizes.active :]
     layer.gate_proj.weight[losing] = torch.nan
-    assert_same(layer.decode(x, active, step), wanted)
+    assert_same(active.decode(x, step), wanted)
     dense = bytes_per_token(model, resolved(model, DENSE)) - bytes_per_token(model, pruning)
     assert dense == 8 * len(model.model.layers) * SIZES["hidden_size"] * len(losing)
 
@@ -143,7 +148,7 @@ def test_a_draft_chooses_and_of_the_weights_only_what_it_chose_is_read(
     wide: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a compact network of the channels whose drafts score best; in half precision, as it runs."""
-    for module in (feed_forward, packed):
+    for module in (rules, packed):
         monkeypatch.setattr(module, "DRAFT_DTYPE", torch.bfloat16)
     sizes = SIZES | {"hidden_size": 64} if wide else SIZES
     model = saved_pair(tmp_path, LlamaConfig(**sizes))[1]
@@ -162,7 +167,7 @@ def test_a_draft_chooses_and_of_the_weights_only_what_it_chose_is_read(
     for matrix in (layer.gate_proj, layer.up_proj):
         matrix.weight[losing] = torch.nan
     active.down.weight[:, losing] = torch.nan
-    assert_same(layer.decode(x, active, step), wanted)
+    assert_same(active.decode(x, step), wanted)
 
 
 @torch.inference_mode()
@@ -192,8 +197,8 @@ def test_glass_cuts_by_the_sum_of_two_ranks(model: LlamaForCausalLM, mixture: Ll
             drawn[count] = [held for layer in state.layers for held in getattr(layer.ffn, "active", [layer.ffn])]
         for ffn, held, again in zip(networks, drawn[1], drawn[1000], strict=True):
             if held is None:            # an expert is cut when it is first needed: by the prior alone
-                held = again = ActiveFeedForward(ffn, pruning.rule)
-                held.draw(ffn, Clock(ffn.device))
+                held = again = pruning.rule.new_ffn(ffn)
+                held.repartition()
             usual = slow_order((of[ffn, "h"].sqrt() * ffn.down_norms()).tolist())
             own = slow_order((held.evidence.squares.sqrt() * ffn.down_norms()).tolist())
             places = [usual.index(channel) + own.index(channel) * (held.evidence.tokens > 0) for channel in usual]
@@ -201,48 +206,6 @@ def test_glass_cuts_by_the_sum_of_two_ranks(model: LlamaForCausalLM, mixture: Ll
             assert held.partition.retained.tolist() == sorted(by_place[: held.sizes.retained])
             assert held.partition.pruned.tolist() == sorted(by_place[held.sizes.resident :])
             assert torch.equal(held.partition.order, again.partition.order)
-
-
-@torch.inference_mode()
-def test_partitions_are_drawn_anew_where_the_attention_turns(tmp_path: Path) -> None:
-    """Every step dense, so that Hugging Face's own attention output says at which steps the bound was passed."""
-    reference, model = saved_pair(tmp_path, LlamaConfig(**SIZES))
-    tokens = torch.randint(SIZES["vocab_size"], (40,), generator=torch.Generator().manual_seed(3))
-    told: list[Tensor] = []
-    hook = reference.model.layers[-1].self_attn.register_forward_hook(lambda *all: told.append(all[-1][0][0]))
-    reference(tokens[None])
-    hook.remove()
-    (a,) = told                                                                     # [T, H]
-    turned = [1 - torch.cosine_similarity(a[:place].mean(dim=0), a[place], dim=0) for place in range(12, 39)]
-    bound = float(torch.stack(turned).median())
-    settings = PruningSettings(ffn_ratio=0.4, prefill="dense", dense_every=1, redraw_on_drift=bound + 1e-4)
-    _, state = prefilled(model, tokens[None, 20:], settings)
-    for _ in range(2):                  # the last prompt is forgotten
-        model.prefill(model.embed(tokens[None, :12]), state)
-        drawn = []
-        for token in tokens[12:]:
-            before = state.gathering.redraws
-            model.decode(token[None], state)
-            drawn.append(state.gathering.redraws > before)
-        # A step looks at what was seen before it: at the first there is nothing since the prompt.
-        assert drawn == [False, *[bool(one > bound + 1e-4) for one in turned]]
-
-
-@torch.inference_mode()
-def test_neither_padding_nor_an_ended_sequence_makes_the_attention_drift(model: LlamaForCausalLM) -> None:
-    settings = PruningSettings(ffn_ratio=0.4, dense_every=9, redraw_on_drift=0.5)
-    seen = []
-    for other in (5, 60):
-        tokens, real = left_padded([12, 9], SIZES["vocab_size"])
-        tokens[~real] = other
-        _, state = prefilled(model, tokens, settings, real)
-        state.end(1)
-        model.decode(torch.tensor([3, other]), state)
-        seen.append(state.layers[-1].drift)
-    assert seen[0].since.any()
-    assert_same(seen[0].before, seen[1].before)
-    assert_same(seen[0].since, seen[1].since)
-    assert all(layer.drift is None for layer in state.layers[:-1])
 
 
 @torch.inference_mode()
@@ -255,18 +218,18 @@ def test_steps_add_to_the_evidence_what_one_long_prompt_would_have_shown(
         gathered = PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6, prefill="dense", min_evidence=30)
         _, state = prefilled(one, tokens[:, :9], gathered)
         for token in tokens[0, 9:]:
-            one.decode(token[None], state)
-        assert (state.gathering.tokens, state.gathering.dense_steps) == (30, 21)
+            next_logits(one, token[None], state)
+        assert (state.schedule.tokens, state.schedule.dense_steps) == (30, 21)
         _, whole = prefilled(one, tokens, PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6,
                                                           prefill="dense"))
         for own, other in zip(state.layers, whole.layers, strict=True):
-            assert torch.equal(own.heads.partition.order, other.heads.partition.order)
+            assert torch.equal(heads_partition(own).order, heads_partition(other).order)
             for piece, all_at_once in zip(networks(own.ffn), networks(other.ffn), strict=True):
                 assert piece.evidence.tokens == all_at_once.evidence.tokens
                 assert_same(piece.evidence.squares, all_at_once.evidence.squares)
                 assert torch.equal(piece.partition.order, all_at_once.partition.order)
         token = torch.tensor([3])
-        assert_same(one.decode(token, state), one.decode(token, whole))
+        assert_same(next_logits(one, token, state), next_logits(one, token, whole))
 
 
 def networks(active: Any) -> list[Any]:
@@ -282,9 +245,9 @@ def test_sequences_that_have_ended_are_no_evidence(model: LlamaForCausalLM) -> N
     _, other = prefilled(model, tokens, settings)
     for one in (state, other):
         one.end(1)
-    model.decode(torch.tensor([3, 4]), state)
-    model.decode(torch.tensor([3, 60]), other)
-    assert state.gathering.tokens == 25
+    next_logits(model, torch.tensor([3, 4]), state)
+    next_logits(model, torch.tensor([3, 60]), other)
+    assert state.schedule.tokens == 25
     for one, two in zip(state.layers, other.layers, strict=True):
         assert_same(one.ffn.evidence.squares, two.ffn.evidence.squares)
 
@@ -293,8 +256,8 @@ def test_sequences_that_have_ended_are_no_evidence(model: LlamaForCausalLM) -> N
 def test_every_live_sequence_of_a_dense_step_is_evidence(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([12, 12, 12], SIZES["vocab_size"])
     _, state = prefilled(model, tokens, PruningSettings(ffn_ratio=0.4, min_evidence=1000))
-    model.decode(torch.tensor([3, 4, 5]), state)
-    assert state.gathering.tokens == state.layers[0].ffn.evidence.tokens == 39
+    next_logits(model, torch.tensor([3, 4, 5]), state)
+    assert state.schedule.tokens == state.layers[0].ffn.evidence.tokens == 39
 
 
 @pytest.mark.parametrize("rule", ["up", "gate"])
@@ -306,18 +269,18 @@ def test_what_a_rule_watches_is_forgotten_with_the_prompt(rule: str, model: Llam
     model.prefill(model.embed(tokens), used)
     _, fresh = prefilled(model, tokens, settings)
     token = torch.tensor([4])
-    assert torch.equal(model.decode(token, used), model.decode(token, fresh))
-    assert torch.equal(used.layers[0].ffn.candidate_factors, fresh.layers[0].ffn.candidate_factors)
+    assert torch.equal(next_logits(model, token, used), next_logits(model, token, fresh))
+    assert torch.equal(used.layers[0].ffn.candidate_norms, fresh.layers[0].ffn.candidate_norms)
 
 
 def test_a_schedule_is_dense_until_there_is_enough_and_then_now_and_again() -> None:
     pruning = Pruning(0.2, 0.2, PruningSettings(min_evidence=12, dense_every=4, redraw_every=8), POP(0.2, 0.1))
-    gathering = Gathering(pruning, live=1)
-    assert not gathering.prompt(10)
-    steps = [gathering.next_step() for _ in range(16)]
+    schedule = RefreshSchedule(pruning, live=1)
+    assert not schedule.prompt(10)
+    steps = [schedule.next_step() for _ in range(16)]
     assert [dense for dense, _ in steps] == [True, True, *[step % 4 == 0 for step in range(3, 17)]]
     assert [step for step, (_, draws) in enumerate(steps, 1) if draws] == [2, 12]
-    assert (gathering.redraws, gathering.tokens) == (1, 16)
+    assert (schedule.redraws, schedule.tokens) == (1, 16)
 
 
 @torch.inference_mode()
@@ -385,7 +348,6 @@ def test_an_edited_prior_is_made_again(folder: Path, tmp_path: Path) -> None:
         ({"prior": -1}, "prior must be between 0 and 1000000, not -1"),
         ({"prior": 10**400}, "prior must be between 0 and 1000000"),
         ({"redraw_every": 4}, "redraw every needs dense every"),
-        ({"redraw_on_drift": 0.5}, "redraw on drift needs dense every"),
         ({"rule": "glass"}, "rule glass needs a prior of 1 or more"),
     ],
 )

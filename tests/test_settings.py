@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from builders import another_setting, another_value
 
-from models.pruning.resolve import LayerWeights, resolve
+from models.pruning.resolve import LayerWeights
 from models.pruning.settings import RECOMMENDED, PruningSettings, compared_fields
 from popengine import compare, generate, score
 from popengine.command import generation_settings, pruning_settings
 from popengine.measure.comparison import Configuration
 from popengine.measure.comparison_table import markdown
 from popengine.statistics import pruning_report
+from popengine.studies.resolve import resolve_study
 from weights.errors import InputError
 
 NAMES = [one.name for one in fields(PruningSettings)]
@@ -63,7 +64,7 @@ def test_what_is_not_compared_is_no_flag_of_compare(name: str) -> None:
 def test_every_setting_is_in_the_report(name: str) -> None:
     weights = LayerWeights(attention=4000, ffn=12000, head=500, head_groups=2, heads_per_group=2, layers=4)
     settings = PruningSettings(**another_setting(name))
-    report = pruning_report(resolve(settings, weights))
+    report = pruning_report(resolve_study(settings, weights))
     assert set(NAMES) <= report.keys()
     assert report[name] == pytest.approx(another_value(name))
 

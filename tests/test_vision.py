@@ -170,7 +170,7 @@ def test_images_stand_where_the_prompt_or_the_template_or_the_rule_puts_them(eng
     messages = [{"role": "user", "content": "Which?"}]
 
     def render(conversations: Sequence[Messages]) -> list[str | InputError]:
-        return render_chats(knows_texts_only, conversations, bos_token=None, eos_token=None)
+        return render_chats(knows_texts_only, conversations, engine.tokenizer)
 
     assert engine.pictures.render([messages], [2], render) == ["[user] <image>\n<image>\nWhich?"]
 
@@ -227,7 +227,7 @@ def test_bad_images_end_the_command_in_one_line(tmp_path: Path, capsys: pytest.C
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:200])
     raw = ("--prompt", "See <image> here", "--raw")
     for arguments, message in [
-        (("--prompt", "Hi", "--image", tmp_path / "none.png"), "no such image"),
+        (("--prompt", "Hi", "--image", tmp_path / "none.png"), "cannot be read: No such file"),
         (("--prompt", "Hi", "--image", tmp_path), "is not a file"),
         (("--prompt", "Hi", "--image", tmp_path / "text.png"), "not an image"),
         (("--prompt", "Hi", "--image", tmp_path / "cut.png"), "damaged or truncated image"),

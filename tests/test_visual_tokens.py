@@ -17,17 +17,19 @@ from tiny_llava import IMAGE, VARIANTS, load_ours, padded, pictures, prompt, ref
 from tolerance import assert_same
 from torch import Tensor
 
+from models.cache import View
 from models.llava import LlavaForConditionalGeneration as OurLlava
-from models.passes import PictureRows, Stretch, View, prefill_pass
+from models.passes import PictureRows, Stretch, prefill_pass
 from models.pruning.settings import DENSE, PruningSettings
 from models.state import DecodeState
-from models.visual_tokens import most_diverse, rows_left
 from popengine import generate
 from popengine.engine import Engine
 from popengine.loading import load
 from popengine.measure.picture_tasks import picture_questions
 from popengine.methods.by_name import Request, pruning_for
+from popengine.run import next_logits
 from popengine.statistics import measured, report
+from popengine.studies.visual_tokens import most_diverse
 from weights.errors import InputError
 
 ATTENTION = replace(DENSE, visual_tokens=4, visual_tokens_layer=1)
@@ -64,12 +66,12 @@ def run(
     text = model.language_model
     pruning = resolved(text, settings)
     where = stretches(prompts, model.config.tokens_per_image)
-    missing = tokens.shape[1] - rows_left(pruning, where, [len(ids) for ids in prompts])
+    missing = pruning.dropped_rows(where, [len(ids) for ids in prompts])
     capacity = tokens.shape[1] + len(new)
     state = text.new_state(len(prompts), capacity, pruning, thin_capacity=capacity - missing)
     x = model.embed(tokens, model.encode_images(pictures(count)) if count else None)
     logits = [text.prefill(x, state, None if real.all() else real, pictures=PictureRows(stretches=where))]
-    logits += [text.decode(torch.full((len(prompts),), token), state) for token in new]
+    logits += [next_logits(text, torch.full((len(prompts),), token), state) for token in new]
     return torch.stack(logits, dim=1), state
 
 
@@ -117,7 +119,7 @@ def test_prompts_of_a_batch_are_thinned_each_for_itself(pair: tuple, settings: P
     if settings.ffn_ratio is not None and hasattr(evidence, "evidence"):
         left = sum(map(len, prompts)) - 3 * (9 - 4)
         assert evidence.evidence.tokens == left and state.layers[0].ffn.evidence.tokens == sum(map(len, prompts))
-        assert state.gathering.tokens == left
+        assert state.schedule.tokens == left
 
 
 def test_all_that_stays_changes_nothing(pair: tuple) -> None:
@@ -140,9 +142,7 @@ def by_hand(engine: Engine, ids: list[int], images: list[Image.Image], gone: set
     tokens, model = torch.tensor([ids]), engine.model
     x, _, found, _ = engine.pictures.embed(tokens, None, engine.pictures.given(images, [ids]))
     given = found or PictureRows()
-    step = prefill_pass(
-        model.model.rotary, map(View, model.config.windows), x, None, positions=given.positions, blocks=given.blocks
-    )
+    step = prefill_pass(model.model.rotary, map(View, model.config.windows), x, None, given)
     causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()[None, None]
     stay = [row for row in range(len(ids)) if row not in gone]
     added = list(given.added)
@@ -247,7 +247,7 @@ def test_left_out_tokens_and_skipped_layers_compose(llava: Engine) -> None:
     )
     slow = [int(logits.argmax())]
     while len(slow) < 6:
-        slow.append(int(llava.model.decode(torch.tensor(slow[-1:]), state).argmax()))
+        slow.append(int(next_logits(llava.model, torch.tensor(slow[-1:]), state).argmax()))
     assert slow == new
 
 

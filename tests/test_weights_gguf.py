@@ -1,11 +1,13 @@
 """.gguf files: values, config and tokenizer as transformers reads them from the same file, and hostile files."""
 
+import json
 import random
 import struct
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from tiny_gguf import (
@@ -73,7 +75,9 @@ def test_tensors_come_back_under_their_names_and_in_their_order(tmp_path: Path, 
     assert config["tie_word_embeddings"] == ("lm_head.weight" not in model.tensors)
     assert (config["head_dim"], config["num_attention_heads"], config["num_key_value_heads"]) == (model.head_dim, 4, 2)
     assert (config["vocab_size"], config["rope_theta"], config["max_position_embeddings"]) == (260, 50000.0, 128)
-    assert config["attention_bias"] == ("model.layers.0.self_attn.q_proj.bias" in model.tensors)
+    # Biases of queries, keys and values without one of the output: Qwen2 has them.
+    biased = "model.layers.0.self_attn.q_proj.bias" in model.tensors
+    assert config["model_type"] == ("qwen2" if biased else "llama")
 
 
 # The largest error as a share of the tensor's largest value: half a step of the quantisation, or the float's precision.
@@ -99,16 +103,59 @@ def test_quantised_tensors_are_close_to_what_was_quantised(
         assert (read.float() - tensor).abs().max() <= 1.02 * error * tensor.abs().max()
 
 
-def test_rope_factors_and_linear_scaling_reach_the_config(tmp_path: Path) -> None:
-    model = TinyLlama()
-    factors = torch.linspace(1, 8, 16)
-    tensors = model.gguf_tensors() | {"rope_freqs.weight": factors}
-    checkpoint = open_gguf(write_gguf(tmp_path / "f.gguf", model.metadata() | TINY_TOKENS, tensors))
-    assert checkpoint.config["rope_scaling"] == {"rope_type": "factors", "factors": factors.tolist()}
-    assert set(checkpoint.entries) == set(model.tensors)
-    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-    checkpoint = open_gguf(tiny_file(tmp_path / "l.gguf", linear))
-    assert checkpoint.config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+# A block of bytes that may stand for anything is read as the gguf package reads it, whatever the tensor.
+def kinds_that_are_dequantised() -> list[str]:
+    kinds = []
+    for kind in gguf.GGMLQuantizationType:
+        try:
+            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        kinds.append(kind.name)
+    assert len(kinds) >= 20
+    return kinds
+
+
+@pytest.mark.parametrize("kind_name", kinds_that_are_dequantised())
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, where bytes stand for numbers that are none
+def test_every_kind_is_read_as_the_gguf_package_reads_it(tmp_path: Path, kind_name: str) -> None:
+    """A matrix, one whose rows are reordered, and a tensor that holds two experts."""
+    kind = gguf.GGMLQuantizationType[kind_name]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    shapes = {"attn_q": (128, 256), "attn_output": (64, 512), "ffn_up_exps": (2, 96, 256)}
+    source = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    metadata = TinyLlama().metadata() | {"llama.block_count": 1, "llama.expert_count": 2, "llama.expert_used_count": 1}
+    for key, value in metadata.items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
+    writer.add_token_list(["a"])
+    values = {}
+    for name, shape in shapes.items():
+        raw = source.integers(0, 256, (*shape[:-1], shape[-1] // block * block_bytes), np.uint8)
+        writer.add_tensor(f"blk.0.{name}.weight", raw, raw_dtype=kind)
+        values[name] = torch.from_numpy(gguf.dequantize(raw, kind).copy()).view(shape)
+    for name in ("blk.0.attn_norm.weight", "token_embd.weight", "blk.0.ffn_gate_inp.weight"):
+        writer.add_tensor(name, np.ones((4, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    checkpoint = open_gguf(tmp_path / "m.gguf")
+    expected = {
+        "self_attn.o_proj": values["attn_output"],
+        # Rows 2 j and 2 j + 1 of a head of 32 are its rows j and 16 + j.
+        "self_attn.q_proj": values["attn_q"].view(4, 16, 2, 256).transpose(1, 2).reshape(128, 256),
+        "mlp.experts.0.up_proj": values["ffn_up_exps"][0],
+        "mlp.experts.1.up_proj": values["ffn_up_exps"][1],
+    }
+    for name, wanted in expected.items():
+        read = checkpoint.read(f"model.layers.0.{name}.weight")
+        assert torch.equal(read.float().nan_to_num(), wanted.nan_to_num())
+        assert torch.equal(
+            checkpoint.read(f"model.layers.0.{name}.weight", slice(5, 20)).float().nan_to_num(),
+            wanted[5:20].nan_to_num(),
+        )
 
 
 def test_every_end_of_sequence_id_is_kept(tmp_path: Path) -> None:
@@ -116,6 +163,12 @@ def test_every_end_of_sequence_id_is_kept(tmp_path: Path) -> None:
     checkpoint = open_gguf(tiny_file(tmp_path / "m.gguf", more))
     assert checkpoint.generation_config == {"eos_token_id": [1, 3]}
     assert (checkpoint.bos_token, checkpoint.eos_token, checkpoint.chat_template) == ("<s>", "</s>", "x")
+
+
+def test_special_tokens_that_end_a_turn_end_a_text(tmp_path: Path) -> None:
+    tokens = {"tokenizer.ggml.tokens": ["<end_of_turn>", "</s>", "a", "b", "ab", "<|im_end|>"]}
+    types = {"tokenizer.ggml.token_type": [3, 3, 1, 1, 1, 1]}       # the last is no special token
+    assert open_gguf(tiny_file(tmp_path / "m.gguf", tokens | types)).generation_config == {"eos_token_id": [1, 0]}
 
 
 def assert_read_as_by_transformers(path: Path, reference: Any) -> None:
@@ -168,6 +221,27 @@ def test_byte_level_tokens_are_those_of_transformers(tmp_path: Path, pre: str) -
     assert_same_tokens(tokenizer_of(path), read_by_transformers(path))
 
 
+@pytest.mark.parametrize(
+    ("name", "split", "as_first"),
+    [
+        ("llama3", "llama-bpe", True), ("llama-v3", "llama-bpe", True), ("pixtral", "llama-bpe", True),
+        ("falcon3", "llama-bpe", True), ("dbrx", "llama-bpe", False), ("smaug-bpe", "llama-bpe", False),
+        ("glm4", "llama-bpe", False), ("deepseek-r1-qwen", "qwen2", True), ("megrez", "qwen2", True),
+        ("stablelm2", "qwen2", True), ("phi-2", "gpt-2", True), ("olmo", "gpt-2", True), ("jais", "gpt-2", True),
+        ("starcoder", "smollm", True), ("command-r", "smollm", True), ("minerva-7b", "smollm", True),
+    ],
+)  # fmt: skip
+def test_other_names_of_the_same_split(tmp_path: Path, name: str, split: str, as_first: bool) -> None:
+    """as_first: what is not said in a file is as for the split's own name (whole words first, bos before a text)."""
+    more = byte_level_metadata(split)
+    first = json.loads(open_gguf(tiny_file(tmp_path / "m.gguf", more)).tokenizer_json)
+    other = json.loads(open_gguf(tiny_file(tmp_path / "o.gguf", more | {"tokenizer.ggml.pre": name})).tokenizer_json)
+    assert (first == other) == as_first
+    assert first["pre_tokenizer"] == other["pre_tokenizer"]
+    if not as_first:
+        assert (other["model"]["ignore_merges"], other["post_processor"]) == (False, None)
+
+
 def test_tokens_of_the_default_checkpoint_are_those_of_transformers_and_llama_cpp(default_gguf: Path) -> None:
     ours, reference = tokenizer_of(default_gguf), read_by_transformers(default_gguf)
     # transformers 5 does not know this file's pre-tokenizer and takes GPT-2's, which never joins the spaces before a
@@ -184,6 +258,14 @@ def test_tokens_of_the_default_checkpoint_are_those_of_transformers_and_llama_cp
         "<|im_start|>user\n1<|im_end|>\n": [1, 4093, 198, 33, 2, 198],
     }.items():
         assert ours.encode(text).ids == ids
+
+
+def test_tokens_without_text_are_told_apart(tmp_path: Path) -> None:
+    more = {"tokenizer.ggml.tokens": [*TINY_TOKENS["tokenizer.ggml.tokens"], "", ""]}
+    more["tokenizer.ggml.token_type"] = [*TINY_TOKENS["tokenizer.ggml.token_type"], 1, 3]
+    ours = tokenizer_of(tiny_file(tmp_path / "m.gguf", more))
+    assert ours.get_vocab_size() == 7
+    assert ours.encode("ab", add_special_tokens=False).ids == [4]
 
 
 def test_sentencepiece_tokens_are_those_of_sentencepiece_and_transformers(tmp_path: Path) -> None:
@@ -220,6 +302,34 @@ def test_sentencepiece_without_a_space_before_the_text(tmp_path: Path) -> None:
         assert ours.decode(ids) == text
 
 
+def test_sentencepiece_symbols_of_spaces_and_newlines(tmp_path: Path) -> None:
+    """Gemma has them: runs of spaces and of newlines are tokens, and the longest one that fits is taken."""
+    symbols = ("\n", "\n\n", "▁▁", "▁▁▁", "<b>")
+    model = sentencepiece_model(space_prefix=False, symbols=symbols)
+    more = sentencepiece_metadata(model, symbols) | {"tokenizer.ggml.add_space_prefix": False}
+    ours = tokenizer_of(tiny_file(tmp_path / "m.gguf", more))
+    for text in [*TEXT, "a  b", "a   b    c      d", "\n\n\nx\n", " <b>  x</b>", "   ", "\t  \n  \t"]:
+        ids = ours.encode(text, add_special_tokens=False).ids
+        assert ids == model.encode(text), text
+        assert ours.decode(ids) == text
+
+
+def test_a_sentencepiece_vocabulary_without_ids_has_llama_cpps_defaults(tmp_path: Path) -> None:
+    named = sentencepiece_metadata(sentencepiece_model())
+    ids = {key: named[key] for key in named if key.endswith("_token_id")}
+    assert ids == {f"tokenizer.ggml.{name}_token_id": number for name, number in
+                   (("bos", 1), ("eos", 2), ("unknown", 0))}
+    with_ids = open_gguf(tiny_file(tmp_path / "m.gguf", named))
+    keys = ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id")
+    unnamed = {key: value for key, value in named.items() if key not in ids}
+    without = open_gguf(tiny_file(tmp_path / "n.gguf", unnamed, without=keys))
+    assert without.tokenizer_json == with_ids.tokenizer_json
+    assert (without.bos_token, without.eos_token) == ("<s>", "</s>")
+    assert without.generation_config == with_ids.generation_config == {"eos_token_id": [2]}
+    # Other vocabularies have none.
+    assert open_gguf(tiny_file(tmp_path / "b.gguf", without=keys)).bos_token is None
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [({}, "ab"), ({"add_bos_token": True}, "<s>ab"), ({"add_bos_token": True, "add_eos_token": True}, "<s>ab</s>")],
@@ -234,16 +344,14 @@ def test_bos_and_eos_are_added_as_the_file_says(tmp_path: Path, flags: dict[str,
 
 def test_files_that_are_not_supported_say_why(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    assert "architecture 'qwen2'; of .gguf files only 'llama'" in message_of(tiny_file(path, architecture="qwen2"))
-    assert "mixture-of-experts" in message_of(tiny_file(path, {"llama.expert_count": 8}))
-    assert "'yarn'" in message_of(tiny_file(path, {"llama.rope.scaling.type": "yarn"}))
+    assert "architecture 'bert'; of .gguf files llama, qwen2," in message_of(tiny_file(path, architecture="bert"))
     assert "rope.dimension_count is 16" in message_of(tiny_file(path, {"llama.rope.dimension_count": 16}))
-    assert "sliding_window" in message_of(tiny_file(path, {"llama.attention.sliding_window": 64}))
+    assert "llama.logit_scale" in message_of(tiny_file(path, {"llama.logit_scale": 2.0}))
     assert "not one whole number" in message_of(tiny_file(path, {"llama.attention.head_count": [4, 2]}))
     assert "one of 3 parts" in message_of(tiny_file(path, {"split.count": 3}))
     assert "block_count is 2000000000" in message_of(tiny_file(path, {"llama.block_count": 2_000_000_000}))
     assert "has no llama.block_count" in message_of(tiny_file(path, without=("llama.block_count",)))
-    assert "splits text as 'chatglm-bpe'" in message_of(tiny_file(path, {"tokenizer.ggml.pre": "chatglm-bpe"}))
+    assert "splits text as 'deepseek-llm'" in message_of(tiny_file(path, {"tokenizer.ggml.pre": "deepseek-llm"}))
     assert "kind 'bert'" in message_of(tiny_file(path, {"tokenizer.ggml.model": "bert"}))
     assert "is not in its vocabulary" in message_of(tiny_file(path, {"tokenizer.ggml.eos_token_id": 77}))
     repeated = {"tokenizer.ggml.tokens": ["a", "a", "b", "ab", "c"]}

@@ -1,20 +1,27 @@
 """Hub ids, against a Hub-like server on the loopback interface. The client reads its settings when it is imported, so
 that each download runs in a process of its own."""
 
+import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
+from builders import CHAT_TEMPLATE, REPOSITORY, complete_checkpoint
 from loopback_hub import LoopbackHub
 from safetensors.torch import save
 
+from popengine.loading import open_text_side
+from weights import files
+from weights.checkpoint import open_checkpoint
 from weights.hub import is_hub_id
 
 WEIGHTS = save({"model.norm.weight": torch.arange(6_000_000, dtype=torch.float32)})
@@ -79,6 +86,39 @@ def test_only_needed_files_are_fetched_and_the_cache_serves_without_network(hub:
     hub.close()
     unreachable = download("someone/model", settings(hub.url, tmp_path))
     assert unreachable.stdout == first.stdout, unreachable.stderr
+
+
+def test_a_hub_id_reads_as_the_folder_of_the_same_files_does(hub: LoopbackHub, tmp_path: Path) -> None:
+    """The template of a processor, and tokens that only added_tokens.json has."""
+    folder = complete_checkpoint(tmp_path / "folder")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 261}))
+    hub.files["someone/model"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    fetched = download("someone/model", settings(hub.url, tmp_path / "home"))
+    sides = []
+    for place in (folder, Path(fetched.stdout.strip())):
+        with open_checkpoint(place) as checkpoint:
+            tokenizer, template = open_text_side(checkpoint)
+            sides.append((template, tokenizer.token_id("<extra>"), checkpoint.generation_config))
+    assert sides[0] == sides[1] and sides[0][:2] == (CHAT_TEMPLATE, 261)
+
+
+def test_every_file_that_is_read_is_in_the_list_that_is_fetched() -> None:
+    """Names of files in the source of what opens checkpoints, and constants of the list that nobody uses."""
+    names: dict[str, str] = {}
+    used: set[str] = set()
+    for folder in ("weights", "models", "popengine/text", "popengine/pictures"):
+        for path in (REPOSITORY / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    if re.fullmatch(r"[\w*-]+\.(json|jinja|model|txt|safetensors)", node.value):
+                        names[node.value] = path.name
+                elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "files":
+                    used.add(node.attr)
+    unknown = {name for name in names if not any(fnmatch(name, known) for known in files.READ)}
+    assert unknown == set(files.OTHER_TOKENIZERS)
+    assert {name for name in vars(files) if name.isupper()} == used
 
 
 def test_missing_private_and_gated_repositories_are_one_line_each(hub: LoopbackHub, tmp_path: Path) -> None:

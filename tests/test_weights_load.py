@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -84,24 +85,32 @@ def test_what_was_loaded_does_not_hang_on_the_file(tmp_path: Path) -> None:
     assert torch.equal(model.proj.weight, tensors()["proj.weight"] * 2)
 
 
-def test_small_tensors_are_read_on_one_thread_and_the_others_come_back(
+def test_tensors_are_read_on_threads_of_their_own_and_the_number_of_threads_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint, model, before = checkpoint_of(tmp_path / "c", tensors()), tiny(), torch.get_num_threads()
-    threads: list[int] = []
+    checkpoint, before = checkpoint_of(tmp_path / "c", tensors()), torch.get_num_threads()
+    seen: list[tuple[bool, int]] = []
     read = weights.load.read_piece
-    monkeypatch.setattr(
-        weights.load, "read_piece", lambda *given: (threads.append(torch.get_num_threads()), read(*given))[1]
-    )
+
+    def watched(*given: Any) -> Any:
+        seen.append((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        return read(*given)
+
+    def failing(*given: Any) -> Any:
+        raise InputError("a tensor that cannot be read")
+
     torch.set_num_threads(2)
     try:
-        load_weights(model, checkpoint, torch.float32, CPU)
-        monkeypatch.setattr(weights.load, "WORTH_SHARING", 1)
+        monkeypatch.setattr(weights.load, "read_piece", watched)
         load_weights(tiny(), checkpoint, torch.float32, CPU)
+        assert torch.get_num_threads() == 2
+        monkeypatch.setattr(weights.load, "read_piece", failing)
+        with pytest.raises(InputError, match="cannot be read"):
+            load_weights(tiny(), checkpoint, torch.float32, CPU)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert threads == [1] * (len(threads) // 2) + [2] * (len(threads) // 2)
+    assert set(seen) == {(False, 1)}
 
 
 @pytest.mark.parametrize("present", [("embed.weight",), ("head.weight",), ("embed.weight", "head.weight")])

@@ -111,6 +111,32 @@ def test_a_broken_index_is_one_line(tmp_path: Path, index: str) -> None:
     assert "model.safetensors.index.json" in message_of(tmp_path / "index")
 
 
+def test_a_tensor_in_two_shards_must_be_the_same_in_both(tmp_path: Path) -> None:
+    folder, second = sharded(tmp_path / "shards"), "model-00002-of-00002.safetensors"
+    save_file({"b": torch.zeros(3), "c": torch.full((4,), 7.0)}, folder / second)
+    checkpoint = open_checkpoint(folder)
+    assert list(checkpoint.entries) == ["a", "b", "c"] and checkpoint.read("b").tolist() == [0, 0, 0]
+    for other in (torch.ones(3), torch.zeros(4), torch.zeros(3, dtype=torch.float64), -torch.zeros(3)):
+        save_file({"b": other, "c": torch.full((4,), 7.0)}, folder / second)
+        assert f"{second}: b is also in model-00001-of-00002.safetensors" in message_of(folder)
+
+
+def test_shards_without_an_index_are_named(tmp_path: Path) -> None:
+    (sharded(tmp_path) / "model.safetensors.index.json").unlink()
+    message = message_of(tmp_path)
+    assert "model-00001-of-00002.safetensors, model-00002-of-00002.safetensors" in message
+    assert "model.safetensors.index.json" in message
+
+
+def test_an_adapter_is_named_alone_and_beside_a_model(tmp_path: Path) -> None:
+    about = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "someone/base"})
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(about)
+    assert "is an adapter ('LORA') of 'someone/base', not a model: merge it" in message_of(tmp_path)
+    directory_with(tmp_path, save({"a": torch.ones(1)}))
+    assert "holds a model and an adapter of it" in message_of(tmp_path) and "merge it" in message_of(tmp_path)
+
+
 def test_what_is_not_a_checkpoint_is_said(tmp_path: Path) -> None:
     assert "no such path" in message_of(tmp_path / "nowhere")
     assert "no such path" in message_of("a/b/c\n\0" * 300)
@@ -210,7 +236,10 @@ def test_generation_config_is_optional(tmp_path: Path) -> None:
         ('{"torch_dtype": null}', torch.float32, torch.float32),
         ('{"torch_dtype": "auto"}', torch.float16, torch.float16),
         ('{"torch_dtype": "int8"}', torch.float32, "choose one of float32, bfloat16, float16"),
-        ('{"torch_dtype": {}, "dtype": "float32"}', torch.float32, "torch_dtype must be a text, not an object"),
+        ('{"torch_dtype": "half"}', torch.float32, torch.float16),
+        ('{"torch_dtype": "Tensor"}', torch.float32, "choose one of float32, bfloat16, float16"),
+        ('{"dtype": "bfloat16", "torch_dtype": "float32"}', torch.float32, torch.bfloat16),
+        ('{"torch_dtype": {}}', torch.float32, "torch_dtype must be a text, not an object"),
         ("{}", torch.float64, "choose one of float32, bfloat16, float16"),
     ],
 )

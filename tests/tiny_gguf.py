@@ -96,12 +96,18 @@ class TinyLlama:
 def write_gguf(
     path: Path,
     metadata: dict[str, Any],
-    tensors: dict[str, Tensor],
+    tensors: dict[str, Any],
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     architecture: str = "llama",
+    tensors_per_part: int = 0,
 ) -> Path:
-    """Write a file; matrices in `kind`, vectors in float32, as llama.cpp does."""
-    writer = gguf.GGUFWriter(path, architecture)
+    """Write a file, or with tensors_per_part several; matrices in `kind`, vectors in float32, as llama.cpp does.
+
+    Of tensors, Tensor or, where the blocks are made already, a pair: uint8 [rows, bytes], and their type.
+    """
+    writer = gguf.GGUFWriter(
+        path, architecture, split_max_tensors=tensors_per_part, small_first_shard=tensors_per_part > 0
+    )
     for key, value in metadata.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)
@@ -114,7 +120,9 @@ def write_gguf(
         else:
             writer.add_array(key, value)
     for name, tensor in tensors.items():
-        if tensor.dim() > 1 and kind != gguf.GGMLQuantizationType.F32:
+        if isinstance(tensor, tuple):
+            writer.add_tensor(name, tensor[0], raw_dtype=tensor[1])
+        elif tensor.dim() > 1 and kind != gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, gguf.quantize(tensor.numpy(), kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, tensor.numpy())
@@ -148,8 +156,10 @@ def byte_level_metadata(pre: str) -> dict[str, Any]:
     }
 
 
-def sentencepiece_model(space_prefix: bool = True) -> sentencepiece.SentencePieceProcessor:
-    """A sentencepiece BPE with byte fallback, trained on TEXT."""
+def sentencepiece_model(
+    space_prefix: bool = True, symbols: tuple[str, ...] = ("<think>",)
+) -> sentencepiece.SentencePieceProcessor:
+    """A sentencepiece BPE with byte fallback, trained on TEXT, in which the symbols are tokens whatever is around."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in TEXT * 3 for line in text.splitlines() if line.strip()),
@@ -162,14 +172,18 @@ def sentencepiece_model(space_prefix: bool = True) -> sentencepiece.SentencePiec
         remove_extra_whitespaces=False,
         add_dummy_prefix=space_prefix,
         split_digits=True,
-        user_defined_symbols=["<think>"],
+        user_defined_symbols=list(symbols),
         minloglevel=2,
     )
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-def sentencepiece_metadata(model: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
+def sentencepiece_metadata(
+    model: sentencepiece.SentencePieceProcessor, symbols: tuple[str, ...] = ("<think>",)
+) -> dict[str, Any]:
+    """llama.cpp's converter writes the spaces of symbols as spaces, those of other pieces as ▁."""
     count = model.get_piece_size()
+    pieces = [model.id_to_piece(number) for number in range(count)]
     types = []
     for number in range(count):
         if model.is_unknown(number):
@@ -179,10 +193,10 @@ def sentencepiece_metadata(model: sentencepiece.SentencePieceProcessor) -> dict[
         elif model.is_byte(number):
             types.append(BYTE)
         else:
-            types.append(USER_DEFINED if model.id_to_piece(number) == "<think>" else NORMAL)
+            types.append(USER_DEFINED if pieces[number] in symbols else NORMAL)
     return {
         "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [model.id_to_piece(number) for number in range(count)],
+        "tokenizer.ggml.tokens": [piece.replace("▁", " ") if piece in symbols else piece for piece in pieces],
         "tokenizer.ggml.scores": [float(np.float32(model.get_score(number))) for number in range(count)],
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.bos_token_id": model.bos_id(),

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from weights.output_file import write_output
+
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -149,7 +151,7 @@ def main() -> None:
             seconds = browser.value(PLAY)
             print(f"{seconds:.1f} pictures a second")
         time.sleep(0.3)
-        given.out.write_bytes(browser.screenshot(given.whole))
+        write_output(given.out, browser.screenshot(given.whole))
         for problem in browser.problems():
             print(problem)
 

@@ -2,10 +2,11 @@
 
     python tools/measure_packed.py                      # products
     python tools/measure_packed.py --text FILE          # groups of 32, 64 and 128 in the default checkpoint's layers
+    python tools/measure_packed.py --ckpt FILE          # what the kinds of a quantised checkpoint lose when loaded
 
 Products take turns over enough matrices not to be served from the cache: microseconds (median of 9) and GB/s of
 weights. Groups are put where they divide a row. The default checkpoint's weights are groups of 32 already, so that 32
-changes nothing and the others show what they add.
+changes nothing and the others show what they add. A kind loses ||loaded - stored|| / ||stored|| of the weights.
 """
 
 import argparse
@@ -22,12 +23,14 @@ from models.products import written_out
 from models.pruning.settings import DENSE
 from popengine.loading import load
 from popengine.measure.scoring import cut_windows, read_text, score_text
+from weights.checkpoint import open_checkpoint
 from weights.groups import group
 
 # out, in: gate and up, down of SmolLM2-135M; its lm_head; gate and up, down of a 1B model.
 SHAPES = [(1536, 576), (576, 1536), (49152, 576), (8192, 2048), (2048, 8192)]
 ROWS = (1, 2, 4, 8, 16, 128)
 GROUPS = (32, 64, 128)
+ROWS_OF_A_KIND = 512                                # of each matrix
 BYTES = 100_000_000                                 # of plain matrices to take turns over
 
 
@@ -94,8 +97,35 @@ def groups(text: Path) -> None:
         print(f"groups of {size}: perplexity {summary.perplexity:.3f}")
 
 
+@torch.inference_mode()
+def kinds(path: str) -> None:
+    squares: dict[str, Tensor] = {}                                                 # of the errors, of the weights
+    with open_checkpoint(path) as checkpoint:
+        for name, entry in checkpoint.entries.items():
+            if entry.stored is None or len(entry.shape) != 2:
+                continue
+            rows = slice(0, ROWS_OF_A_KIND)
+            stored = checkpoint.read(name, rows)                                    # [rows, in]
+            if entry.groups:
+                four = Int4Matrix.of_groups(checkpoint.read_groups(name, rows), torch.bfloat16)
+                loaded = Int4Matrix.packed(four.weight, four.groups.float(), four.out_features, None).values()
+            else:
+                eight = Int8Matrix.nearest(stored, torch.bfloat16)
+                loaded = eight.numbers() * eight.scale.float().unsqueeze(1)
+            both = torch.stack([(loaded - stored).square().sum(), stored.square().sum()])
+            what = f"{entry.stored} as {'int4' if entry.groups else 'int8'}"
+            squares[what] = squares.get(what, torch.zeros(2)) + both
+            checkpoint.release(name)
+    for what, (error, whole) in squares.items():
+        print(f"{what}: {float((error / whole).sqrt()):.2%}")
+
+
 if __name__ == "__main__":
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--text", type=Path)
+    flags.add_argument("--ckpt")
     given = flags.parse_args()
-    products() if given.text is None else groups(given.text)
+    if given.ckpt is not None:
+        kinds(given.ckpt)
+    else:
+        products() if given.text is None else groups(given.text)

@@ -11,7 +11,6 @@ T tokens, H hidden size, I channels, E experts.
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from popengine.methods.activations import Activation, embedded, layer_by_layer
 from weights.checkpoint import open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.gguf_file import GGUFCheckpoint
+from weights.output_file import make_folder, replacing, write_output
 
 # Router logits this small give all chosen experts the same weight, and keep their order.
 FLAT = 1e-3
@@ -87,23 +87,25 @@ def convert(checkpoint: str | Path, text: Path, windows: int, experts: int, per_
                 tensors[f"{place}.experts.{own}.{name}_proj.weight"] = rows
             columns = layer.mlp.down_proj.values()[:, channels]
             tensors[f"{place}.experts.{own}.down_proj.weight"] = per_token * columns    # weights add up to 1
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "model.safetensors")
     written = {checkpoint_name(name): tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(written, out / "model.safetensors")
+    with replacing(out / "model.safetensors") as unfinished:
+        save_file(written, unfinished)
     with open_checkpoint(checkpoint) as opened:
         config = dict(opened.config) | {
             "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": experts,
             "num_experts_per_tok": per_token, "torch_dtype": "float32",
             "intermediate_size": engine.model.config.intermediate_size // experts,
         }
-        (out / "config.json").write_text(json.dumps(config, indent=1))
+        write_output(out / "config.json", json.dumps(config, indent=1))
         if isinstance(opened, GGUFCheckpoint):
-            (out / "tokenizer.json").write_text(opened.tokenizer_json)
+            write_output(out / "tokenizer.json", opened.tokenizer_json)
             special = {"bos_token": opened.bos_token, "eos_token": opened.eos_token}
-            (out / "tokenizer_config.json").write_text(json.dumps(special | {"chat_template": opened.chat_template}))
+            special |= {"chat_template": opened.chat_template}
+            write_output(out / "tokenizer_config.json", json.dumps(special))
         else:
             for name in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(opened.path / name, out / name)
+                write_output(out / name, (opened.path / name).read_bytes())
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
+from models.cache import View
 from models.llava import LlavaForConditionalGeneration
-from models.passes import View, prefill_pass
+from models.passes import PictureRows, prefill_pass
 from models.pruning.settings import DENSE
 from popengine import prior
 from popengine.loading import load
@@ -300,7 +301,7 @@ def train_answers(model: LlavaForConditionalGeneration, drawer: Drawer, steps: i
         mine, other = turns[:, :, None], turns[:, None, :]                          # [B, T, 1], [B, 1, T]
         with torch.autocast("cpu", torch.bfloat16):
             x = model.embed(tokens, model.encode_images(pixel_values))              # [B, T, H]
-            step = prefill_pass(text.model.rotary, views, x, None, positions=positions)
+            step = prefill_pass(text.model.rotary, views, x, None, PictureRows(positions))
             step.masks[views[0]] = ((mine == other) | (other == 0)).tril()[:, None]             # [B, 1, T, T]
             for layer in text.model.layers:
                 x = layer(x, step)

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.cache import View
 from models.experts import Routing
 from models.mixtral import MIXTRAL_NAMES, MixtralForCausalLM
-from models.passes import View, prefill_pass
+from models.passes import prefill_pass
 from models.pruning.settings import DENSE, PruningSettings
 from popengine import prior
 from popengine.loading import load

@@ -5,6 +5,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,13 +81,13 @@ def description_digest(checkpoint: Checkpoint) -> str:
 
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """What `--dtype auto` means: the config's torch_dtype or dtype, else the dtype most of the tensors have.
+    """What `--dtype auto` means: the config's dtype or torch_dtype, else the dtype most of the tensors have.
 
     InputError when that is none of float32, bfloat16 and float16.
     """
     config = JsonObject(checkpoint.config, str(checkpoint.path))
     for fields in (config, config.section("text_config")):
-        name = fields.text("torch_dtype", fields.text("dtype", "auto")).removeprefix("torch.")
+        name = fields.text("dtype", fields.text("torch_dtype", "auto")).removeprefix("torch.")
         if name != "auto":
             break
     else:
@@ -94,7 +95,8 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
         for entry in checkpoint.entries.values():
             elements[entry.dtype] += entry.elements
         name = str(elements.most_common(1)[0][0]).removeprefix("torch.") if elements else "float32"
-    if name not in COMPUTING_DTYPES:
+    dtype: Any = getattr(torch, name, None)     # "half" and "float" are names of PyTorch's too
+    if dtype not in COMPUTING_DTYPES.values():
         choices = ", ".join(COMPUTING_DTYPES)
         raise InputError(f"{checkpoint.path} is in the dtype {shown(name)}; choose one of {choices} with --dtype")
-    return COMPUTING_DTYPES[name]
+    return dtype

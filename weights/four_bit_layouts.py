@@ -2,7 +2,13 @@
 
 Instead of X.weight [out, in] there are X.qweight, X.qzeros, X.scales (and X.g_idx): eight numbers to an int32, a scale
 and a zero for each group of neighbours in a row, w = scale (number - zero). What cannot be kept so exactly is refused.
-Sources: AutoGPTQ (https://github.com/AutoGPTQ/AutoGPTQ) and AutoAWQ (https://github.com/casper-hansen/AutoAWQ).
+Sources: AutoGPTQ (https://github.com/AutoGPTQ/AutoGPTQ), GPTQModel (https://github.com/ModelCloud/GPTQModel), AutoAWQ
+(https://github.com/casper-hansen/AutoAWQ).
+
+Version 1 of GPTQ stores each zero less one, in two ways. AutoGPTQ's kernels take each four bits for themselves: zero =
+(stored + 1) & 15. GPTQModel subtracts and adds 0x11111111 of the whole int32, so that a zero of 0 borrows from its
+neighbour. The two differ only beside a stored 15, and no file says which it has. `borrow_evidence` decides from the
+numbers: weights lie around 0, hence the numbers of a group around its zero.
 
 out and in are the sides of a weight, g the size of a group, G = in / g groups.
 """
@@ -21,39 +27,87 @@ from weights.groups import Groups
 
 # AWQ's order of eight neighbours in an int32, lowest bits first.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+# What GPTQModel subtracts from eight zeros at once.
+EIGHT_ONES = 0x11111111
+# Groups of a matrix that are looked at as evidence.
+MOST_EVIDENCE = 4096
 
 
 @dataclass(frozen=True)
 class Layout:
-    """method  "gptq" or "awq"; offset: what is added to a zero as it is stored"""
+    """How the matrices of a checkpoint are kept.
+
+    method      "gptq" or "awq"
+    less_one    zeros are stored less one (version 1 of GPTQ)
+    borrows     in such a way that a zero of 0 borrows from its neighbour
+    group_size  as config.json has it, None: it does not say; -1: a row is one group
+    """
 
     method: str
-    offset: int
+    less_one: bool = False
+    borrows: bool = False
+    group_size: int | None = None
 
     def shape(self, qweight: TensorEntry) -> tuple[int, int]:
         """(out, in) of the matrix."""
         first, second = qweight.shape
         return (second, 8 * first) if self.method == "gptq" else (8 * second, first)
 
-    def groups(self, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Groups:
-        """qweight int32 [in / 8, out] (AWQ: [in, out / 8]), qzeros int32 [G, out / 8], scales [G, out]"""
+    def groups(self, qweight: Tensor, qzeros: Tensor, scales: Tensor, rows: slice = slice(None)) -> Groups:
+        """Some rows of a matrix, or all.
+
+        qweight int32 [in / 8, out] (AWQ: [in, out / 8]), qzeros int32 [G, out / 8], scales [G, out]
+        """
         if self.method == "gptq":
-            numbers = eight(qweight.t())                                            # [out, in]
-            zeros = eight(qzeros)                                                   # [G, out]
+            numbers = eight(qweight[:, rows].t())                                   # [rows, in]
+            zeros = self.zeros(qzeros)                                              # [G, out]
         else:
-            places = torch.tensor(AWQ_ORDER).argsort()
-            numbers, zeros = (
-                eight(packed).unflatten(1, (-1, 8))[..., places].flatten(1) for packed in (qweight, qzeros)
-            )
-            numbers = numbers.t().contiguous()                                      # [out, in]
-        scale = scales.float().t().contiguous()                                     # [out, G]
-        return Groups(numbers, scale, -scale * (zeros.t().float() + self.offset))
+            first, last, _ = rows.indices(8 * qweight.shape[1])
+            eights = qweight[:, first // 8 : -(-last // 8)]                         # those that have the rows
+            numbers, zeros = in_awq_order(eights)[:, first % 8 :][:, : last - first].t(), in_awq_order(qzeros)
+        scale = scales[:, rows].float().t().contiguous()                            # [rows, G]
+        return Groups(numbers.contiguous(), scale, -scale * zeros[:, rows].t().float())
+
+    def zeros(self, qzeros: Tensor) -> Tensor:
+        """GPTQ's: int32 [G, out / 8] -> uint8 [G, out]"""
+        if not self.less_one:
+            return eight(qzeros)
+        return eight(plus_eight_ones(qzeros)) if self.borrows else (eight(qzeros) + 1) & 15
 
 
 def eight(packed: Tensor) -> Tensor:
     """int32 [rows, n] -> uint8 [rows, 8 n], lowest bits first"""
     octets = packed.contiguous().view(torch.uint8)                                  # [rows, 4 n], lowest first
     return torch.stack([octets & 15, octets >> 4], dim=-1).flatten(1)
+
+
+def in_awq_order(packed: Tensor) -> Tensor:
+    """int32 [n, out / 8] -> uint8 [n, out]"""
+    return eight(packed).unflatten(1, (-1, 8))[..., torch.tensor(AWQ_ORDER).argsort()].flatten(1)
+
+
+def plus_eight_ones(qzeros: Tensor) -> Tensor:
+    """Modulo 2^32, as GPTQModel adds. int32 -> int32"""
+    return (qzeros.long() + EIGHT_ONES + 2**31).remainder(2**32).sub(2**31).int()
+
+
+def borrow_evidence(qweight: Tensor, qzeros: Tensor) -> float:
+    """Above 0 if the numbers of a matrix say that its zeros borrow from each other, below if not, 0 without a sign.
+
+    The sum over groups whose zero the two readings tell apart: how much nearer the mean number lies to the zero with a
+    borrow, in squares. A stored 15 is no evidence: AutoGPTQ's packer fills the rest of an int32 with them.
+
+    qweight int32 [in / 8, out], qzeros int32 [G, out / 8]
+    """
+    stored, borrowed = eight(qzeros), eight(plus_eight_ones(qzeros))                # [G, out]
+    alone = (stored + 1) & 15
+    group, row = torch.nonzero((borrowed != alone) & (stored != 15))[:MOST_EVIDENCE].unbind(1)      # [n] each
+    if not len(group):
+        return 0.0
+    size = len(qweight) // len(qzeros)              # int32s of a group
+    words = qweight[group[:, None] * size + torch.arange(size), row[:, None]]       # [n, size]
+    mean = eight(words).float().mean(dim=1)                                         # [n]
+    return float(((mean - alone[group, row]).square() - (mean - borrowed[group, row]).square()).sum())
 
 
 def find_layout(config: Mapping[str, Any], path: Path) -> Layout | None:
@@ -72,13 +126,20 @@ def find_layout(config: Mapping[str, Any], path: Path) -> Layout | None:
         raise InputError(f"{path} is quantised to {bits!r} bits by {method}; only 4 are read")
     if method == "awq" and str(version).lower() != "gemm":
         raise InputError(f"{path} has the AWQ layout {str(version)[:40]!r}; only 'gemm' is read")
-    return Layout(method, 1 if method == "gptq" and about.get("checkpoint_format") != "gptq_v2" else 0)
+    size = about.get("group_size")
+    if size is not None and (type(size) is not int or (size < 1 and size != -1)):
+        raise InputError(f"{path}: quantization_config.group_size is {size!r}, not a number of columns or -1")
+    # GPTQModel's `dynamic` gives modules sizes of their own.
+    less_one = method == "gptq" and about.get("checkpoint_format") != "gptq_v2"
+    return Layout(method, less_one, group_size=None if about.get("dynamic") else size)
 
 
 def matrix_entry(
     name: str, layout: Layout, entries: Mapping[str, TensorEntry], read: Callable[[str], Tensor], path: Path
 ) -> TensorEntry:
     """The entry of a matrix that is kept under name.qweight and its neighbours; InputError where they do not fit."""
+    if f"{name}.weight" in entries:
+        raise InputError(f"{path} holds both {name}.weight and {name}.qweight: remove the one that is not meant")
     parts = [entries.get(f"{name}.{part}") for part in ("qweight", "qzeros", "scales")]
     if any(part is None or len(part.shape) != 2 for part in parts):
         raise InputError(f"{path}: {name} lacks one of qweight, qzeros and scales, or their two dimensions")
@@ -93,6 +154,12 @@ def matrix_entry(
         shapes = ", ".join(f"{list(part.shape)} {part.dtype}" for part in (qweight, qzeros, scales))
         raise InputError(f"{path}: qweight, qzeros and scales of {name} do not fit each other: {shapes}")
     size = columns // count
+    said = layout.group_size
+    if said is not None and size != (columns if said == -1 else min(said, columns)):
+        raise InputError(
+            f"{path}: config.json has group_size {said}, but {name}.scales has {count} groups for {columns} columns, "
+            f"that is groups of {size}"
+        )
     if f"{name}.g_idx" in entries:
         in_order = torch.arange(columns, dtype=torch.int32) // size
         if not torch.equal(read(f"{name}.g_idx").to(torch.int32), in_order):

@@ -1,9 +1,9 @@
-"""The blocks of four-bit numbers that .gguf files hold, read as they are: Q4_0, Q4_1 and Q4_K.
+"""The blocks of numbers that .gguf files hold, read as they are: whole numbers in groups that share a scale.
 
-A block is a few scales and the numbers of 32 (Q4_K: 256) neighbours in a row (the format's own description:
-ggml-common.h and ggml-quants.c of llama.cpp). Everything else a file may hold is dequantised by the gguf package.
+A block is a few scales and the numbers of 32 (types in K: 256) neighbours in a row (the format's own description:
+ggml-common.h and ggml-quants.c of llama.cpp). Every other type is dequantised by the gguf package.
 
-out and in are the sides of a weight, N its blocks.
+out and in are the sides of a weight, N its blocks, G its groups of neighbours.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from weights.groups import Groups
 
-# Numbers that share a scale, in all of them.
+# Numbers that share a scale, in all types of four bits.
 GROUP = 32
 
 
@@ -22,37 +22,105 @@ def low_and_high(numbers: Tensor) -> Tensor:
     return torch.cat([numbers & 15, numbers >> 4], dim=-1)
 
 
+def fifth_bits(raw: Tensor) -> Tensor:
+    """The bits of 4 bytes, lowest first, each as 16 or 0. uint8 [..., 4] -> [..., 32]"""
+    bits = raw.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)                  # [..., 4, 8]
+    return ((bits & 1) << 4).flatten(-2)
+
+
 def halves(raw: Tensor) -> Tensor:
     """Bytes as half-precision numbers, in float32. uint8 [..., 2 n] -> float32 [..., n]"""
     return raw.contiguous().view(torch.float16).float()
 
 
-def read_q4_0(raw: Tensor, shape: tuple[int, ...]) -> Groups:
-    """d (q - 8): 2 bytes of d, 16 of numbers. raw uint8 [bytes], shape (out, in)"""
-    blocks = raw.view(shape[0], -1, 18)                                             # [out, G, 18]
+def six_bit_scales(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """A scale and a minimum for each of 8 groups (Q4_K, Q5_K). uint8 [..., 12] -> uint8 [..., 8] each"""
+    first, second, third = raw.split(4, dim=-1)                                     # [..., 4]
+    # The first four groups have their six bits in one byte; of the others the upper two lie in the first four's bytes.
+    scale = torch.cat([first & 63, (third & 15) | (first >> 6 << 4)], dim=-1)       # [..., 8]
+    return scale, torch.cat([second & 63, (third >> 4) | (second >> 6 << 4)], dim=-1)
+
+
+def read_q4_0(raw: Tensor, rows: int) -> Groups:
+    """d (q - 8): 2 bytes of d, 16 of numbers. raw uint8 [bytes] of so many rows"""
+    blocks = raw.view(rows, -1, 18)                                                 # [out, G, 18]
     scale = halves(blocks[..., :2]).squeeze(-1)                                     # [out, G]
     return Groups(low_and_high(blocks[..., 2:]).flatten(1), scale, -8 * scale)
 
 
-def read_q4_1(raw: Tensor, shape: tuple[int, ...]) -> Groups:
+def read_q4_1(raw: Tensor, rows: int) -> Groups:
     """d q + m: 2 bytes of d, 2 of m, 16 of numbers."""
-    blocks = raw.view(shape[0], -1, 20)                                             # [out, G, 20]
+    blocks = raw.view(rows, -1, 20)                                                 # [out, G, 20]
     scale, minimum = halves(blocks[..., :4]).unbind(-1)                             # [out, G]
     return Groups(low_and_high(blocks[..., 4:]).flatten(1), scale.contiguous(), minimum.contiguous())
 
 
-def read_q4_k(raw: Tensor, shape: tuple[int, ...]) -> Groups:
+def read_q4_k(raw: Tensor, rows: int) -> Groups:
     """d s q - e m: 2 bytes of d, 2 of e, 12 of s and m (6 bits each) for 8 groups of 32, 128 of numbers."""
-    blocks = raw.view(shape[0], -1, 144)                                            # [out, N, 144]
+    blocks = raw.view(rows, -1, 144)                                                # [out, N, 144]
     d, e = halves(blocks[..., :4]).split(1, dim=-1)                                 # [out, N, 1]
-    first, second, third = blocks[..., 4:16].split(4, dim=-1)                       # [out, N, 4]
-    # The first four groups have their six bits in one byte; of the others the upper two lie in the first four's bytes.
-    scale = torch.cat([first & 63, (third & 15) | (first >> 6 << 4)], dim=-1)       # [out, N, 8]
-    least = torch.cat([second & 63, (third >> 4) | (second >> 6 << 4)], dim=-1)
+    scale, least = six_bit_scales(blocks[..., 4:16])                                # [out, N, 8]
     numbers = low_and_high(blocks[..., 16:].unflatten(-1, (4, 32)))                 # [out, N, 4, 64]
     return Groups(numbers.flatten(1), (d * scale).flatten(1), (-e * least).flatten(1))
 
 
-FOUR_BIT_TYPES: dict[str, Callable[[Tensor, tuple[int, ...]], Groups]] = {
-    "Q4_0": read_q4_0, "Q4_1": read_q4_1, "Q4_K": read_q4_k,
+def read_q5_0(raw: Tensor, rows: int) -> Groups:
+    """d (q - 16): 2 bytes of d, 4 of fifth bits, 16 of numbers."""
+    blocks = raw.view(rows, -1, 22)                                                 # [out, G, 22]
+    scale = halves(blocks[..., :2]).squeeze(-1)                                     # [out, G]
+    numbers = low_and_high(blocks[..., 6:]) | fifth_bits(blocks[..., 2:6])          # [out, G, 32]
+    return Groups(numbers.flatten(1), scale, -16 * scale)
+
+
+def read_q5_1(raw: Tensor, rows: int) -> Groups:
+    """d q + m: 2 bytes of d, 2 of m, 4 of fifth bits, 16 of numbers."""
+    blocks = raw.view(rows, -1, 24)                                                 # [out, G, 24]
+    scale, minimum = halves(blocks[..., :4]).unbind(-1)                             # [out, G]
+    numbers = low_and_high(blocks[..., 8:]) | fifth_bits(blocks[..., 4:8])          # [out, G, 32]
+    return Groups(numbers.flatten(1), scale.contiguous(), minimum.contiguous())
+
+
+def read_q5_k(raw: Tensor, rows: int) -> Groups:
+    """Q4_K with 32 bytes of fifth bits, a bit of each for every group, before the numbers."""
+    blocks = raw.view(rows, -1, 176)                                                # [out, N, 176]
+    d, e = halves(blocks[..., :4]).split(1, dim=-1)                                 # [out, N, 1]
+    scale, least = six_bit_scales(blocks[..., 4:16])                                # [out, N, 8]
+    low = low_and_high(blocks[..., 48:].unflatten(-1, (4, 32))).unflatten(-1, (2, 32))      # [out, N, 4, 2, 32]
+    bits = blocks[..., None, 16:48] >> torch.arange(8, dtype=torch.uint8)[:, None]  # [out, N, 8, 32]
+    numbers = low.flatten(2, 3) | (bits & 1) << 4                                   # [out, N, 8, 32]
+    return Groups(numbers.flatten(1), (d * scale).flatten(1), (-e * least).flatten(1))
+
+
+def read_q6_k(raw: Tensor, rows: int) -> Groups:
+    """d s (q - 32): 128 bytes of low halves, 64 of two upper bits each, 16 of s for groups of 16, 2 of d."""
+    blocks = raw.view(rows, -1, 210)                                                # [out, N, 210]
+    low = low_and_high(blocks[..., :128].unflatten(-1, (2, 64)))                    # [out, N, 2, 128]
+    upper = blocks[..., 128:192].unflatten(-1, (2, 32))                             # [out, N, 2, 32]
+    upper = torch.cat([upper << 4, upper << 2, upper, upper >> 2], dim=-1) & 48     # [out, N, 2, 128]
+    scale = (halves(blocks[..., 208:]) * blocks[..., 192:208].view(torch.int8)).flatten(1)
+    return Groups((low | upper).flatten(1), scale, -32 * scale)
+
+
+def read_q8_0(raw: Tensor, rows: int) -> Groups:
+    """d q: 2 bytes of d, 32 of numbers from -128 to 127."""
+    blocks = raw.view(rows, -1, 34)                                                 # [out, G, 34]
+    scale = halves(blocks[..., :2]).squeeze(-1)                                     # [out, G]
+    return Groups((blocks[..., 2:] ^ 128).flatten(1), scale, -128 * scale)
+
+
+READERS: dict[str, Callable[[Tensor, int], Groups]] = {
+    "Q4_0": read_q4_0, "Q4_1": read_q4_1, "Q4_K": read_q4_k, "Q5_0": read_q5_0, "Q5_1": read_q5_1, "Q5_K": read_q5_k,
+    "Q6_K": read_q6_k, "Q8_0": read_q8_0,
 }
+# Numbers of a block, and its bytes.
+BLOCKS = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q4_K": (256, 144), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q5_K": (256, 176),
+    "Q6_K": (256, 210), "Q8_0": (32, 34),
+}
+FOUR_BIT_TYPES = ("Q4_0", "Q4_1", "Q4_K")
+
+
+def stored_size(kind: str, numbers: int) -> int:
+    """Bytes of so many numbers."""
+    block, size = BLOCKS[kind]
+    return numbers // block * size

@@ -1,7 +1,8 @@
-"""A .gguf file of the Llama architecture: weights, config and tokenizer in one file, as llama.cpp writes it.
+"""A .gguf file: weights, config and tokenizer in one file or in several parts, as llama.cpp writes it.
 
 Names become Hugging Face's, quantised tensors are dequantised by the gguf package, and the rows of the query and key
-projections are put back into Hugging Face's order: llama.cpp rotates neighbouring pairs, Hugging Face the two halves.
+projections of Llama are put back into Hugging Face's order: llama.cpp rotates neighbouring pairs, Hugging Face the two
+halves. What the architectures have of their own is in gguf_families.py.
 """
 
 import importlib
@@ -18,55 +19,54 @@ from torch import Tensor
 
 from weights.entries import TensorEntry
 from weights.errors import InputError
-from weights.gguf_blocks import FOUR_BIT_TYPES, GROUP
-from weights.gguf_header import GGUFHeader, Metadata, read_header
-from weights.gguf_tokenizer import special_id, tokenizer_json
+from weights.gguf_blocks import FOUR_BIT_TYPES, GROUP, READERS
+from weights.gguf_families import ROPE_FACTORS, Family, find_family, hugging_face_names, read_config
+from weights.gguf_header import GGUFHeader, read_header
+from weights.gguf_tokenizer import ends_of_turns, special_id, tokenizer_json
 from weights.groups import Groups
 from weights.mapped_file import MappedFile
 
 # Read as they are; every other type is quantised and read as float32.
 PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-ROPE_FACTORS = "rope_freqs.weight"
-
 # The working arrays of so many elements stay in the processor's cache.
 DEQUANTISED_AT_ONCE = 131_072
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor's bytes lie and how: its ggml type, and how many heads' rows are to be reordered (0: none)."""
+class Part:
+    """One file of a checkpoint: its header, and the mapped bytes."""
 
+    path: Path
+    file: MappedFile
+    header: GGUFHeader
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes lie and how it is stored.
+
+    type_name  its ggml type
+    heads      how many heads' rows are to be reordered; 0: none
+    offset     what was added to its values before they were stored
+    """
+
+    file: MappedFile
     begin: int
     end: int
     type_name: str
     shape: tuple[int, ...]
     heads: int = 0
+    offset: int = 0
 
 
 class GGUFCheckpoint:
-    """A .gguf file, opened: its header is read and checked, no tensor is read.
+    """A .gguf file, or all parts of one, opened: headers are read and checked, no tensor is read.
 
-    path               the file
+    path               the file, or any of its parts; files: all of them
     config             what config.json would say, made from the metadata
     generation_config  {"eos_token_id": [every id that ends a text or a turn]}
-    entries            every tensor under its Hugging Face name, in the order of the file
+    entries            every tensor under its Hugging Face name, in the order of the files
     mapped             False: `read` returns tensors of their own
     tokenizer_json     what a tokenizer.json would say, written from the metadata when it is first asked for
     chat_template      jinja text or None
@@ -77,43 +77,42 @@ class GGUFCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = MappedFile(path)
-        header = read_header(self._file, path)
-        metadata = header.metadata
-        architecture = metadata.text("general.architecture")
-        if architecture != "llama":
-            raise InputError(f"{path} has the architecture {architecture!r}; of .gguf files only 'llama' is supported")
-        places = find_places(header, self._file, path)
-        rope_factors = places.pop(ROPE_FACTORS, None)
-
-        self.config: dict[str, Any] = read_config(metadata, header)
-        if rope_factors is not None:
-            self.config["rope_scaling"] = read_rope_factors(self._file, rope_factors, self.config, path)
+        parts = open_parts(path)
+        self.files = [part.path for part in parts]
+        metadata = parts[0].header.metadata
+        family = find_family(metadata)
+        tensors = {name: tensor for part in parts for name, tensor in part.header.tensors.items()}
+        places = {name: place for part in parts for name, place in find_places(part).items()}
+        factors = places.pop(ROPE_FACTORS, None)
+        divisors = None if factors is None else read_rope_factors(factors, path)
+        self.config: dict[str, Any] = read_config(family, metadata, tensors, divisors)
         self.config["torch_dtype"] = "float32"
-        kinds = {place.type_name for place in places.values() if len(place.shape) > 1}
+        kinds = {
+            # Norms and routers are kept in float32 beside half-precision matrices, so the other matrices tell.
+            place.type_name for name, place in places.items() if len(place.shape) > 1 and "ffn_gate_inp" not in name
+        }
         if len(kinds) == 1 and kinds <= set(PLAIN_TYPES):
-            # Norms are kept in float32 beside half-precision matrices, so the matrices tell.
             self.config["torch_dtype"] = str(PLAIN_TYPES[kinds.pop()]).removeprefix("torch.")
 
         self.entries: dict[str, TensorEntry] = {}
         self._places: dict[str, Place] = {}
-        for gguf_name, place in sorted(places.items(), key=lambda item: item[1].begin):
-            name = hugging_face_name(gguf_name)
-            if name in self.entries:
-                raise InputError(f"{path} is corrupt: it holds {name} under two names")
-            kind = place.type_name
-            self.entries[name] = TensorEntry(
-                place.shape, PLAIN_TYPES.get(kind, torch.float32), None if kind in PLAIN_TYPES else kind,
-                groups=GROUP if kind in FOUR_BIT_TYPES else 0,
-            )
-            self._places[name] = with_heads(place, name, self.config, path)
+        for gguf_name, stored in places.items():
+            for name, place in named_places(gguf_name, stored, family, self.config, path):
+                if name in self.entries:
+                    raise InputError(f"{path} is corrupt: it holds {name} under two names")
+                kind = place.type_name
+                self.entries[name] = TensorEntry(
+                    place.shape, PLAIN_TYPES.get(kind, torch.float32), None if kind in PLAIN_TYPES else kind,
+                    groups=GROUP if kind in FOUR_BIT_TYPES else 0,
+                )
+                self._places[name] = place
 
         self._metadata = metadata
         tokens = metadata.strings("tokenizer.ggml.tokens")
-        bos, eos, eot, eom = (special_id(metadata, which) for which in ("bos", "eos", "eot", "eom"))
+        bos, eos = special_id(metadata, "bos"), special_id(metadata, "eos")
         self.config["bos_token_id"], self.config["eos_token_id"] = bos, eos
-        ends = [token_id for token_id in (eos, eot, eom) if token_id is not None]
-        self.generation_config: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(ends))} if ends else {}
+        ends = ends_of_turns(metadata)
+        self.generation_config: dict[str, Any] = {"eos_token_id": ends} if ends else {}
         self.bos_token = None if bos is None else tokens[bos]
         self.eos_token = None if eos is None else tokens[eos]
         self.chat_template = metadata.text("tokenizer.chat_template", default="") or None
@@ -125,38 +124,37 @@ class GGUFCheckpoint:
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Rows of a tensor in its entry's dtype, on the CPU, dequantised and in Hugging Face's order."""
         entry, place = self.entries[name], self._places[name]
-        shape = (len(range(*rows.indices(entry.shape[0]))), *entry.shape[1:])
-        raw = self._ordered_bytes(name).reshape(entry.shape[0], -1)[rows].reshape(-1)
+        raw = self._ordered_rows(name, rows)                                        # [n, bytes of a row]
         if place.type_name in PLAIN_TYPES:
-            return torch.from_numpy(raw.copy()).view(entry.dtype).view(shape)
-        return dequantise(raw, place.type_name, math.prod(shape)).view(shape)
+            values = raw.clone().view(entry.dtype).view(len(raw), *entry.shape[1:])
+        else:
+            values = dequantise(raw, place.type_name, entry.shape[-1]).view(len(raw), *entry.shape[1:])
+        return values.sub_(place.offset) if place.offset else values
 
-    def read_groups(self, name: str) -> Groups:
-        """A tensor of four-bit numbers as it is kept, on the CPU, in Hugging Face's order."""
-        raw = torch.from_numpy(self._ordered_bytes(name))
-        return FOUR_BIT_TYPES[self._places[name].type_name](raw, self.entries[name].shape)
+    def read_groups(self, name: str, rows: slice = slice(None)) -> Groups:
+        """Rows of a matrix of four-bit numbers as they are kept, on the CPU, in Hugging Face's order."""
+        raw = self._ordered_rows(name, rows)
+        return READERS[self._places[name].type_name](raw.flatten(), len(raw))
 
     def stored_bytes(self, name: str) -> Tensor:
         """uint8, a tensor's bytes in the file."""
         place = self._places[name]
-        return self._file.view(place.begin, place.end)
+        return place.file.view(place.begin, place.end)
 
-    def _ordered_bytes(self, name: str) -> Any:
-        """A tensor's bytes with its rows in Hugging Face's order: numpy, uint8 [bytes]."""
+    def _ordered_rows(self, name: str, rows: slice) -> Tensor:
+        """The bytes of some of a tensor's rows, which are in Hugging Face's order: uint8 [n, bytes of a row]"""
         place = self._places[name]
-        # In numpy, because so many small copies cost more to share out over torch's threads than to make.
-        raw = self.stored_bytes(name).numpy()
-        if place.heads:
-            # A row's bytes stay together, so rows can change places before they are dequantised: within each head
-            # row 2 j goes to j, and row 2 j + 1 to head_dim / 2 + j.
-            pairs = raw.reshape(place.heads, place.shape[0] // place.heads // 2, 2, -1)
-            raw = pairs.swapaxes(1, 2).reshape(-1)
-        return raw
+        raw = self.stored_bytes(name).view(place.shape[0], -1)
+        if not place.heads:
+            return raw[rows]
+        # Within each head row 2 j goes to j, and row 2 j + 1 to head_dim / 2 + j.
+        order = torch.arange(len(raw)).view(place.heads, -1, 2).transpose(1, 2).flatten()
+        return raw[order[rows]]
 
     def release(self, name: str) -> None:
         """Give back the file's pages that reading `name` touched; the tensor that was read is the caller's."""
         place = self._places[name]
-        self._file.release(place.begin, place.end)
+        place.file.release(place.begin, place.end)
 
     def close(self) -> None:
         """Nothing is open but the mapping, which goes when this object does."""
@@ -177,8 +175,47 @@ def import_gguf(path: Path) -> ModuleType:
         raise InputError(f"reading {path} needs the gguf package: pip install gguf") from error
 
 
-def find_places(header: GGUFHeader, file: MappedFile, path: Path) -> dict[str, Place]:
-    """Where each tensor lies, by its name in the file; InputError for an unknown type or a place beyond the end."""
+def open_parts(path: Path) -> list[Part]:
+    """The file, or all parts of a checkpoint of which it is one: NAME-00001-of-00003.gguf and its neighbours.
+
+    All metadata but the numbers of the parts is in the first.
+    """
+
+    def open_one(one: Path) -> Part:
+        file = MappedFile(one)
+        return Part(one, file, read_header(file, one))
+
+    given = open_one(path)
+    count = given.header.metadata.whole("split.count", default=0)
+    if count <= 1:
+        return [given]
+    named = re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\.gguf)", path.name)
+    if named is None or int(named[3]) != count:
+        raise InputError(
+            f"{path} is one of {count} parts, and is not named NAME-00001-of-{count:05}.gguf, as they are found by"
+        )
+    paths = [path.with_name(f"{named[1]}{number:05}{named[2]}") for number in range(1, count + 1)]
+    for one in paths:
+        if not one.exists():
+            raise InputError(f"{path} is one of {count} parts, and {one.name} is not beside it")
+    parts = [given if one == path else open_one(one) for one in paths]
+    for number, part in enumerate(parts):
+        own = part.header.metadata
+        if (own.whole("split.count", default=0), own.whole("split.no", default=0)) != (count, number):
+            raise InputError(f"{part.path} is not part {number + 1} of {count}, as its name says")
+    names = [name for part in parts for name in part.header.tensors]
+    total = parts[0].header.metadata.whole("split.tensors.count", default=len(names))
+    if total != len(names) or len(set(names)) != len(names):
+        raise InputError(f"{path}: its {count} parts do not belong together: {total} tensors, of which {len(names)}")
+    return parts
+
+
+def find_places(part: Part) -> dict[str, Place]:
+    """Where each tensor of one file lies, by its name there, in the order of the file.
+
+    InputError for an unknown type or a place beyond the end.
+    """
+    path, file, header = part.path, part.file, part.header
     gguf = import_gguf(path)
     kinds = {kind.value: kind for kind in gguf.GGMLQuantizationType}
     readable = set(PLAIN_TYPES)
@@ -196,22 +233,29 @@ def find_places(header: GGUFHeader, file: MappedFile, path: Path) -> dict[str, P
                 raise InputError(message) from error
             readable.add(kind.name)
         elements = math.prod(tensor.shape)
-        if elements == 0 or tensor.shape[-1] % block:
+        if elements == 0 or tensor.shape[-1] % block or (block > 1 and len(tensor.shape) == 1):
             raise InputError(f"{path} is corrupt: {name} has the shape {list(tensor.shape)} in blocks of {block}")
         begin = header.data_start + tensor.offset
         end = begin + elements // block * block_bytes
         if end > file.size:
             raise InputError(f"{path} is truncated or corrupt: {name} ends at byte {end} of {file.size}")
-        places[name] = Place(begin, end, kind.name, tensor.shape)
+        places[name] = Place(file, begin, end, kind.name, tensor.shape)
+    return dict(sorted(places.items(), key=lambda item: item[1].begin))
+
+
+def named_places(
+    gguf_name: str, stored: Place, family: Family, config: dict[str, Any], path: Path
+) -> list[tuple[str, Place]]:
+    """The tensors that one of the file's holds, by their Hugging Face names."""
+    named = hugging_face_names(gguf_name, stored.shape, family)
+    size = (stored.end - stored.begin) // len(named)
+    offset = family.norm_offset if gguf_name.endswith("norm.weight") else 0
+    places = []
+    for index, (name, shape) in enumerate(named):
+        begin = stored.begin + index * size
+        place = replace(stored, begin=begin, end=begin + size, shape=shape, offset=offset)
+        places.append((name, with_heads(place, name, config, path) if family.pairs else place))
     return places
-
-
-def hugging_face_name(name: str) -> str:
-    """Hugging Face's name of a tensor; a name that is not known stays, and is then one the model does not expect."""
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if match and match[2] in LAYER_NAMES:
-        return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.{match[3]}"
-    return NAMES.get(name, name)
 
 
 def with_heads(place: Place, name: str, config: dict[str, Any], path: Path) -> Place:
@@ -225,85 +269,24 @@ def with_heads(place: Place, name: str, config: dict[str, Any], path: Path) -> P
     return replace(place, heads=heads)
 
 
-def read_config(metadata: Metadata, header: GGUFHeader) -> dict[str, Any]:
-    """What config.json would say; InputError for what is missing, or for a feature that is not supported."""
-    path, tensors = metadata.path, header.tensors
-    if metadata.whole("llama.expert_count", default=0):
-        raise InputError(f"{path} has llama.expert_count: mixture-of-experts is not supported in .gguf files")
-    if metadata.whole("llama.attention.sliding_window", default=0):
-        raise InputError(f"{path} has llama.attention.sliding_window, which is not supported in .gguf files")
-    if metadata.whole("split.count", default=0) > 1:
-        parts = metadata.whole("split.count")
-        raise InputError(f"{path} is one of {parts} parts: join them with `llama-gguf-split --merge`")
-    if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].shape) != 2:
-        raise InputError(f"{path} has no token_embd.weight of two dimensions: it is not a whole model")
-
-    layers = metadata.size("llama.block_count")
-    if f"blk.{layers - 1}.attn_norm.weight" not in tensors:  # a model of so many layers must not even be laid out
-        raise InputError(f"{path} is corrupt: llama.block_count is {layers}, but it has no tensors of the last layer")
-
-    heads = metadata.size("llama.attention.head_count")
-    hidden_size = metadata.size("llama.embedding_length")
-    head_dim = metadata.size("llama.attention.key_length", default=max(1, hidden_size // heads))
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if metadata.size(key, default=head_dim) != head_dim:
-            raise InputError(f"{path}: {key} is {metadata.size(key)}, but heads of {head_dim}; only equal is supported")
-    if head_dim % 2:
-        raise InputError(f"{path}: heads of {head_dim} dimensions cannot be rotated in pairs")
-
-    config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": tensors["token_embd.weight"].shape[0],
-        "hidden_size": hidden_size,
-        "intermediate_size": metadata.size("llama.feed_forward_length"),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": metadata.size("llama.attention.head_count_kv", default=heads),
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": metadata.size("llama.context_length"),
-        "rms_norm_eps": metadata.positive("llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": metadata.positive("llama.rope.freq_base", default=10000.0),
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
-        "tie_word_embeddings": "output.weight" not in tensors,
-    }
-    scaling = metadata.text("llama.rope.scaling.type", default="none")
-    if scaling == "linear":
-        config["rope_scaling"] = {"rope_type": "linear", "factor": metadata.positive("llama.rope.scaling.factor")}
-    elif scaling != "none":
-        raise InputError(f"{path}: llama.rope.scaling.type is {scaling!r}; in .gguf files 'none' and 'linear' are read")
-    return config
-
-
-def read_rope_factors(file: MappedFile, place: Place, config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The rope_scaling of a file that gives a divisor for each rotary frequency (Llama 3.1 and later)."""
-    if "rope_scaling" in config:
-        raise InputError(f"{path} has both llama.rope.scaling.type and {ROPE_FACTORS}; one of them is supported")
-    if place.type_name != "F32" or place.shape != (config["head_dim"] // 2,):
+def read_rope_factors(place: Place, path: Path) -> list[float]:
+    """A divisor for each rotary frequency (Llama 3.1 and later)."""
+    if place.type_name != "F32" or len(place.shape) != 1:
         raise InputError(f"{path}: {ROPE_FACTORS} is {place.type_name} {list(place.shape)}, not F32 [head_dim / 2]")
-    factors = file.view(place.begin, place.end).clone().view(torch.float32)  # [head_dim / 2]
+    factors = place.file.view(place.begin, place.end).clone().view(torch.float32)   # [head_dim / 2]
     if not (torch.isfinite(factors) & (factors > 0)).all():
         raise InputError(f"{path}: {ROPE_FACTORS} holds numbers that cannot divide a frequency")
-    return {"rope_type": "factors", "factors": factors.tolist()}
+    return factors.tolist()
 
 
-def dequantise(raw: Any, type_name: str, elements: int) -> Tensor:
-    """The float32 values of a tensor's quantised blocks.
-
-    raw      [bytes]     numpy array, uint8
-    returns  [elements]  float32
-    """
-    gguf = importlib.import_module("gguf")
-    kind = gguf.GGMLQuantizationType[type_name]
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    values = torch.empty(elements, dtype=torch.float32)
-    floats = values.numpy()
-    blocks_at_once = DEQUANTISED_AT_ONCE // block
-    for start in range(0, elements // block, blocks_at_once):
-        part = raw[start * block_bytes : (start + blocks_at_once) * block_bytes]
-        # Blocks know nothing of rows, so that a stretch of any length can pass as one row.
-        part_values = gguf.dequantize(part.reshape(1, -1), kind)            # [1, elements of this part]
-        floats[start * block : start * block + part_values.size] = part_values[0]
+def dequantise(raw: Tensor, type_name: str, columns: int) -> Tensor:
+    """The values of rows of quantised blocks. raw uint8 [rows, bytes] -> float32 [rows, columns]"""
+    values = torch.empty(len(raw), columns)
+    step = max(1, DEQUANTISED_AT_ONCE // columns)
+    for part, into in zip(raw.split(step), values.split(step), strict=True):
+        if type_name in READERS:
+            into.copy_(READERS[type_name](part.flatten(), len(part)).values())
+        else:
+            gguf = importlib.import_module("gguf")
+            into.copy_(torch.from_numpy(gguf.dequantize(part.numpy(), gguf.GGMLQuantizationType[type_name])))
     return values

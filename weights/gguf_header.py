@@ -10,6 +10,7 @@ count, so that 20 bytes of nonsense can keep it busy for ever. Here no count is 
 to hold that many items.
 """
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +31,21 @@ MOST_DIMENSIONS = 4
 
 class Metadata:
     """The metadata of a .gguf file. A getter answers a key of another type with an InputError, and an absent one with
-    its `default`, or with an InputError when it has none."""
+    its `default`, or with an InputError when it has none.
 
-    def __init__(self, values: dict[str, Any], path: Path) -> None:
+    prefix  what all keys begin with in the file, and are asked for without
+    """
+
+    def __init__(self, values: dict[str, Any], path: Path, prefix: str = "") -> None:
         self.values = values
         self.path = path
+        self.prefix = prefix
+
+    def under(self, name: str) -> "Metadata":
+        """The keys that begin with `name` and a dot."""
+        prefix = f"{name}."
+        own = {key.removeprefix(prefix): value for key, value in self.values.items() if key.startswith(prefix)}
+        return Metadata(own, self.path, prefix)
 
     def __contains__(self, key: str) -> bool:
         return key in self.values
@@ -43,12 +54,12 @@ class Metadata:
         if key not in self.values and default is not None:
             return default
         if key not in self.values:
-            raise InputError(f"{self.path} has no {key} in its metadata")
+            raise InputError(f"{self.path} has no {self.prefix}{key} in its metadata")
         value = self.values[key]
         if isinstance(value, memoryview) and kind is not memoryview and len(value) and len(set(value)) == 1:
             value = value[0]  # given for every layer, and the same for all
         if type(value) is not kind:
-            raise InputError(f"{self.path}: {key} in its metadata is not {kind_name}")
+            raise InputError(f"{self.path}: {self.prefix}{key} in its metadata is not {kind_name}")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -64,14 +75,21 @@ class Metadata:
         """A whole number from 1 to 2^31."""
         value = self.whole(key, default)
         if not 1 <= value <= 2**31:
-            raise InputError(f"{self.path}: {key} in its metadata is {value}, which cannot be a size")
+            raise InputError(f"{self.path}: {self.prefix}{key} in its metadata is {value}, which cannot be a size")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number."""
+        value = self._get(key, float, "one number", default)
+        if not math.isfinite(value):
+            raise InputError(f"{self.path}: {self.prefix}{key} in its metadata is {value}, not a finite number")
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
         """A finite number above zero."""
-        value = self._get(key, float, "one number", default)
-        if not 0 < value < float("inf"):
-            raise InputError(f"{self.path}: {key} in its metadata is {value}, not a number above zero")
+        value = self.number(key, default)
+        if value <= 0:
+            raise InputError(f"{self.path}: {self.prefix}{key} in its metadata is {value}, not a number above zero")
         return value
 
     def strings(self, key: str) -> list[str]:

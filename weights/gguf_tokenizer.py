@@ -40,8 +40,9 @@ def words_by(pattern: str) -> dict[str, Any]:
     return in_order("pretokenizers", split, WORDS_OF_GPT2 | {"use_regex": False})
 
 
-# tokenizer.ggml.pre. Each of these was held to llama.cpp and to transformers; "default" is what the latter takes it for
-# (a file says it when its converter did not know the tokenizer).
+# Ways to split a text, by the best known value of tokenizer.ggml.pre for each. Each of these was held to llama.cpp and
+# to transformers; "default" is what the latter takes it for (a file says it when its converter did not know the
+# tokenizer).
 PRE_TOKENIZERS = {
     "default": WORDS_OF_GPT2,
     "gpt-2": WORDS_OF_GPT2,
@@ -51,16 +52,44 @@ PRE_TOKENIZERS = {
     "qwen2": words_by(QWEN2),
     "tekken": words_by(TEKKEN),
 }
-# A word that is a token is taken whole, whatever the merges say.
-WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")
-# These begin every text with the bos token unless the file says otherwise.
-BEGIN_WITH_BOS = ("llama-bpe", "tekken")
+# The other names that llama.cpp has for the same ways (src/llama-vocab.cpp: names to kinds in llama_vocab::impl::load,
+# kinds to expressions in llm_tokenizer_bpe).
+SAME_SPLIT = {
+    "gpt-2": (
+        "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum", "modern-bert",
+        "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4",
+    ),
+    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
+    "llama-bpe": (
+        "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "dbrx",
+        "smaug-bpe", "glm4", "chatglm-bpe",
+    ),
+    "qwen2": (
+        "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2",
+    ),
+}
+SPLITS = {other: pre for pre, others in SAME_SPLIT.items() for other in others} | {pre: pre for pre in PRE_TOKENIZERS}
+# Of these a word that is a token is taken whole, whatever the merges say, and a text begins with the bos token unless
+# the file says otherwise: llama.cpp does neither for the other names of Llama's split.
+WHOLE_WORDS_FIRST = tuple(
+    name for name, pre in SPLITS.items()
+    if pre in ("llama-bpe", "tekken") and name not in ("dbrx", "smaug-bpe", "glm4", "chatglm-bpe")
+)
+
+# Special tokens that end a turn whatever the metadata names (llama-vocab.cpp, special_eog_ids): older files of models
+# that chat name only the token that ends a text.
+ENDS_OF_TURNS = (
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
+)
+# Ids of a "llama" vocabulary that names none.
+SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
 
 def tokenizer_json(metadata: Metadata) -> str:
     """The tokenizer.json that a .gguf file describes; InputError for a kind that is not supported."""
     kind = metadata.text("tokenizer.ggml.model")
-    tokens = metadata.strings("tokenizer.ggml.tokens")
+    # As llama.cpp does, since several tokens of a padded vocabulary may have no text.
+    tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(metadata.strings("tokenizer.ggml.tokens"))]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise InputError(f"{metadata.path} is corrupt: a token is twice in its vocabulary")
@@ -84,7 +113,7 @@ def tokenizer_json(metadata: Metadata) -> str:
         "added_tokens": [
             {"id": token_id, "content": token, "special": number == CONTROL, **plain}
             for (token, token_id), number in zip(vocabulary.items(), types, strict=False)
-            if token and number in (CONTROL, USER_DEFINED)
+            if number in (CONTROL, USER_DEFINED)
         ],
         "post_processor": between(bos, eos, tokens),
         **parts,
@@ -94,11 +123,12 @@ def tokenizer_json(metadata: Metadata) -> str:
 def byte_level_parts(metadata: Metadata, vocabulary: dict[str, int]) -> tuple[dict[str, Any], bool]:
     """Byte-level BPE, and whether such a one begins a text with bos when the file does not say."""
     pre = metadata.text("tokenizer.ggml.pre", default="default")
-    if pre not in PRE_TOKENIZERS:
+    if pre not in SPLITS:
         raise InputError(
             f"{metadata.path}: its tokenizer splits text as {pre!r} (tokenizer.ggml.pre); supported are "
-            f"{', '.join(PRE_TOKENIZERS)}"
+            f"{', '.join(PRE_TOKENIZERS)}, and llama.cpp's other names for the same"
         )
+    split = SPLITS[pre]
     merges = metadata.strings("tokenizer.ggml.merges")
     for merge in merges:
         left, _, right = merge.partition(" ")
@@ -107,12 +137,12 @@ def byte_level_parts(metadata: Metadata, vocabulary: dict[str, int]) -> tuple[di
         if not (left in vocabulary and right in vocabulary and left + right in vocabulary):
             raise InputError(f"{metadata.path} is corrupt: {left!r} and {right!r} do not merge into a token")
     parts = {
-        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-        "pre_tokenizer": PRE_TOKENIZERS[pre],
+        "normalizer": {"type": "NFC"} if split == "qwen2" else None,
+        "pre_tokenizer": PRE_TOKENIZERS[split],
         "model": {"type": "BPE", "vocab": vocabulary, "merges": merges, "ignore_merges": pre in WHOLE_WORDS_FIRST},
         "decoder": WORDS_OF_GPT2,
     }
-    return parts, pre in BEGIN_WITH_BOS
+    return parts, pre in WHOLE_WORDS_FIRST
 
 
 def sentencepiece_parts(
@@ -176,11 +206,28 @@ def between(bos: int | None, eos: int | None, tokens: list[str]) -> dict[str, An
 
 
 def special_id(metadata: Metadata, which: str) -> int | None:
-    """The id of the "bos", "eos", "eot", "eom" or "unknown" token, None when the file names none."""
+    """The id of the "bos", "eos", "eot", "eom" or "unknown" token, None when there is none.
+
+    Without a key it is llama.cpp's default for a vocabulary of sentencepiece, and none for any other.
+    """
     key = f"tokenizer.ggml.{which}_token_id"
+    count = len(metadata.strings("tokenizer.ggml.tokens"))
     if key not in metadata:
-        return None
+        usual = SENTENCEPIECE_IDS.get(which) if metadata.text("tokenizer.ggml.model", "") == "llama" else None
+        return usual if usual is not None and usual < count else None
     token_id = metadata.whole(key)
-    if not 0 <= token_id < len(metadata.strings("tokenizer.ggml.tokens")):
+    if not 0 <= token_id < count:
         raise InputError(f"{metadata.path}: {key} is {token_id}, which is not in its vocabulary")
     return token_id
+
+
+def ends_of_turns(metadata: Metadata) -> list[int]:
+    """Every id that ends a text or a turn: those that the file names, and special tokens that always do."""
+    named = [special_id(metadata, which) for which in ("eos", "eot", "eom")]
+    tokens = metadata.strings("tokenizer.ggml.tokens")
+    types = metadata.numbers("tokenizer.ggml.token_type") if "tokenizer.ggml.token_type" in metadata else []
+    special = [
+        token_id for token_id, (token, number) in enumerate(zip(tokens, types, strict=False))
+        if number == CONTROL and token in ENDS_OF_TURNS
+    ]
+    return list(dict.fromkeys([token_id for token_id in named if token_id is not None] + special))

@@ -10,20 +10,9 @@ import re
 import sys
 from pathlib import Path
 
+from weights import files
 from weights.errors import InputError
 
-# Weights in pickle are never used, so never fetched.
-NEEDED_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-)
 # The same weights a second time in another layout (the client's * also matches a /), which would double the download.
 UNNEEDED_FILES = ("*/*", "consolidated*")
 
@@ -46,8 +35,9 @@ def download(repository: str) -> Path:
         utils.disable_progress_bars()
     neither = f"{repository!r}: no such path, and"
     try:
+        # Weights in pickle are never used, so never fetched.
         path = hub.snapshot_download(
-            repository, allow_patterns=list(NEEDED_FILES), ignore_patterns=list(UNNEEDED_FILES)
+            repository, allow_patterns=list(files.READ), ignore_patterns=list(UNNEEDED_FILES)
         )
     except errors.GatedRepoError as error:
         raise InputError(

@@ -36,6 +36,11 @@ def parse_json(data: bytes, where: str, repeats_allowed: bool = True) -> dict[st
         raise InputError(f"{where} is not valid JSON: {error.msg} ({place}){lfs_hint(data)}") from error
     except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, endless nesting
         raise InputError(f"{where} is not usable JSON: {error}") from error
+    if b"\\ud" in data.lower():       # halves of characters, which no text may have alone
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where} has a lone surrogate, {error.object[error.start]!a}, which is no text") from None
     if not isinstance(value, dict):
         raise InputError(f"{where} is not a JSON object, but {type(value).__name__}")
     return value

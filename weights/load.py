@@ -3,9 +3,9 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +21,31 @@ Locate = Callable[[list[str], list[str]], dict[str, tuple[str, tuple[Any, ...]]]
 
 NAMES_SHOWN = 10
 
-# Tensors of fewer elements are read and packed on one thread. On a machine whose cores have other work, waiting for the
-# last of several threads takes far longer than what they share (13 s to load a model that one thread loads in 0.7).
-WORTH_SHARING = 8_000_000
+# What files carry of their training that plays no part, in any family: buffers that follow from the config, and the
+# value head of reinforcement learning. transformers leaves them aside as well.
+NEVER_NEEDED = (
+    r"(.*\.)?rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)", r"(.*\.)?position_ids", r"(.*\.)?masked_bias",
+    r"(pretrained_model\.)?v_head\..*",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Packing:
     """What becomes of a parameter that is not kept as it is read.
 
-    take         is handed its values (which may be a view of the file); its Groups where from_groups says so; an
-                 iterator over stretches of so many rows where rows_at_once does, so that a large one is never whole
-    held_bytes   how much memory that takes
+    make          makes it from stretches of its rows, one after the other. Several threads make different parameters
+    put           puts what was made into the model
+    stretches     what a stretch is: "values", a tensor of plain numbers (which may be a view of the file); "groups",
+                  the Groups that the checkpoint keeps; "stored", uint8 [rows, bytes], as they lie in the file
+    rows_at_once  rows of a stretch
+    held_bytes    memory that it takes
     """
 
-    take: Callable[[Any], None]
+    make: Callable[[Iterator[Any]], Any]
+    put: Callable[[Any], None]
+    stretches: Literal["values", "groups", "stored"]
+    rows_at_once: int
     held_bytes: int
-    from_groups: bool = False
-    rows_at_once: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,21 +134,28 @@ def load_weights(
     by_key: dict[str, list[Wanted]] = {}
     for one in wanted:
         by_key.setdefault(one.key, []).append(one)
-    with tqdm(total=needed, desc="loading", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
-        for key in checkpoint.entries:  # in the order of the files, so that a disk reads forwards
-            for one in by_key.get(key, []):
-                with threads_for(one.target):
-                    if one.packing is None:
-                        put(model, one, read_piece(checkpoint, one, device))
-                    elif one.packing.from_groups:
-                        groups = checkpoint.read_groups(key)
-                        one.packing.take(groups if one.share is None else groups.part(one.share.dim, one.share.own))
-                    elif one.packing.rows_at_once:
-                        one.packing.take(read_stretches(checkpoint, one, one.packing.rows_at_once))
-                    else:
-                        one.packing.take(read_index(checkpoint, one))
-                bar.update(one.held_bytes)
-            checkpoint.release(key)
+
+    def read_all(key: str) -> list[tuple[Wanted, Any]]:
+        """What a key holds, as the model is to hold it."""
+        read = [(one, read_one(checkpoint, one, device)) for one in by_key[key]]
+        checkpoint.release(key)
+        return read
+
+    # A tensor on each thread, instead of each operation shared out over all: threads that wait for each other take far
+    # longer where the cores have other work.
+    threads = torch.get_num_threads()
+    keys = [key for key in checkpoint.entries if key in by_key]     # in their order, so that a disk reads forwards
+    try:
+        with (
+            tqdm(total=needed, desc="loading", unit="B", unit_scale=True, disable=not progress, leave=False) as bar,
+            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
+            for read in pool.map(read_all, keys):
+                for one, value in read:
+                    put(model, one, value) if one.packing is None else one.packing.put(value)
+                    bar.update(one.held_bytes)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def find_all(
@@ -218,7 +232,8 @@ def check_keys(checkpoint: Checkpoint, wanted: list[Wanted], known: set[str], ig
     unexpected = [
         key
         for key in checkpoint.entries
-        if key not in known and not any(re.fullmatch(pattern, key) for pattern in ignored)
+        if key not in known and not any(re.fullmatch(pattern, key) for pattern in (*ignored, *NEVER_NEEDED))
+        and not adds_nothing(checkpoint, key, known)
     ]
     misshaped = []
     used: dict[str, int] = {}  # elements of a key that its pieces take
@@ -253,6 +268,12 @@ def check_keys(checkpoint: Checkpoint, wanted: list[Wanted], known: set[str], ig
         raise InputError(f"{checkpoint.path} does not hold the weights that its config describes: {listed}")
 
 
+def adds_nothing(checkpoint: Checkpoint, key: str, known: set[str]) -> bool:
+    """Whether a key is a bias of zeros beside a matrix of the model: AutoGPTQ wrote one for every matrix until 2023."""
+    matrix = key.removesuffix("bias") + "weight"
+    return key.endswith(".bias") and matrix in known and not checkpoint.read(key).any()
+
+
 def piece_shape(entry: TensorEntry, index: tuple[Any, ...]) -> tuple[int, ...] | None:
     """The shape of a tensor of this entry's shape at `index`, None where it has no such index."""
     try:
@@ -268,14 +289,31 @@ def read_index(checkpoint: Checkpoint, one: Wanted) -> Tensor:
     return checkpoint.read(one.key)[one.index if one.share is None else one.share.of(one.index)]
 
 
-def read_stretches(checkpoint: Checkpoint, one: Wanted, rows_at_once: int) -> Iterator[Tensor]:
-    """The values of one parameter, so many rows at a time."""
-    if one.index != () or (one.share is not None and one.share.dim != 0):
-        yield from read_index(checkpoint, one).split(rows_at_once)
+def read_one(checkpoint: Checkpoint, one: Wanted, device: torch.device) -> Any:
+    """What one parameter becomes."""
+    if one.packing is None:
+        return read_piece(checkpoint, one, device)
+    return one.packing.make(read_stretches(checkpoint, one, one.packing))
+
+
+def read_stretches(checkpoint: Checkpoint, one: Wanted, packing: Packing) -> Iterator[Any]:
+    """One parameter, some rows at a time."""
+    by_columns = one.share is not None and one.share.dim == 1
+    if packing.stretches == "values" and (one.index != () or by_columns):
+        yield from read_index(checkpoint, one).split(packing.rows_at_once)
         return
-    own = range(one.shape[0]) if one.share is None else range(one.share.own.start, one.share.own.stop)
-    for start in own[::rows_at_once]:
-        yield checkpoint.read(one.key, slice(start, min(start + rows_at_once, own.stop)))
+    own = range(one.shape[0])
+    if one.share is not None and not by_columns:
+        own = range(one.share.own.start, one.share.own.stop)
+    for start in own[:: packing.rows_at_once]:
+        rows = slice(start, min(start + packing.rows_at_once, own.stop))
+        if packing.stretches == "stored":
+            yield checkpoint.stored_bytes(one.key).view(one.shape[0], -1)[rows]
+        elif packing.stretches == "values":
+            yield checkpoint.read(one.key, rows)
+        else:
+            groups = checkpoint.read_groups(one.key, rows)
+            yield groups.part(1, one.share.own) if one.share is not None and by_columns else groups
 
 
 def read_piece(checkpoint: Checkpoint, one: Wanted, device: torch.device) -> Tensor:
@@ -284,17 +322,6 @@ def read_piece(checkpoint: Checkpoint, one: Wanted, device: torch.device) -> Ten
     if not checkpoint.mapped and one.index == () and one.share is None and piece.dtype == one.dtype:
         return piece.to(device)  # what was read is already a tensor of its own
     return piece.to(device, one.dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-@contextmanager
-def threads_for(target: Tensor) -> Iterator[None]:
-    """Threads that a tensor of this size is worth."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads if target.numel() >= WORTH_SHARING else 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def put(model: nn.Module, one: Wanted, value: Tensor) -> None:

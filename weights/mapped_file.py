@@ -42,11 +42,14 @@ class MappedFile:
 def open_binary(path: Path) -> BinaryIO:
     """Open a file for reading, or InputError. A pipe, a device or a socket is none, and is not waited for."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise InputError(f"{path} is not a file, but a {'directory' if path.is_dir() else 'pipe or device'}")
-        return open(path, "rb")
+        mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode):
+            return open(path, "rb")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:         # a NUL, or what the system cannot encode
+        raise InputError(f"no file can have the name {str(path)!r}") from error
+    raise InputError(f"{path} is not a file, but a {'directory' if stat.S_ISDIR(mode) else 'pipe or device'}")
 
 
 def read_bytes(path: Path, most: int) -> bytes:

@@ -8,7 +8,7 @@ has been touched, and `release` gives each tensor's pages back as soon as it has
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weights import files
 from weights.entries import TensorEntry
 from weights.errors import InputError
-from weights.four_bit_layouts import Layout, find_layout, matrix_entry
+from weights.four_bit_layouts import Layout, borrow_evidence, find_layout, matrix_entry
 from weights.groups import Groups
-from weights.json_files import LARGEST_JSON, JsonObject, parse_json, read_json
+from weights.json_files import LARGEST_JSON, JsonObject, parse_json, read_json, shown
 from weights.mapped_file import MappedFile
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 # No tensor of a model has more; what a header says of more is not even multiplied out.
@@ -70,7 +69,7 @@ class SafetensorsCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.path = directory
         self.config: dict[str, Any] = read_config(directory)
-        self.generation_config: dict[str, Any] = read_json(directory / "generation_config.json", optional=True)
+        self.generation_config: dict[str, Any] = read_json(directory / files.GENERATION_CONFIG, optional=True)
         self.entries: dict[str, TensorEntry] = {}
         self._places: dict[str, Place] = {}
         self._files: dict[str, MappedFile] = {}
@@ -91,6 +90,12 @@ class SafetensorsCheckpoint:
             self._parts[f"{name}.weight"] = [key for key in keys if key in self.entries]
             self._part_entries |= {key: self.entries.pop(key) for key in self._parts[f"{name}.weight"]}
             self.entries[f"{name}.weight"] = entry
+        if layout.less_one:
+            evidence = 0.0
+            for name in self._parts:
+                evidence += borrow_evidence(*self._quantised(name)[:2])
+                self.release(name)
+            self._layout = replace(layout, borrows=evidence > 0)
 
     def _open_shard(self, shard: str, promised: list[str]) -> None:
         path = self.path / shard
@@ -98,25 +103,40 @@ class SafetensorsCheckpoint:
         entries, places = read_header(file, path)
         absent = [name for name in promised if name not in entries]
         if absent:
-            raise InputError(f"{path} lacks {some_of(absent)}, which {INDEX_FILE} says it holds")
-        for name, entry in entries.items():
-            if name in self.entries:
-                raise InputError(f"{path}: {name} is also in {self._places[name].shard}; a tensor must be in one shard")
-            self.entries[name] = entry
-            self._places[name] = Place(shard, *places[name])
+            raise InputError(f"{path} lacks {some_of(absent)}, which {files.WEIGHTS_INDEX} says it holds")
         self._files[shard] = file
+        for name, entry in entries.items():
+            place = Place(shard, *places[name])
+            if name in self.entries:
+                if entry != self.entries[name] or not self._same_bytes(place, self._places[name]):
+                    raise InputError(f"{path}: {name} is also in {self._places[name].shard}, and there it differs")
+                continue
+            self.entries[name] = entry
+            self._places[name] = place
+
+    def _same_bytes(self, *places: Place) -> bool:
+        views = [self._files[place.shard].view(place.begin, place.end) for place in places]
+        same = torch.equal(*views)
+        for place in places:
+            self._files[place.shard].release(place.begin, place.end)
+        return same
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Rows of a tensor as a view of the mapped file, in its entry's dtype, on the CPU, not to be written to."""
         if name in self._parts:
-            return self.read_groups(name).part(0, rows).values()
+            return self.read_groups(name, rows).values()
         whole = self._view(name, self.entries[name])
         return whole[rows] if rows != slice(None) else whole
 
-    def read_groups(self, name: str) -> Groups:
-        """A matrix of four-bit numbers as it is kept."""
+    def read_groups(self, name: str, rows: slice = slice(None)) -> Groups:
+        """Rows of a matrix of four-bit numbers as they are kept."""
         assert self._layout is not None
-        return self._layout.groups(*(self._view(key, self._part_entries[key]) for key in self._parts[name][:3]))
+        qweight, qzeros, scales = self._quantised(name)
+        return self._layout.groups(qweight, qzeros, scales, rows)
+
+    def _quantised(self, name: str) -> list[Tensor]:
+        """qweight, qzeros and scales of a matrix, views of the mapped file."""
+        return [self._view(key, self._part_entries[key]) for key in self._parts[name][:3]]
 
     def _view(self, name: str, entry: TensorEntry) -> Tensor:
         place = self._places[name]
@@ -150,8 +170,10 @@ class SafetensorsCheckpoint:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a directory, or InputError that says what the directory lacks."""
-    path = directory / "config.json"
+    """config.json of a directory, or InputError that says what the directory lacks, or that it has an adapter."""
+    path = directory / files.CONFIG
+    if (directory / files.ADAPTER_CONFIG).exists():
+        raise InputError(describe_adapter(directory, beside_model=path.exists()))
     if path.exists():
         return read_json(path)
     try:
@@ -159,19 +181,41 @@ def read_config(directory: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{directory} cannot be listed: {error.strerror}") from error
     if not contents:
-        raise InputError(f"{directory} is empty: a checkpoint needs config.json, tokenizer.json and {SINGLE_FILE}")
+        raise InputError(f"{directory} is empty: a checkpoint needs config.json, tokenizer.json and {files.WEIGHTS}")
     gguf_files = [name for name in contents if name.endswith(".gguf")]
     if gguf_files:
         raise InputError(f"{directory} has no config.json; name the .gguf file itself: {directory / gguf_files[0]}")
     raise InputError(f"{directory} has no config.json: it is not the folder of a Hugging Face checkpoint")
 
 
+def describe_adapter(directory: Path, beside_model: bool) -> str:
+    """What to do with an adapter, which would change what the model computes and is not implemented."""
+    about = read_json(directory / files.ADAPTER_CONFIG)
+    kind, base = (shown(about.get(name)) for name in ("peft_type", "base_model_name_or_path"))
+    merge = (
+        "merge it into the model with peft, `AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()"
+        ".save_pretrained(new_folder)`"
+    )
+    if beside_model:
+        return (
+            f"{directory} holds a model and an adapter of it ({files.ADAPTER_CONFIG}, {kind}), which is not "
+            f"implemented: {merge}, or take the adapter's files out of the folder to run the model alone"
+        )
+    return f"{directory} is an adapter ({kind}) of {base}, not a model: {merge}, or name the model itself"
+
+
 def find_shards(directory: Path) -> dict[str, list[str]]:
     """Names of the directory's weight files, each with the tensors that the index says it holds ([] without index)."""
-    if (directory / SINGLE_FILE).exists():
-        return {SINGLE_FILE: []}
-    index_path = directory / INDEX_FILE
+    if (directory / files.WEIGHTS).exists():
+        return {files.WEIGHTS: []}
+    index_path = directory / files.WEIGHTS_INDEX
     if not index_path.exists():
+        others = sorted(path.name for path in directory.glob(files.ANY_WEIGHTS))
+        if others:
+            raise InputError(
+                f"{directory} holds {some_of(others)}, and neither {files.WEIGHTS} nor {files.WEIGHTS_INDEX}, which "
+                "says what is in which shard: fetch the missing file"
+            )
         pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in directory.glob(pattern))
         if pickles:
             raise InputError(
@@ -179,7 +223,7 @@ def find_shards(directory: Path) -> dict[str, list[str]]:
                 "read and is refused: convert it with transformers, `AutoModelForCausalLM.from_pretrained(folder)"
                 ".save_pretrained(new_folder)`, which writes safetensors"
             )
-        raise InputError(f"{directory} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
+        raise InputError(f"{directory} has no weights: neither {files.WEIGHTS} nor {files.WEIGHTS_INDEX} is there")
 
     weight_map = JsonObject(read_json(index_path), str(index_path)).section("weight_map").raw
     if not weight_map:
@@ -192,7 +236,9 @@ def find_shards(directory: Path) -> dict[str, list[str]]:
         shards.setdefault(shard, []).append(name)
     absent = [shard for shard in shards if not os.path.exists(directory / shard)]
     if absent:
-        raise InputError(f"{directory} lacks {some_of(absent)}, named in {INDEX_FILE}: fetch the missing shard again")
+        raise InputError(
+            f"{directory} lacks {some_of(absent)}, named in {files.WEIGHTS_INDEX}: fetch the missing shard again"
+        )
     return {shard: shards[shard] for shard in sorted(shards)}
 
 

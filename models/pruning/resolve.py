@@ -6,17 +6,16 @@ heads) give anything up, so their own ratio is higher (POP, arXiv 2602.06822, Ta
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
 
-from torch import nn
-
-from models.matrix import Matrix
+from models.cache import View
 from models.passes import Stretch
-from models.pruning.alternatives import RULES
 from models.pruning.left_out import ATTENTION, HALVES, MLP, Half, check_halves, read_halves
 from models.pruning.partition import partition_sizes
-from models.pruning.rules import POP
+from models.pruning.pop import POP
+from models.pruning.prefill_only import PrefillOnly
 from models.pruning.settings import DEFAULT_PRUNE_RATIO, WIDTH_RULES, PruningSettings, exact_share
+from models.walks import EveryLayer, Walk
 from weights.errors import InputError
 
 
@@ -39,16 +38,6 @@ class LayerWeights:
     layers: int
 
 
-@dataclass(frozen=True, eq=False)
-class ExpertsLeft:
-    """Mixtures with fewer experts: of each its router, and the network for each of that one's outputs.
-
-    Equal to none but itself.
-    """
-
-    of: Mapping[nn.Module, tuple[Matrix, Sequence[Any]]]
-
-
 @dataclass(frozen=True)
 class Pruning:
     """PruningSettings made concrete for one model.
@@ -56,9 +45,7 @@ class Pruning:
     ratio      share of the decoder layers' parameters that a decode step leaves out (the headline ratio)
     ffn_ratio  share of FFN channels that do not finish a decode step (r), of the networks that run
     skipped    the layers that a prompt skips (Prefill-Only), all but its last `boundary` tokens
-    blind      a control: what a prompt has left in the layers it skips, nobody looks at
     left_out   halves of layers that neither prompts nor steps run
-    experts    mixtures that some of their experts are missing from; None: all are whole
     """
 
     ratio: float
@@ -67,35 +54,20 @@ class Pruning:
     rule: POP
     skipped: tuple[int, ...] = ()
     boundary: int = 1
-    blind: bool = False
     left_out: tuple[Half, ...] = ()
-    experts: ExpertsLeft | None = None
 
     @property
-    def thin_from(self) -> int | None:
-        """The first layer whose prompts are without the rows of pictures that are left out; None: none are."""
-        settings = self.settings
-        by_layer = settings.visual_tokens_layer if settings.visual_tokens_by == "attention" else 0
-        return None if settings.visual_tokens == "all" else by_layer
+    def walk(self) -> Walk:
+        """How a prompt walks through the layers."""
+        return PrefillOnly(self.skipped, self.boundary) if self.skipped else EveryLayer()
 
-    def is_thin(self, layer: int) -> bool:
-        """Whether its prompts are without them."""
-        return self.thin_from is not None and layer >= self.thin_from
+    def view(self, layer: int, window: int | None) -> View:
+        """What the rows of a layer see of its cache."""
+        return View(window)
 
-    def visual_tokens(self, of_picture: int) -> int:
-        """How many of a picture's tokens stay. Raises InputError where none would."""
-        wanted = self.settings.visual_tokens
-        if wanted == "all":
-            return of_picture
-        kept = int(exact_share(wanted) * (of_picture if exact_share(wanted) < 1 else 1))
-        if kept == 0:
-            raise InputError(f"visual tokens {wanted} leaves none of the {of_picture} tokens of a picture; raise it")
-        return min(kept, of_picture)
-
-    def uncounted(self, stretches: Sequence[Stretch]) -> int:
-        """Rows of these pictures that are left out and would count as evidence."""
-        lengths = [one.length for one in stretches] if self.settings.scored_tokens == "all" else []
-        return sum(length - self.visual_tokens(length) for length in lengths)
+    def dropped_rows(self, spans: Sequence[Stretch], lengths: Sequence[int]) -> int:
+        """How many rows shorter the longest prompt becomes on its way, given all pictures and lengths of prompts."""
+        return 0
 
     @property
     def cuts(self) -> bool:
@@ -111,7 +83,9 @@ class Pruning:
         return self.skipped if tokens > self.boundary else ()
 
 
-def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
+def resolve(
+    settings: PruningSettings, layer: LayerWeights, rules: Mapping[str, type[POP]] = MappingProxyType({"pop": POP})
+) -> Pruning:
     """r = (ratio * (P_attn + P_ffn) - removed head weights) / P_ffn  (POP, Table 8; heads are our extension).
 
     Raises InputError when the ratio asks for more than the FFN has (r >= 1), or for less than the heads alone remove.
@@ -144,18 +118,18 @@ def resolve(settings: PruningSettings, layer: LayerWeights) -> Pruning:
                 f"more than the prune ratio {wanted}; raise the prune ratio or lower the head ratio"
             )
     check_retained_share(settings, ffn_ratio)
-    rule = RULES[settings.rule](
+    rule = rules[settings.rule](
         ffn_ratio, settings.candidate_width, settings.head_ratio, settings.min_tokens,
         retained_share=settings.retained_share, groups=settings.groups,
     )
     left_out = check_halves(read_halves(str(settings.leave_out)), layer.layers)
-    check_visual_tokens(settings, left_out, layer.layers)
     networks_left = 1 - sum(half.part == MLP for half in left_out) / layer.layers
     attentions_left = 1 - sum(half.part == ATTENTION for half in left_out) / layer.layers
     off = networks_left * ffn_ratio * layer.ffn + attentions_left * off_heads
+    skipped = deepest(settings, layer.layers)
     return Pruning(
-        share_of_halves(left_out, layer) + off / total, ffn_ratio, settings, rule, deepest(settings, layer.layers),
-        settings.boundary_tokens, left_out=left_out,
+        share_of_halves(left_out, layer) + off / total, ffn_ratio, settings, rule, skipped, settings.boundary_tokens,
+        left_out=left_out,
     )
 
 
@@ -163,19 +137,6 @@ def share_of_halves(halves: Sequence[Half], layer: LayerWeights) -> float:
     """What these hold of the parameters of all layers, which count as if they were alike."""
     weights = sum(layer.ffn if half.part == MLP else layer.attention for half in halves)
     return weights / (layer.layers * (layer.attention + layer.ffn))
-
-
-def check_visual_tokens(settings: PruningSettings, left_out: Sequence[Half], layers: int) -> None:
-    """Raises InputError for a layer after which there is none, or that attends to nothing."""
-    after = settings.visual_tokens_layer
-    if settings.visual_tokens == "all" or settings.visual_tokens_by != "attention":
-        return
-    if after >= layers:
-        raise InputError(
-            f"visual tokens layer {after} leaves no layer after it: the model has {layers}, give {layers - 1} at most"
-        )
-    if (after - 1, ATTENTION) in left_out:
-        raise InputError(f"visual tokens layer {after} chooses by an attention that is left out; give another layer")
 
 
 def check_retained_share(settings: PruningSettings, ffn_ratio: float) -> None:

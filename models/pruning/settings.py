@@ -13,7 +13,7 @@ from models.pruning.left_out import read_halves
 from weights.errors import InputError
 
 DEFAULT_PRUNE_RATIO = 0.2
-# Of models/pruning/rules.py, which imports PyTorch and therefore is not asked here.
+# Of popengine/studies/rules.py, which imports PyTorch and therefore is not asked here.
 RULE_NAMES = ("pop", "all-channels", "up", "gate", "cats", "teal", "glass", "draft")
 # Those whose candidates are as many as the width says; under the others all that is not retained is a candidate.
 WIDTH_RULES = ("pop", "glass")
@@ -81,15 +81,13 @@ class PruningSettings:
     min_evidence     until the scores have seen so many real tokens, steps run dense and add to them
     dense_every      one step in so many runs dense and adds to the evidence; None: no step does
     redraw_every     at the first dense step after so many steps the partitions are drawn anew; None: they stay
-    redraw_on_drift  at dense steps they are drawn anew where the attention has drifted by more than this since the last
-                     dense step (models/gathering.py); None: they stay
-    rule             how channels are scored and cut (models/pruning/rules.py)
+    rule             how channels are scored and cut (popengine/studies/rules.py)
     prefill_skip     Prefill-Only pruning (arXiv 2602.03295): the deepest layers, floor(share of them), are skipped for
                      the prompt, all but its last tokens; steps run every layer. A number or a fraction like "1/3"
     boundary_tokens  how many of the last prompt tokens run through the skipped layers all the same
     visual_tokens    how many of a picture's tokens stay in the prompt: a share below 1, a number, or "all"
     visual_tokens_by which: by the last prompt token's "attention" after the layer visual_tokens_layer, or by
-                     "diversity" before the first (models/visual_tokens.py)
+                     "diversity" before the first (popengine/studies/visual_tokens.py)
     groups           equal stretches of a network's channels that are cut alike, each by itself: what as many ranks do
     leave_out        layers, or halves of them, that neither prompts nor steps run: "20-22+25.attention+26.mlp". The
                      prune ratio is a share of what is left
@@ -140,10 +138,6 @@ class PruningSettings:
         None, "every T steps partitions are drawn anew from all evidence so far", int, metavar="T", least=1,
         column="redraw every", matters="to prompts",
     )
-    redraw_on_drift: float | None = setting(
-        None, "also where the last layer's attention output has turned by more than X (1 - cosine), asked at dense "
-        "steps", float, metavar="X", least=0, most=2, column="redraw on drift", matters="to prompts",
-    )
     min_tokens: int = setting(1, "prompt tokens below which an expert counts as not reached", int, metavar="N", least=1)
     rule: str = setting(
         "pop", "how channels are scored and cut (all-channels: as WINA does for down_proj; glass: needs a prior)", str,
@@ -185,9 +179,8 @@ class PruningSettings:
     def __post_init__(self) -> None:
         if self.prune_ratio is not None and self.ffn_ratio is not None:
             raise InputError("give a prune ratio or an FFN ratio, not both")
-        for name, value in (("redraw every", self.redraw_every), ("redraw on drift", self.redraw_on_drift)):
-            if value is not None and self.dense_every is None:
-                raise InputError(f"{name} needs dense every: without dense steps there is no new evidence")
+        if self.redraw_every is not None and self.dense_every is None:
+            raise InputError("redraw every needs dense every: without dense steps there is no new evidence")
         if self.rule == "glass" and self.prior == 0:
             raise InputError("rule glass needs a prior of 1 or more, whose ranks it joins with the prompt's")
         read_halves(str(self.leave_out))
@@ -229,6 +222,6 @@ def compared_fields() -> Iterator[Field[Any]]:
 
 
 DENSE = PruningSettings(prune_ratio=0.0)
-# What generation does where nothing is said: the best that was measured at its ratio on short and long prompts alike
-# (docs/results.md). PruningSettings() itself is the paper's rule to the letter.
-RECOMMENDED = PruningSettings(candidate_width=0.5, prior=32)
+# What generation does where nothing is said. Until 64 tokens are seen steps run dense, so that a short
+# prompt costs no quality; nothing is sampled at first use. PruningSettings() itself is the paper's rule to the letter.
+RECOMMENDED = PruningSettings(candidate_width=0.5, min_evidence=64)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from models.pruning.resolve import Pruning
 from popengine.engine import Engine
 from popengine.measure.scoring import Window, after_prompt
 from popengine.sampling import Sampling
+from popengine.studies.resolve import StudyPruning
 from weights.errors import InputError
 
 
@@ -39,7 +39,7 @@ def fitting(engine: Engine, context: list[int], continuation: list[int]) -> Wind
 
 
 @torch.inference_mode()
-def log_likelihoods(engine: Engine, windows: Sequence[Window], pruning: Pruning) -> list[tuple[float, bool]]:
+def log_likelihoods(engine: Engine, windows: Sequence[Window], pruning: StudyPruning) -> list[tuple[float, bool]]:
     """Of each continuation, and whether greedy steps would say it; a prompt that several share is prefilled once."""
     found: dict[int, tuple[float, bool]] = {}
     prompts = {tuple(window.prompt): window.prompt for window in windows}
@@ -54,7 +54,7 @@ def log_likelihoods(engine: Engine, windows: Sequence[Window], pruning: Pruning)
 
 
 def generate_until(
-    engine: Engine, prompts: Sequence[list[int]], new_tokens: int, pruning: Pruning, sampling: Sampling,
+    engine: Engine, prompts: Sequence[list[int]], new_tokens: int, pruning: StudyPruning, sampling: Sampling,
     stops: Sequence[str],
 ) -> list[str]:
     """Texts up to the first stop string of each, or the end of sequence. A prompt too long is cut from the left."""

@@ -5,6 +5,7 @@ weights in the same dtype.
 """
 
 import importlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +17,15 @@ import torch
 from torch.profiler import profile
 
 from models.config import read_llama_config
-from models.pruning.resolve import Pruning
 from models.rope import rotary_frequencies
 from popengine.engine import Engine
 from popengine.pictures.images import ImageSource
 from popengine.statistics import measured
+from popengine.studies.resolve import StudyPruning
 from weights.checkpoint import Checkpoint, open_checkpoint
-from weights.gguf_file import LAYER_NAMES, NAMES, ROPE_FACTORS
+from weights.gguf_families import LAYER_NAMES, NAMES, ROPE_FACTORS
+from weights.gguf_header import read_header
+from weights.mapped_file import MappedFile
 
 # .gguf's names of dtypes.
 GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -73,7 +76,7 @@ class OwnEngine:
     """One setting of popengine. Settings share the weights of an engine and take turns with its buffers."""
 
     def __init__(
-        self, name: str, engine: Engine, pruning: Pruning, images: Sequence[ImageSource] = ()
+        self, name: str, engine: Engine, pruning: StudyPruning, images: Sequence[ImageSource] = ()
     ) -> None:
         self.name, self.engine, self.pruning, self.load_s = name, engine, pruning, engine.load_s
         self.images = images                        # of one prompt, and so of each
@@ -211,6 +214,7 @@ class LlamaCppEngine:
             raise AbsentPeer(f"it does not load a .gguf of these weights ({error})") from None
         self.load_s = time.perf_counter() - began
         self.vocabulary = self.model.n_vocab()
+        self.bytes_per_token = gguf_bytes_per_token([file])
 
     def generate(self, prompts: list[list[int]], new_tokens: int, steps: int | None = None) -> Generated:
         self.model.reset()
@@ -228,6 +232,27 @@ class LlamaCppEngine:
 
     def drop_buffers(self) -> None:
         """Its cache belongs to the loaded model."""
+
+
+def gguf_bytes_per_token(files: Sequence[Path]) -> int:
+    """Bytes of matrices that a decode step reads of a .gguf file, or of all its parts; as everywhere without vectors.
+
+    Of the experts it reads those that the token is routed to, of the embedding one row, unless it is the head too.
+    """
+    gguf = import_peer("gguf", "gguf")
+    headers = [read_header(MappedFile(file), file) for file in files]
+    metadata, tensors = headers[0].metadata, {name: one for header in headers for name, one in header.tensors.items()}
+    architecture, tied, total = metadata.text("general.architecture"), "output.weight" not in tensors, 0
+    for name, tensor in tensors.items():
+        if len(tensor.shape) < 2 or (name == "token_embd.weight" and not tied):
+            continue
+        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type_number)]
+        size = math.prod(tensor.shape) // block * block_bytes
+        if "_exps." in name:                                        # of all experts of a layer together
+            used, count = (metadata.size(f"{architecture}.expert_{what}") for what in ("used_count", "count"))
+            size = size * used // count
+        total += size
+    return total
 
 
 def write_gguf(checkpoint: Checkpoint, kind: str, path: Path) -> Path:

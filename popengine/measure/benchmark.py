@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from models.pruning.settings import PruningSettings, exact_share
+from models.pruning.settings import DENSE, PruningSettings, exact_share
 from models.reading import bytes_per_token, prompt_work
 from popengine.engine import Engine
 from popengine.loading import DTYPES, choose_device, load
@@ -150,6 +150,7 @@ def measure_dtype(
     entries: list[Entry] = []
     note = Progress(f"{dtype}: ")
     prompts: list[list[int]] = []
+    weights = 0
     counters = compile_counters()
     modes = ([] if flags.compile_only else [False]) + ([True] if flags.compile or flags.compile_only else [])
     # Packed products want half precision.
@@ -164,6 +165,7 @@ def measure_dtype(
         if len(forms) > 1 or engine.weights != "plain":
             mode = f"{form} {mode}"
         prompts = prompts or make_prompts(flags, engine)
+        weights, _ = prompt_work(engine.model, engine.resolve(DENSE), tokens=1)
         own = own_entries(flags, engine, mode, prompts)
         first_turns(own, prompts, flags.new_tokens, before, device, note)
         entries += own
@@ -174,7 +176,7 @@ def measure_dtype(
             continue                            # it has the plain weights alone
         note(f"loading {peer}")
         before = held_bytes(device)
-        entry = peer_entry(peer, flags, checkpoint, dtype, form, device, folder, absent)
+        entry = peer_entry(peer, flags, checkpoint, dtype, form, device, folder, absent, weights)
         if entry is not None:
             first_turns([entry], prompts, flags.new_tokens, before, device, note)
             entries.append(entry)
@@ -307,13 +309,15 @@ def peer_entry(
     device: torch.device,
     folder: Path,
     absent: dict[str, str],
+    weights: int,
 ) -> Entry | None:
-    """Another engine; None and a word in `absent` where it cannot run."""
+    """Another engine; None and a word in `absent` where it cannot run. weights: how many a token is multiplied with"""
     with open_checkpoint(checkpoint) as opened:
         path = opened.path                      # a Hub id has become a folder
     try:
         if peer == "transformers":
             contender: Contender = TransformersEngine(path, DTYPES[dtype], device)
+            read = weights * DTYPES[dtype].itemsize                 # packed or not in the file, it has them plain
         elif device.type != "cpu":
             raise AbsentPeer("it is compared on the CPU only")
         elif flags.batch > 1:
@@ -322,10 +326,11 @@ def peer_entry(
             context = flags.prompt_tokens + flags.new_tokens
             kind = llama_cpp_type(path, form, dtype)
             contender = LlamaCppEngine(path, kind, context, torch.get_num_threads(), folder)
+            read = contender.bytes_per_token
     except AbsentPeer as error:
         absent[peer] = str(error)
         return None
-    return Entry(contender, None, None)
+    return Entry(contender, None, None, weight_bytes_per_token=read)
 
 
 def first_turns(
@@ -436,9 +441,7 @@ def rows(entries: list[Entry], bandwidth_gb_per_s: float) -> list[dict[str, Any]
     for entry, line in zip(entries, lines, strict=True):
         own = dense.get(line["mode"], reference)
         step_ms = line["decode_ms_per_token"]["median"]
-        if line["mode"] is None:
-            line["weight_bytes_per_token"] = own["weight_bytes_per_token"]       # the dense network, whoever runs it
-        else:
+        if line["mode"] is not None:
             line["prompt"] = prompt_figures(own, line)
             saved = own["decode_ms_per_token"]["median"] - step_ms
             line["speedup"] = own["decode_ms_per_token"]["median"] / step_ms

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from popengine.text.scripts import environment
+from popengine.text.sandbox.process import environment
 from weights.errors import InputError
 
 SANDBOX = Path(__file__).resolve().with_name("code_sandbox.py")

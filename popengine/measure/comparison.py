@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from models.pruning.resolve import Pruning
 from models.pruning.settings import (
     DENSE,
     LAYER_METHODS,
@@ -45,6 +44,7 @@ from popengine.measure.scoring import (
 from popengine.measure.studies import NetworkPicks, RankDrift, drift_figures, pick_figures, picks, rank_drift
 from popengine.measure.tasks import is_answered, questions_for
 from popengine.methods.calibration import Calibration, fingerprint
+from popengine.studies.resolve import StudyPruning
 
 DRIFT_WINDOWS = 4
 TIMED_STEPS = 24
@@ -143,7 +143,7 @@ class Comparison:
     """
 
     engines: dict[str, Engine]
-    prunings: dict[Configuration, Pruning]
+    prunings: dict[Configuration, StudyPruning]
     windows: list[Window]
     progress: ProgressFile
     show_progress: bool
@@ -357,7 +357,7 @@ class Comparison:
         return 0.1 if 0.1 in widths or not widths else widths[0]
 
 
-def row_of(one: Configuration, pruning: Pruning, engines: dict[str, Engine]) -> dict[str, Any]:
+def row_of(one: Configuration, pruning: StudyPruning, engines: dict[str, Engine]) -> dict[str, Any]:
     """What a table says of a configuration without measuring it; the dense model is that of the first engine."""
     first = next(iter(engines.values()))
     read = bytes_per_token(engines[one.weights].model, pruning)

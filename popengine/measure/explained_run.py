@@ -1,7 +1,7 @@
 """One real run, recorded for the page that explains it: what each step picked, read and said, and what dense would say.
 
 The run is the engine's own, and is timed. Its tokens then go twice more through the model, one by one: through the
-same pruned steps, which an observer looks at, and through the dense model's. A frame is one new token: the first comes
+same pruned steps, which are recorded, and through the dense model's. A frame is one new token: the first comes
 from the prompt, every later one from a step.
 
 T prompt tokens, F frames, I channels, C candidates, V vocabulary.
@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from models.experts import ActiveExperts, MixtureOfExperts
-from models.feed_forward import ActiveFeedForward, FeedForward
-from models.known_text import evaluate
+from models.experts import MixtureOfExperts
+from models.feed_forward import FeedForward
 from models.passes import PictureRows
 from models.picture_model import Grid
+from models.pruning.experts import PartitionedExperts
+from models.pruning.heads import PartitionedAttention
 from models.pruning.partition import ChannelPartition
+from models.pruning.pop import PrunedFFN
 from models.pruning.settings import DENSE, PruningSettings
 from models.reading import bytes_per_token
 from models.state import DecodeState, LayerState
@@ -38,6 +40,8 @@ from popengine.pictures.vision import Embedded, Vision
 from popengine.run import Run
 from popengine.sampling import Sampling
 from popengine.statistics import measured, report
+from popengine.studies.known_text import evaluate
+from popengine.studies.recording import recorded
 from popengine.text.tokenizer import TextStream, TextTokenizer
 
 # Of a picture on the page.
@@ -83,15 +87,15 @@ class NetworkRecord:
         """The one that holds for a frame's step."""
         return next((one for one in reversed(self.drawings) if one.frame < frame), None)
 
-    def active(self, state: LayerState) -> ActiveFeedForward | None:
-        if isinstance(state.ffn, ActiveExperts):
+    def active(self, state: LayerState) -> PrunedFFN | None:
+        if isinstance(state.ffn, PartitionedExperts):
             return state.ffn.shared if self.expert == SHARED else state.ffn.active[self.expert]  # type: ignore[index]
-        found: ActiveFeedForward = state.ffn
+        found: PrunedFFN = state.ffn  # type: ignore[assignment]
         return found
 
-    def note_drawing(self, frame: int, active: ActiveFeedForward) -> None:
+    def note_drawing(self, frame: int, active: PrunedFFN) -> None:
         """Keep the partition where it is another than the last one."""
-        if not active.prunes or (self.drawings and self.drawings[-1].partition is active.partition):
+        if not active.sizes.prunes or (self.drawings and self.drawings[-1].partition is active.partition):
             return
         unseen = active.evidence.tokens < active.rule.min_tokens
         scores = self.ffn.weight_scores() if unseen else active.evidence.scores(self.ffn.down_norms())
@@ -239,7 +243,19 @@ def pruned_steps(
     engine: Engine, run: Run, new: list[int], records: list[NetworkRecord]
 ) -> tuple[Frames, set[int], set[int], list[list[list[int]]], list[str]]:
     """The run's steps once more, looked at: what they say, which are dense, which draw anew, experts, heads."""
-    state = engine.new_state(1, len(run.prompts[0]) + len(new), run.pruning)
+    frame = 0
+
+    def told(ffn: FeedForward, partition: ChannelPartition, keep: Tensor) -> None:
+        record, sizes = by_network[ffn], partition.sizes
+        if not sizes.prunes:
+            return
+        if not record.drawings:                     # an expert that is reached for the first time
+            record.note_drawing(frame - 1, record.active(state.layers[record.layer]))  # type: ignore[arg-type]
+        picked = torch.zeros(sizes.channels, dtype=torch.bool, device=keep.device)
+        picked[partition.candidate] = keep.flatten() if keep.numel() else True
+        record.picked[frame] = picked[record.drawings[-1].order]
+
+    state = engine.new_state(1, len(run.prompts[0]) + len(new), recorded(run.pruning, told))
     by_network = {one.ffn: one for one in records}
     prompt = embedded(engine, run, [])
     found, dense_frames, redraws, experts = Frames(), set(), set(), []
@@ -247,22 +263,11 @@ def pruned_steps(
     note_drawings(records, state, 0)
     heads = head_regions(state)
     for frame, (token, following) in enumerate(pairwise(new), start=1):
-
-        def observe(ffn: FeedForward, partition: ChannelPartition, keep: Tensor, frame: int = frame) -> None:
-            record, sizes = by_network[ffn], partition.sizes
-            if not sizes.prunes:
-                return
-            if not record.drawings:                     # an expert that is reached for the first time
-                record.note_drawing(frame - 1, record.active(state.layers[record.layer]))  # type: ignore[arg-type]
-            picked = torch.zeros(sizes.channels, dtype=torch.bool, device=keep.device)
-            picked[partition.candidate] = keep.flatten() if keep.numel() else True
-            record.picked[frame] = picked[record.drawings[-1].order]
-
-        gathering, uses = state.gathering, expert_uses(state)
-        before = gathering.dense_steps, gathering.redraws
-        logits = evaluate(engine.model, torch.tensor([token], device=engine.device), state, observe)
-        dense_frames |= {frame} if gathering.dense_steps > before[0] else set()
-        redraws |= {frame} if gathering.redraws > before[1] else set()
+        schedule, uses = state.schedule, expert_uses(state)
+        before = schedule.dense_steps, schedule.redraws
+        logits = evaluate(engine.model, torch.tensor([token], device=engine.device), state)
+        dense_frames |= {frame} if schedule.dense_steps > before[0] else set()
+        redraws |= {frame} if schedule.redraws > before[1] else set()
         experts.append([
             [expert for expert, (old, now) in enumerate(zip(*layer, strict=True)) if now > old]
             for layer in zip(uses, expert_uses(state), strict=True)
@@ -274,7 +279,7 @@ def pruned_steps(
 
 def note_drawings(records: list[NetworkRecord], state: DecodeState, frame: int) -> None:
     """After a frame: the partitions that were drawn at it. Before there is evidence enough nothing is drawn."""
-    if state.gathering.tokens < state.gathering.least:
+    if state.schedule.tokens < state.schedule.least:
         return
     for record in records:
         active = record.active(state.layers[record.layer])
@@ -284,15 +289,15 @@ def note_drawings(records: list[NetworkRecord], state: DecodeState, frame: int) 
 
 def expert_uses(state: DecodeState) -> list[list[int]]:
     """Per layer, how many tokens each expert was given so far; nothing where a layer has no experts."""
-    return [list(layer.ffn.picks) if isinstance(layer.ffn, ActiveExperts) else [] for layer in state.layers]
+    return [list(layer.ffn.picks) if isinstance(layer.ffn, PartitionedExperts) else [] for layer in state.layers]
 
 
 def head_regions(state: DecodeState) -> list[str]:
     """Per layer a letter per query head, retained, candidate or pruned; nothing where heads are not pruned."""
     found = []
     for layer in state.layers:
-        sizes, order = layer.heads.sizes, layer.heads.partition.order               # [G, N / G]
-        if sizes.prunes:
+        if isinstance(layer.heads, PartitionedAttention):
+            sizes, order = layer.heads.sizes, layer.heads.partition.order           # [G, N / G]
             letters = "r" * sizes.retained + "c" * sizes.candidate + "p" * sizes.pruned
             found.append("".join(letters[place] for group in order.argsort(dim=-1).tolist() for place in group))
     return found

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from models.cache import View
 from models.llama import LlamaForCausalLM
-from models.passes import PictureRows, View, prefill_pass
+from models.passes import PictureRows, prefill_pass
 from models.pruning.settings import DENSE
 from popengine.engine import Engine
 from popengine.measure.tasks import Question
@@ -100,14 +101,12 @@ def gated_loss(
 ) -> Tensor:
     """Negative log-probability of the answer, summed, with what layers add times gates. x [1, T, H]; gates [T, L]"""
     given = pictures or PictureRows()
-    step = prefill_pass(
-        model.model.rotary, map(View, model.config.windows), x, None, positions=given.positions, blocks=given.blocks
-    )
+    rows = prefill_pass(model.model.rotary, map(View, model.config.windows), x, None, given)
     for index, (layer, gate) in enumerate(zip(model.model.layers, gates.unbind(dim=1), strict=True)):
         gate = gate[:, None].to(x.dtype)                                            # [T, 1]
-        x = x + layer.attended(layer.ranks.add_up(layer.self_attn(layer.input_layernorm(x), step))) * gate
-        x = x + layer.after_mlp(layer.ranks.add_up(layer.mlp(layer.before_mlp(x)))) * gate
-        x = x + given.added[index] if index < len(given.added) else x
+        x = x + layer.after_attention(layer.self_attn(layer.before_attention(x), rows)) * gate
+        x = x + layer.after_mlp(layer.mlp(layer.before_mlp(x))) * gate
+        x = given.add_features(index, x)
     logits = model.head(x[:, -len(answer) :])[0]                                    # [A, V]
     said = torch.tensor(answer, device=x.device)                                    # [A]
     return F.cross_entropy(logits.float(), said, reduction="sum")

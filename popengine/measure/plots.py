@@ -10,6 +10,7 @@ import torch
 from popengine.measure.comparison_table import right_answers
 from popengine.measure.studies import NetworkPicks, RankDrift
 from weights.errors import InputError
+from weights.output_file import replacing
 
 try:
     import matplotlib
@@ -71,7 +72,8 @@ class Point:
 
 def save(figure: Any, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=130)
     pyplot.close(figure)
 
 

@@ -3,8 +3,6 @@
 import argparse
 from dataclasses import dataclass
 
-from models.pruning.resolve import Pruning
-from popengine.command import check_output
 from popengine.engine import Engine
 from popengine.loading import load
 from popengine.measure.comparison import Configuration, configurations
@@ -12,7 +10,9 @@ from popengine.measure.task_calibration import calibration_for
 from popengine.measure.tasks import training_questions
 from popengine.methods.by_name import Request, check_method, pruning_for
 from popengine.methods.calibration import Calibration
+from popengine.studies.resolve import StudyPruning
 from weights.errors import InputError
+from weights.output_file import check_output
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Prepared:
 
     engines: dict[str, Engine]
     calibrations: dict[str, Calibration | None]
-    prunings: dict[Configuration, Pruning]
+    prunings: dict[Configuration, StudyPruning]
 
 
 def check_methods(flags: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from popengine.torchrun import told_by_first
 from weights.errors import InputError
 from weights.mapped_file import read_bytes
+from weights.output_file import append_output, write_output
 
 # Bytes; a long comparison has a few million.
 LARGEST_PROGRESS = 1_000_000_000
@@ -42,22 +43,22 @@ class ProgressFile:
         damaged = bool(text) and (len(sound) != len(entries) - 1 or found != identity or not text.endswith("\n"))
         if damaged:
             aside = free_name(path)
-            path.rename(aside)
+            write_output(aside, path.read_bytes())
             self.notes.append(
                 f"{path} was damaged: moved to {aside.name}, {len(sound)} of its measurements are kept, "
                 "the others are made again"
             )
         if damaged or not text:
-            self.write({"comparison": identity}, *sound)
+            write_output(path, lines({"comparison": identity}, *sound))
         self.records = told_by_first(self.records)      # a rank on another machine has another folder
 
     def add(self, key: str, record: dict[str, Any]) -> None:
         self.records[key] = {"key": key, **record}
-        self.write(self.records[key])
+        append_output(self.path, lines(self.records[key]))
 
-    def write(self, *entries: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+def lines(*entries: dict[str, Any]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
 def parsed(line: str) -> dict[str, Any] | None:

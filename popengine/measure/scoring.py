@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
-from models.passes import Observer
-from models.pruning.resolve import Pruning
 from models.pruning.settings import DENSE
 from models.reading import bytes_per_token
 from popengine.engine import Engine
 from popengine.methods.calibration import Calibration, calibrate, load_calibration, save_calibration
+from popengine.run import next_logits
 from popengine.sampling import require_finite
+from popengine.studies.known_text import evaluate
+from popengine.studies.resolve import StudyPruning
 from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
 from weights.mapped_file import read_text as read_file
@@ -133,24 +133,19 @@ def dense_log_probabilities(model: LlamaForCausalLM, window: Window) -> Tensor:
 def log_probabilities(
     model: LlamaForCausalLM,
     window: Window,
-    pruning: Pruning,
+    pruning: StudyPruning,
     step_by_step: bool = False,
-    observe: Observer | None = None,
 ) -> Tensor:
-    """The pruned model's for every scored token: the first from prefill, the others from decode. float32 [S, V]
-
-    observe  is told every pick of the parallel evaluation
-    """
-    return next(after_prompt(model, window.prompt, [window.continuation], pruning, step_by_step, observe))
+    """The pruned model's for every scored token: the first from prefill, the others from decode. float32 [S, V]"""
+    return next(after_prompt(model, window.prompt, [window.continuation], pruning, step_by_step))
 
 
 def after_prompt(
     model: LlamaForCausalLM,
     prompt: list[int],
     continuations: Sequence[list[int]],
-    pruning: Pruning,
+    pruning: StudyPruning,
     step_by_step: bool = False,
-    observe: Observer | None = None,
 ) -> Iterator[Tensor]:
     """`log_probabilities` of several continuations of one prompt, which is prefilled once: float32 [S, V] of each."""
     model.check_ids([*prompt, *itertools.chain(*continuations)])
@@ -159,15 +154,15 @@ def after_prompt(
     state = model.new_state(1, len(prompt) + max(map(len, continuations)), pruning)
     first = model.prefill(x, state)                                                 # [1, V]
     for number, continuation in enumerate(continuations):
-        if number and state.gathering.ever_dense:       # the last one's steps were evidence
+        if number and state.schedule.ever_dense:       # the last one's steps were evidence
             model.prefill(x, state)
         state.cache.go_back(len(prompt))
         given = torch.tensor(continuation[:-1], device=device)                      # [S - 1]
         logits = [first]                                                            # S times [1, V], or two pieces
         if step_by_step:
-            logits += [model.decode(token[None], state) for token in given]
+            logits += [next_logits(model, token[None], state) for token in given]
         elif len(given):
-            logits.append(evaluate(model, given, state, observe))
+            logits.append(evaluate(model, given, state))
         together = torch.cat(logits)                                                # [S, V]
         require_finite(together, "scored token", 1)
         yield together.float().log_softmax(dim=-1)
@@ -204,7 +199,7 @@ def summarise(scores: Sequence[WindowScore]) -> Summary:
 
 @torch.inference_mode()
 def score_text(
-    model: LlamaForCausalLM, windows: Sequence[Window], pruning: Pruning, step_by_step: bool, bar: str | None
+    model: LlamaForCausalLM, windows: Sequence[Window], pruning: StudyPruning, step_by_step: bool, bar: str | None
 ) -> Summary:
     """Every window under one pruning. bar: the word on a progress bar, None for no bar"""
     scores = []
@@ -214,7 +209,7 @@ def score_text(
     return summarise(scores)
 
 
-def read_per_token(engine: Engine, pruning: Pruning) -> tuple[int, int]:
+def read_per_token(engine: Engine, pruning: StudyPruning) -> tuple[int, int]:
     """Bytes of weights that a decode step reads under a pruning, and that the dense model's reads."""
     return bytes_per_token(engine.model, pruning), bytes_per_token(engine.model, engine.resolve(DENSE))
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.pruning.partition import ChannelPartition, channel_scores
-from models.pruning.resolve import Pruning
 from popengine.measure.scoring import Window, log_probabilities
 from popengine.methods.activations import Activation, embedded, feed_forward_networks, watch_dense
+from popengine.studies.recording import recorded
+from popengine.studies.resolve import StudyPruning
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class NetworkPicks:
 
 
 @torch.inference_mode()
-def picks(model: LlamaForCausalLM, window: Window, pruning: Pruning) -> list[NetworkPicks]:
+def picks(model: LlamaForCausalLM, window: Window, pruning: StudyPruning) -> list[NetworkPicks]:
     """What POP decides on one window. Networks that no step reached are left out."""
     names = {ffn: name for name, ffn in feed_forward_networks(model).items()}
     seen: list[NetworkPicks] = []
@@ -93,7 +94,7 @@ def picks(model: LlamaForCausalLM, window: Window, pruning: Pruning) -> list[Net
         keep = keep.flatten(0, -2)                                                  # [n, C]
         seen.append(NetworkPicks(names[ffn], partition, keep.sum(dim=0), len(keep)))
 
-    log_probabilities(model, window, pruning, observe=observe)
+    log_probabilities(model, window, recorded(pruning, observe))
     return seen
 
 

@@ -106,9 +106,13 @@ class Archive:
         """`limit` of a task's items, drawn by the seed: a larger limit adds to those of a smaller one."""
         try:
             items = list(TASKS[name].read(self))
+            if not items:
+                raise ValueError("it asks nothing")
+            if len({item.key for item in items}) < len(items):
+                raise ValueError("two of its questions have one number")
         except InputError:
             raise
-        except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
             what = f"{self.path}: {name} is not what it was in {PACKAGE}"
             raise InputError(one_line(f"{what} ({type(error).__name__}: {error})")) from None
         random.Random(f"{name} {seed}").shuffle(items)
@@ -118,6 +122,26 @@ class Archive:
 def text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{type(value).__name__} instead of a text")
+    value.encode("utf-8")               # half of a surrogate pair is no letter
+    return value
+
+
+def words(value: Any) -> str:
+    """A text that says something."""
+    if not text(value).strip():
+        raise ValueError("an empty text")
+    return value
+
+
+def texts(value: Any) -> list[str]:
+    if not isinstance(value, list) or not value:
+        raise TypeError(f"{type(value).__name__} of nothing instead of texts")
+    return [text(one) for one in value]
+
+
+def number(value: Any) -> str:
+    if last_number(text(value)) is None:
+        raise ValueError(f"no number in {value!r}")
     return value
 
 
@@ -130,7 +154,7 @@ def choices(folder: str) -> Callable[[Archive], Iterator[Item]]:
         for one in archive.requests(folder):
             if (number := int(one["doc_id"])) < UNCONDITIONAL:
                 request = one["request"]
-                options.setdefault(number, []).append((text(request["context"]), text(request["continuation"])))
+                options.setdefault(number, []).append((text(request["context"]), words(request["continuation"])))
                 right[number] = int(one["label"])
         for number, own in options.items():
             if not 0 <= right[number] < len(own):
@@ -149,41 +173,44 @@ def rte(archive: Archive) -> Iterator[Item]:
     data = archive.member("hf_datasets/glue/rte/validation/data-00000-of-00001.arrow")
     for one in arrow.ipc.open_stream(data).read_all().to_pylist():
         context = f"{text(one['sentence1'])}\nQuestion: {text(one['sentence2'])} True or False?\nAnswer:"
-        yield Item(str(one["idx"]), ((context, " True"), (context, " False")), (0, 1)[one["label"]])
+        yield Item(str(one["idx"]), ((context, " True"), (context, " False")), {0: 0, 1: 1}[one["label"]])
 
 
-def generated(folder: str) -> Callable[[Archive], Iterator[Item]]:
+def generated(folder: str, **of_doc: Callable[[Any], Any]) -> Callable[[Archive], Iterator[Item]]:
+    """Answers that are written. of_doc: what its score reads of an item's doc, each with what holds it to its type"""
+
     def read(archive: Archive) -> Iterator[Item]:
         for one in archive.requests(folder):
-            yield Item(str(int(one["doc_id"])), prompt=text(one["request"]["context"]), doc=one["doc"])
+            doc = one["doc"] | {name: check(one["doc"][name]) for name, check in of_doc.items()}
+            yield Item(str(int(one["doc_id"])), prompt=words(one["request"]["context"]), doc=doc)
 
     return read
 
 
 def score_coqa(item: Item, said: str) -> dict[str, float]:
-    return {"f1": f1_of_conversation([text(one) for one in item.doc["answers"]], said.strip().partition("\n")[0])}
+    return {"f1": f1_of_conversation(item.doc["answers"], said.strip().partition("\n")[0])}
 
 
 def score_nq(item: Item, said: str) -> dict[str, float]:
-    return {"exact": float(any(exact_match(text(one), said) for one in item.doc["answers"]))}
+    return {"exact": float(any(exact_match(one, said) for one in item.doc["answers"]))}
 
 
 def score_gsm8k(item: Item, said: str) -> dict[str, float]:
     """Strict: the number that the prompt's examples announce; flexible: the last number there is."""
-    right = text(item.doc["short_answer"])
-    return {"flexible": float(last_number(said) == last_number(right)),
-            "strict": float(number_after("the answer is", said) == last_number(right))}
+    right = last_number(item.doc["short_answer"])
+    return {"flexible": float(last_number(said) == right),
+            "strict": float(number_after("the answer is", said) == right)}
 
 
 def score_humaneval(item: Item, said: str) -> dict[str, float]:
     """An answer may go on with the function's body or write all of it again: what is defined last holds."""
-    program = f"{text(item.doc['prompt'])}{said}\n{text(item.doc['test'])}\ncheck({text(item.doc['entry_point'])})\n"
+    program = f"{item.doc['prompt']}{said}\n{item.doc['test']}\ncheck({item.doc['entry_point']})\n"
     return {"pass@1": float(passes(program))}
 
 
 def score_mbpp(item: Item, said: str) -> dict[str, float]:
-    tests = "\n".join(text(one) for one in item.doc["test_list"])
-    return {"pass@1": float(passes(f"{text(item.doc['test_setup_code'])}\n{said}\n{tests}\n"))}
+    tests = "\n".join(item.doc["test_list"])
+    return {"pass@1": float(passes(f"{item.doc['test_setup_code']}\n{said}\n{tests}\n"))}
 
 
 CHOSEN, CHOSEN_BY_LENGTH = ("acc", "acc_norm"), ("acc_norm", "acc")
@@ -195,18 +222,21 @@ TASKS = {
     "arc_easy": Task(choices("arc_easy/rc_0shot"), CHOSEN),
     "arc_challenge": Task(choices("arc_challenge/rc_0shot"), CHOSEN_BY_LENGTH),
     "openbookqa": Task(choices("openbookqa/rc_0shot"), CHOSEN_BY_LENGTH),
-    "coqa": Task(generated("coqa/bpb_0shot"), ("f1",), score_coqa, ("\n\n",), 50),
+    "coqa": Task(generated("coqa/bpb_0shot", answers=texts), ("f1",), score_coqa, ("\n\n",), 50),
     "mbpp": Task(
-        generated("codex_mbpp/gold_bpb_0shot"), ("pass@1",), score_mbpp,
+        generated("codex_mbpp/gold_bpb_0shot", test_list=texts, test_setup_code=text), ("pass@1",), score_mbpp,
         ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n```", "\n#", "\n<|/", "<|eot_id|>"), 256, runs_code=True,
     ),
-    "nq_open": Task(generated("naturalqs_open/bpb_5shot"), ("exact",), score_nq, ("Question:", "Q:", "\n\n"), 50),
+    "nq_open": Task(
+        generated("naturalqs_open/bpb_5shot", answers=texts), ("exact",), score_nq, ("Question:", "Q:", "\n\n"), 50
+    ),
     "humaneval": Task(
-        generated("codex_humaneval/gold_bpb_0shot"), ("pass@1",), score_humaneval,
+        generated("codex_humaneval/gold_bpb_0shot", prompt=words, test=words, entry_point=words), ("pass@1",),
+        score_humaneval,
         ("\nclass", "\nif", "\nprint", "\n#", "\n```", "\n```\n\n", "<|eot_id|>"), 256, runs_code=True,
     ),
     "gsm8k": Task(
-        generated("gsm8k/gold_bpb_5shot"), ("flexible", "strict"), score_gsm8k,
+        generated("gsm8k/gold_bpb_5shot", short_answer=number), ("flexible", "strict"), score_gsm8k,
         ("Question:", "</s>", "<|im_end|>", "\n\n"), 256,
     ),
 }

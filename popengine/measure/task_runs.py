@@ -10,7 +10,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from models.pruning.resolve import Pruning
 from popengine.engine import Engine
 from popengine.measure.answering import encode, encoded_pair, generate_until, log_likelihoods
 from popengine.measure.comparison import Configuration, row_of
@@ -18,6 +17,7 @@ from popengine.measure.comparison_table import Column, written
 from popengine.measure.progress_file import ProgressFile
 from popengine.measure.task_archive import TASKS, Item, Task
 from popengine.sampling import Sampling
+from popengine.studies.resolve import StudyPruning
 
 
 @dataclass
@@ -29,7 +29,7 @@ class TaskRuns:
     """
 
     engines: dict[str, Engine]
-    prunings: dict[Configuration, Pruning]
+    prunings: dict[Configuration, StudyPruning]
     items: dict[str, list[Item]]
     progress: ProgressFile
     batch_size: int
@@ -74,7 +74,7 @@ class TaskRuns:
         return rows
 
 
-def answered(engine: Engine, task: Task, items: Sequence[Item], pruning: Pruning) -> list[dict[str, Any]]:
+def answered(engine: Engine, task: Task, items: Sequence[Item], pruning: StudyPruning) -> list[dict[str, Any]]:
     """What is said of items that run together, and what it is worth."""
     if task.score is None:
         return [chosen(engine, item, pruning) for item in items]
@@ -83,7 +83,7 @@ def answered(engine: Engine, task: Task, items: Sequence[Item], pruning: Pruning
     return [{"answer": text, "scores": task.score(item, text)} for item, text in zip(items, texts, strict=True)]
 
 
-def chosen(engine: Engine, item: Item, pruning: Pruning) -> dict[str, Any]:
+def chosen(engine: Engine, item: Item, pruning: StudyPruning) -> dict[str, Any]:
     windows = [encoded_pair(engine, *option) for option in item.options]
     found = [likelihood for likelihood, _ in log_likelihoods(engine, windows, pruning)]
     return {"answer": found, "scores": choice_scores(item, found)}

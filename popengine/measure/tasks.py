@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from models.pruning.resolve import Pruning
 from popengine.engine import Engine
 from popengine.measure.picture_tasks import KINDS, picture_questions
 from popengine.measure.text_tasks import LEARNT, held_out_prompts, make_prompt
 from popengine.pictures.images import ImageSource
+from popengine.studies.resolve import StudyPruning
 from weights.errors import InputError
 
 MAX_ANSWER_TOKENS = 64
@@ -77,7 +77,7 @@ def questions_for(task_set: str, count: int, seed: int) -> list[Question]:
     return TASK_SETS[task_set](count, seed)
 
 
-def is_answered(engine: Engine, question: Question, pruning: Pruning) -> bool:
+def is_answered(engine: Engine, question: Question, pruning: StudyPruning) -> bool:
     """Whether the greedy answer up to the end of sequence is exactly the right one. What goes wrong is not finished."""
     said = ""
     for piece in engine.stream(

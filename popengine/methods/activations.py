@@ -1,7 +1,7 @@
 """What the feed-forward networks of the dense model compute on a text, one network after the other.
 
-Calibrated methods and studies of the ranking of channels need every network's activation: the pass of a dense prompt is
-given an observer.
+Calibrated methods and studies of the ranking of channels need every network's activation: the networks of a dense
+prompt are watched (popengine/studies/recording.py).
 
 T tokens, H hidden size, I FFN channels, n tokens that one network sees.
 """
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.passes import Observer, PictureRows, prefill_pass
+from models.passes import PictureRows
 from models.pruning.resolve import resolve
 from models.pruning.settings import DENSE
 from models.reading import layer_weights
+from popengine.studies.recording import Watch, watched
 
 
 @dataclass(frozen=True)
@@ -59,45 +60,46 @@ def watch_dense(
 
     x [1, T, H], embedded tokens, and what they have because of pictures. A network that no token reaches is left out.
     """
-    state = model.new_state(1, x.shape[1], resolve(DENSE, layer_weights(model)))
-    model.prefill(x, state, observe=observer(model, x, watch), pictures=pictures)
+    state = watched(model.new_state(1, x.shape[1], resolve(DENSE, layer_weights(model))), Activations(model, x, watch))
+    model.prefill(x, state, pictures=pictures)
 
 
-def observer(
-    model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None],
-    watch_mixture: Callable[[str, Tensor], None] | None = None,
-) -> Observer:
-    """What a pass over x [1, T, H] is given, so that `watch` sees what its networks compute.
+class Activations(Watch):
+    """Tells `watch` what the networks compute in a prompt x [1, T, H].
 
-    watch_mixture  is told the place of every mixture of experts, and what it is given, [T, H]
+    watch_mixture  is told the place of every mixture of experts, and its input, [T, H]
     """
-    names: dict[nn.Module, str] = {ffn: name for name, ffn in feed_forward_networks(model).items()}
-    mixtures: dict[nn.Module, str] = {mixture: name for name, mixture in mixtures_of_experts(model).items()}
-    everything = torch.arange(x.shape[1], device=x.device)                          # [T]
 
-    def observe(ffn: nn.Module, h: Tensor, rows: Tensor | None, *_: Tensor | None) -> None:
-        if ffn in mixtures and watch_mixture is not None:
-            watch_mixture(mixtures[ffn], h[0])
-        if not isinstance(ffn, FeedForward):
-            return
-        watch(Activation(names[ffn], ffn, everything if rows is None else rows, h[0]))
+    def __init__(
+        self, model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None],
+        watch_mixture: Callable[[str, Tensor], None] | None = None,
+    ) -> None:
+        self.names: dict[nn.Module, str] = {ffn: name for name, ffn in feed_forward_networks(model).items()}
+        self.mixtures: dict[nn.Module, str] = {mixture: name for name, mixture in mixtures_of_experts(model).items()}
+        self.watch, self.watch_mixture = watch, watch_mixture
+        self.everything = torch.arange(x.shape[1], device=x.device)                 # [T]
 
-    return observe
+    def network(self, ffn: FeedForward, h: Tensor, gate: Tensor, up: Tensor, rows: Tensor | None) -> None:
+        self.watch(Activation(self.names[ffn], ffn, self.everything if rows is None else rows, h[0]))
+
+    def mixture(self, mixture: MixtureOfExperts, x: Tensor) -> None:
+        if self.watch_mixture is not None:
+            self.watch_mixture(self.mixtures[mixture], x[0])
 
 
 def layer_by_layer(
     model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None],
     watch_mixture: Callable[[str, Tensor], None] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The dense model over one text: what goes into every layer and what comes out, and both watches as for `observer`.
+    """The dense model over one text: the input and the output of every layer, and both watches as for `Activations`.
 
     x [1, T, H], embedded tokens; yields [1, T, H] twice
     """
     state = model.new_state(1, x.shape[1], resolve(DENSE, layer_weights(model)))
-    state.start(x.shape[1], None)
-    step = prefill_pass(model.model.rotary, state.views, x, None, observe=observer(model, x, watch, watch_mixture))
-    for layer, own in zip(model.model.layers, state.layers, strict=True):
-        before, x = x, layer.prefill(x, own, step)
+    watched(state, Activations(model, x, watch, watch_mixture))
+    rows = model.begin_prompt(x, state, None, 0, PictureRows())
+    for layer in state.layers:
+        before, x = x, layer.prefill(x, rows)
         yield before, x
 
 

@@ -7,7 +7,7 @@ decode steps, generation, scoring and byte counts, is the same code for all of t
 To add one, write a function that takes a Request and add it to METHODS. For example, ranking channels by the norm of
 their down_proj column alone:
 
-    def down_norm(request: Request) -> Pruning:
+    def down_norm(request: Request) -> StudyPruning:
         return request.keep_highest({name: ffn.down_norms() for name, ffn in request.networks.items()})
 
 I FFN channels, H hidden size.
@@ -18,7 +18,6 @@ from dataclasses import replace
 
 import torch
 
-from models.pruning.resolve import Pruning
 from models.pruning.settings import RULE_NAMES
 from popengine.methods.cfsp import cfsp
 from popengine.methods.experts import router_statistics, uncurl
@@ -27,30 +26,31 @@ from popengine.methods.probe_pruning import probe_pruning
 from popengine.methods.request import Request as Request
 from popengine.methods.shortgpt import shortgpt
 from popengine.methods.tyr import tyr
+from popengine.studies.resolve import StudyPruning
 from weights.errors import InputError
 
 
-def dense(request: Request) -> Pruning:
+def dense(request: Request) -> StudyPruning:
     """Nothing is pruned."""
     return request.pruning(prune_ratio=0.0, ffn_ratio=None, head_ratio=0.0)
 
 
-def pop(request: Request) -> Pruning:
+def pop(request: Request) -> StudyPruning:
     """Partition from the prompt, candidates picked anew at every step."""
     return request.pruning()
 
 
-def frozen(request: Request) -> Pruning:
+def frozen(request: Request) -> StudyPruning:
     """The prompt's mask at every step: POP of width 0, which is GRIFFIN (arXiv 2404.01365)."""
     return request.pruning(candidate_width=0.0, retained_share=None)
 
 
-def by_rule(rule: str) -> Callable[[Request], Pruning]:
-    """A rule of models/pruning/rules.py as a method."""
+def by_rule(rule: str) -> Callable[[Request], StudyPruning]:
+    """A rule of popengine/studies/rules.py as a method."""
     return lambda request: request.pruning(rule=rule)
 
 
-def random(request: Request) -> Pruning:
+def random(request: Request) -> StudyPruning:
     """Channels drawn at random: what any method has to beat."""
     generator, ranks = torch.Generator().manual_seed(request.seed), request.model.config.ranks
     scores = {}
@@ -60,7 +60,7 @@ def random(request: Request) -> Pruning:
     return request.keep_highest(scores)
 
 
-def magnitude(request: Request) -> Pruning:
+def magnitude(request: Request) -> StudyPruning:
     """The largest absolute weight of a channel's rows of gate and up, as width pruning of gated networks does."""
     return request.keep_highest(
         {
@@ -70,7 +70,7 @@ def magnitude(request: Request) -> Pruning:
     )
 
 
-def wanda_sp(request: Request) -> Pruning:
+def wanda_sp(request: Request) -> StudyPruning:
     """Wanda's |weight| times activation norm (arXiv 2306.11695), summed over a channel's column of down_proj.
 
     As "Wanda-sp" in FLAP (arXiv 2312.11983). Networks that the calibration never reached are ranked by weights alone.
@@ -85,7 +85,7 @@ def wanda_sp(request: Request) -> Pruning:
     return request.keep_highest(scores)
 
 
-def flap(request: Request) -> Pruning:
+def flap(request: Request) -> StudyPruning:
     """FLAP (arXiv 2312.11983): channels that fluctuate little go, and their mean stays as a bias of down_proj.
 
     Score: variance of the channel times the squared norm of its down_proj column, standardised inside each network
@@ -109,7 +109,7 @@ def flap(request: Request) -> Pruning:
     return request.keep(scores, kept, {name: moments.mean for name, moments in calibration.moments.items()})
 
 
-def prefill_only(request: Request) -> Pruning:
+def prefill_only(request: Request) -> StudyPruning:
     """Prompts skip the deepest layers, all but their last tokens (arXiv 2602.03295); steps are the dense model's."""
     pruning = dense(request)
     if not pruning.skipped:
@@ -117,30 +117,30 @@ def prefill_only(request: Request) -> Pruning:
     return pruning
 
 
-def skip_first(request: Request) -> Pruning:
+def skip_first(request: Request) -> StudyPruning:
     """A control (its Table 4): as many of the first layers."""
     pruning = prefill_only(request)
     return replace(pruning, skipped=tuple(range(len(pruning.skipped))))
 
 
-def skip_evenly(request: Request) -> Pruning:
+def skip_evenly(request: Request) -> StudyPruning:
     """A control: as many layers spread over the depth, every third one for a share of 1/3, the last among them."""
     pruning, layers = prefill_only(request), len(request.model.model.layers)
     count = len(pruning.skipped)
     return replace(pruning, skipped=tuple((place + 1) * layers // count - 1 for place in range(count)))
 
 
-def skip_no_boundary(request: Request) -> Pruning:
+def skip_no_boundary(request: Request) -> StudyPruning:
     """A control: no prompt token runs through the skipped layers, and the first new token comes from the kept ones."""
     return replace(prefill_only(request), boundary=0)
 
 
-def skip_no_keys(request: Request) -> Pruning:
+def skip_no_keys(request: Request) -> StudyPruning:
     """A control: skipped layers keep nothing of the prompt, so that steps see there what came after it alone."""
-    return replace(prefill_only(request), blind=True)
+    return replace(prefill_only(request), no_skipped_kv=True)
 
 
-def visual_tokens(request: Request) -> Pruning:
+def visual_tokens(request: Request) -> StudyPruning:
     """Prompts leave out tokens of their pictures (FastV, arXiv 2403.06764; DivPrune, arXiv 2503.02175); steps are the
     dense model's."""
     pruning = dense(request)
@@ -149,7 +149,7 @@ def visual_tokens(request: Request) -> Pruning:
     return pruning
 
 
-METHODS: dict[str, Callable[[Request], Pruning]] = {
+METHODS: dict[str, Callable[[Request], StudyPruning]] = {
     "dense": dense,
     "pop": pop,
     "frozen": frozen,
@@ -174,7 +174,7 @@ METHODS: dict[str, Callable[[Request], Pruning]] = {
 }
 
 
-def pruning_for(method: str, request: Request) -> Pruning:
+def pruning_for(method: str, request: Request) -> StudyPruning:
     """What `method` makes of the request. Raises InputError for an unknown method."""
     check_method(method)
     return METHODS[method](request)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from models.llama import LlamaForCausalLM
@@ -25,6 +25,7 @@ from popengine.methods.activations import (
     mixtures_of_experts,
 )
 from weights.errors import InputError, one_line
+from weights.output_file import write_output
 
 FORMAT = "popengine calibration 2"
 # Of the text, for searches to run on, and the tokens of each: both cost them as much again.
@@ -167,10 +168,7 @@ def save_calibration(calibration: Calibration, model: LlamaForCausalLM, path: Pa
     for name, router in calibration.routers.items():
         tensors |= {f"{name}.weights": router.weights.cpu(), f"{name}.likeness": router.likeness.cpu()}
     metadata = {"format": FORMAT, "made_from": calibration.made_from, "model": calibration.model}
-    try:
-        save_file(tensors, path, metadata)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: the calibration cannot be written: {error}") from None
+    write_output(path, save(tensors, metadata))
 
 
 def load_calibration(path: Path, model: LlamaForCausalLM) -> Calibration:

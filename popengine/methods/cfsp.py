@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 from models.feed_forward import FeedForward
-from models.pruning.resolve import Pruning
 from models.ranks import Ranks
 from popengine.methods.activations import layer_of
 from popengine.methods.calibration import Moments
 from popengine.methods.request import Request
+from popengine.studies.resolve import StudyPruning
 
 SLOPE = 131_072 / 10_000
 # How near the layer that keeps most may come to keeping all.
 MARGIN = 1.05
 
 
-def cfsp(request: Request) -> Pruning:
+def cfsp(request: Request) -> StudyPruning:
     """Shares per layer by how far it turns the stream, channels by activation and weights (arXiv 2409.13199)."""
     calibration = request.calibrated("cfsp")
     ranks = request.model.config.ranks

@@ -9,9 +9,9 @@ experts that is gone, so that as many parameters are as under methods that cut c
 E experts of a mixture, G that are left, I channels of one, H hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +20,32 @@ from torch import Tensor, nn
 from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.matrix import Matrix
-from models.pruning.resolve import ExpertsLeft, Pruning
+from models.pruning.pop import POP
 from popengine.methods.activations import mixtures_of_experts
 from popengine.methods.calibration import RouterStatistics
 from popengine.methods.request import Request
+from popengine.studies.resolve import StudyPruning
 from weights.errors import InputError
 
+# The router of a mixture with fewer experts, and the network for each of its outputs.
 Left = tuple[Matrix, Sequence[FeedForward]]
+
+
+@dataclass(frozen=True, eq=False)
+class FewerExperts(POP):
+    """The dense model with fewer experts. Compared by identity."""
+
+    of: Mapping[nn.Module, Left] = field(default_factory=dict)
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    def experts_of(self, mixture: MixtureOfExperts) -> Left:
+        return self.of[mixture]
 
 
 def with_fewer(
     request: Request, method: str, shrink: Callable[[MixtureOfExperts, RouterStatistics, int], Left]
-) -> Pruning:
+) -> StudyPruning:
     """Every mixture as `shrink` leaves it, given how many experts stay; nothing else is pruned."""
     mixtures = mixtures_of_experts(request.model)
     if not mixtures:
@@ -52,10 +66,10 @@ def with_fewer(
     found |= {mixture: shrink(mixture, calibration.routers[name], left) for name, mixture in mixtures.items()}
     ratio = pruning.ratio * share / pruning.ffn_ratio
     none = request.pruning(prune_ratio=0.0, ffn_ratio=None, candidate_width=0.0, retained_share=None)
-    return replace(none, ratio=ratio, ffn_ratio=share, settings=pruning.settings, experts=ExpertsLeft(found))
+    return replace(none, ratio=ratio, ffn_ratio=share, settings=pruning.settings, rule=FewerExperts(0.0, 0.0, of=found))
 
 
-def router_statistics(request: Request) -> Pruning:
+def router_statistics(request: Request) -> StudyPruning:
     """The experts stay whose outputs count most, added up over the text; the router renormalises over those."""
 
     def shrink(mixture: MixtureOfExperts, router: RouterStatistics, left: int) -> Left:
@@ -67,7 +81,7 @@ def router_statistics(request: Request) -> Pruning:
     return with_fewer(request, "router-statistics", shrink)
 
 
-def uncurl(request: Request) -> Pruning:
+def uncurl(request: Request) -> StudyPruning:
     """Groups of experts with like router logits become one each; what was sent to one of a group goes to that.
 
     As in the paper: spectral clustering of router logits on the task's text, layer by layer; channels are put into the
@@ -117,7 +131,7 @@ def merge(experts: Sequence[FeedForward], weights: Tensor) -> FeedForward:
     gate, up, down = averaged.to(dtype).chunk(3, dim=1)
     merged.gate_proj, merged.up_proj = Matrix.of(gate.contiguous(), None), Matrix.of(up.contiguous(), None)
     merged.down_proj = Matrix.of(down.T.contiguous(), None)
-    merged.norms = merged.made_drafts = merged.made_by_columns = None
+    merged.derived = {}
     return merged
 
 

@@ -14,17 +14,19 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from models.cache import View
 from models.llama import LlamaForCausalLM
-from models.passes import PrefillPass, View, prefill_pass
+from models.passes import PrefillPass, prefill_pass
 from models.pruning.left_out import HALVES, Half
-from models.pruning.resolve import Pruning, share_of_halves
+from models.pruning.resolve import share_of_halves
 from models.reading import layer_weights
 from popengine.methods.request import Request
+from popengine.studies.resolve import StudyPruning
 from weights.errors import InputError
 
 
 @torch.inference_mode()
-def finercut(request: Request) -> Pruning:
+def finercut(request: Request) -> StudyPruning:
     """Halves of layers are left out, greedily by the change of the model's output (arXiv 2405.18218)."""
     calibration, model = request.calibrated("finercut"), request.model
     budget, weights = request.layer_budget("finercut"), layer_weights(model)

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.pruning.alternatives import StaticChannels, StaticRule
 from models.pruning.left_out import MLP, Half, read_halves, written_halves
 from models.pruning.partition import PartitionSizes, channels_of_group, partition_channels, partition_sizes
-from models.pruning.resolve import Pruning, resolve, share_of_halves
+from models.pruning.resolve import share_of_halves
 from models.pruning.settings import DEFAULT_PRUNE_RATIO, PruningSettings
 from models.reading import layer_weights
 from popengine.methods.activations import feed_forward_networks, layer_of
 from popengine.methods.calibration import Calibration
+from popengine.studies.resolve import StudyPruning, resolve_study
+from popengine.studies.rules import StaticChannels, StaticRule
 from weights.errors import InputError
 
 
@@ -37,7 +38,7 @@ class Request:
     settings: PruningSettings
     calibration: Calibration | None = None
     seed: int = 0
-    resolve: Callable[[PruningSettings], Pruning] | None = None
+    resolve: Callable[[PruningSettings], StudyPruning] | None = None
 
     @cached_property
     def networks(self) -> dict[str, FeedForward]:
@@ -45,10 +46,10 @@ class Request:
         gone = {half.layer for half in read_halves(str(self.settings.leave_out)) if half.part == MLP}
         return {name: ffn for name, ffn in feed_forward_networks(self.model).items() if layer_of(name) not in gone}
 
-    def pruning(self, **changes: Any) -> Pruning:
+    def pruning(self, **changes: Any) -> StudyPruning:
         """What was asked for, with some settings changed, for this model."""
         settings = replace(self.settings, **changes)
-        return resolve(settings, layer_weights(self.model)) if self.resolve is None else self.resolve(settings)
+        return resolve_study(settings, layer_weights(self.model)) if self.resolve is None else self.resolve(settings)
 
     @cached_property
     def ffn_ratio(self) -> float:
@@ -87,7 +88,7 @@ class Request:
             return self.pruning().ratio
         return DEFAULT_PRUNE_RATIO if self.settings.prune_ratio is None else self.settings.prune_ratio
 
-    def without(self, halves: Sequence[Half]) -> Pruning:
+    def without(self, halves: Sequence[Half]) -> StudyPruning:
         """These halves left out, and of the channels of the others what the ratio asks for beside them."""
         weights = layer_weights(self.model)
         networks = sum(half.part == MLP for half in halves) / weights.layers
@@ -99,13 +100,13 @@ class Request:
             leave_out=written_halves(halves),
         )
 
-    def keep_highest(self, scores: dict[str, Tensor]) -> Pruning:
+    def keep_highest(self, scores: dict[str, Tensor]) -> StudyPruning:
         """Keep the (1 - r) I channels of every network that score highest, whatever the prompt. scores [I] by name"""
         return self.keep(scores, {name: self.count_kept(of) for name, of in scores.items()})
 
     def keep(
         self, scores: dict[str, Tensor], kept: dict[str, int], biases: dict[str, Tensor] | None = None
-    ) -> Pruning:
+    ) -> StudyPruning:
         """Keep `kept` channels of each whole network, of each part as many. scores, biases [I] by name
 
         biases  what stands for the channels that go, in the place of nothing: FLAP's means

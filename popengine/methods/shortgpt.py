@@ -6,12 +6,12 @@ ratio, and with a layer share below 1 channels that the rule cuts give the rest.
 """
 
 from models.pruning.left_out import HALVES, Half
-from models.pruning.resolve import Pruning
 from popengine.methods.request import Request
+from popengine.studies.resolve import StudyPruning
 from weights.errors import InputError
 
 
-def shortgpt(request: Request) -> Pruning:
+def shortgpt(request: Request) -> StudyPruning:
     """The layers of lowest block influence are left out (arXiv 2403.03853)."""
     influence = request.calibrated("shortgpt").influence                            # [L]
     budget, layers = request.layer_budget("shortgpt"), len(influence)

@@ -14,11 +14,11 @@ import random
 import torch
 from torch import Tensor
 
-from models.known_text import evaluate
 from models.llama import LlamaForCausalLM
-from models.pruning.resolve import Pruning
 from popengine.methods.activations import layer_of
 from popengine.methods.request import Request
+from popengine.studies.known_text import evaluate
+from popengine.studies.resolve import StudyPruning
 
 # Channels that one move takes from a layer and gives to another: one in so many of them, phase by phase.
 STEPS = (8, 16, 32)
@@ -26,7 +26,7 @@ GENERATIONS, OFFSPRING, MOST_MOVES = 8, 5, 4
 
 
 @torch.inference_mode()
-def tyr(request: Request) -> Pruning:
+def tyr(request: Request) -> StudyPruning:
     """Shares per layer found by a coarse-to-fine evolutionary search at an equal total (arXiv 2503.09657)."""
     calibration, model, draws = request.calibrated("tyr"), request.model, random.Random(request.seed)
     scores = {
@@ -40,7 +40,7 @@ def tyr(request: Request) -> Pruning:
     dense = [predictions(model, window, request.pruning(prune_ratio=0.0, ffn_ratio=None, head_ratio=0.0))
              for window in calibration.windows]
 
-    def cut(kept: dict[int, int]) -> Pruning:
+    def cut(kept: dict[int, int]) -> StudyPruning:
         return request.keep(scores, {name: kept[layer_of(name)] for name in scores})
 
     def fitness(kept: dict[int, int]) -> float:
@@ -67,7 +67,7 @@ def moved(kept: dict[int, int], channels: dict[int, int], step: int, draws: rand
     return child
 
 
-def predictions(model: LlamaForCausalLM, window: Tensor, pruning: Pruning) -> Tensor:
+def predictions(model: LlamaForCausalLM, window: Tensor, pruning: StudyPruning) -> Tensor:
     """Log-probabilities of what follows each token, by the steps that generate. window int64 [T] -> [T - 1, V]"""
     ids = window.to(model.device)
     state = model.new_state(1, len(ids), pruning)

@@ -1,7 +1,8 @@
 """Pictures as the vision tower wants them: opened, upright, RGB, resized, cropped, rescaled, normalised.
 
-The steps and their order are those of the checkpoint's own image processor (CLIP's or SigLIP's), read from
-preprocessor_config.json or from the `image_processor` part of processor_config.json. Resizing is Pillow's, on bytes,
+Whatever its format and mode, a picture has the pixels that it would have as a PNG of 8-bit RGB. The steps and their
+order are those of the checkpoint's own image processor (CLIP's or SigLIP's), read from preprocessor_config.json or from
+the `image_processor` part of processor_config.json. Resizing is Pillow's, on bytes,
 as in transformers' Pillow image processors, so the pixel values are the same to rounding.
 
 C colour channels (always 3), Y rows, X columns.
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
+from popengine.pictures.eight_bits import eight_bit, eight_bit_key
+from weights import files
 from weights.errors import InputError
 from weights.json_files import JsonObject, read_json, shown
 from weights.mapped_file import open_binary
@@ -26,12 +30,21 @@ Taken = TypeVar("Taken")
 
 # By their content, whatever they are named: Pillow knows some forty more, of which one starts another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# A camera's 24 megapixels; towers read less than one, and a picture takes up to 16 bytes a pixel on its way.
-MOST_PIXELS = 24_000_000
+# Cameras have 61 megapixels, telephones 50; a picture takes up to 16 bytes a pixel on its way.
+MOST_PIXELS = 64_000_000
+# Of a picture that was resized for the tower, whose values take 24 bytes a pixel. Towers read at most 17 megapixels.
+MOST_RESIZED_PIXELS = 24_000_000
 # The long side by the short one, as Qwen's own processors have it: rows cost memory beside their pixels, and of such a
 # picture no model reads more than a handful of patches.
 MOST_STRETCHED = 200
 
+# A tag of EXIF, and what brings a picture upright where it says 2 to 8; 5 to 8 lie on their side.
+ORIENTATION = 274
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # What a configuration means when it leaves a field out: the defaults of the class it names.
 CLIP_DEFAULTS: dict[str, Any] = {
     "do_resize": True,
@@ -108,10 +121,10 @@ class ImageProcessing:
             )
         else:
             return picture
-        if new_width * new_height > MOST_PIXELS:
+        if new_width * new_height > MOST_RESIZED_PIXELS:
             raise InputError(
                 f"image of {width} x {height} pixels is too long and thin: resized it would have {new_width} x "
-                f"{new_height} pixels, and at most {MOST_PIXELS} are held; crop it first"
+                f"{new_height} pixels, and at most {MOST_RESIZED_PIXELS} are held; crop it first"
             )
         return picture.resize((new_width, new_height), self.resample)
 
@@ -143,8 +156,6 @@ def from_image(source: ImageSource, take: Callable[[Image.Image], Taken]) -> Tak
     if isinstance(source, Image.Image):
         return take(source)
     path = Path(source)
-    if not path.exists():
-        raise InputError(f"no such image: {path}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                     # of Pillow's, about what it makes the best of
@@ -174,15 +185,27 @@ def from_image(source: ImageSource, take: Callable[[Image.Image], Taken]) -> Tak
 
 
 def upright_size(picture: Image.Image) -> tuple[int, int]:
-    lying = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return (picture.width, picture.height) if lying else (picture.height, picture.width)
+    width, height = picture.size
+    orientation = picture.getexif().get(ORIENTATION)
+    if isinstance(picture, TiffImageFile) and orientation is not None:
+        width, height = picture.tag_v2[256], picture.tag_v2[257]    # as they are stored, whatever Pillow has made of it
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:
+    eight_bit_key(picture)
     picture.load()
-    picture = ImageOps.exif_transpose(picture)
+    # Of a .tiff Pillow has done it by now, and then there is no orientation any more.
+    turn = UPRIGHT.get(picture.getexif().get(ORIENTATION, 1))
+    picture = on_white(eight_bit(picture))
+    return picture if turn is None else picture.transpose(turn)
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """RGB, transparency laid on white."""
+    picture = picture.convert({"La": "LA", "RGBa": "RGBA"}.get(picture.mode, picture.mode))
     # Other modes have no transparency, or none that Pillow can convert.
-    if picture.mode in ("LA", "PA", "RGBA", "P", "L", "RGB") and picture.has_transparency_data:
+    if picture.mode in ("1", "LA", "PA", "RGBA", "P", "L", "RGB") and picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         picture = Image.alpha_composite(white, picture)
@@ -199,11 +222,11 @@ def read_image_processing(directory: Path) -> ImageProcessing:
 
 def processor_fields(directory: Path) -> JsonObject:
     """What the checkpoint says about its image processor. InputError where neither file is there, or one is broken"""
-    joint = directory / "processor_config.json"
+    joint = directory / files.PROCESSOR
     nested = JsonObject(read_json(joint, optional=True), str(joint))
     if nested.get("image_processor") is not None:
         return nested.section("image_processor")
-    path = directory / "preprocessor_config.json"
+    path = directory / files.IMAGE_PROCESSOR
     if not path.exists():
         raise InputError(
             f"no image processor configuration in {directory}: "

@@ -17,7 +17,7 @@ from torch import Tensor
 from models.picture_model import Grid
 from popengine.pictures.images import (
     CLIP_DEFAULTS,
-    MOST_PIXELS,
+    MOST_RESIZED_PIXELS,
     MOST_STRETCHED,
     Colours,
     ImageSource,
@@ -55,8 +55,6 @@ class PatchProcessing:
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of the tokens of a picture of this size. InputError for one that cannot be read."""
         size, pixels = f"an image is {width} x {height} pixels", height * width
-        if min(height, width) < self.patch_size:
-            raise InputError(f"{size}, smaller than a patch of {self.patch_size} x {self.patch_size}: enlarge it")
         if max(height, width) > MOST_STRETCHED * min(height, width):
             raise InputError(f"{size}, more than {MOST_STRETCHED} times as long as it is wide: crop it")
         if not self.resized:
@@ -71,8 +69,10 @@ class PatchProcessing:
         elif made < self.least_pixels:
             stretch = math.sqrt(self.least_pixels / pixels)
             rows, columns = (math.ceil(side * stretch / self.token_size) for side in (height, width))
-        if rows * columns * self.token_size**2 > MOST_PIXELS:
-            raise InputError(f"{size}, and its processor would make more than {MOST_PIXELS} of them; scale it down")
+        if rows * columns * self.token_size**2 > MOST_RESIZED_PIXELS:
+            raise InputError(
+                f"{size}, and its processor would make more than {MOST_RESIZED_PIXELS} of them; scale it down"
+            )
         return rows, columns
 
     def pixel_values(self, image: ImageSource) -> Tensor:

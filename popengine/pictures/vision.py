@@ -83,6 +83,7 @@ class TextOnly:
         return ids
 
     def pixel_values(self, images: Sequence[ImageSource]) -> Tensor | None:
+        self.expand([], images)             # refuses them
         return None
 
     def given(self, images: Sequence[ImageSource], prompts: Sequence[Sequence[int]] = (), kept: int = 0) -> Given:

@@ -1,14 +1,11 @@
 """Chat templates: finding a checkpoint's template, rendering it safely, and the token that ends an answer."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from popengine.text.scripts import environment, package_folders
 from popengine.text.tokenizer import TextTokenizer
+from weights import files
 from weights.errors import InputError
 from weights.json_files import LARGEST_JSON, read_json
 from weights.mapped_file import read_text
@@ -16,10 +13,7 @@ from weights.mapped_file import read_text
 # {"role": "user", "content": text}; with pictures, content may be [{"type": "image"}, {"type": "text", "text": ...}].
 Message = dict[str, Any]
 
-SANDBOX = Path(__file__).resolve().with_name("chat_sandbox.py")
-# Of processor time: a render takes a few milliseconds, starting Python and jinja2 about 0.1 s.
-CPU_SECONDS, CPU_SECONDS_EACH = 2, 0.02
-WALL_SECONDS = 30.0  # that comes first, except where the system does not limit it
+WITHOUT_TEMPLATE = "`generate --raw` runs a prompt without a template"
 LONGEST_TEXT = 1_000_000  # characters, where nobody knows of a context
 
 
@@ -29,16 +23,16 @@ def read_chat_template(directory: Path) -> str | None:
     Looked for in chat_template.jinja, chat_template.json (a processor's, so it knows about pictures), and
     `chat_template` of tokenizer_config.json: a string, or a list of named ones, of which "default" is taken.
     """
-    path = Path(directory) / "chat_template.jinja"
+    path = Path(directory) / files.CHAT_TEMPLATE
     if path.exists():
         return read_text(path, LARGEST_JSON)
-    for name in ("chat_template.json", "tokenizer_config.json"):
+    for name in (files.OLDER_CHAT_TEMPLATE, files.TOKENIZER_CONFIG):
         path = Path(directory) / name
         template = read_json(path, optional=True).get("chat_template")
         if isinstance(template, list):
             named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
             if not named:
-                raise InputError(f'{path}: none of the chat templates is named "default"; use --raw without a template')
+                raise InputError(f'{path}: none of the chat templates is named "default"')
             template = named[-1].get("template")
         if isinstance(template, str):
             return template
@@ -50,15 +44,12 @@ def read_chat_template(directory: Path) -> str | None:
 def render_chat(
     template: str,
     messages: Sequence[Message],
+    tokenizer: TextTokenizer,
     *,
-    bos_token: str | None,
-    eos_token: str | None,
     add_generation_prompt: bool = True,
 ) -> str:
     """The text of one conversation as the template writes it, special tokens included."""
-    (text,) = render_chats(
-        template, [messages], bos_token=bos_token, eos_token=eos_token, add_generation_prompt=add_generation_prompt
-    )
+    (text,) = render_chats(template, [messages], tokenizer, add_generation_prompt=add_generation_prompt)
     return unless_failed(text)
 
 
@@ -72,13 +63,12 @@ def unless_failed(text: str | InputError) -> str:
 def render_chats(
     template: str,
     conversations: Sequence[Sequence[Message]],
+    tokenizer: TextTokenizer,
     *,
-    bos_token: str | None,
-    eos_token: str | None,
     add_generation_prompt: bool = True,
     longest: int = LONGEST_TEXT,
 ) -> list[str | InputError]:
-    """The texts of several conversations, rendered in one short-lived process (about 0.15 s for all of them).
+    """The texts of several conversations, rendered in the process that holds the checkpoint's tokenizer.
 
     Templates come with checkpoints and are not trusted: jinja2's sandbox, limits on time and memory, no files, and at
     most `longest` characters for each text. In the place of a text that failed there is an InputError that says why,
@@ -86,46 +76,16 @@ def render_chats(
     """
     if not conversations:
         return []
-    variables = {"bos_token": bos_token, "eos_token": eos_token}
-    variables = {name: token for name, token in variables.items() if token is not None}  # undefined, not "None"
-    common = {**variables, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-    seconds = CPU_SECONDS + int(CPU_SECONDS_EACH * len(conversations))
-    request = {
-        "template": template,
-        "conversations": [{"messages": list(messages), **common} for messages in conversations],
-        "python_path": package_folders("jinja2", "markupsafe"),
-        "longest": longest,
-        "seconds": seconds,
-    }
-    wall_seconds = WALL_SECONDS + 4 * CPU_SECONDS_EACH * len(conversations)
-    try:
-        process = subprocess.run(
-            [sys.executable, "-I", "-S", str(SANDBOX)],
-            input=json.dumps(request).encode("ascii"),
-            capture_output=True,
-            timeout=wall_seconds,
-            env=environment(),
-            check=False,
-        )
-        answer = json.loads(process.stdout)
-    except subprocess.TimeoutExpired as error:
-        raise template_failed(f"it took longer than {wall_seconds:.0f} seconds") from error
-    except OSError as error:
-        raise template_failed(f"Python could not be started for it: {error}") from error
-    except ValueError as error:
-        if process.returncode < 0:
-            reason = f"it was stopped by signal {-process.returncode}, having run too long or too deep"
-        else:
-            last_words = process.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no answer"]
-            reason = f"its process ended with status {process.returncode}: {last_words[0]}"
-        raise template_failed(reason) from error
-    if "error" in answer:
-        raise template_failed(answer["error"])
-    return [text if isinstance(text, str) else template_failed(text["error"]) for text in answer["texts"]]
+    common = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    each = [{**tokenizer.template_tokens, **common, "messages": list(messages)} for messages in conversations]
+    found = tokenizer.sandbox.request("render", template, each, longest)
+    if "error" in found:
+        raise template_failed(found["error"])
+    return [text if isinstance(text, str) else template_failed(text["error"]) for text in found["answer"]]
 
 
 def template_failed(reason: str) -> InputError:
-    return InputError(f"the chat template failed: {reason}; --raw sends the prompt without a template")
+    return InputError(f"the chat template failed: {reason}; {WITHOUT_TEMPLATE}")
 
 
 def end_of_turn_token(template: str, tokenizer: TextTokenizer) -> int | None:
@@ -136,13 +96,7 @@ def end_of_turn_token(template: str, tokenizer: TextTokenizer) -> int | None:
     marker = "popengine end of turn marker"
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": marker}]
     try:
-        text = render_chat(
-            template,
-            messages,
-            bos_token=tokenizer.bos_token,
-            eos_token=tokenizer.eos_token,
-            add_generation_prompt=False,
-        )
+        text = render_chat(template, messages, tokenizer, add_generation_prompt=False)
         _, found, after = text.rpartition(marker)
         ids = tokenizer.encode(after.lstrip(), add_special_tokens=False)
     except InputError:

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from popengine.text.chat import render_chats
-from popengine.text.spelled import NOTHING_SPELLED, Spelled, leaves
+from popengine.text.sandbox.special_tokens import NOTHING_SPELLED, Spelled, leaves
 from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
 
@@ -44,10 +44,18 @@ class Placing(Protocol):
 
 
 class Prompts:
-    """The text side of a checkpoint. context: the tokens that a prompt has room in"""
+    """The text side of a checkpoint.
 
-    def __init__(self, tokenizer: TextTokenizer, chat_template: str | None, placing: Placing, context: int) -> None:
-        self.tokenizer, self.chat_template, self.placing = tokenizer, chat_template, placing
+    chat_template  an InputError says why the checkpoint's cannot be read: raised once it is needed, so not for raw text
+    context        tokens that a prompt has room in
+    """
+
+    def __init__(
+        self, tokenizer: TextTokenizer, chat_template: str | InputError | None, placing: Placing, context: int
+    ) -> None:
+        self.template_problem = chat_template if isinstance(chat_template, InputError) else None
+        self.chat_template = None if isinstance(chat_template, InputError) else chat_template
+        self.tokenizer, self.placing = tokenizer, placing
         self.longest = LETTERS_PER_TOKEN * context
 
     def ids(
@@ -92,7 +100,7 @@ class Prompts:
                 if not prompt.strip():
                     raise InputError("the prompt is empty: give at least one token of text")
                 check_text(prompt, "the prompt")
-            if isinstance(prompt, str) and (raw or self.chat_template is None):
+            if isinstance(prompt, str) and (raw or (self.chat_template is None and self.template_problem is None)):
                 if system_prompt is not None:
                     raise InputError("a system prompt needs a chat template, and this prompt is encoded without one")
                 found[index] = prompt if raw else self.placing.plain_text(prompt, count), True
@@ -101,8 +109,8 @@ class Prompts:
         if chats:
             said = max(sum(map(len, leaves(messages))) for messages in chats.values())
             render = partial(
-                render_chats, str(self.chat_template), bos_token=self.tokenizer.bos_token,
-                eos_token=self.tokenizer.eos_token, longest=min(self.longest, 2 * said + TEMPLATE_LETTERS),
+                render_chats, str(self.chat_template), tokenizer=self.tokenizer,
+                longest=min(self.longest, 2 * said + TEMPLATE_LETTERS),
             )
             cut = {index: spelled.hide(messages, pieces=True) for index, messages in chats.items()}
             cut = {index: messages for index, messages in cut.items() if messages != chats[index]}
@@ -118,7 +126,9 @@ class Prompts:
 
     def messages(self, prompt: Prompt, system_prompt: str | None) -> Messages:
         if self.chat_template is None:
-            raise InputError("this checkpoint has no chat template: give the prompt as one text")
+            raise self.template_problem or InputError(
+                "this checkpoint has no chat template: give the prompt as one text"
+            )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if system_prompt is not None:
             check_text(system_prompt, "the system prompt")

@@ -1,24 +1,26 @@
 """Text to token ids and back, for both kinds of tokenizer file a checkpoint brings, and decoding while tokens arrive.
 
 tokenizer.json is read by `tokenizers` (FastTokenizer), tokenizer.model by `sentencepiece` (SentencePieceTokenizer),
-each in a process of its own (popengine/text/isolated.py). Both decode as Hugging Face does; TextStream works on either.
+each in a child process (popengine/text/sandbox). Both decode as Hugging Face does; TextStream works on either.
 """
 
+import base64
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from tokenizers import AddedToken
 
-from popengine.text.isolated import IsolatedSentencePiece, IsolatedTokenizer
-from popengine.text.tokenizer_sandbox import MOST_ADDED
+from popengine.text.sandbox.process import Sandbox
+from weights import files
 from weights.errors import InputError
-from weights.json_files import JsonObject, read_json, shown
+from weights.json_files import JsonObject, lfs_hint, read_json, shown
 from weights.mapped_file import read_bytes, read_text
 
 # Names under which tokenizer_config.json and special_tokens_map.json declare special tokens, each a string or a dict.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MOST_ADDED = 32_000     # tokens beside the vocabulary: Gemma has 6,000, models that speak have some 29,000
 SPACE_MARK = "▁"  # sentencepiece's visible space
 # Of tokenizer.json and tokenizer.model: far above any real one (Gemma's has 33 MB).
 LARGEST_TOKENIZER = 64_000_000
@@ -29,13 +31,17 @@ class TextTokenizer(Protocol):
 
     vocabulary_size  the highest id that has a token, plus one
     bos_token        the text of the beginning-of-sequence token, None if there is none; eos_token likewise
+    template_tokens  special tokens by the names that chat templates have for them: bos_token, pad_token, ...
     special_ids      ids that `decode` leaves out: control tokens, not text; special_tokens: how they are written
     byte_ids         ids that stand for one raw byte ("<0x0A>"); empty for byte-level tokenizers, which have none
+    sandbox          the process that it runs in, where the checkpoint's chat template runs, too
     """
 
+    sandbox: Sandbox
     vocabulary_size: int
     bos_token: str | None
     eos_token: str | None
+    template_tokens: dict[str, Any]
     special_ids: frozenset[int]
     special_tokens: frozenset[str]
     byte_ids: frozenset[int]
@@ -52,21 +58,24 @@ class TextTokenizer(Protocol):
 class FastTokenizer:
     """The tokenizer of a tokenizer.json, with everything that the file says about spaces and BOS."""
 
-    def __init__(self, backend: IsolatedTokenizer, bos_token: str | None = None, eos_token: str | None = None) -> None:
-        named = [token for token in (bos_token, eos_token) if token and backend.token_to_id(token) is not None]
-        added = {token.content for token in backend.added_tokens().values() if token.special}
-        backend.add_tokens([AddedToken(token, normalized=False) for token in named if token not in added], special=True)
+    def __init__(
+        self, sandbox: Sandbox, bos_token: str | None = None, eos_token: str | None = None,
+        template_tokens: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.sandbox, self.bos_token, self.eos_token = sandbox, bos_token, eos_token
+        self.template_tokens = with_ends(template_tokens, bos_token, eos_token)
+        named = [token for token in (bos_token, eos_token) if token and self.token_id(token) is not None]
+        added = add_tokens(sandbox)
+        known = {token.content for token in added.values() if token.special}
+        if new := [AddedToken(token, normalized=False) for token in named if token not in known]:
+            added = add_tokens(sandbox, new, special=True)
 
-        self.backend = backend
-        self.bos_token = bos_token
-        self.eos_token = eos_token
-        added_tokens = backend.added_tokens()
-        self.special_ids = frozenset(token_id for token_id, token in added_tokens.items() if token.special)
-        self.special_tokens = frozenset(token.content for token in added_tokens.values() if token.special)
-        self.vocabulary_size = max(backend.size, max(added_tokens, default=-1) + 1)
-        letter = backend.token_to_id("<0x41>")
-        has_bytes = letter is not None and backend.decode([letter], skip_special_tokens=False) == "A"
-        of_bytes = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256 if has_bytes else 0)]
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.special_tokens = frozenset(token.content for token in added.values() if token.special)
+        self.vocabulary_size = max(sandbox.about, max(added, default=-1) + 1)
+        letter = self.token_id("<0x41>")
+        has_bytes = letter is not None and self.decode([letter], skip_special_tokens=False) == "A"
+        of_bytes = [self.token_id(f"<0x{byte:02X}>") for byte in range(256 if has_bytes else 0)]
         self.byte_ids = frozenset(token_id for token_id in of_bytes if token_id is not None)
 
     def encode(
@@ -78,15 +87,15 @@ class FastTokenizer:
         begins              False for what follows a control token: some put a space before a text, not before the rest
         """
         check_unicode(text)
-        return self.backend.encode(text, add_special_tokens, parse_special, begins)
+        return self.sandbox.ask("encode", text, add_special_tokens, parse_special, begins)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; an id without a token (a padded vocabulary has some) is no text."""
-        return self.backend.decode(list(ids), skip_special_tokens)
+        return self.sandbox.ask("decode", list(ids), skip_special_tokens)
 
     def token_id(self, token: str) -> int | None:
         """The id of the token that is written `token`, None if there is no such token."""
-        return self.backend.token_to_id(token)
+        return self.sandbox.ask("token_to_id", token)
 
 
 class SentencePieceTokenizer:
@@ -99,33 +108,34 @@ class SentencePieceTokenizer:
 
     def __init__(
         self,
-        backend: IsolatedSentencePiece,
+        sandbox: Sandbox,
         *,
         bos_token: str | None = None,
         eos_token: str | None = None,
+        template_tokens: Mapping[str, Any] | None = None,
         added_tokens: dict[int, AddedToken] | None = None,
         prefix_space: str = "first",
         add_bos: bool = True,
         add_eos: bool = False,
     ) -> None:
-        self.backend = backend
-        self.prefix_space = prefix_space
-
-        self.texts = dict(enumerate(backend.texts))
-        self.added = {token_id: AddedToken(self.texts[token_id], special=True) for token_id in backend.controls}
+        self.sandbox, self.prefix_space = sandbox, prefix_space
+        model = sandbox.about
+        self.texts = dict(enumerate(model["texts"]))
+        self.added = {token_id: AddedToken(self.texts[token_id], special=True) for token_id in model["controls"]}
         self.added.update(added_tokens or {})
         self.texts.update({token_id: token.content for token_id, token in self.added.items()})
         self.token_ids = {token: token_id for token_id, token in self.texts.items()}
 
-        self.bos_token = bos_token or self.texts.get(backend.bos_id)
-        self.eos_token = eos_token or self.texts.get(backend.eos_id)
+        self.bos_token = bos_token or self.texts.get(model["bos"])
+        self.eos_token = eos_token or self.texts.get(model["eos"])
+        self.template_tokens = with_ends(template_tokens, self.bos_token, self.eos_token)
         self.add_bos = add_bos and self.bos_token in self.token_ids
         self.add_eos = add_eos and self.eos_token in self.token_ids
         for name in (self.bos_token, self.eos_token):
             if name in self.token_ids:
                 self.added.setdefault(self.token_ids[name], AddedToken(name)).special = True
         self.special_ids = frozenset(token_id for token_id, token in self.added.items() if token.special)
-        self.byte_ids = frozenset(backend.byte_ids)
+        self.byte_ids = frozenset(model["bytes"])
         self.vocabulary_size = max(self.texts) + 1
         self.special_tokens = frozenset(self.texts[token_id] for token_id in self.special_ids)
         self._added_pattern = added_tokens_pattern(self.added.values())
@@ -163,7 +173,7 @@ class SentencePieceTokenizer:
         wants_prefix = self.prefix_space == "always" or (self.prefix_space == "first" and is_first)
         if text and wants_prefix and not text.startswith((" ", SPACE_MARK)):
             text = " " + text
-        return self.backend.encode(text)
+        return self.sandbox.ask("encode", text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; an id without a token is no text.
@@ -238,59 +248,68 @@ def open_tokenizer(directory: Path) -> TextTokenizer:
     InputError names the file that is missing or broken.
     """
     directory = Path(directory)
-    if (directory / "tokenizer.json").is_file():
+    if (directory / files.TOKENIZER).is_file():
         return _open_fast(directory)
-    if (directory / "tokenizer.model").is_file():
+    if (directory / files.SENTENCEPIECE).is_file():
         return _open_sentencepiece(directory)
     # vocab.json and merges.txt do not say how text is cut before merging: SmolLM2, GPT-2 and Qwen2 differ there.
-    found = [name for name in ("vocab.json", "tekken.json", "vocab.txt") if (directory / name).is_file()]
+    found = [name for name in files.OTHER_TOKENIZERS if (directory / name).is_file()]
     convert = "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers writes tokenizer.json"
     hint = f"; {found[0]} alone is not enough: {convert}" if found else ""
     raise InputError(f"{directory}: no tokenizer: expected tokenizer.json or tokenizer.model there{hint}")
 
 
 def _open_fast(directory: Path) -> FastTokenizer:
-    path = directory / "tokenizer.json"
-    backend = IsolatedTokenizer(read_text(path, LARGEST_TOKENIZER), str(path))
+    path = directory / files.TOKENIZER
+    content = read_text(path, LARGEST_TOKENIZER)
+    sandbox = Sandbox("tokenizers", content, str(path), lfs_hint(content[:100].encode()))
     named, extra = _special_tokens(directory)
     # What the configuration adds to the file, in the order of the ids it gives.
-    known = {token.content for token in backend.added_tokens().values()}
+    added = add_tokens(sandbox)
+    known = {token.content for token in added.values()}
     declared = _added_tokens(directory, [*named.values(), *extra])
-    backend.add_tokens([token for _, token in sorted(declared.items()) if token.content not in known])
-    by_content = {token.content: token for token in backend.added_tokens().values()}
-    backend.add_tokens(
-        [by_content.get(name, AddedToken(name, normalized=False)) for name in named.values()
-         if name not in by_content or not by_content[name].special]
-        + [AddedToken(name, normalized=False) for name in extra if name not in by_content],
-        special=True,
-    )
-    return FastTokenizer(backend, bos_token=named.get("bos_token"), eos_token=named.get("eos_token"))
+    if new := [token for _, token in sorted(declared.items()) if token.content not in known]:
+        added = add_tokens(sandbox, new)
+    by_content = {token.content: token for token in added.values()}
+    new = [
+        by_content.get(name, AddedToken(name, normalized=False)) for name in named.values()
+        if name not in by_content or not by_content[name].special
+    ]
+    new += [AddedToken(name, normalized=False) for name in extra if name not in by_content]
+    if new:
+        add_tokens(sandbox, new, special=True)
+    return FastTokenizer(sandbox, named.get("bos_token"), named.get("eos_token"), _for_templates(named, extra))
 
 
 def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
-    path = directory / "tokenizer.model"
-    config = read_json(directory / "tokenizer_config.json", optional=True)
+    path = directory / files.SENTENCEPIECE
+    config = read_json(directory / files.TOKENIZER_CONFIG, optional=True)
     named, extra = _special_tokens(directory)
     prefix_space = "always" if config.get("legacy") else "first"
     if config.get("add_prefix_space") is False:
         prefix_space = "never"
-    backend = IsolatedSentencePiece(read_bytes(path, LARGEST_TOKENIZER), str(path))
+    content = read_bytes(path, LARGEST_TOKENIZER)
+    hint = "; a checkpoint whose tokenizer.model is not sentencepiece's needs tokenizer.json beside it"
+    model = base64.b64encode(content or b"\0").decode()
+    sandbox = Sandbox("sentencepiece", model, str(path), hint + lfs_hint(content))
+    pieces = sandbox.about["texts"]
     added = _added_tokens(directory, [*named.values(), *extra])
-    next_id = max(len(backend.texts), max(added, default=-1) + 1)
+    next_id = max(len(pieces), max(added, default=-1) + 1)
     placed = {token.content: token_id for token_id, token in added.items()}
     for name in (*named.values(), *extra):
         if name not in placed:
-            if name in backend.texts:
-                placed[name] = backend.texts.index(name)
+            if name in pieces:
+                placed[name] = pieces.index(name)
             else:
                 placed[name], next_id = next_id, next_id + 1
             added[placed[name]] = AddedToken(name, special=True, normalized=False)
     for name in named.values():
         added[placed[name]].special = True
     return SentencePieceTokenizer(
-        backend,
+        sandbox,
         bos_token=named.get("bos_token"),
         eos_token=named.get("eos_token"),
+        template_tokens=_for_templates(named, extra),
         added_tokens=added,
         prefix_space=prefix_space,
         add_bos=config.get("add_bos_token") is not False,
@@ -298,17 +317,39 @@ def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
     )
 
 
+def add_tokens(sandbox: Sandbox, tokens: Sequence[AddedToken] = (), special: bool = False) -> dict[int, AddedToken]:
+    """Adds to the tokens that a tokenizer.json has beside its vocabulary. Returns all of them, by id."""
+    found = sandbox.ask("add", [token.__getstate__() for token in tokens], special, keep=len(tokens) > 0)
+    return {token_id: AddedToken(**token) for token_id, token in found}
+
+
+def with_ends(tokens: Mapping[str, Any] | None, bos_token: str | None, eos_token: str | None) -> dict[str, Any]:
+    """Tokens for templates; one that is not there has no name, so that it is undefined and not "None"."""
+    ends = {"bos_token": bos_token, "eos_token": eos_token}
+    return {**(tokens or {}), **{name: token for name, token in ends.items() if token is not None}}
+
+
 def _special_tokens(directory: Path) -> tuple[dict[str, str], list[str]]:
-    """The special tokens that the files beside the tokenizer name: those with a role by name, then all others."""
-    declared = dict(read_json(directory / "tokenizer_config.json", optional=True))
+    """The special tokens that the files beside the tokenizer name: those that have names, by these, then all others.
+
+    As in transformers 5, every field called something_token names one.
+    """
+    declared = dict(read_json(directory / files.TOKENIZER_CONFIG, optional=True))
     if "added_tokens_decoder" not in declared:  # as transformers: only older folders need the second file
-        declared.update(read_json(directory / "special_tokens_map.json", optional=True))
-    named = {name: text for name in SPECIAL_TOKEN_NAMES if (text := token_text(declared.get(name)))}
+        declared.update(read_json(directory / files.SPECIAL_TOKENS, optional=True))
     extra: Any = declared.get("extra_special_tokens") or declared.get("additional_special_tokens") or []
-    listed = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
-    if len(listed) > MOST_ADDED:
-        raise InputError(f"{directory}: {len(listed)} special tokens are named, and at most {MOST_ADDED} are read")
+    by_name = {name: declared.get(name) for name in SPECIAL_TOKEN_NAMES}
+    by_name |= {name: value for name, value in declared.items() if name.endswith("_token")}
+    by_name |= extra if isinstance(extra, dict) else {}
+    listed = extra if isinstance(extra, list) else []
+    if len(listed) + len(by_name) > MOST_ADDED:
+        raise InputError(f"{directory}: more than {MOST_ADDED} special tokens are named")
+    named = {name: text for name, value in by_name.items() if (text := token_text(value))}
     return named, [text for token in listed if (text := token_text(token))]
+
+
+def _for_templates(named: dict[str, str], extra: list[str]) -> dict[str, Any]:
+    return {**named, "additional_special_tokens": extra} if extra else {**named}        # the list: transformers 4
 
 
 def _added_tokens(directory: Path, special: list[str]) -> dict[int, AddedToken]:
@@ -316,7 +357,7 @@ def _added_tokens(directory: Path, special: list[str]) -> dict[int, AddedToken]:
 
     special  which of the tokens in added_tokens.json, a plain {token: id}, are special
     """
-    config = directory / "tokenizer_config.json"
+    config = directory / files.TOKENIZER_CONFIG
     declared = JsonObject(read_json(config, optional=True), str(config)).section("added_tokens_decoder")
     added: dict[int, AddedToken] = {}
     check_count(declared)
@@ -329,7 +370,7 @@ def _added_tokens(directory: Path, special: list[str]) -> dict[int, AddedToken]:
         normalized = token.boolean("normalized", not is_special)
         added[int(number)] = AddedToken(token.text("content"), special=is_special, normalized=normalized, **flags)
     if not added:
-        path = directory / "added_tokens.json"
+        path = directory / files.ADDED_TOKENS
         older = JsonObject(read_json(path, optional=True), str(path))
         check_count(older)
         for content in older.raw:

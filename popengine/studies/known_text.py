@@ -6,44 +6,42 @@ T rows, H hidden size, V vocabulary.
 import torch
 from torch import Tensor
 
-from models.llama import LlamaForCausalLM, decode_layers
-from models.passes import Observer, decode_pass
+from models.llama import LlamaForCausalLM
+from models.passes import decode_pass
 from models.state import DecodeState
+from models.walks import decode_layers
 
 
-def evaluate(
-    model: LlamaForCausalLM, tokens: Tensor, state: DecodeState, observe: Observer | None = None
-) -> Tensor:
-    """The logits of `model.decode` of one token after the other.
+def evaluate(model: LlamaForCausalLM, tokens: Tensor, state: DecodeState) -> Tensor:
+    """The logits of the run's steps (popengine/run.py) of one token after the other.
 
     Steps depend on each other only through the tokens and the cache: each row decides for itself, as its step would
     have done, and attends to the rows before it. One sequence only: several would share their decisions.
 
     tokens   int64 [T]
     state    of one sequence, prefilled, with room for T more tokens; afterwards as the steps would have left it
-    observe  is told what every feed-forward network keeps
     returns  [T, V]
     """
     state.cache.make_room(len(tokens))
     logits, waiting = [], tokens[:0]
     for token in tokens.split(1):
-        if state.gathering.next_is_dense:
-            logits.append(evaluate_steps(model, waiting, state, observe))
+        if state.schedule.next_is_dense:
+            logits.append(evaluate_steps(model, waiting, state))
             waiting = tokens[:0]
-        dense, draws = state.gathering.next_step()
+        dense, partitions = state.schedule.next_step()
         if dense:
-            logits.append(model.dense_step(token, state, draws))
+            logits.append(model.dense_step(token, state, partitions))
         else:
             waiting = torch.cat([waiting, token])
-    return torch.cat([*logits, evaluate_steps(model, waiting, state, observe)])     # [T, V]
+    return torch.cat([*logits, evaluate_steps(model, waiting, state)])              # [T, V]
 
 
-def evaluate_steps(model: LlamaForCausalLM, tokens: Tensor, state: DecodeState, observe: Observer | None) -> Tensor:
+def evaluate_steps(model: LlamaForCausalLM, tokens: Tensor, state: DecodeState) -> Tensor:
     """The same of steps none of which is dense."""
     x, rotary = model.embed(tokens[None]), model.model.rotary                       # [1, T, H]
     if not len(tokens):                     # packed matrices take no product of nothing
         return x.new_empty(0, model.config.vocab_size)
-    step = decode_pass(rotary, state.views, x, state.cache, state.live, together=False, observe=observe)
-    x = decode_layers(model.model.layers, x, state.layers, step)
+    step = decode_pass(rotary, state.views, x, state.cache, state.live, together=False)
+    x = decode_layers(state.layers, x, step)
     state.cache.advance(len(tokens))
     return model.head(x)[0]

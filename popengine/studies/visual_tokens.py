@@ -11,39 +11,64 @@ rows of a picture.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.blocks import AttentionBlock
 from models.cache import KVCache
-from models.passes import PictureRows, PrefillPass, Stretch, masks_in_cache, visible
-from models.pruning.resolve import Pruning
+from models.masks import masks_in_cache, visible
+from models.passes import PrefillPass
+from models.pruning.heads import PartitionedAttention
 from models.state import LayerState
+from models.walks import Walk
 
 
-def rows_left(pruning: Pruning, stretches: Sequence[Stretch], lengths: Sequence[int]) -> int:
-    """R: rows of the longest prompt of a batch when its pictures have lost theirs. lengths: of the prompts"""
-    left = list(lengths)
-    for stretch in stretches:
-        left[stretch.sequence] -= stretch.length - pruning.visual_tokens(stretch.length)
-    return max(left)
+@dataclass(frozen=True)
+class DropVisualTokens:
+    """A walk that leaves out rows of pictures before the layer `first`, and otherwise is another walk."""
+
+    walk: Walk
+    first: int
+    pruning: Any
+
+    def __call__(self, layers: Sequence[Any], x: Tensor, rows: PrefillPass, state: Any) -> Tensor:
+        if not rows.pictures.stretches:
+            return self.walk(layers, x, rows, state)
+        attended = None
+        if self.first:
+            x = self.walk(layers[: self.first - 1], x, rows, state)
+            last, entered = layers[self.first - 1], x
+            x = self.walk([last], x, rows, state)
+            attended = attended_by_last(last, entered, rows, state.cache)
+        x, rows = leave_out(self.pruning, x, rows, state.cache, attended)
+        return self.walk(layers[self.first :], x, rows, state)
+
+    def evidence_tokens(self, rows: PrefillPass, state: Any) -> int:
+        left = rows.tokens - self.pruning.uncounted(rows.pictures.stretches)
+        return min(self.walk.evidence_tokens(rows, state), left)
 
 
-def attended_by_last(layer: Any, x: Tensor, own: LayerState, step: PrefillPass, cache: KVCache) -> Tensor:
+def attended_by_last(layer: LayerState, x: Tensor, step: PrefillPass, cache: KVCache) -> Tensor:
     """How much the last row attends to each slot, the mean over its heads, once the layer has run.
 
     x [B, T, H], what the layer was given -> float32 [B, S]
     """
-    attention, view = layer.self_attn, own.heads.view
+    block, own, view = layer.sublayers[0], layer.heads, layer.cache.view
+    assert isinstance(block, AttentionBlock)
     last = replace(step, turns={view: (cos[:, -1:], sin[:, -1:]) for view, (cos, sin) in step.turns.items()})
-    q, _, _ = attention.queries_keys_values(layer.input_layernorm(x[:, -1:]), own.heads.whole, last, view)
-    q = own.heads.in_cache(q).float().view(len(x), own.keys.shape[1], -1, q.shape[-1])          # [B, K, N/K, D]
+    normed = block.layer.before_attention(x[:, -1:])                                # [B, 1, H]
+    q, _, _ = own.attention.queries_keys_values(normed, own.qkv, last, view)
+    if isinstance(own, PartitionedAttention):
+        q = own.in_cache(q)
+    keys, scale = layer.cache.keys, own.attention.scale
+    q = q.float().view(len(x), keys.shape[1], -1, q.shape[-1])                      # [B, K, N/K, D]
     mask = masks_in_cache([view], cache, step.places[-1:], torch.float32)[view]     # [B, 1, 1, S]
-    weights = (q @ own.keys.float().transpose(2, 3) * attention.scale + mask).softmax(dim=-1)   # [B, K, N/K, S]
-    return layer.ranks.add_up(weights.mean(dim=(1, 2)))
+    weights = (q @ keys.float().transpose(2, 3) * scale + mask).softmax(dim=-1)     # [B, K, N/K, S]
+    return block.layer.ranks.add_up(weights.mean(dim=(1, 2)))
 
 
 def most_diverse(features: Tensor, count: int) -> Tensor:
@@ -63,13 +88,14 @@ def most_diverse(features: Tensor, count: int) -> Tensor:
 
 
 def leave_out(
-    pruning: Pruning, x: Tensor, step: PrefillPass, given: PictureRows, cache: KVCache, attended: Tensor | None
-) -> tuple[Tensor, PrefillPass, PictureRows]:
-    """The rows of a prompt that stay, their pass, and what they have because of pictures.
+    pruning: Any, x: Tensor, step: PrefillPass, cache: KVCache, attended: Tensor | None
+) -> tuple[Tensor, PrefillPass]:
+    """The rows of a prompt that stay, and their pass.
 
     x [B, T, H]; attended [B, S], see `attended_by_last`, None: by diversity -> [B, R, H]
     """
     batch, rows, _ = x.shape
+    given = step.pictures
     stays = cache.padding <= step.places                                            # [B, T]
     before = int(step.places[0])                                                    # slots before these rows,
     own = before - cache.missing                                                    # and in thin layers
@@ -112,5 +138,6 @@ def leave_out(
         step, places=places, slots=dict.fromkeys(thin, slots), masks=masks, counted=counted,
         turns={view: (taken(cos), taken(sin)) for view, (cos, sin) in step.turns.items() if view.thin},
         tokens=batch * left if counted is None else int(counted.sum()),
+        pictures=replace(given, added=[taken(one) for one in given.added]),
     )
-    return taken(x), left_step, replace(given, added=[taken(one) for one in given.added])
+    return taken(x), left_step

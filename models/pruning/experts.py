@@ -1,0 +1,144 @@
+"""POP for a mixture of experts: one partition per expert, from the prompt tokens that are routed to it.
+
+Each expert runs as any feed-forward network does (models/pruning/pop.py). The router is never touched.
+
+B batch, T rows, M rows of the batch one after the other (B T), E experts, H hidden size, n tokens of one expert.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from models.clock import Clock
+from models.experts import MixtureOfExperts
+from models.feed_forward import FeedForward
+from models.matrix import Matrix
+from models.passes import DecodePass, PrefillPass
+from models.pruning.pop import ActiveWeights, DenseFFN, LookedUpWeights, PrunedFFN
+from models.pruning.resolve import Pruning
+
+
+class PartitionedExperts:
+    """What runs in place of one mixture of experts.
+
+    An expert gets a copy of its active weights when a token first reaches it. With too little memory for all,
+    `copy_limit` experts get one, those with most prompt tokens; a step on any other multiplies with its full weights
+    instead, with the same result and nothing saved. Buffers of copies outlive a prompt; nothing else of it does.
+
+    prompt_tokens  per expert, its tokens of the prompt that count as evidence
+    picks          per expert, its decoded tokens, those of ended sequences included
+    met            decoded tokens that shared their expert with another token of the same step
+    """
+
+    def __init__(self, mixture: MixtureOfExperts, pruning: Pruning) -> None:
+        self.mixture, self.pruning = mixture, pruning
+        self.gate: Matrix
+        self.experts: Sequence[FeedForward]
+        self.gate, self.experts = pruning.rule.experts_of(mixture)
+        self.spares_unseen = pruning.rule.follows_prompt and pruning.settings.unseen_experts == "dense"
+        self.copy_limit = len(self.experts)
+        self.active: list[PrunedFFN | None] = [None] * len(self.experts)
+        self.spare: list[ActiveWeights] = []
+        self.shared = None if mixture.shared_expert is None else pruning.rule.new_ffn(mixture.shared_expert)
+        self.restart()
+
+    def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
+        """x [B, T, H] -> [B, T, H]"""
+        routing = self.mixture.route(x.flatten(0, 1), self.gate)
+        of_experts = routing.segments(torch.arange(x[..., 0].numel(), device=x.device))             # E times [n]
+        counted: Sequence[Tensor | None] = [None] * len(of_experts)
+        tokens = routing.counts
+        if rows.counted is not None:
+            counted = [mask[None] for mask in routing.segments(rows.counted.flatten())]             # E times [1, n]
+            tokens = torch.stack([mask.sum() for mask in counted if mask is not None]).tolist()
+        self.expect(tokens, rows.of_prompt)
+
+        def run(index: int, own: Tensor) -> Tensor:
+            part = rows.part(of_experts[index], counted[index], tokens[index])
+            active = self.of(index) if rows.partitions else self.partitioned(index, rows.clock)
+            return active.prefill(own[None], part)[0]
+
+        shared = self.shared
+        y = self.mixture.spread(x, routing, run, None if shared is None else lambda x: shared.prefill(x, rows))
+        if rows.partitions:             # earlier rows may have shown something of the experts that these do not reach
+            for active, reached in zip(self.active, routing.counts, strict=True):
+                if active is not None and not reached:
+                    active.repartition(rows.clock)
+        return y
+
+    def decode(self, x: Tensor, step: DecodePass) -> Tensor:
+        """x [B, T, H] -> [B, T, H]"""
+        routing = self.mixture.route(x.flatten(0, 1), self.gate)
+        live = routing.segments(step.live.expand(x.shape[:2]).reshape(-1, 1))       # E times [n, 1]
+
+        def run(index: int, own: Tensor) -> Tensor:
+            self.picks[index] += len(own)
+            self.met += len(own) if len(own) > 1 else 0
+            return self.partitioned(index).decode(own[:, None], step.part(live[index]))[:, 0]
+
+        shared = self.shared
+        return self.mixture.spread(x, routing, run, None if shared is None else lambda x: shared.decode(x, step))
+
+    def restart(self) -> None:
+        """Forget the last prompt, but for the buffers of its copies."""
+        if self.pruning.rule.follows_prompt:
+            self.spare += [one.weights for one in self.active if one is not None and one.weights.held_bytes()]
+            self.active = [None] * len(self.experts)
+        self.prompt_tokens, self.picks, self.met = [0] * len(self.experts), [0] * len(self.experts), 0
+        self.may_copy = set(range(len(self.experts))[: self.copy_limit])
+        if self.shared is not None:
+            self.shared.restart()
+
+    def expect(self, tokens: list[int], of_prompt: bool) -> None:
+        """Before rows run: per expert, how many of them count as evidence, of the prompt or of a step after it."""
+        if not of_prompt:
+            self.picks = [old + new for old, new in zip(self.picks, tokens, strict=True)]
+            return
+        self.prompt_tokens = [old + new for old, new in zip(self.prompt_tokens, tokens, strict=True)]
+        if self.spares_unseen:          # an expert that was left whole is pruned once later rows of the prompt reach it
+            for index, active in enumerate(self.active):
+                if active is not None and not active.sizes.prunes and not self.is_unseen(index):
+                    self.active[index] = None
+        most_first = sorted(range(len(tokens)), key=lambda expert: -self.prompt_tokens[expert])
+        self.may_copy = set(most_first[: self.copy_limit])
+
+    def is_unseen(self, index: int) -> bool:
+        """Whether the prompt has shown too little of an expert to judge its channels."""
+        return self.prompt_tokens[index] < self.pruning.settings.min_tokens
+
+    def of(self, index: int) -> PrunedFFN:
+        """What runs in place of one expert; the channels of one that is new are yet to be partitioned."""
+        active = self.active[index]
+        if active is None:
+            ffn, rule = self.experts[index], self.pruning.rule
+            if self.spares_unseen and self.is_unseen(index):
+                active = DenseFFN(ffn)
+            elif index not in self.may_copy:
+                active = rule.new_ffn(ffn, LookedUpWeights(ffn))
+            else:
+                fitting = (number for number, one in enumerate(self.spare) if one.fits(ffn))
+                number = next(fitting, None)
+                active = rule.new_ffn(ffn, None if number is None else self.spare.pop(number))
+            self.active[index] = active
+        return active
+
+    def partitioned(self, index: int, clock: Clock | None = None) -> PrunedFFN:
+        """The same after the prompt: an expert that the prompt did not reach is partitioned now, without evidence."""
+        is_new = self.active[index] is None
+        active = self.of(index)
+        if is_new:
+            active.repartition(clock)
+        return active
+
+    def multiplies_whole(self, index: int) -> bool:
+        """Whether steps read all the weights of an expert: it was left dense, or has no copy."""
+        active = self.active[index]
+        return active is not None and (not active.sizes.prunes or isinstance(active.weights, LookedUpWeights))
+
+    def count(self, tokens: int) -> None:
+        pass                            # steps of a mixture are never compiled
+
+    def copied_bytes(self) -> int:
+        held = [one.weights for one in (*self.active, self.shared) if one is not None] + self.spare
+        return sum(weights.held_bytes() for weights in held)

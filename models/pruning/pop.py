@@ -1,0 +1,312 @@
+"""Partition-guided Online Pruning of one feed-forward network (POP, arXiv 2602.06822, section 3): the method itself.
+
+`PartitionedFFN` runs in place of a FeedForward. `prefill` runs the prompt and partitions the channels; `decode` runs
+one step on the retained channels and the candidates that the step keeps. `POP` holds the parameters and builds one
+such object per layer. Another method is another class with the same two methods (popengine/studies).
+
+B batch, T rows, H hidden size, I FFN channels, R retained, C candidate and P pruned channels.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.blocks import BlockNorms, FeedForwardBlock, PrunedBlock, Sublayer
+from models.clock import Clock, phase
+from models.experts import MixtureOfExperts
+from models.feed_forward import FeedForward
+from models.matrix import Matrix, take_columns, tensor_bytes
+from models.matrix_forms import ChosenColumns, ChosenRows, by_columns
+from models.passes import DecodePass, PrefillPass
+from models.pruning.partition import (
+    ChannelPartition,
+    Evidence,
+    PartitionSizes,
+    channels_of_group,
+    partition_channels,
+    partition_sizes,
+    retained_sizes,
+    undecided,
+)
+
+
+class PrunedFFN(Protocol):
+    """What runs in place of a feed-forward network.
+
+    weights    what a step multiplies with
+    sizes      how many channels each region has; partition: which they are
+    evidence   what the prompt has shown of the channels
+    """
+
+    ffn: FeedForward
+    rule: "POP"
+    weights: "ActiveWeights"
+    sizes: PartitionSizes
+    partition: ChannelPartition
+    evidence: Evidence
+
+    def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
+        """Run the rows of a prompt. x [B, T, H] -> [B, T, H]"""
+
+    def decode(self, x: Tensor, step: DecodePass) -> Tensor:
+        """Run the rows of a step. x [B, T, H] -> [B, T, H]"""
+
+    def repartition(self, clock: Clock | None = None) -> None:
+        """Partition the channels anew from all evidence so far."""
+
+    def restart(self) -> None:
+        """Forget the last prompt."""
+
+    def count(self, tokens: int) -> None:
+        """Count tokens whose squares a compiled dense step has added to the evidence."""
+
+    def copied_bytes(self) -> int:
+        """Memory that copies of active weights take, in bytes."""
+
+
+class PartitionedFFN:
+    """One network under POP: a partition from the prompt, and a choice among its candidates at every step."""
+
+    def __init__(self, ffn: FeedForward, rule: "POP", weights: "ActiveWeights") -> None:
+        self.ffn, self.rule, self.sizes, self.weights, self.act = ffn, rule, rule.sizes(ffn), weights, ffn.act
+        self.gate, self.up, self.down = weights.gate, weights.up, weights.down      # [R + C, H] twice, [H, R + C]
+        self.partition = undecided(self.sizes, (), ffn.device)
+        self.evidence = rule.new_evidence(ffn, ffn.channels, ffn.device)
+        self.candidate_norms = ffn.down_norms()[: self.sizes.candidate].clone()     # [C]
+
+    def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
+        return self.finish_prompt(self.ffn.activation(x), rows)
+
+    def finish_prompt(self, h: Tensor, rows: PrefillPass) -> Tensor:
+        """From the activation of the prompt on, h [B, T, I]: evidence, partition, down_proj. -> [B, T, H]"""
+        rows.see(self.evidence, h)                                                  # the sum of Eq. 2
+        if rows.partitions:
+            self.repartition(rows.clock)                                            # Eq. 3 and section 3.2
+        if rows.finish_dense:
+            return self.ffn.down_proj(h)
+        return self.down(take_columns(h, self.partition.resident))                  # [B, T, R + C] -> [B, T, H]
+
+    def repartition(self, clock: Clock | None = None) -> None:
+        with phase(clock, "sort"):
+            self.partition = partition_channels(self.rule.scores(self.ffn, self.evidence), self.sizes)
+            torch.index_select(self.ffn.down_norms(), 0, self.partition.candidate, out=self.candidate_norms)
+        with phase(clock, "copy"):
+            self.weights.fill(self.ffn, self.partition.resident)
+
+    def decode(self, x: Tensor, step: DecodePass) -> Tensor:
+        h = self.act(self.gate(x)) * self.up(x)                                     # [B, T, R + C]
+        scores = step.scores(h[..., self.sizes.retained :], self.candidate_norms)   # Eq. 3: [C] or [B, T, C]
+        keep = F.pad(self.partition.pick(scores), (self.sizes.retained, 0), value=True)         # [..., R + C]
+        return self.down.multiply_kept(h, keep, self.sizes.active)                  # [B, T, H]
+
+    def restart(self) -> None:
+        self.evidence.restart()
+
+    def count(self, tokens: int) -> None:
+        self.evidence.tokens += tokens
+
+    def copied_bytes(self) -> int:
+        return tensor_bytes(self) + self.weights.held_bytes() if self.weights.held_bytes() else 0
+
+
+class FrozenFFN(PartitionedFFN):
+    """A partition without candidates: every step runs the retained channels."""
+
+    def decode(self, x: Tensor, step: DecodePass) -> Tensor:
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class DenseFFN(PartitionedFFN):
+    """The whole network, where nothing is pruned: it needs no evidence and no copies."""
+
+    def __init__(self, ffn: FeedForward) -> None:
+        super().__init__(ffn, POP(0.0, 0.0), WholeWeights(ffn))
+
+    def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
+        return self.ffn(x)
+
+    def decode(self, x: Tensor, step: DecodePass) -> Tensor:
+        return self.ffn(x)
+
+    def repartition(self, clock: Clock | None = None) -> None:
+        pass
+
+
+# The matrices that a step multiplies with: compact copies, or views that choose from the whole.
+AnyMatrix = Any
+
+
+class ActiveWeights:
+    """Compact copies of the active channels' weights, in buffers that are allocated once and filled per partition."""
+
+    gate: AnyMatrix
+    up: AnyMatrix
+    down: AnyMatrix
+
+    def __init__(self, ffn: FeedForward, channels: int) -> None:
+        self.gate, self.up = ffn.gate_proj.empty_rows(channels), ffn.up_proj.empty_rows(channels)
+        self.down = ffn.down_proj.empty_columns(channels)
+        self.kinds = kinds_of(ffn)
+
+    def fill(self, ffn: FeedForward, channels: Tensor) -> None:
+        """Copy the weights of these channels, in their order. int64 [R + C]"""
+        self.gate.copy_rows(ffn.gate_proj, channels)
+        self.up.copy_rows(ffn.up_proj, channels)
+        self.down.copy_columns(ffn.down_proj, channels)
+
+    def fits(self, ffn: FeedForward) -> bool:
+        """Whether these buffers can hold the channels of another network: matrices of the same kinds."""
+        return self.kinds == kinds_of(ffn)
+
+    def held_bytes(self) -> int:
+        """Memory of the copies, in bytes."""
+        return sum(matrix.held_bytes() for matrix in (self.gate, self.up, self.down))
+
+
+class LookedUpWeights(ActiveWeights):
+    """No copies: a step multiplies with the whole matrices and drops what is not active."""
+
+    def __init__(self, ffn: FeedForward) -> None:
+        self.gate, self.up = ChosenRows(ffn.gate_proj), ChosenRows(ffn.up_proj)
+        self.down = ChosenColumns(ffn.down_proj)
+
+
+class WholeWeights(ActiveWeights):
+    """The network's own matrices, where every channel is active: there is nothing to copy."""
+
+    def __init__(self, ffn: FeedForward, down: Matrix | None = None) -> None:
+        self.gate, self.up, self.down = ffn.gate_proj, ffn.up_proj, ffn.down_proj if down is None else down
+
+    def fill(self, ffn: FeedForward, channels: Tensor) -> None:
+        pass
+
+    def held_bytes(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """Mean squares of every channel on text that the model sampled itself. Compared by identity.
+
+    of      float32 [I] by network (or attention) and part of it: "h", "gate" or "up"
+    tokens  how many tokens of evidence they count for
+    """
+
+    of: Mapping[tuple[nn.Module, str], Tensor]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class POP:
+    """The parameters of the method, and what they make of a network (arXiv 2602.06822).
+
+    ffn_ratio       share of FFN channels off at a decode step (r); head_ratio: of query heads
+    width           candidates as a share of the channels (the paper's gamma); 0 freezes the prompt's mask
+    min_tokens      networks that saw fewer tokens are scored by their weights alone
+    prior           evidence before any token, or None
+    retained_share  share of the channels that always run; None: what the candidates leave (the paper)
+    groups          partition the channels in so many independent equal groups
+    """
+
+    ffn_ratio: float
+    width: float
+    head_ratio: float = 0.0
+    min_tokens: int = 1
+    prior: Prior | None = None
+    retained_share: float | None = None
+    groups: int = 1
+
+    # Whether partitions follow the prompt; a static mask does not.
+    follows_prompt = True
+
+    def new_ffn(self, ffn: FeedForward, weights: ActiveWeights | None = None) -> PrunedFFN:
+        """What runs in place of one network. weights: buffers to reuse; None: new ones, where copying saves bytes."""
+        sizes = self.sizes(ffn)
+        if not sizes.prunes:
+            return DenseFFN(ffn)
+        return (PartitionedFFN if sizes.decides else FrozenFFN)(ffn, self, weights or self.new_weights(ffn))
+
+    def experts_of(self, mixture: MixtureOfExperts) -> tuple[Matrix, Sequence[FeedForward]]:
+        """The router of a mixture and the experts that run."""
+        return mixture.gate, mixture.experts
+
+    def new_block(self, layer: BlockNorms, ffn: PrunedBlock) -> Sublayer:
+        """The residual block around what runs in place of a layer's network."""
+        return FeedForwardBlock(layer, ffn)
+
+    def new_weights(self, ffn: FeedForward) -> ActiveWeights:
+        """Buffers for the active channels of a network."""
+        sizes = self.sizes(ffn)
+        if not sizes.copied:
+            return WholeWeights(ffn, down_by_columns(ffn))
+        return ActiveWeights(ffn, sizes.resident) if self.copying_saves(ffn) else LookedUpWeights(ffn)
+
+    def new_evidence(self, network: nn.Module, channels: int, device: torch.device, part: str = "h") -> Evidence:
+        """Evidence of a network, or of the heads of an attention, before any token. part: "h", "gate" or "up"."""
+        if self.prior is None or (network, part) not in self.prior.of:
+            return Evidence(channels, device)
+        return Evidence(channels, device, self.prior.of[network, part] * self.prior.tokens, self.prior.tokens)
+
+    def with_prior(self, prior: Prior | None) -> "POP":
+        return replace(self, prior=prior)
+
+    def scores(self, ffn: FeedForward, evidence: Evidence) -> Tensor:
+        """Importance of each channel over the tokens seen (Eq. 3): float32 [I]."""
+        return ffn.weight_scores() if evidence.tokens < self.min_tokens else evidence.scores(ffn.down_norms())
+
+    def sizes(self, ffn: FeedForward) -> PartitionSizes:
+        """Sizes of the regions of one network. InputError if the groups do not divide its channels."""
+        return self.group_sizes(channels_of_group(ffn.channels, self.groups)).times(self.groups)
+
+    def group_sizes(self, channels: int) -> PartitionSizes:
+        """Sizes of the regions of one group of channels."""
+        if self.retained_share is None or self.ffn_ratio == 0:
+            return partition_sizes(channels, self.ffn_ratio, self.width)
+        return retained_sizes(channels, self.ffn_ratio, self.retained_share, self.width)
+
+    def head_sizes(self, heads: int) -> PartitionSizes:
+        """Sizes of the regions of one group of query heads."""
+        return partition_sizes(heads, self.head_ratio, self.width)
+
+    def copying_saves(self, ffn: FeedForward) -> bool:
+        """Whether copies of the active channels take fewer bytes than the whole network.
+
+        They do not where nearly all channels are active and the copy of an int4 down_proj is int8.
+        """
+        sizes = self.sizes(ffn)
+        return not sizes.copied or channel_bytes(ffn, sizes.resident, sizes.resident) <= channel_bytes(ffn)
+
+    def step_bytes(self, ffn: FeedForward, rows: int) -> int:
+        """Bytes of weights that a step of so many rows reads of one network."""
+        sizes = self.sizes(ffn)
+        if not sizes.prunes or not self.copying_saves(ffn):
+            return channel_bytes(ffn)
+        down = ffn.down_proj if sizes.copied else down_by_columns(ffn)
+        columns = sizes.active if down.reads_chosen_columns(rows) else sizes.resident
+        return channel_bytes(ffn, sizes.resident, None if columns == ffn.channels and not sizes.copied else columns)
+
+    def prompt_weights(self, ffn: FeedForward, finish_dense: bool) -> int:
+        """Weights that each prompt token is multiplied with in one network."""
+        down = ffn.channels if finish_dense else self.sizes(ffn).resident
+        return (2 * ffn.channels + down) * ffn.down_proj.out_features
+
+
+def down_by_columns(ffn: FeedForward) -> Matrix:
+    """down_proj in the layout that reads chosen columns alone: a copy where the weight is stored by rows."""
+    made: tuple[Matrix] = ffn.once("down by columns", lambda: (by_columns(ffn.down_proj),))
+    return made[0]
+
+
+def channel_bytes(ffn: FeedForward, rows: int | None = None, columns: int | None = None) -> int:
+    """Bytes of so many rows of gate and up and columns of down; None: the matrix as it is."""
+    factors = ffn.gate_proj.read_bytes(rows=rows) + ffn.up_proj.read_bytes(rows=rows)
+    return factors + ffn.down_proj.read_bytes(columns=columns)
+
+
+def kinds_of(ffn: FeedForward) -> list[object]:
+    """How the three matrices of a network are stored."""
+    return [matrix.kind() for matrix in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)]

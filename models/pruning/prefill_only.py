@@ -1,0 +1,75 @@
+"""Prefill-Only Pruning (arXiv 2602.03295): how a prompt walks through layers, the deepest of which it skips.
+
+A prompt token has to leave keys and values behind; deep layers matter little for that. In a skipped layer all prompt
+tokens but the last K write keys and values of the hidden state that reached them (Eq. 14), and nothing else. The last
+K tokens, the boundary, run as the first decode step does: through every layer, attending to the cache (Eq. 15). Decode
+steps run the whole model.
+
+B batch, T rows of the prompt, K boundary rows, H hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.masks import masks_in_cache
+from models.passes import PrefillPass
+from models.walks import EveryLayer
+
+
+@dataclass(frozen=True)
+class PrefillOnly:
+    """All rows run through the kept layers; through the skipped ones the boundary alone.
+
+    skipped   the layers that the prompt skips; boundary: how many of its last tokens run through them
+    """
+
+    skipped: tuple[int, ...]
+    boundary: int
+
+    def __call__(self, layers: Sequence[Any], x: Tensor, rows: PrefillPass, state: Any) -> Tensor:
+        if x.shape[1] <= self.boundary:                     # a prompt that is all boundary skips nothing
+            return EveryLayer()(layers, x, rows, state)
+        rest, last = self.split(rows, state)
+        for layer in layers:
+            x = self.pass_by(layer, x, rest, last) if layer.index in self.skipped else layer.prefill(x, rows)
+        return x
+
+    def pass_by(self, layer: Any, x: Tensor, rest: PrefillPass, last: PrefillPass) -> Tensor:
+        """One skipped layer. x [B, T, H] -> [B, T, H]"""
+        passing, running = x.tensor_split([x.shape[1] - self.boundary], dim=1)      # [B, T - K, H], [B, K, H]
+        for sublayer in layer.sublayers:
+            sublayer.skip(passing, rest)                                            # k, v of the T - K rows (Eq. 14)
+        passing = rest.pictures.add_features(layer.index, passing)
+        if self.boundary:
+            running = layer.prefill(running, last)                                  # the K rows in full (Eq. 15)
+        return torch.cat([passing, running], dim=1)
+
+    def split(self, rows: PrefillPass, state: Any) -> tuple[PrefillPass, PrefillPass]:
+        """The passes of the rows before the boundary, and of the boundary, which attends to the cache."""
+        before = rows.places.shape[-1] - self.boundary
+        state.cache.passed_by.copy_(state.cache.left_out + before)
+        rest, last = (
+            replace(
+                rows, places=rows.places[..., part], slots={view: slots[part] for view, slots in rows.slots.items()},
+                turns={view: (cos[:, part], sin[:, part]) for view, (cos, sin) in rows.turns.items()},
+                pictures=replace(rows.pictures, added=[one[:, part] for one in rows.pictures.added]),
+            )
+            for part in (slice(before), slice(before, None))
+        )
+        dtype = state.cache.keys[0].dtype
+        last.masks = masks_in_cache(rows.slots, state.cache, last.places, dtype, rows.pictures.blocks)
+        last.follows = True
+        last.count(len(state.live), None if rows.counted is None else rows.counted[:, before:])
+        return rest, last
+
+    def evidence_tokens(self, rows: PrefillPass, state: Any) -> int:
+        total = rows.places.shape[-1]
+        if total <= self.boundary:
+            return rows.tokens
+        if rows.counted is None:
+            return self.boundary * rows.tokens // total
+        return int(rows.counted[:, total - self.boundary :].sum())

@@ -1,0 +1,144 @@
+"""Recording: wrappers around what runs in place of a network, which run the same code and tell what it computed.
+
+B batch, T rows, H hidden size, I FFN channels, C candidates.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from models.attention import CachedAttention
+from models.cache import LayerCache
+from models.experts import MixtureOfExperts
+from models.feed_forward import FeedForward
+from models.passes import DecodePass, PrefillPass
+from models.pruning.experts import PartitionedExperts
+from models.pruning.partition import ChannelPartition
+from models.pruning.pop import POP, ActiveWeights, DenseFFN, PrunedFFN
+from models.pruning.resolve import Pruning
+from models.state import DecodeState
+
+AnyPruning = TypeVar("AnyPruning", bound=Pruning)
+# Told of every step: the network, its partition, and which candidates each row kept, bool [..., C].
+Picks = Callable[[FeedForward, ChannelPartition, Tensor], None]
+
+
+@dataclass(frozen=True)
+class RecordedPartition(ChannelPartition):
+    """A partition that keeps a list of its picks."""
+
+    kept: list[Tensor] = field(default_factory=list)
+
+    def pick(self, candidate_scores: Tensor) -> Tensor:
+        self.kept.append(super().pick(candidate_scores))
+        return self.kept[-1]
+
+
+class RecordedFFN:
+    """Runs another object's prefill and decode, and tells the picks of every step."""
+
+    def __init__(self, inner: PrunedFFN, told: Picks) -> None:
+        self.inner, self.told = inner, told
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def decode(self, x: Tensor, step: DecodePass) -> Tensor:
+        partition = self.inner.partition
+        self.inner.partition = recorded = RecordedPartition(partition.order, partition.sizes)
+        y = self.inner.decode(x, step)
+        self.inner.partition = partition
+        self.told(self.inner.ffn, partition, recorded.kept[0] if recorded.kept else x.new_empty(0).bool())
+        return y
+
+
+class RecordedRule:
+    """A rule whose networks are recorded; everything else is the rule's own."""
+
+    def __init__(self, rule: POP, told: Picks) -> None:
+        self.rule, self.told = rule, told
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rule, name)
+
+    def new_ffn(self, ffn: FeedForward, weights: ActiveWeights | None = None) -> RecordedFFN:
+        return RecordedFFN(self.rule.new_ffn(ffn, weights), self.told)
+
+
+def recorded(pruning: AnyPruning, told: Picks) -> AnyPruning:
+    """The same pruning, whose steps are told."""
+    return replace(pruning, rule=RecordedRule(pruning.rule, told))  # type: ignore[arg-type]
+
+
+class WatchedFFN(DenseFFN):
+    """The dense network, which tells what a prompt computes: h and its two factors, [B, T, I] each."""
+
+    def __init__(self, ffn: FeedForward, watch: "Watch") -> None:
+        super().__init__(ffn)
+        self.watch = watch
+
+    def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
+        gate, up = self.act(self.ffn.gate_proj(x)), self.ffn.up_proj(x)             # [B, T, I]
+        self.watch.network(self.ffn, gate * up, gate, up, rows.rows)
+        return self.ffn.down_proj(gate * up)
+
+
+class WatchedExperts(PartitionedExperts):
+    """A dense mixture of experts, which tells its input and what each of its experts computes."""
+
+    def __init__(self, mixture: MixtureOfExperts, pruning: Pruning, watch: "Watch") -> None:
+        super().__init__(mixture, pruning)
+        self.watch = watch
+        self.active = [WatchedFFN(expert, watch) for expert in self.experts]
+        self.shared = None if mixture.shared_expert is None else WatchedFFN(mixture.shared_expert, watch)
+
+    def restart(self) -> None:
+        self.prompt_tokens, self.picks, self.may_copy = [0] * len(self.experts), [0] * len(self.experts), set()
+
+    def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
+        self.watch.mixture(self.mixture, x)
+        return super().prefill(x, rows)
+
+
+class WatchedAttention(CachedAttention):
+    """The dense attention, which tells the input of o_proj, [B, T, N D]."""
+
+    def __init__(self, inner: CachedAttention, watch: "Watch") -> None:
+        super().__init__(inner.attention)
+        self.watch = watch
+
+    def prefill(self, x: Tensor, cache: LayerCache, rows: PrefillPass) -> Tensor:
+        q, k, v = self.attention.queries_keys_values(x, self.qkv, rows, cache.view)
+        cache.write(k, v, rows.slots[cache.view])
+        a = rows.attend(q, k, v, cache, self.attention.scale).flatten(2)
+        self.watch.heads(self.attention, a)
+        return self.attention.o_proj(a)
+
+
+class Watch:
+    """What a dense prompt is told to. A study overrides what it wants to know."""
+
+    def network(self, ffn: FeedForward, h: Tensor, gate: Tensor, up: Tensor, rows: Tensor | None) -> None:
+        """h and its factors [B, T, I]; rows int64 [T], which rows of the batch an expert's are, None: all"""
+
+    def mixture(self, mixture: MixtureOfExperts, x: Tensor) -> None:
+        """x [B, T, H], the input of a mixture of experts"""
+
+    def heads(self, attention: Any, a: Tensor) -> None:
+        """a [B, T, N D], the input of o_proj"""
+
+
+def watched(state: DecodeState, watch: Watch) -> DecodeState:
+    """A state of the dense model whose prompts are told."""
+    for layer in state.layers:
+        ffn = layer.ffn
+        if isinstance(ffn, PartitionedExperts):
+            layer.ffn = WatchedExperts(ffn.mixture, ffn.pruning, watch)
+        else:
+            layer.ffn = WatchedFFN(ffn.ffn, watch)  # type: ignore[attr-defined]
+        layer.heads = WatchedAttention(layer.heads, watch)
+        attention, network = layer.sublayers
+        attention.attention, network.ffn = layer.heads, layer.ffn  # type: ignore[attr-defined]
+    return state

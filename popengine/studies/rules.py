@@ -1,0 +1,342 @@
+"""Rules beside the paper's: cheaper or other scores, and channels that were chosen before any prompt.
+
+A new rule is a class here, with what it runs in place of a network (see models/pruning/pop.py), its name in RULES, and
+its name in RULE_NAMES of models/pruning/settings.py.
+
+B batch, T rows, H hidden size, I FFN channels, R retained, C candidate and A = R + C active channels, K picked.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from models.clock import Clock
+from models.feed_forward import FeedForward
+from models.matrix import Matrix
+from models.packed import DRAFT_DTYPE, draft_of
+from models.passes import DecodePass, PrefillPass
+from models.products import places, row_count
+from models.pruning.partition import (
+    ChannelPartition,
+    Evidence,
+    PartitionSizes,
+    retained_sizes,
+)
+from models.pruning.pop import POP, ActiveWeights, PartitionedFFN, Prior, PrunedFFN, down_by_columns
+
+
+class AllChannels(POP):
+    """The quality ceiling (POP, Table 6): every step chooses among all channels, and saves nothing but down_proj.
+
+    |h_i| times the norm of down_proj's column i: WINA (arXiv 2505.19427) does so with what feeds down_proj. With a
+    retained share the best channels by evidence always run, and a step chooses among all others.
+    """
+
+    def group_sizes(self, channels: int) -> PartitionSizes:
+        if self.ffn_ratio == 0:
+            return super().group_sizes(channels)
+        return retained_sizes(channels, self.ffn_ratio, self.retained_share or 0.0)
+
+
+class TEAL(AllChannels):
+    """|h| alone, the input of down_proj (arXiv 2408.14690); gate and up are computed in full, as POP does."""
+
+    def new_ffn(self, ffn: FeedForward, weights: ActiveWeights | None = None) -> PrunedFFN:
+        if not self.sizes(ffn).decides:
+            return super().new_ffn(ffn, weights)
+        return UnweightedFFN(ffn, self, weights or self.new_weights(ffn))
+
+
+class UnweightedFFN(PartitionedFFN):
+    """Candidates are scored by |h| alone."""
+
+    def __init__(self, ffn: FeedForward, rule: POP, weights: ActiveWeights) -> None:
+        super().__init__(ffn, rule, weights)
+        self.candidate_norms.fill_(1.0)
+
+    def repartition(self, clock: Clock | None = None) -> None:
+        super().repartition(clock)
+        self.candidate_norms.fill_(1.0)
+
+
+class Chooser(PartitionedFFN):
+    """A step that scores the candidates before it has all of h, so that only rows of the kept channels are read.
+
+    Where that reads less (one row, weights stored by rows), `decode_chosen` is the step; else every active row is read
+    and the same candidates are kept. Subclasses give `look`, the factor by which candidates are scored.
+    """
+
+    def look(self, x: Tensor) -> Tensor:
+        """What the step scores candidates by. x [B, T, H] -> [B, T, A]"""
+        raise NotImplementedError
+
+    def decode_chosen(self, x: Tensor, step: DecodePass) -> Tensor:
+        """The step that reads rows of the kept channels alone. x [1, 1, H] -> [1, 1, H]"""
+        raise NotImplementedError
+
+    def decode(self, x: Tensor, step: DecodePass) -> Tensor:
+        if self.gate.reads_chosen_rows(row_count(x)):
+            return self.decode_chosen(x, step)
+        h = self.act(self.gate(x)) * self.up(x)                                     # [B, T, A]
+        return self.down.multiply_kept(h, self.kept(self.look(x), step), self.sizes.active)
+
+    def kept(self, look: Tensor, step: DecodePass) -> Tensor:
+        """The active channels that a step keeps. look [B, T, A] -> bool [A] or [B, T, A]"""
+        keep = self.partition.pick(step.scores(look[..., self.sizes.retained :], self.candidate_norms))
+        return torch.nn.functional.pad(keep, (self.sizes.retained, 0), value=True)
+
+    def kept_places(self, look: Tensor, step: DecodePass) -> Tensor:
+        """The same of one row, as places among the active channels. look [1, 1, A] -> int64 [R + K]"""
+        return places(self.kept(look, step).flatten(), self.sizes.active)
+
+    def finish(self, h: Tensor, kept: Tensor) -> Tensor:
+        """down_proj of one row's kept channels. h [1, 1, R + K], kept int64 [R + K] -> [1, 1, H]"""
+        if self.down.reads_chosen_columns(1):
+            return self.down.multiply_columns(h, kept)
+        return self.down(h.new_zeros(1, 1, self.sizes.resident).index_copy(-1, kept, h))
+
+
+class FactorFFN(Chooser):
+    """Candidates are scored by one factor of h, times the norm and the other factor's root mean square in the prompt.
+
+    watched  evidence of the other factor
+    """
+
+    other = "gate"
+
+    def __init__(self, ffn: FeedForward, rule: POP, weights: ActiveWeights) -> None:
+        super().__init__(ffn, rule, weights)
+        self.watched = rule.new_evidence(ffn, ffn.channels, ffn.device, self.other)
+
+    def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
+        gate, up = self.act(self.ffn.gate_proj(x)), self.ffn.up_proj(x)             # [B, T, I]
+        rows.see(self.watched, gate if self.other == "gate" else up)
+        return self.finish_prompt(gate * up, rows)
+
+    def repartition(self, clock: Clock | None = None) -> None:
+        super().repartition(clock)
+        if self.watched.tokens:
+            usual = (self.watched.squares / self.watched.tokens).sqrt()             # [I], root mean square
+            self.candidate_norms.mul_(usual[self.partition.candidate])
+
+    def restart(self) -> None:
+        super().restart()
+        self.watched.restart()
+
+    def count(self, tokens: int) -> None:
+        super().count(tokens)
+        self.watched.tokens += tokens
+
+
+class UpFFN(FactorFFN):
+    """Scored by |up|."""
+
+    def look(self, x: Tensor) -> Tensor:
+        return self.up(x)
+
+    def decode_chosen(self, x: Tensor, step: DecodePass) -> Tensor:
+        up = self.up(x)                                                             # [1, 1, A]
+        kept = self.kept_places(up, step)                                           # [R + K]
+        return self.finish(self.act(self.gate.multiply_rows(x, kept)) * up[..., kept], kept)
+
+
+class GateFFN(FactorFFN):
+    """Scored by |act(gate)|."""
+
+    other = "up"
+
+    def look(self, x: Tensor) -> Tensor:
+        return self.act(self.gate(x))
+
+    def decode_chosen(self, x: Tensor, step: DecodePass) -> Tensor:
+        gate = self.look(x)                                                         # [1, 1, A]
+        kept = self.kept_places(gate, step)                                         # [R + K]
+        return self.finish(gate[..., kept] * self.up.multiply_rows(x, kept), kept)
+
+
+class CATSFFN(GateFFN):
+    """Scored by |act(gate)| alone."""
+
+    def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
+        return PartitionedFFN.prefill(self, x, rows)
+
+    def repartition(self, clock: Clock | None = None) -> None:
+        super().repartition(clock)
+        self.candidate_norms.fill_(1.0)
+
+
+class DraftFFN(Chooser):
+    """Scored by h of int4 copies of gate_proj and up_proj, of which a step reads every row."""
+
+    def __init__(self, ffn: FeedForward, rule: POP, weights: ActiveWeights) -> None:
+        super().__init__(ffn, rule, weights)
+        self.drafts = drafts_of(ffn)
+        self.channels = self.partition.resident.clone()                             # int64 [A], at a fixed address
+
+    def look(self, x: Tensor) -> Tensor:
+        gate, up = (draft(x.to(DRAFT_DTYPE)) for draft in self.drafts)              # [B, T, I]
+        return (self.act(gate) * up)[..., self.channels]                            # [B, T, A]
+
+    def repartition(self, clock: Clock | None = None) -> None:
+        super().repartition(clock)
+        self.channels.copy_(self.partition.resident)
+
+    def decode_chosen(self, x: Tensor, step: DecodePass) -> Tensor:
+        kept = self.kept_places(self.look(x), step)                                 # [R + K]
+        return self.finish(self.act(self.gate.multiply_rows(x, kept)) * self.up.multiply_rows(x, kept), kept)
+
+
+def drafts_of(ffn: FeedForward) -> tuple[Matrix, Matrix]:
+    """int4 copies of gate_proj and up_proj, made at first use."""
+    made: tuple[Matrix, Matrix] = ffn.once("drafts", lambda: (draft_of(ffn.gate_proj), draft_of(ffn.up_proj)))
+    return made
+
+
+class ChooseFirst(AllChannels):
+    """A rule whose steps score candidates before they read the weights of what is kept."""
+
+    in_place: type[Chooser]
+
+    def new_ffn(self, ffn: FeedForward, weights: ActiveWeights | None = None) -> PrunedFFN:
+        if not self.sizes(ffn).decides:
+            return super().new_ffn(ffn, weights)
+        return self.in_place(ffn, self, weights or self.new_weights(ffn))
+
+    def copying_saves(self, ffn: FeedForward) -> bool:
+        return True                     # rows are chosen from what is stored by rows
+
+    def step_bytes(self, ffn: FeedForward, rows: int) -> int:
+        sizes = self.sizes(ffn)
+        if not sizes.decides or not ffn.gate_proj.reads_chosen_rows(rows):
+            return super().step_bytes(ffn, rows)
+        first, second = self.rows_read(sizes)
+        down = ffn.down_proj if sizes.copied else down_by_columns(ffn)
+        columns = sizes.active if down.reads_chosen_columns(rows) else sizes.resident
+        factors = ffn.gate_proj.read_bytes(rows=first) + ffn.up_proj.read_bytes(rows=second)
+        whole = columns == ffn.channels and not sizes.copied
+        return factors + ffn.down_proj.read_bytes(columns=None if whole else columns)
+
+    def rows_read(self, sizes: PartitionSizes) -> tuple[int, int]:
+        """How many rows of the factor that scores and of the other a step reads."""
+        return sizes.resident, sizes.active
+
+
+class Up(ChooseFirst):
+    """|up| alone, times the usual act(gate), so that only the kept rows of gate are read."""
+
+    in_place = UpFFN
+
+
+class Gate(ChooseFirst):
+    """|act(gate)| times the usual up, so that only the kept rows of up are read."""
+
+    in_place = GateFFN
+
+
+class CATS(ChooseFirst):
+    """|act(gate)| alone (arXiv 2404.08763), with the best of each step in place of a threshold."""
+
+    in_place = CATSFFN
+
+
+class Draft(ChooseFirst):
+    """The full score from int4 copies of gate_proj and up_proj; of the weights only what is kept is read.
+
+    Ours; docs/results.md has what it costs.
+    """
+
+    in_place = DraftFFN
+
+    def rows_read(self, sizes: PartitionSizes) -> tuple[int, int]:
+        return sizes.active, sizes.active
+
+    def step_bytes(self, ffn: FeedForward, rows: int) -> int:
+        drafts = sum(draft.read_bytes() for draft in drafts_of(ffn)) if self.sizes(ffn).decides else 0
+        return super().step_bytes(ffn, rows) + drafts
+
+
+class GLASS(POP):
+    """Ranks of the prompt's scores and of the prior's, half and half, partition the channels (arXiv 2508.14302).
+
+    However many tokens a prior counts for, its half is a half: it is kept out of the sums. Heads have no second ranking
+    and follow the prompt alone.
+    """
+
+    def new_evidence(self, network: nn.Module, channels: int, device: torch.device, part: str = "h") -> Evidence:
+        return Evidence(channels, device)
+
+    def scores(self, ffn: FeedForward, evidence: Evidence) -> Tensor:
+        usual = None if self.prior is None else self.prior.of.get((ffn, "h"))
+        if usual is None:               # an expert that the model's own text never reached
+            return super().scores(ffn, evidence)
+        ranks = rank_by_score(usual.sqrt() * ffn.down_norms(), self.groups)         # [I]
+        if evidence.tokens >= self.min_tokens:
+            ranks = ranks + rank_by_score(evidence.scores(ffn.down_norms()), self.groups)
+        return -ranks.float()
+
+
+def rank_by_score(scores: Tensor, groups: int = 1) -> Tensor:
+    """Rank of each channel in its group by falling score, from 0 (ties: lower channel first). [I] -> int64 [I]"""
+    return scores.view(groups, -1).sort(descending=True, stable=True).indices.argsort().flatten()
+
+
+@dataclass(frozen=True)
+class StaticChannels:
+    """Channels of one network that were chosen in advance.
+
+    bias  [H], added to the network's output in place of its pruned channels; None: nothing
+    """
+
+    partition: ChannelPartition
+    bias: Tensor | None = None
+
+
+class StaticFFN(PartitionedFFN):
+    """Channels that no prompt changes."""
+
+    def __init__(self, ffn: FeedForward, rule: POP, weights: ActiveWeights, chosen: StaticChannels) -> None:
+        super().__init__(ffn, rule, weights)
+        self.partition = chosen.partition
+        weights.fill(ffn, chosen.partition.resident)
+        if chosen.bias is not None:
+            self.down.bias = chosen.bias if self.down.bias is None else self.down.bias + chosen.bias
+
+    def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
+        return self.ffn(x) if rows.finish_dense else self.down(self.act(self.gate(x)) * self.up(x))
+
+    def repartition(self, clock: Clock | None = None) -> None:
+        pass
+
+    def decode(self, x: Tensor, step: DecodePass) -> Tensor:
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+@dataclass(frozen=True, eq=False)
+class StaticRule(POP):
+    """Channels chosen before any prompt, for every network of one model. Compared by identity."""
+
+    ffn_ratio: float = 0.0
+    width: float = 0.0
+    of: Mapping[nn.Module, StaticChannels] = field(default_factory=dict)
+
+    follows_prompt = False
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    def with_prior(self, prior: Prior | None) -> "StaticRule":
+        return self
+
+    def sizes(self, ffn: FeedForward) -> PartitionSizes:
+        return self.of[ffn].partition.sizes
+
+    def new_ffn(self, ffn: FeedForward, weights: ActiveWeights | None = None) -> PrunedFFN:
+        if not self.sizes(ffn).prunes:
+            return super().new_ffn(ffn)
+        return StaticFFN(ffn, self, weights or self.new_weights(ffn), self.of[ffn])
+
+
+RULES: dict[str, type[POP]] = {
+    "pop": POP, "all-channels": AllChannels, "up": Up, "gate": Gate, "cats": CATS, "teal": TEAL,
+    "glass": GLASS, "draft": Draft,
+}
