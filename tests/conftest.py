@@ -1,5 +1,8 @@
 """Fixtures that several test files share."""
 
+import ctypes
+import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,17 @@ def cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_given_back() -> Iterator[None]:
+    """Models and compiled steps of one file are gone when the next one runs, and their pages are the system's again."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "malloc_trim"):      # musl has none
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
@@ -46,16 +60,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def default_model_of_transformers(default_checkpoint_path: Path) -> Any:
-    """The default checkpoint as transformers loads it, in float32 and eval mode; it takes a while to read a .gguf."""
-    transformers = pytest.importorskip("transformers")
-    path = default_checkpoint_path
-    if path.suffix == ".gguf":
-        where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    else:
-        where = {"pretrained_model_name_or_path": path}
-    return transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    from builders import default_of_transformers
+
+    return default_of_transformers(default_checkpoint_path)
 
 
 @pytest.fixture(scope="module")

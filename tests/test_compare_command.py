@@ -143,7 +143,7 @@ def test_bad_input_is_one_line(flags: list[Any], tmp_path: Path, capsys: pytest.
     assert "prompt_tokens differ" in error(capsys, *other, *out, "--methods", "frozen")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere: be another user")
 def test_a_folder_that_cannot_be_written(flags: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tmp_path.chmod(0o500)
     assert "cannot be" in error(capsys, *flags, "--out", tmp_path / "inside", "--no-plots")

@@ -234,10 +234,13 @@ def test_text_of_prompt_and_model_is_no_markup(found: dict[str, Any]) -> None:
 
 # In a browser.
 
+NO_BROWSER = "no Chromium to look at the page with: apt-get install chromium"
+
+
 @pytest.fixture
 def browser() -> Iterator[Browser]:
     if find_chromium() is None:
-        pytest.skip("there is no Chromium here to look at the page with")
+        pytest.skip(NO_BROWSER)
     with Browser(1200, 900) as opened:
         yield opened
 
@@ -404,7 +407,7 @@ def test_on_a_phone_in_the_dark_nothing_overflows(
     words: tuple[Any, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if find_chromium() is None:
-        pytest.skip("there is no Chromium here to look at the page with")
+        pytest.skip(NO_BROWSER)
     address, run = made(tmp_path, capsys, *words, "--paper", "-n", 6, "--ignore-eos")
     with Browser(360, 740, dark=True, scale=2) as browser:
         browser.open(address + "#3")

@@ -25,7 +25,6 @@ from builders import (
 )
 from PIL import Image
 from slow_prefill import SlowPrefillOnly, two_passes, without_keys
-from smollm2_text import CHAT_PROMPT
 from tolerance import assert_same
 from torch import Tensor
 from transformers import LlamaConfig
@@ -250,16 +249,6 @@ def test_a_slow_implementation_gives_the_same_tokens(tmp_path: Path, family: str
     tokens = greedy(model, prompt, 30, skipping(share, boundary))
     assert tokens == SlowPrefillOnly(reference, int(share[0]), boundary).generate(prompt, 30)
     assert len(set(tokens)) > 3
-
-
-@pytest.mark.parametrize(("share", "skipped", "boundary"), [("1/3", 10, 1), ("1/3", 10, 16), ("1/6", 5, 1)])
-def test_tokens_of_the_default_checkpoint_equal_the_slow_ones(
-    default_checkpoint_path: Path, default_model_of_transformers: Any, share: str, skipped: int, boundary: int
-) -> None:
-    engine = load(default_checkpoint_path, dtype="float32")
-    prompt = engine.prompts.ids(CHAT_PROMPT)
-    made = [token for (token,) in generated(engine, [prompt], 48, skipping(share, boundary))]
-    assert made == SlowPrefillOnly(default_model_of_transformers, skipped, boundary).generate(prompt, 48)
 
 
 def test_compiled_steps_go_on_from_a_prompt_that_skipped_layers(checkpoint: Path) -> None:

@@ -1,0 +1,61 @@
+"""Evidence after the prompt, a prior and the rule `up` on the first layers of SmolLM2, against the slow way."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import default_of_transformers, greedy, ours, resolved
+from slow_evidence import SlowEvidence, mean_squares
+from smollm2_text import TEXT
+
+from models.llama import LlamaForCausalLM
+from models.pruning.pop import Prior
+from models.pruning.settings import PruningSettings
+from popengine.loading import open_text_side
+from weights.checkpoint import open_checkpoint
+
+LAYERS = 6          # of 30: in float64 all of them twice would take 2 GB
+
+
+@pytest.fixture(scope="module")
+def pair(default_checkpoint_path: Path) -> tuple[Any, LlamaForCausalLM]:
+    reference = default_of_transformers(default_checkpoint_path)
+    reference.model.layers, reference.config.num_hidden_layers = reference.model.layers[:LAYERS], LAYERS
+    reference.double()
+    model = ours(default_checkpoint_path)
+    model.model.layers, model.config = model.model.layers[:LAYERS], replace(model.config, num_hidden_layers=LAYERS)
+    return reference, model.double()
+
+
+@pytest.mark.parametrize("changes", [
+    {"min_evidence": 24, "dense_every": 4, "redraw_every": 8}, {"rule": "up"},
+    {"rule": "up", "retained_share": 0.2, "min_evidence": 24, "dense_every": 4, "redraw_every": 8},
+], ids=["evidence", "up", "up_retained_evidence"])
+def test_evidence_and_cheap_scores_give_the_tokens_of_the_slow_way(
+    default_checkpoint_path: Path, pair: tuple[Any, LlamaForCausalLM], changes: dict[str, Any]
+) -> None:
+    """A prior of 32 tokens throughout, made of the text by Hugging Face's modules; a prompt of few tokens.
+
+    In float64: among 1,536 candidates of many layers some two always come within float32's rounding of each other.
+    """
+    reference, model = pair
+    with open_checkpoint(default_checkpoint_path) as checkpoint:
+        tokenizer, _ = open_text_side(checkpoint)
+    settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.3, **changes)
+    prompt = tokenizer.encode("The harbour master kept two books. In the", add_special_tokens=False)
+    assert len(prompt) < 16
+    usual = mean_squares(reference, tokenizer.encode(TEXT, add_special_tokens=False)[:256])
+    slow = SlowEvidence(reference, settings, [one.clone() for one in usual], 32)
+    wanted = slow.generate(prompt, 48)
+    assert len(set(wanted)) > 5         # a sequence that repeats one token would prove little
+    if "min_evidence" in changes:
+        assert slow.counts["drawn"] > 3
+        assert slow.counts["dense"] > 20
+    of = {
+        (layer.mlp, part): squares.float()
+        for layer, one in zip(model.model.layers, usual, strict=True)
+        for part, squares in zip(("h", "gate"), one, strict=True)
+    }
+    plain = resolved(model, settings)
+    assert greedy(model, prompt, 48, replace(plain, rule=plain.rule.with_prior(Prior(of, 32)))) == wanted
