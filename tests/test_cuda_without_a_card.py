@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import LLAVA_TINY, MIXTRAL, MODELS, QWEN2_MOE, SETTINGS, resolved
 from fake_cuda import Waits, fake_cuda, moved
-from test_gemma import PICTURE_VARIANTS
+from tiny_gemma import PICTURE_VARIANTS
 from tiny_qwen_vl import FAMILIES as QWEN_VL
 from tiny_qwen_vl import VARIANTS as QWEN_VL_VARIANTS
 from torch import Tensor

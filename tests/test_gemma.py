@@ -11,10 +11,10 @@ from builders import SIZES, greedy, left_padded, ours, prefilled, resolved, save
 from safetensors.torch import load_file, save_file
 from slow_pop import SlowPOP
 from slow_prefill import SlowPrefillOnly
-from tiny_gemma import VISION, reference_model
+from tiny_gemma import BEGIN, END, IMAGE, LINEAR, PICTURE_VARIANTS, TEXT, VISION, reference_model
 from tolerance import assert_same
 from torch import Tensor
-from transformers import Gemma3Config, Gemma3TextConfig
+from transformers import Gemma3TextConfig
 
 from models.cost_model import layer_weights
 from models.families.gemma3 import (
@@ -34,11 +34,6 @@ from popengine.studies.recording import Watch, watched
 from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
 
-TEXT = SIZES | {"head_dim": 16, "sliding_window": 5, "sliding_window_pattern": 3}
-LINEAR = {
-    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-}
 VARIANTS: dict[str, Any] = {
     "every third sees all": Gemma3TextConfig(**TEXT),
     "layer types": Gemma3TextConfig(**TEXT, layer_types=["full_attention", "sliding_attention", "full_attention"]),
@@ -172,22 +167,6 @@ def test_both_spellings_of_rope_read_alike() -> None:
 def test_what_is_not_implemented_or_cannot_be_is_named(change: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named), torch.device("meta"):
         Gemma3ForCausalLM(read_gemma3_text_config(TEXT | change))
-
-
-BEGIN, IMAGE, END = 90, 91, 92
-def picture_config(**text: Any) -> Gemma3Config:
-    return Gemma3Config(
-        text_config=Gemma3TextConfig(**TEXT | text), vision_config=VISION, mm_tokens_per_image=9,
-        image_token_index=IMAGE, boi_token_index=BEGIN, eoi_token_index=END,
-    )
-
-
-# A picture has 9 tokens: a window of 5 hides its first from its last, one of 12 never cuts one.
-PICTURE_VARIANTS = {
-    "a window within a picture": picture_config(),
-    "a wider one": picture_config(sliding_window=12, rope_parameters=LINEAR),
-    "another scale": picture_config(num_key_value_heads=4, query_pre_attn_scalar=7),
-}
 
 
 def load_pictured(folder: Path) -> OurGemma:

@@ -12,7 +12,7 @@ from smollm2_text import TEXT
 from models.llama import LlamaForCausalLM
 from models.pruning.pop import Prior
 from models.pruning.settings import PruningSettings
-from popengine.loading import open_text_side
+from popengine.engine.loading import open_text_side
 from weights.checkpoint import open_checkpoint
 
 LAYERS = 6          # of 30: in float64 all of them twice would take 2 GB

@@ -1,20 +1,47 @@
 """A tiny random Gemma-3 in transformers, with all that a checkpoint of one has, and pictures for it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from builders import SIZES
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    Gemma3TextConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 VISION = {
     "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 24,
     "patch_size": 4, "model_type": "siglip_vision_model", "vision_use_head": False,
 }  # fmt: skip
+TEXT = SIZES | {"head_dim": 16, "sliding_window": 5, "sliding_window_pattern": 3}
+LINEAR = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+BEGIN, IMAGE, END = 90, 91, 92
+def picture_config(**text: Any) -> Gemma3Config:
+    return Gemma3Config(
+        text_config=Gemma3TextConfig(**TEXT | text), vision_config=VISION, mm_tokens_per_image=9,
+        image_token_index=IMAGE, boi_token_index=BEGIN, eoi_token_index=END,
+    )
+
+
+# A picture has 9 tokens: a window of 5 hides its first from its last, one of 12 never cuts one.
+PICTURE_VARIANTS = {
+    "a window within a picture": picture_config(),
+    "a wider one": picture_config(sliding_window=12, rope_parameters=LINEAR),
+    "another scale": picture_config(num_key_value_heads=4, query_pre_attn_scalar=7),
+}
 SPECIAL = {
     "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "boi_token": "<start_of_image>",
     "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>",
