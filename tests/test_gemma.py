@@ -11,7 +11,7 @@ from builders import SIZES, greedy, left_padded, ours, prefilled, resolved, save
 from safetensors.torch import load_file, save_file
 from slow_pop import SlowPOP
 from slow_prefill import SlowPrefillOnly
-from tiny_gemma import BEGIN, END, IMAGE, LINEAR, PICTURE_VARIANTS, TEXT, VISION, reference_model
+from tiny_gemma import BEGIN, END, IMAGE, LINEAR, PICTURE_VARIANTS, TEXT, VISION, picture_config, reference_model
 from tolerance import assert_same
 from torch import Tensor
 from transformers import Gemma3TextConfig
