@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of a weight that a written-out product of one row reads at once (docs/speed.md).
-STREAMS = 8
+# Rows of a weight that a written-out product of one row reads at once, from so many rows on (docs/speed.md): a smaller
+# weight gains nothing, and each stream takes time to compile.
+STREAMS, STREAMED_ROWS = 8, 512
 # Scores up to which every pair is compared instead of sorting: beyond, the comparisons cost more than the call.
 MOST_COMPARED = 256
 
@@ -65,7 +66,8 @@ def sum_in_streams(x: Tensor, parts: list[Tensor]) -> Tensor:
 
 def row_streams(rows: int) -> list[slice]:
     """As many parts of equal length as STREAMS, or the next smaller power of two that divides the rows."""
-    count = next(count for count in (STREAMS, STREAMS // 2, STREAMS // 4, 1) if rows % count == 0)
+    counts = (STREAMS, STREAMS // 2, STREAMS // 4, 1) if rows >= STREAMED_ROWS else (1,)
+    count = next(count for count in counts if rows % count == 0)
     return [slice(begin, begin + rows // count) for begin in range(0, rows, rows // count)]
 
 

@@ -1,0 +1,29 @@
+"""The products of a step: each way of computing one gives the plain product."""
+
+import pytest
+import torch
+
+from models.matrices.products import STREAMS, fused_gemv, fused_gemv_rows, row_streams
+
+
+@pytest.mark.parametrize("rows", [1, 7, 511, 512, 516, 1026, 1536])
+def test_streams_cover_every_row_once_and_are_of_one_length(rows: int) -> None:
+    parts = row_streams(rows)
+    assert len({part.stop - part.start for part in parts}) == 1 and len(parts) <= STREAMS
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(rows))
+    assert len(parts) == (STREAMS if rows >= 512 and rows % STREAMS == 0 else len(parts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("rows", "columns"), [(96, 40), (1536, 64), (1028, 24)])
+def test_a_written_out_product_is_the_product(rows: int, columns: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(rows, columns, generator=generator) * 20).to(dtype)
+    x = torch.randn(1, 1, columns, generator=generator)
+    # A float32 sum of n products is off by at most n roundings of the sum of their sizes.
+    bound = columns * torch.finfo(torch.float32).eps * (weight.double().abs() @ x.double().abs().flatten())
+    exact = weight.double() @ x.double().flatten()                                  # [out]
+    assert (fused_gemv(x, weight).flatten().double() - exact).abs().le(bound).all()
+    which = torch.randperm(rows, generator=generator)[: rows // 2].sort().values
+    chosen = fused_gemv_rows(x, weight, which).flatten().double()
+    assert (chosen - exact[which]).abs().le(bound[which]).all()
