@@ -12,12 +12,20 @@ from tiny_gemma import PICTURE_VARIANTS
 from tiny_qwen_vl import FAMILIES as QWEN_VL
 from tiny_qwen_vl import VARIANTS as QWEN_VL_VARIANTS
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig
+from transformers import MixtralConfig, Qwen2MoeConfig
 
+<<<<<<< HEAD
 from models.matrices.packed import Int8Matrix
 from models.passes import PictureRows
 from models.pruning.settings import DENSE, RULE_NAMES, PruningSettings
 from models.registry import ARCHITECTURES
+=======
+from models.families import architecture
+from models.packed import Int8Matrix
+from models.passes import PictureRows
+from models.pruning.settings import DENSE, RULE_NAMES, PruningSettings
+from popengine.run import next_logits
+>>>>>>> machines
 from weights.json_files import read_json
 
 POP, BOTH = SETTINGS["ffn"], SETTINGS["both"]
@@ -36,7 +44,6 @@ MORE_WAYS = {
     "no candidates": SETTINGS["frozen"],
     "little evidence": replace(POP, min_evidence=28),
     "a layer less": replace(POP, leave_out="1"),
-    "drift": replace(POP, dense_every=2, redraw_on_drift=0.5),
 }
 BATCH, PROMPT, STEPS = 2, 10, 3
 
@@ -47,15 +54,11 @@ def waits() -> Iterator[Waits]:
         yield modes
 
 
-def on_cuda(config: dict[str, Any], name: str, dtype: torch.dtype) -> Any:
+def on_cuda(config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> Any:
     with torch.device("meta"):
-        model = ARCHITECTURES[name].from_config(config | {"architectures": [name]})
+        model = architecture(config, "config.json").from_config(config)
     moved(model, dtype)
     return model
-
-
-def text_model(config: Any, dtype: torch.dtype) -> Any:
-    return on_cuda(config.to_dict(), AutoModelForCausalLM._model_mapping[type(config)].__name__, dtype)
 
 
 def zeros(*shape: int) -> Tensor:
@@ -72,27 +75,31 @@ def waiting_steps(
     waits.logical_positions.clear()
     for _ in range(STEPS):
         assert (logits.device.type, logits.dtype, len(logits)) == ("cuda", model.dtype, BATCH)
+<<<<<<< HEAD
         logits = model.decode(logits.argmax(dim=-1), state)
     return waits.logical_positions
+=======
+        logits = next_logits(model, logits.argmax(dim=-1), state)
+    return waits.places
+>>>>>>> machines
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", MODELS)
 def test_steps_do_not_wait(family: str, way: str, waits: Waits) -> None:
-    assert not waiting_steps(text_model(MODELS[family], torch.bfloat16), WAYS[way], waits)
+    assert not waiting_steps(on_cuda(MODELS[family].to_dict()), WAYS[way], waits)
 
 
 @pytest.mark.parametrize("way", MORE_WAYS)
 def test_no_way_to_run_a_prompt_or_steps_mixes_devices(way: str, waits: Waits) -> None:
-    places = waiting_steps(text_model(MODELS["grouped_query"], torch.float32), MORE_WAYS[way], waits)
-    assert all("drift" in way and "gathering.py" in place for place in places)      # a drift is compared on the host
+    assert not waiting_steps(on_cuda(MODELS["grouped_query"].to_dict(), torch.float32), MORE_WAYS[way], waits)
 
 
 @pytest.mark.parametrize(
     ("family", "rule"), [*(("query_key_norm", rule) for rule in RULE_NAMES), ("mixtral", "up"), ("mixtral", "draft")]
 )
 def test_steps_of_every_rule_stay_on_the_device(family: str, rule: str, waits: Waits) -> None:
-    model = text_model((MODELS | MIXTURES)[family], torch.float16)
+    model = on_cuda((MODELS | MIXTURES)[family].to_dict(), torch.float16)
     places = waiting_steps(model, replace(POP, rule=rule, prior=1), waits)
     assert all("experts.py" in place for place in places)
 
@@ -100,18 +107,16 @@ def test_steps_of_every_rule_stay_on_the_device(family: str, rule: str, waits: W
 @pytest.mark.parametrize(("family", "way"), [*zip(MIXTURES, WAYS, strict=True)])
 def test_steps_of_mixtures_wait_for_their_routers_alone(family: str, way: str, waits: Waits) -> None:
     """Which experts run is decided on the host."""
-    places = waiting_steps(text_model(MIXTURES[family], torch.bfloat16), WAYS[way], waits)
+    places = waiting_steps(on_cuda(MIXTURES[family].to_dict()), WAYS[way], waits)
     assert places and all("experts.py" in place for place in places)
 
 
 def picture_model(family: str) -> Any:
     if family == "llava":
-        return on_cuda(read_json(LLAVA_TINY / "config.json"), "LlavaForConditionalGeneration", torch.bfloat16)
+        return on_cuda(read_json(LLAVA_TINY / "config.json"))
     if family == "gemma3":
-        config = next(iter(PICTURE_VARIANTS.values()))
-        return on_cuda(config.to_dict(), "Gemma3ForConditionalGeneration", torch.bfloat16)
-    model_class, config = QWEN_VL_VARIANTS[family]
-    return on_cuda(config.to_dict(), model_class.__name__, torch.bfloat16)
+        return on_cuda(next(iter(PICTURE_VARIANTS.values())).to_dict())
+    return on_cuda(QWEN_VL_VARIANTS[family][1].to_dict())
 
 
 @pytest.mark.parametrize("family", ["llava", "gemma3", *QWEN_VL])

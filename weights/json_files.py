@@ -18,15 +18,20 @@ LARGEST_JSON = 16_000_000
 LARGEST_INTEGER, LARGEST_NUMBER, SMALLEST_NUMBER = 2**31, 1e30, 1e-30
 
 
-def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+def read_json(path: Path, optional: bool = False, surrogates_allowed: bool = False) -> dict[str, Any]:
     """The object in a JSON file, or InputError. optional: {} where there is no such file"""
     if optional and not path.exists():
         return {}
-    return parse_json(read_bytes(path, LARGEST_JSON), str(path))
+    return parse_json(read_bytes(path, LARGEST_JSON), str(path), surrogates_allowed=surrogates_allowed)
 
 
-def parse_json(data: bytes, where: str, repeats_allowed: bool = True) -> dict[str, Any]:
-    """JSON text whose top level is an object, or InputError that begins with `where`."""
+def parse_json(
+    data: bytes, where: str, repeats_allowed: bool = True, surrogates_allowed: bool = False
+) -> dict[str, Any]:
+    """JSON text whose top level is an object, or InputError that begins with `where`.
+
+    surrogates_allowed  for files of ours that hold names of files, whose bytes need not be UTF-8
+    """
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=None if repeats_allowed else object_without_repeats)
     except UnicodeDecodeError as error:
@@ -36,7 +41,7 @@ def parse_json(data: bytes, where: str, repeats_allowed: bool = True) -> dict[st
         raise InputError(f"{where} is not valid JSON: {error.msg} ({place}){lfs_hint(data)}") from error
     except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, endless nesting
         raise InputError(f"{where} is not usable JSON: {error}") from error
-    if b"\\ud" in data.lower():       # halves of characters, which no text may have alone
+    if not surrogates_allowed and b"\\ud" in data.lower():       # halves of characters, which no text may have alone
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

@@ -158,7 +158,7 @@ class Conversation:
     def load(self, path: str | Path) -> None:
         """Go on with a conversation that was saved. InputError for what is none, or one of another model."""
         path = Path(path)
-        kept = read_json(path)
+        kept = read_json(path, surrogates_allowed=True)
         if kept.get("format") != FORMAT:
             raise InputError(f"{path} is not a conversation that popengine saved ({FORMAT})")
         if kept.get("model") != self.engine.fingerprint:
