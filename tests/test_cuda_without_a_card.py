@@ -14,18 +14,11 @@ from tiny_qwen_vl import VARIANTS as QWEN_VL_VARIANTS
 from torch import Tensor
 from transformers import MixtralConfig, Qwen2MoeConfig
 
-<<<<<<< HEAD
 from models.matrices.packed import Int8Matrix
 from models.passes import PictureRows
 from models.pruning.settings import DENSE, RULE_NAMES, PruningSettings
-from models.registry import ARCHITECTURES
-=======
-from models.families import architecture
-from models.packed import Int8Matrix
-from models.passes import PictureRows
-from models.pruning.settings import DENSE, RULE_NAMES, PruningSettings
-from popengine.run import next_logits
->>>>>>> machines
+from models.registry import architecture
+from popengine.engine.run import next_logits
 from weights.json_files import read_json
 
 POP, BOTH = SETTINGS["ffn"], SETTINGS["both"]
@@ -75,13 +68,8 @@ def waiting_steps(
     waits.logical_positions.clear()
     for _ in range(STEPS):
         assert (logits.device.type, logits.dtype, len(logits)) == ("cuda", model.dtype, BATCH)
-<<<<<<< HEAD
-        logits = model.decode(logits.argmax(dim=-1), state)
-    return waits.logical_positions
-=======
         logits = next_logits(model, logits.argmax(dim=-1), state)
     return waits.places
->>>>>>> machines
 
 
 @pytest.mark.parametrize("way", WAYS)
