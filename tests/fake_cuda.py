@@ -94,13 +94,13 @@ class Waits(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.logical_positions: list[str] = []
+        self.places: list[str] = []
         self.count = 1
 
     def note(self) -> None:
         frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(SOURCES)]
         where = f"{Path(frames[-1].filename).relative_to(ROOT)} {frames[-1].name}: {frames[-1].line}" if frames else "?"
-        self.logical_positions.append(where)
+        self.places.append(where)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

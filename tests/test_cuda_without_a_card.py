@@ -65,7 +65,7 @@ def waiting_steps(
     x = model.embed(zeros(BATCH, PROMPT)) if x is None else x
     state = model.new_state(BATCH, PROMPT + STEPS, resolved(model, settings))
     logits = model.prefill(x, state, pictures=pictures)
-    waits.logical_positions.clear()
+    waits.places.clear()
     for _ in range(STEPS):
         assert (logits.device.type, logits.dtype, len(logits)) == ("cuda", model.dtype, BATCH)
         logits = next_logits(model, logits.argmax(dim=-1), state)
@@ -133,13 +133,13 @@ def test_eight_bits_multiply_and_are_copied_on_the_device(waits: Waits) -> None:
     for one, given, out in ((matrix, x, 64), (rows, x, 5), (columns, x[..., :7], 64)):
         y = one(given)
         assert (y.device.type, y.dtype, y.shape[-1]) == ("cuda", torch.bfloat16, out)
-    assert not waits.logical_positions
+    assert not waits.places
 
 
 def test_the_fake_device_refuses_other_devices_and_notes_who_waits(waits: Waits) -> None:
     with pytest.raises(RuntimeError, match="same device"):
         zeros(3) + torch.ones(3)
-    assert not waits.logical_positions
+    assert not waits.places
     for wait in (lambda x: bool(x.any()), lambda x: x.sum().item(), lambda x: x.cpu(), lambda x: int(x[0])):
         wait(zeros(3))
-        assert waits.logical_positions.pop() == "?" and not waits.logical_positions
+        assert waits.places.pop() == "?" and not waits.places
