@@ -171,6 +171,26 @@ def test_unseen_experts_can_be_left_dense(model: LlamaForCausalLM) -> None:
     assert (other - expert(x)).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("rule", ["pop", "up"])
+@torch.inference_mode()
+def test_evidence_of_an_expert_that_was_left_dense_counts_once_later_rows_reach_it(
+    rule: str, model: LlamaForCausalLM
+) -> None:
+    settings = replace(FFN, rule=rule, unseen_experts="dense", min_tokens=4, prefill="dense")
+    tokens, _ = left_padded([24], SIZES["vocab_size"])
+    wanted, whole = prefilled(model, tokens, settings)
+    _, pieces = prefilled(model, tokens[:, :8], settings)
+    left_dense = [active.sizes.prunes for layer in pieces.layers for active in layer.ffn.active if active is not None]
+    assert False in left_dense
+    torch.testing.assert_close(model.prefill(model.embed(tokens[:, 8:]), pieces, kept=8), wanted, atol=1e-5, rtol=1e-5)
+    for one, other in zip(pieces.layers, whole.layers, strict=True):
+        for active, at_once in zip(one.ffn.active, other.ffn.active, strict=True):
+            if at_once is not None and at_once.sizes.prunes:
+                assert active.evidence.tokens == at_once.evidence.tokens
+                torch.testing.assert_close(active.evidence.squares, at_once.evidence.squares, atol=1e-5, rtol=1e-5)
+                assert torch.equal(active.partition.order, at_once.partition.order)
+
+
 @torch.inference_mode()
 def test_min_tokens_makes_little_evidence_count_as_none(model: LlamaForCausalLM) -> None:
     """With more asked for than any expert saw, every expert is cut as if it had seen nothing."""

@@ -15,7 +15,7 @@ from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.matrices.plain import Matrix
 from models.passes import DecodePass, PrefillPass
-from models.pruning.pop import ActiveWeights, DenseFFN, LookedUpWeights, PrunedFFN
+from models.pruning.pop import ActiveWeights, LookedUpWeights, PrunedFFN, SparedFFN, WholeWeights
 from models.pruning.resolve import Pruning
 
 
@@ -96,12 +96,13 @@ class PartitionedExperts:
             self.picks = [old + new for old, new in zip(self.picks, tokens, strict=True)]
             return
         self.prompt_tokens = [old + new for old, new in zip(self.prompt_tokens, tokens, strict=True)]
-        if self.spares_unseen:          # an expert that was left whole is pruned once later rows of the prompt reach it
-            for index, active in enumerate(self.active):
-                if active is not None and not active.sizes.prunes and not self.is_unseen(index):
-                    self.active[index] = None
         most_first = sorted(range(len(tokens)), key=lambda expert: -self.prompt_tokens[expert])
         self.may_copy = set(most_first[: self.copy_limit])
+        if self.spares_unseen:          # an expert that was left whole is pruned once later rows of the prompt reach it
+            for index, active in enumerate(self.active):
+                if isinstance(active, SparedFFN) and not self.is_unseen(index):
+                    active.later.use(self.weights_for(index) or self.pruning.rule.new_weights(active.ffn))
+                    self.active[index] = active.later
 
     def is_unseen(self, index: int) -> bool:
         """Whether the prompt has shown too little of an expert to judge its channels."""
@@ -113,15 +114,19 @@ class PartitionedExperts:
         if active is None:
             ffn, rule = self.experts[index], self.pruning.rule
             if self.spares_unseen and self.is_unseen(index):
-                active = DenseFFN(ffn)
-            elif index not in self.may_copy:
-                active = rule.new_ffn(ffn, LookedUpWeights(ffn))
+                active = SparedFFN(rule.new_ffn(ffn, WholeWeights(ffn)))
             else:
-                fitting = (number for number, one in enumerate(self.spare) if one.fits(ffn))
-                number = next(fitting, None)
-                active = rule.new_ffn(ffn, None if number is None else self.spare.pop(number))
+                active = rule.new_ffn(ffn, self.weights_for(index))
             self.active[index] = active
         return active
+
+    def weights_for(self, index: int) -> ActiveWeights | None:
+        """Buffers of the last prompt for the active weights of one expert; None: where none fit, new ones."""
+        ffn = self.experts[index]
+        if index not in self.may_copy:
+            return LookedUpWeights(ffn)
+        number = next((number for number, one in enumerate(self.spare) if one.fits(ffn)), None)
+        return None if number is None else self.spare.pop(number)
 
     def partitioned(self, index: int, clock: Clock | None = None) -> PrunedFFN:
         """The same after the prompt: an expert that the prompt did not reach is partitioned now, without evidence."""

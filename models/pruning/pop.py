@@ -58,6 +58,9 @@ class PrunedFFN(Protocol):
     def repartition(self, clock: Clock | None = None) -> None:
         """Partition the channels anew from all evidence so far."""
 
+    def use(self, weights: "ActiveWeights") -> None:
+        """Multiply with these from the next partition on."""
+
     def restart(self) -> None:
         """Forget the last prompt."""
 
@@ -72,11 +75,15 @@ class PartitionedFFN:
     """One network under POP: a partition from the prompt, and a choice among its candidates at every step."""
 
     def __init__(self, ffn: FeedForward, rule: "POP", weights: "ActiveWeights") -> None:
-        self.ffn, self.rule, self.sizes, self.weights, self.act = ffn, rule, rule.sizes(ffn), weights, ffn.act
-        self.gate, self.up, self.down = weights.gate, weights.up, weights.down      # [R + C, H] twice, [H, R + C]
+        self.ffn, self.rule, self.sizes, self.act = ffn, rule, rule.sizes(ffn), ffn.act
+        self.use(weights)
         self.partition = undecided(self.sizes, (), ffn.device)
         self.evidence = rule.new_evidence(ffn, ffn.channels, ffn.device)
         self.candidate_norms = ffn.down_norms()[: self.sizes.candidate].clone()     # [C]
+
+    def use(self, weights: "ActiveWeights") -> None:
+        self.weights = weights
+        self.gate, self.up, self.down = weights.gate, weights.up, weights.down      # [R + C, H] twice, [H, R + C]
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
         return self.finish_prompt(self.ffn.activation(x), rows)
@@ -134,6 +141,17 @@ class DenseFFN(PartitionedFFN):
 
     def repartition(self, clock: Clock | None = None) -> None:
         pass
+
+
+class SparedFFN(DenseFFN):
+    """A network that is left whole for now, and gathers evidence for when it is not."""
+
+    def __init__(self, later: PrunedFFN) -> None:
+        super().__init__(later.ffn)
+        self.later = later
+
+    def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
+        return self.later.prefill(x, replace(rows, partitions=False, finish_dense=True))
 
 
 # The matrices that a step multiplies with: compact copies, or views that choose from the whole.
