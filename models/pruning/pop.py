@@ -95,7 +95,7 @@ class PartitionedFFN:
             self.repartition(rows.clock)                                            # Eq. 3 and section 3.2
         if rows.finish_dense:
             return self.ffn.down_proj(h)
-        return self.down(take_columns(h, self.partition.active))                  # [B, T, R + C] -> [B, T, H]
+        return self.down(take_columns(h, self.partition.active))                    # [B, T, R + C] -> [B, T, H]
 
     def repartition(self, clock: Clock | None = None) -> None:
         with phase(clock, "sort"):
@@ -108,7 +108,7 @@ class PartitionedFFN:
         h = self.act(self.gate(x)) * self.up(x)                                     # [B, T, R + C]
         scores = step.scores(h[..., self.sizes.retained :], self.candidate_norms)   # Eq. 3: [C] or [B, T, C]
         keep = F.pad(self.partition.pick(scores), (self.sizes.retained, 0), value=True)         # [..., R + C]
-        return self.down.multiply_kept(h, keep, self.sizes.computed)                  # [B, T, H]
+        return self.down.multiply_kept(h, keep, self.sizes.computed)                # [B, T, H]
 
     def restart(self) -> None:
         self.evidence.restart()
@@ -128,10 +128,13 @@ class FrozenFFN(PartitionedFFN):
 
 
 class DenseFFN(PartitionedFFN):
-    """The whole network, where nothing is pruned: it needs no evidence and no copies."""
+    """The whole network, where nothing is pruned: it needs no evidence, no norms of its weights and no copies."""
 
     def __init__(self, ffn: FeedForward) -> None:
-        super().__init__(ffn, POP(0.0, 0.0), WholeWeights(ffn))
+        self.ffn, self.rule = ffn, POP(0.0, 0.0)
+        self.sizes = self.rule.sizes(ffn)
+        self.use(WholeWeights(ffn))
+        self.partition, self.evidence = undecided(self.sizes, (), ffn.device), Evidence(ffn.channels, ffn.device)
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
         return self.ffn(x)

@@ -80,7 +80,7 @@ class WatchedFFN(DenseFFN):
         self.watch = watch
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
-        gate, up = self.act(self.ffn.gate_proj(x)), self.ffn.up_proj(x)             # [B, T, I]
+        gate, up = self.ffn.act(self.ffn.gate_proj(x)), self.ffn.up_proj(x)             # [B, T, I]
         self.watch.network(self.ffn, gate * up, gate, up, rows.rows)
         return self.ffn.down_proj(gate * up)
 
