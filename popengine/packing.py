@@ -27,7 +27,7 @@ from models.packed import (
 from weights.checkpoint import Checkpoint
 from weights.entries import TensorEntry
 from weights.errors import InputError
-from weights.gguf_blocks import READERS, stored_size
+from weights.gguf_blocks import FOUR_BIT_TYPES, READERS, stored_size
 from weights.groups import group
 from weights.load import Packing
 
@@ -70,7 +70,8 @@ class Packer:
         self.form, self.dtype, self.device = form, dtype, device
         quantised = [entry for name, entry in entries.items() if entry.stored is not None and ".layers." in name]
         more_bits = sum(entry.elements for entry in quantised if not entry.groups)
-        self.keeps_groups = form == "auto" and 2 * more_bits > sum(entry.elements for entry in quantised)
+        keeps_groups = form == "auto" and 2 * more_bits > sum(entry.elements for entry in quantised)
+        self.in_groups = set(READERS) - set(FOUR_BIT_TYPES) if keeps_groups else set()
         self.model = language_model
         self.forms: dict[str, None] = {}                            # in the order in which they were met
         self.places: dict[int, tuple[nn.Module, str]] = {}          # of a matrix's weight: the parent, and its name
@@ -102,7 +103,7 @@ class Packer:
         step = rows_at_once(columns, PACKED_AT_ONCE)
         four_bits = entry.groups if self.form == "auto" else self.form == "int4"
         as_int8 = parent is self.model or not four_bits
-        in_groups = self.keeps_groups and as_int8 and not entry.groups and entry.stored in READERS
+        in_groups = entry.stored in self.in_groups and columns % GROUP == 0
         made = "int8 in groups" if in_groups else "int8" if as_int8 else "int4"
         self.forms[f"{entry.stored} as {made}" if entry.stored else made] = None
         if in_groups:
