@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.head_groups = self.kv_heads if self.kv_heads < self.heads else 1
         self.norms: Tensor | None = None
         self.qkv: list[Matrix] = []         # in a list, so that it is no submodule: its weights have names already
-        self.stacked_at = 0
+        self.stacked_at = -1                # an address of no tensor: 0 is that of one without storage
 
     def forward(self, x: Tensor, rows: PrefillPass) -> Tensor:
         """Attention of rows to each other, without a cache. x [B, T, H] -> [B, T, H]"""

@@ -76,7 +76,8 @@ class MixtureOfExperts(nn.Module):
         if self.renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         order = experts.flatten().argsort(stable=True)                              # [M X]
-        counts = experts.flatten().bincount(minlength=gate.out_features).tolist()
+        each = torch.arange(gate.out_features, device=x.device)                     # [E]
+        counts = (experts.flatten()[:, None] == each).sum(dim=0).tolist()           # the one wait for the device
         return Routing(probabilities, experts, weights, order, counts)
 
     def spread(

@@ -165,7 +165,7 @@ class Int4Matrix(Matrix):
         block, _ = layout()
         blocks = -(-rows // block)
         groups = columns // next(known for known in GROUP_SIZES if size % known == 0)
-        weight = torch.zeros(blocks, columns, block // 2, dtype=torch.uint8)
+        weight = torch.zeros(blocks, columns, block // 2, dtype=torch.uint8, device=like.device)
         return cls.packed(weight, like.new_zeros(groups, blocks * block, 2), rows, bias)
 
     def fill(self, stretches: Iterable[Groups]) -> "Int4Matrix":
@@ -266,7 +266,7 @@ class Int4Matrix(Matrix):
 
     def column_norms(self) -> Tensor:
         """As Matrix's, a block of rows at a time: unpacked at once, layers would leave 100 MB of holes in the heap."""
-        squares = torch.zeros(self.in_features)
+        squares = torch.zeros(self.in_features, device=self.weight.device)
         for block in range(len(self.weight)):
             values = self.transposed(slice(block, block + 1))                       # [in, rows], zeros where padded
             squares += torch.linalg.vector_norm(values, dim=1, dtype=torch.float32).square()
