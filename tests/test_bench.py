@@ -155,7 +155,7 @@ def made_up(name: str, ratio: float | None, step_ms: float, weight_bytes: int | 
     entry = Entry(Silent(name), mode, settings, weight_bytes_per_token=weight_bytes)  # type: ignore[arg-type]
     partition = {"scores_ms": 2.0, "sort_ms": 3.0, "copy_ms": 6.0} if ratio else {}
     # One step in three is slow: a median does not mind.
-    entry.rotary = [Generated(tokens, 100.0, [step_ms, step_ms, 9 * step_ms], **partition) for _ in range(3)]
+    entry.turns = [Generated(tokens, 100.0, [step_ms, step_ms, 9 * step_ms], **partition) for _ in range(3)]
     entry.held_bytes, entry.turn_bytes = 1000, 200
     return entry
 

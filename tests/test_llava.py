@@ -255,6 +255,6 @@ def test_layers_of_the_tower_count_among_the_blocks() -> None:
 
 
 def test_loading_does_not_import_pytorchs_compiler() -> None:
-    loading = f"import sys, popengine.loading; popengine.loading.load({str(LLAVA_TINY)!r})"
+    loading = f"import sys, popengine; popengine.load({str(LLAVA_TINY)!r})"
     program = f"{loading}; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import REPOSITORY, complete_checkpoint
-from tolerance import assert_same, distance
+from tolerance import distance
 
 from models.experts import MixtureOfExperts
 from popengine.engine.loading import load
@@ -16,7 +16,7 @@ def test_a_mixture_of_a_dense_models_channels(
     per_token: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
-    from mixture_from_dense import convert
+    from mixture_from_dense import FLAT, convert
 
     dense = complete_checkpoint(tmp_path / "dense")
     (tmp_path / "text").write_text("When the last ferry had gone, the keeper closed the gate and counted. " * 12)
@@ -30,7 +30,5 @@ def test_a_mixture_of_a_dense_models_channels(
     tokens = torch.tensor([one.prompts.ids("The keeper counted", raw=True)])
     with torch.inference_mode():
         wanted, found = one.model(tokens), other.model(tokens)
-    if per_token == 4:
-        assert_same(found, wanted)
-    else:
-        assert distance(found, wanted) > 1e-2
+    # All experts weigh alike but for the router's logits, FLAT times a cosine: each of three layers adds such an error.
+    assert distance(found, wanted) < 10 * FLAT if per_token == 4 else distance(found, wanted) > 10 * FLAT

@@ -161,4 +161,4 @@ def test_nothing_else_of_the_project_writes_files() -> None:
         for line in path.read_text("utf-8").splitlines()
         if WRITES.search(line) and not re.search("unfinished|os.devnull|clear_refs", line)
     }
-    assert found == {"bench_shapes.py", "output_file.py"}
+    assert found == {"shapes.py", "output_file.py"}

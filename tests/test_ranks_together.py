@@ -89,7 +89,10 @@ def test_what_ranks_keep_is_of_the_whole_model_and_says_how_many_they_were(tiny:
     one, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("of-one", "of-two"))
     assert one.keys() == other.keys()
     for key, values in one.items():
-        assert_same(other[key], values)
+        if values.dtype.is_floating_point:
+            assert_same(other[key], values)
+        else:
+            assert torch.equal(other[key], values)
     first, *_ = (tmp_path / "out" / "progress.jsonl").read_text().splitlines()
     assert json.loads(first)["comparison"]["ranks"] == 2            # so that one process does not go on with it
 

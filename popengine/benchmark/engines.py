@@ -22,8 +22,9 @@ from popengine.engine.engine import Engine
 from popengine.engine.results import measured
 from popengine.images.images import ImageSource
 from popengine.studies.resolve import StudyPruning
-from weights.checkpoint import Checkpoint, GGUFCheckpoint, open_checkpoint
+from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.gguf_families import LAYER_NAMES, NAMES, ROPE_FACTORS
+from weights.gguf_file import open_parts
 from weights.gguf_header import read_header
 from weights.mapped_file import MappedFile
 
@@ -201,12 +202,11 @@ class LlamaCppEngine:
         self.library = import_peer("llama_cpp", "llama-cpp-python")
         self.numpy = import_peer("numpy", "numpy")
         self.name = f"llama.cpp, {kind or 'the same file'}"
-        with open_checkpoint(path) as checkpoint:
-            files = [path]
-            if kind is not None:
+        if kind is None:
+            files = [part.path for part in open_parts(path)]
+        else:
+            with open_checkpoint(path) as checkpoint:
                 files = [write_gguf(checkpoint, kind, folder / f"{kind}.gguf")]
-            elif isinstance(checkpoint, GGUFCheckpoint):
-                files = list(checkpoint.files)              # one file in several parts
         began = time.perf_counter()
         try:
             self.model = self.library.Llama(
