@@ -51,7 +51,7 @@ def test_masked_and_active_decode_agree(model: LlamaForCausalLM, name: str) -> N
 
 
 def test_ratio_zero_is_the_dense_network(model: LlamaForCausalLM) -> None:
-    model = deepcopy(model).double()        # Gemma's larger activations leave 1.2e-05 of float32's rounding
+    model = deepcopy(model).double()        # float32's rounding alone may exceed what is allowed
     tokens, _ = left_padded([20], SIZES["vocab_size"])
     with torch.inference_mode():
         wanted = model(tokens)
