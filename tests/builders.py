@@ -1,7 +1,8 @@
 """What tests are built from: tiny random models beside Hugging Face's, their settings, runs of them, and commands."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -196,6 +197,25 @@ def generated(
 ) -> list[tuple[int | None, ...]]:
     """What a run of an engine yields, step by step: a token of each sequence, None where it had ended before."""
     return [tuple(step) for step in engine.run(prompts, new_tokens, pruning, ignore_eos=ignore_eos)]
+
+
+@contextmanager
+def interrupted(model: LlamaForCausalLM, layer: int, call: int) -> Iterator[None]:
+    """Ctrl-C in the middle of a layer, between its attention and its network, at its `call`-th run."""
+    calls = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+
+    handle = model.model.layers[layer].post_attention_layernorm.register_forward_pre_hook(hook)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        handle.remove()
 
 
 def another_value(name: str) -> Any:

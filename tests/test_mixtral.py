@@ -38,6 +38,7 @@ from models.pruning.partition import channel_scores, partition_channels, partiti
 from models.pruning.settings import DENSE, PruningSettings
 from models.state import DecodeState
 from popengine.engine.loading import load
+from popengine.engine.run import next_logits
 from weights.errors import InputError
 
 FFN = SETTINGS["ffn"]
@@ -219,6 +220,34 @@ def test_every_prompt_starts_anew_in_the_same_buffers(model: LlamaForCausalLM) -
         reused, fresh = model.decode(chosen, state), model.decode(chosen, other)
     assert state.layers[0].ffn.picks == other.layers[0].ffn.picks
     assert state.partition_bytes() <= max(held, other.partition_bytes())
+
+
+@torch.inference_mode()
+def test_a_dense_step_is_no_prompt_of_an_expert(model: LlamaForCausalLM) -> None:
+    tokens, _ = left_padded([12], SIZES["vocab_size"])
+    _, state = prefilled(model, tokens, replace(FFN, dense_every=1))
+    shown = [layer.ffn.prompt_tokens for layer in state.layers]
+    next_logits(model, torch.tensor([4]), state)
+    for layer, tokens_of_prompt in zip(state.layers, shown, strict=True):
+        assert layer.ffn.prompt_tokens == tokens_of_prompt
+        assert sum(layer.ffn.picks) == 2
+
+
+@torch.inference_mode()
+def test_an_expert_is_partitioned_by_what_it_saw_before_there_was_enough(model: LlamaForCausalLM) -> None:
+    """Also where the rows that make it enough do not reach the expert."""
+    tokens, _ = left_padded([13], SIZES["vocab_size"])
+    _, state = prefilled(model, tokens[:, :12], replace(FFN, min_evidence=13))
+    before = [list(layer.ffn.prompt_tokens) for layer in state.layers]
+    model.prefill(model.embed(tokens[:, 12:]), state, kept=12)
+    unreached = 0
+    for layer, seen in zip(state.layers, before, strict=True):
+        for active, then, now in zip(layer.ffn.active, seen, layer.ffn.prompt_tokens, strict=True):
+            if active is not None and then == now:
+                unreached += 1
+                scores = active.evidence.scores(active.ffn.down_norms())
+                assert torch.equal(active.partition.order, partition_channels(scores, active.sizes).order)
+    assert unreached > 0
 
 
 @torch.inference_mode()

@@ -53,6 +53,7 @@ def test_masked_and_active_decode_agree(model: LlamaForCausalLM, name: str) -> N
 
 @pytest.mark.numeric
 def test_ratio_zero_is_the_dense_network(model: LlamaForCausalLM) -> None:
+    model = deepcopy(model).double()        # float32's rounding alone may exceed what is allowed
     tokens, _ = left_padded([20], SIZES["vocab_size"])
     with torch.inference_mode():
         wanted = model(tokens)
@@ -61,6 +62,16 @@ def test_ratio_zero_is_the_dense_network(model: LlamaForCausalLM) -> None:
             logits = model.decode(tokens[:, slot], state)
             assert_same(logits, wanted[:, slot])
         assert state.partition_bytes() == 0
+
+
+def test_the_beginning_of_a_prompt_knows_nothing_of_the_rest(model: LlamaForCausalLM) -> None:
+    """At every length, the one at which a window first hides a row among them."""
+    model = deepcopy(model).double()
+    tokens, _ = left_padded([12], SIZES["vocab_size"])
+    with torch.inference_mode():
+        wanted = model(tokens)
+        for length in range(1, 12):
+            torch.testing.assert_close(model(tokens[:, :length]), wanted[:, :length], atol=1e-5, rtol=1e-5)
 
 
 def test_dense_prefill_gives_the_dense_models_first_token(model: LlamaForCausalLM) -> None:
@@ -142,6 +153,17 @@ def test_buffers_serve_the_next_prompt_as_if_they_were_new(model: LlamaForCausal
         torch.testing.assert_close(model.prefill(model.embed(tokens), state), wanted, atol=0, rtol=0)
         token = torch.tensor([4])
         torch.testing.assert_close(model.decode(token, state), model.decode(token, fresh), atol=0, rtol=0)
+
+
+def test_padding_is_forgotten_with_its_prompt(model: LlamaForCausalLM) -> None:
+    padded, real = left_padded([12, 7], SIZES["vocab_size"], seed=3)
+    tokens, _ = left_padded([9, 9], SIZES["vocab_size"])
+    with torch.inference_mode():
+        _, state = prefilled(model, padded, SETTINGS["both"], real)
+        wanted, fresh = prefilled(model, tokens, SETTINGS["both"])
+        assert torch.equal(model.prefill(model.embed(tokens), state), wanted)
+        token = torch.tensor([4, 5])
+        assert torch.equal(model.decode(token, state), model.decode(token, fresh))
 
 
 def test_a_full_cache_is_an_error_not_a_wrong_answer(model: LlamaForCausalLM) -> None:

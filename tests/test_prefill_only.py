@@ -224,6 +224,21 @@ def test_buffers_serve_the_next_prompt_as_if_they_were_new(model: LlamaForCausal
 
 
 @torch.inference_mode()
+def test_rows_that_skip_a_layer_go_where_a_prompt_before_has_put_its_heads(model: LlamaForCausalLM) -> None:
+    """Where all channels finish the prompt, so that hidden states up to the first skipped layer are the dense ones."""
+    tokens, _ = left_padded([24], SIZES["vocab_size"])
+    states = []
+    for settings in (DENSE, replace(SETTINGS["both"], prefill="dense")):
+        _, state = prefilled(model, tokens[:, :14], skipping("2/3", 3, settings))
+        model.prefill(model.embed(tokens[:, 14:]), state, kept=14)
+        states.append(state)
+    dense, pruned = states
+    for layer in (0, 1):
+        for one, other in zip(caches(pruned, layer), caches(dense, layer), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
 def test_image_tokens_are_prompt_tokens() -> None:
     engine = load(LLAVA_TINY, device="cpu", dtype="float32")
     picture = Image.new("RGB", (64, 64), (200, 30, 30))

@@ -4,15 +4,13 @@ Buffers are reused from request to request. Nothing that belongs to one expert, 
 them: the fault that this file guards against let an expert begin with another expert's prior.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import LLAVA_TINY, MIXTRAL, MIXTRAL_TINY, MODELS, QWEN2_MOE, complete_checkpoint
+from builders import LLAVA_TINY, MIXTRAL, MIXTRAL_TINY, MODELS, QWEN2_MOE, complete_checkpoint, interrupted
 from torch import Tensor
 
 from models.pruning.settings import PruningSettings
@@ -76,23 +74,6 @@ def heard(asked: Asked, settings: PruningSettings, ids: list[int] | None = None)
     return seen
 
 
-@contextmanager
-def interrupted(engine: Engine, layer: int, call: int) -> Iterator[None]:
-    """Ctrl-C in the middle of a layer, at its `call`-th run."""
-    calls = 0
-
-    def hook(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise KeyboardInterrupt
-
-    handle = engine.model.model.layers[layer].post_attention_layernorm.register_forward_pre_hook(hook)
-    with pytest.raises(KeyboardInterrupt):
-        yield
-    handle.remove()
-
-
 @pytest.mark.parametrize("name", [*KEEPS_EVIDENCE, *OF_PICTURES])
 def test_a_request_gives_the_first_ones_logits_again(asked: Asked, name: str) -> None:
     if name in OF_PICTURES and not asked.images:
@@ -109,7 +90,7 @@ def test_a_request_gives_the_first_ones_logits_again(asked: Asked, name: str) ->
     heard(asked, pruning, other)
     again()
     for layer, call in ((1, 1), (0, 4)):                            # in the prompt, in a step
-        with interrupted(engine, layer, call):
+        with interrupted(engine.model, layer, call):
             heard(asked, pruning, other)
         again()
     for _ in engine.run([other, [50]], 4, pruning):                  # padded, and in buffers of another size
@@ -136,6 +117,6 @@ def test_a_conversation_begun_anew_says_what_it_said_at_first(asked: Asked) -> N
     again()
     next(conversation.stream(other))
     again()
-    with interrupted(asked.engine, 1, 2):
+    with interrupted(asked.engine.model, 1, 2):
         conversation.say(other)
     again()

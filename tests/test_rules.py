@@ -340,6 +340,12 @@ def test_an_edited_prior_is_made_again(folder: Path, tmp_path: Path) -> None:
         assert read(tmp_path / "prior.safetensors", name, model) is None
 
 
+@pytest.mark.parametrize("rule", ["pop", "up"])
+def test_a_retained_share_of_the_dense_network_prunes_nothing(rule: str, model: LlamaForCausalLM) -> None:
+    settings = PruningSettings(ffn_ratio=0.0, candidate_width=1.0, retained_share=0.3, rule=rule)
+    assert not resolved(model, settings).rule.sizes(model.model.layers[0].mlp).prunes
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
