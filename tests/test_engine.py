@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import SIZES, complete_checkpoint
+from builders import SIZES, complete_checkpoint, generated
 from tokenizers import Tokenizer
 
 from models.pruning.settings import DENSE, PruningSettings
@@ -71,6 +71,18 @@ def test_every_end_of_sequence_ends_the_sequence(engine: Engine) -> None:
     assert cut.token_ids == whole.token_ids[: whole.token_ids.index(end) + 1]
     assert len(whole.token_ids) == 40
     assert whole.finish_reason == "length"
+
+
+def test_a_sequence_that_has_ended_is_no_longer_live(engine: Engine) -> None:
+    prompts = [engine.prompts.ids(text) for text in ("Go on", "Or not")]
+    first, second = zip(*generated(engine, prompts, 12, HALF), strict=True)
+    end = next(token for token in first if token not in second)
+    run = engine.run(prompts, 12, HALF)
+    run.stop_ids = frozenset({end})
+    for step in run:
+        assert run.state.live.flatten().tolist() == [step[0] not in (None, end), True]
+        assert run.state.schedule.live == int(run.state.live.sum())
+    assert run.finish_reasons == ["stop", "length"]
 
 
 def test_sampling_is_reproducible_from_its_seed(engine: Engine) -> None:

@@ -155,11 +155,12 @@ def test_buffers_serve_the_next_prompt_as_if_they_were_new(model: LlamaForCausal
         torch.testing.assert_close(model.decode(token, state), model.decode(token, fresh), atol=0, rtol=0)
 
 
-def test_padding_is_forgotten_with_its_prompt(model: LlamaForCausalLM) -> None:
+def test_padding_and_ends_are_forgotten_with_their_prompt(model: LlamaForCausalLM) -> None:
     padded, real = left_padded([12, 7], SIZES["vocab_size"], seed=3)
     tokens, _ = left_padded([9, 9], SIZES["vocab_size"])
     with torch.inference_mode():
         _, state = prefilled(model, padded, SETTINGS["both"], real)
+        state.end(1)
         wanted, fresh = prefilled(model, tokens, SETTINGS["both"])
         assert torch.equal(model.prefill(model.embed(tokens), state), wanted)
         token = torch.tensor([4, 5])

@@ -80,6 +80,14 @@ def test_a_prompt_of_no_more_than_the_boundary_tokens_runs_in_full(model: LlamaF
 
 
 @torch.inference_mode()
+def test_the_first_token_of_one_more_than_the_boundary_skips(model: LlamaForCausalLM) -> None:
+    tokens, _ = left_padded([6], SIZES["vocab_size"])
+    (_, state), (_, dense) = (prefilled(model, tokens, settings) for settings in (skipping("2/3", 5), DENSE))
+    skipped, whole = caches(state, LAYERS - 1)[0], caches(dense, LAYERS - 1)[0]
+    assert (skipped[:, :, 0] - whole[:, :, 0]).abs().max() > 1e-3
+
+
+@torch.inference_mode()
 def test_skipping_nothing_is_the_dense_model(model: LlamaForCausalLM) -> None:
     tokens, real = left_padded([12, 7], SIZES["vocab_size"])
     wanted, _ = prefilled(model, tokens, DENSE, real)

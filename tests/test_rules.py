@@ -281,6 +281,9 @@ def test_a_schedule_is_dense_until_there_is_enough_and_then_now_and_again() -> N
     assert [dense for dense, _ in steps] == [True, True, *[step % 4 == 0 for step in range(3, 17)]]
     assert [step for step, (_, draws) in enumerate(steps, 1) if draws] == [2, 12]
     assert (schedule.redraws, schedule.tokens) == (1, 16)
+    schedule = RefreshSchedule(replace(pruning, settings=PruningSettings(dense_every=4, redraw_every=4)), live=1)
+    assert schedule.prompt(10)
+    assert [step for step in range(1, 14) if schedule.next_step() == (True, True)] == [4, 8, 12]
 
 
 @torch.inference_mode()

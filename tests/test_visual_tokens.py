@@ -17,7 +17,7 @@ from tiny_llava import IMAGE, VARIANTS, load_ours, padded, pictures, prompt, ref
 from tolerance import assert_same
 from torch import Tensor
 
-from models.cache import AttentionPattern
+from models.cache import AttentionPattern, KVCache
 from models.families.llava import LlavaForConditionalGeneration as OurLlava
 from models.passes import ImageSpan, PictureRows, prefill_pass
 from models.pruning.settings import DENSE, PruningSettings
@@ -207,6 +207,19 @@ def test_a_prompt_without_pictures_is_as_ever(llava: Engine) -> None:
         )
         assert text.token_ids == dense.token_ids
         assert report(text.statistics)["visual_tokens"] == {"of_pictures": 0, "left_out": 0, "from_layer": None}
+
+
+def test_a_cache_goes_back_to_every_slot() -> None:
+    stays = [0, 1, 6, 7, 8, 9]                                      # of ten rows, four of a picture are left out
+    cache = KVCache([16, 16], 1, 1, 16, 16, 4, torch.float32, torch.device("cpu"))
+    cache.start(10, None)
+    cache.places[:, : len(stays)] = torch.tensor(stays)
+    cache.leave_out(4, len(stays))
+    for slots in range(10, 0, -1):
+        cache.go_back(slots)
+        before = [place for place in stays if place < slots]
+        assert cache.missing == slots - len(before)
+        assert cache.places[0, : len(before) + 2].tolist() == [*before, slots, slots + 1]
 
 
 @pytest.mark.parametrize("settings", [ATTENTION, DIVERSITY])
