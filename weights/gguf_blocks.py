@@ -60,7 +60,8 @@ def read_q4_k(raw: Tensor, rows: int) -> Groups:
     blocks = raw.view(rows, -1, 144)                                                # [out, N, 144]
     d, e = halves(blocks[..., :4]).split(1, dim=-1)                                 # [out, N, 1]
     scale, least = six_bit_scales(blocks[..., 4:16])                                # [out, N, 8]
-    numbers = low_and_high(blocks[..., 16:].unflatten(-1, (4, 32)))                 # [out, N, 4, 64]
+    halves_of = blocks[..., 16:].contiguous().unflatten(-1, (4, 32))                # [out, N, 4, 32]
+    numbers = torch.stack([halves_of & 15, halves_of >> 4], dim=-2)                 # [out, N, 4, 2, 32]
     return Groups(numbers.flatten(1), (d * scale).flatten(1), (-e * least).flatten(1))
 
 

@@ -56,7 +56,8 @@ class Int8Matrix(Matrix):
     @classmethod
     def with_room(cls, rows: int, columns: int, like: Tensor, bias: Tensor | None) -> "Int8Matrix":
         """Numbers and scales yet to come. like: of the dtype of the activations, and on their device"""
-        weight = torch.zeros(rows, -(-columns // PADDING) * PADDING, dtype=torch.int8, device=like.device)
+        new = torch.zeros if columns % PADDING else torch.empty     # only padding has to be zeros
+        weight = new(rows, -(-columns // PADDING) * PADDING, dtype=torch.int8, device=like.device)
         return cls.packed(weight, like.new_empty(rows), columns, bias)
 
     @classmethod
@@ -165,7 +166,9 @@ class Int4Matrix(Matrix):
         block, _ = layout()
         blocks = -(-rows // block)
         groups = columns // next(known for known in GROUP_SIZES if size % known == 0)
-        weight = torch.zeros(blocks, columns, block // 2, dtype=torch.uint8, device=like.device)
+        # Rows that only fill a block are zeros; where there are none, every byte is about to be written.
+        new = torch.zeros if rows % block else torch.empty
+        weight = new(blocks, columns, block // 2, dtype=torch.uint8, device=like.device)
         return cls.packed(weight, like.new_zeros(groups, blocks * block, 2), rows, bias)
 
     def fill(self, stretches: Iterable[Groups]) -> "Int4Matrix":

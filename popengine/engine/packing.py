@@ -110,8 +110,10 @@ class Packer:
             grouped = partial(GroupedInt8Matrix.of_stretches, rows, columns, like)
             return Packing(grouped, put, "groups", step, rows * columns * 5 // 4)
         if as_int8:
-            eight = partial(Int8Matrix.with_room, rows, columns, like, None)
-            return Packing(lambda values: eight().fill(values), put, "values", step, rows * (columns + 2))
+            eight, held = partial(Int8Matrix.with_room, rows, columns, like, None), rows * (columns + 2)
+            if entry.stored in READERS:
+                return Packing(lambda groups: eight().fill(one.values() for one in groups), put, "groups", step, held)
+            return Packing(lambda values: eight().fill(values), put, "values", step, held)
         size = entry.groups or GROUP
         if columns % size or size % GROUP:
             raise InputError(f"{name} has {columns} columns, which groups of {size} do not divide: use weights int8")
