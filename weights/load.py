@@ -144,7 +144,7 @@ def load_weights(
     # A tensor on each thread, instead of each operation shared out over all: threads that wait for each other take far
     # longer where the cores have other work.
     threads = torch.get_num_threads()
-    # In their order, so that a disk reads forwards; but the largest first, which no other thread could share at the end.
+    # In their order, so that a disk reads forwards; but the largest first: no other thread could share it at the end.
     keys = [key for key in checkpoint.entries if key in by_key]
     largest = max(keys, key=lambda key: checkpoint.entries[key].elements, default="")
     keys.sort(key=lambda key: key != largest)
