@@ -1,4 +1,4 @@
-# make run    set up, fetch the default checkpoint, generate text with POP and print the statistics
+# make run    set up, fetch the default checkpoint, generate text and print the statistics
 # make run-vlm  the same with a picture: the small LLaVA of weights/llava-tiny looks at its example.png
 # make test   set up, then every test
 # make real   fetch two real quantised checkpoints, Gemma-3-270m and Qwen2.5-Coder-1.5B (1.4 GB), into weights/real/
