@@ -213,13 +213,13 @@ def test_a_cache_goes_back_to_every_slot() -> None:
     stays = [0, 1, 6, 7, 8, 9]                                      # of ten rows, four of a picture are left out
     cache = KVCache([16, 16], 1, 1, 16, 16, 4, torch.float32, torch.device("cpu"))
     cache.start(10, None)
-    cache.places[:, : len(stays)] = torch.tensor(stays)
+    cache.logical_positions[:, : len(stays)] = torch.tensor(stays)
     cache.leave_out(4, len(stays))
     for slots in range(10, 0, -1):
         cache.go_back(slots)
         before = [place for place in stays if place < slots]
         assert cache.missing == slots - len(before)
-        assert cache.places[0, : len(before) + 2].tolist() == [*before, slots, slots + 1]
+        assert cache.logical_positions[0, : len(before) + 2].tolist() == [*before, slots, slots + 1]
 
 
 @pytest.mark.parametrize("settings", [ATTENTION, DIVERSITY])
