@@ -1,8 +1,9 @@
 """Run the tests that compare numbers as other processors would: fewer vector instructions, one and two threads.
 
-    python tools/test_capabilities.py [arguments of pytest]
+    python tools/test_capabilities.py [--short] [arguments of pytest]
 
-PyTorch, oneDNN and MKL are each told which instructions to use; only sets that this machine has are tried.
+PyTorch, oneDNN and MKL are each told which instructions to use; only sets that this machine has are tried. --short runs
+two of them: the fewest instructions with one thread, and all with two. (All with one thread is `make test`.)
 """
 
 import os
@@ -23,9 +24,13 @@ def main() -> int:
     tried = SETS[: names.index(own) + 1 if own in names else 1]
     tests = Path(__file__).resolve().parents[1] / "tests"
     files = [path for path in sorted(tests.glob("test_*.py")) if "mark.numeric" in path.read_text(encoding="utf-8")]
-    command = [sys.executable, "-m", "pytest", "-m", "numeric", *sys.argv[1:], *map(str, files)]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--short"]
+    command = [sys.executable, "-m", "pytest", "-m", "numeric", *arguments, *map(str, files)]
+    pairs = [(one, threads) for one in tried for threads in (1, 2)]
+    if "--short" in sys.argv:
+        pairs = [pairs[0], pairs[-1]]
     failed = 0
-    for (name, onednn, mkl), threads in ((one, threads) for one in tried for threads in (1, 2)):
+    for (name, onednn, mkl), threads in pairs:
         settings = {
             "ATEN_CPU_CAPABILITY": name, "ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl,
             "OMP_NUM_THREADS": str(threads),
