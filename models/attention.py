@@ -42,9 +42,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rows: PrefillPass) -> Tensor:
         """Attention of rows to each other, without a cache. x [B, T, H] -> [B, T, H]"""
         pattern = AttentionPattern(self.window)
-        q = rotate(self.queries(x), *rows.rotary[pattern])                              # [B, N, T, D]
-        k = rotate(self.keys(x), *rows.rotary[pattern])                                 # [B, K, T, D]
-        a = attend_prompt(q, k, self.values(x), rows.masks[pattern], self.scale)       # [B, T, N, D]
+        q = rotate(self.queries(x), *rows.rotary[pattern])                          # [B, N, T, D]
+        k = rotate(self.keys(x), *rows.rotary[pattern])                             # [B, K, T, D]
+        a = attend_prompt(q, k, self.values(x), rows.masks[pattern], self.scale)    # [B, T, N, D]
         return self.o_proj(a.flatten(2))
 
     def queries(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Attention(nn.Module):
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)                 # [B, T, A + K, D]
         else:
             qk = projected[:, :, : -self.kv_heads]
-        rotated = rotate(qk.transpose(1, 2), *rows.rotary[pattern])                     # [B, A + K, T, D]
+        rotated = rotate(qk.transpose(1, 2), *rows.rotary[pattern])                 # [B, A + K, T, D]
         q, k = rotated.tensor_split([-self.kv_heads], dim=1)
         return q, k, v.transpose(1, 2)
 
@@ -115,7 +115,7 @@ class CachedAttention:
 
     def write_keys_and_values(self, x: Tensor, cache: LayerCache, rows: PrefillPass) -> None:
         """Write keys and values of rows that skip this attention. x [B, T, H]"""
-        k = rotate(self.attention.keys(x), *rows.rotary[cache.pattern])                 # [B, K, T, D]
+        k = rotate(self.attention.keys(x), *rows.rotary[cache.pattern])             # [B, K, T, D]
         cache.write(k, self.attention.values(x), rows.slots[cache.pattern])
 
     def restart(self) -> None:

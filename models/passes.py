@@ -63,10 +63,10 @@ NO_PICTURES = PictureRows()
 class PrefillPass:
     """What every layer needs to run rows of a prompt, or a dense step after it.
 
-    rotary        cos, sin [B, T, D], rotary embedding of the positions, by what layers see
+    rotary        per attention pattern: cos, sin [B, T, D] of the rotary embedding
     logical_positions  int64 [T], the cache slots that these rows fill; [B, T], would fill if none had been left out
-    slots         int64 [T], those that they fill, by what layers see
-    masks         by what layers see. Of rows that follow: float [B, 1, T, S], 0 where a row may look and -inf
+    slots         per attention pattern: int64 [T], the cache slots that these rows fill in its layers
+    masks         per attention pattern. Of rows that follow: float [B, 1, T, S], 0 where a row may look and -inf
                   elsewhere; else bool [B, 1, T, T], True where it may look, None: causal and nothing else
     follows       whether rows came before, which these attend to in the cache; else to each other alone
     pictures      what the rows have because of pictures in the prompt
@@ -119,9 +119,9 @@ class PrefillPass:
 class DecodePass:
     """What every layer needs to run rows that come after the prompt.
 
-    rotary    by what layers see: cos, sin [B, T, D]
-    masks     by what layers see: float [B, 1, T, S], 0 where a row may look and -inf elsewhere
-    slots     by what layers see: int64 [T], the cache slots that these rows fill
+    rotary    per attention pattern: cos, sin [B, T, D] of the rotary embedding
+    masks     per attention pattern: float [B, 1, T, S], 0 where a row may look and -inf elsewhere
+    slots     per attention pattern: int64 [T], the cache slots that these rows fill in its layers
     live      bool [B, 1], False for sequences that have ended: they do not count when candidates are chosen
     together  whether the rows decide together (the sequences of a batch, at one step) or each for itself
     """

@@ -26,7 +26,7 @@ class LayerState:
 
     index: int
     cache: LayerCache
-    heads: CachedAttention
+    attention: CachedAttention
     ffn: PrunedBlock
     sublayers: list[Sublayer] = field(default_factory=list)
 
@@ -66,7 +66,7 @@ class DecodeState:
         """Forget the last prompt. real bool [B, T], False where a slot is padding; rope_delta: see PictureRows"""
         self.cache.start(prompt_slots, real, rope_delta)
         for layer in self.layers:
-            layer.heads.restart()
+            layer.attention.restart()
             layer.ffn.restart()
         self.live.fill_(True)
         self.clock = Clock(self.live.device)
@@ -100,4 +100,4 @@ class DecodeState:
 
     def partition_bytes(self) -> int:
         """Memory that the copies of active weights take, in bytes."""
-        return sum(layer.heads.copied_bytes() + layer.ffn.copied_bytes() for layer in self.layers)
+        return sum(layer.attention.copied_bytes() + layer.ffn.copied_bytes() for layer in self.layers)

@@ -152,7 +152,7 @@ def complete_checkpoint(folder: Path, config: Any = None, **changes: Any) -> Pat
 
 def heads_partition(layer: LayerState) -> ChannelPartition:
     """The partition of a layer's query heads; where heads are not pruned all are retained."""
-    heads, attention = layer.heads, layer.heads.attention
+    heads, attention = layer.attention, layer.attention.attention
     if isinstance(heads, PartitionedAttention):
         return heads.partition
     sizes = partition_sizes(attention.heads // attention.head_groups, 0.0, 0.0)

@@ -127,7 +127,7 @@ def in_model_order(state: DecodeState, copy: DecodeState) -> None:
     copy.start(state.cache.filled, None, state.cache.rope_delta)
     copy.cache.padding.copy_(state.cache.padding)
     for source, target in zip(state.layers, copy.layers, strict=True):
-        order = getattr(source.heads, "cache_order", None)
+        order = getattr(source.attention, "cache_order", None)
         back = slice(None) if order is None else order.argsort()
         target.cache.keys.copy_(source.cache.keys[:, back])
         target.cache.values.copy_(source.cache.values[:, back])

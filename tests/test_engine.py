@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
+from popengine.engine.results import lines
 from popengine.engine.sampling import Sampling, next_tokens
 from popengine.evaluation.scoring import Window, dense_log_probabilities
 from weights.errors import InputError
@@ -235,6 +236,13 @@ def test_bytes_per_token_of_a_batch_count_the_masked_candidates(engine: Engine) 
     unpicked = layers * hidden * (candidates - one.regions.picked)
     assert unpicked > 0
     assert two.weight_bytes_per_token - one.weight_bytes_per_token == 4 * unpicked
+
+
+@pytest.mark.parametrize(("tokens", "untimed"), [(1, True), (2, False)])
+def test_a_run_of_one_token_has_no_step_to_time(engine: Engine, tokens: int, untimed: bool) -> None:
+    (found,) = engine.generate("same", max_new_tokens=tokens, pruning=HALF, ignore_eos=True)
+    report = "\n".join(lines(found.statistics, found.finish_reason, 0.0))
+    assert ("no step to time" in report, "ms/token" in report) == (untimed, not untimed) and "nan" not in report
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])

@@ -70,7 +70,7 @@ def test_what_is_left_out_keeps_no_cache_and_no_copies_and_is_not_read(pair: tup
     _, state = prefilled(model, torch.arange(12)[None], without_layer)
     assert [keys.shape[2] for keys in state.cache.keys] == [64, 0, 64]
     assert [values.shape[2] for values in state.cache.values] == [64, 0, 64]
-    assert state.layers[1].ffn.copied_bytes() == state.layers[1].heads.copied_bytes() == 0
+    assert state.layers[1].ffn.copied_bytes() == state.layers[1].attention.copied_bytes() == 0
     read, read_whole = (bytes_per_token(model, one.pruning) for one in (state, whole))
     head = model.lm_head.read_bytes()
     assert (read - head) * 3 == (read_whole - head) * 2

@@ -99,7 +99,7 @@ def test_the_widest_width_chooses_among_all_channels(model: LlamaForCausalLM, ru
             x, step = model.begin(chosen, reference)
             for layer, own in zip(model.model.layers, reference.layers, strict=True):
                 normed = layer.input_layernorm(x)
-                x = x + layer.after_attention(own.heads.decode(normed, own.cache, step))
+                x = x + layer.after_attention(own.attention.decode(normed, own.cache, step))
                 h = layer.mlp.activation(layer.before_mlp(x))
                 best = keep_best(channel_scores(h, layer.mlp.down_norms()), h.shape[-1] // 2)
                 x = x + layer.after_mlp(layer.mlp.down_proj(h * best))
@@ -225,7 +225,9 @@ def test_storing_weights_by_columns_changes_nothing(model: LlamaForCausalLM) -> 
             logits, again = model.decode(chosen, state), by_columns.decode(chosen, other)
         for one, two in zip(state.layers, other.layers, strict=True):
             pairs = [(getattr(one.ffn, name), getattr(two.ffn, name)) for name in ("gate", "up", "down")]
-            pairs += [(getattr(one.heads, name), getattr(two.heads, name)) for name in ("active_qkv", "active_o")]
+            pairs += [
+                (getattr(one.attention, name), getattr(two.attention, name)) for name in ("active_qkv", "active_o")
+            ]
             for rows, columns in pairs:
                 assert torch.equal(rows.weight, columns.weight)
                 assert rows.weight.stride() != columns.weight.stride()

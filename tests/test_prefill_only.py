@@ -60,7 +60,7 @@ def skipping(share: float | str, boundary: int = 1, settings: PruningSettings = 
 def caches(state: DecodeState, layer: int) -> tuple[Tensor, Tensor]:
     """Keys and values of a layer, heads in the model's order. [B, K, S, D] each"""
     own = state.layers[layer]
-    order = getattr(own.heads, "cache_order", None)
+    order = getattr(own.attention, "cache_order", None)
     back = slice(None) if order is None else order.argsort()
     return own.cache.keys[:, back], own.cache.values[:, back]
 
@@ -191,7 +191,7 @@ def test_only_rows_that_run_are_evidence(
     model.prefill(model.embed(tokens), state, real)
     for index, layer in enumerate(model.model.layers):
         counted = real if index < LAYERS - 1 else real[:, -4:]
-        heads, ffn, active = state.layers[index].heads, layer.mlp, state.layers[index].ffn
+        heads, ffn, active = state.layers[index].attention, layer.mlp, state.layers[index].ffn
         if isinstance(heads, PartitionedAttention):
             assert heads.evidence.tokens == int(counted.sum())
             a = seen[heads.evidence]

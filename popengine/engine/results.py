@@ -228,12 +228,11 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
     prompt = f"{statistics.prompt_tokens} tokens{listed}:{images}"
     compiled = f"; compiled before that in {statistics.compile_s:.1f} s" if statistics.compile_s else ""
     unread = ", as copies of what stays would be larger" if statistics.pruning.ratio > 0 and share == 1 else ""
+    untimed = math.isnan(statistics.decode_ms_per_token)
     speed = f"{statistics.decode_ms_per_token:.1f} ms/token, {statistics.decode_tokens_per_s:.1f} tokens/s"
-    if math.isnan(statistics.decode_ms_per_token):
-        speed = "no step to time"
     found = [
         f"prompt    {prompt} prefill {statistics.prefill_ms:.0f} ms, partition {statistics.partition_ms:.0f} ms",
-        f"decode    {statistics.new_tokens} tokens ({ended}): {speed}{compiled}",
+        f"decode    {statistics.new_tokens} tokens ({ended}): {'no step to time' if untimed else speed}{compiled}",
         f"channels  {shown.channels} per FFN, ratio {statistics.pruning.ratio:.3g}: {shown.retained} retained, "
         f"{shown.candidate} candidate ({shown.picked} picked per step), {shown.pruned} pruned",
         f"weights   {megabytes(statistics.weight_bytes_per_token)} read per token, {share:.1%} of dense{unread} "

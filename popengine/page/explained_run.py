@@ -296,8 +296,8 @@ def head_regions(state: DecodeState) -> list[str]:
     """Per layer a letter per query head, retained, candidate or pruned; nothing where heads are not pruned."""
     found = []
     for layer in state.layers:
-        if isinstance(layer.heads, PartitionedAttention):
-            sizes, order = layer.heads.sizes, layer.heads.partition.order           # [G, N / G]
+        if isinstance(layer.attention, PartitionedAttention):
+            sizes, order = layer.attention.sizes, layer.attention.partition.order           # [G, N / G]
             letters = "r" * sizes.retained + "c" * sizes.candidate + "p" * sizes.pruned
             found.append("".join(letters[place] for group in order.argsort(dim=-1).tolist() for place in group))
     return found

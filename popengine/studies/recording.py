@@ -138,7 +138,7 @@ def watched(state: DecodeState, watch: Watch) -> DecodeState:
             layer.ffn = WatchedExperts(ffn.mixture, ffn.pruning, watch)
         else:
             layer.ffn = WatchedFFN(ffn.ffn, watch)  # type: ignore[attr-defined]
-        layer.heads = WatchedAttention(layer.heads, watch)
+        layer.attention = WatchedAttention(layer.attention, watch)
         attention, network = layer.sublayers
-        attention.attention, network.ffn = layer.heads, layer.ffn  # type: ignore[attr-defined]
+        attention.attention, network.ffn = layer.attention, layer.ffn  # type: ignore[attr-defined]
     return state

@@ -57,7 +57,7 @@ def attended_by_last(layer: LayerState, x: Tensor, step: PrefillPass, cache: KVC
 
     x [B, T, H], what the layer was given -> float32 [B, S]
     """
-    block, own, pattern = layer.sublayers[0], layer.heads, layer.cache.pattern
+    block, own, pattern = layer.sublayers[0], layer.attention, layer.cache.pattern
     assert isinstance(block, AttentionBlock)
     last = replace(step, rotary={pattern: (cos[:, -1:], sin[:, -1:]) for pattern, (cos, sin) in step.rotary.items()})
     normed = block.layer.before_attention(x[:, -1:])                                # [B, 1, H]
