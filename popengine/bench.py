@@ -7,21 +7,16 @@ popengine/benchmark/benchmark.py says how. Compare figures of one run with each 
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-from models.pruning.settings import RULE_NAMES, PruningSettings, share
+from models.pruning.settings import share
+from popengine.benchmark.flags import PEERS, check
 from popengine.command import OneLineParser, add_checkpoint_flag, run_as_command, start_pytorch
-from weights.errors import InputError
-from weights.output_file import check_output, write_output
-
-PEERS = ("transformers", "llama.cpp")
-# Of everything that is counted: a million tokens, sequences or rounds.
-MOST = 1_000_000
-DTYPES = ("float32", "bfloat16", "float16")
+from popengine.studies.settings import RULE_NAMES
+from weights.output_file import write_output
 
 
 def parser() -> argparse.ArgumentParser:
@@ -98,47 +93,6 @@ def run(flags: argparse.Namespace) -> None:
     if flags.json:
         write_output(Path(flags.json), json.dumps(result, indent=1) + "\n")
     print(bench_table.describe(result, benchmark.SUMMED_BYTES))
-
-
-def check(flags: argparse.Namespace) -> None:
-    """Refuse before the first engine is loaded what would only show after the last."""
-    flags.peers = peers(flags)
-    for name in ("prompt_tokens", "new_tokens", "batch", "rounds"):
-        least, value = 2 if name == "new_tokens" else 1, getattr(flags, name)
-        if not least <= value <= MOST:
-            allowed = f"at least {least}" if value < least else f"at most {MOST}"
-            raise InputError(f"{name.replace('_', ' ')} must be {allowed}, not {value}")
-    for rule in flags.rule:
-        PruningSettings(rule=rule)
-    for one in flags.leave_out:
-        PruningSettings(leave_out=one)
-    for one in flags.prefill_skip:
-        PruningSettings(prefill_skip=one, boundary_tokens=flags.boundary_tokens)
-    for one in flags.visual_tokens:
-        PruningSettings(
-            visual_tokens=one, visual_tokens_by=flags.visual_tokens_by, visual_tokens_layer=flags.visual_tokens_layer
-        )
-    if not 0 <= flags.pictures <= MOST or (flags.pictures and (flags.shape or flags.peers)):
-        raise InputError("pictures must be a number of at least 0, and are for a checkpoint's own timing alone")
-    if flags.visual_tokens and not flags.pictures:
-        raise InputError("--visual-tokens leaves out tokens of pictures: give --pictures a number of them")
-    processors = os.cpu_count() or 1
-    if flags.threads is not None and not 1 <= flags.threads <= processors:
-        raise InputError(f"threads must be at least 1, not {flags.threads}, and at most the {processors} processors")
-    if flags.shape and flags.ckpt:
-        raise InputError("give a checkpoint or a shape, not both")
-    for peer in flags.peers:
-        if peer not in PEERS:
-            raise InputError(f"there is no peer named {peer!r}; peers are {', '.join(PEERS)}")
-    if flags.json:
-        check_output(Path(flags.json))
-    for dtype in flags.dtype:
-        if dtype not in DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-
-
-def peers(flags: argparse.Namespace) -> list[str]:
-    return [name.strip() for name in flags.against.split(",") if name.strip()]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from tiny_gemma import complete_gemma
 from tiny_qwen_vl import complete_qwen, picture
 from tolerance import assert_same, tolerated
 
-from models.pruning.settings import DENSE, PruningSettings
 from popengine import explain
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
@@ -24,9 +23,11 @@ from popengine.engine.run import next_logits
 from popengine.engine.sampling import Sampling
 from popengine.evaluation.scoring import Window
 from popengine.evaluation.studies import picks, rank_drift
-from popengine.explain import main, page
+from popengine.explain import main
 from popengine.images.vision import Vision
 from popengine.page.explained_run import embedded, explained_run, picture_of
+from popengine.page.page import page
+from popengine.studies.settings import DENSE, PruningSettings
 
 POP = PruningSettings(ffn_ratio=0.5, candidate_width=0.4)
 HOSTILE = "</script><img src=x onerror=\"document.title='seen'\"><!--<script>"

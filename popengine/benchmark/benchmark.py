@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from models.cost_model import bytes_per_token, prompt_work
-from models.pruning.settings import DENSE, PruningSettings, exact_share
+from models.cost_model import bytes_per_token
+from models.pruning.settings import exact_share
 from popengine.benchmark.engines import (
     AbsentPeer,
     Contender,
@@ -36,12 +36,14 @@ from popengine.benchmark.engines import (
     TransformersEngine,
     llama_cpp_type,
 )
+from popengine.benchmark.prompt_work import prompt_work
 from popengine.benchmark.shapes import write_random_checkpoint
 from popengine.engine.distributed import ranks
 from popengine.engine.engine import Engine
 from popengine.engine.loading import DTYPES, choose_device, load
 from popengine.studies.by_name import Request, pruning_for
 from popengine.studies.calibration import load_calibration
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.checkpoint import open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
