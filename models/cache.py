@@ -12,22 +12,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class AttentionPattern(NamedTuple):
-    """What the rows of a layer see of what came before. The masks and rotary embeddings of a pass go by it.
+class SlotMap:
+    """Says which token each cache slot holds: here slot n holds token n.
 
-    window         tokens a query sees, itself included; None: all before it
-    no_skipped_kv  not the prompt's rows that passed the layer by
-    pruned_visual  not the rows of pictures that have been left out, which have no slots there
+    A method that drops tokens from the cache of some layers brings another map (popengine/studies/visual_tokens.py).
+
+    tokens  int64 [S] or [B, S], the token in each slot, padding of the prompt counted; -1: no row may look there
+    """
+
+    def __init__(self, batch: int, capacity: int, dropped: int, device: torch.device) -> None:
+        """dropped: tokens of the `capacity` that a map which drops some needs no slots for"""
+        self.tokens = torch.arange(capacity, device=device)
+
+    def slots(self, tokens: Tensor) -> Tensor:
+        """The slots that new tokens fill. int64 [T] -> [T]"""
+        return tokens
+
+    def start(self) -> None:
+        """Forget the last prompt."""
+
+    def go_back(self, filled: int, tokens: int) -> None:
+        """Forget all but the first `tokens` of `filled` tokens, of one sequence."""
+
+    def grow(self, more: int) -> None:
+        """Add slots at the end."""
+        self.tokens = torch.arange(len(self.tokens) + more, device=self.tokens.device)
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens fit, dropped ones counted."""
+        return self.tokens.shape[-1]
+
+
+class AttentionPattern(NamedTuple):
+    """Says what the rows of a layer attend to. Layers of one pattern share masks, slots and rotary embeddings.
+
+    window  tokens a query sees, itself included; None: all before it
+    slots   which tokens the layer's cache holds
     """
 
     window: int | None
-    no_skipped_kv: bool = False
-    pruned_visual: bool = False
+    slots: type[SlotMap] = SlotMap
 
 
 @dataclass
 class LayerCache:
-    """One layer's part of the cache: keys and values [B, K, S, D], and what its rows see of them."""
+    """One layer's part of the cache: keys and values [B, K, S, D], and what its rows attend to."""
 
     keys: Tensor
     values: Tensor
@@ -47,88 +77,83 @@ class KVCache:
     computes with (nothing in a step depends on a Python number, so its shapes are static); `filled` is the same
     number for the host.
 
-    Where rows of pictures are left out, some layers have fewer slots, `thin_capacity`:
-    `left_out` of those that are filled are missing there, and `logical_positions` says which stands for which.
+    layers  one LayerCache per decoder layer; maps: one SlotMap per attention pattern
     """
 
     def __init__(
-        self, sizes: Sequence[int], batch: int, heads: int, capacity: int, thin_capacity: int, head_dim: int,
-        dtype: torch.dtype, device: torch.device,
+        self, patterns: Sequence[AttentionPattern], attends: Sequence[bool], batch: int, heads: int, capacity: int,
+        dropped: int, head_dim: int, dtype: torch.dtype, device: torch.device,
     ) -> None:
-        """sizes: slots of each layer: `capacity`, `thin_capacity`, or none where its attention does not run"""
-        def buffers() -> list[Tensor]:
+        """patterns, attends: of each layer; a layer whose attention does not run has no slots. dropped: see SlotMap"""
+        self.capacity, self.dropped, self.filled = capacity, dropped, 0
+        self.maps = {pattern: pattern.slots(batch, capacity, dropped, device) for pattern in dict.fromkeys(patterns)}
+        self.layers = []
+        for pattern, runs in zip(patterns, attends, strict=True):
+            shape = batch, heads, self.maps[pattern].tokens.shape[-1] if runs else 0, head_dim
             # Zeros, not empty: unfilled slots get weight 0 in attention, and 0 * NaN would still be NaN.
-            return [torch.zeros(batch, heads, size, head_dim, dtype=dtype, device=device) for size in sizes]
-
-        self.keys = buffers()                                               # per layer [B, K, S, D]
-        self.values = buffers()                                             # per layer [B, K, S, D]
-        self.capacity = capacity
-        self.filled = 0
-        self.length = torch.zeros(1, dtype=torch.int64, device=device)      # [1]
+            keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            self.layers.append(LayerCache(keys, values, pattern))
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)              # [1]
         self.padding = torch.zeros(batch, 1, dtype=torch.int64, device=device)      # [B, 1] slots on the left
         self.rope_delta = torch.zeros(batch, 1, dtype=torch.int64, device=device)   # [B, 1] of what follows pictures
-        self.slots = torch.arange(capacity, device=device)                  # [S]
-        self.passed_by = torch.zeros(1, dtype=torch.int64, device=device)   # [1] the first slots, in skipped layers
-        self.left_out = torch.zeros(1, dtype=torch.int64, device=device)    # [1] slots, and the same for the host
-        self.missing = 0
-        self.logical_positions = torch.arange(thin_capacity, device=device).repeat(batch, 1)   # [B, S], -1: padding
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """The keys of every layer."""
+        return [layer.keys for layer in self.layers]
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The values of every layer."""
+        return [layer.values for layer in self.layers]
 
     def start(self, prompt_slots: int, real: Tensor | None, rope_delta: Tensor | None = None) -> None:
         """Begin anew with a prompt of `prompt_slots` slots; real [B, T] is False where a slot is padding."""
         self.shift(rope_delta)
         self.filled = prompt_slots
         self.length.fill_(prompt_slots)
-        self.passed_by.zero_()
-        self.leave_out(0, 0)
+        for slot_map in self.maps.values():
+            slot_map.start()
         if real is None:
             self.padding.zero_()
         else:
             self.padding.copy_((~real).sum(dim=1, keepdim=True))
 
     def shift(self, rope_delta: Tensor | None) -> None:
-        """How far the positions of what is to come are from one for each token, int64 [B, 1]; None: not at all."""
+        """Set how far the positions of following tokens are from one per token, int64 [B, 1]; None: not at all."""
         if rope_delta is None:
             self.rope_delta.zero_()
         else:
             self.rope_delta.copy_(rope_delta)
 
-    def positions(self, slots: Tensor) -> Tensor:
-        """Of the tokens of a text that fill these slots, int64 [T] -> [B, T]"""
-        return slots - self.padding + self.rope_delta
+    def following(self, rows: int) -> Tensor:
+        """The next tokens. -> int64 [rows]"""
+        return self.length if rows == 1 else self.length + torch.arange(rows, device=self.length.device)
 
-    @property
-    def thin_capacity(self) -> int:
-        return self.logical_positions.shape[1]
+    def positions(self, tokens: Tensor) -> Tensor:
+        """Rotary positions of tokens of a text. int64 [T] -> [B, T]"""
+        return tokens - self.padding + self.rope_delta
 
-    def leave_out(self, missing: int, kept: int) -> None:
-        """So many slots are missing from thin layers; after the first `kept` of those, which stand for what they stood
-        for, every further one is the next."""
-        self.missing = missing
-        self.left_out.fill_(missing)
-        following = torch.arange(kept + missing, self.thin_capacity + missing, device=self.slots.device)
-        self.logical_positions[:, kept:] = following
-
-    def go_back(self, slots: int) -> None:
-        """Forget what lies beyond the first `slots`, of one sequence."""
-        if self.missing:
-            kept = int((self.logical_positions[0, : self.filled - self.missing] < slots).sum())
-            self.leave_out(slots - kept, kept)
-        self.filled = slots
-        self.length.fill_(slots)
+    def go_back(self, tokens: int) -> None:
+        """Forget what lies beyond the first `tokens`, of one sequence."""
+        for slot_map in self.maps.values():
+            slot_map.go_back(self.filled, tokens)
+        self.filled = tokens
+        self.length.fill_(tokens)
 
     def grow(self, capacity: int) -> None:
-        """To more slots, what is filled staying where it is. These are other tensors than before."""
-        more, of_thin = capacity - self.capacity, self.logical_positions
-        for buffers in (self.keys, self.values):
-            for index, old in enumerate(buffers):
-                buffers[index] = F.pad(old, (0, 0, 0, more if old.shape[2] else 0))     # 0: it does not attend
-        self.capacity, self.slots = capacity, torch.arange(capacity, device=self.slots.device)
-        self.logical_positions = F.pad(of_thin, (0, more))
-        self.leave_out(self.missing, of_thin.shape[1])
+        """Add slots; filled ones stay where they are. The buffers are new tensors afterwards."""
+        more = capacity - self.capacity
+        for slot_map in self.maps.values():
+            slot_map.grow(more)
+        for layer in self.layers:
+            if layer.keys.numel():              # else its attention does not run
+                layer.keys, layer.values = (F.pad(old, (0, 0, 0, more)) for old in (layer.keys, layer.values))
+        self.capacity = capacity
 
     def make_room(self, rows: int = 1) -> None:
         """Before decode steps, on the host: fail instead of writing past the end."""
-        capacity = min(self.capacity, self.thin_capacity + self.missing)
+        capacity = min(self.capacity, *(slot_map.most_tokens for slot_map in self.maps.values()))
         if self.filled + rows > capacity:
             full = f"all {capacity} slots are taken"
             raise ValueError(f"the cache is full: {full if rows == 1 else f'{rows} more do not fit; {full} or nearly'}")

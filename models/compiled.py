@@ -36,7 +36,7 @@ class CompiledDecode:
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model
-        self.steps: dict[tuple[int, Pruning, bool], float] = {}
+        self.steps: dict[tuple[int, Pruning, int], float] = {}
         # Every step of the one function counts towards these limits, in every engine of the process.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
         layers = len(model.model.layers)
@@ -59,8 +59,8 @@ class CompiledDecode:
         if self.in_graphs:
             for tensor in tensors_of([cache, state.layers, state.live]).values():
                 torch._dynamo.mark_static_address(tensor, guard=False)
-        torch._dynamo.mark_dynamic(cache.slots, 0)      # the capacity: one compiled step serves them all
-        torch._dynamo.mark_dynamic(cache.logical_positions, 1)
+        for slot_map in cache.maps.values():            # the capacity: one compiled step serves them all
+            torch._dynamo.mark_dynamic(slot_map.tokens, slot_map.tokens.dim() - 1)
         for buffer in cache.keys + cache.values:
             if buffer.numel():                          # else nothing attends to it
                 torch._dynamo.mark_dynamic(buffer, 2)
@@ -119,9 +119,9 @@ class CompiledDecode:
         return torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)
 
 
-def step_of(state: DecodeState) -> tuple[int, Pruning, bool]:
+def step_of(state: DecodeState) -> tuple[int, Pruning, int]:
     """What tells steps apart that are compiled. Two capacities that are alike are one number to the compiler."""
-    return len(state.live), state.pruning, state.cache.capacity == state.cache.thin_capacity
+    return len(state.live), state.pruning, len({slot_map.tokens.shape[-1] for slot_map in state.cache.maps.values()})
 
 
 def compile_options(model: LlamaForCausalLM) -> dict[str, bool]:
@@ -152,7 +152,10 @@ def tensors_of(thing: Any, path: str = "", seen: set[int] | None = None) -> dict
     seen.add(id(thing))
     if isinstance(thing, nn.Module):
         return {f"{path}.{name}": one for name, one in vars(thing).items() if isinstance(one, Tensor)}
-    parts = dict(enumerate(thing)) if isinstance(thing, list | tuple) else getattr(thing, "__dict__", {})
+    if isinstance(thing, list | tuple):
+        parts: dict[Any, Any] = dict(enumerate(thing))
+    else:
+        parts = thing if isinstance(thing, dict) else getattr(thing, "__dict__", {})
     found: dict[str, Tensor] = {}
     for name, part in parts.items():
         found |= tensors_of(part, f"{path}.{name}", seen)

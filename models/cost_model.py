@@ -10,9 +10,9 @@ from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.matrices.plain import Matrix
 from models.pruning.experts import PartitionedExperts
-from models.pruning.left_out import ATTENTION, MLP
 from models.pruning.pop import POP, channel_bytes
 from models.pruning.resolve import LayerWeights, Pruning
+from models.pruning.settings import ATTENTION, MLP
 
 
 def weight_count(matrix: Matrix) -> int:
@@ -53,11 +53,11 @@ def bytes_per_token(model: Any, pruning: Pruning, batch: int = 1, state: Any = N
     """
     read = model.lm_head.read_bytes()
     for index, layer in enumerate(model.model.layers):
-        halves = pruning.halves(index)
+        running = pruning.sublayers(index)
         active = None if state is None else state.layers[index].ffn
-        if ATTENTION in halves:
+        if ATTENTION in running:
             read += attention_bytes(layer.self_attn, pruning.rule)
-        if MLP in halves:
+        if MLP in running:
             read += mlp_bytes(layer.mlp, pruning.rule, batch, active)
     return read
 
@@ -86,37 +86,6 @@ def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: POP, batch: int, active
     return round(mlp.experts_per_token * each / len(networks)) + shared
 
 
-def prompt_work(model: Any, pruning: Pruning, tokens: int, missing: int = 0) -> tuple[int, int]:
-    """Multiplications that a prompt of so many tokens takes: with weights, and in attention (queries, keys, values).
-
-    A layer that is skipped makes keys and values of every token, and runs the boundary alone. Layers that tokens of
-    pictures are left out of have `missing` fewer.
-    """
-    linear, attention = weight_count(model.lm_head), 0
-    for index, layer in enumerate(model.model.layers):
-        if pruning.pattern(index, None).pruned_visual:
-            tokens, missing = tokens - missing, 0
-        skipped = pruning.skipped_by(tokens)
-        rows, one, halves = pruning.boundary if index in skipped else tokens, layer.self_attn, pruning.halves(index)
-        if MLP in halves:
-            linear += rows * prompt_ffn_weights(layer.mlp, pruning)
-        if ATTENTION not in halves:
-            continue
-        keys_and_values = weight_count(one.k_proj) + weight_count(one.v_proj)
-        linear += tokens * keys_and_values + rows * (weight_count(one.q_proj) + weight_count(one.o_proj))
-        seen = sum(min(place, one.window or place) for place in range(tokens - rows + 1, tokens + 1))
-        attention += 2 * one.heads * one.head_dim * seen
-    return linear, attention
-
-
-def prompt_ffn_weights(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
-    """Weights that one prompt token is multiplied with: of down_proj what is left, where the prompt is pruned too."""
-    if isinstance(mlp, MixtureOfExperts):
-        shared = 0 if mlp.shared_expert is None else prompt_ffn_weights(mlp.shared_expert, pruning)
-        return weight_count(mlp.gate) + mlp.experts_per_token * prompt_ffn_weights(mlp.experts[0], pruning) + shared
-    return pruning.rule.prompt_weights(mlp, pruning.settings.prefill == "dense")
-
-
 def copy_bytes(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
     """Memory that active copies of a network (in a mixture: of all its experts) take; nothing to prune, no copy."""
     if isinstance(mlp, MixtureOfExperts):
@@ -131,6 +100,6 @@ def all_copy_bytes(model: Any, pruning: Pruning) -> int:
     """The same for every layer of a language model."""
     return sum(
         copy_bytes(layer.mlp, pruning) for index, layer in enumerate(model.model.layers)
-        if MLP in pruning.halves(index)
+        if MLP in pruning.sublayers(index)
         and (isinstance(layer.mlp, MixtureOfExperts) or pruning.rule.copying_saves(layer.mlp))
     )

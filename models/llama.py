@@ -12,25 +12,22 @@ from torch import Tensor, nn
 
 from models.attention import Attention, CachedAttention
 from models.blocks import AttentionBlock, PrunedBlock, Sublayer
-from models.cache import AttentionPattern, KVCache, LayerCache
+from models.cache import AttentionPattern, KVCache
 from models.clock import Clock
 from models.config import LlamaConfig, read_llama_config
-from models.cost_model import all_copy_bytes
 from models.feed_forward import FeedForward
 from models.key_names import TEXT_SPELLINGS, keys_by_our_names
 from models.layers import Embedding, RMSNorm, RotaryEmbedding
 from models.matrices.plain import Matrix
 from models.passes import DecodePass, PictureRows, PrefillPass, decode_pass, following_pass, prefill_pass
 from models.pruning.heads import PartitionedAttention
-from models.pruning.left_out import ATTENTION, MLP
 from models.pruning.partition import PartitionSizes
 from models.pruning.pop import POP
-from models.pruning.refresh import RefreshSchedule
 from models.pruning.resolve import Pruning
+from models.pruning.settings import ATTENTION, MLP
 from models.state import DecodeState, LayerState
 from models.walks import decode_layers, prefill_layers
 from weights.errors import InputError
-from weights.memory import gigabytes
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -159,54 +156,36 @@ class LlamaForCausalLM(nn.Module):
             x = given.add_features(index, layer(x, rows))
         return self.head(x)
 
-    def new_state(
-        self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None,
-        thin_capacity: int | None = None,
-    ) -> DecodeState:
-        """Cache and buffers for `batch` sequences of up to `capacity` tokens, prompt and new ones together.
+    def new_state(self, batch: int, capacity: int, pruning: Pruning, dropped: int = 0) -> DecodeState:
+        """Allocate cache and buffers for `batch` sequences of up to `capacity` tokens, prompt and new ones together.
 
-        free_memory    bytes that cache and copies of active weights may take, InputError for more; None: any
-        thin_capacity  tokens in the layers where rows of pictures have been left out; None: as many
+        dropped  tokens that need no slots in layers which drop some (see SlotMap)
         """
         config = self.config
-        cached, copies = self.cache_bytes(batch, capacity, pruning), self.least_copies(pruning)
-        if free_memory is not None and cached + copies > free_memory:
-            raise InputError(
-                f"the cache of {batch} x {capacity} tokens takes {gigabytes(cached)} and the weights that stay active "
-                f"another {gigabytes(copies)} beside the model, and {gigabytes(free_memory)} is free: ask for fewer "
-                "tokens, prune more, use a smaller dtype, or run dense (prune ratio 0)"
-            )
-        thin_capacity = capacity if thin_capacity is None else thin_capacity
-        running = [pruning.halves(index) for index in range(config.num_hidden_layers)]
-        patterns = [pruning.pattern(index, layer.self_attn.window) for index, layer in enumerate(self.model.layers)]
-        sizes = [
-            (ATTENTION in halves) * (thin_capacity if pattern.pruned_visual else capacity)
-            for halves, pattern in zip(running, patterns, strict=True)
-        ]
+        running = [pruning.sublayers(index) for index in range(config.num_hidden_layers)]
         cache = KVCache(
-            sizes, batch, config.num_key_value_heads, capacity, thin_capacity, config.head_dim, self.dtype, self.device
+            [pruning.pattern(index, window) for index, window in enumerate(config.windows)],
+            [ATTENTION in one for one in running],
+            batch, config.num_key_value_heads, capacity, dropped, config.head_dim, self.dtype, self.device,
         )
         whole, layers = replace(pruning, rule=POP(0.0, 0.0)), []        # skipped blocks need no weight copies
-        for index, (layer, halves) in enumerate(zip(self.model.layers, running, strict=True)):
-            own = LayerCache(cache.keys[index], cache.values[index], patterns[index])
-            attention = layer.new_attention(pruning if ATTENTION in halves else whole)
-            ffn = layer.new_ffn(pruning if MLP in halves else whole)
+        for index, (layer, sublayers) in enumerate(zip(self.model.layers, running, strict=True)):
+            own = cache.layers[index]
+            attention = layer.new_attention(pruning if ATTENTION in sublayers else whole)
+            ffn = layer.new_ffn(pruning if MLP in sublayers else whole)
             blocks: dict[str, Sublayer] = {
                 ATTENTION: AttentionBlock(layer, attention, own), MLP: pruning.rule.new_block(layer, ffn)
             }
-            layers.append(LayerState(index, own, attention, ffn, [blocks[half] for half in halves]))
+            layers.append(LayerState(index, own, attention, ffn, [blocks[name] for name in sublayers]))
         live = torch.ones(batch, 1, dtype=torch.bool, device=self.device)
-        return DecodeState(cache, layers, pruning, live, Clock(self.device), RefreshSchedule(pruning, batch))
+        return DecodeState(cache, layers, pruning, live, Clock(self.device), pruning.new_schedule(batch))
 
     def cache_bytes(self, batch: int, capacity: int, pruning: Pruning | None = None) -> int:
         """Of all layers, or of those that attend under a pruning."""
         one = self.config.num_key_value_heads * self.config.head_dim * self.dtype.itemsize
-        gone = 0 if pruning is None else sum(half.part == ATTENTION for half in pruning.left_out)
-        return 2 * (self.config.num_hidden_layers - gone) * batch * capacity * one
-
-    def least_copies(self, pruning: Pruning) -> int:
-        """Bytes of the copies that a state cannot do without."""
-        return all_copy_bytes(self, pruning)
+        layers = range(self.config.num_hidden_layers)
+        attending = len(layers) if pruning is None else sum(ATTENTION in pruning.sublayers(index) for index in layers)
+        return 2 * attending * batch * capacity * one
 
     def check_ids(self, ids: Iterable[int]) -> None:
         """InputError for a token without a row in the embedding: some checkpoints add tokens and leave it as it is."""
@@ -245,10 +224,10 @@ class LlamaForCausalLM(nn.Module):
         """The pass of a prompt that starts the cache, or of more of one after its first `kept` slots."""
         if not kept:
             state.start(x.shape[1], real, pictures.rope_delta)
-            rows = prefill_pass(self.model.rotary, state.patterns, x, real, pictures)
+            rows = prefill_pass(self.model.rotary, state.cache.maps, x, real, pictures)
         else:
             state.go_on(kept, pictures.rope_delta)
-            rows = following_pass(self.model.rotary, state.patterns, x, state.cache, pictures)
+            rows = following_pass(self.model.rotary, x, state.cache, pictures)
             state.cache.make_room(x.shape[1])
             state.cache.advance(x.shape[1])
         rows.clock = state.clock
@@ -276,18 +255,18 @@ class LlamaForCausalLM(nn.Module):
     def begin(self, tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodePass]:
         """The rows of a step, which decide together, and their pass. tokens int64 [B] -> x [B, 1, H]"""
         x = self.embed(tokens.unsqueeze(1))
-        return x, decode_pass(self.model.rotary, state.patterns, x, state.cache, state.live, together=True)
+        return x, decode_pass(self.model.rotary, x, state.cache, state.live, together=True)
 
     def begin_dense(
         self, tokens: Tensor, state: DecodeState, partitions: bool, live: int
     ) -> tuple[Tensor, PrefillPass]:
         """The rows of a dense step, `live` of which are evidence, and their pass. tokens int64 [B] -> x [B, 1, H]"""
         x = self.embed(tokens.unsqueeze(1))
-        rows = following_pass(self.model.rotary, state.patterns, x, state.cache, PictureRows())
+        rows = following_pass(self.model.rotary, x, state.cache, PictureRows())
         rows.counted, rows.tokens, rows.partitions, rows.of_prompt = state.live, live, partitions, False
         return x, rows
 
     def ffn_sizes(self, pruning: Pruning) -> PartitionSizes:
         """Regions of the feed-forward networks (of the first that runs, where layers differ; of none: of the first)."""
-        running = [layer.mlp for index, layer in enumerate(self.model.layers) if MLP in pruning.halves(index)]
+        running = [layer.mlp for index, layer in enumerate(self.model.layers) if MLP in pruning.sublayers(index)]
         return pruning.rule.sizes(running[0]) if running else POP(0.0, 0.0).sizes(self.model.layers[0].mlp)

@@ -1,4 +1,4 @@
-"""Masks: which cache slots each row may attend to.
+"""Masks: which tokens each row may attend to, and which cache slots hold them.
 
 B batch, T rows, S slots.
 """
@@ -12,24 +12,24 @@ from torch import Tensor
 from models.cache import AttentionPattern, KVCache
 
 Masks = dict[AttentionPattern, Any]
-Slots = dict[AttentionPattern, Tensor]
 
 
 def visible(
-    queries: Tensor, slots: Tensor, padding: Tensor | None, window: int | None, blocks: Tensor | None = None
+    queries: Tensor, keys: Tensor, padding: Tensor | None, window: int | None, blocks: Tensor | None = None
 ) -> Tensor:
-    """Where rows may look: at what is not after them, nor padding, nor further back than the window, counted with them.
+    """Compute which tokens rows may attend to: no later one, no padding, none beyond the window.
 
-    The rows of one picture may also look at those after them, where there are blocks. A row of padding sees itself, so
-    that no row of the softmax is empty.
+    The rows of one picture may also attend to later rows of it, where there are blocks. A row of padding attends to
+    itself, so that no row of the softmax is empty.
 
-    queries int64 [T] or [B, T], the slots of the rows; slots int64 [S] or [B, S]; padding int64 [B, 1], slots on the
-    left that are none; blocks int64 [B, slots so far], see PictureRows -> bool [B or 1, T, S]
+    queries int64 [T] or [B, T] and keys int64 [S] or [B, S]: tokens of the padded prompt, counted from 0, -1: none;
+    padding int64 [B, 1], tokens on the left that are padding; blocks int64 [B, tokens so far], see PictureRows
+    -> bool [B or 1, T, S]
     """
-    query, key = queries[..., None], slots[..., None, :]
+    query, key = queries[..., None], keys[..., None, :]
     seen = key <= query                                                             # [T, S] or [B, T, S]
     if blocks is not None:
-        own, other = blocks_at(blocks, queries)[..., None], blocks_at(blocks, slots)[..., None, :]
+        own, other = blocks_at(blocks, queries)[..., None], blocks_at(blocks, keys)[..., None, :]
         seen = seen | ((own == other) & (own >= 0))                                 # [B, T, S]
     if window is not None:
         seen = seen & (key > query - window)
@@ -38,28 +38,24 @@ def visible(
     return (seen & (key >= padding[:, None])) | (key == query)                     # [B, T, S]
 
 
-def blocks_at(blocks: Tensor, slots: Tensor) -> Tensor:
-    """The blocks of these slots, -1 where there are none. blocks int64 [B, n]; slots int64 [S] or [B, S] -> [B, S]"""
-    slots = slots.expand(len(blocks), -1)
-    inside = (slots >= 0) & (slots < blocks.shape[1])
-    return blocks.gather(1, slots * inside).masked_fill(~inside, -1)
-
-
-def slots_in_cache(patterns: Iterable[AttentionPattern], cache: KVCache, slots: Tensor) -> Slots:
-    """Where rows are kept that would fill these slots if no row had been left out. int64 [T]"""
-    return {pattern: slots - cache.left_out if pattern.pruned_visual else slots for pattern in set(patterns)}
+def blocks_at(blocks: Tensor, tokens: Tensor) -> Tensor:
+    """The blocks of these tokens, -1 where there are none. blocks int64 [B, n]; tokens int64 [S] or [B, S] -> [B, S]"""
+    tokens = tokens.expand(len(blocks), -1)
+    inside = (tokens >= 0) & (tokens < blocks.shape[1])
+    return blocks.gather(1, tokens * inside).masked_fill(~inside, -1)
 
 
 def masks_in_cache(
-    patterns: Iterable[AttentionPattern], cache: KVCache, slots: Tensor, dtype: torch.dtype,
+    patterns: Iterable[AttentionPattern], cache: KVCache, tokens: Tensor, dtype: torch.dtype,
     blocks: Tensor | None = None,
 ) -> Masks:
-    """Masks of rows that fill these slots of the cache, int64 [T] or [B, T]; blocks: see PictureRows."""
+    """Masks of rows that attend to the cache, float [B, 1, T, S]: 0 where a row may look and -inf elsewhere.
+
+    tokens int64 [T] or [B, T], those of the rows; blocks: see PictureRows
+    """
     masks: Masks = {}
-    for pattern in set(patterns):
-        kept = cache.logical_positions if pattern.pruned_visual else cache.slots  # [B, S] or [S]
-        hidden = ~visible(slots, kept, cache.padding, pattern.window, blocks)[:, None]             # [B, 1, T, S]
-        if pattern.no_skipped_kv:
-            hidden = hidden | (kept < cache.passed_by)[..., None, None, :]
+    for pattern in patterns:
+        held = cache.maps[pattern].tokens                                           # [S] or [B, S]
+        hidden = ~visible(tokens, held, cache.padding, pattern.window, blocks)[:, None]             # [B, 1, T, S]
         masks[pattern] = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
     return masks

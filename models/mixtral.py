@@ -10,15 +10,12 @@ from typing import Any
 
 from models.blocks import PrunedBlock
 from models.config import ConfigReader, FamilyDefaults, LlamaConfig, read_decoder_fields
-from models.cost_model import copy_bytes
 from models.experts import MixtureOfExperts
 from models.key_names import TEXT_SPELLINGS, keys_by_our_names
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
-from models.pruning.experts import PartitionedExperts
-from models.pruning.left_out import MLP
 from models.pruning.partition import PartitionSizes
 from models.pruning.resolve import Pruning
-from models.state import DecodeState
+from models.pruning.settings import MLP
 from weights.errors import InputError
 
 
@@ -130,7 +127,7 @@ class MixtralDecoderLayer(LlamaDecoderLayer):
 
     def new_ffn(self, pruning: Pruning) -> PrunedBlock:
         if isinstance(self.mlp, MixtureOfExperts):
-            return PartitionedExperts(self.mlp, pruning)
+            return pruning.new_experts(self.mlp)
         return super().new_ffn(pruning)
 
 
@@ -150,32 +147,9 @@ class MixtralForCausalLM(LlamaForCausalLM):
         places |= locate_experts(parameter_names, list(stored_as), channels)
         return {name: (stored_as.get(key, key), index) for name, (key, index) in places.items()}
 
-    def new_state(
-        self, batch: int, capacity: int, pruning: Pruning, free_memory: int | None = None,
-        thin_capacity: int | None = None,
-    ) -> DecodeState:
-        """As Llama's; with too little memory for all experts' copies, as many experts per layer get one as fit."""
-        state = super().new_state(batch, capacity, pruning, free_memory, thin_capacity)
-        one_per_layer = self.expert_copies(pruning)
-        if free_memory is not None and one_per_layer:
-            left = free_memory - self.cache_bytes(batch, capacity, pruning) - self.least_copies(pruning)
-            for layer in state.layers:
-                if isinstance(layer.ffn, PartitionedExperts):
-                    layer.ffn.copy_limit = left // one_per_layer
-        return state
-
-    def expert_copies(self, pruning: Pruning) -> int:
-        """Bytes of a copy of one expert in every layer, where experts may also do without."""
-        running = (layer.mlp for index, layer in enumerate(self.model.layers) if MLP in pruning.halves(index))
-        mixtures = [mlp for mlp in running if isinstance(mlp, MixtureOfExperts)]
-        return pruning.rule.follows_prompt * sum(copy_bytes(mixture.experts[0], pruning) for mixture in mixtures)
-
-    def least_copies(self, pruning: Pruning) -> int:
-        return super().least_copies(pruning) - self.config.num_experts * self.expert_copies(pruning)
-
     def ffn_sizes(self, pruning: Pruning) -> PartitionSizes:
         """Regions of one expert, or of the feed-forward networks where no layer has experts."""
-        networks = (layer.mlp for index, layer in enumerate(self.model.layers) if MLP in pruning.halves(index))
+        networks = (layer.mlp for index, layer in enumerate(self.model.layers) if MLP in pruning.sublayers(index))
         mixture = next((mlp for mlp in networks if isinstance(mlp, MixtureOfExperts)), None)
         return super().ffn_sizes(pruning) if mixture is None else pruning.rule.sizes(mixture.experts[0])
 

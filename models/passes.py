@@ -4,7 +4,7 @@ Two kinds, as there are two visible paths in every block. A PrefillPass is a pro
 DecodePass is what follows: one row per sequence, which decide together, or the rows of a text that is known already,
 each for itself. A mixture hands each of its experts a part of a pass.
 
-B batch, T rows, S slots that are seen, D head size, n rows of a part.
+B batch, T rows, S slots that are seen, D head size.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.cache import AttentionPattern, KVCache, LayerCache
 from models.clock import Clock, phase
-from models.masks import Masks, Slots, masks_in_cache, slots_in_cache, visible
+from models.masks import Masks, masks_in_cache, visible
 from models.matrices.products import attend_cache, attend_prompt
 from models.pruning.partition import Evidence, channel_scores
 
@@ -32,6 +32,7 @@ class ImageSpan(NamedTuple):
 
 
 RotaryPairs = dict[AttentionPattern, tuple[Tensor, Tensor]]
+Slots = dict[AttentionPattern, Tensor]
 
 
 @dataclass
@@ -64,7 +65,7 @@ class PrefillPass:
     """What every layer needs to run rows of a prompt, or a dense step after it.
 
     rotary        per attention pattern: cos, sin [B, T, D] of the rotary embedding
-    logical_positions  int64 [T], the cache slots that these rows fill; [B, T], would fill if none had been left out
+    token_index   int64 [T] or [B, T], the tokens that these rows are, counted from the start of the padded prompt
     slots         per attention pattern: int64 [T], the cache slots that these rows fill in its layers
     masks         per attention pattern. Of rows that follow: float [B, 1, T, S], 0 where a row may look and -inf
                   elsewhere; else bool [B, 1, T, T], True where it may look, None: causal and nothing else
@@ -74,12 +75,11 @@ class PrefillPass:
     partitions    whether layers partition their channels from the evidence so far
     finish_dense  down_proj and o_proj run on all channels (prefill "dense"), not only on the active ones
     clock         where the time of the prompt's phases is added up; None: nobody times them
-    rows          int64 [n], which rows of the batch these are, where they are a part; None: all
     of_prompt     whether these are rows of a prompt; else of a dense step after it
     """
 
     rotary: RotaryPairs
-    logical_positions: Tensor
+    token_index: Tensor
     slots: Slots
     masks: Masks
     follows: bool
@@ -89,13 +89,12 @@ class PrefillPass:
     partitions: bool = False
     finish_dense: bool = True
     clock: Clock | None = None
-    rows: Tensor | None = None
     of_prompt: bool = True
 
     def count(self, batch: int, counted: Tensor | None) -> None:
         """Say which rows of the batch are evidence. counted bool [B, T], None: all"""
         self.counted = counted
-        self.tokens = batch * self.logical_positions.shape[-1] if counted is None else int(counted.sum())
+        self.tokens = batch * self.token_index.shape[-1] if counted is None else int(counted.sum())
 
     def see(self, evidence: Evidence, h: Tensor) -> None:
         """Add the squares of these rows to the evidence. h [B, T, I]"""
@@ -110,9 +109,9 @@ class PrefillPass:
             return attend_prompt(q, k, v, mask, scale)
         return attend_cache(q, cache.keys, cache.values, mask, scale)
 
-    def part(self, rows: Tensor, counted: Tensor | None, tokens: int) -> "PrefillPass":
+    def part(self, counted: Tensor | None, tokens: int) -> "PrefillPass":
         """The pass of some rows alone, through a network that does not look at positions. counted bool [1, n]"""
-        return replace(self, rows=rows, counted=counted, tokens=tokens)
+        return replace(self, counted=counted, tokens=tokens)
 
 
 @dataclass
@@ -146,43 +145,44 @@ def prefill_pass(
     pictures: PictureRows = NO_PICTURES,
 ) -> PrefillPass:
     """The pass of a whole prompt, whose rows attend to each other. x [B, T, H]; real bool [B, T], None: no padding"""
-    slots = torch.arange(x.shape[1], device=x.device)                               # [T]
+    tokens = torch.arange(x.shape[1], device=x.device)                              # [T]
     padding = None if real is None else (~real).sum(dim=1, keepdim=True)            # [B, 1]
     positions = pictures.positions
     if positions is None:
-        positions = slots[None] if padding is None else (slots - padding).clamp(min=0)
+        positions = tokens[None] if padding is None else (tokens - padding).clamp(min=0)
     patterns, masks = set(patterns), Masks()
     for pattern in patterns:
         masks[pattern] = None
-        if padding is not None or pictures.blocks is not None or (pattern.window and pattern.window < len(slots)):
-            masks[pattern] = visible(slots, slots, padding, pattern.window, pictures.blocks)[:, None]
+        if padding is not None or pictures.blocks is not None or (pattern.window and pattern.window < len(tokens)):
+            masks[pattern] = visible(tokens, tokens, padding, pattern.window, pictures.blocks)[:, None]
     pairs = rotary_pairs(rotary, patterns, positions, x.dtype)
-    return PrefillPass(pairs, slots, dict.fromkeys(patterns, slots), masks, follows=False, pictures=pictures)
+    return PrefillPass(pairs, tokens, dict.fromkeys(patterns, tokens), masks, follows=False, pictures=pictures)
 
 
-def following_pass(
-    rotary: RotaryOf, patterns: Iterable[AttentionPattern], x: Tensor, cache: KVCache, pictures: PictureRows
-) -> PrefillPass:
+def following_pass(rotary: RotaryOf, x: Tensor, cache: KVCache, pictures: PictureRows) -> PrefillPass:
     """The pass of rows that come after those in the cache, and attend to it. x [B, T, H]"""
-    slots = cache.length + torch.arange(x.shape[1], device=x.device)                # [T]
-    positions = cache.positions(slots) if pictures.positions is None else pictures.positions
-    masks = masks_in_cache(patterns, cache, slots, x.dtype, pictures.blocks)
-    pairs, own = rotary_pairs(rotary, patterns, positions, x.dtype), slots_in_cache(patterns, cache, slots)
-    return PrefillPass(pairs, slots, own, masks, follows=True, pictures=pictures)
+    tokens = cache.following(x.shape[1])                                            # [T]
+    positions = cache.positions(tokens) if pictures.positions is None else pictures.positions
+    masks = masks_in_cache(cache.maps, cache, tokens, x.dtype, pictures.blocks)
+    pairs, slots = rotary_pairs(rotary, cache.maps, positions, x.dtype), slots_in_cache(cache, tokens)
+    return PrefillPass(pairs, tokens, slots, masks, follows=True, pictures=pictures)
 
 
-def decode_pass(
-    rotary: RotaryOf, patterns: Iterable[AttentionPattern], x: Tensor, cache: KVCache, live: Tensor, together: bool
-) -> DecodePass:
+def decode_pass(rotary: RotaryOf, x: Tensor, cache: KVCache, live: Tensor, together: bool) -> DecodePass:
     """The pass of a step's rows, after those in the cache. x [B, T, H]; live bool [B, 1]"""
-    slots = cache.length if x.shape[1] == 1 else cache.length + torch.arange(x.shape[1], device=x.device)       # [T]
-    pairs = rotary_pairs(rotary, patterns, cache.positions(slots), x.dtype)
-    masks = masks_in_cache(patterns, cache, slots, x.dtype)
-    return DecodePass(pairs, masks, slots_in_cache(patterns, cache, slots), live, together)
+    tokens = cache.following(x.shape[1])                                            # [T]
+    pairs = rotary_pairs(rotary, cache.maps, cache.positions(tokens), x.dtype)
+    masks = masks_in_cache(cache.maps, cache, tokens, x.dtype)
+    return DecodePass(pairs, masks, slots_in_cache(cache, tokens), live, together)
 
 
 def rotary_pairs(
     rotary: RotaryOf, patterns: Iterable[AttentionPattern], positions: Tensor, dtype: torch.dtype
 ) -> RotaryPairs:
-    """Rotary embeddings for every kind of layer. positions int64 [B, T] or [3, B, T]"""
-    return {pattern: rotary(positions, dtype, pattern.window) for pattern in set(patterns)}
+    """Rotary embeddings for every attention pattern. positions int64 [B, T] or [3, B, T]"""
+    return {pattern: rotary(positions, dtype, pattern.window) for pattern in patterns}
+
+
+def slots_in_cache(cache: KVCache, tokens: Tensor) -> Slots:
+    """The cache slots that rows of these tokens fill, for every attention pattern. tokens int64 [T]"""
+    return {pattern: slot_map.slots(tokens) for pattern, slot_map in cache.maps.items()}

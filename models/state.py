@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.attention import CachedAttention
 from models.blocks import PrunedBlock, Sublayer
-from models.cache import AttentionPattern, KVCache, LayerCache
+from models.cache import KVCache, LayerCache
 from models.clock import Clock
 from models.passes import DecodePass, PrefillPass
 from models.pruning.refresh import RefreshSchedule
@@ -57,11 +57,6 @@ class DecodeState:
     clock: Clock
     schedule: RefreshSchedule
 
-    @property
-    def patterns(self) -> list[AttentionPattern]:
-        """What the layers' rows see."""
-        return [layer.cache.pattern for layer in self.layers]
-
     def start(self, prompt_slots: int, real: Tensor | None, rope_delta: Tensor | None = None) -> None:
         """Forget the last prompt. real bool [B, T], False where a slot is padding; rope_delta: see PictureRows"""
         self.cache.start(prompt_slots, real, rope_delta)
@@ -70,7 +65,7 @@ class DecodeState:
             layer.ffn.restart()
         self.live.fill_(True)
         self.clock = Clock(self.live.device)
-        self.schedule = RefreshSchedule(self.pruning, len(self.live))
+        self.schedule = self.pruning.new_schedule(len(self.live))
 
     def go_on(self, kept: int, rope_delta: Tensor | None = None) -> None:
         """Go on with more of a prompt after the first `kept` slots of the cache. What is evidence stays evidence."""
@@ -84,19 +79,16 @@ class DecodeState:
     def grow(self, capacity: int) -> None:
         """Enlarge the cache to so many slots."""
         self.cache.grow(capacity)
-        for layer, keys, values in zip(self.layers, self.cache.keys, self.cache.values, strict=True):
-            layer.cache.keys, layer.cache.values = keys, values
+
+    def fits(self, batch: int, capacity: int, pruning: Pruning, dropped: int) -> bool:
+        """Whether it was made for just this: a cache of another capacity would cost attention time, or be too small."""
+        made_for = len(self.live), self.cache.capacity, self.pruning, self.cache.dropped
+        return made_for == (batch, capacity, pruning, dropped)
 
     def end(self, index: int) -> None:
         """One sequence has ended."""
         self.live[index] = False
         self.schedule.live -= 1
-
-    def fits(self, batch: int, capacity: int, pruning: Pruning, thin_capacity: int) -> bool:
-        """Whether it was made for just this: a cache of another capacity would cost attention time, or be too small."""
-        cache = self.cache
-        made_for = len(self.live), cache.capacity, self.pruning, cache.thin_capacity
-        return made_for == (batch, capacity, pruning, thin_capacity)
 
     def partition_bytes(self) -> int:
         """Memory that the copies of active weights take, in bytes."""

@@ -13,16 +13,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from models.pruning.settings import PruningSettings as PruningSettings
     from popengine.engine.loading import load as load
     from popengine.engine.sampling import Sampling as Sampling
+    from popengine.studies.settings import PruningSettings as PruningSettings
     from weights.errors import InputError as InputError
 
 __version__ = "0.1.0"
 
 PUBLIC = {
     "load": "popengine.engine.loading",
-    "PruningSettings": "models.pruning.settings",
+    "PruningSettings": "popengine.studies.settings",
     "Sampling": "popengine.engine.sampling",
     "InputError": "weights.errors",
 }

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
-from models.pruning.settings import PruningSettings
 from popengine.command import (
     OneLineParser,
     add_checkpoint_flag,
@@ -26,6 +25,7 @@ from popengine.command import (
     start_pytorch,
 )
 from popengine.engine.processes import is_first
+from popengine.studies.settings import PruningSettings
 from weights.errors import InputError, one_line
 
 try:

@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from models.pruning.settings import RECOMMENDED, PruningSettings
 from popengine.engine.processes import is_one_of_several
 from popengine.engine.spinner import waiting
+from popengine.studies.settings import RECOMMENDED, PruningSettings
 from weights.errors import InputError, one_line
 
 # How PyTorch's allocators, drivers and the loader of libraries say so: none raises a MemoryError.

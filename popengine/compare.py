@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from models.pruning.settings import compared_fields
 from popengine.command import (
     OneLineParser,
     add_checkpoint_flag,
@@ -21,6 +20,7 @@ from popengine.command import (
     run_as_command,
     start_pytorch,
 )
+from popengine.studies.settings import compared_fields
 from weights.errors import InputError, one_line
 from weights.output_file import make_folder, write_output
 

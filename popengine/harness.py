@@ -23,7 +23,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from models.pruning.settings import PruningSettings
 from popengine.command import OneLineParser, run_as_command
 from popengine.engine.distributed import agree, contents
 from popengine.engine.loading import load
@@ -32,6 +31,7 @@ from popengine.evaluation.answering import encode, fitting, generate_until, log_
 from popengine.evaluation.scoring import Window, dense_log_probabilities, log_probabilities
 from popengine.studies.by_name import Request, pruning_for
 from popengine.studies.calibration import load_calibration
+from popengine.studies.settings import PruningSettings
 from popengine.text.chat import render_chat
 from popengine.text.sandbox.special_tokens import Spelled
 from weights.errors import InputError

@@ -33,12 +33,12 @@ from models.matrices.plain import replace_matrices
 from models.pruning.heads import PartitionedAttention
 from models.pruning.partition import ChannelPartition, partition_sizes, undecided
 from models.pruning.resolve import Pruning
-from models.pruning.settings import PruningSettings
 from models.state import DecodeState, LayerState
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load_model
 from popengine.engine.run import next_logits
 from popengine.studies.resolve import resolve_study
+from popengine.studies.settings import PruningSettings
 from weights.checkpoint import open_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]

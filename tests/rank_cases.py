@@ -10,13 +10,13 @@ from builders import LLAVA_TINY, MIXTRAL_TINY
 from torch import Tensor
 
 from models.pruning.resolve import Pruning
-from models.pruning.settings import PruningSettings
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
 from popengine.engine.run import next_logits
 from popengine.engine.sampling import Sampling
 from popengine.studies.by_name import Request, pruning_for
 from popengine.studies.calibration import Calibration, calibrate
+from popengine.studies.settings import PruningSettings
 
 POP = {"ffn_ratio": 0.4, "candidate_width": 0.3}
 EVIDENCE = {"min_evidence": 30, "dense_every": 4, "redraw_every": 8, "prior": 16}

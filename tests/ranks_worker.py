@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from models.families.picture_model import PictureModel
-from models.pruning.settings import PruningSettings
 from popengine.engine.distributed import ranks
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load, load_model
 from popengine.engine.processes import is_first
+from popengine.studies.settings import PruningSettings
 from weights.checkpoint import open_checkpoint
 
 

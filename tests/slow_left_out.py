@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.pruning.left_out import Half
+from popengine.studies.left_out import Half
 
 
 class AddsNothing(nn.Module):

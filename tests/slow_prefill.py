@@ -41,7 +41,7 @@ def two_passes(
     real = None if real is None else real[:, :-boundary]
     state.start(first.shape[1], real, None if pictures is None else pictures.rope_delta)
     given = PictureRows() if real is not None else PictureRows(positions[..., :-boundary])
-    step = prefill_pass(model.model.rotary, state.patterns, first, real, given)
+    step = prefill_pass(model.model.rotary, state.cache.maps, first, real, given)
     step.finish_dense = pruning.settings.prefill == "dense"
     for index, (layer, own) in enumerate(zip(model.model.layers, state.layers, strict=True)):
         if index not in skipped:
@@ -55,9 +55,10 @@ def two_passes(
         own.cache.keys[:, :, : first.shape[1]] = rotate(k.transpose(1, 2), *step.rotary[own.cache.pattern])
         own.cache.values[:, :, : first.shape[1]] = v.transpose(1, 2)
     for index, out in zip(range(first.shape[1], x.shape[1]), last.split(1, dim=1), strict=True):      # [B, 1, H]
-        one = decode_pass(model.model.rotary, state.patterns, out, state.cache, state.live, together=True)
+        one = decode_pass(model.model.rotary, out, state.cache, state.live, together=True)
         if pictures is not None:
-            one.rotary = rotary_pairs(model.model.rotary, state.patterns, positions[..., index : index + 1], out.dtype)
+            own_positions = positions[..., index : index + 1]
+            one.rotary = rotary_pairs(model.model.rotary, state.cache.maps, own_positions, out.dtype)
         for own, more in zip(state.layers, added, strict=True):
             out = own.decode(out, one) + more[:, index : index + 1]
         state.cache.advance()

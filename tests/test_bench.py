@@ -22,7 +22,6 @@ from models.cost_model import layer_weights
 from models.experts import MixtureOfExperts
 from models.families.picture_model import PictureModel
 from models.pruning.resolve import resolve
-from models.pruning.settings import PruningSettings
 from models.registry import architecture
 from popengine.bench import main
 from popengine.benchmark import benchmark
@@ -33,6 +32,7 @@ from popengine.benchmark.table import describe
 from popengine.engine.loading import load
 from popengine.engine.results import regions
 from popengine.studies.calibration import calibrate, save_calibration
+from popengine.studies.settings import PruningSettings
 from weights.checkpoint import open_checkpoint
 
 status = partial(exit_status, main)

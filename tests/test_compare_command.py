@@ -15,7 +15,6 @@ from builders import MIXTRAL_TINY, REPOSITORY, SIZES, exit_status, generated, on
 from transformers import LlamaConfig
 
 from models.cost_model import bytes_per_token
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.compare import main
 from popengine.engine.loading import load
 from popengine.evaluation import comparison
@@ -24,6 +23,7 @@ from popengine.evaluation.studies import drift_figures, pick_figures, picks, ran
 from popengine.evaluation.tasks import Question, is_answered, questions_for
 from popengine.evaluation.text_tasks import LEARNT
 from popengine.studies.activations import Activation, embedded, watch_dense
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
 status, error = partial(exit_status, main), partial(one_line_error, main)

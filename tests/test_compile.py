@@ -12,10 +12,10 @@ from builders import complete_checkpoint, generated
 from tolerance import assert_rounds_no_worse
 from torch import Tensor
 
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
 from popengine.engine.results import measured
+from popengine.studies.settings import DENSE, PruningSettings
 
 POP = PruningSettings(prune_ratio=0.4)
 TEXT = (

@@ -26,13 +26,13 @@ from tolerance import assert_same
 from models.blocks import FeedForwardBlock
 from models.feed_forward import FeedForward
 from models.pruning.partition import Evidence
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine.conversation import Conversation, common_prefix
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
 from popengine.engine.results import Generation
 from popengine.engine.run import next_logits
 from popengine.images.vision import Vision
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
 HALF = PruningSettings(ffn_ratio=0.5, candidate_width=0.3)

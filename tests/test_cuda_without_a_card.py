@@ -16,9 +16,9 @@ from transformers import MixtralConfig, Qwen2MoeConfig
 
 from models.matrices.packed import Int8Matrix
 from models.passes import PictureRows
-from models.pruning.settings import DENSE, RULE_NAMES, PruningSettings
 from models.registry import architecture
 from popengine.engine.run import next_logits
+from popengine.studies.settings import DENSE, RULE_NAMES, PruningSettings
 from weights.json_files import read_json
 
 POP, BOTH = SETTINGS["ffn"], SETTINGS["both"]

@@ -8,12 +8,13 @@ import torch
 from builders import SIZES, complete_checkpoint, generated
 from tokenizers import Tokenizer
 
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
+from popengine.engine.memory_plan import state_within
 from popengine.engine.results import lines
 from popengine.engine.sampling import Sampling, next_tokens
 from popengine.evaluation.scoring import Window, dense_log_probabilities
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
 HALF = PruningSettings(ffn_ratio=0.5, candidate_width=0.3)
@@ -260,7 +261,7 @@ def test_failures_of_every_kind_leave_the_next_tokens_as_they_were(
     failures: list[Callable[[], object]] = [
         lambda: load(tmp_path), lambda: engine.generate("a" * 10**6), lambda: engine.generate("a", images=["no.png"]),
         lambda: engine.generate("a", max_new_tokens=10**9), lambda: engine.generate("a\udce9"),
-        lambda: engine.model.new_state(1, 10**12, engine.resolve(DENSE), free_memory=10**9),
+        lambda: state_within(10**9, engine.model, 1, 10**12, engine.resolve(DENSE)),
         lambda: dense_log_probabilities(engine.model, Window([1], [10**6])),
     ]
     torch.set_num_threads(threads)

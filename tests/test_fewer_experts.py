@@ -18,7 +18,6 @@ from models.cost_model import bytes_per_token
 from models.experts import MixtureOfExperts
 from models.llama import LlamaForCausalLM
 from models.pruning.resolve import Pruning
-from models.pruning.settings import DENSE, PruningSettings
 from popengine import compare, score
 from popengine.engine.loading import load
 from popengine.engine.run import next_logits
@@ -26,6 +25,7 @@ from popengine.evaluation.task_calibration import calibration_of_tasks
 from popengine.studies.by_name import Request, pruning_for
 from popengine.studies.calibration import calibrate, load_calibration, save_calibration
 from popengine.studies.experts import spectral_groups
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
 SETTINGS = PruningSettings(ffn_ratio=0.4)                   # 2 of 5 experts

@@ -26,11 +26,11 @@ from models.families.gemma3 import (
 )
 from models.families.gemma3 import Gemma3ForConditionalGeneration as OurGemma
 from models.pruning.resolve import Pruning, resolve
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.benchmark.shapes import SHAPES
 from popengine.engine.loading import load_model
 from popengine.engine.run import next_logits
 from popengine.studies.recording import Watch, watched
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
 

@@ -13,13 +13,13 @@ from tolerance import assert_same
 from transformers import Gemma3ForConditionalGeneration, Gemma3Processor
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-from models.pruning.settings import DENSE, PruningSettings
 from popengine import compare, generate, score
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
 from popengine.images.images import parse_image_processing
 from popengine.images.vision import Vision
 from popengine.info import main as info
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 from weights.json_files import JsonObject
 

@@ -11,10 +11,10 @@ import pytest
 from builders import another_setting
 from tolerance import tolerated
 
-from models.pruning.settings import PruningSettings
 from popengine.engine.loading import load
 from popengine.studies.by_name import Request, pruning_for
 from popengine.studies.calibration import calibrate, load_calibration, save_calibration
+from popengine.studies.settings import PruningSettings
 from weights.errors import InputError
 
 lm_eval = pytest.importorskip("lm_eval")

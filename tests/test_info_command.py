@@ -13,10 +13,10 @@ from models.cost_model import layer_weights
 from models.families.llava import LlavaForConditionalGeneration
 from models.matrices.plain import Matrix
 from models.pruning.resolve import resolve
-from models.pruning.settings import PruningSettings
 from popengine.engine.loading import load
 from popengine.images.vision import Vision
 from popengine.info import main
+from popengine.studies.settings import PruningSettings
 from weights.errors import InputError
 from weights.safetensors_files import SafetensorsCheckpoint
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from random import Random
@@ -32,14 +32,14 @@ from models.llama import LlamaForCausalLM
 from models.matrices.packed import Int4Matrix, Int8Matrix
 from models.matrices.plain import Matrix
 from models.pruning import heads, partition, pop
-from models.pruning.pop import Prior
 from models.pruning.resolve import Pruning
-from models.pruning.settings import RULE_NAMES, PruningSettings
 from models.registry import architecture
 from models.state import DecodeState
 from popengine.engine.run import next_logits
 from popengine.studies import rules
+from popengine.studies.evidence import Prior
 from popengine.studies.known_text import evaluate
+from popengine.studies.settings import RULE_NAMES, PruningSettings
 from weights.errors import InputError
 from weights.groups import group
 
@@ -226,7 +226,7 @@ class Case:
             try:
                 found = resolved(model, PruningSettings(**drawn))
                 if found.cuts and drawn["prior"]:
-                    found = replace(found, rule=found.rule.with_prior(prior_of(model, drawn["prior"])))
+                    found = found.with_prior(prior_of(model, drawn["prior"]))
                 model.new_state(1, 1, found)
             except InputError:
                 continue
@@ -341,7 +341,7 @@ def a_request_is_the_first_one_again(case: Case) -> None:
     prompt, real, text = padded(case)
     state = model.new_state(len(prompt), CAPACITY, pruning)
     wanted = answer(model, state, prompt, text, real)
-    whole = [layer for layer in range(LAYERS) if len(pruning.halves(layer)) == 2]
+    whole = [layer for layer in range(LAYERS) if len(pruning.sublayers(layer)) == 2]
     for _ in range(2):
         other = case.tokens("other", 4, 20, len(prompt))
         between = case.of("between", "another", "prompt cut", "step cut", "ended", "pieces")

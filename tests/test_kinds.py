@@ -22,8 +22,8 @@ from models.matrices.forms import ColumnMatrix, MixedMatrix, stack
 from models.matrices.packed import GroupedInt8Matrix, Int4Matrix, Int8Matrix, StoredEmbedding
 from models.matrices.plain import Matrix
 from models.mixtral import MixtralForCausalLM
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine.loading import load_model
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.checkpoint import open_checkpoint
 from weights.gguf_blocks import FOUR_BIT_TYPES, READERS
 from weights.groups import group

@@ -24,14 +24,15 @@ from builders import (
 from slow_left_out import without
 from tolerance import assert_same
 
-from models.cost_model import bytes_per_token, prompt_work
+from models.cost_model import bytes_per_token
 from models.llama import LlamaForCausalLM
-from models.pruning.left_out import Half, read_halves, written_halves
-from models.pruning.settings import DENSE, PruningSettings
 from popengine import explain, generate
+from popengine.benchmark.prompt_work import prompt_work
 from popengine.engine.loading import load
 from popengine.engine.run import next_logits
 from popengine.studies.known_text import evaluate
+from popengine.studies.left_out import Half, read_halves, written_halves
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
 FAMILIES: dict[str, Any] = MODELS | {"mixtral": MIXTRAL}

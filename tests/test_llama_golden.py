@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from models.config import read_llama_config
 from models.llama import LlamaForCausalLM
-from models.pruning.settings import DENSE
+from popengine.studies.settings import DENSE
 from weights.errors import InputError
 
 pytestmark = pytest.mark.numeric

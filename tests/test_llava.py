@@ -25,8 +25,8 @@ from models.cache import AttentionPattern
 from models.families.llava import LlavaForConditionalGeneration as OurLlava
 from models.passes import prefill_pass
 from models.pruning.partition import channel_scores, partition_channels
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine.run import next_logits
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
 

@@ -17,12 +17,12 @@ from models.cost_model import bytes_per_token
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.pruning.resolve import Pruning
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine.run import next_logits
 from popengine.studies.activations import Activation, embedded, feed_forward_networks, watch_dense
 from popengine.studies.by_name import METHODS, Request, pruning_for
 from popengine.studies.calibration import Calibration, calibrate, load_calibration, save_calibration
 from popengine.studies.rules import StaticRule
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
 SETTINGS = PruningSettings(ffn_ratio=0.4)

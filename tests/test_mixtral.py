@@ -35,10 +35,11 @@ from models.mixtral import MixtralConfig as OurConfig
 from models.mixtral import MixtralForCausalLM, read_mixtral_config
 from models.passes import prefill_pass
 from models.pruning.partition import channel_scores, partition_channels, partition_sizes
-from models.pruning.settings import DENSE, PruningSettings
 from models.state import DecodeState
 from popengine.engine.loading import load
+from popengine.engine.memory_plan import state_within
 from popengine.engine.run import next_logits
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
 FFN = SETTINGS["ffn"]
@@ -344,7 +345,7 @@ def test_scarce_memory_limits_the_copies_and_changes_no_token(
         experts_per_layer = sum(copy_bytes(layer.mlp.experts[0], state.pruning) for layer in mixture.model.layers)
         enough_for_two = all_copy_bytes(mixture, state.pruning) - 3 * experts_per_layer
         free = enough_for_two + mixture.cache_bytes(1, 64)
-        scarce = mixture.new_state(1, 64, state.pruning, free_memory=free)
+        scarce = state_within(free, mixture, 1, 64, state.pruning)
         assert_same(mixture.prefill(mixture.embed(tokens), scarce), logits)
         for _ in range(16):
             chosen = logits.argmax(-1)
@@ -394,7 +395,7 @@ def test_a_dense_network_whose_copies_do_not_fit_is_refused(tmp_path: Path) -> N
     llama = saved_pair(tmp_path, LlamaConfig(**SIZES))[1]
     pruning = resolved(llama, FFN)
     with pytest.raises(InputError, match=r"stay active another .* MB beside the model, and 0.0 MB is free"):
-        llama.new_state(1, 64, pruning, free_memory=1000)
+        state_within(1000, llama, 1, 64, pruning)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.4])
@@ -404,7 +405,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_allocated(
     for one in (model, saved_pair(tmp_path, LlamaConfig(**SIZES))[1]):
         pruning = resolved(one, PruningSettings(ffn_ratio=ratio))
         with pytest.raises(InputError, match=r"the cache of 4 x 1000000000 tokens takes .* GB"):
-            one.new_state(4, 10**9, pruning, free_memory=10**10)
+            state_within(10**10, one, 4, 10**9, pruning)
 
 
 @pytest.mark.parametrize("prune_ratio", [0.2, 0.4])

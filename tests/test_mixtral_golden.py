@@ -9,7 +9,7 @@ from builders import SIZES, left_padded, ours, prefilled, random_reference, save
 from tolerance import assert_same
 from transformers import MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-from models.pruning.settings import DENSE
+from popengine.studies.settings import DENSE
 from weights.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.numeric

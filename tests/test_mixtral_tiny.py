@@ -10,11 +10,11 @@ from slow_mixture import SlowMixturePOP
 from tolerance import assert_same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
 from popengine.evaluation.tasks import MAX_ANSWER_TOKENS
 from popengine.evaluation.text_tasks import LEARNT, TASKS, held_out_prompts
+from popengine.studies.settings import DENSE, PruningSettings
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,7 @@ from transformers import LlamaConfig
 
 from models.cost_model import bytes_per_token, layer_weights
 from models.llama import LlamaForCausalLM
-from models.pruning.left_out import HALVES, Half, read_halves
-from models.pruning.resolve import share_of_halves
-from models.pruning.settings import PruningSettings
+from models.pruning.settings import SUBLAYERS
 from popengine import compare, score
 from popengine.engine.loading import load
 from popengine.engine.run import next_logits
@@ -40,8 +38,11 @@ from popengine.studies.by_name import Request, pruning_for
 from popengine.studies.calibration import Calibration, calibrate, load_calibration, save_calibration
 from popengine.studies.cfsp import kept_shares
 from popengine.studies.known_text import evaluate
+from popengine.studies.left_out import Half, read_halves
 from popengine.studies.probe_pruning import PROBED, probe_rows
+from popengine.studies.resolve import share_of_halves
 from popengine.studies.rules import StaticRule
+from popengine.studies.settings import PruningSettings
 from popengine.studies.tyr import GENERATIONS, OFFSPRING, STEPS, moved
 from weights.errors import InputError
 
@@ -132,7 +133,8 @@ def jensen_shannon(one: Tensor, other: Tensor) -> float:
 def test_finercut_is_the_greedy_search_over_whole_models(model: LlamaForCausalLM, calibration: Calibration) -> None:
     """Every candidate is tried by running Hugging Face's model without it, from the embedding to the logits."""
     dense = random_reference(CONFIG)(calibration.windows).logits
-    weights, removed, running = layer_weights(model), [], [Half(layer, part) for layer in range(4) for part in HALVES]
+    weights, removed = layer_weights(model), []
+    running = [Half(layer, part) for layer in range(4) for part in SUBLAYERS]
     while True:
         fits = [half for half in running if share_of_halves([*removed, half], weights) <= 0.5 + 1e-9]
         if not fits:

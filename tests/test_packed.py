@@ -21,10 +21,10 @@ from models.cost_model import bytes_per_token
 from models.matrices import packed
 from models.matrices.packed import GroupedInt8Embedding, GroupedInt8Matrix, Int4Matrix, Int8Embedding, Int8Matrix
 from models.matrices.plain import Matrix
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
 from popengine.generate import main
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.checkpoint import open_checkpoint
 from weights.four_bit_layouts import Layout, borrow_evidence
 from weights.gguf_blocks import BLOCKS, FOUR_BIT_TYPES, READERS

@@ -13,13 +13,13 @@ from transformers import LlamaConfig
 from models.llama import LlamaForCausalLM
 from models.mixtral import MixtralForCausalLM
 from models.pruning.resolve import Pruning
-from models.pruning.settings import PruningSettings
 from popengine.engine.run import next_logits
 from popengine.studies.activations import Activation, embedded, feed_forward_networks, watch_dense
 from popengine.studies.by_name import METHODS, Request, pruning_for
 from popengine.studies.calibration import calibrate
 from popengine.studies.known_text import evaluate
 from popengine.studies.recording import recorded
+from popengine.studies.settings import PruningSettings
 from weights.errors import InputError
 
 CONFIGS: dict[str, Any] = MODELS | {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE}

@@ -14,9 +14,9 @@ from models.pruning.partition import (
     keep_best,
     partition_channels,
     partition_sizes,
-    retained_sizes,
     undecided,
 )
+from popengine.studies.rules import retained_sizes
 
 pytestmark = pytest.mark.numeric
 

@@ -26,7 +26,7 @@ from tolerance import assert_same
 from models.cost_model import bytes_per_token
 from models.llama import LlamaForCausalLM
 from models.pruning.partition import channel_scores, keep_best
-from models.pruning.settings import DENSE, PruningSettings
+from popengine.studies.settings import DENSE, PruningSettings
 
 
 @pytest.fixture(scope="module", params=MODELS)

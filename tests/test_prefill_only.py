@@ -34,7 +34,7 @@ from models.pruning.experts import PartitionedExperts
 from models.pruning.heads import PartitionedAttention
 from models.pruning.partition import Evidence, channel_scores, head_scores, partition_channels
 from models.pruning.resolve import LayerWeights, resolve
-from models.pruning.settings import DENSE, PruningSettings, exact_share
+from models.pruning.settings import exact_share
 from models.state import DecodeState
 from popengine import generate, score
 from popengine.engine.loading import load
@@ -42,6 +42,7 @@ from popengine.engine.results import measured, report
 from popengine.engine.run import next_logits
 from popengine.studies.by_name import Request, pruning_for
 from popengine.studies.known_text import evaluate
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
 FAMILIES: dict[str, Any] = MODELS | {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE}
@@ -129,7 +130,7 @@ def test_without_keys_skipped_layers_know_of_no_prompt(model: LlamaForCausalLM, 
     assert_same(torch.cat(steps), wanted)
     _, state = prefilled(model, tokens[:, :12], pruning)
     assert_same(evaluate(model, tokens[0, 12:], state), wanted[1:])
-    seeing, _ = prefilled(model, tokens[:, :12], replace(pruning, no_skipped_kv=False))
+    seeing, _ = prefilled(model, tokens[:, :12], replace(pruning, forgets=False))
     assert (seeing - logits).abs().max() > 1e-3
     model.prefill(model.embed(tokens[:, :boundary]), state)
     _, dense = prefilled(model, tokens[:, :boundary], DENSE)

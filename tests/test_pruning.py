@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from models.pruning.resolve import LayerWeights, resolve
-from models.pruning.settings import PruningSettings
+from popengine.studies.settings import PruningSettings
 from weights.errors import InputError
 
 # Public shapes: hidden size, FFN channels (of one expert), query heads, key/value heads, head size, experts per token.

@@ -13,7 +13,6 @@ from tiny_qwen_vl import FAMILIES, PROCESSOR, complete_qwen, picture
 from tolerance import assert_same
 from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
 from popengine.evaluation.gates import gated_loss
@@ -22,6 +21,7 @@ from popengine.generate import main as generate
 from popengine.images.patches import PatchVision
 from popengine.info import main as info
 from popengine.studies.by_name import Request, pruning_for
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
 SMALL, TALL, SQUARE = picture(24, 16), picture(26, 37), picture(32, 32)         # of 6, 15 and 16 tokens

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import Qwen2VLImageProcessorPil
 
 from models.families.qwen2_vl import Qwen2VLForConditionalGeneration as OurQwen
-from models.pruning.settings import DENSE, PruningSettings
 from models.registry import architecture
 from popengine.benchmark.shapes import SHAPES
 from popengine.engine.loading import load_model
@@ -28,6 +27,7 @@ from popengine.engine.run import next_logits
 from popengine.images.images import image_size, processor_fields
 from popengine.images.patches import parse_patch_processing
 from popengine.studies.known_text import evaluate
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.checkpoint import open_checkpoint
 from weights.errors import InputError
 from weights.json_files import JsonObject

@@ -13,9 +13,9 @@ import torch
 from builders import LLAVA_TINY, MIXTRAL, MIXTRAL_TINY, MODELS, QWEN2_MOE, complete_checkpoint, interrupted
 from torch import Tensor
 
-from models.pruning.settings import PruningSettings
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
+from popengine.studies.settings import PruningSettings
 
 FAMILIES = MODELS | {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE}
 # Every setting that keeps evidence, or decides what becomes of it.

@@ -1,7 +1,6 @@
 """Rules beside the paper's, and evidence that goes on after the prompt: each held to a slow obvious version."""
 
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,14 @@ from models.llama import LlamaForCausalLM
 from models.matrices import packed
 from models.matrices.packed import Int4Matrix, Int8Matrix, draft_of
 from models.passes import prefill_pass
-from models.pruning.pop import POP, Prior
-from models.pruning.refresh import RefreshSchedule
-from models.pruning.resolve import Pruning
-from models.pruning.settings import DENSE, RULE_NAMES, PruningSettings
 from popengine.engine.loading import load
 from popengine.engine.prior import read
 from popengine.engine.run import next_logits
 from popengine.studies import rules
+from popengine.studies.evidence import Prior
 from popengine.studies.known_text import evaluate
+from popengine.studies.refresh import RegularRefresh
+from popengine.studies.settings import DENSE, RULE_NAMES, PruningSettings
 from weights.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("exact_drafts")
@@ -192,7 +190,7 @@ def test_glass_cuts_by_the_sum_of_two_ranks(model: LlamaForCausalLM, mixture: Ll
         tokens, _ = left_padded([3], SIZES["vocab_size"])       # too few to reach every expert
         drawn = {}
         for count in (1, 1000):
-            pruning = replace(unfused, rule=unfused.rule.with_prior(Prior(of, count)))
+            pruning = unfused.with_prior(Prior(of, count))
             _, state = prefilled(one, tokens, pruning)
             drawn[count] = [held for layer in state.layers for held in getattr(layer.ffn, "active", [layer.ffn])]
         for ffn, held, again in zip(networks, drawn[1], drawn[1000], strict=True):
@@ -274,14 +272,13 @@ def test_what_a_rule_watches_is_forgotten_with_the_prompt(rule: str, model: Llam
 
 
 def test_a_schedule_is_dense_until_there_is_enough_and_then_now_and_again() -> None:
-    pruning = Pruning(0.2, 0.2, PruningSettings(min_evidence=12, dense_every=4, redraw_every=8), POP(0.2, 0.1))
-    schedule = RefreshSchedule(pruning, live=1)
+    schedule = RegularRefresh(12, 1, dense_every=4, redraw_every=8)
     assert not schedule.prompt(10)
     steps = [schedule.next_step() for _ in range(16)]
     assert [dense for dense, _ in steps] == [True, True, *[step % 4 == 0 for step in range(3, 17)]]
     assert [step for step, (_, draws) in enumerate(steps, 1) if draws] == [2, 12]
     assert (schedule.redraws, schedule.tokens) == (1, 16)
-    schedule = RefreshSchedule(replace(pruning, settings=PruningSettings(dense_every=4, redraw_every=4)), live=1)
+    schedule = RegularRefresh(0, 1, dense_every=4, redraw_every=4)
     assert schedule.prompt(10)
     assert [step for step in range(1, 14) if schedule.next_step() == (True, True)] == [4, 8, 12]
 
@@ -295,7 +292,7 @@ def test_a_prior_is_evidence_of_so_many_tokens(model: LlamaForCausalLM) -> None:
     squares = torch.rand(SIZES["intermediate_size"])
     plain = resolved(model, settings)
     _, without = prefilled(model, tokens, plain)
-    pruning = replace(plain, rule=plain.rule.with_prior(Prior({(ffn, "h"): squares}, 32)))
+    pruning = plain.with_prior(Prior({(ffn, "h"): squares}, 32))
     _, state = prefilled(model, tokens, pruning)
     model.prefill(model.embed(tokens), state)
     evidence, bare = state.layers[0].ffn.evidence, without.layers[0].ffn.evidence

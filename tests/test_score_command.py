@@ -11,7 +11,6 @@ import torch
 from builders import complete_checkpoint, exit_status, one_line_error
 from tolerance import SMOLLM2, tolerated
 
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
 from popengine.evaluation.scoring import (
@@ -25,6 +24,7 @@ from popengine.evaluation.scoring import (
     summarise,
 )
 from popengine.score import main
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
 

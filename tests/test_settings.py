@@ -8,13 +8,13 @@ import pytest
 from builders import another_setting, another_value
 
 from models.pruning.resolve import LayerWeights
-from models.pruning.settings import RECOMMENDED, PruningSettings, compared_fields
 from popengine import compare, generate, score
 from popengine.command import generation_settings, pruning_settings
 from popengine.engine.results import pruning_report
 from popengine.evaluation.comparison import Configuration
 from popengine.evaluation.comparison_table import markdown
 from popengine.studies.resolve import resolve_study
+from popengine.studies.settings import RECOMMENDED, PruningSettings, compared_fields
 from weights.errors import InputError
 
 NAMES = [one.name for one in fields(PruningSettings)]

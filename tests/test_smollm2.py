@@ -17,9 +17,9 @@ from slow_prefill import SlowPrefillOnly
 from smollm2_text import CHAT_PROMPT, TEXT
 from tolerance import SMOLLM2, assert_same
 
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.default_checkpoint import FROM_PACKAGE
 
 GOLDENS = Path(__file__).parent / "goldens" / "smollm2.safetensors"

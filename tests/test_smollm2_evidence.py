@@ -11,9 +11,9 @@ from smollm2_text import TEXT
 from torch import nn
 
 from models.llama import LlamaForCausalLM
-from models.pruning.pop import Prior
-from models.pruning.settings import PruningSettings
 from popengine.engine.loading import open_text_side
+from popengine.studies.evidence import Prior
+from popengine.studies.settings import PruningSettings
 from weights.checkpoint import open_checkpoint
 
 # Of 30: in float64 all of them twice would take 2 GB. With both ends the text still goes from word to word.
@@ -64,4 +64,4 @@ def test_evidence_and_cheap_scores_give_the_tokens_of_the_slow_way(
         for part, squares in zip(("h", "gate"), one, strict=True)
     }
     plain = resolved(model, settings)
-    assert greedy(model, prompt, 48, replace(plain, rule=plain.rule.with_prior(Prior(of, 32)))) == wanted
+    assert greedy(model, prompt, 48, plain.with_prior(Prior(of, 32))) == wanted

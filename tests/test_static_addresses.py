@@ -6,9 +6,9 @@ from builders import MODELS, SIZES, left_padded, prefilled, saved_pair
 
 from models.compiled import tensors_of
 from models.llama import LlamaForCausalLM
-from models.pruning.settings import RULE_NAMES, PruningSettings
 from models.state import DecodeState
 from popengine.engine.run import next_logits
+from popengine.studies.settings import RULE_NAMES, PruningSettings
 
 
 @pytest.fixture(scope="module")

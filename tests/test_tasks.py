@@ -17,7 +17,6 @@ from builders import exit_status, one_line_error
 from fetch_tasks import main as fetch
 from tolerance import assert_same, tolerated
 
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine.loading import load
 from popengine.engine.sampling import Sampling
 from popengine.evaluation import code_trials, task_archive, task_runs
@@ -27,6 +26,7 @@ from popengine.evaluation.scoring import Window, after_prompt, log_probabilities
 from popengine.evaluation.task_archive import DEFAULT_ARCHIVE, TASKS, Archive, Item
 from popengine.evaluation.task_metrics import exact_match, f1, f1_of_conversation, last_number, number_after
 from popengine.studies.by_name import check_method
+from popengine.studies.settings import DENSE, PruningSettings
 from popengine.tasks import main
 from weights.errors import InputError
 

@@ -15,12 +15,12 @@ from tolerance import assert_same
 from transformers import AutoProcessor
 from transformers import LlavaForConditionalGeneration as HuggingFaceLlava
 
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
 from popengine.evaluation.picture_tasks import KINDS, picture_questions
 from popengine.generate import main
 from popengine.images.vision import Vision
+from popengine.studies.settings import DENSE, PruningSettings
 from popengine.text.chat import render_chats
 from popengine.text.prompts import Messages
 from weights.errors import InputError

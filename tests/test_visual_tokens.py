@@ -20,7 +20,6 @@ from torch import Tensor
 from models.cache import AttentionPattern, KVCache
 from models.families.llava import LlavaForConditionalGeneration as OurLlava
 from models.passes import ImageSpan, PictureRows, prefill_pass
-from models.pruning.settings import DENSE, PruningSettings
 from models.state import DecodeState
 from popengine import generate
 from popengine.engine.engine import Engine
@@ -29,7 +28,8 @@ from popengine.engine.results import measured, report
 from popengine.engine.run import next_logits
 from popengine.evaluation.picture_tasks import picture_questions
 from popengine.studies.by_name import Request, pruning_for
-from popengine.studies.visual_tokens import most_diverse
+from popengine.studies.settings import DENSE, PruningSettings
+from popengine.studies.visual_tokens import DroppedTokens, most_diverse
 from weights.errors import InputError
 
 ATTENTION = replace(DENSE, visual_tokens=4, visual_tokens_layer=1)
@@ -57,6 +57,11 @@ def stretches(prompts: list[list[int]], length: int) -> list[ImageSpan]:
     return found
 
 
+def dropped(cache: KVCache) -> DroppedTokens:
+    """The slots of the layers that drop tokens."""
+    return next(one for one in cache.maps.values() if isinstance(one, DroppedTokens))
+
+
 @torch.inference_mode()
 def run(
     model: OurLlava, prompts: list[list[int]], count: int, settings: PruningSettings, new: list[int]
@@ -68,7 +73,7 @@ def run(
     where = stretches(prompts, model.config.tokens_per_image)
     missing = pruning.dropped_rows(where, [len(ids) for ids in prompts])
     capacity = tokens.shape[1] + len(new)
-    state = text.new_state(len(prompts), capacity, pruning, thin_capacity=capacity - missing)
+    state = text.new_state(len(prompts), capacity, pruning, dropped=missing)
     x = model.embed(tokens, model.encode_images(pictures(count)) if count else None)
     logits = [text.prefill(x, state, None if real.all() else real, pictures=PictureRows(stretches=where))]
     logits += [next_logits(text, torch.full((len(prompts),), token), state) for token in new]
@@ -87,7 +92,7 @@ def test_what_stays_and_what_is_said_equal_the_slow_way(pair: tuple, settings: P
     wanted, stays = slow_logits(reference, x, rows, NEW, 4, after)
     assert_same(logits[0], wanted)
     cache = state.cache
-    assert cache.logical_positions[0, : len(stays)].tolist() == stays and len(stays) == len(ids) - 5 * count
+    assert dropped(cache).tokens[0, : len(stays)].tolist() == stays and len(stays) == len(ids) - 5 * count
     for index, keys in enumerate(cache.keys):           # what is not kept has no slot, and none is empty at the end
         thin = index >= (after or 0)
         assert keys.shape[2] == len(ids) + len(NEW) - 5 * count * thin
@@ -178,7 +183,7 @@ def test_other_families_leave_out_the_same_way(family: str, tmp_path: Path) -> N
         run = engine.run([ids], 5, settings, ignore_eos=True, images=images)
         new = [token for (token,) in run]
         cache, first = run.state.cache, run.state.pruning.thin_from
-        here = {int(place) for place in cache.logical_positions[0, : cache.filled - cache.missing]}
+        here = {int(place) for place in dropped(cache).tokens[0, : cache.filled - dropped(cache).missing]}
         gone = set(range(len(ids))) - here
         lengths = [one.length for one in run.given.stretches]
         assert len(gone) == sum(length - length // 2 for length in lengths) == run.missing > 0
@@ -211,15 +216,16 @@ def test_a_prompt_without_pictures_is_as_ever(llava: Engine) -> None:
 
 def test_a_cache_goes_back_to_every_slot() -> None:
     stays = [0, 1, 6, 7, 8, 9]                                      # of ten rows, four of a picture are left out
-    cache = KVCache([16, 16], 1, 1, 16, 16, 4, torch.float32, torch.device("cpu"))
+    pattern = AttentionPattern(None, DroppedTokens)
+    cache = KVCache([pattern] * 2, [True] * 2, 1, 1, 16, 0, 4, torch.float32, torch.device("cpu"))
     cache.start(10, None)
-    cache.logical_positions[:, : len(stays)] = torch.tensor(stays)
-    cache.leave_out(4, len(stays))
+    dropped(cache).tokens[:, : len(stays)] = torch.tensor(stays)
+    dropped(cache).drop(4, len(stays))
     for slots in range(10, 0, -1):
         cache.go_back(slots)
         before = [place for place in stays if place < slots]
-        assert cache.missing == slots - len(before)
-        assert cache.logical_positions[0, : len(before) + 2].tolist() == [*before, slots, slots + 1]
+        assert dropped(cache).missing == slots - len(before)
+        assert dropped(cache).tokens[0, : len(before) + 2].tolist() == [*before, slots, slots + 1]
 
 
 @pytest.mark.parametrize("settings", [ATTENTION, DIVERSITY])
@@ -229,9 +235,9 @@ def test_a_conversation_leaves_out_each_turns_pictures(llava: Engine, settings: 
     for turn, text in enumerate(("What do you see?", "And here?", "And now?")):
         said = conversation.say(text, SCENES[turn : turn + 1] if turn < 2 else [])
         cache = conversation.state.cache
-        assert cache.missing == 32 * min(turn + 1, 2)
-        assert cache.logical_positions[0, : cache.filled - cache.missing].tolist() == sorted(
-            set(cache.logical_positions[0, : cache.filled - cache.missing].tolist())
+        assert dropped(cache).missing == 32 * min(turn + 1, 2)
+        assert dropped(cache).tokens[0, : cache.filled - dropped(cache).missing].tolist() == sorted(
+            set(dropped(cache).tokens[0, : cache.filled - dropped(cache).missing].tolist())
         )
         if settings is DIVERSITY:
             afresh = llava.generate(
@@ -241,9 +247,9 @@ def test_a_conversation_leaves_out_each_turns_pictures(llava: Engine, settings: 
     filled = cache.filled
     with torch.inference_mode():
         cache.go_back(20)
-    left, positions = 20 - cache.missing, cache.logical_positions[0]
+    left, positions = 20 - dropped(cache).missing, dropped(cache).tokens[0]
     assert (positions[:left] < 20).all() and positions[left] == 20
-    assert filled > 20 > cache.missing > 0
+    assert filled > 20 > dropped(cache).missing > 0
 
 
 @torch.inference_mode()
@@ -253,7 +259,7 @@ def test_left_out_tokens_and_skipped_layers_compose(llava: Engine) -> None:
     ids = llava.prompts.ids("What do you see?", images=SCENES[:1])
     run = llava.run([ids], 6, settings, ignore_eos=True, images=SCENES[:1])
     new = [token for (token,) in run]
-    places = run.state.cache.logical_positions[0, : len(ids) - run.missing]
+    places = dropped(run.state.cache).tokens[0, : len(ids) - run.missing]
     x, *_ = llava.pictures.embed(torch.tensor([ids]), None, run.given)
     positions = PictureRows(positions=places[None], rope_delta=torch.tensor([[run.missing]]))
     logits, state = two_passes(

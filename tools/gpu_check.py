@@ -31,10 +31,10 @@ from transformers import (
 )
 
 from models.cost_model import layer_weights
-from models.pruning.settings import PruningSettings
 from popengine.engine.loading import load_model
 from popengine.engine.run import next_logits
 from popengine.studies.resolve import resolve_study
+from popengine.studies.settings import PruningSettings
 from weights.checkpoint import open_checkpoint
 
 SIZES: dict[str, Any] = {

@@ -12,9 +12,9 @@ import math
 
 import torch
 
-from models.pruning.settings import DENSE, RECOMMENDED, PruningSettings
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
+from popengine.studies.settings import DENSE, RECOMMENDED, PruningSettings
 
 PROMPTS = [
     "Why is the sky blue?",

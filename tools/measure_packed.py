@@ -20,9 +20,9 @@ from torch import Tensor
 from models.matrices.packed import Int4Matrix, Int8Matrix
 from models.matrices.plain import Matrix
 from models.matrices.products import fused_gemv
-from models.pruning.settings import DENSE
 from popengine.engine.loading import load
 from popengine.evaluation.scoring import cut_windows, read_text, score_text
+from popengine.studies.settings import DENSE
 from weights.checkpoint import open_checkpoint
 from weights.groups import group
 

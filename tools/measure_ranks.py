@@ -18,11 +18,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.cost_model import bytes_per_token
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.benchmark.engines import OwnEngine
 from popengine.benchmark.shapes import write_random_checkpoint
 from popengine.engine.loading import load
 from popengine.engine.processes import is_first
+from popengine.studies.settings import DENSE, PruningSettings
 from weights.memory import peak_memory_bytes
 
 PROMPT_TOKENS, STEPS = 64, 16

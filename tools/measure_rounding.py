@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.pruning.settings import DENSE
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
+from popengine.studies.settings import DENSE
 
 PROMPT, STEPS = 128, 64
 

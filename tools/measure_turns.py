@@ -7,9 +7,9 @@ import argparse
 import statistics
 import time
 
-from models.pruning.settings import DENSE, RECOMMENDED, PruningSettings
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
+from popengine.studies.settings import DENSE, RECOMMENDED, PruningSettings
 
 QUESTIONS = ("Name three trees that grow by the sea.", "Which of them grows tallest?")
 

@@ -17,11 +17,11 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from models.pruning.settings import DENSE
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
 from popengine.evaluation.task_archive import DEFAULT_ARCHIVE, TASKS, Archive, Item, Task
 from popengine.evaluation.task_runs import answered, choice_scores
+from popengine.studies.settings import DENSE
 from weights.default_checkpoint import default_checkpoint
 
 

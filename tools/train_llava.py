@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from models.cache import AttentionPattern
 from models.families.llava import LlavaForConditionalGeneration
 from models.passes import PictureRows, prefill_pass
-from models.pruning.settings import DENSE
 from popengine.engine import prior
 from popengine.engine.loading import load
 from popengine.evaluation.picture_tasks import (
@@ -47,6 +46,7 @@ from popengine.evaluation.picture_tasks import (
 )
 from popengine.evaluation.tasks import is_answered, questions_for
 from popengine.images.images import ImageProcessing, parse_image_processing
+from popengine.studies.settings import DENSE
 from weights.json_files import JsonObject
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -25,7 +25,6 @@ from models.cache import AttentionPattern
 from models.experts import Routing
 from models.mixtral import MIXTRAL_NAMES, MixtralForCausalLM
 from models.passes import prefill_pass
-from models.pruning.settings import DENSE, PruningSettings
 from popengine.engine import prior
 from popengine.engine.loading import load
 from popengine.evaluation.text_tasks import (
@@ -38,6 +37,7 @@ from popengine.evaluation.text_tasks import (
     held_out_prompts,
     make_prompt,
 )
+from popengine.studies.settings import DENSE, PruningSettings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAX_ANSWER = 64  # tokens, more than the longest answer and its end

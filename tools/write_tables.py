@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.pruning.settings import compared_fields
 from popengine.evaluation.comparison import Configuration
 from popengine.evaluation.task_archive import DEFAULT_ARCHIVE, TASKS, Archive
 from popengine.evaluation.task_runs import item_key, mean_and_error
+from popengine.studies.settings import compared_fields
 
 RATIOS = ("--prune-ratio", "0.2", "0.4")
 POP = ("--methods", "dense", "all-channels", "pop", "frozen", "flap", "wanda-sp", *RATIOS)

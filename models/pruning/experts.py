@@ -15,8 +15,7 @@ from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.matrices.plain import Matrix
 from models.passes import DecodePass, PrefillPass
-from models.pruning.pop import ActiveWeights, LookedUpWeights, PrunedFFN, SparedFFN, WholeWeights
-from models.pruning.resolve import Pruning
+from models.pruning.pop import POP, ActiveWeights, LookedUpWeights, PrunedFFN
 
 
 class PartitionedExperts:
@@ -31,23 +30,21 @@ class PartitionedExperts:
     met            decoded tokens that shared their expert with another token of the same step
     """
 
-    def __init__(self, mixture: MixtureOfExperts, pruning: Pruning) -> None:
-        self.mixture, self.pruning = mixture, pruning
+    def __init__(self, mixture: MixtureOfExperts, rule: POP) -> None:
+        self.mixture, self.rule = mixture, rule
         self.gate: Matrix
         self.experts: Sequence[FeedForward]
-        self.gate, self.experts = pruning.rule.experts_of(mixture)
-        self.spares_unseen = pruning.rule.follows_prompt and pruning.settings.unseen_experts == "dense"
+        self.gate, self.experts = rule.experts_of(mixture)
         self.copy_limit = len(self.experts)
         self.active: list[PrunedFFN | None] = [None] * len(self.experts)
         self.spare: list[ActiveWeights] = []
-        self.shared = None if mixture.shared_expert is None else pruning.rule.new_ffn(mixture.shared_expert)
+        self.shared = None if mixture.shared_expert is None else rule.new_ffn(mixture.shared_expert)
         self.restart()
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
         """x [B, T, H] -> [B, T, H]"""
         routing = self.mixture.route(x.flatten(0, 1), self.gate)
-        of_experts = routing.segments(torch.arange(x[..., 0].numel(), device=x.device))             # E times [n]
-        counted: Sequence[Tensor | None] = [None] * len(of_experts)
+        counted: Sequence[Tensor | None] = [None] * len(self.experts)
         tokens = routing.counts
         if rows.counted is not None:
             counted = [mask[None] for mask in routing.segments(rows.counted.flatten())]             # E times [1, n]
@@ -55,7 +52,7 @@ class PartitionedExperts:
         self.expect(tokens, rows.of_prompt)
 
         def run(index: int, own: Tensor) -> Tensor:
-            part = rows.part(of_experts[index], counted[index], tokens[index])
+            part = rows.part(counted[index], tokens[index])
             active = self.of(index) if rows.partitions else self.partitioned(index, rows.clock)
             return active.prefill(own[None], part)[0]
 
@@ -82,7 +79,7 @@ class PartitionedExperts:
 
     def restart(self) -> None:
         """Forget the last prompt, but for the buffers of its copies."""
-        if self.pruning.rule.follows_prompt:
+        if self.rule.follows_prompt:
             self.spare += [one.weights for one in self.active if one is not None and one.weights.held_bytes()]
             self.active = [None] * len(self.experts)
         self.prompt_tokens, self.picks, self.met = [0] * len(self.experts), [0] * len(self.experts), 0
@@ -98,26 +95,12 @@ class PartitionedExperts:
         self.prompt_tokens = [old + new for old, new in zip(self.prompt_tokens, tokens, strict=True)]
         most_first = sorted(range(len(tokens)), key=lambda expert: -self.prompt_tokens[expert])
         self.may_copy = set(most_first[: self.copy_limit])
-        if self.spares_unseen:          # an expert that was left whole is pruned once later rows of the prompt reach it
-            for index, active in enumerate(self.active):
-                if isinstance(active, SparedFFN) and not self.is_unseen(index):
-                    active.later.use(self.weights_for(index) or self.pruning.rule.new_weights(active.ffn))
-                    self.active[index] = active.later
-
-    def is_unseen(self, index: int) -> bool:
-        """Whether the prompt has shown too little of an expert to judge its channels."""
-        return self.prompt_tokens[index] < self.pruning.settings.min_tokens
 
     def of(self, index: int) -> PrunedFFN:
         """What runs in place of one expert; the channels of one that is new are yet to be partitioned."""
         active = self.active[index]
         if active is None:
-            ffn, rule = self.experts[index], self.pruning.rule
-            if self.spares_unseen and self.is_unseen(index):
-                active = SparedFFN(rule.new_ffn(ffn, WholeWeights(ffn)))
-            else:
-                active = rule.new_ffn(ffn, self.weights_for(index))
-            self.active[index] = active
+            active = self.active[index] = self.rule.new_ffn(self.experts[index], self.weights_for(index))
         return active
 
     def weights_for(self, index: int) -> ActiveWeights | None:

@@ -21,24 +21,17 @@ class Evidence:
 
     It adds up over tokens, so that a prompt in pieces, or a prompt and later steps, are evidence like one long prompt.
 
-    squares  float32 [I];  tokens  how many tokens they are of, the prior's among them
-    prior    what is known before any token: the sum of squares over `prior_tokens` of the model's own; None: nothing
+    squares  float32 [I];  tokens  how many tokens they are of
     """
 
-    def __init__(
-        self, channels: int, device: torch.device, prior: Tensor | None = None, prior_tokens: int = 0
-    ) -> None:
-        self.prior, self.prior_tokens = prior, prior_tokens if prior is not None else 0
+    def __init__(self, channels: int, device: torch.device) -> None:
         self.squares = torch.zeros(channels, dtype=torch.float32, device=device)
-        self.restart()
+        self.tokens = 0
 
     def restart(self) -> None:
-        """Back to what is known before any token."""
-        self.tokens = self.prior_tokens
-        if self.prior is None:
-            self.squares.zero_()
-        else:
-            self.squares.copy_(self.prior)
+        """Forget all tokens."""
+        self.squares.zero_()
+        self.tokens = 0
 
     def add(self, h: Tensor, real: Tensor | None, tokens: int) -> None:
         """h [B, T, I], what feeds down_proj; real bool [B, T] or [B, 1] (None: all are real), `tokens` of them True."""
@@ -133,19 +126,6 @@ def partition_sizes(channels: int, ratio: float, width: float) -> PartitionSizes
     return PartitionSizes(
         retained=active - pick, candidate=2 * pick, pruned=channels - active - pick, pick=pick
     )
-
-
-def retained_sizes(channels: int, ratio: float, share: float, width: float = 1.0) -> PartitionSizes:
-    """Sizes where the retained share stands by itself, so that picks need not be half of the candidates.
-
-    share  of all channels that always run; 0 is the all-channel variant (POP, Table 6): each step keeps the best
-    width  candidates as a share of all channels, at most all that is not retained
-    """
-    active = round((1 - ratio) * channels)
-    retained = min(round(share * channels), active)
-    pick = active - retained
-    candidate = max(pick, min(round(width * channels), channels - retained)) if pick else 0
-    return PartitionSizes(retained, candidate, channels - retained - candidate, pick)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ such object per layer. Another method is another class with the same two methods
 B batch, T rows, H hidden size, I FFN channels, R retained, C candidate and P pruned channels.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +29,6 @@ from models.pruning.partition import (
     channels_of_group,
     partition_channels,
     partition_sizes,
-    retained_sizes,
     undecided,
 )
 
@@ -146,17 +145,6 @@ class DenseFFN(PartitionedFFN):
         pass
 
 
-class SparedFFN(DenseFFN):
-    """A network that is left whole for now, and gathers evidence for when it is not."""
-
-    def __init__(self, later: PrunedFFN) -> None:
-        super().__init__(later.ffn)
-        self.later = later
-
-    def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
-        return self.later.prefill(x, replace(rows, partitions=False, finish_dense=True))
-
-
 # The matrices that a step multiplies with: compact copies, or views that choose from the whole.
 AnyMatrix = Any
 
@@ -209,18 +197,6 @@ class WholeWeights(ActiveWeights):
         return 0
 
 
-@dataclass(frozen=True, eq=False)
-class Prior:
-    """Mean squares of every channel on text that the model sampled itself. Compared by identity.
-
-    of      float32 [I] by network (or attention) and part of it: "h", "gate" or "up"
-    tokens  how many tokens of evidence they count for
-    """
-
-    of: Mapping[tuple[nn.Module, str], Tensor]
-    tokens: int
-
-
 @dataclass(frozen=True)
 class POP:
     """The parameters of the method, and what they make of a network (arXiv 2602.06822).
@@ -228,17 +204,13 @@ class POP:
     ffn_ratio       share of FFN channels off at a decode step (r); head_ratio: of query heads
     width           candidates as a share of the channels (the paper's gamma); 0 freezes the prompt's mask
     min_tokens      networks that saw fewer tokens are scored by their weights alone
-    prior           evidence before any token, or None
-    retained_share  share of the channels that always run; None: what the candidates leave (the paper)
-    groups          partition the channels in so many independent equal groups
+    groups          partition the channels in so many independent equal groups, as tensor parallelism does
     """
 
     ffn_ratio: float
     width: float
     head_ratio: float = 0.0
     min_tokens: int = 1
-    prior: Prior | None = None
-    retained_share: float | None = None
     groups: int = 1
 
     # Whether partitions follow the prompt; a static mask does not.
@@ -266,14 +238,9 @@ class POP:
             return WholeWeights(ffn, down_by_columns(ffn))
         return ActiveWeights(ffn, sizes.active) if self.copying_saves(ffn) else LookedUpWeights(ffn)
 
-    def new_evidence(self, network: nn.Module, channels: int, device: torch.device, part: str = "h") -> Evidence:
-        """Evidence of a network, or of the heads of an attention, before any token. part: "h", "gate" or "up"."""
-        if self.prior is None or (network, part) not in self.prior.of:
-            return Evidence(channels, device)
-        return Evidence(channels, device, self.prior.of[network, part] * self.prior.tokens, self.prior.tokens)
-
-    def with_prior(self, prior: Prior | None) -> "POP":
-        return replace(self, prior=prior)
+    def new_evidence(self, network: nn.Module, channels: int, device: torch.device) -> Evidence:
+        """Evidence of a network, or of the heads of an attention, before any token."""
+        return Evidence(channels, device)
 
     def scores(self, ffn: FeedForward, evidence: Evidence) -> Tensor:
         """Importance of each channel over the tokens seen (Eq. 3): float32 [I]."""
@@ -285,9 +252,7 @@ class POP:
 
     def group_sizes(self, channels: int) -> PartitionSizes:
         """Sizes of the regions of one group of channels."""
-        if self.retained_share is None or self.ffn_ratio == 0:
-            return partition_sizes(channels, self.ffn_ratio, self.width)
-        return retained_sizes(channels, self.ffn_ratio, self.retained_share, self.width)
+        return partition_sizes(channels, self.ffn_ratio, self.width)
 
     def head_sizes(self, heads: int) -> PartitionSizes:
         """Sizes of the regions of one group of query heads."""

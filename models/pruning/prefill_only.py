@@ -50,25 +50,24 @@ class PrefillOnly:
 
     def split(self, rows: PrefillPass, state: Any) -> tuple[PrefillPass, PrefillPass]:
         """The passes of the rows before the boundary, and of the boundary, which attends to the cache."""
-        before = rows.logical_positions.shape[-1] - self.boundary
-        state.cache.passed_by.copy_(state.cache.left_out + before)
+        before = rows.token_index.shape[-1] - self.boundary
         rest, last = (
             replace(
-                rows, logical_positions=rows.logical_positions[..., part],
+                rows, token_index=rows.token_index[..., part],
                 slots={pattern: slots[part] for pattern, slots in rows.slots.items()},
                 rotary={pattern: (cos[:, part], sin[:, part]) for pattern, (cos, sin) in rows.rotary.items()},
                 pictures=replace(rows.pictures, added=[one[:, part] for one in rows.pictures.added]),
             )
             for part in (slice(before), slice(before, None))
         )
-        dtype = state.cache.keys[0].dtype
-        last.masks = masks_in_cache(rows.slots, state.cache, last.logical_positions, dtype, rows.pictures.blocks)
+        dtype = state.cache.layers[0].keys.dtype
+        last.masks = masks_in_cache(rows.slots, state.cache, last.token_index, dtype, rows.pictures.blocks)
         last.follows = True
         last.count(len(state.live), None if rows.counted is None else rows.counted[:, before:])
         return rest, last
 
     def evidence_tokens(self, rows: PrefillPass, state: Any) -> int:
-        total = rows.logical_positions.shape[-1]
+        total = rows.token_index.shape[-1]
         if total <= self.boundary:
             return rows.tokens
         if rows.counted is None:

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from models.pruning.settings import PruningSettings
 from models.state import DecodeState
 from popengine.engine.results import Generation, Piece
 from popengine.engine.run import Run
 from popengine.engine.sampling import Sampling
 from popengine.images.images import ImageSource
 from popengine.studies.resolve import StudyPruning
+from popengine.studies.settings import PruningSettings
 from popengine.text.prompts import Prompts, check_text
 from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError

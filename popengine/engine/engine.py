@@ -16,10 +16,9 @@ from torch import Tensor
 from models.compiled import CompiledDecode
 from models.cost_model import bytes_per_token, layer_weights
 from models.llama import LlamaForCausalLM
-from models.pruning.pop import Prior
-from models.pruning.settings import DENSE, RECOMMENDED, PruningSettings
 from models.state import DecodeState
 from popengine.engine.conversation import Conversation
+from popengine.engine.memory_plan import state_within
 from popengine.engine.prior import prior_for
 from popengine.engine.results import Generation, Piece, measured
 from popengine.engine.run import Run, next_logits
@@ -27,7 +26,9 @@ from popengine.engine.sampling import Sampling
 from popengine.engine.spinner import waiting
 from popengine.images.images import ImageSource
 from popengine.images.vision import TextOnly, Vision
+from popengine.studies.evidence import Prior
 from popengine.studies.resolve import StudyPruning, resolve_study
+from popengine.studies.settings import DENSE, RECOMMENDED, PruningSettings
 from popengine.text.chat import end_of_turn_token
 from popengine.text.prompts import Prompt, Prompts
 from popengine.text.tokenizer import TextStream
@@ -219,7 +220,7 @@ class Engine:
         found, dense = resolve_study(pruning, weights), resolve_study(DENSE, weights)
         if pruning == RECOMMENDED and bytes_per_token(self.model, found) >= bytes_per_token(self.model, dense):
             return replace(dense, why_dense=f"the recommended pruning would read no less of {self.weights} weights")
-        return found if not found.cuts else replace(found, rule=found.rule.with_prior(self.prior(pruning.prior)))
+        return found.with_prior(self.prior(pruning.prior)) if found.cuts else found
 
     def prior(self, tokens: int) -> Prior | None:
         """Evidence before any token, counted as so many; None for 0."""
@@ -231,11 +232,11 @@ class Engine:
     def borrowed_state(self, batch: int, tokens: int, pruning: StudyPruning, missing: int = 0) -> Iterator[DecodeState]:
         """The last run's buffers when they fit, else new ones. A state belongs to one run at a time.
 
-        missing  of the tokens, those of pictures that some layers do without
+        missing  tokens of pictures that some layers do without
         """
         state, self.idle_state = self.idle_state, None
-        thin_capacity = self.capacity(tokens - missing)
-        if state is None or not state.fits(batch, self.capacity(tokens), pruning, thin_capacity):
+        capacity = self.capacity(tokens)
+        if state is None or not state.fits(batch, capacity, pruning, capacity - self.capacity(tokens - missing)):
             state = None                        # before the new one is allocated: never both
             state = self.new_state(batch, tokens, pruning, missing)
         try:
@@ -253,8 +254,8 @@ class Engine:
     @torch.inference_mode()
     def new_state(self, batch: int, tokens: int, pruning: StudyPruning, missing: int = 0) -> DecodeState:
         """Buffers for a batch of so many tokens each. Raises InputError where they do not fit the memory."""
-        free = available_memory(self.device)
-        return self.model.new_state(batch, self.capacity(tokens), pruning, free, self.capacity(tokens - missing))
+        free, capacity = available_memory(self.device), self.capacity(tokens)
+        return state_within(free, self.model, batch, capacity, pruning, capacity - self.capacity(tokens - missing))
 
     def prepare(self, state: DecodeState) -> float:
         """Before a run: what has to be compiled for it. Returns seconds."""

@@ -23,12 +23,12 @@ from models.attention import Attention
 from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.pruning.pop import Prior
-from models.pruning.settings import DENSE
 from popengine.engine.distributed import all_gather
 from popengine.engine.processes import is_first
 from popengine.engine.sampling import Sampling
+from popengine.studies.evidence import Prior
 from popengine.studies.recording import Watch, watched
+from popengine.studies.settings import DENSE
 from weights.errors import InputError
 from weights.output_file import write_output
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from models.cost_model import bytes_per_token
 from models.pruning.experts import PartitionedExperts
-from models.pruning.settings import DENSE
 from models.state import DecodeState
 from popengine.engine.run import Run
 from popengine.studies.resolve import StudyPruning
+from popengine.studies.settings import DENSE
 from weights.memory import peak_memory_bytes
 
 

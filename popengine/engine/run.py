@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from models.llama import LlamaForCausalLM
-from models.pruning.settings import PruningSettings
 from models.state import DecodeState
 from popengine.engine.sampling import Sampling, next_tokens, require_finite
 from popengine.images.vision import ImageInputs, TextOnly, Vision
 from popengine.studies.resolve import StudyPruning
+from popengine.studies.settings import PruningSettings
 
 
 class RunningEngine(Protocol):

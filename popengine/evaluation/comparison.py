@@ -20,15 +20,7 @@ import torch
 from tqdm import tqdm
 
 from models.cost_model import bytes_per_token
-from models.pruning.settings import (
-    DENSE,
-    LAYER_METHODS,
-    RULE_NAMES,
-    WIDTH_RULES,
-    PruningSettings,
-    compared_fields,
-    exact_share,
-)
+from models.pruning.settings import exact_share
 from popengine import __version__
 from popengine.engine.engine import Engine
 from popengine.evaluation.progress_file import ProgressFile
@@ -45,6 +37,7 @@ from popengine.evaluation.studies import NetworkPicks, RankDrift, drift_figures,
 from popengine.evaluation.tasks import is_answered, questions_for
 from popengine.studies.calibration import Calibration, fingerprint
 from popengine.studies.resolve import StudyPruning
+from popengine.studies.settings import DENSE, LAYER_METHODS, RULE_NAMES, WIDTH_RULES, PruningSettings, compared_fields
 
 DRIFT_WINDOWS = 4
 TIMED_STEPS = 24

@@ -6,7 +6,8 @@ from dataclasses import Field
 from functools import partial
 from typing import Any
 
-from models.pruning.settings import LAYER_METHODS, WIDTH_RULES, compared_fields, exact_share
+from models.pruning.settings import exact_share
+from popengine.studies.settings import LAYER_METHODS, WIDTH_RULES, compared_fields
 
 Column = Callable[[dict[str, Any]], str]
 

@@ -20,11 +20,11 @@ from tqdm import tqdm
 from models.cache import AttentionPattern
 from models.llama import LlamaForCausalLM
 from models.passes import PictureRows, prefill_pass
-from models.pruning.settings import DENSE
 from popengine.engine.engine import Engine
 from popengine.engine.sampling import Sampling
 from popengine.evaluation.tasks import Question
 from popengine.images.images import ImageSource
+from popengine.studies.settings import DENSE
 
 PROMPT, OUTPUT = 0, 1
 

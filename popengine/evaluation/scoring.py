@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from models.cost_model import bytes_per_token
 from models.llama import LlamaForCausalLM
-from models.pruning.settings import DENSE
 from popengine.engine.engine import Engine
 from popengine.engine.run import next_logits
 from popengine.engine.sampling import require_finite
 from popengine.studies.calibration import Calibration, calibrate, load_calibration, save_calibration
 from popengine.studies.known_text import evaluate
 from popengine.studies.resolve import StudyPruning
+from popengine.studies.settings import DENSE
 from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
 from weights.mapped_file import read_text as read_file

@@ -30,7 +30,6 @@ from models.pruning.experts import PartitionedExperts
 from models.pruning.heads import PartitionedAttention
 from models.pruning.partition import ChannelPartition
 from models.pruning.pop import PrunedFFN
-from models.pruning.settings import DENSE, PruningSettings
 from models.state import DecodeState, LayerState
 from popengine.engine.engine import Engine
 from popengine.engine.results import measured, report
@@ -42,6 +41,7 @@ from popengine.images.vision import Embedded, Vision
 from popengine.studies.activations import Activation, watch_dense
 from popengine.studies.known_text import evaluate
 from popengine.studies.recording import recorded
+from popengine.studies.settings import DENSE, PruningSettings
 from popengine.text.tokenizer import TextStream, TextTokenizer
 
 # Of a picture on the page.

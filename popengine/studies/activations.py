@@ -18,8 +18,8 @@ from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.passes import PictureRows
 from models.pruning.resolve import resolve
-from models.pruning.settings import DENSE
 from popengine.studies.recording import Watch, watched
+from popengine.studies.settings import DENSE
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from dataclasses import replace
 
 import torch
 
-from models.pruning.settings import RULE_NAMES
 from popengine.studies.cfsp import cfsp
 from popengine.studies.experts import router_statistics, uncurl
 from popengine.studies.finercut import finercut
 from popengine.studies.probe_pruning import probe_pruning
 from popengine.studies.request import Request as Request
 from popengine.studies.resolve import StudyPruning
+from popengine.studies.settings import RULE_NAMES
 from popengine.studies.shortgpt import shortgpt
 from popengine.studies.tyr import tyr
 from weights.errors import InputError
@@ -137,7 +137,10 @@ def skip_no_boundary(request: Request) -> StudyPruning:
 
 def skip_no_keys(request: Request) -> StudyPruning:
     """A control: skipped layers keep nothing of the prompt, so that steps see there what came after it alone."""
-    return replace(prefill_only(request), no_skipped_kv=True)
+    pruning = prefill_only(request)
+    if pruning.thin_from is not None:
+        raise InputError("method skip-no-keys keeps all tokens of pictures: leave out --visual-tokens")
+    return replace(pruning, forgets=True)
 
 
 def visual_tokens(request: Request) -> StudyPruning:

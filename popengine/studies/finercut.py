@@ -18,10 +18,10 @@ from models.cache import AttentionPattern
 from models.cost_model import layer_weights
 from models.llama import LlamaForCausalLM
 from models.passes import PrefillPass, prefill_pass
-from models.pruning.left_out import HALVES, Half
-from models.pruning.resolve import share_of_halves
+from models.pruning.settings import SUBLAYERS
+from popengine.studies.left_out import Half
 from popengine.studies.request import Request
-from popengine.studies.resolve import StudyPruning
+from popengine.studies.resolve import StudyPruning, share_of_halves
 from weights.errors import InputError
 
 
@@ -31,7 +31,7 @@ def finercut(request: Request) -> StudyPruning:
     calibration, model = request.calibrated("finercut"), request.model
     budget, weights = request.layer_budget("finercut"), layer_weights(model)
     removed: list[Half] = []
-    running = [Half(layer, part) for layer in range(weights.layers) for part in HALVES]
+    running = [Half(layer, part) for layer in range(weights.layers) for part in SUBLAYERS]
     while candidates := [
         half for half in running if share_of_halves([*removed, half], weights) <= budget + 1e-9 and len(running) > 1
     ]:
@@ -57,7 +57,7 @@ def changes(
         return
     x = model.embed(windows.to(model.device))                                       # [W, T, H]
     step = prefill_pass(model.model.rotary, map(AttentionPattern, model.config.windows), x, None)
-    whole = [Half(layer, part) for layer in range(len(model.model.layers)) for part in HALVES]
+    whole = [Half(layer, part) for layer in range(len(model.model.layers)) for part in SUBLAYERS]
     dense = log_probabilities(model, through(model, whole, x, step))                # [W, T, V]
     for place, half in enumerate(running):
         if half in candidates:

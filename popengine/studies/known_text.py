@@ -41,7 +41,7 @@ def evaluate_steps(model: LlamaForCausalLM, tokens: Tensor, state: DecodeState) 
     x, rotary = model.embed(tokens[None]), model.model.rotary                       # [1, T, H]
     if not len(tokens):                     # packed matrices take no product of nothing
         return x.new_empty(0, model.config.vocab_size)
-    step = decode_pass(rotary, state.patterns, x, state.cache, state.live, together=False)
+    step = decode_pass(rotary, x, state.cache, state.live, together=False)
     x = decode_layers(state.layers, x, step)
     state.cache.advance(len(tokens))
     return model.head(x)[0]

@@ -7,10 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from models.pruning.settings import SUBLAYERS
 from weights.errors import InputError
-
-ATTENTION, MLP = "attention", "mlp"
-HALVES = (ATTENTION, MLP)
 
 
 class Half(NamedTuple):
@@ -29,7 +27,7 @@ def read_halves(words: str) -> tuple[Half, ...]:
         if first is None or (last is not None and int(last) < int(first)):
             raise InputError(f"leave out must be layers or halves of them like 20-22+25.attention+26.mlp, not {word!r}")
         for layer in range(int(first), int(last or first) + 1):
-            found.update(Half(layer, own) for own in ([part] if part else HALVES))
+            found.update(Half(layer, own) for own in ([part] if part else SUBLAYERS))
     return tuple(sorted(found))
 
 
@@ -45,6 +43,6 @@ def check_halves(halves: tuple[Half, ...], layers: int) -> tuple[Half, ...]:
     """The same halves. InputError where the model has no such layer, and where nothing would be left of it."""
     if halves and halves[-1].layer >= layers:
         raise InputError(f"leave out names layer {halves[-1].layer}, and the model's layers are 0 to {layers - 1}")
-    if len(halves) == len(HALVES) * layers:
+    if len(halves) == len(SUBLAYERS) * layers:
         raise InputError(f"leave out leaves nothing of the {layers} layers: at least one half of a layer has to run")
     return halves

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from models.attention import CachedAttention
@@ -80,26 +81,32 @@ class WatchedFFN(DenseFFN):
         self.watch = watch
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
+        return self.run(x, None)
+
+    def run(self, x: Tensor, of: Tensor | None) -> Tensor:
+        """x [B, T, H] -> [B, T, H]. of int64 [T], which rows of the batch an expert is given; None: all"""
         gate, up = self.ffn.act(self.ffn.gate_proj(x)), self.ffn.up_proj(x)             # [B, T, I]
-        self.watch.network(self.ffn, gate * up, gate, up, rows.rows)
+        self.watch.network(self.ffn, gate * up, gate, up, of)
         return self.ffn.down_proj(gate * up)
 
 
 class WatchedExperts(PartitionedExperts):
     """A dense mixture of experts, which tells its input and what each of its experts computes."""
 
-    def __init__(self, mixture: MixtureOfExperts, pruning: Pruning, watch: "Watch") -> None:
-        super().__init__(mixture, pruning)
+    def __init__(self, mixture: MixtureOfExperts, rule: POP, watch: "Watch") -> None:
+        super().__init__(mixture, rule)
         self.watch = watch
-        self.active = [WatchedFFN(expert, watch) for expert in self.experts]
-        self.shared = None if mixture.shared_expert is None else WatchedFFN(mixture.shared_expert, watch)
-
-    def restart(self) -> None:
-        self.prompt_tokens, self.picks, self.may_copy = [0] * len(self.experts), [0] * len(self.experts), set()
+        self.watched = [WatchedFFN(expert, watch) for expert in self.experts]
+        self.watched_shared = None if mixture.shared_expert is None else WatchedFFN(mixture.shared_expert, watch)
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
         self.watch.mixture(self.mixture, x)
-        return super().prefill(x, rows)
+        routing, shared = self.mixture.route(x.flatten(0, 1), self.gate), self.watched_shared
+        of_experts = routing.segments(torch.arange(x[..., 0].numel(), device=x.device))             # E times [n]
+        return self.mixture.spread(
+            x, routing, lambda index, own: self.watched[index].run(own[None], of_experts[index])[0],
+            None if shared is None else lambda x: shared.run(x, None),
+        )
 
 
 class WatchedAttention(CachedAttention):
@@ -121,7 +128,7 @@ class Watch:
     """What a dense prompt is told to. A study overrides what it wants to know."""
 
     def network(self, ffn: FeedForward, h: Tensor, gate: Tensor, up: Tensor, rows: Tensor | None) -> None:
-        """h and its factors [B, T, I]; rows int64 [T], which rows of the batch an expert's are, None: all"""
+        """h and its factors [B, T, I]; rows int64 [T], which rows of the batch an expert is given, None: all"""
 
     def mixture(self, mixture: MixtureOfExperts, x: Tensor) -> None:
         """x [B, T, H], the input of a mixture of experts"""
@@ -135,7 +142,7 @@ def watched(state: DecodeState, watch: Watch) -> DecodeState:
     for layer in state.layers:
         ffn = layer.ffn
         if isinstance(ffn, PartitionedExperts):
-            layer.ffn = WatchedExperts(ffn.mixture, ffn.pruning, watch)
+            layer.ffn = WatchedExperts(ffn.mixture, ffn.rule, watch)
         else:
             layer.ffn = WatchedFFN(ffn.ffn, watch)  # type: ignore[attr-defined]
         layer.attention = WatchedAttention(layer.attention, watch)

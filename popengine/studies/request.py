@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from models.cost_model import layer_weights
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.pruning.left_out import MLP, Half, read_halves, written_halves
 from models.pruning.partition import PartitionSizes, channels_of_group, partition_channels, partition_sizes
-from models.pruning.resolve import share_of_halves
-from models.pruning.settings import DEFAULT_PRUNE_RATIO, PruningSettings
+from models.pruning.settings import DEFAULT_PRUNE_RATIO, MLP
 from popengine.studies.activations import feed_forward_networks, layer_of
 from popengine.studies.calibration import Calibration
-from popengine.studies.resolve import StudyPruning, resolve_study
+from popengine.studies.left_out import Half, read_halves, written_halves
+from popengine.studies.resolve import StudyPruning, resolve_study, share_of_halves
 from popengine.studies.rules import StaticChannels, StaticRule
+from popengine.studies.settings import PruningSettings
 from weights.errors import InputError
 
 

@@ -1,39 +1,72 @@
 """Settings of studies made concrete for one model: Pruning with every rule, and with fewer tokens of pictures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.cache import AttentionPattern
+from models.experts import MixtureOfExperts
 from models.passes import ImageSpan
-from models.pruning.left_out import ATTENTION, Half
+from models.pruning.experts import PartitionedExperts
+from models.pruning.refresh import RefreshSchedule
 from models.pruning.resolve import LayerWeights, Pruning, resolve
-from models.pruning.settings import PruningSettings, exact_share
+from models.pruning.settings import ATTENTION, MLP, SUBLAYERS, exact_share
 from models.walks import Walk
+from popengine.studies.evidence import Prior
+from popengine.studies.left_out import Half, check_halves, read_halves
+from popengine.studies.refresh import RegularRefresh
 from popengine.studies.rules import RULES
-from popengine.studies.visual_tokens import DropVisualTokens
+from popengine.studies.settings import WIDTH_RULES, PruningSettings
+from popengine.studies.skip_controls import ForgetSkipped, ForgottenPrompt
+from popengine.studies.unseen_experts import SparingExperts
+from popengine.studies.visual_tokens import DroppedTokens, DropVisualTokens
 from weights.errors import InputError
 
 
 @dataclass(frozen=True)
 class StudyPruning(Pruning):
-    """Pruning whose prompts may leave out tokens of pictures.
+    """Pruning with every rule, and with what the studies change in a run.
 
-    no_skipped_kv  a control: no row attends to what a prompt has left in the layers it skips
-    why_dense      why the recommended pruning gave way to the dense model; "" where it did not
+    left_out   halves of layers that neither prompts nor steps run
+    forgets    a control: no row attends to what a prompt has left in the layers it skips
+    why_dense  why the recommended pruning gave way to the dense model; "" where it did not
     """
 
-    no_skipped_kv: bool = False
+    settings: PruningSettings
+    left_out: tuple[Half, ...] = ()
+    forgets: bool = False
     why_dense: str = ""
+
+    def sublayers(self, layer: int) -> tuple[str, ...]:
+        return tuple(part for part in SUBLAYERS if (layer, part) not in self.left_out)
+
+    def new_experts(self, mixture: MixtureOfExperts) -> PartitionedExperts:
+        spares = self.rule.follows_prompt and self.settings.unseen_experts == "dense"
+        return SparingExperts(mixture, self.rule) if spares else super().new_experts(mixture)
+
+    def new_schedule(self, batch: int) -> RefreshSchedule:
+        every = self.settings.dense_every
+        if every is None or not self.follows_prompt:
+            return super().new_schedule(batch)
+        return RegularRefresh(self.settings.min_evidence, batch, every, self.settings.redraw_every)
+
+    def with_prior(self, prior: Prior | None) -> "StudyPruning":
+        """The same with evidence before any token."""
+        return self if prior is None else replace(self, rule=replace(self.rule, prior=prior))  # type: ignore[call-arg]
 
     @property
     def walk(self) -> Walk:
+        if self.forgets:
+            return ForgetSkipped(self.skipped, self.boundary)
         walk, first = super().walk, self.thin_from
         return walk if first is None else DropVisualTokens(walk, first, self)
 
     def pattern(self, layer: int, window: int | None) -> AttentionPattern:
-        return AttentionPattern(window, self.no_skipped_kv and layer in self.skipped, self.is_thin(layer))
+        if self.forgets and layer in self.skipped:
+            return AttentionPattern(window, ForgottenPrompt)
+        return AttentionPattern(window, DroppedTokens) if self.is_thin(layer) else AttentionPattern(window)
 
     def dropped_rows(self, spans: Sequence[ImageSpan], lengths: Sequence[int]) -> int:
+        """Compute how many rows shorter the longest prompt gets, given all pictures and lengths of prompts."""
         left = list(lengths)
         for span in spans:
             left[span.sequence] -= span.length - self.visual_tokens(span.length)
@@ -67,10 +100,44 @@ class StudyPruning(Pruning):
 
 
 def resolve_study(settings: PruningSettings, layer: LayerWeights) -> StudyPruning:
-    """As `resolve`, with every rule and the visual tokens. Raises InputError as that does."""
-    found = resolve(settings, layer, RULES)
-    check_visual_tokens(settings, found.left_out, layer.layers)
-    return StudyPruning(**vars(found))
+    """As `resolve`, with the settings of every study. Raises InputError as that does."""
+    found = resolve(settings, layer)
+    check_retained_share(settings, found.ffn_ratio)
+    left_out = check_halves(read_halves(str(settings.leave_out)), layer.layers)
+    check_visual_tokens(settings, left_out, layer.layers)
+    rule = RULES[settings.rule](
+        found.ffn_ratio, settings.candidate_width, settings.head_ratio, settings.min_tokens, settings.groups,
+        retained_share=settings.retained_share,
+    )
+    # Channels and heads are a share of what runs; left out halves count in full.
+    networks_left = 1 - sum(half.part == MLP for half in left_out) / layer.layers
+    attentions_left = 1 - sum(half.part == ATTENTION for half in left_out) / layer.layers
+    channels = found.ffn_ratio * layer.ffn / (layer.attention + layer.ffn)
+    ratio = share_of_halves(left_out, layer) + networks_left * channels + attentions_left * (found.ratio - channels)
+    return StudyPruning(ratio, found.ffn_ratio, settings, rule, found.skipped, found.boundary, left_out)
+
+
+def share_of_halves(halves: Sequence[Half], layer: LayerWeights) -> float:
+    """What these hold of the parameters of all layers, which count as if they were alike."""
+    weights = sum(layer.ffn if half.part == MLP else layer.attention for half in halves)
+    return weights / (layer.layers * (layer.attention + layer.ffn))
+
+
+def check_retained_share(settings: PruningSettings, ffn_ratio: float) -> None:
+    """Raises InputError for a share that leaves nothing to pick, or fewer candidates than are to be picked."""
+    if settings.retained_share is None or ffn_ratio == 0:
+        return
+    picked = 1 - ffn_ratio - settings.retained_share
+    if picked <= 0:
+        raise InputError(
+            f"retained share {settings.retained_share} must stay below the {1 - ffn_ratio:.3g} of the channels that "
+            "finish a step"
+        )
+    if settings.rule in WIDTH_RULES and settings.candidate_width < picked:
+        raise InputError(
+            f"candidate width {settings.candidate_width} is less than the {picked:.3g} of the channels that are picked "
+            f"beside a retained share of {settings.retained_share}; raise it, to 1 for all others"
+        )
 
 
 def check_visual_tokens(settings: PruningSettings, left_out: Sequence[Half], layers: int) -> None:

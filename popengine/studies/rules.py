@@ -1,7 +1,7 @@
 """Rules beside the paper's: cheaper or other scores, and channels that were chosen before any prompt.
 
 A new rule is a class here, with what it runs in place of a network (see models/pruning/pop.py), its name in RULES, and
-its name in RULE_NAMES of models/pruning/settings.py.
+its name in RULE_NAMES of popengine/studies/settings.py.
 
 B batch, T rows, H hidden size, I FFN channels, R retained, C candidate and A = R + C active channels, K picked.
 """
@@ -22,12 +22,48 @@ from models.pruning.partition import (
     ChannelPartition,
     Evidence,
     PartitionSizes,
-    retained_sizes,
 )
-from models.pruning.pop import POP, ActiveWeights, PartitionedFFN, Prior, PrunedFFN, down_by_columns
+from models.pruning.pop import POP, ActiveWeights, PartitionedFFN, PrunedFFN, down_by_columns
+from popengine.studies.evidence import Prior, PriorEvidence
 
 
-class AllChannels(POP):
+@dataclass(frozen=True)
+class StudyRule(POP):
+    """POP with evidence before the prompt, and with a retained share that stands by itself.
+
+    prior           evidence before any token, or None
+    retained_share  share of the channels that always run; None: what the candidates leave (the paper)
+    """
+
+    prior: Prior | None = None
+    retained_share: float | None = None
+
+    def new_evidence(self, network: nn.Module, channels: int, device: torch.device, part: str = "h") -> Evidence:
+        """As POP's. part: "h", "gate" or "up", what the evidence is of"""
+        if self.prior is None or (network, part) not in self.prior.of:
+            return Evidence(channels, device)
+        return PriorEvidence(self.prior.of[network, part] * self.prior.tokens, self.prior.tokens, device)
+
+    def group_sizes(self, channels: int) -> PartitionSizes:
+        if self.retained_share is None or self.ffn_ratio == 0:
+            return super().group_sizes(channels)
+        return retained_sizes(channels, self.ffn_ratio, self.retained_share, self.width)
+
+
+def retained_sizes(channels: int, ratio: float, share: float, width: float = 1.0) -> PartitionSizes:
+    """Sizes where the retained share stands by itself, so that picks need not be half of the candidates.
+
+    share  of all channels that always run; 0 is the all-channel variant (POP, Table 6): each step keeps the best
+    width  candidates as a share of all channels, at most all that is not retained
+    """
+    active = round((1 - ratio) * channels)
+    retained = min(round(share * channels), active)
+    pick = active - retained
+    candidate = max(pick, min(round(width * channels), channels - retained)) if pick else 0
+    return PartitionSizes(retained, candidate, channels - retained - candidate, pick)
+
+
+class AllChannels(StudyRule):
     """The quality ceiling (POP, Table 6): every step chooses among all channels, and saves nothing but down_proj.
 
     |h_i| times the norm of down_proj's column i: WINA (arXiv 2505.19427) does so with what feeds down_proj. With a
@@ -106,7 +142,7 @@ class FactorFFN(Chooser):
 
     other = "gate"
 
-    def __init__(self, ffn: FeedForward, rule: POP, weights: ActiveWeights) -> None:
+    def __init__(self, ffn: FeedForward, rule: StudyRule, weights: ActiveWeights) -> None:
         super().__init__(ffn, rule, weights)
         self.watched = rule.new_evidence(ffn, ffn.channels, ffn.device, self.other)
 
@@ -257,7 +293,7 @@ class Draft(ChooseFirst):
         return super().step_bytes(ffn, rows) + drafts
 
 
-class GLASS(POP):
+class GLASS(StudyRule):
     """Ranks of the prompt's scores and of the prior's, half and half, partition the channels (arXiv 2508.14302).
 
     However many tokens a prior counts for, its half is a half: it is kept out of the sums. Heads have no second ranking
@@ -324,9 +360,6 @@ class StaticRule(POP):
     follows_prompt = False
     __eq__, __hash__ = object.__eq__, object.__hash__
 
-    def with_prior(self, prior: Prior | None) -> "StaticRule":
-        return self
-
     def sizes(self, ffn: FeedForward) -> PartitionSizes:
         return self.of[ffn].partition.sizes
 
@@ -336,7 +369,7 @@ class StaticRule(POP):
         return StaticFFN(ffn, self, weights or self.new_weights(ffn), self.of[ffn])
 
 
-RULES: dict[str, type[POP]] = {
-    "pop": POP, "all-channels": AllChannels, "up": Up, "gate": Gate, "cats": CATS, "teal": TEAL,
+RULES: dict[str, type[StudyRule]] = {
+    "pop": StudyRule, "all-channels": AllChannels, "up": Up, "gate": Gate, "cats": CATS, "teal": TEAL,
     "glass": GLASS, "draft": Draft,
 }

@@ -5,7 +5,8 @@ As in the paper, but for the accounting: it removes a number of layers; here the
 ratio, and with a layer share below 1 channels that the rule cuts give the rest.
 """
 
-from models.pruning.left_out import HALVES, Half
+from models.pruning.settings import SUBLAYERS
+from popengine.studies.left_out import Half
 from popengine.studies.request import Request
 from popengine.studies.resolve import StudyPruning
 from weights.errors import InputError
@@ -19,4 +20,4 @@ def shortgpt(request: Request) -> StudyPruning:
     if budget > 0 and count == 0:
         raise InputError(f"a share of {budget:.3g} is less than half of one of {layers} layers: raise the prune ratio")
     lowest = influence.argsort(stable=True)[:count].tolist()
-    return request.without([Half(layer, part) for layer in sorted(lowest) for part in HALVES])
+    return request.without([Half(layer, part) for layer in sorted(lowest) for part in SUBLAYERS])

@@ -19,12 +19,51 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.blocks import AttentionBlock
-from models.cache import KVCache
+from models.cache import KVCache, SlotMap
 from models.masks import masks_in_cache, visible
 from models.passes import PrefillPass
 from models.pruning.heads import PartitionedAttention
 from models.state import LayerState
 from models.walks import Walk
+
+
+class DroppedTokens(SlotMap):
+    """The slots of layers that drop tokens of the prompt.
+
+    Slots of the tokens that stay follow each other without gaps, and so do those of later tokens.
+
+    tokens   int64 [B, S];  gone  int64 [1], how many tokens were dropped;  missing  the same number for the host
+    """
+
+    def __init__(self, batch: int, capacity: int, dropped: int, device: torch.device) -> None:
+        self.tokens = torch.arange(capacity - dropped, device=device).repeat(batch, 1)
+        self.gone, self.missing = torch.zeros(1, dtype=torch.int64, device=device), 0
+
+    def slots(self, tokens: Tensor) -> Tensor:
+        return tokens - self.gone
+
+    def start(self) -> None:
+        self.drop(0, 0)
+
+    def drop(self, missing: int, stay: int) -> None:
+        """Record that `missing` tokens are dropped. The first `stay` slots keep their tokens; later ones follow on."""
+        self.missing = missing
+        self.gone.fill_(missing)
+        self.tokens[:, stay:] = torch.arange(stay + missing, self.most_tokens, device=self.tokens.device)
+
+    def go_back(self, filled: int, tokens: int) -> None:
+        if self.missing:
+            stay = int((self.tokens[0, : filled - self.missing] < tokens).sum())
+            self.drop(tokens - stay, stay)
+
+    def grow(self, more: int) -> None:
+        before = self.tokens.shape[1]
+        self.tokens = F.pad(self.tokens, (0, more))
+        self.drop(self.missing, before)
+
+    @property
+    def most_tokens(self) -> int:
+        return self.tokens.shape[1] + self.missing
 
 
 @dataclass(frozen=True)
@@ -66,7 +105,7 @@ def attended_by_last(layer: LayerState, x: Tensor, step: PrefillPass, cache: KVC
         q = own.in_cache(q)
     keys, scale = layer.cache.keys, own.attention.scale
     q = q.float().view(len(x), keys.shape[1], -1, q.shape[-1])                      # [B, K, N/K, D]
-    mask = masks_in_cache([pattern], cache, step.logical_positions[-1:], torch.float32)[pattern]     # [B, 1, 1, S]
+    mask = masks_in_cache([pattern], cache, step.token_index[-1:], torch.float32)[pattern]     # [B, 1, 1, S]
     weights = (q @ keys.float().transpose(2, 3) * scale + mask).softmax(dim=-1)     # [B, K, N/K, S]
     return block.layer.ranks.add_up(weights.mean(dim=(1, 2)))
 
@@ -96,9 +135,11 @@ def leave_out(
     """
     batch, rows, _ = x.shape
     given = step.pictures
-    stays = cache.padding <= step.logical_positions   # [B, T]
-    before = int(step.logical_positions[0])   # slots before these rows,
-    own = before - cache.missing                                                    # and in thin layers
+    thin = {pattern: slot_map for pattern, slot_map in cache.maps.items() if isinstance(slot_map, DroppedTokens)}
+    missing = next(iter(thin.values())).missing
+    stays = cache.padding <= step.token_index                                       # [B, T]
+    before = int(step.token_index[0])                                               # tokens before these rows,
+    own = before - missing                                                          # and their slots
     for sequence, first, length in given.stretches:
         stretch, count = slice(first, first + length), pruning.visual_tokens(length)
         if attended is None:
@@ -117,26 +158,26 @@ def leave_out(
         return of_rows.expand(batch, *of_rows.shape[1:]).gather(1, index.expand(-1, -1, *of_rows.shape[2:]))
 
     real = taken(stays)
-    places = taken(step.logical_positions[None]).masked_fill(~real, -1)                        # [B, R]
+    tokens = taken(step.token_index[None]).masked_fill(~real, -1)                   # [B, R]
     slots = own + torch.arange(left, device=x.device)                               # [R]
-    cache.logical_positions[:, own : own + left] = places
-    cache.leave_out(cache.missing + rows - left, own + left)
-    thin = [pattern for pattern in step.slots if pattern.pruned_visual]
+    for slot_map in thin.values():
+        slot_map.tokens[:, own : own + left] = tokens
+        slot_map.drop(missing + rows - left, own + left)
     if step.follows:
-        masks = masks_in_cache(thin, cache, places, x.dtype, given.blocks)
+        masks = masks_in_cache(thin, cache, tokens, x.dtype, given.blocks)
     else:
         sees_all = given.blocks is None and bool(real.all())
         masks = {
             pattern: None if sees_all and pattern.window is None
-            else visible(places, places, cache.padding, pattern.window, given.blocks)[:, None]
+            else visible(tokens, tokens, cache.padding, pattern.window, given.blocks)[:, None]
             for pattern in thin
         }
     counted = None if step.counted is None and bool(real.all()) else real
     if counted is not None and step.counted is not None:
         counted = counted & taken(step.counted)
     left_step = replace(
-        step, logical_positions=places, slots=dict.fromkeys(thin, slots), masks=masks, counted=counted,
-        rotary={one: (taken(cos), taken(sin)) for one, (cos, sin) in step.rotary.items() if one.pruned_visual},
+        step, token_index=tokens, slots=dict.fromkeys(thin, slots), masks=masks, counted=counted,
+        rotary={one: (taken(cos), taken(sin)) for one, (cos, sin) in step.rotary.items() if one in thin},
         tokens=batch * left if counted is None else int(counted.sum()),
         pictures=replace(given, added=[taken(one) for one in given.added]),
     )

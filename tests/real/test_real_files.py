@@ -23,8 +23,8 @@ from real_text import TEXT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.pruning.settings import DENSE
 from popengine.engine.loading import load
+from popengine.studies.settings import DENSE
 
 pytestmark = pytest.mark.real
 

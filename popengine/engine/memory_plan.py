@@ -1,0 +1,45 @@
+"""Cache and weight copies within the memory that is free: refuse what does not fit, and copy as many experts as do."""
+
+from models.cost_model import all_copy_bytes, copy_bytes
+from models.experts import MixtureOfExperts
+from models.llama import LlamaForCausalLM
+from models.pruning.experts import PartitionedExperts
+from models.pruning.resolve import Pruning
+from models.pruning.settings import MLP
+from models.state import DecodeState
+from weights.errors import InputError
+from weights.memory import gigabytes
+
+
+def state_within(
+    free: int | None, model: LlamaForCausalLM, batch: int, capacity: int, pruning: Pruning, dropped: int = 0
+) -> DecodeState:
+    """Allocate the state of a run in at most `free` bytes (None: any number); other arguments as for `new_state`.
+
+    With too little memory for copies of all experts, as many experts of every layer get one as fit. Raises InputError
+    where not even the cache and the copies of other networks fit.
+    """
+    cached, (of_one, of_all) = model.cache_bytes(batch, capacity, pruning), expert_copies(model, pruning)
+    copies = all_copy_bytes(model, pruning) - of_all
+    if free is not None and cached + copies > free:
+        raise InputError(
+            f"the cache of {batch} x {capacity} tokens takes {gigabytes(cached)} and the weights that stay active "
+            f"another {gigabytes(copies)} beside the model, and {gigabytes(free)} is free: ask for fewer "
+            "tokens, prune more, use a smaller dtype, or run dense (prune ratio 0)"
+        )
+    state = model.new_state(batch, capacity, pruning, dropped)
+    if free is not None and of_one:
+        for layer in state.layers:
+            if isinstance(layer.ffn, PartitionedExperts):
+                layer.ffn.copy_limit = (free - cached - copies) // of_one
+    return state
+
+
+def expert_copies(model: LlamaForCausalLM, pruning: Pruning) -> tuple[int, int]:
+    """Bytes of a copy of one expert in every layer, and of all experts, where experts may also do without copies."""
+    if not pruning.rule.follows_prompt:
+        return 0, 0
+    running = (layer.mlp for index, layer in enumerate(model.model.layers) if MLP in pruning.sublayers(index))
+    mixtures = [mlp for mlp in running if isinstance(mlp, MixtureOfExperts)]
+    of_one = [copy_bytes(mixture.experts[0], pruning) for mixture in mixtures]
+    return sum(of_one), sum(len(mixture.experts) * one for mixture, one in zip(mixtures, of_one, strict=True))

@@ -1,0 +1,31 @@
+"""A control of Prefill-Only Pruning (arXiv 2602.03295, Table 4): skipped layers keep nothing of the prompt.
+
+B batch, T rows, S cache slots.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from models.cache import SlotMap
+from models.passes import PrefillPass
+from models.pruning.prefill_only import PrefillOnly
+
+
+class ForgottenPrompt(SlotMap):
+    """The slots of layers in which no row attends to prompt tokens that skipped them."""
+
+    def start(self) -> None:
+        torch.arange(len(self.tokens), out=self.tokens)
+
+
+@dataclass(frozen=True)
+class ForgetSkipped(PrefillOnly):
+    """Prefill-Only Pruning, after which nothing attends to the prompt in the layers that it skipped."""
+
+    def split(self, rows: PrefillPass, state: Any) -> tuple[PrefillPass, PrefillPass]:
+        for pattern, slot_map in state.cache.maps.items():
+            if isinstance(slot_map, ForgottenPrompt):
+                slot_map.tokens[rows.slots[pattern][: -self.boundary or None]] = -1
+        return super().split(rows, state)
