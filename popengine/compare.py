@@ -64,6 +64,7 @@ def run(flags: argparse.Namespace) -> None:
         raise InputError("--time takes a number of rounds of at least 1, and a text whose first window is decoded")
     start_pytorch(flags)
     from popengine.evaluation import comparison, comparison_table, prepared, scoring, tasks
+    from popengine.evaluation.progress_file import ProgressFile
 
     prepared.check_methods(flags)
     for name in flags.tasks:
@@ -84,7 +85,7 @@ def run(flags: argparse.Namespace) -> None:
         windows = scoring.cut_windows(text, engine.tokenizer, flags.prompt_tokens, flags.score_tokens, flags.windows)
     identity = comparison.identity_of(flags, engines, text, calibration)
     is_sound = partial(comparison.is_sound, scored=identity["score_tokens"])
-    progress = comparison.ProgressFile(flags.out / "progress.jsonl", identity, is_sound)
+    progress = ProgressFile(flags.out / "progress.jsonl", identity, is_sound)
     for note in progress.notes:
         print(f"warning: {one_line(note)}", file=sys.stderr)
     compared = comparison.Comparison(engines, ready.prunings, windows, progress, show_progress)

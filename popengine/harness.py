@@ -54,7 +54,7 @@ OF_PATHS = ("--model_args", "-a", "--output_path", "-o", "--include_path")
 
 
 @register_model("popengine")
-class PopengineLM(TemplateLM):
+class PopengineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     """A checkpoint under a pruning method, as the harness sees it."""
 
     def __init__(

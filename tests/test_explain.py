@@ -16,7 +16,6 @@ from tiny_gemma import complete_gemma
 from tiny_qwen_vl import complete_qwen, picture
 from tolerance import assert_same, tolerated
 
-from popengine import explain
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
 from popengine.engine.run import next_logits
@@ -25,6 +24,7 @@ from popengine.evaluation.scoring import Window
 from popengine.evaluation.studies import picks, rank_drift
 from popengine.explain import main
 from popengine.images.vision import Vision
+from popengine.page import page as page_file
 from popengine.page.explained_run import embedded, explained_run, picture_of
 from popengine.page.page import page
 from popengine.studies.settings import DENSE, PruningSettings
@@ -189,15 +189,15 @@ def test_layers_beyond_the_room_are_left_out(
     words = ("--ckpt", checkpoint, "--prompt", "Seven ships", "--raw", "--paper", "--ffn-ratio", 0.5,
              "--candidate-width", 0.4, "--ignore-eos", "--out", out)
     room = int(bare + 2.2 * one_layer)
-    monkeypatch.setattr(explain, "MOST_BYTES", room)
+    monkeypatch.setattr(page_file, "MOST_BYTES", room)
     assert status(*words, "-n", 12) == 0
     assert "1 of 3 layers do not fit and are left out" in capsys.readouterr().out
     assert room - one_layer < out.stat().st_size <= room
-    monkeypatch.setattr(explain, "MOST_BYTES", room := int(bare + 0.5 * one_layer))
+    monkeypatch.setattr(page_file, "MOST_BYTES", room := int(bare + 0.5 * one_layer))
     told = re.search(r"MB is the most: at most (\d+) of the 12 new tokens would fit", error(capsys, *words, "-n", 12))
     assert told is not None and 1 <= int(told[1]) < 12
     assert status(*words, "-n", told[1]) == 0 and out.stat().st_size <= room
-    monkeypatch.setattr(explain, "MOST_BYTES", 10)
+    monkeypatch.setattr(page_file, "MOST_BYTES", 10)
     assert "a shorter prompt or a narrower model would fit" in error(capsys, *words, "-n", 12)
 
 
@@ -209,7 +209,7 @@ def test_pictures_beyond_the_room_are_told(
     assert status(*words, *one, "--json") == 0
     run = json.loads(capsys.readouterr().out)
     room = out.stat().st_size - len(json.dumps(run["layers"][1:])) + 2000        # two pictures are 4,000
-    monkeypatch.setattr(explain, "MOST_BYTES", room)
+    monkeypatch.setattr(page_file, "MOST_BYTES", room)
     assert "at most 1 of the 2 pictures would fit" in error(capsys, *words, *one * 2)
     assert status(*words, *one) == 0 and out.stat().st_size <= room
 

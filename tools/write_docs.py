@@ -9,6 +9,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ def api_page() -> str:
         written = written_call(name, one) if callable(one) and name != "InputError" else name
         lines += ["", f"## {name}", "", f"`{one.__module__}`", "", f"```python\n{written}\n```", ""]
         lines += [docstring(one)]
+        if inspect.isclass(one):
+            lines += [docstring(base) for base in reversed(one.__mro__[1:]) if is_dataclass(base)]
         for member, function in members(one) if inspect.isclass(one) else ():
             is_property = isinstance(vars(one)[member], (property, functools.cached_property))
             call = f"{member}: {type_of(function)}" if is_property else written_call(member, function)

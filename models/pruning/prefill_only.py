@@ -10,14 +10,13 @@ B batch, T rows of the prompt, K boundary rows, H hidden size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.masks import masks_in_cache
 from models.passes import PrefillPass
-from models.walks import EveryLayer
+from models.walks import EveryLayer, RunningLayer, RunningState
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class PrefillOnly:
     skipped: tuple[int, ...]
     boundary: int
 
-    def __call__(self, layers: Sequence[Any], x: Tensor, rows: PrefillPass, state: Any) -> Tensor:
+    def __call__(self, layers: Sequence[RunningLayer], x: Tensor, rows: PrefillPass, state: RunningState) -> Tensor:
         if x.shape[1] <= self.boundary:                     # a prompt that is all boundary skips nothing
             return EveryLayer()(layers, x, rows, state)
         rest, last = self.split(rows, state)
@@ -38,7 +37,7 @@ class PrefillOnly:
             x = self.pass_by(layer, x, rest, last) if layer.index in self.skipped else layer.prefill(x, rows)
         return x
 
-    def pass_by(self, layer: Any, x: Tensor, rest: PrefillPass, last: PrefillPass) -> Tensor:
+    def pass_by(self, layer: RunningLayer, x: Tensor, rest: PrefillPass, last: PrefillPass) -> Tensor:
         """One skipped layer. x [B, T, H] -> [B, T, H]"""
         passing, running = x.tensor_split([x.shape[1] - self.boundary], dim=1)      # [B, T - K, H], [B, K, H]
         for sublayer in layer.sublayers:
@@ -48,7 +47,7 @@ class PrefillOnly:
             running = layer.prefill(running, last)                                  # the K rows in full (Eq. 15)
         return torch.cat([passing, running], dim=1)
 
-    def split(self, rows: PrefillPass, state: Any) -> tuple[PrefillPass, PrefillPass]:
+    def split(self, rows: PrefillPass, state: RunningState) -> tuple[PrefillPass, PrefillPass]:
         """The passes of the rows before the boundary, and of the boundary, which attends to the cache."""
         before = rows.token_index.shape[-1] - self.boundary
         rest, last = (
@@ -66,7 +65,7 @@ class PrefillOnly:
         last.count(len(state.live), None if rows.counted is None else rows.counted[:, before:])
         return rest, last
 
-    def evidence_tokens(self, rows: PrefillPass, state: Any) -> int:
+    def evidence_tokens(self, rows: PrefillPass, state: RunningState) -> int:
         total = rows.token_index.shape[-1]
         if total <= self.boundary:
             return rows.tokens

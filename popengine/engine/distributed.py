@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from models.ranks import ALONE, Ranks
 from popengine.engine.processes import is_first, is_one_of_several
@@ -146,7 +147,7 @@ def says_why_it_failed() -> bool:
             store = distributed.distributed_c10d._get_default_store()
         else:
             address, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", "0"))
-            store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+            store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
         return store.add("popengine: failed", 1) == 1
     except RuntimeError:                # the store has gone with the one that has spoken, or was never there
         return is_first() and not distributed.is_initialized()

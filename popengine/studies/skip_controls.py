@@ -4,13 +4,13 @@ B batch, T rows, S cache slots.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from models.cache import SlotMap
 from models.passes import PrefillPass
 from models.pruning.prefill_only import PrefillOnly
+from models.walks import RunningState
 
 
 class ForgottenPrompt(SlotMap):
@@ -24,7 +24,7 @@ class ForgottenPrompt(SlotMap):
 class ForgetSkipped(PrefillOnly):
     """Prefill-Only Pruning, after which nothing attends to the prompt in the layers that it skipped."""
 
-    def split(self, rows: PrefillPass, state: Any) -> tuple[PrefillPass, PrefillPass]:
+    def split(self, rows: PrefillPass, state: RunningState) -> tuple[PrefillPass, PrefillPass]:
         for pattern, slot_map in state.cache.maps.items():
             if isinstance(slot_map, ForgottenPrompt):
                 slot_map.tokens[rows.slots[pattern][: -self.boundary or None]] = -1

@@ -24,7 +24,7 @@ from models.masks import masks_in_cache, visible
 from models.passes import PrefillPass
 from models.pruning.heads import PartitionedAttention
 from models.state import LayerState
-from models.walks import Walk
+from models.walks import RunningLayer, RunningState, Walk
 
 
 class DroppedTokens(SlotMap):
@@ -74,7 +74,7 @@ class DropVisualTokens:
     first: int
     pruning: Any
 
-    def __call__(self, layers: Sequence[Any], x: Tensor, rows: PrefillPass, state: Any) -> Tensor:
+    def __call__(self, layers: Sequence[RunningLayer], x: Tensor, rows: PrefillPass, state: RunningState) -> Tensor:
         if not rows.pictures.stretches:
             return self.walk(layers, x, rows, state)
         attended = None
@@ -82,11 +82,12 @@ class DropVisualTokens:
             x = self.walk(layers[: self.first - 1], x, rows, state)
             last, entered = layers[self.first - 1], x
             x = self.walk([last], x, rows, state)
+            assert isinstance(last, LayerState)
             attended = attended_by_last(last, entered, rows, state.cache)
         x, rows = leave_out(self.pruning, x, rows, state.cache, attended)
         return self.walk(layers[self.first :], x, rows, state)
 
-    def evidence_tokens(self, rows: PrefillPass, state: Any) -> int:
+    def evidence_tokens(self, rows: PrefillPass, state: RunningState) -> int:
         left = rows.tokens - self.pruning.uncounted(rows.pictures.stretches)
         return min(self.walk.evidence_tokens(rows, state), left)
 
