@@ -41,7 +41,7 @@ from popengine.engine.run import next_logits
 from popengine.studies.resolve import resolve_study
 from weights.checkpoint import open_checkpoint
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 # Small trained checkpoints that come with the project.
 LLAVA_TINY = REPOSITORY / "weights" / "llava-tiny"
 MIXTRAL_TINY = REPOSITORY / "weights" / "mixtral-tiny"
