@@ -23,7 +23,7 @@ def main() -> int:
     names = [name for name, _, _ in SETS]
     tried = SETS[: names.index(own) + 1 if own in names else 1]
     tests = Path(__file__).resolve().parents[1] / "tests"
-    files = [path for path in sorted(tests.glob("test_*.py")) if "mark.numeric" in path.read_text(encoding="utf-8")]
+    files = [path for path in sorted(tests.rglob("test_*.py")) if "mark.numeric" in path.read_text(encoding="utf-8")]
     arguments = [argument for argument in sys.argv[1:] if argument != "--short"]
     command = [sys.executable, "-m", "pytest", "-m", "numeric", *arguments, *map(str, files)]
     pairs = [(one, threads) for one in tried for threads in (1, 2)]

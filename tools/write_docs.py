@@ -1,6 +1,6 @@
 """docs/commands.md from the parsers of the commands, and docs/api.md from the docstrings: python tools/write_docs.py
 
-tests/test_docs.py holds both pages to what this writes, and fails where a flag or a public name is missing.
+tests/docs/test_docs.py holds both pages to what this writes, and fails where a flag or a public name is missing.
 """
 
 import argparse

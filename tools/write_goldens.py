@@ -3,7 +3,7 @@
     python tools/write_goldens.py
 
 With it the tests can hold popengine to Hugging Face's numbers on a machine without transformers. The slow POP of
-tests/slow_pop.py runs on Hugging Face's own modules; nothing here comes from popengine but the path of the file.
+tests/shared/slow_pop.py runs on Hugging Face's own modules; nothing here comes from popengine but the path of the file.
 """
 
 import sys
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from weights.default_checkpoint import DEFAULT_DIRECTORY, FROM_PACKAGE
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(TESTS / "shared"))
 from slow_pop import SlowPOP  # noqa: E402
 from smollm2_text import CHAT_PROMPT, TEXT  # noqa: E402
 

@@ -30,7 +30,7 @@ from weights.four_bit_layouts import Layout, borrow_evidence
 from weights.gguf_blocks import BLOCKS, FOUR_BIT_TYPES, READERS
 from weights.groups import Groups, group
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 ROWS = (1, 2, 3, 5, 9, 17, 40)
 KINDS = ("int8", "int4")

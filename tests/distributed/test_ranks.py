@@ -17,13 +17,14 @@ from models.llama import LlamaForCausalLM
 from models.ranks import Ranks, share_of
 from weights.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT / "tests" / "shared"
 TALLY = "tally dbbd=d1b1b2d2; tally cabbacdafe?"
 
 
 def torchrun(count: int, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{SHARED}"}
     return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT, env=environment, **options)
 
 
@@ -59,7 +60,7 @@ def test_ranks_equal_one_process_with_as_many_groups(
             case(checkpoint, "Hello there", settings={"prune_ratio": 0.3}, compile=True),
         ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    run = torchrun(count, str(ROOT / "tests" / "ranks_worker.py"), str(tmp_path / "cases.json"), str(tmp_path / "out"))
+    run = torchrun(count, str(SHARED / "ranks_worker.py"), str(tmp_path / "cases.json"), str(tmp_path / "out"))
     assert run.returncode == 0, run.stderr[-3000:]
     for one, found in zip(cases, torch.load(tmp_path / "out", weights_only=True), strict=True):
         alone = in_one_process(count, one)

@@ -1,4 +1,4 @@
-"""What two ranks and one process compute alike: tests/test_ranks_together.py runs it in both, here under torchrun."""
+"""What two ranks and one process compute alike: test_ranks_together.py runs it in both, here under torchrun."""
 
 import sys
 from functools import lru_cache

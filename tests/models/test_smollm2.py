@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import generated
+from builders import REPOSITORY, generated
 from safetensors.torch import load_file
 from slow_pop import SlowPOP
 from slow_prefill import SlowPrefillOnly
@@ -22,7 +22,7 @@ from popengine.engine.loading import load
 from popengine.studies.settings import DENSE, PruningSettings
 from weights.default_checkpoint import FROM_PACKAGE
 
-GOLDENS = Path(__file__).parent / "goldens" / "smollm2.safetensors"
+GOLDENS = REPOSITORY / "tests" / "goldens" / "smollm2.safetensors"
 POP_RUNS = [(ratio, prefill) for ratio in (0.2, 0.4) for prefill in ("pruned", "dense")]
 
 

@@ -18,6 +18,7 @@ from tolerance import assert_same, tolerated
 
 from popengine.engine.distributed import contents
 
+SHARED = REPOSITORY / "tests" / "shared"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
@@ -34,7 +35,7 @@ def started(ranks: int, *arguments: object, **changes: str) -> subprocess.Popen[
     return subprocess.Popen(
         [*TORCHRUN, str(ranks), *map(str, arguments)], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"} | changes,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{SHARED}"} | changes,
     )
 
 
@@ -47,7 +48,7 @@ def said(process: subprocess.Popen[str], within: float = 60) -> tuple[int, str, 
 def test_ranks_compute_what_one_process_does_with_as_many_groups(
     tiny: Path, tmp_path: Path
 ) -> None:
-    status, out, lines = said(started(2, REPOSITORY / "tests" / "rank_cases.py", tiny, tmp_path), 120)
+    status, out, lines = said(started(2, SHARED / "rank_cases.py", tiny, tmp_path), 120)
     assert status == 0, (out, lines)
     alone = compute(tiny, 2)
     for rank in range(2):

@@ -16,7 +16,7 @@ import pytest
 from weights.errors import InputError
 from weights.output_file import append_output, check_output, make_folder, replacing, write_output
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_a_new_file_and_one_in_the_place_of_another(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from popengine.studies.resolve import resolve_study
 from popengine.studies.settings import PruningSettings
 from weights.checkpoint import open_checkpoint
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 # Small trained checkpoints that come with the project.
 LLAVA_TINY = REPOSITORY / "weights" / "llava-tiny"
 MIXTRAL_TINY = REPOSITORY / "weights" / "mixtral-tiny"

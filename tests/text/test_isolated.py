@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_gguf import sentencepiece_model
 
 from popengine.text.sandbox.process import Sandbox
 from popengine.text.tokenizer import FastTokenizer, SentencePieceTokenizer, open_tokenizer
-from tests.tiny_gguf import sentencepiece_model
 from weights.errors import InputError
 
 

@@ -14,7 +14,7 @@ from loopback_hub import LoopbackHub
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 GGUF = b"GGUF, more or less" * 100
 
 # The tool as it is, but with the checksum of the stand-in for the package's file, and into a folder of the test's own.

@@ -1,4 +1,4 @@
-"""What every rank runs in tests/test_ranks.py: prompts on a share of each model, and what came of them from the first.
+"""What every rank runs in test_ranks.py: prompts on a share of each model, and what came of them from the first.
 
 Arguments: a JSON file of cases, and where the first rank saves its answers.
 """
