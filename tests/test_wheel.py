@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from builders import REPOSITORY
 
+import popengine
+
 
 def run(*command: Any, cwd: Path) -> str:
     done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False)
@@ -24,7 +26,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
     for name in ("popengine", "models", "weights"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("default", "__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", built, ".", cwd=source)
     (path,) = built.glob("popengine-*.whl")
@@ -49,12 +51,18 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nothing_but_popengine_stands_at_the_top(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        (told,) = (name for name in names if name.endswith("top_level.txt"))
-        assert archive.read(told).split() == [b"popengine"]
+        (top,) = (name for name in names if name.endswith("top_level.txt"))
+        assert archive.read(top).split() == [b"popengine"]
         entry_points = next(archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
+        told = next(archive.read(name).decode() for name in names if name.endswith("METADATA")).splitlines()
+        licence = next(archive.read(name) for name in names if name.endswith("licenses/LICENSE"))
     assert {name.split("/")[0].removesuffix(".dist-info").split("-")[0] for name in names} == {"popengine"}
     assert {"popengine/models/llama.py", "popengine/weights/mixtral-tiny/model.safetensors"} <= set(names)
     assert {f"popengine/page/explain.{kind}" for kind in ("html", "css", "js")} <= set(names)
+    assert {f"Version: {popengine.__version__}", "License-Expression: Apache-2.0"} <= set(told)
+    assert licence == (REPOSITORY / "LICENSE").read_bytes()
+    # A marker at the top holds for all that lies below it (PEP 561), so for models and weights too.
+    assert "popengine/py.typed" in names
     assert "popengine = popengine.__main__:main" in entry_points
     modules = {path.relative_to(REPOSITORY) for path in REPOSITORY.glob("*/**/*.py")
                if path.parts[len(REPOSITORY.parts)] in ("models", "weights")}
