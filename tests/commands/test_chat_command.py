@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from builders import LLAVA_TINY, REPOSITORY, complete_checkpoint, exit_status
 
+import popengine
 from popengine import __main__ as front_door
 from popengine.chat import COMMANDS, OF_SAMPLING, main
 from popengine.engine.sampling import Sampling
@@ -234,7 +235,7 @@ def test_the_front_door_lists_its_commands_and_suggests(
     assert knock(monkeypatch) == knock(monkeypatch, "--help") == knock(monkeypatch, "--version") == 0
     out = capsys.readouterr().out
     assert all(f"\n  {name} " in out for name in front_door.COMMANDS)
-    assert out.endswith("popengine 0.1.0\n")
+    assert out.endswith(f"popengine {popengine.__version__}\n")
     assert knock(monkeypatch, "genrate") == 2
     assert capsys.readouterr().err.startswith("error: genrate is no command; did you mean generate?")
     assert knock(monkeypatch, "generate", "--prompt", "x", "--prune-ration", "0.3") == 2

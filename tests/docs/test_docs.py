@@ -38,7 +38,8 @@ def test_every_public_name_is_told() -> None:
 
 
 def pages() -> list[Path]:
-    return [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
+    top = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+    return [*(REPOSITORY / name for name in top), *sorted(DOCS.glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)

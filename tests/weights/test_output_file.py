@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from weights.errors import InputError
-from weights.output_file import append_output, check_output, make_folder, replacing, write_output
+from weights.output_file import append_output, check_output, make_folder, new_folder, replacing, write_output
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -162,3 +162,19 @@ def test_nothing_else_of_the_project_writes_files() -> None:
         if WRITES.search(line) and not re.search("unfinished|os.devnull|clear_refs", line)
     }
     assert found == {"shapes.py", "output_file.py"}
+
+
+def test_a_new_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "made") as unfinished:
+        (unfinished / "file").write_text("x")
+        assert not (tmp_path / "made").exists()
+    assert (tmp_path / "made" / "file").read_text() == "x"
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "other") as unfinished:
+        (unfinished / "file").write_text("x")
+        raise KeyboardInterrupt
+    with new_folder(tmp_path / "made") as unfinished:               # another process was first: its folder stays
+        (unfinished / "file").write_text("y")
+    assert (tmp_path / "made" / "file").read_text() == "x"
+    assert [one.name for one in tmp_path.iterdir()] == ["made"]
+    with pytest.raises(InputError, match="cannot be written"), new_folder(tmp_path / "none" / "below"):
+        pass

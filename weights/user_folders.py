@@ -1,0 +1,25 @@
+"""Folders of the user's own that outlive a run: what was fetched or computed once, and what was typed."""
+
+import os
+from pathlib import Path
+
+from weights.errors import InputError
+
+
+def cache_folder(name: str) -> Path:
+    """What can be made anew: $XDG_CACHE_HOME/popengine/`name`, by default under ~/.cache. It may not exist yet."""
+    return folder("XDG_CACHE_HOME", ".cache") / name
+
+
+def state_folder() -> Path:
+    """What cannot be made anew: $XDG_STATE_HOME/popengine, by default under ~/.local/state. It may not exist yet."""
+    return folder("XDG_STATE_HOME", ".local/state")
+
+
+def folder(variable: str, otherwise: str) -> Path:
+    """InputError if the variable is not set and the user has no home folder."""
+    named = os.environ.get(variable)
+    try:
+        return (Path(named) if named else Path.home() / otherwise) / "popengine"
+    except RuntimeError:
+        raise InputError(f"there is no home folder to keep files in: set {variable} to a folder") from None
