@@ -17,9 +17,23 @@ from weights.groups import Groups
 GROUP = 32
 
 
+def words(raw: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A copy of bytes as wider numbers, wherever they lie. Operations on bits then take a few bytes at once.
+
+    A shift moves bits into a neighbouring byte, where a mask has to remove them. uint8 [..., n] -> [..., n / size]
+    """
+    return raw.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
+def in_each_byte(mask: int, size: int = 8) -> int:
+    """The mask for words of so many bytes."""
+    return int.from_bytes(bytes([mask]) * size, "little")
+
+
 def low_and_high(numbers: Tensor) -> Tensor:
     """Two numbers of each byte: those of the low halves, then those of the high. uint8 [..., n] -> [..., 2 n]"""
-    return torch.cat([numbers & 15, numbers >> 4], dim=-1)
+    both, low = words(numbers), in_each_byte(15)
+    return torch.cat([both & low, both >> 4 & low], dim=-1).view(torch.uint8)
 
 
 def fifth_bits(raw: Tensor) -> Tensor:
@@ -30,15 +44,21 @@ def fifth_bits(raw: Tensor) -> Tensor:
 
 def halves(raw: Tensor) -> Tensor:
     """Bytes as half-precision numbers, in float32. uint8 [..., 2 n] -> float32 [..., n]"""
-    return raw.contiguous().view(torch.float16).float()
+    return words(raw, torch.float16).float()
 
 
-def six_bit_scales(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """A scale and a minimum for each of 8 groups (Q4_K, Q5_K). uint8 [..., 12] -> uint8 [..., 8] each"""
-    first, second, third = raw.split(4, dim=-1)                                     # [..., 4]
+def scales_of_k(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and minimum of each group of Q4_K and Q5_K: 2 bytes of d, 2 of e, 12 of s and m (6 bits each) of 8 groups.
+
+    d s and -e m. uint8 [out, N, 16] -> float32 [out, G] each
+    """
+    low, upper, six = (in_each_byte(mask, 4) for mask in (15, 48, 63))
+    pair, third = words(raw[..., 4:], torch.int32).split([2, 1], dim=-1)            # [out, N, 2], [out, N, 1]
     # The first four groups have their six bits in one byte; of the others the upper two lie in the first four's bytes.
-    scale = torch.cat([first & 63, (third & 15) | (first >> 6 << 4)], dim=-1)       # [..., 8]
-    return scale, torch.cat([second & 63, (third >> 4) | (second >> 6 << 4)], dim=-1)
+    others = torch.cat([third, third >> 4], dim=-1) & low | pair >> 2 & upper       # [out, N, 2]
+    factors = torch.stack([pair & six, others], dim=-1).view(torch.uint8)           # [out, N, 2, 8]
+    scale, least = (halves(raw[..., :4]).unsqueeze(-1) * factors).unbind(-2)        # [out, N, 8]
+    return scale.flatten(1), -least.flatten(1)
 
 
 def read_q4_0(raw: Tensor, rows: int) -> Groups:
@@ -56,13 +76,10 @@ def read_q4_1(raw: Tensor, rows: int) -> Groups:
 
 
 def read_q4_k(raw: Tensor, rows: int) -> Groups:
-    """d s q - e m: 2 bytes of d, 2 of e, 12 of s and m (6 bits each) for 8 groups of 32, 128 of numbers."""
+    """d s q - e m: 16 bytes of scales for 8 groups of 32, 128 of numbers."""
     blocks = raw.view(rows, -1, 144)                                                # [out, N, 144]
-    d, e = halves(blocks[..., :4]).split(1, dim=-1)                                 # [out, N, 1]
-    scale, least = six_bit_scales(blocks[..., 4:16])                                # [out, N, 8]
-    halves_of = blocks[..., 16:].contiguous().unflatten(-1, (4, 32))                # [out, N, 4, 32]
-    numbers = torch.stack([halves_of & 15, halves_of >> 4], dim=-2)                 # [out, N, 4, 2, 32]
-    return Groups(numbers.flatten(1), (d * scale).flatten(1), (-e * least).flatten(1))
+    numbers = low_and_high(blocks[..., 16:].unflatten(-1, (4, 32)))                 # [out, N, 4, 64]
+    return Groups(numbers.flatten(1), *scales_of_k(blocks[..., :16]))
 
 
 def read_q5_0(raw: Tensor, rows: int) -> Groups:
@@ -84,22 +101,20 @@ def read_q5_1(raw: Tensor, rows: int) -> Groups:
 def read_q5_k(raw: Tensor, rows: int) -> Groups:
     """Q4_K with 32 bytes of fifth bits, a bit of each for every group, before the numbers."""
     blocks = raw.view(rows, -1, 176)                                                # [out, N, 176]
-    d, e = halves(blocks[..., :4]).split(1, dim=-1)                                 # [out, N, 1]
-    scale, least = six_bit_scales(blocks[..., 4:16])                                # [out, N, 8]
     low = low_and_high(blocks[..., 48:].unflatten(-1, (4, 32))).unflatten(-1, (2, 32))      # [out, N, 4, 2, 32]
     bits = blocks[..., None, 16:48] >> torch.arange(8, dtype=torch.uint8)[:, None]  # [out, N, 8, 32]
     numbers = low.flatten(2, 3) | (bits & 1) << 4                                   # [out, N, 8, 32]
-    return Groups(numbers.flatten(1), (d * scale).flatten(1), (-e * least).flatten(1))
+    return Groups(numbers.flatten(1), *scales_of_k(blocks[..., :16]))
 
 
 def read_q6_k(raw: Tensor, rows: int) -> Groups:
     """d s (q - 32): 128 bytes of low halves, 64 of two upper bits each, 16 of s for groups of 16, 2 of d."""
     blocks = raw.view(rows, -1, 210)                                                # [out, N, 210]
     low = low_and_high(blocks[..., :128].unflatten(-1, (2, 64)))                    # [out, N, 2, 128]
-    upper = blocks[..., 128:192].unflatten(-1, (2, 32))                             # [out, N, 2, 32]
-    upper = torch.cat([upper << 4, upper << 2, upper, upper >> 2], dim=-1) & 48     # [out, N, 2, 128]
+    bits = words(blocks[..., 128:192].unflatten(-1, (2, 32)))                       # [out, N, 2, 4]
+    upper = torch.cat([bits << 4, bits << 2, bits, bits >> 2], dim=-1) & in_each_byte(48)           # [out, N, 2, 16]
     scale = (halves(blocks[..., 208:]) * blocks[..., 192:208].view(torch.int8)).flatten(1)
-    return Groups((low | upper).flatten(1), scale, -32 * scale)
+    return Groups((low | upper.view(torch.uint8)).flatten(1), scale, -32 * scale)
 
 
 def read_q8_0(raw: Tensor, rows: int) -> Groups:

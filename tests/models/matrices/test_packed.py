@@ -150,6 +150,13 @@ def test_nearest_numbers_are_half_a_step_off_at_most() -> None:
         assert torch.equal(rounded, exact)
 
 
+def test_packing_leaves_the_values_that_it_is_given_as_they_are() -> None:
+    weight = torch.randn(40, 128)
+    given = weight.clone()
+    Int8Matrix.nearest(weight, torch.bfloat16)
+    assert torch.equal(weight, given)
+
+
 def test_bytes_are_what_a_product_reads() -> None:
     eight, four = made("int8", 80, 96), made("int4", 80, 96)
     assert eight.read_bytes() == 80 * 96 + 80 * 2 and eight.read_bytes(rows=7) == 7 * (96 + 2)
@@ -215,6 +222,8 @@ def test_blocks_of_gguf_files_are_read_as_gguf_dequantises_them(kind: str) -> No
     groups = READERS[kind](torch.from_numpy(raw.flatten()), 6)
     assert torch.equal(groups.values(), torch.from_numpy(gguf.dequantize(raw.reshape(6, -1), number)))
     assert (groups.numbers.max() < 16) == (kind in FOUR_BIT_TYPES)
+    one = torch.cat([torch.zeros(3, dtype=torch.uint8), torch.from_numpy(raw[0])])[3:]      # at an odd address
+    assert torch.equal(READERS[kind](one, 1).values()[0], groups.values().flatten()[:block])
 
 
 # Models
