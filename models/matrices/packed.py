@@ -67,13 +67,15 @@ class Int8Matrix(Matrix):
         made = cls.with_room(rows, columns, torch.empty(0, dtype=dtype, device=values.device), bias)
         return made.fill(values.split(rows_at_once(columns)))
 
-    def fill(self, stretches: Iterable[Tensor]) -> "Int8Matrix":
-        """Become the nearest to plain values, stretches of rows [n, in] that are all of them together."""
+    def fill(self, stretches: Iterable[Tensor | Groups]) -> "Int8Matrix":
+        """Become the nearest to plain values or to groups, stretches of rows [n, in] that are all of them together."""
         begin = 0
         for part in stretches:
-            rows = slice(begin, begin + len(part))
-            nearest_int8(part, self.numbers()[rows], self.scale[rows])
-            begin += len(part)
+            values = part.values() if isinstance(part, Groups) else part
+            own = values.to(self.scale.device, torch.float32, copy=values is part)
+            rows = slice(begin, begin + len(own))
+            nearest_int8(own, self.numbers()[rows], self.scale[rows])
+            begin = rows.stop
         return self
 
     def numbers(self) -> Tensor:
@@ -177,12 +179,13 @@ class Int4Matrix(Matrix):
         begin = 0
         for part in stretches:
             rows = slice(begin, begin + len(part.numbers))
-            padded = F.pad(part.numbers, (0, 0, 0, -len(part.numbers) % block))     # [rows, in]
+            missing = -len(part.numbers) % block                                    # only in the last
+            numbers = F.pad(part.numbers, (0, 0, 0, missing)) if missing else part.numbers              # [rows, in]
             first = begin // block
-            self.weight[first : first + len(padded) // block] = pack(padded.t(), block, halves)
-            for place, values in enumerate((part.scale, part.minimum + 8 * part.scale)):            # [rows, G]
-                into = self.groups[:, rows, place].unflatten(0, (values.shape[1], -1))
-                into.copy_(values.t().unsqueeze(1))
+            self.weight[first : first + len(numbers) // block] = pack(numbers.t(), block, halves)
+            scale, middle = part.scale.t(), torch.add(part.minimum, part.scale, alpha=8).t()            # [G, rows]
+            into = self.groups[:, rows].unflatten(0, (len(scale), -1))              # [G, times, rows, 2]
+            into.copy_(torch.stack([scale, middle], dim=-1).unsqueeze(1))
             begin = rows.stop
         return self
 
@@ -347,8 +350,8 @@ class GroupedInt8Matrix(Int4Matrix):
 
     def write_as_int8(self, columns: Tensor, numbers: Tensor, scale: Tensor) -> None:
         for blocks, rows in self.stretches():
-            values = self.transposed(blocks).index_select(0, columns).t()           # [rows, k]
-            nearest_int8(values[: len(numbers[rows])], numbers[rows], scale[rows])
+            values = self.transposed(blocks).index_select(0, columns).t()[: len(numbers[rows])]         # [rows, k]
+            nearest_int8(values.to(torch.float32, copy=True), numbers[rows], scale[rows])
 
     @classmethod
     def stack(cls, matrices: Sequence[Matrix]) -> "GroupedInt8Matrix":
@@ -460,13 +463,12 @@ def room_for_bias(matrix: Matrix, rows: int) -> Tensor | None:
 
 
 def nearest_int8(values: Tensor, numbers: Tensor, scale: Tensor) -> None:
-    """Fill int8 numbers [out, in] and scales [out] with the nearest to values [out, in].
+    """Fill int8 numbers [out, in] and scales [out] with the nearest to float32 values [out, in], which are overwritten.
 
     A scale is rounded before the numbers are taken, which then make up for it.
     """
-    wide = values.to(scale.device, torch.float32)                                   # [out, in]
-    scale.copy_(torch.maximum(wide.amax(dim=1), -wide.amin(dim=1)) / 127)
-    numbers.copy_((wide / scale.float().clamp(min=1e-30).unsqueeze(1)).round_().clamp_(-127, 127))
+    scale.copy_(torch.maximum(values.amax(dim=1), -values.amin(dim=1)) / 127)
+    numbers.copy_(values.div_(scale.float().clamp(min=1e-30).unsqueeze(1)).round_().clamp_(-127, 127))
 
 
 def pack(numbers: Tensor, block: int, halves: bool) -> Tensor:
@@ -476,7 +478,7 @@ def pack(numbers: Tensor, block: int, halves: bool) -> Tensor:
     """
     blocks = numbers.unflatten(1, (-1, block)).transpose(0, 1)                      # [blocks, in, block]
     low, high = blocks.chunk(2, dim=-1) if halves else blocks.unflatten(-1, (-1, 2)).unbind(-1)
-    return low | high << 4
+    return torch.add(low, high, alpha=16)
 
 
 @lru_cache(maxsize=1)

@@ -36,7 +36,7 @@ FORMS = ("auto", "plain", "int8", "int4")
 # How far matrices are from those of the file, as a share of their norm (docs/packed.md says how it is measured).
 PACKED_ERRORS = "int4, int8 in groups: the file's own numbers, 0.2 % off by rounded scales; int8: 0.8 to 1.5 % off"
 # Weights that are packed at once: what is made of them on the way stays in a processor's cache.
-PACKED_AT_ONCE = 1 << 19
+PACKED_AT_ONCE = 1 << 20
 # Neighbours in a row that share a scale, of weights that are packed here (docs/packed.md compares sizes).
 GROUP = 32
 
@@ -112,7 +112,7 @@ class Packer:
         if as_int8:
             eight, held = partial(Int8Matrix.with_room, rows, columns, like, None), rows * (columns + 2)
             if entry.stored in READERS:
-                return Packing(lambda groups: eight().fill(one.values() for one in groups), put, "groups", step, held)
+                return Packing(lambda groups: eight().fill(groups), put, "groups", step, held)
             return Packing(lambda values: eight().fill(values), put, "values", step, held)
         size = entry.groups or GROUP
         if columns % size or size % GROUP:
