@@ -22,6 +22,7 @@ from weights.mapped_file import MappedFile
 STRING, ARRAY = 8, 9
 # The struct code of every other type of value.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+LENGTH = struct.Struct("<Q")    # of a string
 
 # Far above any real file; they only bound what a hostile one can make us build.
 MOST_ENTRIES = 1_000_000
@@ -136,7 +137,7 @@ class Cursor:
         return struct.unpack_from(f"<{code}", self.data, self.advance(struct.calcsize(f"<{code}")))[0]
 
     def string(self) -> str:
-        length = self.number("Q")
+        (length,) = LENGTH.unpack_from(self.data, self.advance(LENGTH.size))    # vocabularies have 300,000 of them
         begin = self.advance(length)
         try:
             return self.data[begin : begin + length].decode("utf-8")

@@ -98,7 +98,7 @@ def tokenizer_json(metadata: Metadata) -> str:
         raise InputError(f"{metadata.path} is corrupt: {len(tokens)} tokens, but {len(types)} token types")
 
     if kind == "gpt2":
-        parts, begins = byte_level_parts(metadata, vocabulary)
+        parts, begins = byte_level_parts(metadata)
     elif kind == "llama":
         parts, begins = sentencepiece_parts(metadata, tokens, vocabulary, types), True
     else:
@@ -108,7 +108,7 @@ def tokenizer_json(metadata: Metadata) -> str:
     begins = metadata.flag("tokenizer.ggml.add_bos_token", default=begins)
     bos, eos = special_id(metadata, "bos") if begins else None, special_id(metadata, "eos") if ends else None
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return json.dumps({
+    text = json.dumps({
         "version": "1.0",
         "added_tokens": [
             {"id": token_id, "content": token, "special": number == CONTROL, **plain}
@@ -118,9 +118,13 @@ def tokenizer_json(metadata: Metadata) -> str:
         "post_processor": between(bos, eos, tokens),
         **parts,
     })
+    # Written by itself: of a dict json.dumps first makes a list of tuples, which the garbage collector walks through.
+    quoted = map(json.JSONEncoder().encode, tokens)
+    written = ", ".join([f"{token}: {token_id}" for token_id, token in enumerate(quoted)])
+    return text.replace('"vocab": null', f'"vocab": {{{written}}}', 1)     # a text's own quotes have a backslash before
 
 
-def byte_level_parts(metadata: Metadata, vocabulary: dict[str, int]) -> tuple[dict[str, Any], bool]:
+def byte_level_parts(metadata: Metadata) -> tuple[dict[str, Any], bool]:
     """Byte-level BPE, and whether such a one begins a text with bos when the file does not say."""
     pre = metadata.text("tokenizer.ggml.pre", default="default")
     if pre not in SPLITS:
@@ -129,17 +133,13 @@ def byte_level_parts(metadata: Metadata, vocabulary: dict[str, int]) -> tuple[di
             f"{', '.join(PRE_TOKENIZERS)}, and llama.cpp's other names for the same"
         )
     split = SPLITS[pre]
-    merges = metadata.strings("tokenizer.ggml.merges")
-    for merge in merges:
-        left, _, right = merge.partition(" ")
-        if not left or not right or " " in right:
-            raise InputError(f"{metadata.path} is corrupt: the merge {merge!r} is not two tokens with a space between")
-        if not (left in vocabulary and right in vocabulary and left + right in vocabulary):
-            raise InputError(f"{metadata.path} is corrupt: {left!r} and {right!r} do not merge into a token")
     parts = {
         "normalizer": {"type": "NFC"} if split == "qwen2" else None,
         "pre_tokenizer": PRE_TOKENIZERS[split],
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges, "ignore_merges": pre in WHOLE_WORDS_FIRST},
+        "model": {
+            "type": "BPE", "vocab": None, "merges": metadata.strings("tokenizer.ggml.merges"),
+            "ignore_merges": pre in WHOLE_WORDS_FIRST,
+        },
         "decoder": WORDS_OF_GPT2,
     }
     return parts, pre in WHOLE_WORDS_FIRST
@@ -153,18 +153,15 @@ def sentencepiece_parts(
     if len(scores) != len(tokens):
         raise InputError(f"{metadata.path} is corrupt: {len(tokens)} tokens, but {len(scores)} scores")
     ordinary = [number not in (UNKNOWN, CONTROL) for number in types] or [True] * len(tokens)
-    merges: list[tuple[float, str, str]] = []
-    for token, score, may_be_merged in zip(tokens, scores, ordinary, strict=True):
-        if not may_be_merged:
-            continue
-        if len(token) > LONGEST_PIECE:
-            raise InputError(f"{metadata.path}: its tokenizer has a piece of {len(token)} characters")
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in vocabulary and right in vocabulary:
-                merges.append((score, left, right))
+    pieces = [number for number, may_be_merged in enumerate(ordinary) if may_be_merged]
+    if (longest := max((len(tokens[number]) for number in pieces), default=0)) > LONGEST_PIECE:
+        raise InputError(f"{metadata.path}: its tokenizer has a piece of {longest} characters")
     # sentencepiece joins the pair whose whole scores best; the sort keeps the order of equals.
-    merges.sort(key=lambda merge: -merge[0])
+    pieces.sort(key=lambda number: -scores[number])
+    merges = [
+        (left, right) for token in map(tokens.__getitem__, pieces) for cut in range(1, len(token))
+        if (left := token[:cut]) in vocabulary and (right := token[cut:]) in vocabulary
+    ]
     unknown = special_id(metadata, "unknown")
     before: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     after: list[dict[str, Any]] = [
@@ -177,8 +174,8 @@ def sentencepiece_parts(
         "normalizer": in_order("normalizers", *before),
         "model": {
             "type": "BPE",
-            "vocab": vocabulary,
-            "merges": [(left, right) for _, left, right in merges],
+            "vocab": None,
+            "merges": merges,
             "unk_token": None if unknown is None else tokens[unknown],
             "fuse_unk": True,
             "byte_fallback": True,

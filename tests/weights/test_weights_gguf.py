@@ -20,6 +20,7 @@ from tiny_gguf import (
 )
 from tokenizers import Tokenizer, pre_tokenizers
 
+from popengine.text.sandbox.process import Sandbox
 from weights.checkpoint import GGUFCheckpoint, checkpoint_dtype, open_checkpoint
 from weights.errors import InputError
 from weights.gguf_tokenizer import PRE_TOKENIZERS
@@ -356,8 +357,17 @@ def test_files_that_are_not_supported_say_why(tmp_path: Path) -> None:
     assert "is not in its vocabulary" in message_of(tiny_file(path, {"tokenizer.ggml.eos_token_id": 77}))
     repeated = {"tokenizer.ggml.tokens": ["a", "a", "b", "ab", "c"]}
     assert "twice in its vocabulary" in message_of(tiny_file(path, repeated))
-    assert "'a' and 'z' do not merge into a token" in message_of(tiny_file(path, {"tokenizer.ggml.merges": ["a z"]}))
-    assert "the merge 'ab'" in message_of(tiny_file(path, {"tokenizer.ggml.merges": ["ab"]}))
+
+
+@pytest.mark.parametrize(
+    ("merge", "words"), [("a z", "Token `z` out"), ("b a", "Token `ba` out"), ("ab", "Merges"), ("a b c", "Merges")]
+)
+def test_merges_that_are_none_are_refused_by_the_process_of_the_tokenizer(
+    tmp_path: Path, merge: str, words: str
+) -> None:
+    content = open_gguf(tiny_file(tmp_path / "m.gguf", {"tokenizer.ggml.merges": ["a b", merge]})).tokenizer_json
+    with pytest.raises(InputError, match=rf"^m\.gguf: its tokenizer cannot be built \({words}[^\n]*$"):
+        Sandbox("tokenizers", content, "m.gguf")
 
 
 def test_an_unsupported_quantisation_is_named(tmp_path: Path) -> None:
