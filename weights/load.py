@@ -317,6 +317,7 @@ def read_stretches(checkpoint: Checkpoint, one: Wanted, packing: Packing) -> Ite
         else:
             groups = checkpoint.read_groups(one.key, rows)
             yield groups.part(1, one.share.own) if one.share is not None and by_columns else groups
+        checkpoint.release(one.key)     # so that a large tensor is never mapped whole
 
 
 def read_piece(checkpoint: Checkpoint, one: Wanted, device: torch.device) -> Tensor:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from weights.errors import InputError
 
+# Linux maps up to so many bytes around one that is touched, a multiple of a page's.
+MAPPED_AT_ONCE = 1 << 21
+
 
 class MappedFile:
     """The bytes of a file, read from disk when they are touched. Read-only."""
@@ -33,10 +36,13 @@ class MappedFile:
             return torch.frombuffer(self.data, dtype=torch.uint8, count=end - begin, offset=begin)
 
     def release(self, begin: int, end: int) -> None:
-        """Give back the pages that were touched between two bytes: until then they count as this process's memory."""
-        start = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > start and hasattr(mmap, "MADV_DONTNEED"):  # Windows has no such call
-            self.data.madvise(mmap.MADV_DONTNEED, start, end - start)
+        """Give back the pages that were touched between two bytes: until then they count as this process's memory.
+
+        So are those around that the system mapped with them. Pages that are still needed are mapped again.
+        """
+        start, stop = begin // MAPPED_AT_ONCE * MAPPED_AT_ONCE, -(-end // MAPPED_AT_ONCE) * MAPPED_AT_ONCE
+        if end > begin and hasattr(mmap, "MADV_DONTNEED"):  # Windows has no such call
+            self.data.madvise(mmap.MADV_DONTNEED, start, min(stop, self.size) - start)
 
 
 def open_binary(path: Path) -> BinaryIO:
