@@ -76,6 +76,7 @@ class Int8Matrix(Matrix):
             rows = slice(begin, begin + len(own))
             nearest_int8(own, self.numbers()[rows], self.scale[rows])
             begin = rows.stop
+            del part, values, own       # before the next stretch is read: else both are in memory
         return self
 
     def numbers(self) -> Tensor:
