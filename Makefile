@@ -1,4 +1,4 @@
-# make run    set up, fetch the default checkpoint, generate text and print the statistics
+# make run    set up, fetch the default checkpoint, answer two prompts dense and pruned, side by side
 # make run-vlm  the same with a picture: the small LLaVA of weights/llava-tiny looks at its example.png
 # make test   set up, then every test
 # make real   fetch two real quantised checkpoints, Gemma-3-270m and Qwen2.5-Coder-1.5B (1.4 GB), into weights/real/
@@ -20,7 +20,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 .PHONY: run run-vlm test test-capabilities check checkpoint real test-real tasks bench gpu-check clean
 
 run: $(VENV)/run-is-installed checkpoint
-	$(BIN)/python -m popengine.generate --prompt "$$(cat tools/demonstration_prompt.txt)"
+	$(BIN)/python -m popengine.demo
 
 run-vlm: $(VENV)/run-is-installed
 	$(BIN)/python -m popengine.generate --ckpt weights/llava-tiny --image weights/llava-tiny/example.png --prompt "What is in the picture?"

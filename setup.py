@@ -34,6 +34,6 @@ else:
     setup(
         packages=top + [f"popengine.{name}" for name in inside],
         package_dir={f"popengine.{name}": name for name in INSIDE},
-        package_data={"popengine": ["page/*", "py.typed"], "popengine.weights": ["*-tiny/*"]},
+        package_data={"popengine": ["page/*", "py.typed", "demo_note.txt"], "popengine.weights": ["*-tiny/*"]},
         cmdclass={"build_py": BuildInside},
     )

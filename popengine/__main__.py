@@ -13,6 +13,7 @@ from weights.errors import InputError
 
 COMMANDS = {
     "chat": "talk to a model",
+    "demo": "dense and pruned answers side by side, and what pruning saves",
     "generate": "answer one prompt",
     "explain": "one run as a page that explains it",
     "info": "what a checkpoint is, before anything of it is loaded",

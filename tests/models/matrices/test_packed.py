@@ -498,7 +498,7 @@ def test_the_default_run_takes_little_memory_beside_torch(default_gguf: Path) ->
     script = (
         "import re, torch; peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         f"before = peak(); import popengine; engine = popengine.load({str(default_gguf)!r})\n"
-        f"prompt = open({str(ROOT / 'tools' / 'demonstration_prompt.txt')!r}).read()\n"
+        f"prompt = open({str(ROOT / 'popengine' / 'demo_note.txt')!r}).read()\n"
         "engine.generate(prompt, max_new_tokens=3, pruning=popengine.PruningSettings(candidate_width=0.5))\n"
         "print(peak() - before)"
     )
