@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from models.pruning.settings import share
 from popengine.benchmark.flags import PEERS, check
-from popengine.command import OneLineParser, add_checkpoint_flag, run_as_command, start_pytorch
+from popengine.command import OneLineParser, add_checkpoint_flag, add_paper_flag, run_as_command, start_pytorch
 from popengine.studies.settings import RULE_NAMES
 from weights.output_file import write_output
 
@@ -31,12 +31,13 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("-b", "--batch", type=int, default=1, metavar="N", help="sequences at once (default: 1)")
     flags.add_argument("-n", "--new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
     flags.add_argument(
-        "--prune-ratio", type=float, nargs="+", default=[0.0, 0.2, 0.4], metavar="R",
+        "--prune-ratio", "--ratio", type=float, nargs="+", default=[0.0, 0.2, 0.4], metavar="R",
         help="settings to time; the dense network always is among them (default: 0 0.2 0.4)",
     )  # fmt: skip
     flags.add_argument(
         "--rule", nargs="+", default=["pop"], metavar="RULE", help=f"{', '.join(RULE_NAMES)} (default: pop)"
     )
+    add_paper_flag(flags)
     flags.add_argument(
         "--method", nargs="+", default=[], metavar="M",
         help="time these methods too, at every ratio, as score and compare name them: shortgpt, probe-pruning, ...",

@@ -15,11 +15,11 @@ from popengine.command import (
     OneLineParser,
     add_checkpoint_flag,
     add_generation_flags,
-    generation_settings,
     insistent_interrupts,
     load_with_warnings,
     nearest,
     noted_interrupts,
+    pruning_settings,
     run_as_command,
     said_of,
     start_pytorch,
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def run(flags: argparse.Namespace) -> None:
-    pruning = generation_settings(flags)
+    pruning = pruning_settings(flags)
     start_pytorch(flags)
     from popengine.engine import distributed, loading, results
     from popengine.engine.sampling import Sampling

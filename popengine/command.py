@@ -15,14 +15,15 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import Field, fields, replace
+from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from models.pruning.settings import PAPER
 from popengine.engine.processes import is_one_of_several
 from popengine.engine.spinner import waiting
-from popengine.studies.settings import RECOMMENDED, PruningSettings
+from popengine.studies.settings import PruningSettings
 from weights.errors import InputError, one_line
 
 # How PyTorch's allocators, drivers and the loader of libraries say so: none raises a MemoryError.
@@ -238,17 +239,37 @@ def add_setting_flags(flags: argparse.ArgumentParser, chosen: Iterable[Field[Any
         about = one.metadata
         several: dict[str, Any] = {"default": argparse.SUPPRESS}
         if chosen is not None:
-            several = {"nargs": "+", "default": None if one.default is None else [one.default]}
+            several = {"nargs": "+", "default": None if one.default is None else Unsaid([one.default])}
+        also = ["--ratio"] if one.name == "prune_ratio" else []
         group.add_argument(
-            "--" + one.name.replace("_", "-"), type=about["type"], metavar=about["metavar"],
+            "--" + one.name.replace("_", "-"), *also, type=about["type"], metavar=about["metavar"],
             help=about["help"], **several,
         )
+    add_paper_flag(group)
 
 
-def pruning_settings(flags: argparse.Namespace, otherwise: PruningSettings | None = None) -> PruningSettings:
-    """What the flags of `add_setting_flags` ask for; where they say nothing `otherwise` holds (None: the paper's)."""
+def pruning_settings(flags: argparse.Namespace) -> PruningSettings:
+    """The settings that the flags of `add_setting_flags` ask for, on top of what is recommended or of the paper's."""
     given = {one.name: getattr(flags, one.name) for one in fields(PruningSettings) if hasattr(flags, one.name)}
-    return replace(otherwise or PruningSettings(), **given)
+    return PruningSettings.paper(**given) if flags.paper else PruningSettings(**given)
+
+
+class Unsaid(list[Any]):
+    """The values of a flag that was not given."""
+
+
+def take_paper_values(flags: argparse.Namespace) -> None:
+    """With --paper, the paper's values in place of those that were not given."""
+    for name, value in PAPER.items():
+        if flags.paper and isinstance(getattr(flags, name), Unsaid):
+            setattr(flags, name, Unsaid([value]))
+
+
+def add_paper_flag(flags: argparse._ActionsContainer) -> None:
+    flags.add_argument(
+        "--paper", action="store_true",
+        help="the paper's rule to the letter, where other flags say nothing: width 0.1, no minimum of evidence",
+    )
 
 
 def add_machine_flags(flags: argparse.ArgumentParser, several_forms: bool = False) -> argparse._ArgumentGroup:
@@ -273,19 +294,10 @@ def add_generation_flags(flags: argparse.ArgumentParser, new_tokens: int) -> Non
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest P of probability")
     sampling.add_argument("--seed", type=int, metavar="N", help="makes sampling reproducible")
     add_setting_flags(flags)
-    flags.add_argument(
-        "--paper", action="store_true",
-        help="the paper's rule to the letter, where other flags say nothing, instead of width 0.5 and a prior of 32",
-    )
     machine = add_machine_flags(flags)
     machine.add_argument("--max-seq-len", type=int, metavar="N", help="a shorter context than the model's")
     machine.add_argument("--compile", action="store_true", help="compile the decode step (slow to start, fast to run)")
     flags.add_argument("--quiet", action="store_true", help="neither statistics nor progress bars")
-
-
-def generation_settings(flags: argparse.Namespace) -> PruningSettings:
-    """What the flags ask for, on top of what is recommended, or of the paper's."""
-    return pruning_settings(flags, PruningSettings() if flags.paper else RECOMMENDED)
 
 
 def load_with_warnings(load: Callable[..., Any], flags: argparse.Namespace) -> Any:

@@ -19,6 +19,7 @@ from popengine.command import (
     add_setting_flags,
     run_as_command,
     start_pytorch,
+    take_paper_values,
 )
 from popengine.studies.settings import compared_fields
 from weights.errors import InputError, one_line
@@ -62,6 +63,7 @@ def run(flags: argparse.Namespace) -> None:
         raise InputError("give a text to score (--text), tasks (--tasks), or both")
     if flags.time < 0 or (flags.time and flags.text is None):
         raise InputError("--time takes a number of rounds of at least 1, and a text whose first window is decoded")
+    take_paper_values(flags)
     start_pytorch(flags)
     from popengine.evaluation import comparison, comparison_table, prepared, scoring, tasks
     from popengine.evaluation.progress_file import ProgressFile

@@ -12,8 +12,8 @@ from popengine.command import (
     OneLineParser,
     add_checkpoint_flag,
     add_generation_flags,
-    generation_settings,
     load_with_warnings,
+    pruning_settings,
     run_as_command,
     start_pytorch,
 )
@@ -55,7 +55,7 @@ def run(flags: argparse.Namespace) -> None:
     if is_one_of_several():
         raise InputError("a page is of a run in one process, which holds all channels: start explain without torchrun")
     prompt = read_prompt(flags.prompt)
-    pruning = generation_settings(flags)
+    pruning = pruning_settings(flags)
     if pruning.leave_out:
         raise InputError("the page shows every layer: give no --leave-out")
     check_output(flags.out)

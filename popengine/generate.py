@@ -13,8 +13,8 @@ from popengine.command import (
     OneLineParser,
     add_checkpoint_flag,
     add_generation_flags,
-    generation_settings,
     load_with_warnings,
+    pruning_settings,
     run_as_command,
     start_pytorch,
 )
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def run(flags: argparse.Namespace) -> None:
-    pruning = generation_settings(flags)
+    pruning = pruning_settings(flags)
     start_pytorch(flags)
     from popengine.engine import distributed, loading, results
     from popengine.engine.sampling import Sampling

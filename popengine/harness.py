@@ -2,7 +2,7 @@
 
 The arguments are those of `lm_eval`; importing this module is what makes the model name `popengine` known to it. Needs
 the extra `lm-eval`. model_args are ckpt, method, calibration (a saved file), seed, dtype, weights, device, max_length
-and every field of PruningSettings.
+paper (True: the paper's settings where the others say nothing) and every field of PruningSettings.
 
 How requests are answered, so that online pruning is what is measured:
 
@@ -69,6 +69,7 @@ class PopengineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         max_length: int | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
+        paper: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -76,12 +77,15 @@ class PopengineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         for name in settings:
             if name not in known:
                 raise InputError(f"there is no model argument {name!r}; settings are {', '.join(sorted(known))}")
-        chosen = PruningSettings(**settings)
+        if type(paper) is not bool:
+            raise InputError(f"paper must be True or False, not {shown(paper)}")
+        chosen = PruningSettings.paper(**settings) if paper else PruningSettings(**settings)
         self.batch_size = whole_number("batch_size", batch_size)
         max_length = None if max_length is None else whole_number("max_length", max_length)
         if type(seed) is not int:
             raise InputError(f"seed must be a whole number, not {shown(seed)}")
-        agree({"method": method, "seed": seed, "calibration": contents(calibration), "settings": settings})
+        asked = {"method": method, "seed": seed, "settings": settings, "paper": paper}
+        agree(asked | {"calibration": contents(calibration)})
         self.engine = load(
             ckpt, dtype=dtype, device=device or "auto", weights=weights, max_seq_len=max_length
         )

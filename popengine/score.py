@@ -86,6 +86,9 @@ def run(flags: argparse.Namespace) -> None:
             "device": str(engine.device),
         }))
         return
+    by_rule = flags.method == "pop" or flags.method == settings.rule
+    rule = results.rule_words(pruning.settings) if by_rule else f"method {flags.method}"
+    print(f"pruning     {rule}, ratio {pruning.ratio:.3g}{f': {pruning.why_dense}' if pruning.why_dense else ''}")
     print(f"perplexity  {summary.perplexity:.3f}")
     loss = f"{summary.mean_loss:.4f} +- {summary.standard_error:.4f}"
     print(f"loss        {loss} nats per token, {summary.windows} windows")

@@ -19,6 +19,7 @@ from popengine.command import (
     add_setting_flags,
     run_as_command,
     start_pytorch,
+    take_paper_values,
 )
 from popengine.studies.settings import compared_fields
 from weights.errors import InputError, one_line
@@ -57,6 +58,7 @@ def run(flags: argparse.Namespace) -> None:
     for name, value in (("limit", flags.limit), ("batch size", flags.batch_size)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
+    take_paper_values(flags)
     start_pytorch(flags)
     from popengine.evaluation import comparison, prepared, progress_file, task_archive, task_runs
 

@@ -51,7 +51,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
         **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, shared_expert_intermediate_size=48
     ),
 }
-POP = PruningSettings(ffn_ratio=0.4, candidate_width=0.3, head_ratio=0.5)
+POP = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3, head_ratio=0.5)
 PROMPT, STEPS = 20, 12
 # Of logits, in float32: the sum of a few thousand products of 24 bits each, over three layers.
 TOLERANCE = 1e-4

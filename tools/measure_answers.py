@@ -14,7 +14,7 @@ import torch
 
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
-from popengine.studies.settings import DENSE, RECOMMENDED, PruningSettings
+from popengine.studies.settings import DENSE, PruningSettings
 
 PROMPTS = [
     "Why is the sky blue?",
@@ -40,11 +40,11 @@ PROMPTS = [
 ]
 SETTINGS = {
     "dense": DENSE,
-    "the paper, 0.2": PruningSettings(),
-    "recommended, 0.2": RECOMMENDED,
-    "pop, width 0.4 and a prior, 0.2": PruningSettings(candidate_width=0.4, prior=32),
-    "the same, a dense step in 8": PruningSettings(candidate_width=0.4, prior=32, dense_every=8, redraw_every=32),
-    "up and a prior, 0.2": PruningSettings(rule="up", prior=32),
+    "the paper, 0.2": PruningSettings.paper(),
+    "recommended, 0.2": PruningSettings(),
+    "pop, width 0.4 and a prior, 0.2": PruningSettings.paper(candidate_width=0.4, prior=32),
+    "the same, a dense step in 8": PruningSettings.paper(candidate_width=0.4, prior=32, dense_every=8, redraw_every=32),
+    "up and a prior, 0.2": PruningSettings.paper(rule="up", prior=32),
 }
 
 

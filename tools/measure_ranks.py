@@ -43,7 +43,7 @@ def main() -> None:
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the whole run
     print(f"{given.shape}, {given.dtype}: rank {ranks.index} of {ranks.count}, {peak / 1e6:.0f} MB at peak of loading")
-    prunings = {"dense": engine.resolve(DENSE), "POP 0.4": engine.resolve(PruningSettings(prune_ratio=0.4))}
+    prunings = {"dense": engine.resolve(DENSE), "POP 0.4": engine.resolve(PruningSettings.paper(prune_ratio=0.4))}
     for name, pruning in prunings.items():
         steps = []
         run = iter(engine.run([[0] * PROMPT_TOKENS], STEPS + 4, pruning, ignore_eos=True))

@@ -9,7 +9,7 @@ import time
 
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
-from popengine.studies.settings import DENSE, RECOMMENDED, PruningSettings
+from popengine.studies.settings import DENSE, PruningSettings
 
 QUESTIONS = ("Name three trees that grow by the sea.", "Which of them grows tallest?")
 
@@ -21,7 +21,7 @@ def main() -> None:
     flags.add_argument("--rounds", type=int, default=7)
     given = flags.parse_args()
     engine = load(given.ckpt, dtype=given.dtype)
-    for name, pruning in (("dense", DENSE), ("recommended", RECOMMENDED)):
+    for name, pruning in (("dense", DENSE), ("recommended", PruningSettings())):
         turns = [second_turn(engine, pruning) for _ in range(given.rounds + 1)][1:]     # the first warms up
         first_token, following, alone = (statistics.median(times) * 1000 for times in zip(*turns, strict=True))
         print(

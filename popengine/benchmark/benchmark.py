@@ -16,8 +16,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,7 @@ def header(flags: argparse.Namespace, checkpoint: str | Path, device: torch.devi
         "new_tokens": flags.new_tokens,
         "batch": flags.batch,
         "rounds": flags.rounds,
+        "pruning": asdict(settings_of(flags)()),
         "dtypes": [],
     }
 
@@ -261,9 +262,14 @@ def picture_prompts(flags: argparse.Namespace, engine: Engine) -> list[list[int]
     return [before + after[first : first + left] for first in range(flags.batch)]
 
 
+def settings_of(flags: argparse.Namespace) -> Callable[..., PruningSettings]:
+    """What makes settings from changes: of the recommended ones, or of the paper's."""
+    return PruningSettings.paper if flags.paper else PruningSettings
+
+
 def own_entries(flags: argparse.Namespace, engine: Engine, mode: str, prompts: list[list[int]]) -> list[Entry]:
     settings = [
-        PruningSettings(
+        settings_of(flags)(
             prune_ratio=ratio, rule=rule, prefill_skip=skip, boundary_tokens=flags.boundary_tokens, leave_out=left_out,
             visual_tokens=tokens, visual_tokens_by=flags.visual_tokens_by,
             visual_tokens_layer=flags.visual_tokens_layer,
@@ -288,7 +294,7 @@ def own_entries(flags: argparse.Namespace, engine: Engine, mode: str, prompts: l
         wanted.append((", ".join(what), pruning))
     calibration = load_calibration(flags.calibration, engine.model) if flags.calibration else None
     for method, ratio in itertools.product(flags.method, filter(None, dict.fromkeys(flags.prune_ratio))):
-        request = Request(engine.model, PruningSettings(prune_ratio=ratio), calibration, resolve=engine.resolve)
+        request = Request(engine.model, settings_of(flags)(prune_ratio=ratio), calibration, resolve=engine.resolve)
         wanted.append((f"{method} {ratio:g}", pruning_for(method, request)))
     images, entries = [PICTURE] * flags.pictures, []
     of_pictures = [stretch.length for stretch in engine.pictures.given(images, prompts[:1]).stretches]

@@ -16,6 +16,8 @@ def describe(result: dict[str, Any], summed_bytes: int) -> str:
         f"command   {' '.join(result['command'])}",
         f"model     {what}{result['model']} on {result['device']}{shared}, batch {result['batch']}, "
         f"{result['prompt_tokens']} prompt tokens and {result['new_tokens']} new ones",
+        f"pruning   width {result['pruning']['candidate_width']:g} under rules that have one; steps run dense until "
+        f"{result['pruning']['min_evidence']} tokens were seen",
         f"measured  {result['rounds']} rounds in turns, {result['threads']} threads for every engine; medians, and in "
         "brackets the quartiles",
     ]

@@ -28,7 +28,7 @@ from popengine.images.images import ImageSource
 from popengine.images.vision import TextOnly, Vision
 from popengine.studies.evidence import Prior
 from popengine.studies.resolve import StudyPruning, resolve_study
-from popengine.studies.settings import DENSE, RECOMMENDED, PruningSettings
+from popengine.studies.settings import DENSE, PruningSettings
 from popengine.text.chat import end_of_turn_token
 from popengine.text.prompts import Prompt, Prompts
 from popengine.text.tokenizer import TextStream
@@ -104,7 +104,7 @@ class Engine:
         prompts        one prompt or a list; a prompt is text, or a conversation as chat templates take it
         images         paths or Pillow images, for a checkpoint that reads them: of the one prompt, or a list for each
                        of several prompts (see popengine.images.vision for where they stand in the text)
-        pruning        None: what is recommended (models/pruning/settings.py); PruningSettings() is the paper's rule
+        pruning        None: PruningSettings(), what is recommended; PruningSettings.paper() is the paper's rule
         raw            encode text as it stands, without the chat template
         system_prompt  put before each text prompt as the system's turn
         parse_special  control tokens that a message spells are those tokens; else (and never in raw text) their letters
@@ -154,7 +154,7 @@ class Engine:
         max_new_tokens: int = 512,
     ) -> Conversation:
         """A conversation, whose earlier turns are not computed again. Raises InputError without a chat template."""
-        return Conversation(self, system_prompt, pruning or RECOMMENDED, sampling or Sampling(), max_new_tokens)
+        return Conversation(self, system_prompt, pruning or PruningSettings(), sampling or Sampling(), max_new_tokens)
 
     def pieces(self, run: Run) -> Iterator[Piece]:
         """The tokens of a run of one prompt as text."""
@@ -200,7 +200,7 @@ class Engine:
                 )
             self.model.check_ids(self.pictures.text_ids(ids))
         stop_ids = frozenset[int]() if ignore_eos else self.stop_ids
-        resolved = self.resolve(pruning or RECOMMENDED)
+        resolved = self.resolve(pruning or PruningSettings())
         given = self.pictures.given(images, prompts, kept)
         return Run(self, prompts, max_new_tokens, resolved, sampling or Sampling(), stop_ids, given, held, kept)
 
@@ -218,7 +218,7 @@ class Engine:
             )
         weights = layer_weights(self.model)
         found, dense = resolve_study(pruning, weights), resolve_study(DENSE, weights)
-        if pruning == RECOMMENDED and bytes_per_token(self.model, found) >= bytes_per_token(self.model, dense):
+        if pruning == PruningSettings() and bytes_per_token(self.model, found) >= bytes_per_token(self.model, dense):
             return replace(dense, why_dense=f"the recommended pruning would read no less of {self.weights} weights")
         return found.with_prior(self.prior(pruning.prior)) if found.cuts else found
 

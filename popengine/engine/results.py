@@ -9,7 +9,7 @@ from models.pruning.experts import PartitionedExperts
 from models.state import DecodeState
 from popengine.engine.run import Run
 from popengine.studies.resolve import StudyPruning
-from popengine.studies.settings import DENSE
+from popengine.studies.settings import DENSE, WIDTH_RULES, PruningSettings
 from weights.memory import peak_memory_bytes
 
 
@@ -233,8 +233,9 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
     found = [
         f"prompt    {prompt} prefill {statistics.prefill_ms:.0f} ms, partition {statistics.partition_ms:.0f} ms",
         f"decode    {statistics.new_tokens} tokens ({ended}): {'no step to time' if untimed else speed}{compiled}",
-        f"channels  {shown.channels} per FFN, ratio {statistics.pruning.ratio:.3g}: {shown.retained} retained, "
-        f"{shown.candidate} candidate ({shown.picked} picked per step), {shown.pruned} pruned",
+        f"channels  {shown.channels} per FFN, {rule_words(statistics.pruning.settings)}, ratio "
+        f"{statistics.pruning.ratio:.3g}: {shown.retained} retained, {shown.candidate} candidate "
+        f"({shown.picked} picked per step), {shown.pruned} pruned",
         f"weights   {megabytes(statistics.weight_bytes_per_token)} read per token, {share:.1%} of dense{unread} "
         f"({statistics.weights}; {statistics.dtype}, {statistics.device})",
         f"memory    {megabytes(statistics.peak_memory_bytes)} at peak; loaded in {load_s:.1f} s",
@@ -286,6 +287,12 @@ def experts_line(statistics: Statistics) -> str:
         f"experts   {sum(len(layer.picks) for layer in layers)} in {len(layers)} layers: {unseen} unseen in the prompt"
         f"{f' ({fate})' if unseen and statistics.pruning.ffn_ratio > 0 else ''}, {used} used in decode"
     )
+
+
+def rule_words(settings: PruningSettings) -> str:
+    """The rule, and the width where it has one."""
+    width = f", width {settings.candidate_width:g}" if settings.rule in WIDTH_RULES else ""
+    return f"rule {settings.rule}{width}"
 
 
 def megabytes(count: int) -> str:

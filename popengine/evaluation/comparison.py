@@ -92,6 +92,7 @@ def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> 
     that read pictures leave tokens of them out."""
     ratios = [{"ffn_ratio": ratio} for ratio in flags.ffn_ratio or ()]
     ratios += [{"prune_ratio": ratio} for ratio in flags.prune_ratio or (() if flags.ffn_ratio else (0.2,))]
+    usual = PruningSettings.paper() if flags.paper else PruningSettings()
     made: dict[Configuration, None] = {}
     for form, method in itertools.product(flags.weights, flags.methods):
         if method == "dense":
@@ -106,13 +107,16 @@ def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> 
             "to thinning": pictures,
         }
         others = [one for one in compared_fields() if one.name not in ("prune_ratio", "ffn_ratio")]
-        choices = [(matter[one.metadata["matters"]] and getattr(flags, one.name)) or [one.default] for one in others]
+        choices = [
+            (matter[one.metadata["matters"]] and getattr(flags, one.name)) or [getattr(usual, one.name)]
+            for one in others
+        ]
         of_method = [{"prune_ratio": 0.0}] if method in SKIPPING else ratios
         for ratio, *values in itertools.product(of_method, *choices):
             chosen = dict(zip((one.name for one in others), values, strict=True))
             if leaves_out and chosen["layer_share"] == 1:
                 unused = (one for one in others if one.metadata["matters"] in ("to widths", "to prompts"))
-                chosen |= {one.name: one.default for one in unused}
+                chosen |= {one.name: getattr(usual, one.name) for one in unused}
             settings = PruningSettings(**ratio, **chosen)
             if exact_share(settings.prefill_skip) == 0:
                 if method in SKIPPING and method != "visual-tokens" and len(flags.prefill_skip) > 1:
@@ -304,7 +308,8 @@ class Comparison:
         ]
         if not popped:
             return None
-        return popped[-1], picks(self.engine.model, self.windows[0], self.prunings[popped[-1]])
+        found = picks(self.engine.model, self.windows[0], self.prunings[popped[-1]])
+        return (popped[-1], found) if any(network.steps for network in found) else None     # every step ran dense
 
     def plot(
         self, rows: Sequence[dict[str, Any]], drifts: list[RankDrift],

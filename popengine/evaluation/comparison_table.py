@@ -68,11 +68,26 @@ def written(
         "|" + "---|" * len(shown),
         *("| " + " | ".join(show(row) for show in shown.values()) + " |" for row in rows),
     ]
+    alike = ", ".join(f"{name} {value}" for name, value in unsaid_settings(rows, shown).items())
     machine_words = ", ".join(f"{name} {value}" for name, value in about["machine"].items())
     facts = [f"{name.replace('_', ' ')} {value}" for name, value in about.items()
              if name not in ("machine", "plots") and value is not None]
+    studied = [*studied, *([f"In all rows: {alike}."] if alike else [])]
     ending = [*studied, f"Measured with: {'; '.join(facts)}.", f"Machine: {machine_words}."]
     return "\n".join([*lines, *(line for sentence in ending for line in ("", sentence)), ""])
+
+
+def unsaid_settings(rows: Sequence[dict[str, Any]], shown: dict[str, Column]) -> dict[str, str]:
+    """Settings without a column, as they are the same wherever they matter: the width, and what is not a default."""
+    found = {}
+    for one in compared_fields():
+        name = one.metadata["column"]
+        if name and name not in shown:
+            values = {setting_cell(one, row) for row in rows if row["method"] != "dense"} - {""}
+            default = setting_cell(one, {**rows[0], "method": "pop", one.name: one.default})
+            if len(values) == 1 and (name == "width" or values != {default}):
+                found[name] = values.pop()
+    return found
 
 
 def setting_cell(one: Field[Any], row: dict[str, Any]) -> str:

@@ -123,7 +123,10 @@ class VisualTokenSettings:
 
 @dataclass(frozen=True)
 class PruningSettings(VisualTokenSettings, LayerSettings, EvidenceSettings, RuleSettings, POPSettings):
-    """All settings: of the two papers' methods, and of every study. Raises InputError for a value out of bounds."""
+    """All settings: of the two papers' methods, and of every study. Raises InputError for a value out of bounds.
+
+    PruningSettings() is what is recommended, PruningSettings.paper() what POP's paper does to the letter.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,7 +147,4 @@ def compared_fields() -> Iterator[Field[Any]]:
     return (one for one in fields(PruningSettings) if one.metadata["column"] is not None)
 
 
-DENSE = PruningSettings(prune_ratio=0.0)
-# The default of generation. Steps run dense until the scores have seen 64 tokens, so that a short prompt costs no
-# quality; nothing is sampled at first use. PruningSettings() itself is the paper's method to the letter.
-RECOMMENDED = PruningSettings(candidate_width=0.5, min_evidence=64)
+DENSE = PruningSettings.paper(prune_ratio=0.0)

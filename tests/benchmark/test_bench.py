@@ -69,6 +69,7 @@ def test_every_setting_and_peer_has_a_row_and_an_absent_peer_is_named(result: di
     assert f"{result['threads']} threads for every engine" in text
     assert " ".join(result["command"]) in text
     assert torch.__version__ in text
+    assert "width 0.5 under rules that have one" in text
 
 
 def test_methods_and_what_is_left_out_have_rows_of_their_own(checkpoint: Path, tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ class Silent:
 
 
 def made_up(name: str, ratio: float | None, step_ms: float, weight_bytes: int | None, tokens: list[int]) -> Entry:
-    mode, settings = (None, None) if ratio is None else ("eager", PruningSettings(prune_ratio=ratio))
+    mode, settings = (None, None) if ratio is None else ("eager", PruningSettings.paper(prune_ratio=ratio))
     entry = Entry(Silent(name), mode, settings, weight_bytes_per_token=weight_bytes)  # type: ignore[arg-type]
     partition = {"scores_ms": 2.0, "sort_ms": 3.0, "copy_ms": 6.0} if ratio else {}
     # One step in three is slow: a median does not mind.
@@ -228,7 +229,7 @@ def test_ratios_of_the_paper_come_from_the_shapes_of_qwen_vl(name: str) -> None:
     weights = layer_weights(model.language_model)
     assert (weights.attention / 1e6, weights.ffn / 1e6) == pytest.approx((29.36, 203.69), abs=0.006)
     for ratio, wanted in ((0.2, 22.9), (0.4, 45.8)):
-        assert 100 * resolve(PruningSettings(ratio), weights).ffn_ratio == pytest.approx(wanted, abs=0.0501)
+        assert 100 * resolve(PruningSettings.paper(ratio), weights).ffn_ratio == pytest.approx(wanted, abs=0.0501)
 
 
 def test_a_shape_with_a_tower_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

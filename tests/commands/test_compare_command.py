@@ -35,7 +35,7 @@ SKIPPING = ["prefill-only", "skip-first", "skip-evenly", "skip-no-boundary", "sk
 def flags(checkpoint: Path, text: Path) -> list[Any]:
     return [
         "--ckpt", checkpoint, "--text", text, "--prompt-tokens", 24, "--score-tokens", 16, "--windows", 2,
-        "--ffn-ratio", 0.2, 0.4,
+        "--ffn-ratio", 0.2, 0.4, "--paper",
     ]
 
 
@@ -151,7 +151,7 @@ def test_a_folder_that_cannot_be_written(flags: list[Any], tmp_path: Path, capsy
 
 def test_two_rows_are_compared_question_by_question(tmp_path: Path) -> None:
     answers = {"pop": [True, True, False, True], "frozen": [True, False, False, False]}
-    settings = PruningSettings(prune_ratio=0.4)
+    settings = PruningSettings.paper(prune_ratio=0.4)
     records = [
         {"key": comparison.task_key(comparison.Configuration(method, settings), "text"), "right": {"add": right}}
         for method, right in answers.items()
@@ -239,7 +239,8 @@ def test_agreement_along_dense_generation_is_what_the_method_would_generate(
     windows = cut_windows(whole, engine.tokenizer, 24, 16, 2)
 
     for row in rows(tmp_path):
-        settings = PruningSettings(ffn_ratio=row["ffn_ratio"], candidate_width=0 if row["method"] == "frozen" else 0.1)
+        width = 0 if row["method"] == "frozen" else 0.1
+        settings = PruningSettings.paper(ffn_ratio=row["ffn_ratio"], candidate_width=width)
         alike = 0
         for window in windows:
             dense, own = (generated(engine, [window.prompt], 16, one) for one in (DENSE, settings))
@@ -276,7 +277,7 @@ def test_forms_of_the_weights_are_compared_with_the_first_ones_dense_model(
 
 def test_picks_count_what_every_step_kept(checkpoint: Path) -> None:
     engine = load(checkpoint, device="cpu")
-    pruning = engine.resolve(PruningSettings(ffn_ratio=0.4, candidate_width=0.3))
+    pruning = engine.resolve(PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3))
     seen = picks(engine.model, Window(list(range(20)), list(range(20, 31))), pruning)
     assert [network.name for network in seen] == [f"model.layers.{index}.mlp" for index in range(3)]
     for network in seen:

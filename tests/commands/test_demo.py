@@ -16,7 +16,7 @@ from popengine.evaluation.side_by_side import Screen, answer_in_turns, begun, co
 from popengine.studies.settings import DENSE, PruningSettings
 
 status, error = partial(exit_status, main), partial(one_line_error, main)
-HALF = PruningSettings(ffn_ratio=0.5)
+HALF = PruningSettings.paper(ffn_ratio=0.5)
 
 
 def test_answers_in_turns_are_those_of_two_runs(checkpoint: Path) -> None:

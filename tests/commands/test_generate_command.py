@@ -45,7 +45,7 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(checkpoint: Path, capsys: 
     out, err = capsys.readouterr()
     assert out.endswith("\n")
     for word in ("prompt", "prefill", "partition", "decode", "tokens/s", "retained", "candidate", "picked", "pruned",
-                 "of dense", "at peak"):
+                 "of dense", "at peak", "rule pop, width 0.5"):
         assert word in err, word
 
 

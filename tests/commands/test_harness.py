@@ -66,7 +66,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     ]
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
     made = load(checkpoint, device="cpu").generate(documents[0]["question"], max_new_tokens=12, raw=True,
-                                                   pruning=PruningSettings(prune_ratio=0), ignore_eos=True)
+                                                   pruning=PruningSettings.paper(prune_ratio=0), ignore_eos=True)
     stop = next(letter for letter in made[0].text[3:] if letter.isalnum())
     for name, task in zip(TASKS, (CHOICE, ROLLING, GENERATE), strict=True):
         filled = task.replace("DATA", json.dumps(str(data))).replace("STOP", json.dumps([stop, "???"]))
@@ -116,7 +116,8 @@ def test_batches_and_stop_strings(checkpoint: Path, tasks: Path, dense: dict[str
 
 def test_pruning_goes_through_decode(checkpoint: Path, tasks: Path, dense: dict[str, Any]) -> None:
     """With dense prefill only decode steps are pruned: the first token of a continuation stays, later ones change."""
-    pruned = evaluate("popengine", {"ckpt": str(checkpoint), "ffn_ratio": 0.5, "prefill": "dense"}, tasks)
+    arguments = {"ckpt": str(checkpoint), "ffn_ratio": 0.5, "prefill": "dense", "paper": True}
+    pruned = evaluate("popengine", arguments, tasks)
     for document, wanted in zip(answers(pruned, "local_choice"), answers(dense, "local_choice"), strict=True):
         long, own_long = float(document[1][0]), float(wanted[1][0])
         assert long != pytest.approx(own_long, rel=tolerated(1))
@@ -127,7 +128,7 @@ def test_methods_that_leave_out_layers_are_arguments(checkpoint: Path, tasks: Pa
     engine, saved = load(checkpoint, dtype="float32"), tmp_path / "made.safetensors"
     save_calibration(calibrate(engine.model, [[*range(30)]], "numbers"), engine.model, saved)
     common = {"ckpt": str(checkpoint), "dtype": "float32"}
-    request = Request(engine.model, PruningSettings(prune_ratio=0.34), load_calibration(saved, engine.model))
+    request = Request(engine.model, PruningSettings.paper(prune_ratio=0.34), load_calibration(saved, engine.model))
     plan = pruning_for("shortgpt", request).settings.leave_out
     by_method = evaluate(
         "popengine", common | {"method": "shortgpt", "calibration": str(saved), "prune_ratio": 0.34}, tasks

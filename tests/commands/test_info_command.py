@@ -45,10 +45,10 @@ def test_it_says_what_loading_then_finds(info: Any, folder: Path) -> None:
     assert found["memory_bytes"]["int4"] < found["memory_bytes"]["int8"] < found["memory_bytes"]["bfloat16"]
     language_model = model.language_model if isinstance(model, LlavaForConditionalGeneration) else model
     most = found["ffn_share_of_layer"]
-    resolve(PruningSettings(prune_ratio=most - 1e-3), layer_weights(language_model))
+    resolve(PruningSettings.paper(prune_ratio=most - 1e-3), layer_weights(language_model))
     with pytest.raises(InputError, match="must stay below"):
-        resolve(PruningSettings(prune_ratio=most), layer_weights(language_model))
-    state = language_model.new_state(1, 10, resolve(PruningSettings(), layer_weights(language_model)))
+        resolve(PruningSettings.paper(prune_ratio=most), layer_weights(language_model))
+    state = language_model.new_state(1, 10, resolve(PruningSettings.paper(), layer_weights(language_model)))
     held = sum(buffer.numel() * 4 for buffer in state.cache.keys + state.cache.values)
     assert found["cache_bytes_per_token"] == held // 10
     assert found["problem"] is None

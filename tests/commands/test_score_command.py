@@ -11,6 +11,7 @@ import torch
 from builders import complete_checkpoint, exit_status, one_line_error
 from tolerance import SMOLLM2, tolerated
 
+from popengine import compare
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
 from popengine.evaluation.scoring import (
@@ -41,7 +42,7 @@ def report(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any
     return json.loads(capsys.readouterr().out)
 
 
-SMALL = ("--prompt-tokens", 24, "--score-tokens", 16, "--windows", 3)
+SMALL = ("--prompt-tokens", 24, "--score-tokens", 16, "--windows", 3, "--paper")
 
 
 def test_dense_scores_are_those_of_one_forward_pass(engine: Engine) -> None:
@@ -81,7 +82,7 @@ def test_the_default_checkpoint_step_by_step_and_in_parallel(default_checkpoint_
     engine = load(default_checkpoint_path, dtype="float32", device="cpu")
     ids = engine.tokenizer.encode(Path(__file__).read_text(encoding="utf-8"), add_special_tokens=False)
     window = Window(ids[:64], ids[64:80])
-    pruning = engine.resolve(PruningSettings(ffn_ratio=0.4))
+    pruning = engine.resolve(PruningSettings.paper(ffn_ratio=0.4))
     with torch.inference_mode():
         dense = dense_log_probabilities(engine.model, window)
         means = [
@@ -140,3 +141,18 @@ def test_bad_input_is_one_line(
     assert "context of 256" in error(capsys, *flags, "--prompt-tokens", 250)
     assert "not both" in error(capsys, *flags, "--prune-ratio", 0.2, "--ffn-ratio", 0.2)
     assert "--text" in error(capsys, "--ckpt", checkpoint)
+
+
+def test_reports_name_the_rule_and_the_width(
+    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--ckpt", checkpoint, "--text", text, *SMALL)
+    assert exit_status(main, *flags, "--ratio", 0.3) == 0
+    assert "pruning     rule pop, width 0.1, ratio 0.3" in capsys.readouterr().out
+    assert exit_status(main, *flags, "--rule", "up") == 0
+    assert "pruning     rule up, ratio 0.2" in capsys.readouterr().out
+    assert exit_status(main, *flags, "--method", "magnitude") == 0
+    assert "pruning     method magnitude, ratio 0.2" in capsys.readouterr().out
+    words = ("--methods", "dense", "pop", "frozen", "--no-plots", "--out", tmp_path)
+    assert exit_status(compare.main, *flags, *words) == 0
+    assert "In all rows: width 0.1, min evidence 0." in capsys.readouterr().out

@@ -8,13 +8,14 @@ import pytest
 from builders import another_setting, another_value
 
 from models.pruning.resolve import LayerWeights
+from models.pruning.settings import PAPER
 from popengine import compare, generate, score
-from popengine.command import generation_settings, pruning_settings
+from popengine.command import pruning_settings, take_paper_values
 from popengine.engine.results import pruning_report
 from popengine.evaluation.comparison import Configuration
 from popengine.evaluation.comparison_table import markdown
 from popengine.studies.resolve import resolve_study
-from popengine.studies.settings import RECOMMENDED, PruningSettings, compared_fields
+from popengine.studies.settings import PruningSettings, compared_fields
 from weights.errors import InputError
 
 NAMES = [one.name for one in fields(PruningSettings)]
@@ -36,12 +37,23 @@ def test_every_setting_has_a_flag(command: ModuleType, name: str) -> None:
     assert pruning_settings(command.parser().parse_args(NEEDED[command])) == PruningSettings()
 
 
-def test_generate_does_what_is_recommended_unless_the_paper_is_asked_for() -> None:
-    words = [*NEEDED[generate], "--prune-ratio", "0.3"]
-    read = generate.parser().parse_args
-    recommended, paper = generation_settings(read(words)), generation_settings(read([*words, "--paper"]))
-    assert recommended == replace(RECOMMENDED, prune_ratio=0.3) != paper
-    assert paper == PruningSettings(prune_ratio=0.3)
+@pytest.mark.parametrize("command", [generate, score], ids=["generate", "score"])
+def test_one_flag_asks_for_the_paper_s_settings(command: ModuleType) -> None:
+    words = [*NEEDED[command], "--ratio", "0.3"]
+    read = command.parser().parse_args
+    recommended, paper = pruning_settings(read(words)), pruning_settings(read([*words, "--paper"]))
+    assert recommended == PruningSettings(prune_ratio=0.3) != paper
+    assert paper == PruningSettings.paper(prune_ratio=0.3) == replace(recommended, **PAPER)
+    assert pruning_settings(read([*words, "--paper", "--candidate-width", "0.2"])).candidate_width == 0.2
+
+
+def test_compare_takes_the_paper_s_values_where_no_flag_gives_others() -> None:
+    read = compare.parser().parse_args([*NEEDED[compare], "--paper", "--min-evidence", "64"])
+    take_paper_values(read)
+    assert (read.candidate_width, read.min_evidence) == ([0.1], [64])
+    read = compare.parser().parse_args(NEEDED[compare])
+    take_paper_values(read)
+    assert (read.candidate_width, read.min_evidence) == ([PruningSettings().candidate_width], [64])
 
 
 @pytest.mark.parametrize("name", COMPARED)

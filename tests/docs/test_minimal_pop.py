@@ -59,7 +59,7 @@ def engine(folder: Path) -> Engine:
 
 def tokens_of(engine: Engine, ratio: float, skip: int) -> tuple[list[int], list[int]]:
     """The prompt's tokens and the new ones, with the settings of the papers."""
-    settings = popengine.PruningSettings(
+    settings = popengine.PruningSettings.paper(
         prune_ratio=ratio, candidate_width=0.1, prefill_skip=f"{skip}/{len(engine.model.model.layers)}"
     )
     (made,) = engine.generate(PROMPT, raw=True, max_new_tokens=NEW, pruning=settings, ignore_eos=True)

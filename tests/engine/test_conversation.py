@@ -35,7 +35,7 @@ from popengine.images.vision import Vision
 from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
-HALF = PruningSettings(ffn_ratio=0.5, candidate_width=0.3)
+HALF = PruningSettings.paper(ffn_ratio=0.5, candidate_width=0.3)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from popengine.evaluation.scoring import Window, dense_log_probabilities
 from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
-HALF = PruningSettings(ffn_ratio=0.5, candidate_width=0.3)
+HALF = PruningSettings.paper(ffn_ratio=0.5, candidate_width=0.3)
 
 
 @pytest.fixture(scope="module")

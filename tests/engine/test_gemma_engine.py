@@ -102,7 +102,7 @@ def test_a_message_that_spells_tokens_of_pictures_means_their_letters(engine: En
 
 
 def test_a_conversation_with_pictures_computes_no_turn_again(engine: Engine) -> None:
-    conversation = engine.chat(pruning=PruningSettings(prune_ratio=0), max_new_tokens=6)
+    conversation = engine.chat(pruning=PruningSettings.paper(prune_ratio=0), max_new_tokens=6)
     conversation.say("What is it?", [PICTURES[0]])
     said = conversation.say("And this?", [PICTURES[1]])
     anew = engine.generate(conversation.messages[:-1], images=PICTURES[:2], max_new_tokens=6, pruning=DENSE)
@@ -112,10 +112,11 @@ def test_a_conversation_with_pictures_computes_no_turn_again(engine: Engine) -> 
 @pytest.mark.parametrize(
     "settings",
     [
-        PruningSettings(prune_ratio=0.2), PruningSettings(prune_ratio=0.3, head_ratio=0.5, candidate_width=0.5),
-        PruningSettings(prune_ratio=0.2, rule="draft", prior=8, dense_every=3, redraw_every=6),
-        PruningSettings(prune_ratio=0.2, rule="up", retained_share=0.2, candidate_width=1.0),
-        PruningSettings(prune_ratio=0.2, prefill_skip="1/3", boundary_tokens=2, scored_tokens="text"),
+        PruningSettings.paper(prune_ratio=0.2),
+        PruningSettings.paper(prune_ratio=0.3, head_ratio=0.5, candidate_width=0.5),
+        PruningSettings.paper(prune_ratio=0.2, rule="draft", prior=8, dense_every=3, redraw_every=6),
+        PruningSettings.paper(prune_ratio=0.2, rule="up", retained_share=0.2, candidate_width=1.0),
+        PruningSettings.paper(prune_ratio=0.2, prefill_skip="1/3", boundary_tokens=2, scored_tokens="text"),
     ],
 )
 def test_a_batch_of_one_prompt_twice_decides_as_the_prompt_alone(engine: Engine, settings: PruningSettings) -> None:
@@ -133,10 +134,10 @@ def test_packed_weights_stay_near_plain_ones(engine: Engine, checkpoint: Path, w
     with torch.inference_mode():
         exact, rounded = engine.model(ids), packed.model(ids)
     assert 0 < (rounded - exact).norm() / exact.norm() < (0.15 if weights == "int8" else 0.5)
-    assert generated(packed, ids.tolist(), 8, PruningSettings(prune_ratio=0.3))
+    assert generated(packed, ids.tolist(), 8, PruningSettings.paper(prune_ratio=0.3))
 
 
-@pytest.mark.parametrize("pruning", [DENSE, PruningSettings(prune_ratio=0.3)], ids=["dense", "POP"])
+@pytest.mark.parametrize("pruning", [DENSE, PruningSettings.paper(prune_ratio=0.3)], ids=["dense", "POP"])
 def test_compiled_and_eager_steps_give_the_same_tokens(engine: Engine, checkpoint: Path, pruning: Any) -> None:
     """Layers of both kinds through one compiled function, with a picture in the prompt."""
     compiled = load(checkpoint, compile=True)

@@ -57,7 +57,7 @@ def test_an_independent_slow_implementation_generates_the_same_tokens(prune_rati
     reference = AutoModelForCausalLM.from_pretrained(MIXTRAL_TINY, dtype=torch.float32).eval()
     prompt = engine.prompts.ids(next(held_out_prompts("sort", 1)).prompt)
     slow = SlowMixturePOP(reference, prune_ratio, 0.1)
-    settings = PruningSettings(prune_ratio=prune_ratio)
+    settings = PruningSettings.paper(prune_ratio=prune_ratio)
     (made,) = engine.generate(
         next(held_out_prompts("sort", 1)).prompt, max_new_tokens=48, pruning=settings, ignore_eos=True
     )
@@ -76,7 +76,7 @@ def test_the_command_answers_a_prompt() -> None:
 
 def test_rows_that_meet_at_an_expert_are_counted_as_they_are_read(engine: Engine) -> None:
     """A row by itself reads the chosen columns of down_proj; equal rows meet everywhere and are masked."""
-    pruned, read = PruningSettings(prune_ratio=0.3), []
+    pruned, read = PruningSettings.paper(prune_ratio=0.3), []
     for batch in (1, 2, 8):
         made = engine.generate(["tally abc?"] * batch, raw=True, max_new_tokens=4, ignore_eos=True, pruning=pruned)
         read.append(made[0].statistics.weight_bytes_per_token)

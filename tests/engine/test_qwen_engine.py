@@ -25,7 +25,7 @@ from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
 SMALL, TALL, SQUARE = picture(24, 16), picture(26, 37), picture(32, 32)         # of 6, 15 and 16 tokens
-PRUNED = PruningSettings(ffn_ratio=0.4, candidate_width=0.3)
+PRUNED = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -92,9 +92,10 @@ def test_a_conversation_with_pictures_is_that_prompt(engine: Engine) -> None:
 
 def test_every_setting_runs_with_a_picture(engine: Engine) -> None:
     for settings in (
-        PruningSettings(prune_ratio=0.2), PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6),
-        PruningSettings(prune_ratio=0.2, prefill_skip=0.25, boundary_tokens=4),
-        PruningSettings(prune_ratio=0.2, rule="up", prior=4, dense_every=3, scored_tokens="text"),
+        PruningSettings.paper(prune_ratio=0.2),
+        PruningSettings.paper(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6),
+        PruningSettings.paper(prune_ratio=0.2, prefill_skip=0.25, boundary_tokens=4),
+        PruningSettings.paper(prune_ratio=0.2, rule="up", prior=4, dense_every=3, scored_tokens="text"),
     ):
         answer = engine.generate("What?", images=[TALL], pruning=settings, max_new_tokens=6, ignore_eos=True)[0]
         assert len(answer.token_ids) == 6

@@ -78,7 +78,7 @@ def heard(asked: Asked, settings: PruningSettings, ids: list[int] | None = None)
 def test_a_request_gives_the_first_ones_logits_again(asked: Asked, name: str) -> None:
     if name in OF_PICTURES and not asked.images:
         pytest.skip("a text model")
-    pruning = PruningSettings(**{"ffn_ratio": 0.5, "candidate_width": 0.3} | (KEEPS_EVIDENCE | OF_PICTURES)[name])
+    pruning = PruningSettings.paper(**{"ffn_ratio": 0.5, "candidate_width": 0.3} | (KEEPS_EVIDENCE | OF_PICTURES)[name])
     engine, other = asked.engine, [39, 58, 57, 40, 41, 53, 52, 30, 42, 77, 65, 36]
     wanted = heard(asked, pruning)
 
@@ -102,7 +102,7 @@ def test_a_request_gives_the_first_ones_logits_again(asked: Asked, name: str) ->
 def test_a_conversation_begun_anew_says_what_it_said_at_first(asked: Asked) -> None:
     if asked.engine.chat_template is None:
         pytest.skip("no chat template")
-    pruning = PruningSettings(
+    pruning = PruningSettings.paper(
         ffn_ratio=0.5, head_ratio=0.5, candidate_width=0.6, rule="up", prior=8, min_evidence=9, dense_every=3,
         redraw_every=3,
     )

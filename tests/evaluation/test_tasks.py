@@ -127,8 +127,8 @@ def test_choices_are_what_two_passes_over_the_text_say(checkpoint: Path, archive
 
 
 @pytest.mark.parametrize("settings", [
-    DENSE, PruningSettings(ffn_ratio=0.4), PruningSettings(ffn_ratio=0.4, dense_every=2, redraw_every=3),
-    PruningSettings(ffn_ratio=0.4, min_evidence=14), PruningSettings(prune_ratio=0.0, prefill_skip="1/3"),
+    DENSE, PruningSettings.paper(ffn_ratio=0.4), PruningSettings.paper(ffn_ratio=0.4, dense_every=2, redraw_every=3),
+    PruningSettings.paper(ffn_ratio=0.4, min_evidence=14), PruningSettings.paper(prune_ratio=0.0, prefill_skip="1/3"),
 ], ids=str)
 def test_a_prompt_prefilled_once_serves_all_continuations(settings: PruningSettings, checkpoint: Path) -> None:
     engine = load(checkpoint, device="cpu")

@@ -88,7 +88,7 @@ def test_the_shipped_checkpoint_equals_hugging_face(engine: Engine, reference: H
 def test_a_slow_implementation_with_hooks_gives_the_same_answers(
     engine: Engine, ratio: float, prefill: Literal["pruned", "dense"]
 ) -> None:
-    settings = PruningSettings(prune_ratio=ratio, prefill=prefill)
+    settings = PruningSettings.paper(prune_ratio=ratio, prefill=prefill)
     reference = HuggingFaceLlava.from_pretrained(LLAVA_TINY).eval()
     layers = reference.model.language_model.layers
     slow = SlowPOP(reference, engine.resolve(settings).ffn_ratio, settings.candidate_width, prefill, layers)
@@ -102,7 +102,8 @@ def test_a_slow_implementation_with_hooks_gives_the_same_answers(
 
 @pytest.mark.parametrize(
     ("pruning", "floor"),
-    [(DENSE, 15), (PruningSettings(prune_ratio=0.2), 14), (PruningSettings(prune_ratio=0.4, rule="all-channels"), 15)],
+    [(DENSE, 15), (PruningSettings.paper(prune_ratio=0.2), 14),
+     (PruningSettings.paper(prune_ratio=0.4, rule="all-channels"), 15)],
 )
 def test_the_shipped_checkpoint_answers_held_out_questions(
     engine: Engine, pruning: PruningSettings, floor: int
@@ -187,7 +188,7 @@ def test_scores_of_text_tokens_only_make_another_partition(engine: Engine) -> No
     picture = QUESTIONS[5].picture()
     orders = []
     for scored in ("all", "text"):
-        settings = PruningSettings(prune_ratio=0.4, scored_tokens=scored)  # type: ignore[arg-type]
+        settings = PruningSettings.paper(prune_ratio=0.4, scored_tokens=scored)  # type: ignore[arg-type]
         engine.generate("What do you see?", images=[picture], max_new_tokens=2, pruning=settings)
         assert engine.idle_state is not None
         orders.append(engine.idle_state.layers[0].ffn.partition.order.tolist())

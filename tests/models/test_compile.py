@@ -17,7 +17,7 @@ from popengine.engine.loading import load
 from popengine.engine.results import measured
 from popengine.studies.settings import DENSE, PruningSettings
 
-POP = PruningSettings(prune_ratio=0.4)
+POP = PruningSettings.paper(prune_ratio=0.4)
 TEXT = (
     "When the last ferry had gone, the keeper closed the gate, counted the tickets and walked up the hill with his "
     "lamp. From the top he could see both shores, the lights of the town on one side and nothing on the other."
@@ -109,7 +109,7 @@ def test_a_context_that_is_no_multiple_of_anything_gives_the_eager_tokens(tiny_c
 def test_one_compiled_function_serves_every_layer(tiny_checkpoint: Path) -> None:
     engine = load(tiny_checkpoint, compile=True)
     before = graphs_compiled()
-    generated(engine, [[1, 2, 3]], 4, PruningSettings(prune_ratio=0.3))
+    generated(engine, [[1, 2, 3]], 4, PruningSettings.paper(prune_ratio=0.3))
     assert engine.model.config.num_hidden_layers == 3
     assert graphs_compiled() - before <= 2      # the layer, and the head where it has not been compiled before
 
@@ -129,14 +129,15 @@ def test_steps_compiled_before_a_partition_is_drawn_serve_it_afterwards(
     tiny_checkpoint: Path, changes: dict[str, Any], exact_drafts: None
 ) -> None:
     """Dense steps first or between, then pruned ones: a step compiled on nothing must choose as a drawn one does."""
-    settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.4, **changes)
+    settings = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.4, **changes)
     tokens = generated(load(tiny_checkpoint), [list(range(30))], 40, settings)
     assert generated(load(tiny_checkpoint, compile=True), [list(range(30))], 40, settings) == tokens
 
 
 def test_a_compiled_dense_step_counts_its_tokens(tiny_checkpoint: Path) -> None:
     engine = load(tiny_checkpoint, compile=True)
-    state = engine.model.new_state(2, 128, engine.resolve(PruningSettings(ffn_ratio=0.4, rule="up", dense_every=1)))
+    settings = PruningSettings.paper(ffn_ratio=0.4, rule="up", dense_every=1)
+    state = engine.model.new_state(2, 128, engine.resolve(settings))
     engine.prepare(state)
     with torch.inference_mode():
         engine.model.prefill(engine.model.embed(torch.arange(20).view(2, 10)), state)

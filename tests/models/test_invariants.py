@@ -224,13 +224,13 @@ class Case:
         while True:
             drawn = {name: self.random.choice(values) for name, values in maybe.items()} | fixed
             try:
-                found = resolved(model, PruningSettings(**drawn))
+                found = resolved(model, PruningSettings.paper(**drawn))
                 if found.cuts and drawn["prior"]:
                     found = found.with_prior(prior_of(model, drawn["prior"]))
                 model.new_state(1, 1, found)
             except InputError:
                 continue
-            usual = PruningSettings()
+            usual = PruningSettings.paper()
             self.said.append(str({name: value for name, value in drawn.items() if value != getattr(usual, name)}))
             return found
 

@@ -53,7 +53,7 @@ def test_parallel_and_steps_agree(settings: str, model: LlamaForCausalLM) -> Non
 def test_parallel_and_steps_agree_for_every_method(method: str, model: LlamaForCausalLM, exact_drafts: None) -> None:
     skip = "1/3" if "skip" in method or method == "prefill-only" else 0
     thin = 4 if method == "visual-tokens" else "all"            # of pictures, which these prompts have none of
-    settings = PruningSettings(ffn_ratio=0.4, prefill_skip=skip, prior=1, visual_tokens=thin)
+    settings = PruningSettings.paper(ffn_ratio=0.4, prefill_skip=skip, prior=1, visual_tokens=thin)
     request, has_experts = request_for(model, settings), isinstance(model, MixtralForCausalLM)
     if (method == "probe-pruning" and has_experts) or (method in ("router-statistics", "uncurl") and not has_experts):
         with pytest.raises(InputError, match=r"this model has (experts|none)"):
@@ -68,7 +68,7 @@ def test_each_position_picks_for_itself(tmp_path: Path) -> None:
     """One pick for all positions together, as a batch of sequences would make it, is not what steps do."""
     model = saved_pair(tmp_path, LlamaConfig(**SIZES))[1]
     tokens = torch.arange(40)
-    settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.4)
+    settings = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.4)
     seen: list[tuple[Any, torch.Tensor]] = []
     pruning = recorded(resolved(model, settings), lambda ffn, partition, keep: seen.append((partition, keep)))
     _, state = prefilled(model, tokens[None, :16], pruning)
@@ -95,7 +95,7 @@ def test_the_dense_walk_over_layers_sees_what_the_model_computes(model: LlamaFor
     for positions in layers.values():
         assert set(torch.cat(positions).tolist()) == set(range(30))
     first = next(iter(walked.values()))
-    _, state = prefilled(model, torch.tensor([ids]), PruningSettings(ffn_ratio=0.5, prefill="dense"))
+    _, state = prefilled(model, torch.tensor([ids]), PruningSettings.paper(ffn_ratio=0.5, prefill="dense"))
     scores = torch.linalg.vector_norm(first.h, dim=0) * first.ffn.down_norms()
     ffn = state.layers[0].ffn
     if not first.name.endswith("mlp"):

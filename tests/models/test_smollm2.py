@@ -68,7 +68,7 @@ def test_greedy_tokens_equal_those_kept(answer: Any, goldens: dict[str, Any]) ->
 
 @pytest.mark.parametrize(("ratio", "prefill"), POP_RUNS)
 def test_pop_tokens_equal_those_kept(answer: Any, goldens: dict[str, Any], ratio: float, prefill: Any) -> None:
-    settings = PruningSettings(ratio, prefill=prefill)
+    settings = PruningSettings.paper(ratio, prefill=prefill)
     assert answer(48, settings) == goldens[f"pop_{ratio}_{prefill}"].tolist()
 
 
@@ -93,7 +93,7 @@ def test_pop_tokens_equal_transformers(
     engine: Engine, answer: Any, default_model_of_transformers: Any, ratio: float, prefill: Any
 ) -> None:
     prompt = engine.prompts.ids(CHAT_PROMPT)
-    settings = PruningSettings(ratio, prefill=prefill)
+    settings = PruningSettings.paper(ratio, prefill=prefill)
     slow = SlowPOP(default_model_of_transformers, engine.resolve(settings).ffn_ratio, 0.1, prefill)
     wanted = slow.generate(prompt, 48)
     slow.remove_hooks()
@@ -105,6 +105,6 @@ def test_tokens_of_prompts_that_skip_layers_equal_the_slow_ones(
     engine: Engine, default_model_of_transformers: Any, share: str, skipped: int, boundary: int
 ) -> None:
     prompt = engine.prompts.ids(CHAT_PROMPT)
-    settings = PruningSettings(prune_ratio=0.0, prefill_skip=share, boundary_tokens=boundary)
+    settings = PruningSettings.paper(prune_ratio=0.0, prefill_skip=share, boundary_tokens=boundary)
     made = [token for (token,) in generated(engine, [prompt], 48, settings)]
     assert made == SlowPrefillOnly(default_model_of_transformers, skipped, boundary).generate(prompt, 48)

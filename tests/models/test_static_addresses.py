@@ -24,7 +24,7 @@ def addresses(state: DecodeState) -> dict[str, tuple[int, tuple[int, ...]]]:
 @pytest.mark.parametrize("rule", RULE_NAMES)
 @torch.inference_mode()
 def test_addresses_stay_from_step_to_step_and_from_prompt_to_prompt(rule: str, model: LlamaForCausalLM) -> None:
-    settings = PruningSettings(
+    settings = PruningSettings.paper(
         ffn_ratio=0.4, candidate_width=0.3, head_ratio=0.5, rule=rule, prior=1, dense_every=3, redraw_every=3
     )
     tokens, _ = left_padded([12, 12], SIZES["vocab_size"])

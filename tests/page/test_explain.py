@@ -29,7 +29,7 @@ from popengine.page.explained_run import embedded, explained_run, picture_of
 from popengine.page.page import page
 from popengine.studies.settings import DENSE, PruningSettings
 
-POP = PruningSettings(ffn_ratio=0.5, candidate_width=0.4)
+POP = PruningSettings.paper(ffn_ratio=0.5, candidate_width=0.4)
 HOSTILE = "</script><img src=x onerror=\"document.title='seen'\"><!--<script>"
 
 status, error = partial(exit_status, main), partial(one_line_error, main)
@@ -79,7 +79,7 @@ def test_the_run_is_the_engines_and_the_dense_model_is_the_dense_models(engine: 
 def test_picks_and_ranks_are_those_of_the_studies(engine: Engine, found: dict[str, Any]) -> None:
     prompt = engine.prompts.ids("Seven ships", raw=True)
     new = [one["token"] for one in found["frames"]]
-    dense_prefill = PruningSettings(ffn_ratio=0.5, candidate_width=0.4, prefill="dense")
+    dense_prefill = PruningSettings.paper(ffn_ratio=0.5, candidate_width=0.4, prefill="dense")
     again, window = recorded(engine, dense_prefill), Window(prompt, new)
     drift = rank_drift(engine.model, Window(prompt, [one["token"] for one in again["frames"]]))
     for index, (seen, layer, dense) in enumerate(
@@ -109,7 +109,7 @@ def test_what_dense_wants_is_what_it_ranks_highest(engine: Engine, found: dict[s
 
 
 def test_dense_steps_and_redraws_are_told(engine: Engine) -> None:
-    found = recorded(engine, PruningSettings(ffn_ratio=0.5, dense_every=3, redraw_every=6))
+    found = recorded(engine, PruningSettings.paper(ffn_ratio=0.5, dense_every=3, redraw_every=6))
     dense = [index for index, one in enumerate(found["frames"]) if one["dense_step"]]
     assert dense == [3, 6, 9] and [one["redrawn"] for one in found["frames"]].index(True) == 6
     (network,) = found["layers"][0]["networks"]
@@ -117,14 +117,15 @@ def test_dense_steps_and_redraws_are_told(engine: Engine) -> None:
     assert not {*dense} & {*network["picked"]["frames"]} and not {*dense} & {*network["wanted"]["frames"]}
     # Packed matrices take no product of no rows, which a dense first step leaves.
     packed = load(engine.folder, weights="int8")
-    assert recorded(packed, PruningSettings(dense_every=1), count=3)["frames"][1]["dense_step"]
-    late = recorded(engine, PruningSettings(ffn_ratio=0.5, min_evidence=15))
+    assert recorded(packed, PruningSettings.paper(dense_every=1), count=3)["frames"][1]["dense_step"]
+    late = recorded(engine, PruningSettings.paper(ffn_ratio=0.5, min_evidence=15))
     assert late["layers"][0]["networks"][0]["drawings"][0]["frame"] == 15 - len(late["prompt"])
 
 
 @pytest.mark.parametrize(
-    "pruning", [DENSE, PruningSettings(ffn_ratio=0.5, candidate_width=0), PruningSettings(rule="all-channels"),
-                PruningSettings(rule="up", retained_share=0.3), PruningSettings(prefill_skip="1/3", boundary_tokens=2)],
+    "pruning", [DENSE, PruningSettings.paper(ffn_ratio=0.5, candidate_width=0),
+                PruningSettings.paper(rule="all-channels"), PruningSettings.paper(rule="up", retained_share=0.3),
+                PruningSettings.paper(prefill_skip="1/3", boundary_tokens=2)],
     ids=["dense", "frozen", "all-channels", "up", "skipping"],
 )
 def test_every_rule_has_a_record(engine: Engine, pruning: PruningSettings) -> None:

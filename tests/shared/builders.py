@@ -71,12 +71,12 @@ QWEN2_MOE = Qwen2MoeConfig(
     **SIZES, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=40, shared_expert_intermediate_size=56
 )
 SETTINGS = {
-    "ffn": PruningSettings(ffn_ratio=0.4, candidate_width=0.3),
-    "ffn_dense_prefill": PruningSettings(ffn_ratio=0.4, candidate_width=0.3, prefill="dense"),
-    "heads": PruningSettings(ffn_ratio=0.0, head_ratio=0.5, candidate_width=0.6),
-    "both": PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6),
-    "frozen": PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.0),
-    "retained": PruningSettings(ffn_ratio=0.4, candidate_width=0.6, retained_share=0.2),
+    "ffn": PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3),
+    "ffn_dense_prefill": PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3, prefill="dense"),
+    "heads": PruningSettings.paper(ffn_ratio=0.0, head_ratio=0.5, candidate_width=0.6),
+    "both": PruningSettings.paper(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6),
+    "frozen": PruningSettings.paper(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.0),
+    "retained": PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.6, retained_share=0.2),
 }
 
 
@@ -225,7 +225,8 @@ def another_value(name: str) -> Any:
         return next(choice for choice in one.metadata["choices"] if choice != one.default)
     if one.metadata["type"] is str:
         return "1.mlp"
-    return one.metadata["least"] + (2 if one.metadata["type"] is int else 0.5)
+    value = one.metadata["least"] + (2 if one.metadata["type"] is int else 0.5)
+    return value if value != one.default else value / 2
 
 
 def another_setting(name: str) -> dict[str, Any]:

@@ -49,7 +49,7 @@ CASES: list[tuple[str, Path | None, dict[str, Any], dict[str, Any]]] = [
 
 
 def pruning_of(engine: Engine, groups: int, method: str = "", **settings: Any) -> Pruning:
-    wanted = PruningSettings(**settings, groups=groups)
+    wanted = PruningSettings.paper(**settings, groups=groups)
     if not method:
         return engine.resolve(wanted)
     return pruning_for(method, Request(engine.model, wanted, calibration_of(engine), resolve=engine.resolve))

@@ -22,7 +22,7 @@ from weights.checkpoint import open_checkpoint
 def answers(case: dict[str, Any]) -> dict[str, Any]:
     """Greedy tokens, the dense logits after a prompt, and the bytes that a step reads."""
     engine = load(case["checkpoint"], dtype=case["dtype"], weights=case["weights"], compile=case["compile"])
-    settings = PruningSettings(**case["settings"])
+    settings = PruningSettings.paper(**case["settings"])
     made = engine.generate(
         case["prompt"], images=case["images"], max_new_tokens=case["tokens"], pruning=settings, raw=case["raw"],
         ignore_eos=True,

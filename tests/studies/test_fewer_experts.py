@@ -28,7 +28,7 @@ from popengine.studies.experts import spectral_groups
 from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
-SETTINGS = PruningSettings(ffn_ratio=0.4)                   # 2 of 5 experts
+SETTINGS = PruningSettings.paper(ffn_ratio=0.4)                   # 2 of 5 experts
 NAMES = "model.layers.{}.mlp"
 
 
@@ -191,7 +191,7 @@ def test_a_saved_calibration_knows_the_routers(pair: tuple[Any, LlamaForCausalLM
 def test_a_ratio_that_leaves_too_few_or_all_is_refused(
     pair: tuple[Any, LlamaForCausalLM], ratio: float, left: int
 ) -> None:
-    request = Request(pair[1], PruningSettings(ffn_ratio=ratio), calibrate(pair[1], windows(), "numbers"))
+    request = Request(pair[1], PruningSettings.paper(ffn_ratio=ratio), calibrate(pair[1], windows(), "numbers"))
     if left == 2:
         assert pruning_for("uncurl", request).ffn_ratio == 0.6
         return

@@ -25,7 +25,7 @@ from popengine.studies.rules import StaticRule
 from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
-SETTINGS = PruningSettings(ffn_ratio=0.4)
+SETTINGS = PruningSettings.paper(ffn_ratio=0.4)
 STATIC = ("random", "magnitude", "wanda-sp", "flap", "cfsp", "tyr")
 
 

@@ -68,7 +68,7 @@ def calibration(model: LlamaForCausalLM) -> Calibration:
 
 
 def request(model: LlamaForCausalLM, calibration: Calibration | None, **settings: Any) -> Request:
-    return Request(model, PruningSettings(**settings), calibration, seed=1)
+    return Request(model, PruningSettings.paper(**settings), calibration, seed=1)
 
 
 @torch.inference_mode()
@@ -303,7 +303,7 @@ def test_compiled_and_packed_steps_do_the_same(method: str, tmp_path_factory: py
         tokens = []
         for engine in (eager, compiled):
             made = calibrate(engine.model, TEXTS, "numbers")
-            own = Request(engine.model, PruningSettings(prune_ratio=0.3), made, 1, engine.resolve)
+            own = Request(engine.model, PruningSettings.paper(prune_ratio=0.3), made, 1, engine.resolve)
             tokens.append(generated(engine, [[5, 6, 7, 8, 9, 10]], 6, pruning_for(method, own)))  # type: ignore[arg-type]
         assert compiled.compiled is not None and tokens[0] == tokens[1]
 
@@ -363,7 +363,7 @@ def test_score_takes_a_saved_calibration(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_compare_gives_no_setting_to_layers_alone_that_channels_would_need() -> None:
-    words = ["--out", "x", "--methods", "pop", "shortgpt", "--layer-share", "1", "0.5"]
+    words = ["--out", "x", "--methods", "pop", "shortgpt", "--layer-share", "1", "0.5", "--paper"]
     words += ["--candidate-width", "0.1", "0.4"]
     made = configurations(compare.parser().parse_args(words), mixture=False, pictures=False)
     assert [(one.method, one.settings.layer_share, one.settings.candidate_width) for one in made] == [

@@ -93,7 +93,7 @@ def test_each_rule_is_its_formula(
     """One row, by whichever path reads least; what its path leaves unread is poisoned in the test below."""
     model = stored_by_columns(model) if by_columns else model
     kind = model.lm_head.weight.dtype
-    pruning = resolved(model, PruningSettings(ffn_ratio=0.4, rule=rule, retained_share=share))
+    pruning = resolved(model, PruningSettings.paper(ffn_ratio=0.4, rule=rule, retained_share=share))
     state = model.new_state(1, 64, pruning)
     prompt = torch.randn(14, SIZES["hidden_size"], dtype=kind)
     ffn, active = model.model.layers[1].mlp, state.layers[1].ffn
@@ -114,7 +114,7 @@ def test_steps_and_a_known_text_agree_under_every_rule(
 ) -> None:
     """Steps read only what the rule chose; a text at once masks. With dense steps and redraws between."""
     for one in (model, mixture):
-        settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.3, prior=1, rule=rule, dense_every=3, **more)
+        settings = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3, prior=1, rule=rule, dense_every=3, **more)
         tokens = torch.randint(SIZES["vocab_size"], (40,), generator=torch.Generator().manual_seed(5))
         _, state = prefilled(one, tokens[None, :12], settings)
         steps = torch.cat([next_logits(one, token[None], state) for token in tokens[12:]])
@@ -126,7 +126,7 @@ def test_steps_and_a_known_text_agree_under_every_rule(
 @torch.inference_mode()
 def test_rows_that_a_cheap_rule_does_not_choose_are_not_read(model: LlamaForCausalLM) -> None:
     model = deepcopy(model)
-    pruning = resolved(model, PruningSettings(ffn_ratio=0.4, rule="up"))
+    pruning = resolved(model, PruningSettings.paper(ffn_ratio=0.4, rule="up"))
     _, state = prefilled(model, left_padded([14], SIZES["vocab_size"])[0], pruning)
     layer, active = model.model.layers[0].mlp, state.layers[0].ffn
     x = torch.randn(1, 1, SIZES["hidden_size"], dtype=torch.float64)
@@ -150,7 +150,7 @@ def test_a_draft_chooses_and_of_the_weights_only_what_it_chose_is_read(
         monkeypatch.setattr(module, "DRAFT_DTYPE", torch.bfloat16)
     sizes = SIZES | {"hidden_size": 64} if wide else SIZES
     model = saved_pair(tmp_path, LlamaConfig(**sizes))[1]
-    pruning = resolved(model, PruningSettings(ffn_ratio=0.4, rule="draft"))
+    pruning = resolved(model, PruningSettings.paper(ffn_ratio=0.4, rule="draft"))
     _, state = prefilled(model, left_padded([14], sizes["vocab_size"])[0], pruning)
     layer, active = model.model.layers[0].mlp, state.layers[0].ffn
     assert isinstance(active.drafts[0], Int4Matrix if wide else Int8Matrix)
@@ -172,7 +172,7 @@ def test_a_draft_chooses_and_of_the_weights_only_what_it_chose_is_read(
 def test_a_retained_share_reads_no_more_of_what_is_chosen(model: LlamaForCausalLM) -> None:
     """Under a cheap rule the retained rows were read anyway; under pop a narrow width prunes the rest for good."""
     def read(**settings: Any) -> int:
-        return bytes_per_token(model, resolved(model, PruningSettings(ffn_ratio=0.4, **settings)))
+        return bytes_per_token(model, resolved(model, PruningSettings.paper(ffn_ratio=0.4, **settings)))
 
     assert read(rule="up", retained_share=0.2) == read(rule="up")
     row = len(model.model.layers) * SIZES["hidden_size"] * 8
@@ -181,7 +181,7 @@ def test_a_retained_share_reads_no_more_of_what_is_chosen(model: LlamaForCausalL
 
 @torch.inference_mode()
 def test_glass_cuts_by_the_sum_of_two_ranks(model: LlamaForCausalLM, mixture: LlamaForCausalLM) -> None:
-    settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.3, rule="glass", prior=32)
+    settings = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3, rule="glass", prior=32)
     generator = torch.Generator().manual_seed(2)
     for one in (model, mixture):
         unfused = resolved(one, settings)
@@ -213,12 +213,14 @@ def test_steps_add_to_the_evidence_what_one_long_prompt_would_have_shown(
     """Dense prompt, dense steps: the same sums of squares as a prompt of all those tokens, and the same partition."""
     for one in (model, mixture):
         tokens = torch.randint(SIZES["vocab_size"], (1, 30), generator=torch.Generator().manual_seed(7))
-        gathered = PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6, prefill="dense", min_evidence=30)
+        gathered = PruningSettings.paper(
+            ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6, prefill="dense", min_evidence=30
+        )
         _, state = prefilled(one, tokens[:, :9], gathered)
         for token in tokens[0, 9:]:
             next_logits(one, token[None], state)
         assert (state.schedule.tokens, state.schedule.dense_steps) == (30, 21)
-        _, whole = prefilled(one, tokens, PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6,
+        _, whole = prefilled(one, tokens, PruningSettings.paper(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6,
                                                           prefill="dense"))
         for own, other in zip(state.layers, whole.layers, strict=True):
             assert torch.equal(heads_partition(own).order, heads_partition(other).order)
@@ -238,7 +240,7 @@ def networks(active: Any) -> list[Any]:
 @torch.inference_mode()
 def test_sequences_that_have_ended_are_no_evidence(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([12, 12], SIZES["vocab_size"])
-    settings = PruningSettings(ffn_ratio=0.4, min_evidence=1000)
+    settings = PruningSettings.paper(ffn_ratio=0.4, min_evidence=1000)
     _, state = prefilled(model, tokens, settings)
     _, other = prefilled(model, tokens, settings)
     for one in (state, other):
@@ -253,7 +255,7 @@ def test_sequences_that_have_ended_are_no_evidence(model: LlamaForCausalLM) -> N
 @torch.inference_mode()
 def test_every_live_sequence_of_a_dense_step_is_evidence(model: LlamaForCausalLM) -> None:
     tokens, _ = left_padded([12, 12, 12], SIZES["vocab_size"])
-    _, state = prefilled(model, tokens, PruningSettings(ffn_ratio=0.4, min_evidence=1000))
+    _, state = prefilled(model, tokens, PruningSettings.paper(ffn_ratio=0.4, min_evidence=1000))
     next_logits(model, torch.tensor([3, 4, 5]), state)
     assert state.schedule.tokens == state.layers[0].ffn.evidence.tokens == 39
 
@@ -261,7 +263,7 @@ def test_every_live_sequence_of_a_dense_step_is_evidence(model: LlamaForCausalLM
 @pytest.mark.parametrize("rule", ["up", "gate"])
 @torch.inference_mode()
 def test_what_a_rule_watches_is_forgotten_with_the_prompt(rule: str, model: LlamaForCausalLM) -> None:
-    settings = PruningSettings(ffn_ratio=0.4, rule=rule)
+    settings = PruningSettings.paper(ffn_ratio=0.4, rule=rule)
     tokens, _ = left_padded([9], SIZES["vocab_size"])
     _, used = prefilled(model, left_padded([30], SIZES["vocab_size"], seed=3)[0], settings)
     model.prefill(model.embed(tokens), used)
@@ -287,7 +289,7 @@ def test_a_schedule_is_dense_until_there_is_enough_and_then_now_and_again() -> N
 def test_a_prior_is_evidence_of_so_many_tokens(model: LlamaForCausalLM) -> None:
     """Its squares are added as if that many tokens had been seen, and each prompt begins from there again."""
     tokens, _ = left_padded([9], SIZES["vocab_size"])
-    settings = PruningSettings(ffn_ratio=0.4)
+    settings = PruningSettings.paper(ffn_ratio=0.4)
     ffn = model.model.layers[0].mlp
     squares = torch.rand(SIZES["intermediate_size"])
     plain = resolved(model, settings)
@@ -303,7 +305,7 @@ def test_a_prior_is_evidence_of_so_many_tokens(model: LlamaForCausalLM) -> None:
 def test_a_prior_is_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = complete_checkpoint(tmp_path / "tiny")
-    settings = PruningSettings(ffn_ratio=0.4, prior=32)
+    settings = PruningSettings.paper(ffn_ratio=0.4, prior=32)
     first = load(folder)
     tokens = first.generate("What is this?", max_new_tokens=8, pruning=settings)[0].token_ids
     (kept,) = (tmp_path / "cache" / "popengine" / "priors").iterdir()
@@ -342,7 +344,7 @@ def test_an_edited_prior_is_made_again(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rule", ["pop", "up"])
 def test_a_retained_share_of_the_dense_network_prunes_nothing(rule: str, model: LlamaForCausalLM) -> None:
-    settings = PruningSettings(ffn_ratio=0.0, candidate_width=1.0, retained_share=0.3, rule=rule)
+    settings = PruningSettings.paper(ffn_ratio=0.0, candidate_width=1.0, retained_share=0.3, rule=rule)
     assert not resolved(model, settings).rule.sizes(model.model.layers[0].mlp).prunes
 
 
@@ -359,7 +361,7 @@ def test_a_retained_share_of_the_dense_network_prunes_nothing(rule: str, model: 
 )
 def test_settings_of_evidence_and_rules_are_checked(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
-        PruningSettings(**settings)
+        PruningSettings.paper(**settings)
 
 
 @pytest.mark.parametrize(
@@ -374,4 +376,4 @@ def test_a_retained_share_that_does_not_fit_is_refused(
     settings: dict[str, Any], named: str, model: LlamaForCausalLM
 ) -> None:
     with pytest.raises(InputError, match=named):
-        resolved(model, PruningSettings(ffn_ratio=0.4, **settings))
+        resolved(model, PruningSettings.paper(ffn_ratio=0.4, **settings))

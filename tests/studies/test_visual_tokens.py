@@ -100,7 +100,8 @@ def test_what_stays_and_what_is_said_equal_the_slow_way(pair: tuple, settings: P
 
 
 @pytest.mark.parametrize("settings", [
-    ATTENTION, DIVERSITY, PruningSettings(ffn_ratio=0.4, visual_tokens="1/2", visual_tokens_layer=1, prefill="dense"),
+    ATTENTION, DIVERSITY,
+    PruningSettings.paper(ffn_ratio=0.4, visual_tokens="1/2", visual_tokens_layer=1, prefill="dense"),
 ])
 def test_prompts_of_a_batch_are_thinned_each_for_itself(pair: tuple, settings: PruningSettings) -> None:
     """Pictures none, one and two, so that padding stands in the thin layers too."""
@@ -276,7 +277,7 @@ def test_compiled_steps_go_on_from_what_stays() -> None:
     plain, fast = load(LLAVA_TINY, device="cpu"), load(LLAVA_TINY, device="cpu", compile=True)
     assert fast.compiled is not None
     one, other = (fast.prompts.ids(text, images=SCENES[:1]) for text in ("What do you see?", "What do you see? " * 12))
-    for settings in (ATTENTION, PruningSettings(prune_ratio=0.4, visual_tokens=4, visual_tokens_layer=2)):
+    for settings in (ATTENTION, PruningSettings.paper(prune_ratio=0.4, visual_tokens=4, visual_tokens_layer=2)):
         for ids in (one, other):
             made = [
                 list(engine.run([ids], 12, settings, ignore_eos=True, images=SCENES[:1])) for engine in (plain, fast)

@@ -82,7 +82,7 @@ def test_pop_gives_the_tokens_of_a_slow_implementation(
     ratio: float, prefill: Literal["pruned", "dense"], tmp_path: Path
 ) -> None:
     reference, model = saved_pair(tmp_path, VARIANTS["biases, untied"])
-    pruning = resolved(model, PruningSettings(prune_ratio=ratio, candidate_width=0.3, prefill=prefill))
+    pruning = resolved(model, PruningSettings.paper(prune_ratio=ratio, candidate_width=0.3, prefill=prefill))
     prompt, _ = left_padded([14], SIZES["vocab_size"])
     tokens = greedy(model, prompt[0].tolist(), 48, pruning)
     assert tokens == SlowPOP(reference, pruning.ffn_ratio, 0.3, prefill).generate(prompt[0].tolist(), 48)
@@ -94,7 +94,7 @@ def test_pop_gives_the_tokens_of_a_slow_implementation(
 def test_prefill_only_gives_the_tokens_of_a_slow_implementation(boundary: int, skipped: int, tmp_path: Path) -> None:
     reference, model = saved_pair(tmp_path, VARIANTS["biases, untied"])
     prompt = left_padded([14], SIZES["vocab_size"])[0][0].tolist()
-    settings = PruningSettings(prune_ratio=0, prefill_skip=f"{skipped}/3", boundary_tokens=boundary)
+    settings = PruningSettings.paper(prune_ratio=0, prefill_skip=f"{skipped}/3", boundary_tokens=boundary)
     tokens = greedy(model, prompt, 48, settings)
     assert tokens == SlowPrefillOnly(reference, skipped, boundary).generate(prompt, 48)
     assert len(set(tokens)) > 5
@@ -110,7 +110,7 @@ def test_ratios_of_the_released_shapes(name: str, at_20: float) -> None:
     assert weights.attention == shape["hidden_size"] * heads
     assert weights.ffn == 3 * shape["hidden_size"] * shape["intermediate_size"]
     for ratio, wanted in ((0.2, at_20), (0.4, 2 * at_20)):
-        assert 100 * resolve(PruningSettings(ratio), weights).ffn_ratio == pytest.approx(wanted, abs=0.11)
+        assert 100 * resolve(PruningSettings.paper(ratio), weights).ffn_ratio == pytest.approx(wanted, abs=0.11)
 
 
 def test_a_config_that_says_almost_nothing_takes_the_defaults() -> None:
@@ -306,7 +306,7 @@ def test_pop_with_pictures_gives_the_tokens_of_a_slow_implementation(
 ) -> None:
     reference, model = pair
     ids, pixel_values = prompt(2, 0, 3, 0, 8), pictures(2)
-    settings = PruningSettings(prune_ratio=ratio, candidate_width=0.3, prefill=prefill)
+    settings = PruningSettings.paper(prune_ratio=ratio, candidate_width=0.3, prefill=prefill)
     pruning = resolved(model.language_model, settings)
     tokens = tokens_after(model, ids, pixel_values, 48, pruning)
     slow = SlowPOP(reference, pruning.ffn_ratio, 0.3, prefill, layers=reference.model.language_model.layers)
@@ -321,7 +321,7 @@ def test_pop_with_pictures_gives_the_tokens_of_a_slow_implementation(
 def test_prefill_only_with_pictures_gives_the_tokens_of_a_slow_implementation(boundary: int, pair: tuple) -> None:
     reference, model = pair
     ids, pixel_values = prompt(2, 0, 3, 0, 8), pictures(2)
-    settings = PruningSettings(prune_ratio=0, prefill_skip="1/3", boundary_tokens=boundary)
+    settings = PruningSettings.paper(prune_ratio=0, prefill_skip="1/3", boundary_tokens=boundary)
     tokens = tokens_after(model, ids, pixel_values, 48, resolved(model.language_model, settings))
     types = (torch.tensor([ids[:-boundary]]) == IMAGE).long()
     slow = SlowPrefillOnly(reference, 1, boundary, body=reference.model.language_model)
@@ -343,7 +343,7 @@ def test_a_boundary_within_a_picture_sees_all_of_it(pair: tuple) -> None:
     last = text.model.layers[-1].self_attn
     text.prefill(x, watched(text.new_state(1, 64, resolved(text, DENSE)), Heads()), pictures=rows)
     wanted = seen[last]                                                             # [1, T, N D]
-    skipping = PruningSettings(prune_ratio=0, prefill_skip="1/3", boundary_tokens=5)
+    skipping = PruningSettings.paper(prune_ratio=0, prefill_skip="1/3", boundary_tokens=5)
     text.prefill(x, watched(text.new_state(1, 64, resolved(text, skipping)), Heads()), pictures=rows)
     assert_same(seen[last], wanted[:, -5:])
 

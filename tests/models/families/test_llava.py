@@ -191,8 +191,8 @@ def test_masked_and_active_decode_agree_with_pictures_in_the_prompt(grouped: tup
     x = model.embed(tokens, model.encode_images(pictures(3).double()))
     text = model.language_model
     for settings in (
-        PruningSettings(ffn_ratio=0.4, candidate_width=0.3),
-        PruningSettings(ffn_ratio=0.4, candidate_width=0.3, prefill="dense"),
+        PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3),
+        PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3, prefill="dense"),
     ):
         pruned = text.new_state(2, 64, resolved(text, settings))
         logits = text.prefill(x, pruned, real)
@@ -213,7 +213,8 @@ def test_a_slow_implementation_with_hooks_gives_the_same_tokens(
     reference.save_pretrained(tmp_path)
     ours = load_ours(tmp_path)
     ids, pixel_values = prompt(ours, 2, 0, 3, 0, 8), pictures(2)
-    pruning = resolved(ours.language_model, PruningSettings(prune_ratio=ratio, candidate_width=0.3, prefill=prefill))
+    settings = PruningSettings.paper(prune_ratio=ratio, candidate_width=0.3, prefill=prefill)
+    pruning = resolved(ours.language_model, settings)
     with torch.inference_mode():
         state = ours.language_model.new_state(1, 128, pruning)
         x = ours.embed(torch.tensor([ids]), ours.encode_images(pixel_values))
@@ -232,7 +233,8 @@ def test_only_text_tokens_count_in_the_scores_when_asked(grouped: tuple) -> None
     is_text = ~model.is_image(tokens)
     with torch.inference_mode():
         x = model.embed(tokens, model.encode_images(pictures(1)))
-        state = model.language_model.new_state(1, 64, resolved(model.language_model, PruningSettings(ffn_ratio=0.4)))
+        pruning = resolved(model.language_model, PruningSettings.paper(ffn_ratio=0.4))
+        state = model.language_model.new_state(1, 64, pruning)
         orders = []
         for counted in (None, is_text):
             model.language_model.prefill(x, state, None, counted)

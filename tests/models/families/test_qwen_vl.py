@@ -151,7 +151,8 @@ def prefilled(ours: OurQwen, prompts: list[list[int | Image.Image]], settings: A
 @pytest.mark.parametrize("ratio", [0.2, 0.4])
 def test_a_slow_implementation_with_hooks_gives_the_same_tokens(family: tuple, ratio: float, prefill: Any) -> None:
     reference, ours = family
-    pruning = resolved(ours.language_model, PruningSettings(prune_ratio=ratio, candidate_width=0.3, prefill=prefill))
+    settings = PruningSettings.paper(prune_ratio=ratio, candidate_width=0.3, prefill=prefill)
+    pruning = resolved(ours.language_model, settings)
     prompt: list[int | Image.Image] = [2, PICTURES[0], 3, PICTURES[1], 8]
     with torch.inference_mode():
         logits, state = prefilled(ours, [prompt], pruning)
@@ -170,8 +171,8 @@ def test_masked_and_active_decode_agree_with_channels_and_heads_pruned(family: t
     model = deepcopy(family[1]).double()
     text = model.language_model
     for settings in (
-        PruningSettings(ffn_ratio=0.4, candidate_width=0.3),
-        PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6),
+        PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3),
+        PruningSettings.paper(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.6),
     ):
         logits, pruned = prefilled(model, BATCHES["a batch"], settings)
         masked = text.new_state(3, 160, resolved(text, DENSE))
@@ -211,7 +212,7 @@ def test_a_prompt_with_pictures_in_two_parts_is_that_prompt(family: tuple) -> No
 def test_a_known_text_after_a_picture_is_its_steps(family: tuple) -> None:
     _, ours = family
     text, new = ours.language_model, torch.tensor([5, 8, 2, 7, 1])
-    settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.3)
+    settings = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3)
     _, state = prefilled(ours, [[4, PICTURES[1], 3]], settings)
     _, again = prefilled(ours, [[4, PICTURES[1], 3]], settings)
     wanted = torch.cat([next_logits(text, token[None], state) for token in new])
@@ -225,7 +226,7 @@ def test_layers_that_skip_the_prompt_see_pictures_where_they_stand(family: tuple
     _, ours = family
     text, prompt = ours.language_model, [[3, PICTURES[1], 6, PICTURES[0], 2]]
     tokens, _, pixel_values, grids, _ = inputs(*prompt)
-    pruning = resolved(text, PruningSettings(prune_ratio=0.0, prefill_skip="1/4", boundary_tokens=boundary))
+    pruning = resolved(text, PruningSettings.paper(prune_ratio=0.0, prefill_skip="1/4", boundary_tokens=boundary))
     logits, state = prefilled(ours, prompt, pruning)
     x, pictures = ours.place(tokens, None, ours.encode_images(pixel_values, grids), grids)
     dense = resolved(text, DENSE)
@@ -239,7 +240,7 @@ def test_layers_that_skip_the_prompt_see_pictures_where_they_stand(family: tuple
 def test_a_slow_implementation_that_skips_layers_gives_the_same_tokens(family: tuple, boundary: int) -> None:
     """Prefill-Only pruning on transformers' own modules."""
     reference, ours = family
-    settings = PruningSettings(prune_ratio=0.0, prefill_skip="1/4", boundary_tokens=boundary)
+    settings = PruningSettings.paper(prune_ratio=0.0, prefill_skip="1/4", boundary_tokens=boundary)
     prompt: list[int | Image.Image] = [2, PICTURES[0], 3, PICTURES[1], 8]
     with torch.inference_mode():
         logits, state = prefilled(ours, [prompt], resolved(ours.language_model, settings))

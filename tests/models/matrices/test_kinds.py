@@ -31,7 +31,7 @@ from weights.groups import group
 KINDS = ("plain", "columns", "int8", "int4", "int4 in wide groups", "int8 in groups")
 SIZES_OF_32 = SIZES | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_hidden_layers": 2}
 PROMPT = torch.randint(0, 96, (1, 20), generator=torch.Generator().manual_seed(1))
-FROZEN = PruningSettings(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.0, prefill="dense")
+FROZEN = PruningSettings.paper(ffn_ratio=0.4, head_ratio=0.5, candidate_width=0.0, prefill="dense")
 
 
 def converted(matrix: Matrix, kind: str) -> Matrix:

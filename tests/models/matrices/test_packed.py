@@ -229,7 +229,7 @@ def test_blocks_of_gguf_files_are_read_as_gguf_dequantises_them(kind: str) -> No
 # Models
 
 
-WIDE = PruningSettings(ffn_ratio=0.26, candidate_width=0.5)
+WIDE = PruningSettings.paper(ffn_ratio=0.26, candidate_width=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_a_model_of_int8_is_the_plain_one_on_its_values(folder: Path, checkpoint
     int8 = load(path, weights="int8", dtype="float32")
     plain = made_plain(load(path, weights="plain", dtype="float32"), int8)
     prompts = [list(range(5, 35)), list(range(40, 52))]
-    kinds = SETTINGS | {"dense": DENSE, "skipped": PruningSettings(0.3, prefill_skip=0.5, prior=8)}
+    kinds = SETTINGS | {"dense": DENSE, "skipped": PruningSettings.paper(0.3, prefill_skip=0.5, prior=8)}
     for name, settings in kinds.items():
         for own in (prompts[:1], prompts):
             assert generated(int8, own, 12, settings) == generated(plain, own, 12, settings), name
@@ -273,7 +273,7 @@ def test_a_model_of_int8_is_the_plain_one_on_its_values(folder: Path, checkpoint
 def test_copies_that_would_read_more_than_the_whole_are_not_made(folder: Path, form: str) -> None:
     """In four bits a copy of nearly all channels reads more, because down_proj's has eight."""
     engine = load(folder, weights=form)
-    for settings, whole in ((PruningSettings(ffn_ratio=0.4), False), (WIDE, form == "int4")):
+    for settings, whole in ((PruningSettings.paper(ffn_ratio=0.4), False), (WIDE, form == "int4")):
         pruning = engine.resolve(settings)
         state = engine.model.new_state(1, 40, pruning)
         assert (state.layers[0].ffn.copied_bytes() == 0) == whole
@@ -295,7 +295,7 @@ def test_a_packed_model_is_as_exact_as_a_plain_one_in_bfloat16(folder: Path, for
     engine = load(folder, weights=form)
     assert engine.dtype == torch.bfloat16
     others = [made_plain(load(folder, weights="plain", dtype=dtype), engine) for dtype in ("float32", "bfloat16")]
-    usual = (PruningSettings(ffn_ratio=0.4, prefill="dense"), PruningSettings(ffn_ratio=0.4))
+    usual = (PruningSettings.paper(ffn_ratio=0.4, prefill="dense"), PruningSettings.paper(ffn_ratio=0.4))
     for settings in (DENSE, *usual, WIDE):
         together: list[list[Tensor]] = [[], [], []]         # over prompts: of one, either may come out the better
         for seed in range(12):
@@ -499,7 +499,7 @@ def test_the_default_run_takes_little_memory_beside_torch(default_gguf: Path) ->
         "import re, torch; peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         f"before = peak(); import popengine; engine = popengine.load({str(default_gguf)!r})\n"
         f"prompt = open({str(ROOT / 'popengine' / 'demo_note.txt')!r}).read()\n"
-        "engine.generate(prompt, max_new_tokens=3, pruning=popengine.PruningSettings(candidate_width=0.5))\n"
+        "engine.generate(prompt, max_new_tokens=3, pruning=popengine.PruningSettings.paper(candidate_width=0.5))\n"
         "print(peak() - before)"
     )
     for _ in range(3):

@@ -65,7 +65,7 @@ def test_prompt_and_steps_are_the_model_without_these_halves(pair: tuple[Any, Ll
 @torch.inference_mode()
 def test_what_is_left_out_keeps_no_cache_and_no_copies_and_is_not_read(pair: tuple[Any, LlamaForCausalLM]) -> None:
     _, model = pair
-    settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.3)
+    settings = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3)
     without_layer = replace(settings, leave_out="1")
     _, whole = prefilled(model, torch.arange(12)[None], settings)
     _, state = prefilled(model, torch.arange(12)[None], without_layer)
@@ -120,12 +120,12 @@ def test_prompts_may_skip_layers_whose_attention_is_left_out(tmp_path: Path) -> 
 def test_the_ratio_counts_what_is_left_out(tmp_path: Path) -> None:
     model = saved_pair(tmp_path, MODELS["multi_head"])[1]
     assert resolved(model, replace(DENSE, leave_out="1")).ratio == pytest.approx(1 / 3)
-    cut = resolved(model, PruningSettings(prune_ratio=0.3, leave_out="1"))
+    cut = resolved(model, PruningSettings.paper(prune_ratio=0.3, leave_out="1"))
     assert cut.ratio == pytest.approx(1 / 3 + 2 / 3 * 0.3)
-    assert cut.ffn_ratio == pytest.approx(resolved(model, PruningSettings(prune_ratio=0.3)).ffn_ratio)
+    assert cut.ffn_ratio == pytest.approx(resolved(model, PruningSettings.paper(prune_ratio=0.3)).ffn_ratio)
     halves = resolved(model, replace(DENSE, leave_out="0.mlp+2.attention"))
     assert halves.ratio == pytest.approx(1 / 3)
-    heads = PruningSettings(ffn_ratio=0.0, head_ratio=0.5)      # which only the two attentions that run give up
+    heads = PruningSettings.paper(ffn_ratio=0.0, head_ratio=0.5)      # which only the two attentions that run give up
     whole, less = resolved(model, heads), resolved(model, replace(heads, leave_out="2.attention"))
     attention = resolved(model, replace(DENSE, leave_out="2.attention")).ratio
     assert less.ratio == pytest.approx(attention + 2 / 3 * whole.ratio) and whole.ratio > 0
@@ -135,7 +135,7 @@ def test_compiled_steps_leave_out_the_same(tmp_path: Path) -> None:
     folder = complete_checkpoint(tmp_path / "tiny", num_hidden_layers=4)
     eager, compiled = load(folder), load(folder, compile=True)
     assert compiled.compiled is not None
-    for settings in (DENSE, PruningSettings(ffn_ratio=0.4, dense_every=3)):
+    for settings in (DENSE, PruningSettings.paper(ffn_ratio=0.4, dense_every=3)):
         one = replace(settings, leave_out="1+2.attention+3.mlp")
         assert generated(compiled, [[5, 6, 7, 8]], 8, one) == generated(eager, [[5, 6, 7, 8]], 8, one)
 
@@ -151,7 +151,7 @@ def test_halves_are_read_as_they_are_written() -> None:
 @pytest.mark.parametrize("words", ["a", "1,2", "3-1", "1.ffn", "+", "-1", "1.5"])
 def test_other_words_are_refused(words: str) -> None:
     with pytest.raises(InputError, match="leave out must be layers or halves of them"):
-        PruningSettings(leave_out=words)
+        PruningSettings.paper(leave_out=words)
 
 
 def test_commands_say_in_one_line_what_cannot_be_left_out(

@@ -103,7 +103,7 @@ def test_one_expert_is_the_dense_llama_layer(prefill: Any, tmp_path: Path) -> No
     weights |= {f"model.layers.{i}.mlp.gate.weight": torch.randn(1, SIZES["hidden_size"]) for i in range(3)}
     one.load_state_dict(weights)
     tokens, real = left_padded([12, 7], SIZES["vocab_size"])
-    settings = PruningSettings(prune_ratio=0.3, candidate_width=0.3, prefill=prefill)
+    settings = PruningSettings.paper(prune_ratio=0.3, candidate_width=0.3, prefill=prefill)
     logits, state = prefilled(llama, tokens, settings, real)
     mixture_logits, mixture_state = prefilled(one, tokens, settings, real)
     for _ in range(16):
@@ -136,7 +136,7 @@ def test_an_experts_partition_comes_from_the_tokens_routed_to_it(model: LlamaFor
 
 def one_token_state(model: LlamaForCausalLM, **changes: Any) -> tuple[Tensor, DecodeState]:
     """After a prompt of one token: two experts of five have seen something."""
-    return prefilled(model, torch.tensor([[7]]), PruningSettings(ffn_ratio=0.4, candidate_width=0.3, **changes))
+    return prefilled(model, torch.tensor([[7]]), PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3, **changes))
 
 
 @torch.inference_mode()
@@ -197,7 +197,7 @@ def test_evidence_of_an_expert_that_was_left_dense_counts_once_later_rows_reach_
 def test_min_tokens_makes_little_evidence_count_as_none(model: LlamaForCausalLM) -> None:
     """With more asked for than any expert saw, every expert is cut as if it had seen nothing."""
     tokens, _ = left_padded([12], SIZES["vocab_size"])
-    _, state = prefilled(model, tokens, PruningSettings(ffn_ratio=0.4, candidate_width=0.3, min_tokens=100))
+    _, state = prefilled(model, tokens, PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3, min_tokens=100))
     for layer, own in zip(state.layers, model.model.layers, strict=True):
         assert sum(layer.ffn.prompt_tokens) == 24
         for index, expert in enumerate(own.mlp.experts):
@@ -317,7 +317,7 @@ def test_the_prune_ratio_counts_routed_experts_as_the_paper_does(
     with torch.device("meta"):
         model = MixtralForCausalLM.from_config(raw | {"num_hidden_layers": 2})
     for ratio, wanted in ((0.2, at_20), (0.4, at_40)):
-        pruning = resolved(model, PruningSettings(ratio))
+        pruning = resolved(model, PruningSettings.paper(ratio))
         assert 100 * pruning.ffn_ratio == pytest.approx(wanted, abs=0.0501)
 
 
@@ -403,7 +403,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_allocated(
     model: LlamaForCausalLM, tmp_path: Path, ratio: float
 ) -> None:
     for one in (model, saved_pair(tmp_path, LlamaConfig(**SIZES))[1]):
-        pruning = resolved(one, PruningSettings(ffn_ratio=ratio))
+        pruning = resolved(one, PruningSettings.paper(ffn_ratio=ratio))
         with pytest.raises(InputError, match=r"the cache of 4 x 1000000000 tokens takes .* GB"):
             state_within(10**10, one, 4, 10**9, pruning)
 
@@ -416,7 +416,7 @@ def test_an_independent_slow_implementation_generates_the_same_tokens(
     reference, model = saved_pair(tmp_path, MIXTRAL)
     prompt = left_padded([24], SIZES["vocab_size"], seed=2)[0][0].tolist()
     slow = SlowMixturePOP(reference, prune_ratio, 0.3, prefill)
-    settings = PruningSettings(prune_ratio=prune_ratio, candidate_width=0.3, prefill=prefill)
+    settings = PruningSettings.paper(prune_ratio=prune_ratio, candidate_width=0.3, prefill=prefill)
     assert greedy(model, prompt, 48, settings) == slow.generate(prompt, 48)
 
 
@@ -461,7 +461,7 @@ def test_smollm2_as_a_mixture_generates_under_pruning(
     smollm2_as_mixtral: tuple[LlamaForCausalLM, MixtralForCausalLM, list[int]],
 ) -> None:
     _, mixture, prompt = smollm2_as_mixtral
-    logits, state = prefilled(mixture, torch.tensor([prompt]), PruningSettings(prune_ratio=0.2))
+    logits, state = prefilled(mixture, torch.tensor([prompt]), PruningSettings.paper(prune_ratio=0.2))
     active = state.layers[0].ffn
     assert sum(active.prompt_tokens) == 2 * len(prompt)
     orders = {tuple(one.partition.retained.tolist()) for one in active.active if one is not None}
@@ -512,4 +512,4 @@ def test_more_experts_per_token_than_experts_is_refused() -> None:
 @pytest.mark.parametrize("changes", [{"unseen_experts": "random"}, {"min_tokens": 0}])
 def test_settings_for_unseen_experts_are_checked(changes: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"unseen experts must be|min tokens must be"):
-        PruningSettings(**changes)
+        PruningSettings.paper(**changes)

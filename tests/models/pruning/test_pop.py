@@ -88,7 +88,7 @@ def test_dense_prefill_gives_the_dense_models_first_token(model: LlamaForCausalL
 def test_the_widest_width_chooses_among_all_channels(model: LlamaForCausalLM, rule: str) -> None:
     """At r = 0.5 the widest candidate region is everything: each step keeps the best half of all channels."""
     tokens, _ = left_padded([12], SIZES["vocab_size"])
-    pruning = resolved(model, PruningSettings(ffn_ratio=0.5, candidate_width=2.0, rule=rule))
+    pruning = resolved(model, PruningSettings.paper(ffn_ratio=0.5, candidate_width=2.0, rule=rule))
     with torch.inference_mode():
         logits, state = prefilled(model, tokens, pruning)
         reference = model.new_state(1, 64, resolved(model, DENSE))
@@ -181,7 +181,7 @@ def test_a_full_cache_is_an_error_not_a_wrong_answer(model: LlamaForCausalLM) ->
 def test_a_slow_implementation_with_hooks_gives_the_same_tokens(tmp_path: Path, prefill: Any, width: float) -> None:
     reference, model = saved_pair(tmp_path, MODELS["grouped_query"])
     prompt = left_padded([14], SIZES["vocab_size"])[0]
-    settings = PruningSettings(ffn_ratio=0.4, candidate_width=width, prefill=prefill)
+    settings = PruningSettings.paper(ffn_ratio=0.4, candidate_width=width, prefill=prefill)
     tokens = greedy(model, prompt[0].tolist(), 30, settings)
     assert tokens == SlowPOP(reference, 0.4, width, prefill).generate(prompt[0].tolist(), 30)
     assert len(set(tokens)) > 5         # a sequence that repeats one token would prove little

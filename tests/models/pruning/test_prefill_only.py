@@ -140,7 +140,7 @@ def test_without_keys_skipped_layers_know_of_no_prompt(model: LlamaForCausalLM, 
 @torch.inference_mode()
 def test_one_pass_equals_two_under_a_static_mask(model: LlamaForCausalLM) -> None:
     tokens, real = left_padded([12, 8], SIZES["vocab_size"])
-    settings = PruningSettings(ffn_ratio=0.4)
+    settings = PruningSettings.paper(ffn_ratio=0.4)
     whole = pruning_for("magnitude", Request(model, settings))
     pruning = pruning_for("magnitude", Request(model, skipping("2/3", 3, settings)))
     logits, state = prefilled(model, tokens, pruning, real)
@@ -277,7 +277,7 @@ def test_a_slow_implementation_gives_the_same_tokens(tmp_path: Path, family: str
 
 def test_compiled_steps_go_on_from_a_prompt_that_skipped_layers(checkpoint: Path) -> None:
     prompts = [list(range(30)), list(range(40, 50))]
-    settings = skipping("1/3", 4, PruningSettings(prune_ratio=0.4))
+    settings = skipping("1/3", 4, PruningSettings.paper(prune_ratio=0.4))
     plain, fast = load(checkpoint, device="cpu"), load(checkpoint, device="cpu", compile=True)
     for one in (skipping("2/3"), settings):
         assert generated(fast, prompts, 12, one) == generated(plain, prompts, 12, one)

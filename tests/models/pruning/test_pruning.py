@@ -47,13 +47,13 @@ def test_effective_ratios_of_table_8(name: str, ratio: float) -> None:
     assert weights.ffn / 1e6 == pytest.approx(ffn, abs=0.006)
     wanted = at_20 if ratio == 0.2 else at_40
     # 0.05 is the rounding of one printed decimal; a hair more, because the paper rounds 2 x the 20 % figure.
-    assert 100 * resolve(PruningSettings(ratio), weights).ffn_ratio == pytest.approx(wanted, abs=0.0501)
+    assert 100 * resolve(PruningSettings.paper(ratio), weights).ffn_ratio == pytest.approx(wanted, abs=0.0501)
 
 
 def test_heads_count_towards_the_headline_ratio() -> None:
     weights = layer(4096, 14336, 32, 8, 128)
-    alone = resolve(PruningSettings(0.2), weights)
-    with_heads = resolve(PruningSettings(0.2, head_ratio=0.25), weights)
+    alone = resolve(PruningSettings.paper(0.2), weights)
+    with_heads = resolve(PruningSettings.paper(0.2, head_ratio=0.25), weights)
     removed_heads = 8 * 2 * 4096 * 128
     assert with_heads.ratio == pytest.approx(alone.ratio) == pytest.approx(0.2)
     assert (alone.ffn_ratio - with_heads.ffn_ratio) * weights.ffn == pytest.approx(removed_heads)
@@ -61,7 +61,7 @@ def test_heads_count_towards_the_headline_ratio() -> None:
 
 def test_ffn_ratio_is_taken_as_it_is() -> None:
     weights = layer(4096, 14336, 32, 8, 128)
-    pruning = resolve(PruningSettings(ffn_ratio=0.5), weights)
+    pruning = resolve(PruningSettings.paper(ffn_ratio=0.5), weights)
     assert pruning.ffn_ratio == 0.5
     assert pruning.ratio == pytest.approx(0.5 * weights.ffn / (weights.ffn + weights.attention))
 
@@ -82,16 +82,16 @@ def test_ffn_ratio_is_taken_as_it_is() -> None:
 )
 def test_settings_out_of_range_are_one_line_errors(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
-        PruningSettings(**settings)
+        PruningSettings.paper(**settings)
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        (PruningSettings(0.9), "must stay below 0.808"),
-        (PruningSettings(0.02, head_ratio=0.5), "head ratio 0.5 alone"),
-        (PruningSettings(0.4, head_ratio=0.95), "leaves no query head"),
-        (PruningSettings(0.4, head_ratio=0.1), "turns off none of the 4 query heads"),
+        (PruningSettings.paper(0.9), "must stay below 0.808"),
+        (PruningSettings.paper(0.02, head_ratio=0.5), "head ratio 0.5 alone"),
+        (PruningSettings.paper(0.4, head_ratio=0.95), "leaves no query head"),
+        (PruningSettings.paper(0.4, head_ratio=0.1), "turns off none of the 4 query heads"),
     ],
 )
 def test_ratios_that_the_model_cannot_give_are_refused(settings: PruningSettings, named: str) -> None:

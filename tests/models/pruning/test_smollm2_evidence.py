@@ -48,7 +48,7 @@ def test_evidence_and_cheap_scores_give_the_tokens_of_the_slow_way(
     reference, model = pair
     with open_checkpoint(default_checkpoint_path) as checkpoint:
         tokenizer, _ = open_text_side(checkpoint)
-    settings = PruningSettings(ffn_ratio=0.4, candidate_width=0.3, **changes)
+    settings = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3, **changes)
     prompt = tokenizer.encode("The harbour master kept two books. In the", add_special_tokens=False)
     assert len(prompt) < 16
     usual = mean_squares(reference, tokenizer.encode(TEXT, add_special_tokens=False)[:256])
