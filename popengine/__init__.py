@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from weights.errors import InputError as InputError
 
 __version__ = "0.1.0"
+__all__ = ["InputError", "PruningSettings", "Sampling", "__version__", "load"]
 
 PUBLIC = {
     "load": "popengine.engine.loading",

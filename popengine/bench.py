@@ -15,6 +15,7 @@ from typing import NoReturn
 from models.pruning.settings import share
 from popengine.benchmark.flags import PEERS, check
 from popengine.command import OneLineParser, add_checkpoint_flag, add_paper_flag, run_as_command, start_pytorch
+from popengine.engine.dtypes import dtype_name
 from popengine.studies.settings import RULE_NAMES
 from weights.output_file import write_output
 
@@ -61,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     flags.add_argument("--visual-tokens-by", default="attention", metavar="attention|diversity")
     flags.add_argument("--visual-tokens-layer", type=int, default=2, metavar="K", help="for attention (default: 2)")
-    flags.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE", help="(default: both)")
+    flags.add_argument(
+        "--dtype", type=dtype_name, nargs="+", default=["float32", "bfloat16"], metavar="DTYPE", help="(default: both)"
+    )
     flags.add_argument(
         "--weights", nargs="+", default=["auto"], metavar="FORM",
         help="plain, int8, int4 (not in float32), auto: as the checkpoint is (default: auto)",

@@ -15,6 +15,7 @@ from popengine.command import (
     OneLineParser,
     add_checkpoint_flag,
     add_generation_flags,
+    add_stop_flag,
     insistent_interrupts,
     load_with_warnings,
     nearest,
@@ -22,6 +23,7 @@ from popengine.command import (
     pruning_settings,
     run_as_command,
     said_of,
+    sampling_fields,
     start_pytorch,
 )
 from popengine.engine.processes import is_first
@@ -35,7 +37,10 @@ except ImportError:
 
 # What makes each setting's value from a word; those of the sampling are popengine.sampling.Sampling's.
 OF_PRUNING: dict[str, Callable[[str], Any]] = {one.name: one.metadata["type"] for one in fields(PruningSettings)}
-OF_SAMPLING: dict[str, Callable[[str], Any]] = {"temperature": float, "top_k": int, "top_p": float, "seed": int}
+OF_SAMPLING: dict[str, Callable[[str], Any]] = {
+    "temperature": float, "top_k": int, "top_p": float, "seed": int, "min_p": float, "repetition_penalty": float,
+    "stop": lambda text: () if text == "none" else (text,),
+}
 SETTINGS = OF_PRUNING | OF_SAMPLING | {"max_new_tokens": int}
 # Those that may have no value, which is typed as `none`.
 OPTIONAL = {one.name for one in fields(PruningSettings) if one.default is None} | {"seed"}
@@ -51,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_checkpoint_flag(flags)
     flags.add_argument("--system-prompt", metavar="TEXT", help="what the model is told first")
+    add_stop_flag(flags)
     add_generation_flags(flags, new_tokens=512)
     return flags
 
@@ -66,7 +72,7 @@ def run(flags: argparse.Namespace) -> None:
     from popengine.engine import distributed, loading, results
     from popengine.engine.sampling import Sampling
 
-    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
+    sampling = Sampling(**sampling_fields(flags))
     engine = load_with_warnings(loading.load, flags)
     conversation = engine.chat(
         flags.system_prompt, pruning=pruning, sampling=sampling, max_new_tokens=flags.max_new_tokens

@@ -169,8 +169,13 @@ def open_standard_streams() -> None:
 
 def start_pytorch(flags: argparse.Namespace) -> None:
     """PyTorch takes seconds to import: only when the flags have been understood, and with a word on a terminal."""
+    threads, processors = getattr(flags, "threads", None), os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= processors:
+        raise InputError(f"threads must be at least 1, not {threads}, and at most the {processors} processors")
     with waiting("starting", sys.stderr.isatty() and not getattr(flags, "quiet", False)):
-        importlib.import_module("torch")
+        torch = importlib.import_module("torch")
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -212,7 +217,7 @@ def noted_interrupts() -> Iterator[list[int]]:
 
 def refuse_shadowed_packages() -> None:
     """`models` and `weights` are common names: say so when another package of that name stands in front of ours."""
-    if not PruningSettings.__module__.startswith("models."):
+    if not InputError.__module__.startswith("weights."):
         return                          # a wheel has them inside popengine (setup.py)
     ours = Path(__file__).resolve().parent.parent
     for name in ("models", "weights"):
@@ -274,12 +279,13 @@ def add_paper_flag(flags: argparse._ActionsContainer) -> None:
 
 def add_machine_flags(flags: argparse.ArgumentParser, several_forms: bool = False) -> argparse._ArgumentGroup:
     machine = flags.add_argument_group("machine")
-    machine.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
+    machine.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16", help="or bf16, fp16, fp32")
     machine.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps")
     forms = {"nargs": "+", "default": ["auto"]} if several_forms else {"default": "auto"}
     machine.add_argument(
         "--weights", metavar="auto|plain|int8|int4", help="packed or not (auto: as the checkpoint is)", **forms
     )
+    machine.add_argument("--threads", type=int, metavar="N", help="of the processor (default: what PyTorch chooses)")
     return machine
 
 
@@ -292,12 +298,32 @@ def add_generation_flags(flags: argparse.ArgumentParser, new_tokens: int) -> Non
     sampling.add_argument("--temperature", "--temp", type=float, default=0.0, metavar="T", help="0 is greedy")
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest P of probability")
+    sampling.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P",
+        help="no token below this share of the likeliest one's probability",
+    )
+    sampling.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="P",
+        help="above 1: tokens that were there are less likely",
+    )
     sampling.add_argument("--seed", type=int, metavar="N", help="makes sampling reproducible")
     add_setting_flags(flags)
     machine = add_machine_flags(flags)
     machine.add_argument("--max-seq-len", type=int, metavar="N", help="a shorter context than the model's")
     machine.add_argument("--compile", action="store_true", help="compile the decode step (slow to start, fast to run)")
     flags.add_argument("--quiet", action="store_true", help="neither statistics nor progress bars")
+
+
+def add_stop_flag(flags: argparse.ArgumentParser) -> None:
+    flags.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
+
+
+def sampling_fields(flags: argparse.Namespace) -> dict[str, Any]:
+    """Fields of popengine.engine.sampling.Sampling, as the flags have them."""
+    names = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty")
+    return {name: getattr(flags, name) for name in names} | {"stop": tuple(getattr(flags, "stop", ()))}
 
 
 def load_with_warnings(load: Callable[..., Any], flags: argparse.Namespace) -> Any:

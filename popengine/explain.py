@@ -15,6 +15,7 @@ from popengine.command import (
     load_with_warnings,
     pruning_settings,
     run_as_command,
+    sampling_fields,
     start_pytorch,
 )
 from popengine.engine.processes import is_one_of_several
@@ -64,7 +65,7 @@ def run(flags: argparse.Namespace) -> None:
     from popengine.engine.sampling import Sampling
     from popengine.page.explained_run import explained_run
 
-    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
+    sampling = Sampling(**sampling_fields(flags))
     engine = load_with_warnings(loading.load, flags)
     ids = engine.prompts.ids(prompt, raw=flags.raw, system_prompt=flags.system_prompt, images=flags.image)
     found = explained_run(engine, ids, flags.max_new_tokens, pruning, sampling, flags.image, flags.ignore_eos)

@@ -13,9 +13,11 @@ from popengine.command import (
     OneLineParser,
     add_checkpoint_flag,
     add_generation_flags,
+    add_stop_flag,
     load_with_warnings,
     pruning_settings,
     run_as_command,
+    sampling_fields,
     start_pytorch,
 )
 from popengine.engine.processes import is_first
@@ -45,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--ignore-eos", action="store_true", help="go on after the end of the sequence")
     add_generation_flags(flags, new_tokens=128)
+    add_stop_flag(flags)
+    flags.add_argument("--logprobs", action="store_true", help="with --json: the log-probability of every token")
     flags.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text and statistics")
     return flags
 
@@ -56,12 +60,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def run(flags: argparse.Namespace) -> None:
     pruning = pruning_settings(flags)
+    if flags.logprobs and not flags.json:
+        raise InputError("--logprobs is a part of the JSON object: give --json too")
     start_pytorch(flags)
     from popengine.engine import distributed, loading, results
     from popengine.engine.sampling import Sampling
 
     prompt = distributed.broadcast(read_prompt(flags.prompt) if is_first() else None, distributed.patient())
-    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
+    sampling = Sampling(**sampling_fields(flags))
     engine = load_with_warnings(loading.load, flags)
     pieces = engine.stream(
         prompt,
@@ -73,11 +79,13 @@ def run(flags: argparse.Namespace) -> None:
         system_prompt=flags.system_prompt,
         ignore_eos=flags.ignore_eos,
         parse_special=flags.parse_special,
+        logprobs=flags.logprobs,
     )
-    text, token_ids = [], []
+    text, token_ids, logprobs = [], [], []
     for piece in pieces:
         text.append(piece.text)
         token_ids.append(piece.token_id)
+        logprobs.append(piece.logprob)
         if not flags.json:
             print(piece.text, end="", flush=True)
     assert piece.statistics is not None
@@ -87,7 +95,7 @@ def run(flags: argparse.Namespace) -> None:
         made = {
             "text": "".join(text), "token_ids": token_ids[:-1], "prompt_token_ids": piece.prompt_token_ids,
             "finish_reason": piece.finish_reason,
-        }
+        } | ({"logprobs": logprobs[:-1]} if flags.logprobs else {})
         print(json.dumps(made | found, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
         return
     print(flush=True)

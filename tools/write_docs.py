@@ -25,6 +25,9 @@ GENERATED = "Written by `python tools/write_docs.py`; changes belong into {}.\n"
 # What the public names of `popengine` hand out.
 GIVEN = (Engine, Piece, Generation, Conversation, Statistics, Regions, ExpertUse, Pruning)
 
+# What an engine's users call. Its other methods are for the package.
+OF_ENGINE = ("generate", "stream", "chat", "stop_ids", "unknown_fields", "resolve")
+
 
 def commands_page() -> str:
     lines = [
@@ -75,8 +78,10 @@ def public() -> dict[str, Any]:
 
 
 def members(kind: type) -> Iterator[tuple[str, Any]]:
-    """What a class adds: its methods and properties, as functions."""
+    """What a class adds: its methods and properties, as functions; of an engine those that are for its users."""
     for name, member in vars(kind).items():
+        if kind is Engine and name not in OF_ENGINE:
+            continue
         if isinstance(member, property):
             member = member.fget
         elif isinstance(member, functools.cached_property):

@@ -128,18 +128,20 @@ class Conversation:
 
     def answer(self, run: Run, messages: list[dict[str, Any]], pictures: list[ImageSource]) -> Iterator[Piece]:
         """The pieces of a turn's run, and what the conversation becomes with each."""
-        state, said = self.state, []
+        state, said, text = self.state, [], ""
         self.state = None                           # until a step is whole
         try:
             for piece in self.engine.pieces(run):
                 said += [] if piece.token_id is None else [piece.token_id]
+                text += piece.text
                 self.state, self.cached = state, (run.prompts[0] + said)[: run.state.cache.filled]
                 yield piece
                 if piece.finish_reason is None:
                     self.state = None
         finally:
             if said:
-                answer = {"role": "assistant", "content": self.engine.tokenizer.decode(said)}
+                content = text if run.sampling.stop else self.engine.tokenizer.decode(said)
+                answer = {"role": "assistant", "content": content}
                 self.messages, self.images = [*messages, answer], pictures
 
     def save(self, path: str | Path) -> None:

@@ -22,7 +22,7 @@ from popengine.engine.memory_plan import state_within
 from popengine.engine.prior import prior_for
 from popengine.engine.results import Generation, Piece, measured
 from popengine.engine.run import Run, next_logits
-from popengine.engine.sampling import Sampling
+from popengine.engine.sampling import Sampling, sampling_of
 from popengine.engine.spinner import waiting
 from popengine.images.images import ImageSource
 from popengine.images.vision import TextOnly, Vision
@@ -31,10 +31,12 @@ from popengine.studies.resolve import StudyPruning, resolve_study
 from popengine.studies.settings import DENSE, PruningSettings
 from popengine.text.chat import end_of_turn_token
 from popengine.text.prompts import Prompt, Prompts
-from popengine.text.tokenizer import TextStream
+from popengine.text.stops import StoppedText
 from weights.errors import InputError
 from weights.memory import available_memory
 
+# How much to prune, as callers say it.
+Given = PruningSettings | StudyPruning | float | None
 # Capacities are rounded up to this many slots, so that prompts of like length find the buffers of the last one.
 CAPACITY_STEP = 128
 
@@ -45,7 +47,8 @@ class Engine:
     model     the language model
     prompts   texts and conversations to token ids; pictures: what a checkpoint that reads images has besides
     compiled  the model's decode step through torch.compile, where that was asked for
-    weights   what form its matrices have, for people
+    weights   what form its matrices have, for people; parameters: how many the checkpoint has
+    name      the checkpoint's, for people
     folder    where the checkpoint lies, and its fingerprint; progress: whether to show bars on stderr
     """
 
@@ -62,6 +65,8 @@ class Engine:
         device: torch.device,
         weights: str,
         load_s: float,
+        parameters: int,
+        name: str,
         folder: Path,
         fingerprint: str,
         progress: bool = False,
@@ -69,11 +74,18 @@ class Engine:
         self.model, self.prompts, self.pictures, self.compiled = model, prompts, pictures, compiled
         self.tokenizer, self.chat_template = prompts.tokenizer, prompts.chat_template
         self.max_seq_len, self.dtype, self.device, self.weights = max_seq_len, dtype, device, weights
-        self.load_s = load_s
+        self.load_s, self.parameters, self.name = load_s, parameters, name
         self.end_of_sequence_ids = stop_ids
         self.folder, self.fingerprint, self.progress = folder, fingerprint, progress
         self.priors: dict[int, Prior] = {}
         self.idle_state: DecodeState | None = None
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"<popengine.Engine of {self.name}: {type(self.model).__name__}, {self.parameters / 1e6:,.1f} M "
+            f"parameters, {self.weights} weights, {dtype}, {self.device}>"
+        )
 
     @property
     def unknown_fields(self) -> tuple[str, ...]:
@@ -92,38 +104,53 @@ class Engine:
         *,
         images: Sequence[ImageSource] | Sequence[Sequence[ImageSource]] = (),
         max_new_tokens: int = 128,
-        pruning: PruningSettings | StudyPruning | None = None,
+        pruning: Given = None,
         sampling: Sampling | None = None,
         raw: bool = False,
         system_prompt: str | None = None,
         ignore_eos: bool = False,
         parse_special: bool = False,
+        logprobs: bool = False,
+        **of_sampling: Any,
     ) -> list[Generation]:
         """Generate for a batch of prompts, decided upon together: one partition and one pick serve the whole batch.
 
         prompts        one prompt or a list; a prompt is text, or a conversation as chat templates take it
         images         paths or Pillow images, for a checkpoint that reads them: of the one prompt, or a list for each
                        of several prompts (see popengine.images.vision for where they stand in the text)
-        pruning        None: PruningSettings(), what is recommended; PruningSettings.paper() is the paper's rule
+        pruning        a prune ratio, or PruningSettings. None: PruningSettings(), what is recommended;
+                       PruningSettings.paper() is the paper's rule
         raw            encode text as it stands, without the chat template
         system_prompt  put before each text prompt as the system's turn
         parse_special  control tokens that a message spells are those tokens; else (and never in raw text) their letters
+        logprobs       the log-probability of each token under the model itself
+        of_sampling    fields of Sampling by name: temperature, top_p, seed, stop, ...
         Raises InputError for prompts that are empty or do not fit the context, and for images that cannot be read.
         """
         texts = as_batch(prompts)
         pictures = images_per_prompt(images, texts, one_prompt=texts[0] is prompts)
         batch = self.prompts.batch(texts, pictures, raw=raw, system_prompt=system_prompt, parse_special=parse_special)
         all_images = [image for own in pictures for image in own]
-        run = self.run(batch, max_new_tokens, pruning, sampling, ignore_eos, all_images)
-        token_ids: list[list[int]] = [[] for _ in batch]
+        chosen = sampling_of(sampling, of_sampling)
+        run = self.run(batch, max_new_tokens, pruning, chosen, ignore_eos, all_images, logprobs=logprobs)
+        token_ids, found = [list[int]() for _ in batch], [list[float]() for _ in batch]
+        answers = [StoppedText(self.tokenizer, chosen.stop) for _ in batch]
         for step in run:
-            for ids, token in zip(token_ids, step, strict=True):
+            for index, token in enumerate(step):
                 if token is not None:
-                    ids.append(token)
+                    token_ids[index].append(token)
+                    found[index] += run.logprobs[index : index + 1]
+                    if chosen.stop:
+                        answers[index].push(token)
+                        if answers[index].found:
+                            run.end(index)
         statistics = measured(run)
         return [
-            Generation(self.tokenizer.decode(ids), ids, prompt, str(reason), statistics)
-            for ids, prompt, reason in zip(token_ids, batch, run.finish_reasons, strict=True)
+            Generation(
+                answers[index].whole() if chosen.stop else self.tokenizer.decode(token_ids[index]), token_ids[index],
+                prompt, str(run.finish_reasons[index]), statistics, found[index] if logprobs else None,
+            )
+            for index, prompt in enumerate(batch)
         ]
 
     def stream(
@@ -132,36 +159,52 @@ class Engine:
         *,
         images: Sequence[ImageSource] = (),
         max_new_tokens: int = 128,
-        pruning: PruningSettings | StudyPruning | None = None,
+        pruning: Given = None,
         sampling: Sampling | None = None,
         raw: bool = False,
         system_prompt: str | None = None,
         ignore_eos: bool = False,
         parse_special: bool = False,
+        logprobs: bool = False,
+        **of_sampling: Any,
     ) -> Iterator[Piece]:
-        """Generate for one prompt, piece by piece. Bad input raises InputError here, before the first piece."""
+        """Generate for one prompt, piece by piece. Bad input raises InputError here, before the first piece.
+
+        Arguments as in `generate`. Text that could be the beginning of a stop string is held back until it is not.
+        """
         ids = self.prompts.ids(
             prompt, raw=raw, system_prompt=system_prompt, images=images, parse_special=parse_special
         )
-        return self.pieces(self.run([ids], max_new_tokens, pruning, sampling, ignore_eos, images))
+        chosen = sampling_of(sampling, of_sampling)
+        return self.pieces(
+            self.run([ids], max_new_tokens, pruning, chosen, ignore_eos, images, logprobs=logprobs)
+        )
 
     def chat(
         self,
         system_prompt: str | None = None,
         *,
-        pruning: PruningSettings | StudyPruning | None = None,
+        pruning: Given = None,
         sampling: Sampling | None = None,
         max_new_tokens: int = 512,
+        **of_sampling: Any,
     ) -> Conversation:
-        """A conversation, whose earlier turns are not computed again. Raises InputError without a chat template."""
-        return Conversation(self, system_prompt, pruning or PruningSettings(), sampling or Sampling(), max_new_tokens)
+        """A conversation, whose earlier turns are not computed again. Arguments as in `generate`.
+
+        Raises InputError without a chat template.
+        """
+        chosen = sampling_of(sampling, of_sampling)
+        return Conversation(self, system_prompt, settings_of(pruning), chosen, max_new_tokens)
 
     def pieces(self, run: Run) -> Iterator[Piece]:
         """The tokens of a run of one prompt as text."""
-        text = TextStream(self.tokenizer)
+        text = StoppedText(self.tokenizer, run.sampling.stop)
         for (token,) in run:
             assert token is not None
-            yield Piece(text.push(token), token)
+            shown = text.push(token)
+            if text.found:
+                run.end(0)
+            yield Piece(shown, token, logprob=run.logprobs[0] if run.logprobs else None)
         yield Piece(text.finish(), None, run.finish_reasons[0], run.prompts[0], measured(run))
 
     def joined(self, pieces: Iterable[Piece]) -> Generation:
@@ -170,18 +213,22 @@ class Engine:
         assert last.prompt_token_ids is not None and last.finish_reason is not None and last.statistics is not None
         text = "".join(piece.text for piece in (*said, last))
         ids = [piece.token_id for piece in said if piece.token_id is not None]
-        return Generation(text, ids, last.prompt_token_ids, last.finish_reason, last.statistics)
+        found = [piece.logprob for piece in said if piece.logprob is not None]
+        return Generation(
+            text, ids, last.prompt_token_ids, last.finish_reason, last.statistics, found if found else None
+        )
 
     def run(
         self,
         prompts: list[list[int]],
         max_new_tokens: int,
-        pruning: PruningSettings | StudyPruning | None = None,
+        pruning: Given = None,
         sampling: Sampling | None = None,
         ignore_eos: bool = False,
         images: Sequence[ImageSource] = (),
         held: DecodeState | None = None,
         kept: int = 0,
+        logprobs: bool = False,
     ) -> Run:
         """Check everything that can be wrong, then a Run over token ids that has computed nothing yet.
 
@@ -200,9 +247,10 @@ class Engine:
                 )
             self.model.check_ids(self.pictures.text_ids(ids))
         stop_ids = frozenset[int]() if ignore_eos else self.stop_ids
-        resolved = self.resolve(pruning or PruningSettings())
+        resolved = self.resolve(settings_of(pruning))
         given = self.pictures.given(images, prompts, kept)
-        return Run(self, prompts, max_new_tokens, resolved, sampling or Sampling(), stop_ids, given, held, kept)
+        chosen = sampling or Sampling()
+        return Run(self, prompts, max_new_tokens, resolved, chosen, stop_ids, given, held, kept, logprobs)
 
     def resolve(self, pruning: PruningSettings | StudyPruning) -> StudyPruning:
         """Settings made concrete for this model; what is concrete already stays.
@@ -218,7 +266,8 @@ class Engine:
             )
         weights = layer_weights(self.model)
         found, dense = resolve_study(pruning, weights), resolve_study(DENSE, weights)
-        if pruning == PruningSettings() and bytes_per_token(self.model, found) >= bytes_per_token(self.model, dense):
+        saved = bytes_per_token(self.model, dense) - bytes_per_token(self.model, found)
+        if pruning == PruningSettings() and saved <= 0:
             return replace(dense, why_dense=f"the recommended pruning would read no less of {self.weights} weights")
         return found.with_prior(self.prior(pruning.prior)) if found.cuts else found
 
@@ -271,6 +320,17 @@ class Engine:
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
         """One step. tokens int64 [B] -> logits [B, V]"""
         return next_logits(self.model if self.compiled is None else self.compiled, tokens, state)
+
+
+def settings_of(pruning: Given) -> PruningSettings | StudyPruning:
+    """What the argument `pruning` means: a number is a prune ratio, None what is recommended."""
+    if pruning is None:
+        return PruningSettings()
+    if isinstance(pruning, (int, float)) and not isinstance(pruning, bool):
+        return PruningSettings(prune_ratio=float(pruning))
+    if isinstance(pruning, (PruningSettings, StudyPruning)):
+        return pruning
+    raise InputError(f"pruning must be a prune ratio like 0.4, PruningSettings(...) or None, not {pruning!r}")
 
 
 def as_batch(prompts: Prompt | Sequence[str] | Sequence[list[dict[str, Any]]]) -> list[Prompt]:

@@ -18,6 +18,7 @@ from models.matrices.plain import replace_matrices
 from models.ranks import ALONE, Ranks, share_of
 from models.registry import architecture
 from popengine.engine.distributed import agree, ranks
+from popengine.engine.dtypes import dtype_name
 from popengine.engine.engine import Engine
 from popengine.engine.packing import Packer, choose_form
 from popengine.engine.sharding import add_biases_once, shares
@@ -47,7 +48,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load(
     checkpoint: str | Path | None = None,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str = "auto",
     weights: str = "auto",
     max_seq_len: int | None = None,
@@ -57,7 +58,8 @@ def load(
     """Load a checkpoint: a Hugging Face directory, a Hub id or a .gguf file; None: the default checkpoint.
 
     dtype        of activations and of plain weights: "auto" (the checkpoint's own; with packed weights bfloat16, which
-                 their products want; float32 for quantised ones that are made plain), "float32", "bfloat16", "float16"
+                 their products want; float32 for quantised ones that are made plain), "float32", "bfloat16", "float16",
+                 a short name like "bf16", or a dtype of PyTorch
     device       "auto", "cpu", "cuda", "cuda:1", "mps"
     weights      "auto" (what the checkpoint keeps packed stays so on a CPU, unless float32 is asked for), "plain",
                  "int8", "int4" (CPU only)
@@ -67,7 +69,7 @@ def load(
     progress     progress bars on stderr
     Raises InputError, in one line, for anything wrong with what was given.
     """
-    began = time.perf_counter()
+    began, dtype = time.perf_counter(), dtype_name(dtype)
     ours = ranks(device)
     where = choose_device(device)
     with (
@@ -108,6 +110,8 @@ def load(
             device=where,
             weights=forms,
             load_s=time.perf_counter() - began,
+            parameters=sum(entry.elements for entry in opened.entries.values()),
+            name=opened.path.name,
             folder=opened.path if opened.path.is_dir() else opened.path.parent,
             fingerprint=fingerprint(opened),
             progress=progress,

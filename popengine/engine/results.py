@@ -93,7 +93,7 @@ class Piece:
     """One step of a stream: a token and the text that it completes, if any.
 
     The last piece has no token. It brings text that was held back, finish_reason ("stop" or "length"), the prompt's
-    token ids and the statistics.
+    token ids and the statistics. logprob is the token's under the model itself, where it was asked for.
     """
 
     text: str
@@ -101,17 +101,20 @@ class Piece:
     finish_reason: str | None = None
     prompt_token_ids: list[int] | None = None
     statistics: Statistics | None = None
+    logprob: float | None = None
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What one prompt of a batch became. token_ids end with the end-of-sequence token when that was reached."""
+    """What one prompt of a batch became. token_ids end with the end-of-sequence token, or with the token that completed
+    a stop string, when one was reached; logprobs are theirs under the model itself, where they were asked for."""
 
     text: str
     token_ids: list[int]
     prompt_token_ids: list[int]
     finish_reason: str
     statistics: Statistics
+    logprobs: list[float] | None = None
 
 
 def measured(run: Run) -> Statistics:

@@ -47,6 +47,7 @@ class Run:
     Iterating yields, per step, the new token of each sequence, or None for sequences that had ended before.
 
     missing  slots that layers have fewer where rows of pictures are left out
+    logprobs  of the last step's tokens under the model itself, before temperature and penalty, where these are wanted
     held  the state of a conversation, which holds the first `kept` tokens of the one prompt; None: the engine lends one
     """
 
@@ -61,10 +62,13 @@ class Run:
         given: ImageInputs,
         held: DecodeState | None = None,
         kept: int = 0,
+        logprobs: bool = False,
     ) -> None:
         self.engine, self.prompts, self.sampling, self.stop_ids = engine, prompts, sampling, stop_ids
         self.max_new_tokens, self.pruning, self.given = max_new_tokens, pruning, given
         self.held, self.kept = held, kept
+        self.wants_logprobs, self.logprobs = logprobs, list[float]()
+        self.seen: Tensor | None = None
         lengths = [len(ids) for ids in prompts]
         self.missing = pruning.dropped_rows(given.stretches, lengths)
         self.generator = sampling.generator(engine.device)
@@ -104,7 +108,15 @@ class Run:
     def choose(self, logits: Tensor) -> Tensor:
         """logits [B, V] -> int64 [B]"""
         require_finite(logits, f"new token {self.new_tokens + 1} of prompt", 1)
-        return next_tokens(logits, self.sampling, self.generator)
+        if self.sampling.repetition_penalty != 1 and self.seen is None:
+            self.seen = seen_tokens(self.prompts, logits)
+        chosen = next_tokens(logits, self.sampling, self.generator, self.seen)
+        if self.seen is not None:
+            self.seen.scatter_(1, chosen[:, None], True)
+        if self.wants_logprobs:
+            log_p = logits.float().log_softmax(dim=-1)                              # [B, V]
+            self.logprobs = log_p.gather(1, chosen[:, None])[:, 0].tolist()
+        return chosen
 
     def accept(self, chosen: Tensor) -> list[int | None]:
         """Take one token per sequence that is still running, and end those that are done."""
@@ -124,8 +136,17 @@ class Run:
     @torch.inference_mode()
     def end(self, index: int) -> None:
         """One sequence is done: it yields no more tokens and no longer counts when candidates are chosen."""
-        self.finish_reasons[index] = "stop"
-        self.state.end(index)
+        if self.finish_reasons[index] != "stop":
+            self.finish_reasons[index] = "stop"
+            self.state.end(index)
+
+
+def seen_tokens(prompts: list[list[int]], logits: Tensor) -> Tensor:
+    """The tokens of each prompt: bool [B, V], beside logits [B, V]. An image token may lie beyond the vocabulary."""
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    for row, ids in zip(seen, prompts, strict=True):
+        row[[token for token in set(ids) if token < len(row)]] = True
+    return seen
 
 
 class Decoder(Protocol):

@@ -1,6 +1,7 @@
 """Choosing the next token from logits. B sequences, V vocabulary."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,19 +15,36 @@ COLDEST = 1e-30
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; temperature 0 is greedy.
+    """How the next token is chosen, and what text ends the answer; temperature 0 is greedy.
 
-    top_k  keep the k most likely tokens (0: all)
-    top_p  of those, keep the smallest set whose probability reaches p (1: all)
-    seed   makes sampling reproducible (None: a fresh one each time)
+    top_k               keep the k most likely tokens (0: all)
+    top_p               of those, keep the smallest set whose probability reaches p (1: all)
+    seed                makes sampling reproducible (None: a fresh one each time)
+    min_p               drop tokens that are less likely than this share of the likeliest one's probability (0: none).
+                        arXiv 2407.01082
+    repetition_penalty  logits of tokens that the prompt or the answer has are divided by it if positive, multiplied if
+                        negative, before anything else and also if greedy (1: no change). CTRL, arXiv 1909.05858
+    stop                strings that end the answer, one or several. The answer's text ends before the first of them,
+                        its token ids with the token that completed it
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        if not all(isinstance(one, str) and one for one in stop):
+            raise InputError(f"stop must be strings of at least one character, not {self.stop!r}")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min-p must be between 0 (no token is dropped) and 1, not {self.min_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise InputError(f"repetition penalty must be a positive number (1: none), not {self.repetition_penalty}")
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature must be 0 (greedy) or a positive number, not {self.temperature}")
         if self.top_k < 0:
@@ -55,10 +73,37 @@ def require_finite(logits: Tensor, kind: str, first: int) -> None:
         )
 
 
-def next_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
-    """logits [B, V] -> int64 [B]"""
+def sampling_of(sampling: Sampling | None, named: dict[str, Any]) -> Sampling:
+    """Sampling with fields that are given by name. Raises InputError for a name that is no field."""
+    known = [one.name for one in fields(Sampling)]
+    for name in named:
+        if name not in known:
+            raise InputError(f"there is no argument {name!r}; those of sampling are {', '.join(known)}")
+    return replace(sampling or Sampling(), **named)
+
+
+def next_tokens(
+    logits: Tensor, sampling: Sampling, generator: torch.Generator | None, seen: Tensor | None = None
+) -> Tensor:
+    """logits [B, V] -> int64 [B]
+
+    seen  bool [B, V], the tokens that the repetition penalty is for; None: there is none
+    """
+    if seen is not None:
+        logits = penalised(logits, sampling.repetition_penalty, seen)
     if sampling.temperature == 0:
         return logits.max(dim=-1).indices       # the same as argmax, which on a CPU is slower, in bfloat16 five times
+    return torch.multinomial(kept_probabilities(logits, sampling), 1, generator=generator).squeeze(-1)
+
+
+def penalised(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
+    """Logits after the repetition penalty for tokens that were seen (arXiv 1909.05858). [B, V] -> float32 [B, V]"""
+    logits = logits.float()
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def kept_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities of the tokens that top-k, top-p and min-p leave, not normalised. [B, V] -> float32 [B, V]"""
     # Relative to the best, so that no temperature is too small: what is far below it underflows, and the best stays.
     logits = (logits - logits.max(dim=-1, keepdim=True).values).float() / max(sampling.temperature, COLDEST)
     if 0 < sampling.top_k < logits.shape[-1]:
@@ -70,4 +115,7 @@ def next_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator |
         before = falling.cumsum(dim=-1) - falling                                   # probability of the better ones
         falling = falling.masked_fill((before >= sampling.top_p) & (before > 0), 0)     # however small, one stays
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, falling)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    if sampling.min_p > 0:
+        least = sampling.min_p * probabilities.max(dim=-1, keepdim=True).values     # [B, 1]
+        probabilities = probabilities.masked_fill(probabilities < least, 0)
+    return probabilities
