@@ -33,4 +33,5 @@ dense = engine.resolve(popengine.PruningSettings(prune_ratio=0))
 for name, pruning in {"dense": dense, "pop": pop, "own": own}.items():
     found = score_text(engine.model, windows, pruning, step_by_step=False, bar=None)
     read, of_dense = read_per_token(engine, pruning)
-    print(f"{name:6} perplexity {found.perplexity:8.2f}   KL {found.divergence:.4f}   {read / of_dense:.1%} of the bytes")
+    share = f"{read / of_dense:.1%} of the bytes"
+    print(f"{name:6} perplexity {found.perplexity:8.2f}   KL {found.divergence:.4f}   {share}")

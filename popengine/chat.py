@@ -16,7 +16,6 @@ from popengine.command import (
     add_checkpoint_flag,
     add_generation_flags,
     add_stop_flag,
-    insistent_interrupts,
     load_with_warnings,
     nearest,
     noted_interrupts,
@@ -28,12 +27,8 @@ from popengine.command import (
 )
 from popengine.engine.processes import is_first
 from popengine.studies.settings import PruningSettings
+from popengine.terminal import messages, typed_lines
 from weights.errors import InputError, one_line
-
-try:
-    import readline  # where there is one, lines can be edited and come again
-except ImportError:
-    readline = None  # type: ignore[assignment]
 
 # What makes each setting's value from a word; those of the sampling are popengine.sampling.Sampling's.
 OF_PRUNING: dict[str, Callable[[str], Any]] = {one.name: one.metadata["type"] for one in fields(PruningSettings)}
@@ -77,12 +72,15 @@ def run(flags: argparse.Namespace) -> None:
     conversation = engine.chat(
         flags.system_prompt, pruning=pruning, sampling=sampling, max_new_tokens=flags.max_new_tokens
     )
-    engine.resolve(pruning)                 # what is wrong with it, and the prior, before anything is said
-    chat = Chat(conversation, results, distributed)
+    resolved = engine.resolve(pruning)      # what is wrong with it, and the prior, before anything is said
     typed = distributed.broadcast(sys.stdin.isatty() and sys.stdout.isatty())
+    chat = Chat(conversation, results, distributed, shows_statistics=typed and not flags.quiet)
     if typed and not flags.quiet:
-        tell(f"{engine.folder.name}, {engine.weights}, {str(engine.dtype).removeprefix('torch.')}; /help says more")
-    for line in distributed.heard_by_all(typed_lines() if typed else piped_lines()):
+        how = f"{results.rule_words(resolved.settings)}, ratio {resolved.ratio:.3g}" if resolved.ratio else "dense"
+        dtype = str(engine.dtype).removeprefix("torch.")
+        tell(f"{engine.name}, {engine.weights} weights, {dtype}, {how}; /help says more")
+    lines = typed_lines(lambda: [*COMMANDS], tell) if typed else piped_lines()
+    for line in distributed.heard_by_all(messages(lines)):
         try:
             chat.obey(line, noted_interrupts() if typed else contextlib.nullcontext([]))
         except KeyboardInterrupt:
@@ -106,32 +104,6 @@ def piped_lines() -> Iterator[str]:
             raise InputError(f"line {number} on standard input is not UTF-8") from None
 
 
-def typed_lines() -> Iterator[str]:
-    if readline is not None:
-        readline.set_completer_delims(" ")
-        readline.set_completer(complete)
-        readline.parse_and_bind("tab: complete")
-    while True:
-        try:
-            with insistent_interrupts():
-                line = input("> ")
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print()
-            tell("Ctrl-D or /quit ends the conversation")
-        except UnicodeDecodeError:
-            tell("error: that line is not UTF-8")
-        else:
-            yield line
-
-
-def complete(start: str, index: int) -> str | None:
-    found = [name for name in COMMANDS if name.startswith(start)]
-    return found[index] if index < len(found) else None
-
-
 def tell(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
@@ -140,9 +112,11 @@ class Chat:
     """What lines do to a conversation.
 
     results, distributed  the modules of popengine, which import PyTorch
+    shows_statistics      one line of them after every answer
     """
 
-    def __init__(self, conversation: Any, results: Any, distributed: Any) -> None:
+    def __init__(self, conversation: Any, results: Any, distributed: Any, shows_statistics: bool = False) -> None:
+        self.shows_statistics = shows_statistics
         self.conversation, self.engine = conversation, conversation.engine
         self.results, self.distributed = results, distributed
         self.images: list[str] = []
@@ -175,6 +149,8 @@ class Chat:
                 if self.distributed.broadcast(bool(noted)):
                     break
         print(flush=True)
+        if self.shows_statistics and piece.statistics is not None:
+            tell(self.results.one_line_of(piece.statistics))
         if piece.finish_reason == "length":
             said, most = piece.statistics.new_tokens, self.conversation.max_new_tokens
             more = "the context is full: /reset begins anew" if said < most else "/max-new-tokens allows more"

@@ -260,6 +260,13 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
     return found
 
 
+def one_line_of(statistics: Statistics) -> str:
+    """The most of it in one line, for a conversation."""
+    speed = "" if math.isnan(statistics.decode_tokens_per_s) else f", {statistics.decode_tokens_per_s:.1f} tokens/s"
+    share = statistics.weight_bytes_per_token / statistics.dense_weight_bytes_per_token
+    return f"[{statistics.new_tokens} tokens{speed}, {share:.0%} of the dense model's bytes; /stats says more]"
+
+
 def visual_tokens_line(statistics: Statistics) -> str:
     """How the pictures of this prompt fared."""
     settings, of = statistics.pruning.settings, statistics.image_tokens

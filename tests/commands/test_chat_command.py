@@ -198,7 +198,7 @@ def test_a_terminal_goes_on_after_mistakes_and_interrupts(tmp_path: Path) -> Non
     def write(line: str) -> None:
         os.write(ours, line.encode())
 
-    for said in ("starting ...", "loading", "/help says more"):
+    for said in ("starting ...", "loading", "plain weights, float32, dense; /help says more"):
         until(said)
     until("> ")
     write("/rato\n")
@@ -222,6 +222,59 @@ def test_a_terminal_goes_on_after_mistakes_and_interrupts(tmp_path: Path) -> Non
     messages = json.loads((tmp_path / "kept.json").read_text())["messages"]
     assert [one["role"] for one in messages] == ["user", "assistant"]
     assert messages[1]["content"]
+
+
+def test_a_block_is_one_message_and_never_a_command(talk: Talk, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    status, out, _ = talk(
+        '"""/quit is', "", 'what I said"""', '"""one line"""', f"/save {kept}", '"""to the end', "of it"
+    )
+    assert (status, out.count("\n")) == (0, 3)
+    said = [one["content"] for one in json.loads(kept.read_text())["messages"] if one["role"] == "user"]
+    assert said == [" /quit is\n\nwhat I said", "one line"]
+
+
+def test_pasted_lines_are_one_message_and_history_is_kept_for_the_user_alone(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    kept, history = tmp_path / "kept.json", tmp_path / "state" / "popengine" / "history"
+    for again in (False, True):
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+        environment = os.environ | {"TERM": "xterm", "XDG_STATE_HOME": str(tmp_path / "state")}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "popengine", "chat", "--ckpt", str(checkpoint), "-n", "3", "--prune-ratio", "0"],
+            stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=environment, cwd=REPOSITORY,
+        )
+        os.close(theirs)
+        shown = ""
+
+        def until(words: str, ours: int = ours) -> None:
+            nonlocal shown
+            while words not in shown:
+                assert select.select([ours], [], [], 30)[0], shown[-500:]
+                shown += os.read(ours, 65536).decode("utf-8", "replace")
+            shown = shown.partition(words)[2]
+
+        until("> ")
+        if again:
+            os.write(ours, f"/save {kept}\n/quit\n".encode())
+        else:
+            os.write(ours, b"first\n")
+            until("of the dense model's bytes; /stats says more]")
+            until("> ")
+            os.write(ours, b"\x1b[200~one\ntwo\x1b[201~\n")
+            until("of the dense model's bytes; /stats says more]")
+            until("> ")
+            os.write(ours, f"/save {kept}\n/quit\n".encode())
+        assert process.wait(timeout=30) == 0
+        os.close(ours)
+        if not again:
+            said = [one["content"] for one in json.loads(kept.read_text())["messages"] if one["role"] == "user"]
+            assert said == ["first", "one\ntwo"]
+    assert history.read_text().splitlines()[:2] == ["first", "one two"]
+    assert history.read_text().count("/quit") == 2                                  # of both conversations
+    assert history.stat().st_mode & 0o777 == 0o600 and history.parent.stat().st_mode & 0o077 == 0
 
 
 def knock(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:

@@ -1,0 +1,95 @@
+"""The terminal of a conversation: lines that are typed or pasted, blocks of lines, and what was typed before.
+
+Pasted lines arrive as one message where readline knows bracketed paste. History is kept from one conversation to the
+next in the user's state folder, readable by the user alone.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from popengine.command import insistent_interrupts
+from weights.errors import InputError
+from weights.output_file import replacing
+from weights.user_folders import state_folder
+
+try:
+    import readline  # where there is one, lines can be edited and come again
+except ImportError:
+    readline = None  # type: ignore[assignment]
+
+BLOCK = '"""'
+MOST_HISTORY = 1000  # lines
+
+
+def typed_lines(names: Callable[[], list[str]], tell: Callable[[str], None]) -> Iterator[str]:
+    """Lines from a terminal, until its end. names: what Tab completes; tell: says what was wrong with a line"""
+    if readline is None:
+        yield from asked_lines(tell)
+        return
+
+    def complete(start: str, index: int) -> str | None:
+        found = [name for name in names() if name.startswith(start)]
+        return found[index] if index < len(found) else None
+
+    readline.set_completer_delims(" ")
+    readline.set_completer(complete)
+    readline.parse_and_bind("tab: complete")
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    read_history()
+    try:
+        yield from asked_lines(tell)
+    finally:
+        write_history()
+
+
+def asked_lines(tell: Callable[[str], None]) -> Iterator[str]:
+    while True:
+        try:
+            with insistent_interrupts():
+                line = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            tell("Ctrl-D or /quit ends the conversation")
+        except UnicodeDecodeError:
+            tell("error: that line is not UTF-8")
+        else:
+            yield line
+
+
+def messages(lines: Iterator[str]) -> Iterator[str]:
+    """Lines, but those from one that begins with three quotation marks to one that ends with them are one message."""
+    for line in lines:
+        if not line.lstrip().startswith(BLOCK):
+            yield line
+            continue
+        parts = [line.strip().removeprefix(BLOCK)]
+        while not parts[-1].rstrip().endswith(BLOCK) and (further := next(lines, None)) is not None:
+            parts.append(further.rstrip("\n"))
+        parts[-1] = parts[-1].rstrip().removesuffix(BLOCK)
+        text = "\n".join(parts).strip("\n")
+        yield f" {text}" if text.startswith("/") else text          # a block is never a command
+
+
+def read_history() -> None:
+    """What was typed in earlier conversations. Without a file, or with one that cannot be read, there is none."""
+    with contextlib.suppress(OSError, InputError, UnicodeDecodeError):
+        text = (state_folder() / "history").read_text("utf-8")
+        readline.clear_history()
+        for line in text.splitlines()[-MOST_HISTORY:]:
+            readline.add_history(line)
+
+
+def write_history() -> None:
+    """Keep what was typed. Where that cannot be done the conversation ends all the same."""
+    count = readline.get_current_history_length()
+    lines = [readline.get_history_item(place + 1) or "" for place in range(max(0, count - MOST_HISTORY), count)]
+    with contextlib.suppress(OSError, InputError):
+        path = state_folder() / "history"
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with replacing(path) as unfinished:
+            unfinished.chmod(0o600)                     # before there is anything to read in it
+            kept = "".join(f"{' '.join(line.splitlines())}\n" for line in lines if line.strip())
+            unfinished.write_bytes(kept.encode("utf-8", "replace"))
