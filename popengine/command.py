@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -253,10 +253,13 @@ def add_setting_flags(flags: argparse.ArgumentParser, chosen: Iterable[Field[Any
     add_paper_flag(group)
 
 
-def pruning_settings(flags: argparse.Namespace) -> PruningSettings:
-    """The settings that the flags of `add_setting_flags` ask for, on top of what is recommended or of the paper's."""
+def pruning_settings(flags: argparse.Namespace, otherwise: PruningSettings | None = None) -> PruningSettings:
+    """The settings that the flags of `add_setting_flags` ask for, on top of `otherwise` or of the paper's (--paper).
+
+    otherwise  None: what is recommended
+    """
     given = {one.name: getattr(flags, one.name) for one in fields(PruningSettings) if hasattr(flags, one.name)}
-    return PruningSettings.paper(**given) if flags.paper else PruningSettings(**given)
+    return PruningSettings.paper(**given) if flags.paper else replace(otherwise or PruningSettings(), **given)
 
 
 class Unsaid(list[Any]):
