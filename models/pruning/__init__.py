@@ -1,1 +1,1 @@
-"""What a pass decides about: which channels run, by which rule, and what the user asked for."""
+"""The two pruning methods: settings, partitions of channels, rules, and Prefill-Only Pruning."""
