@@ -162,7 +162,7 @@ class Gemma3ForCausalLM(LlamaForCausalLM):
         self.model.rotary = Gemma3RotaryEmbedding(config)  # type: ignore[assignment]  # called alike
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embed tokens, times the root of H rounded to the dtype (bfloat16: 55.5 for 55.4). int64 [B, T] -> [B, T, H]"""
+        """Embed tokens, times the root of H as the dtype rounds it (bfloat16: 55.5). int64 [B, T] -> [B, T, H]"""
         x = super().embed(tokens)
         # On the host: a scalar argument of a kernel needs no copy to the device.
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)

@@ -77,7 +77,7 @@ class POPSettings:
         column="",
     )
     ffn_ratio: float | None = setting(
-        None, "instead: share of the FFN channels", float, metavar="R", least=0, below=1, column=""
+        None, "instead of a prune ratio: share of the FFN channels", float, metavar="R", least=0, below=1, column=""
     )
     candidate_width: float = setting(
         0.1, "candidates, of all channels (the paper: 0.1)", float, metavar="W", least=0, most=2, column="width",
