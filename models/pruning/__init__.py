@@ -1,1 +1,1 @@
-"""The two pruning methods: settings, partitions of channels, rules, and Prefill-Only Pruning."""
+"""The two papers' methods: their settings, partitions, POP for channels, heads and experts, and Prefill-Only."""

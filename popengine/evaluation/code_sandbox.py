@@ -45,7 +45,7 @@ def leave_the_network() -> None:
 
 
 def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """Refuse harmful events; an audit hook, which cannot be removed again. Raises PermissionError."""
+    """Refuse writes and REFUSED events with a PermissionError, as an audit hook, which cannot be removed again."""
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES
     if writes or (event.startswith(REFUSED) and event not in ALLOWED):
         raise PermissionError(f"a program under test may not do this: {event}")

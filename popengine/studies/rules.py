@@ -296,8 +296,8 @@ class Draft(ChooseFirst):
 class GLASS(StudyRule):
     """Partitions channels by the mean of two ranks: the prompt's scores and the prior's (arXiv 2508.14302).
 
-    The prior's tokens do not matter: it is kept out of the sums and always weighs one half. Heads are ranked by the
-    prompt alone.
+    The prior is kept out of the sums and always weighs one half, whatever its number of tokens. Heads are ranked by
+    the prompt alone.
     """
 
     def new_evidence(self, network: nn.Module, channels: int, device: torch.device, part: str = "h") -> Evidence:
