@@ -1,1 +1,1 @@
-"""Forward passes, one file per model family, and what they share: layers, attention, feed_forward and products."""
+"""Forward passes, one file per model family, and their shared parts: layers, attention, feed_forward and products."""

@@ -1,10 +1,10 @@
 """Grouped-query attention with rotary positions, and its run over an explicit cache.
 
 `Attention` holds the weights and the dense forward. `CachedAttention` runs a prompt and steps over one layer's cache;
-pruning query heads is another class with the same methods (models/pruning/heads.py). Modules carry Hugging Face's
+pruning query heads is another class with the same methods (models/pruning/heads.py). Modules have Hugging Face's
 names.
 
-B batch, T rows, S cache slots, H hidden size, N query heads, K key/value heads, D head size.
+B batch, T tokens, S cache slots, H hidden size, N query heads, K key/value heads, D head size.
 """
 
 import torch
@@ -33,14 +33,14 @@ class Attention(nn.Module):
         self.o_proj = Matrix(self.heads * self.head_dim, hidden, bias=config.output_bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.query_key_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.query_key_norm else None
-        # Heads are cut inside the group that shares a key/value head; without sharing, over all heads.
+        # Heads are partitioned within the group that shares a key/value head; without sharing, over all heads.
         self.head_groups = self.kv_heads if self.kv_heads < self.heads else 1
         self.norms: Tensor | None = None
-        self.qkv: list[Matrix] = []         # in a list, so that it is no submodule: its weights have names already
-        self.stacked_at = -1                # an address of no tensor: 0 is that of one without storage
+        self.qkv: list[Matrix] = []         # in a list, so that it is no submodule: its weights are named already
+        self.stacked_at = -1                # no tensor's address (0 is that of a tensor without storage)
 
     def forward(self, x: Tensor, rows: PrefillPass) -> Tensor:
-        """Attention of rows to each other, without a cache. x [B, T, H] -> [B, T, H]"""
+        """Compute attention among the given tokens, without a cache. x [B, T, H] -> [B, T, H]"""
         pattern = AttentionPattern(self.window)
         q = rotate(self.queries(x), *rows.rotary[pattern])                          # [B, N, T, D]
         k = rotate(self.keys(x), *rows.rotary[pattern])                             # [B, K, T, D]
@@ -48,23 +48,23 @@ class Attention(nn.Module):
         return self.o_proj(a.flatten(2))
 
     def queries(self, x: Tensor) -> Tensor:
-        """Queries before their rotation. x [B, T, H] -> [B, N, T, D]"""
+        """Compute the queries before rotation. x [B, T, H] -> [B, N, T, D]"""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return q if self.q_norm is None else self.q_norm(q)
 
     def keys(self, x: Tensor) -> Tensor:
-        """Keys before their rotation. x [B, T, H] -> [B, K, T, D]"""
+        """Compute the keys before rotation. x [B, T, H] -> [B, K, T, D]"""
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return k if self.k_norm is None else self.k_norm(k)
 
     def values(self, x: Tensor) -> Tensor:
-        """x [B, T, H] -> [B, K, T, D]"""
+        """Compute the values. x [B, T, H] -> [B, K, T, D]"""
         return self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def queries_keys_values(
         self, x: Tensor, qkv: Matrix, rows: PrefillPass | DecodePass, pattern: AttentionPattern
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """All three by one product, queries and keys by one rotation. A of the query heads are in `qkv`.
+        """Compute all three by one product, and rotate queries and keys together. `qkv` has A of the query heads.
 
         x [B, T, H]; qkv [(A + 2K) D, H] -> q [B, A, T, D], k and v [B, K, T, D]
         """
@@ -79,14 +79,14 @@ class Attention(nn.Module):
         return q, k, v.transpose(1, 2)
 
     def together(self) -> Matrix:
-        """q_proj, k_proj and v_proj as one matrix [(N + 2K) D, H], which they become parts of."""
-        if self.stacked_at != self.q_proj.weight.data_ptr():                        # new, or moved since
+        """Return q_proj, k_proj and v_proj as one matrix [(N + 2K) D, H], which they become parts of."""
+        if self.stacked_at != self.q_proj.weight.data_ptr():                        # not stacked yet, or moved since
             self.qkv = [stack([self.q_proj, self.k_proj, self.v_proj])]
             self.stacked_at = self.q_proj.weight.data_ptr()
         return self.qkv[0]
 
     def output_norms(self) -> Tensor:
-        """l2 norm of each column of o_proj, float32 [N D]: a constant of the weights, computed at first use."""
+        """Return the l2 norm of each column of o_proj, float32 [N D], computed at first use."""
         if self.norms is None:
             self.norms = self.o_proj.column_norms()
         return self.norms
@@ -99,14 +99,14 @@ class CachedAttention:
         self.attention, self.qkv = attention, attention.together()                  # [(N + 2K) D, H]
 
     def prefill(self, x: Tensor, cache: LayerCache, rows: PrefillPass) -> Tensor:
-        """Run rows of a prompt and write their keys and values. x [B, T, H] -> [B, T, H]"""
+        """Run tokens of a prompt and write their keys and values. x [B, T, H] -> [B, T, H]"""
         q, k, v = self.attention.queries_keys_values(x, self.qkv, rows, cache.pattern)     # [B, N, T, D], [B, K, T, D]
         cache.write(k, v, rows.slots[cache.pattern])
         a = rows.attend(q, k, v, cache, self.attention.scale)                       # [B, T, N, D]
         return self.attention.o_proj(a.flatten(2))
 
     def decode(self, x: Tensor, cache: LayerCache, step: DecodePass) -> Tensor:
-        """Run rows of a step: write their keys and values, attend to the cache. x [B, T, H] -> [B, T, H]"""
+        """Run tokens of a step: write their keys and values, attend to the cache. x [B, T, H] -> [B, T, H]"""
         q, k, v = self.attention.queries_keys_values(x, self.qkv, step, cache.pattern)
         cache.write(k, v, step.slots[cache.pattern])
         mask = step.masks[cache.pattern]                                            # [B, 1, T, S]
@@ -114,7 +114,7 @@ class CachedAttention:
         return self.attention.o_proj(a.flatten(2))
 
     def write_keys_and_values(self, x: Tensor, cache: LayerCache, rows: PrefillPass) -> None:
-        """Write keys and values of rows that skip this attention. x [B, T, H]"""
+        """Write keys and values of tokens that skip this attention. x [B, T, H]"""
         k = rotate(self.attention.keys(x), *rows.rotary[cache.pattern])             # [B, K, T, D]
         cache.write(k, self.attention.values(x), rows.slots[cache.pattern])
 
@@ -122,5 +122,5 @@ class CachedAttention:
         """Forget the last prompt."""
 
     def copied_bytes(self) -> int:
-        """Memory that copies of active heads take, in bytes."""
+        """Return the memory of the copies of active heads, in bytes."""
         return 0

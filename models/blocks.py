@@ -1,6 +1,6 @@
 """The two residual blocks of a decoder layer, as a prompt and a step run them.
 
-B batch, T rows, H hidden size.
+B batch, T tokens, H hidden size.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from models.ranks import Ranks
 
 
 class BlockNorms(Protocol):
-    """Where a layer's norms stand: a decoder layer (models/llama.py)."""
+    """The norms of a layer, by their positions (LlamaDecoderLayer in models/llama.py). [B, T, H] -> [B, T, H]"""
 
     ranks: Ranks
 
@@ -29,7 +29,7 @@ class BlockNorms(Protocol):
 
 
 class PrunedBlock(Protocol):
-    """What runs in place of a layer's feed-forward network or mixture of experts."""
+    """A pruned feed-forward network or mixture of experts (methods: see PrunedFFN in models/pruning/pop.py)."""
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor: ...
 
@@ -50,7 +50,7 @@ class Sublayer(Protocol):
     def decode(self, x: Tensor, step: DecodePass) -> Tensor: ...
 
     def skip(self, x: Tensor, rows: PrefillPass) -> None:
-        """Rows of a prompt that skip this block leave their keys and values."""
+        """Write keys and values of prompt tokens that skip this block."""
 
 
 @dataclass
@@ -75,7 +75,7 @@ class AttentionBlock:
 
 @dataclass
 class FeedForwardBlock:
-    """x + FFN(norm(x)), with whatever runs in place of the network."""
+    """x + FFN(norm(x)), with the pruned network."""
 
     layer: BlockNorms
     ffn: PrunedBlock

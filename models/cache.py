@@ -13,26 +13,26 @@ from torch import Tensor
 
 
 class SlotMap:
-    """Says which token each cache slot holds: here slot n holds token n.
+    """The token that each cache slot holds; here slot n holds token n.
 
-    A method that drops tokens from the cache of some layers brings another map (popengine/studies/visual_tokens.py).
+    A method that drops tokens from the cache of some layers has its own map (popengine/studies/visual_tokens.py).
 
-    tokens  int64 [S] or [B, S], the token in each slot, padding of the prompt counted; -1: no row may look there
+    tokens  int64 [S] or [B, S], index of the token in each slot, padding included; -1: no token may attend to it
     """
 
     def __init__(self, batch: int, capacity: int, dropped: int, device: torch.device) -> None:
-        """dropped: tokens of the `capacity` that a map which drops some needs no slots for"""
+        """dropped: number of the `capacity` tokens that need no slot, in maps that drop tokens"""
         self.tokens = torch.arange(capacity, device=device)
 
     def slots(self, tokens: Tensor) -> Tensor:
-        """The slots that new tokens fill. int64 [T] -> [T]"""
+        """Return the slots that new tokens fill. int64 [T] -> [T]"""
         return tokens
 
     def start(self) -> None:
         """Forget the last prompt."""
 
     def go_back(self, filled: int, tokens: int) -> None:
-        """Forget all but the first `tokens` of `filled` tokens, of one sequence."""
+        """Drop all but the first `tokens` of `filled` tokens, of one sequence."""
 
     def grow(self, more: int) -> None:
         """Add slots at the end."""
@@ -40,15 +40,15 @@ class SlotMap:
 
     @property
     def most_tokens(self) -> int:
-        """How many tokens fit, dropped ones counted."""
+        """Number of tokens that fit, including dropped ones."""
         return self.tokens.shape[-1]
 
 
 class AttentionPattern(NamedTuple):
-    """Says what the rows of a layer attend to. Layers of one pattern share masks, slots and rotary embeddings.
+    """The tokens that a layer attends to. Layers of one pattern share masks, slots and rotary embeddings.
 
-    window  tokens a query sees, itself included; None: all before it
-    slots   which tokens the layer's cache holds
+    window  number of tokens a query attends to, itself included; None: all before it
+    slots   class of the layer's slot map
     """
 
     window: int | None
@@ -57,25 +57,24 @@ class AttentionPattern(NamedTuple):
 
 @dataclass
 class LayerCache:
-    """One layer's part of the cache: keys and values [B, K, S, D], and what its rows attend to."""
+    """One layer's part of the cache: keys and values [B, K, S, D], and its attention pattern."""
 
     keys: Tensor
     values: Tensor
     pattern: AttentionPattern
 
     def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """keys, values [B, K, T, D]; slots int64 [T]"""
+        """Write keys and values into slots. keys, values [B, K, T, D]; slots int64 [T]"""
         self.keys.index_copy_(2, slots, keys)
         self.values.index_copy_(2, slots, values)
 
 
 class KVCache:
-    """Keys and values of every layer, `[B, K, S, D]` each, and how many of the S slots are filled.
+    """Keys and values of every layer, `[B, K, S, D]` each, and the number of filled slots.
 
-    Prompts of different lengths are padded on the left, so all sequences of a batch end in the same slot and one
-    length serves them all. That length is kept twice: `length`, a tensor on the device, is what a decode step
-    computes with (nothing in a step depends on a Python number, so its shapes are static); `filled` is the same
-    number for the host.
+    Prompts of different lengths are padded on the left, so all sequences of a batch end in the same slot and share
+    one length. It is stored twice: a decode step computes with `length`, a tensor on the device (nothing in a step
+    depends on a Python number, so its shapes are static); the host uses `filled`.
 
     layers  one LayerCache per decoder layer; maps: one SlotMap per attention pattern
     """
@@ -84,18 +83,18 @@ class KVCache:
         self, patterns: Sequence[AttentionPattern], attends: Sequence[bool], batch: int, heads: int, capacity: int,
         dropped: int, head_dim: int, dtype: torch.dtype, device: torch.device,
     ) -> None:
-        """patterns, attends: of each layer; a layer whose attention does not run has no slots. dropped: see SlotMap"""
+        """patterns, attends: per layer; a layer whose attention does not run has no slots. dropped: see SlotMap"""
         self.capacity, self.dropped, self.filled = capacity, dropped, 0
         self.maps = {pattern: pattern.slots(batch, capacity, dropped, device) for pattern in dict.fromkeys(patterns)}
         self.layers = []
         for pattern, runs in zip(patterns, attends, strict=True):
             shape = batch, heads, self.maps[pattern].tokens.shape[-1] if runs else 0, head_dim
-            # Zeros, not empty: unfilled slots get weight 0 in attention, and 0 * NaN would still be NaN.
+            # Zeros, not empty: attention gives unfilled slots weight 0, and 0 * NaN would still be NaN.
             keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
             self.layers.append(LayerCache(keys, values, pattern))
         self.length = torch.zeros(1, dtype=torch.int64, device=device)              # [1]
         self.padding = torch.zeros(batch, 1, dtype=torch.int64, device=device)      # [B, 1] slots on the left
-        self.rope_delta = torch.zeros(batch, 1, dtype=torch.int64, device=device)   # [B, 1] of what follows pictures
+        self.rope_delta = torch.zeros(batch, 1, dtype=torch.int64, device=device)   # [B, 1] see PictureRows
 
     @property
     def keys(self) -> list[Tensor]:
@@ -108,7 +107,7 @@ class KVCache:
         return [layer.values for layer in self.layers]
 
     def start(self, prompt_slots: int, real: Tensor | None, rope_delta: Tensor | None = None) -> None:
-        """Begin anew with a prompt of `prompt_slots` slots; real [B, T] is False where a slot is padding."""
+        """Start a new prompt of `prompt_slots` slots; real bool [B, T] is False where a slot is padding."""
         self.shift(rope_delta)
         self.filled = prompt_slots
         self.length.fill_(prompt_slots)
@@ -120,45 +119,45 @@ class KVCache:
             self.padding.copy_((~real).sum(dim=1, keepdim=True))
 
     def shift(self, rope_delta: Tensor | None) -> None:
-        """Set how far the positions of following tokens are from one per token, int64 [B, 1]; None: not at all."""
+        """Set the offset of the positions of following tokens, int64 [B, 1]; None: 0."""
         if rope_delta is None:
             self.rope_delta.zero_()
         else:
             self.rope_delta.copy_(rope_delta)
 
     def following(self, rows: int) -> Tensor:
-        """The next tokens. -> int64 [rows]"""
+        """Return the indices of the next tokens, int64 [rows]."""
         return self.length if rows == 1 else self.length + torch.arange(rows, device=self.length.device)
 
     def positions(self, tokens: Tensor) -> Tensor:
-        """Rotary positions of tokens of a text. int64 [T] -> [B, T]"""
+        """Compute rotary positions of tokens after the prompt, or of a text. int64 [T] -> [B, T]"""
         return tokens - self.padding + self.rope_delta
 
     def go_back(self, tokens: int) -> None:
-        """Forget what lies beyond the first `tokens`, of one sequence."""
+        """Drop everything after the first `tokens` tokens, of one sequence."""
         for slot_map in self.maps.values():
             slot_map.go_back(self.filled, tokens)
         self.filled = tokens
         self.length.fill_(tokens)
 
     def grow(self, capacity: int) -> None:
-        """Add slots; filled ones stay where they are. The buffers are new tensors afterwards."""
+        """Add slots up to `capacity`; filled slots keep their places. Replaces the buffers by new tensors."""
         more = capacity - self.capacity
         for slot_map in self.maps.values():
             slot_map.grow(more)
         for layer in self.layers:
-            if layer.keys.numel():              # else its attention does not run
+            if layer.keys.numel():              # empty: its attention does not run
                 layer.keys, layer.values = (F.pad(old, (0, 0, 0, more)) for old in (layer.keys, layer.values))
         self.capacity = capacity
 
     def make_room(self, rows: int = 1) -> None:
-        """Before decode steps, on the host: fail instead of writing past the end."""
+        """Raise ValueError if the next `rows` tokens do not fit. Runs on the host, before the step."""
         capacity = min(self.capacity, *(slot_map.most_tokens for slot_map in self.maps.values()))
         if self.filled + rows > capacity:
             full = f"all {capacity} slots are taken"
             raise ValueError(f"the cache is full: {full if rows == 1 else f'{rows} more do not fit; {full} or nearly'}")
 
     def advance(self, rows: int = 1) -> None:
-        """After decode steps: their slots are filled."""
+        """Count the slots of the last `rows` tokens as filled."""
         self.length.add_(rows)
         self.filled += rows

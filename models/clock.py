@@ -9,10 +9,10 @@ import torch
 
 
 class Clock:
-    """Adds up wall-clock time per phase name.
+    """Wall-clock time, summed per phase name.
 
-    On CUDA a phase is bracketed by events that are read only when its time is asked for, so that measuring never
-    makes the device wait; elsewhere it is the host's clock.
+    On CUDA two events bracket a phase. They are read only when its time is asked for, so measuring never makes the
+    device wait. On other devices the host's clock is read.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,7 +34,7 @@ class Clock:
             self.seconds[name] += time.perf_counter() - began
 
     def milliseconds(self, name: str) -> float:
-        """Time spent in the phase so far, in milliseconds; waits for the device if it is still at work."""
+        """Return the time spent in a phase so far, in milliseconds. Waits for the device to finish."""
         for phase, start, end in self.events:
             end.synchronize()
             self.seconds[phase] += start.elapsed_time(end) / 1000
@@ -43,5 +43,5 @@ class Clock:
 
 
 def phase(clock: Clock | None, name: str) -> AbstractContextManager[None]:
-    """Times what runs inside, under this name; without a clock nothing is timed (a step, perhaps a compiled one)."""
+    """Time the enclosed code under this name. Without a clock (in steps, which may be compiled) nothing is timed."""
     return nullcontext() if clock is None else clock.phase(name)

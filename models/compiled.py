@@ -1,5 +1,6 @@
-"""A model's decode step through torch.compile. Nothing else knows of it but the products, which are chosen where they
-are computed (models/matrices/products.py).
+"""Decode steps of a model through torch.compile.
+
+Only the products know about compilation: they choose their form where they are computed (models/matrices/products.py).
 
 B batch, H hidden size, V vocabulary.
 """
@@ -25,13 +26,13 @@ MOST_LAYERS_PER_CALL = 5
 
 
 class CompiledDecode:
-    """One function for every few layers, two for the ends.
+    """Compiled decode steps: one function for each group of layers, and one each for embedding and head.
 
     A call of a compiled function costs some 60 microseconds whatever it computes, and compiling takes time for each
-    layer in it. Groups are of one size, so that they share one compiled function.
+    layer in it. All groups have the same size, so that they share one compiled function.
 
-    steps  the table of steps that have been compiled: batch size and pruning, to the seconds that took. Another prompt
-           or another capacity is the same step; `prepare` adds one before it is first run.
+    steps  the steps compiled so far (see step_of), with the seconds that compiling took. Another prompt or another
+           capacity needs no new step. `prepare` adds a step before its first run.
     """
 
     def __init__(self, model: LlamaForCausalLM) -> None:
@@ -50,19 +51,19 @@ class CompiledDecode:
 
     @property
     def in_graphs(self) -> bool:
-        """Whether steps are replayed as CUDA graphs, which a GPU launches at once instead of kernel by kernel."""
+        """True if steps are replayed as CUDA graphs, which a GPU launches at once instead of kernel by kernel."""
         return self.model.device.type == "cuda"
 
     def prepare(self, state: DecodeState) -> float:
-        """Have the steps of this state compiled, so that no step of a run waits for it; returns the seconds it took."""
+        """Compile the steps of this state, so that no step of a run waits for it. Returns the seconds it took."""
         cache = state.cache
         if self.in_graphs:
             for tensor in tensors_of([cache, state.layers, state.live]).values():
                 torch._dynamo.mark_static_address(tensor, guard=False)
-        for slot_map in cache.maps.values():            # the capacity: one compiled step serves them all
+        for slot_map in cache.maps.values():            # one compiled step serves every capacity
             torch._dynamo.mark_dynamic(slot_map.tokens, slot_map.tokens.dim() - 1)
         for buffer in cache.keys + cache.values:
-            if buffer.numel():                          # else nothing attends to it
+            if buffer.numel():                          # empty: no attention runs on it
                 torch._dynamo.mark_dynamic(buffer, 2)
         if self.knows(state):
             return 0.0
@@ -76,26 +77,26 @@ class CompiledDecode:
         return self.steps.setdefault(step_of(state), time.perf_counter() - began)
 
     def knows(self, state: DecodeState) -> bool:
-        """Whether the steps of this state have been compiled."""
+        """Return True if the steps of this state have been compiled."""
         return step_of(state) in self.steps
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
-        """What `decode` of the model computes. tokens int64 [B] -> logits [B, V]"""
+        """Compute the model's `decode`. tokens int64 [B] -> logits [B, V]"""
         return self.step(tokens, state, dense=False)
 
     def dense_step(self, tokens: Tensor, state: DecodeState, partitions: bool) -> Tensor:
-        """What `dense_step` of the model computes. A step that partitions is rare: it runs as it is written."""
+        """Compute the model's `dense_step`. A step that partitions is rare and runs eagerly."""
         if partitions:
             return self.model.dense_step(tokens, state, partitions)
         return self.step(tokens, state, dense=True)
 
     def step(self, tokens: Tensor, state: DecodeState, dense: bool) -> Tensor:
-        """tokens int64 [B] -> logits [B, V]"""
+        """Run one compiled step, pruned or dense. tokens int64 [B] -> logits [B, V]"""
         state.cache.make_room()
         if self.in_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         step: DecodePass | PrefillPass
-        if dense:       # its tokens are counted below: a number that changes would be compiled anew
+        if dense:       # its tokens are counted below: a changing number would be recompiled
             (x, step), run = self.begin_dense(self.model, tokens, state, False, 0), self.dense_layers
         else:
             (x, step), run = self.begin(self.model, tokens, state), self.layers     # [B, 1, H]
@@ -108,41 +109,44 @@ class CompiledDecode:
             for layer in state.layers:
                 layer.ffn.count(state.schedule.live)
         logits = self.head(self.model, x)[:, 0]                                     # [B, V]
-        return logits.clone() if self.in_graphs else logits     # the next step of a graph writes to the same memory
+        return logits.clone() if self.in_graphs else logits     # a graph's next step overwrites this memory
 
     def trusting_guards(self) -> AbstractContextManager[object]:
-        """For steps that `prepare` has seen to.
+        """Return a context manager that skips most guards, for steps that `prepare` has compiled.
 
-        PyTorch then tells its compiled functions apart by what differs between them, and leaves out some 250 other
-        checks of every call, which take 5 % of a step.
+        PyTorch then checks only the guards that differ between its compiled functions. The other 250 or so take 5 % of
+        a step.
         """
         return torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)
 
 
 def step_of(state: DecodeState) -> tuple[int, Pruning, int]:
-    """What tells steps apart that are compiled. Two capacities that are alike are one number to the compiler."""
+    """Return the key of a compiled step: batch size, pruning and number of distinct capacities.
+
+    The compiler treats equal capacities as one number.
+    """
     return len(state.live), state.pruning, len({slot_map.tokens.shape[-1] for slot_map in state.cache.maps.values()})
 
 
 def compile_options(model: LlamaForCausalLM) -> dict[str, bool]:
-    """Inductor's options for the steps of a model on its device."""
+    """Return Inductor's options for the steps of a model on its device."""
     if model.device.type == "cuda":
         return {"triton.cudagraphs": True, "coordinate_descent_tuning": True}   # the first is "reduce-overhead"
     return {
-        # Checking again that inputs have the shapes compiled for takes 4 % of a step: the guards have seen to that.
+        # Guards have checked the shapes of inputs already; checking again takes 4 % of a step.
         "size_asserts": False,
-        # Channels that are chosen are in range: a check in the inner loop would cost more than the sum.
+        # Chosen channels are always in range; a check in the inner loop would cost more than the sum.
         "assert_indirect_indexing": False,
-        # What calls the loops is compiled too: in Python it takes 7 % of a step on packed weights. That cannot call a
-        # sum over ranks.
+        # Compile the wrapper that calls the loops too: in Python it takes 7 % of a step on packed weights. The compiled
+        # wrapper cannot call a sum over ranks.
         "cpp_wrapper": model.device.type == "cpu" and model.config.ranks.count == 1,
     }
 
 
 def tensors_of(thing: Any, path: str = "", seen: set[int] | None = None) -> dict[str, Tensor]:
-    """Every tensor that steps read and that is not a parameter of the model, by its path from `thing`.
+    """Collect every tensor that steps read and that is no parameter of the model, keyed by its path from `thing`.
 
-    A step never reads the order of a partition: what it needs of one was copied when the channels were partitioned.
+    A step never reads the order of a partition: partitioning has copied what the step needs.
     """
     seen = set() if seen is None else seen
     if isinstance(thing, Tensor):
@@ -163,9 +167,9 @@ def tensors_of(thing: Any, path: str = "", seen: set[int] | None = None) -> dict
 
 
 def compiler_problem(device: torch.device) -> str | None:
-    """Why torch.compile cannot work on this machine, in one line; None when it can."""
+    """Return in one line why torch.compile does not work on this machine; None if it does."""
     try:
         torch.compile(torch.neg, dynamic=False)(torch.ones(8, device=device))
-    except Exception as error:      # whatever a compiler, its absence or its environment raises
+    except Exception as error:      # a missing or broken compiler may raise anything
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None

@@ -1,7 +1,7 @@
 """config.json of the Llama family, read into a dataclass with every default of the family filled in.
 
-Both spellings that transformers has written are understood (`rope_theta` + `rope_scaling`, and `rope_parameters`).
-A field that changes what the model computes and that is not implemented here is an error that names it.
+Both spellings that transformers has written are read (`rope_theta` + `rope_scaling`, and `rope_parameters`).
+A field that changes the computation and is not implemented here raises an error that names it.
 """
 
 import math
@@ -13,21 +13,21 @@ from models.ranks import ALONE, Ranks
 from weights.errors import InputError
 from weights.json_files import LARGEST_INTEGER, JsonObject, shown
 
-# Layers are laid out one by one before any weight is looked at: a hostile number must not keep us busy.
+# Layers are built one by one before any weight is read: a hostile number must not keep the process busy.
 MOST_LAYERS = 1024
 
-# Model types whose config says whether attention has biases.
+# Model types with a config field for attention biases.
 BIASED_BY_CONFIG = ("llama", "qwen3", "qwen3_moe", "gemma3_text")
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "factors")
-# Settings of one type that transformers ignores in another; and what YaRN's first checkpoints said beside them.
+# Settings of one type that transformers ignores in another type, and a field of YaRN's first checkpoints.
 ROPE_FIELDS = frozenset({
     "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale",
     "mscale_all_dim", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "finetuned",
 })
 
-# Fields that say nothing about what is computed at inference: provenance, training, token ids (read elsewhere) and
-# switches of transformers' own implementation.
+# Fields that do not affect inference: provenance, training, token ids (read elsewhere) and switches of transformers'
+# own implementation.
 HARMLESS_FIELDS = frozenset({
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
     "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "initializer_range",
@@ -39,7 +39,7 @@ HARMLESS_FIELDS = frozenset({
     "tie_encoder_decoder", "tf_legacy_loss", "use_bfloat16", "pruned_heads", "unsloth_version", "unsloth_fixed",
 })
 
-# Fields that do change what is computed, with the values at which they change nothing.
+# Fields that affect inference, with the values at which they have no effect.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "rope_interleaved": (None, False),
@@ -62,13 +62,13 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 class ConfigReader(JsonObject):
-    """A config.json, or a part of it, that remembers which fields were read, so that none is ignored in silence."""
+    """A config.json, or a part of it, that remembers which fields were read, so that none is ignored silently."""
 
     def __init__(self, raw: Mapping[str, Any], where: str = "config.json") -> None:
         super().__init__(raw, where)
 
     def finish(self) -> tuple[str, ...]:
-        """After every field was read: refuse what is not implemented, return the fields nobody knows."""
+        """Return unknown fields, after every field was read. Raises InputError for a field that is not implemented."""
         for name, neutral in NEUTRAL_VALUES.items():
             if name in self.raw and name not in self.read and self.raw[name] not in neutral:
                 raise InputError(f"{self.where}: {name} = {shown(self.raw[name])} is not implemented")
@@ -78,7 +78,7 @@ class ConfigReader(JsonObject):
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding: base frequency and how it is stretched for long contexts."""
+    """Rotary position embedding: base frequency and scaling for long contexts."""
 
     theta: float = 10000.0
     rope_type: str = "default"
@@ -88,15 +88,15 @@ class RopeConfig:
     high_freq_factor: float = 4.0       # llama3
     beta_fast: float = 32.0             # yarn
     beta_slow: float = 1.0              # yarn
-    attention_factor: float = 1.0       # yarn, factors: cos and sin are scaled by it
+    attention_factor: float = 1.0       # yarn, factors: scale of cos and sin
     truncate: bool = True               # yarn
     factors: tuple[float, ...] = ()     # factors: one divisor per frequency, as .gguf files store them
-    streams: tuple[int, ...] = ()       # of pictures: which of three positions each frequency turns with
+    streams: tuple[int, ...] = ()       # of pictures: per frequency, the index of one of three positions
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """What a Llama-family forward pass needs to know. Field names are Hugging Face's where they have one."""
+    """Configuration of a Llama-family forward pass. Field names are Hugging Face's if it has the field."""
 
     vocab_size: int
     hidden_size: int
@@ -116,11 +116,11 @@ class LlamaConfig:
     query_key_norm: bool
     windows: tuple[int | None, ...]     # per layer: tokens a query sees, itself included; None: all before it
     unknown_fields: tuple[str, ...] = ()
-    ranks: Ranks = ALONE                # with several, heads and channels are those of one
+    ranks: Ranks = ALONE                # with several ranks, heads and channels are those of one rank
 
     @property
     def context(self) -> int:
-        """Tokens that a sequence may have: as far as linear scaling or YaRN stretches the positions of training."""
+        """Maximum tokens of a sequence: the positions of training, stretched by linear scaling or YaRN."""
         if self.rope.rope_type not in ("linear", "yarn"):
             return self.max_position_embeddings
         stretched = min(self.rope.original_max_position_embeddings * self.rope.factor, LARGEST_INTEGER)
@@ -128,28 +128,28 @@ class LlamaConfig:
 
     @property
     def attention_scale(self) -> float:
-        """What products of queries and keys are multiplied by."""
+        """Factor of the products of queries and keys."""
         return self.head_dim**-0.5
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """Numbers that are a side of one of its tensors."""
+        """Sizes of the dimensions that its tensors have."""
         queries = self.num_attention_heads * self.head_dim
         return self.vocab_size, self.hidden_size, self.intermediate_size, queries
 
     @property
     def blocks(self) -> int:
-        """Blocks that have matrices of their own: layers, and in each its experts."""
+        """Number of blocks with matrices of their own: layers, and in each its experts."""
         return self.num_hidden_layers
 
 
 @dataclass(frozen=True)
 class FamilyDefaults:
-    """What config.json may leave out, per family (transformers' documented defaults)."""
+    """Defaults of fields that config.json may leave out, per family (transformers' documented defaults)."""
 
     hidden_size: int = 4096
     intermediate_size: int = 11008
-    num_key_value_heads: int | None = None      # None: as many as query heads
+    num_key_value_heads: int | None = None      # None: equal to the query heads
     head_dim: int | None = None                 # None: hidden_size / num_attention_heads
     vocab_size: int = 32000
     max_position_embeddings: int = 2048
@@ -158,10 +158,10 @@ class FamilyDefaults:
 
 
 def rope_section(fields: JsonObject, default_theta: float) -> JsonObject:
-    """What config.json says of RoPE, rope_theta filled in.
+    """Return the RoPE section of config.json, with rope_theta filled in.
 
-    As in transformers 5, `rope_scaling` (which people add by hand) replaces all of `rope_parameters`. Where that would
-    replace a rope_theta by the family's default as well, an InputError says so.
+    As in transformers 5, `rope_scaling` (which people add by hand) replaces all of `rope_parameters`. Raises InputError
+    if that would also replace a given rope_theta by the family's default.
     """
     parameters, scaling = fields.section("rope_parameters"), fields.section("rope_scaling")
     rope, theta = scaling if scaling.raw else parameters, fields.number("rope_theta", default_theta)
@@ -175,7 +175,7 @@ def rope_section(fields: JsonObject, default_theta: float) -> JsonObject:
 
 
 def read_rope(fields: ConfigReader, default_theta: float, max_position_embeddings: int) -> RopeConfig:
-    """RoPE from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`."""
+    """Read RoPE from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`."""
     rope = rope_section(fields, default_theta)
     theta = rope.number("rope_theta", default_theta)
     rope_type = rope.text("rope_type", rope.text("type", "default"))
@@ -207,7 +207,7 @@ def read_rope(fields: ConfigReader, default_theta: float, max_position_embedding
     if rope_type == "factors":
         values["factors"] = rope.numbers("factors", ())
         values["attention_factor"] = rope.number("attention_factor", 1.0)
-    if rope_type == "dynamic":          # which turns faster only beyond max_position_embeddings, where no prompt gets
+    if rope_type == "dynamic":          # differs only beyond max_position_embeddings, which no prompt reaches
         values["rope_type"] = "default"
     unknown = rope.raw.keys() - rope.read - ROPE_FIELDS
     if rope_type != "default" and unknown:
@@ -216,7 +216,7 @@ def read_rope(fields: ConfigReader, default_theta: float, max_position_embedding
 
 
 def refuse_rope_outside(fields: ConfigReader, text: RopeConfig) -> None:
-    """InputError for a rope_scaling beside text_config, where nobody reads it, that says another type than inside."""
+    """Raise InputError for a rope_scaling beside text_config (where it is not read) of another type than inside."""
     outside = fields.section("rope_scaling")
     kind = outside.text("rope_type", outside.text("type", "default"))
     if kind not in ("default", "mrope", "dynamic", text.rope_type):
@@ -224,7 +224,7 @@ def refuse_rope_outside(fields: ConfigReader, text: RopeConfig) -> None:
 
 
 def yarn_attention_factor(rope: JsonObject, factor: float) -> float:
-    """Scale of cos and sin (YaRN, arXiv 2309.00071, Eq. 22; mscale and mscale_all_dim are DeepSeek's addition)."""
+    """Compute the scale of cos and sin (YaRN, arXiv 2309.00071, Eq. 22; mscale and mscale_all_dim are DeepSeek's)."""
 
     def magnitude(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -235,16 +235,16 @@ def yarn_attention_factor(rope: JsonObject, factor: float) -> float:
 
 
 def layer_windows(fields: ConfigReader, model_type: str, layers: int) -> tuple[int | None, ...]:
-    """Per layer, how many tokens a query sees (itself included), or None for all."""
+    """Return per layer the number of tokens that a query attends to (itself included), or None for all."""
     if model_type in ("llama",):
         return (None,) * layers
     if model_type in ("mistral", "mixtral"):
         default = 4096 if model_type == "mistral" and "sliding_window" not in fields.raw else None
         window = fields.get("sliding_window", default)
         return (None if window is None else fields.integer("sliding_window", window),) * layers
-    # Gemma, and Qwen with a switch: either a list of layer types or a rule that is each family's own.
+    # Gemma, and Qwen with a switch: a list of layer types, else each family's own rule.
     use_window = model_type == "gemma3_text" or fields.boolean("use_sliding_window", False)
-    fields.read.add("sliding_window")       # even where the switch says that it is not used
+    fields.read.add("sliding_window")       # even if the switch turns it off
     if "sliding_window" in fields.raw and fields.raw["sliding_window"] is None:
         use_window = False
     window = fields.integer("sliding_window", 4096) if use_window else None
@@ -281,11 +281,11 @@ FAMILIES = {
 
 
 def read_decoder_fields(fields: ConfigReader, model_type: str, defaults: FamilyDefaults) -> dict[str, Any]:
-    """The fields of LlamaConfig, from a config of any family that shares Llama's attention."""
+    """Read the fields of LlamaConfig from a config of any family that shares Llama's attention."""
     layers = fields.integer("num_hidden_layers", 32, most=MOST_LAYERS)
     hidden_size = fields.integer("hidden_size", defaults.hidden_size)
     heads = fields.integer("num_attention_heads", 32)
-    # null means one for each query head, also in families whose default for an absent field is another.
+    # null means one per query head, also in families with another default for an absent field.
     kv_default = None if "num_key_value_heads" in fields.raw else defaults.num_key_value_heads
     kv_heads = fields.integer("num_key_value_heads", kv_default or heads)
     if heads % kv_heads:
@@ -327,7 +327,7 @@ def read_decoder_fields(fields: ConfigReader, model_type: str, defaults: FamilyD
 
 
 def read_llama_config(raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
-    """LlamaConfig from a parsed config.json of Llama, Mistral, Qwen2 or Qwen3.
+    """Read a LlamaConfig from a parsed config.json of Llama, Mistral, Qwen2 or Qwen3.
 
     Raises InputError for a field of the wrong type and for a feature that is not implemented.
     """

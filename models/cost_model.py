@@ -1,7 +1,7 @@
-"""What a model weighs and what a step reads: all accounting of weights and bytes.
+"""The cost model: weights of a model, and bytes that a step reads.
 
-The cost model of every report: bytes of weights per token = attention + lm_head + feed-forward networks, of which a
-step reads what stays active, and of down_proj only what is chosen where its matrix can leave the rest unread.
+Every report uses it: bytes of weights per token = attention + lm_head + active channels of feed-forward networks. Of
+down_proj only the picked columns count if its matrix can read them alone.
 """
 
 from typing import Any
@@ -16,11 +16,12 @@ from models.pruning.settings import ATTENTION, MLP
 
 
 def weight_count(matrix: Matrix) -> int:
+    """Return the number of weights of a matrix."""
     return matrix.in_features * matrix.out_features
 
 
 def layer_weights(model: Any) -> LayerWeights:
-    """Weights per decoder layer of a language model, averaged over layers where they differ."""
+    """Count the weights per decoder layer of a language model, averaged over layers if they differ."""
     layers = model.model.layers
     attention, first = 0, layers[0].self_attn
     for layer in layers:
@@ -37,9 +38,9 @@ def layer_weights(model: Any) -> LayerWeights:
 
 
 def ffn_weights(mlp: FeedForward | MixtureOfExperts) -> int:
-    """Weights that the prune ratio is a share of; of a mixture, those of the experts one token is routed to.
+    """Count the weights that the prune ratio refers to; in a mixture, those of the experts one token is routed to.
 
-    The paper leaves out the shared expert (POP, Table 8), which is pruned at the same rate as the others all the same.
+    As in the paper (POP, Table 8) the shared expert does not count, although it is pruned at the same rate.
     """
     if isinstance(mlp, MixtureOfExperts):
         return mlp.experts_per_token * ffn_weights(mlp.experts[0])
@@ -47,9 +48,9 @@ def ffn_weights(mlp: FeedForward | MixtureOfExperts) -> int:
 
 
 def bytes_per_token(model: Any, pruning: Pruning, batch: int = 1, state: Any = None) -> int:
-    """Bytes of weights that one decode step of `batch` sequences reads for each token of one of them.
+    """Compute the bytes of weights that a decode step of `batch` sequences reads per token of one sequence.
 
-    state  the DecodeState of a run, which knows which experts have no copy of their active weights; None: all have one
+    state  the DecodeState of a run, which knows the experts without a copy of their active weights; None: all have one
     """
     read = model.lm_head.read_bytes()
     for index, layer in enumerate(model.model.layers):
@@ -63,6 +64,7 @@ def bytes_per_token(model: Any, pruning: Pruning, batch: int = 1, state: Any = N
 
 
 def attention_bytes(attention: Any, rule: POP) -> int:
+    """Compute the bytes of weights that a step reads of one attention."""
     heads = rule.head_sizes(attention.heads // attention.head_groups)
     queries = heads.active * attention.head_groups * attention.head_dim
     keys_and_values = attention.k_proj.read_bytes() + attention.v_proj.read_bytes()
@@ -71,10 +73,11 @@ def attention_bytes(attention: Any, rule: POP) -> int:
 
 
 def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: POP, batch: int, active: PartitionedExperts | None) -> int:
+    """Compute the bytes of weights that a step reads per token of one feed-forward network or mixture."""
     if isinstance(mlp, FeedForward):
         return rule.step_bytes(mlp, batch)
     networks = mlp.experts if active is None else active.experts
-    # Rows that meet at an expert are masked, a row by itself may read chosen columns. Without a run to tell: all meet.
+    # Tokens that share an expert are masked; a token alone may read chosen columns. Without a run: all share experts.
     meeting = float(batch > 1) if active is None or not any(active.picks) else active.met / sum(active.picks)
     each = 0.0
     for index, expert in enumerate(networks):
@@ -87,7 +90,7 @@ def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: POP, batch: int, active
 
 
 def copy_bytes(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
-    """Memory that active copies of a network (in a mixture: of all its experts) take; nothing to prune, no copy."""
+    """Compute the bytes of active copies of a network (in a mixture: of all its experts); 0 if nothing is copied."""
     if isinstance(mlp, MixtureOfExperts):
         networks = [*mlp.experts] if mlp.shared_expert is None else [*mlp.experts, mlp.shared_expert]
         return sum(copy_bytes(ffn, pruning) for ffn in networks)
@@ -97,7 +100,7 @@ def copy_bytes(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
 
 
 def all_copy_bytes(model: Any, pruning: Pruning) -> int:
-    """The same for every layer of a language model."""
+    """Compute the bytes of active copies over all layers of a language model."""
     return sum(
         copy_bytes(layer.mlp, pruning) for index, layer in enumerate(model.model.layers)
         if MLP in pruning.sublayers(index)

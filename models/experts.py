@@ -1,9 +1,9 @@
 """A mixture of experts: a router sends each token to a few experts, each of them an ordinary FeedForward.
 
-Here stand the weights, the router and the dense forward. Pruning the experts is models/pruning/experts.py.
+This file holds the weights, the router and the dense forward; models/pruning/experts.py prunes the experts.
 
-B batch, T rows, M rows of the batch one after the other (B T), E experts, X experts per token, H hidden size, n tokens
-routed to one expert.
+B batch, T tokens, M tokens of the whole batch (B T), E experts, X experts per token, H hidden size, n tokens routed to
+one expert.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +19,11 @@ from models.matrices.plain import Matrix
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts each token goes to, and the tokens in the order of their experts.
+    """The experts that each token is routed to, and the tokens sorted by expert.
 
     probabilities  [M, E], float32 or float64, the router's softmax over all experts
     experts        int64 [M, X]
-    weights        [M, X], likewise, what each expert's output counts
+    weights        [M, X], float32 or float64, weight of each expert's output
     order          int64 [M X], the (token, expert) pairs sorted by expert: an expert's tokens are one segment
     counts         per expert, the length of its segment
     """
@@ -35,11 +35,11 @@ class Routing:
     counts: list[int]
 
     def segments(self, per_token: Tensor) -> tuple[Tensor, ...]:
-        """What belongs to each expert's tokens: [M, ...] -> E tensors [n, ...], n = 0 for an expert without tokens."""
+        """Split a per-token tensor by expert: [M, ...] -> E tensors [n, ...], n = 0 for an expert without tokens."""
         return per_token[self.order // self.experts.shape[1]].split(self.counts)
 
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The experts' outputs, [n, H] each, back in the order of the tokens and weighted -> [M, H]"""
+        """Sum the experts' weighted outputs per token, in the order of the tokens. E tensors [n, H] -> [M, H]"""
         by_expert = torch.cat(list(outputs))                                        # [M X, H]
         by_token = torch.empty_like(by_expert).index_copy(0, self.order, by_expert)
         by_token = by_token.unflatten(0, self.weights.shape)                        # [M, X, H]
@@ -47,7 +47,7 @@ class Routing:
 
 
 class MixtureOfExperts(nn.Module):
-    """The feed-forward network of a sparse layer: a router, its experts, in Qwen2-MoE also one for all tokens."""
+    """The feed-forward network of a sparse layer: a router, its experts, in Qwen2-MoE also one shared expert."""
 
     experts: Sequence[FeedForward]
 
@@ -77,14 +77,14 @@ class MixtureOfExperts(nn.Module):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         order = experts.flatten().argsort(stable=True)                              # [M X]
         each = torch.arange(gate.out_features, device=x.device)                     # [E]
-        counts = (experts.flatten()[:, None] == each).sum(dim=0).tolist()           # the one wait for the device
+        counts = (experts.flatten()[:, None] == each).sum(dim=0).tolist()           # the only wait for the device
         return Routing(probabilities, experts, weights, order, counts)
 
     def spread(
         self, x: Tensor, routing: Routing, run: Callable[[int, Tensor], Tensor],
         run_shared: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
-        """Every token through the experts it was sent to, and through the shared one if there is one.
+        """Run every token through its experts, and through the shared expert if there is one.
 
         x [B, T, H]; run takes an expert's index and its tokens, [n, H] -> [n, H]; run_shared [B, T, H] -> [B, T, H]
         """
@@ -95,9 +95,9 @@ class MixtureOfExperts(nn.Module):
         return y + self.shared_expert_gate(x).sigmoid() * run_shared(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, H] -> [B, T, H]"""
+        """Route and run the dense network. x [B, T, H] -> [B, T, H]"""
         return self.run(x, self.route(x.flatten(0, 1)))
 
     def run(self, x: Tensor, routing: Routing) -> Tensor:
-        """The dense network under a routing that is known. x [B, T, H] -> [B, T, H]"""
+        """Run the dense network under a given routing. x [B, T, H] -> [B, T, H]"""
         return self.spread(x, routing, lambda index, own: self.experts[index](own), self.shared_expert)

@@ -1,10 +1,10 @@
-"""The gated feed-forward network: its weights and the dense forward. What a method runs in its place is elsewhere.
+"""The gated feed-forward network: its weights and the dense forward.
 
-`FeedForward.forward` is the dense network that golden tests hold to Hugging Face. Online pruning builds, per layer, an
-object with `prefill(x, rows)` and `decode(x, step)` from these weights (models/pruning/pop.py). Modules carry Hugging
-Face's names.
+`FeedForward.forward` is the dense network that golden tests compare with Hugging Face. Online pruning builds, per
+layer, an object with `prefill(x, rows)` and `decode(x, step)` from these weights (models/pruning/pop.py). Modules have
+Hugging Face's names.
 
-B batch, T rows, H hidden size, I FFN channels.
+B batch, T tokens, H hidden size, I FFN channels.
 """
 
 from collections.abc import Callable
@@ -30,11 +30,11 @@ class FeedForward(nn.Module):
         self.derived: dict[str, Any] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., H] -> [..., H]"""
+        """Run the dense network. x [..., H] -> [..., H]"""
         return self.down_proj(self.activation(x))
 
     def activation(self, x: Tensor) -> Tensor:
-        """The input of down_proj, h = act(gate x) * up x. x [..., H] -> [..., I]"""
+        """Compute the input of down_proj, h = act(gate x) * up x. x [..., H] -> [..., I]"""
         return self.act(self.gate_proj(x)) * self.up_proj(x)
 
     @property
@@ -42,15 +42,15 @@ class FeedForward(nn.Module):
         return self.down_proj.weight.device
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """A constant of the weights under its name: `make` computes it at first use."""
+        """Return a constant of the weights by its name; `make` computes it at first use."""
         if name not in self.derived:
             self.derived[name] = make()
         return self.derived[name]
 
     def down_norms(self) -> Tensor:
-        """l2 norm of each column of down_proj, float32 [I]."""
+        """Return the l2 norm of each column of down_proj, float32 [I]."""
         return self.once("down norms", self.down_proj.column_norms)
 
     def weight_scores(self) -> Tensor:
-        """Importance of each channel from the weights alone, for a network that saw no token: float32 [I]."""
+        """Score each channel by the weights alone, for a network that saw no token: float32 [I]."""
         return self.down_norms() * self.gate_proj.row_norms() * self.up_proj.row_norms()

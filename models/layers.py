@@ -1,6 +1,6 @@
-"""The small parts every language model here is made of: embedding, RMSNorm, rotary positions, activation functions.
+"""Small parts that every language model shares: embedding, RMSNorm, rotary positions, activation functions.
 
-B batch, T rows, D head size.
+B batch, T tokens, D head size.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:
+    """Return the activation function of a config's hidden_act. Raises InputError if it is not implemented."""
     if name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise InputError(f"config.json: hidden_act {name!r} is not implemented; implemented are {known}")
@@ -40,11 +41,13 @@ class Embedding(nn.Embedding):
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision is too coarse for sums of squares; float64 stays what it is."""
+    """Convert half precision to float32, for sums of squares; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class RMSNorm(nn.Module):
+    """weight * x / rms(x) over the last dimension, normalised in float32 or wider. x [..., size] -> [..., size]"""
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
@@ -57,21 +60,21 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin for given positions. Its frequencies follow from the config and are no part of a checkpoint."""
+    """cos and sin for given positions. The frequencies follow from the config and are not in checkpoints."""
 
     frequencies: Tensor
 
     def __init__(self, rope: RopeConfig, head_dim: int) -> None:
         super().__init__()
         self.scale, self.streams = rope.attention_factor, list(rope.streams)
-        # On the CPU even while the model is being laid out on the meta device: these are values, not a shape.
+        # On the CPU even while the model is built on the meta device: these are values, not only a shape.
         with torch.device("cpu"):
             self.register_buffer("frequencies", rotary_frequencies(rope, head_dim), persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype, window: int | None = None) -> tuple[Tensor, Tensor]:
-        """positions [B, T], or of pictures [3, B, T] -> cos, sin [B, T, D], computed in float32.
+        """Compute cos and sin in float32. positions [B, T], or of pictures [3, B, T] -> cos, sin [B, T, D]
 
-        window  of the layers it is for: other families turn by it
+        window  attention window of the layers; unused here, other families choose their frequencies by it
         """
         wide = positions[..., None] if positions.dim() == 2 else positions[self.streams].movedim(0, -1)
         angles = wide.float() * self.frequencies                                    # [B, T, D/2]
@@ -80,7 +83,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of coordinates (j, j + D/2) by its angle. x [B, heads, T, D]; cos, sin [B, T, D]."""
+    """Rotate each pair of coordinates (j, j + D/2) by its angle. x [B, heads, T, D]; cos, sin [B, T, D]."""
     first, second = x.chunk(2, dim=-1)                                              # [B, heads, T, D/2] each
     first_cos, second_cos = cos.unsqueeze(1).chunk(2, dim=-1)                       # [B, 1, T, D/2] each
     first_sin, second_sin = sin.unsqueeze(1).chunk(2, dim=-1)

@@ -1,6 +1,6 @@
-"""The Llama family: Llama 1-3, SmolLM2, Mistral, Qwen2/2.5 and Qwen3, told apart by their config alone.
+"""The Llama family: Llama 1-3, SmolLM2, Mistral, Qwen2/2.5 and Qwen3, distinguished by their config alone.
 
-B batch, T rows (prompt tokens, or what follows them), S cache slots, H hidden size, V vocabulary.
+B batch, T tokens (of the prompt, or after it), S cache slots, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +31,8 @@ from weights.errors import InputError
 
 
 class LlamaDecoderLayer(nn.Module):
+    """Weights and dense forward of a decoder layer: attention and feed-forward network, each after its norm."""
+
     # Any: a family may put another network in its place (a mixture of experts).
     mlp: Any
 
@@ -51,7 +53,7 @@ class LlamaDecoderLayer(nn.Module):
     def forward_mlp(self, x: Tensor, _: PrefillPass) -> Tensor:
         return x + self.after_mlp(self.mlp(self.before_mlp(x)))
 
-    # Where the norms stand; a family that norms elsewhere overrides these four. [B, T, H] -> [B, T, H]
+    # Positions of the norms. A family with norms elsewhere overrides these four. [B, T, H] -> [B, T, H]
     def before_attention(self, x: Tensor) -> Tensor:
         return self.input_layernorm(x)
 
@@ -65,11 +67,11 @@ class LlamaDecoderLayer(nn.Module):
         return self.ranks.add_up(y)
 
     def new_ffn(self, pruning: Pruning) -> PrunedBlock:
-        """What runs in place of the feed-forward network under a pruning."""
+        """Build what runs in place of the feed-forward network under a pruning."""
         return pruning.rule.new_ffn(self.mlp)
 
     def new_attention(self, pruning: Pruning) -> CachedAttention:
-        """What runs in place of the attention under a pruning."""
+        """Build what runs in place of the attention under a pruning."""
         heads = pruning.rule.head_sizes(self.self_attn.heads // self.self_attn.head_groups)
         return PartitionedAttention(self.self_attn, pruning.rule) if heads.prunes else CachedAttention(self.self_attn)
 
@@ -90,6 +92,12 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
+    """A language model: weights, dense forward, and runs over a state: `prefill`, `decode`, `dense_step`.
+
+    ignored_keys  patterns of checkpoint keys that the model does not use
+    can_compile   whether decode steps can run through torch.compile
+    """
+
     layer_class = LlamaDecoderLayer
     ignored_keys: tuple[str, ...] = ()
     can_compile = True
@@ -105,15 +113,15 @@ class LlamaForCausalLM(nn.Module):
 
     @classmethod
     def from_config(cls, raw: Mapping[str, Any]) -> "LlamaForCausalLM":
-        """A model of empty weights from a parsed config.json."""
+        """Build a model with uninitialised weights from a parsed config.json."""
         return cls(cls.read_config(raw))
 
     def locate(
         self, parameter_names: list[str], checkpoint_names: list[str]
     ) -> dict[str, tuple[str, tuple[Any, ...]]]:
-        """Parameters that a checkpoint keeps under another name: to its key and an index into that tensor.
+        """Map parameters that a checkpoint keeps under another name to its key and an index into that tensor.
 
-        The Llama family's modules are named as its checkpoints name them, but for what stands in front.
+        The Llama family's modules are named as in its checkpoints, except for the prefix.
         """
         stored_as = keys_by_our_names(checkpoint_names, TEXT_SPELLINGS)
         return {name: (stored_as[name], ()) for name in parameter_names if name in stored_as}
@@ -124,11 +132,11 @@ class LlamaForCausalLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations; matrices may be packed."""
+        """The dtype of activations; matrices may be packed."""
         return self.model.norm.weight.dtype
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens int64 [B, T] -> [B, T, H]"""
+        """Look up the embeddings of tokens. tokens int64 [B, T] -> [B, T, H]"""
         ranks = self.config.ranks
         if ranks.count == 1:
             return self.model.embed_tokens(tokens)
@@ -138,18 +146,18 @@ class LlamaForCausalLM(nn.Module):
         return ranks.add_up(x.masked_fill(elsewhere.unsqueeze(-1), 0))
 
     def head(self, x: Tensor) -> Tensor:
-        """Final norm and output projection. x [B, T, H] -> logits [B, T, V]"""
+        """Apply the final norm and the output projection. x [B, T, H] -> logits [B, T, V]"""
         return self.config.ranks.join_rows(self.lm_head(self.model.norm(x)), self.config.vocab_size)
 
     def forward(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
-        """The dense network without a cache.
+        """Run the dense network without a cache.
 
         tokens int64 [B, T]; real bool [B, T], False where a token is padding -> logits [B, T, V]
         """
         return self.forward_embedded(self.embed(tokens), real)
 
     def forward_embedded(self, x: Tensor, real: Tensor | None = None, pictures: PictureRows | None = None) -> Tensor:
-        """The same, from embedded tokens (which may be features of pictures). x [B, T, H] -> logits [B, T, V]"""
+        """Run `forward` from embedded tokens, which may be features of pictures. x [B, T, H] -> logits [B, T, V]"""
         given = pictures or PictureRows()
         rows = prefill_pass(self.model.rotary, map(AttentionPattern, self.config.windows), x, real, given)
         for index, layer in enumerate(self.model.layers):
@@ -157,9 +165,9 @@ class LlamaForCausalLM(nn.Module):
         return self.head(x)
 
     def new_state(self, batch: int, capacity: int, pruning: Pruning, dropped: int = 0) -> DecodeState:
-        """Allocate cache and buffers for `batch` sequences of up to `capacity` tokens, prompt and new ones together.
+        """Allocate cache and buffers for `batch` sequences of up to `capacity` tokens, prompt and new tokens together.
 
-        dropped  tokens that need no slots in layers which drop some (see SlotMap)
+        dropped  tokens that layers which drop tokens need no slots for (see SlotMap)
         """
         config = self.config
         running = [pruning.sublayers(index) for index in range(config.num_hidden_layers)]
@@ -181,14 +189,14 @@ class LlamaForCausalLM(nn.Module):
         return DecodeState(cache, layers, pruning, live, Clock(self.device), pruning.new_schedule(batch))
 
     def cache_bytes(self, batch: int, capacity: int, pruning: Pruning | None = None) -> int:
-        """Of all layers, or of those that attend under a pruning."""
+        """Return the bytes of a cache, over all layers, or over those whose attention runs under a pruning."""
         one = self.config.num_key_value_heads * self.config.head_dim * self.dtype.itemsize
         layers = range(self.config.num_hidden_layers)
         attending = len(layers) if pruning is None else sum(ATTENTION in pruning.sublayers(index) for index in layers)
         return 2 * attending * batch * capacity * one
 
     def check_ids(self, ids: Iterable[int]) -> None:
-        """InputError for a token without a row in the embedding: some checkpoints add tokens and leave it as it is."""
+        """Raise InputError for a token without an embedding: some checkpoints add tokens but no embeddings for them."""
         if (highest := max(ids, default=0)) >= self.config.vocab_size:
             raise InputError(
                 f"the text has the token {highest}, and the model's embedding only {self.config.vocab_size} rows: "
@@ -199,15 +207,15 @@ class LlamaForCausalLM(nn.Module):
         self, x: Tensor, state: DecodeState, real: Tensor | None = None, counted: Tensor | None = None,
         kept: int = 0, pictures: PictureRows | None = None,
     ) -> Tensor:
-        """Run the prompts: fill the cache; given enough evidence, partition every layer and copy what stays active.
+        """Run the prompts: fill the cache; given enough evidence, partition every layer and copy its active weights.
 
-        More of a prompt, as a conversation's next turn is, adds to the evidence, and channels are partitioned again.
+        Continuing a prompt, as a conversation's next turn does, adds to the evidence and partitions again.
 
         x        [B, T, H]  embedded prompts, padded on the left
         real     [B, T]     bool, False where a slot is padding; None: no padding
-        counted  [B, T]     bool, tokens that count in the scores; None: all real ones
-        kept     slots of the cache that stay, and that these rows come after (without padding); 0: begin anew
-        pictures what the rows have because of pictures in the prompt
+        counted  [B, T]     bool, tokens that count in the scores; None: all real tokens
+        kept     slots of the cache to keep; these tokens follow them (without padding). 0: start a new prompt
+        pictures positions, blocks and features of pictures in the prompt
         returns  [B, V]     logits after the last token
         """
         rows = self.begin_prompt(x, state, real, kept, pictures or PictureRows())
@@ -221,7 +229,7 @@ class LlamaForCausalLM(nn.Module):
     def begin_prompt(
         self, x: Tensor, state: DecodeState, real: Tensor | None, kept: int, pictures: PictureRows
     ) -> PrefillPass:
-        """The pass of a prompt that starts the cache, or of more of one after its first `kept` slots."""
+        """Build the pass of a new prompt, or of tokens that continue one after its first `kept` slots."""
         if not kept:
             state.start(x.shape[1], real, pictures.rope_delta)
             rows = prefill_pass(self.model.rotary, state.cache.maps, x, real, pictures)
@@ -234,7 +242,7 @@ class LlamaForCausalLM(nn.Module):
         return rows
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
-        """One step: run one token per sequence on the active weights. tokens int64 [B] -> logits [B, V]"""
+        """Run one step on the active weights, one token per sequence. tokens int64 [B] -> logits [B, V]"""
         state.cache.make_room()
         x, step = self.begin(tokens, state)                                         # [B, 1, H]
         x = decode_layers(state.layers, x, step)
@@ -242,7 +250,7 @@ class LlamaForCausalLM(nn.Module):
         return self.head(x)[:, 0]                                                   # [B, V]
 
     def dense_step(self, tokens: Tensor, state: DecodeState, partitions: bool) -> Tensor:
-        """One step on all channels, which adds to the evidence and on request partitions the channels from all of it.
+        """Run one step on all channels and add to the evidence; if `partitions`, partition the channels again.
 
         tokens int64 [B] -> logits [B, V]
         """
@@ -253,20 +261,26 @@ class LlamaForCausalLM(nn.Module):
         return self.head(x)[:, 0]                                                   # [B, V]
 
     def begin(self, tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodePass]:
-        """The rows of a step, which decide together, and their pass. tokens int64 [B] -> x [B, 1, H]"""
+        """Embed the tokens of a step and build their pass; the sequences share one choice of channels.
+
+        tokens int64 [B] -> x [B, 1, H]
+        """
         x = self.embed(tokens.unsqueeze(1))
         return x, decode_pass(self.model.rotary, x, state.cache, state.live, together=True)
 
     def begin_dense(
         self, tokens: Tensor, state: DecodeState, partitions: bool, live: int
     ) -> tuple[Tensor, PrefillPass]:
-        """The rows of a dense step, `live` of which are evidence, and their pass. tokens int64 [B] -> x [B, 1, H]"""
+        """Embed the tokens of a dense step, `live` of which are evidence, and build their pass.
+
+        tokens int64 [B] -> x [B, 1, H]
+        """
         x = self.embed(tokens.unsqueeze(1))
         rows = following_pass(self.model.rotary, x, state.cache, PictureRows())
         rows.counted, rows.tokens, rows.partitions, rows.of_prompt = state.live, live, partitions, False
         return x, rows
 
     def ffn_sizes(self, pruning: Pruning) -> PartitionSizes:
-        """Regions of the feed-forward networks (of the first that runs, where layers differ; of none: of the first)."""
+        """Return the region sizes of the first feed-forward network that runs; if none runs, of the first layer."""
         running = [layer.mlp for index, layer in enumerate(self.model.layers) if MLP in pruning.sublayers(index)]
         return pruning.rule.sizes(running[0]) if running else POP(0.0, 0.0).sizes(self.model.layers[0].mlp)

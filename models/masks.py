@@ -1,6 +1,6 @@
-"""Masks: which tokens each row may attend to, and which cache slots hold them.
+"""Attention masks: which tokens a query may attend to, and which cache slots hold them.
 
-B batch, T rows, S slots.
+B batch, T query tokens, S slots.
 """
 
 from collections.abc import Iterable
@@ -17,13 +17,13 @@ Masks = dict[AttentionPattern, Any]
 def visible(
     queries: Tensor, keys: Tensor, padding: Tensor | None, window: int | None, blocks: Tensor | None = None
 ) -> Tensor:
-    """Compute which tokens rows may attend to: no later one, no padding, none beyond the window.
+    """Compute which keys each query may attend to: no later token, no padding, none beyond the window.
 
-    The rows of one picture may also attend to later rows of it, where there are blocks. A row of padding attends to
+    With `blocks`, tokens of one picture may also attend to later tokens of that picture. A padding token attends to
     itself, so that no row of the softmax is empty.
 
-    queries int64 [T] or [B, T] and keys int64 [S] or [B, S]: tokens of the padded prompt, counted from 0, -1: none;
-    padding int64 [B, 1], tokens on the left that are padding; blocks int64 [B, tokens so far], see PictureRows
+    queries int64 [T] or [B, T] and keys int64 [S] or [B, S]: token indices in the padded prompt, from 0; -1: no token;
+    padding int64 [B, 1], number of padding tokens on the left; blocks int64 [B, tokens so far], see PictureRows
     -> bool [B or 1, T, S]
     """
     query, key = queries[..., None], keys[..., None, :]
@@ -39,7 +39,8 @@ def visible(
 
 
 def blocks_at(blocks: Tensor, tokens: Tensor) -> Tensor:
-    """The blocks of these tokens, -1 where there are none. blocks int64 [B, n]; tokens int64 [S] or [B, S] -> [B, S]"""
+    """Look up the blocks of these tokens, -1 if a token has none. blocks int64 [B, n]; tokens int64 [S] or [B, S]
+    -> [B, S]"""
     tokens = tokens.expand(len(blocks), -1)
     inside = (tokens >= 0) & (tokens < blocks.shape[1])
     return blocks.gather(1, tokens * inside).masked_fill(~inside, -1)
@@ -49,9 +50,9 @@ def masks_in_cache(
     patterns: Iterable[AttentionPattern], cache: KVCache, tokens: Tensor, dtype: torch.dtype,
     blocks: Tensor | None = None,
 ) -> Masks:
-    """Masks of rows that attend to the cache, float [B, 1, T, S]: 0 where a row may look and -inf elsewhere.
+    """Compute masks for attention to the cache, per pattern float [B, 1, T, S]: 0 if visible, else -inf.
 
-    tokens int64 [T] or [B, T], those of the rows; blocks: see PictureRows
+    tokens int64 [T] or [B, T], the query tokens; blocks: see PictureRows
     """
     masks: Masks = {}
     for pattern in patterns:

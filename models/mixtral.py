@@ -1,6 +1,6 @@
-"""Mixtures of experts: Mixtral, Qwen2-MoE (with its shared expert) and Qwen3-MoE, told apart by their config alone.
+"""Mixtures of experts: Mixtral, Qwen2-MoE (with its shared expert) and Qwen3-MoE, distinguished by their config alone.
 
-Everything but the feed-forward network (models/experts.py) is the Llama family's.
+Everything except the feed-forward network (models/experts.py) is the Llama family's.
 """
 
 import re
@@ -21,10 +21,10 @@ from weights.errors import InputError
 
 @dataclass(frozen=True)
 class MixtralConfig(LlamaConfig):
-    """LlamaConfig and what the experts add. intermediate_size is that of layers without experts.
+    """LlamaConfig with the fields of the experts. intermediate_size is that of layers without experts.
 
-    sparse_layers                     per layer, whether it is a mixture of experts
-    shared_expert_intermediate_size   channels of the expert every token passes (Qwen2-MoE); 0: there is none
+    sparse_layers                     per layer, True if it is a mixture of experts
+    shared_expert_intermediate_size   channels of the shared expert, which runs for every token (Qwen2-MoE); 0: none
     """
 
     num_experts: int = 8
@@ -36,7 +36,7 @@ class MixtralConfig(LlamaConfig):
 
     @property
     def sides(self) -> tuple[int, ...]:
-        # Where every layer has experts, nothing has the side that layers without them would have.
+        # If every layer has experts, no tensor has intermediate_size as a side.
         queries = self.num_attention_heads * self.head_dim
         channels = self.moe_intermediate_size if all(self.sparse_layers) else self.intermediate_size
         return self.vocab_size, self.hidden_size, queries, channels, self.shared_expert_intermediate_size
@@ -73,7 +73,7 @@ TRAINING_FIELDS = ("router_aux_loss_coef", "output_router_logits", "router_jitte
 
 
 def read_mixtral_config(raw: Mapping[str, Any], where: str = "config.json") -> MixtralConfig:
-    """MixtralConfig from a parsed config.json of Mixtral, Qwen2-MoE or Qwen3-MoE.
+    """Read a MixtralConfig from a parsed config.json of Mixtral, Qwen2-MoE or Qwen3-MoE.
 
     Raises InputError for a field of the wrong type, for numbers that contradict each other and for a feature that is
     not implemented.
@@ -115,7 +115,7 @@ def read_mixtral_config(raw: Mapping[str, Any], where: str = "config.json") -> M
 
 
 class MixtralDecoderLayer(LlamaDecoderLayer):
-    """A Llama layer whose feed-forward network is a mixture of experts (in Qwen's models, where the config says so)."""
+    """A Llama layer whose feed-forward network is a mixture of experts (in Qwen's models, if the config says so)."""
 
     def __init__(self, config: MixtralConfig, index: int) -> None:
         super().__init__(config, index)
@@ -132,10 +132,12 @@ class MixtralDecoderLayer(LlamaDecoderLayer):
 
 
 class MixtralForCausalLM(LlamaForCausalLM):
+    """A language model with mixtures of experts, read from any of their three checkpoint layouts."""
+
     config: MixtralConfig
     read_config = staticmethod(read_mixtral_config)
     layer_class = MixtralDecoderLayer  # type: ignore[assignment]  # takes the wider config
-    # Which experts run is known only at the step, and each choice would be compiled anew.
+    # Each step chooses its experts, and every choice would be compiled again.
     can_compile = False
 
     def locate(
@@ -148,7 +150,7 @@ class MixtralForCausalLM(LlamaForCausalLM):
         return {name: (stored_as.get(key, key), index) for name, (key, index) in places.items()}
 
     def ffn_sizes(self, pruning: Pruning) -> PartitionSizes:
-        """Regions of one expert, or of the feed-forward networks where no layer has experts."""
+        """Return the region sizes of one expert, or of a feed-forward network if no layer has experts."""
         networks = (layer.mlp for index, layer in enumerate(self.model.layers) if MLP in pruning.sublayers(index))
         mixture = next((mlp for mlp in networks if isinstance(mlp, MixtureOfExperts)), None)
         return super().ffn_sizes(pruning) if mixture is None else pruning.rule.sizes(mixture.experts[0])
@@ -160,9 +162,9 @@ MIXTRAL_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 def locate_experts(
     parameter_names: Sequence[str], checkpoint_names: Sequence[str], channels: int
 ) -> dict[str, tuple[str, tuple[Any, ...]]]:
-    """Where the router and the experts stand in a checkpoint: the key, and what to index it with (() for all of it).
+    """Locate the router and the experts in a checkpoint: the key, and an index into that tensor (() for all of it).
 
-    Three layouts are told apart by the keys themselves: Mixtral's block_sparse_moe.experts.E.{w1,w3,w2}; Qwen's
+    The keys distinguish three layouts: Mixtral's block_sparse_moe.experts.E.{w1,w3,w2}; Qwen's
     mlp.experts.E.{gate,up,down}_proj, which are our own names; and all experts of a layer in two tensors,
     mlp.experts.gate_up_proj [E, 2 I, H] (gate above up) and mlp.experts.down_proj [E, H, I].
     """

@@ -1,10 +1,10 @@
-"""Passes: which rows go through a layer, at which positions, who sees whom, what counts as evidence, who decides.
+"""Passes: the tokens that run through a layer, with their positions, masks, cache slots and role in pruning.
 
-Two kinds, as there are two visible paths in every block. A PrefillPass is a prompt on its way: its rows are evidence. A
-DecodePass is what follows: one row per sequence, which decide together, or the rows of a text that is known already,
-each for itself. A mixture hands each of its experts a part of a pass.
+There are two kinds, as every block has two paths. A PrefillPass runs a prompt: its tokens are evidence. A DecodePass
+runs tokens after the prompt: one per sequence, which share one choice of channels, or the tokens of a known text, each
+with a choice of its own. A mixture hands each of its experts a part of a pass.
 
-B batch, T rows, S slots that are seen, D head size.
+B batch, T tokens, S visible slots, D head size.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +24,7 @@ RotaryOf = Callable[..., tuple[Tensor, Tensor]]
 
 
 class ImageSpan(NamedTuple):
-    """The rows of one picture, one after the other: of which prompt of the batch, the first of them, how many."""
+    """The consecutive tokens of one picture: index of the prompt in the batch, first token, number of tokens."""
 
     sequence: int
     first: int
@@ -37,13 +37,13 @@ Slots = dict[AttentionPattern, Tensor]
 
 @dataclass
 class PictureRows:
-    """What rows of a prompt have because of its pictures, beside their embeddings.
+    """Extra inputs of a prompt's tokens because of its pictures, beside their embeddings.
 
-    positions   int64 [3, B, T], by time, row and column; None: one after the other, as in a text
-    rope_delta  int64 [B, 1], what is added to the positions of the tokens after the prompt; None: nothing
-    added       [B, T, H] each: what is added to the rows that leave the first layers (DeepStack)
-    blocks      int64 [B, slots so far], by slot: rows of one number see each other both ways; -1 those of no picture
-    stretches   where the pictures among these rows are; only asked for where some of their rows are left out
+    positions   int64 [3, B, T], by time, row and column; None: consecutive, as in a text
+    rope_delta  int64 [B, 1], added to the positions of the tokens after the prompt; None: nothing
+    added       [B, T, H] each, added to the output of the first layers (DeepStack)
+    blocks      int64 [B, slots so far]: tokens of equal number attend to each other both ways; -1: of no picture
+    stretches   the pictures among these tokens; set only if some of their tokens are dropped
     """
 
     positions: Tensor | None = None
@@ -53,7 +53,7 @@ class PictureRows:
     stretches: Sequence[ImageSpan] = ()
 
     def add_features(self, layer: int, x: Tensor) -> Tensor:
-        """The rows that leave a layer, with the features of pictures that are added there. [B, T, H]"""
+        """Add the features of pictures that belong to the output of this layer. [B, T, H] -> [B, T, H]"""
         return x + self.added[layer] if layer < len(self.added) else x
 
 
@@ -62,20 +62,20 @@ NO_PICTURES = PictureRows()
 
 @dataclass
 class PrefillPass:
-    """What every layer needs to run rows of a prompt, or a dense step after it.
+    """Inputs that every layer needs to run tokens of a prompt, or a dense step after it.
 
     rotary        per attention pattern: cos, sin [B, T, D] of the rotary embedding
-    token_index   int64 [T] or [B, T], the tokens that these rows are, counted from the start of the padded prompt
-    slots         per attention pattern: int64 [T], the cache slots that these rows fill in its layers
-    masks         per attention pattern. Of rows that follow: float [B, 1, T, S], 0 where a row may look and -inf
-                  elsewhere; else bool [B, 1, T, T], True where it may look, None: causal and nothing else
-    follows       whether rows came before, which these attend to in the cache; else to each other alone
-    pictures      what the rows have because of pictures in the prompt
-    counted       bool [B, T], rows that count as evidence (None: all), `tokens` of them
-    partitions    whether layers partition their channels from the evidence so far
+    token_index   int64 [T] or [B, T], index of each token, counted from the start of the padded prompt
+    slots         per attention pattern: int64 [T], the cache slots that these tokens fill in its layers
+    masks         per attention pattern. If `follows`: float [B, 1, T, S], 0 if visible, else -inf. Otherwise bool
+                  [B, 1, T, T], True if visible; None: plain causal attention
+    follows       True if these tokens attend to the cache, which holds earlier tokens; else to each other alone
+    pictures      extra inputs because of pictures in the prompt
+    counted       bool [B, T], tokens that count as evidence (None: all), `tokens` of them
+    partitions    True if layers partition their channels from the evidence so far
     finish_dense  down_proj and o_proj run on all channels (prefill "dense"), not only on the active ones
-    clock         where the time of the prompt's phases is added up; None: nobody times them
-    of_prompt     whether these are rows of a prompt; else of a dense step after it
+    clock         sums the time of the prompt's phases; None: no timing
+    of_prompt     True for tokens of a prompt, False for a dense step after it
     """
 
     rotary: RotaryPairs
@@ -92,37 +92,39 @@ class PrefillPass:
     of_prompt: bool = True
 
     def count(self, batch: int, counted: Tensor | None) -> None:
-        """Say which rows of the batch are evidence. counted bool [B, T], None: all"""
+        """Set which tokens of the batch are evidence. counted bool [B, T], None: all"""
         self.counted = counted
         self.tokens = batch * self.token_index.shape[-1] if counted is None else int(counted.sum())
 
     def see(self, evidence: Evidence, h: Tensor) -> None:
-        """Add the squares of these rows to the evidence. h [B, T, I]"""
+        """Add the squared activations of these tokens to the evidence. h [B, T, I]"""
         with phase(self.clock, "scores"):
             evidence.add(h, self.counted, self.tokens)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, scale: float) -> Tensor:
-        """Attend to each other, or to the cache where rows came before. q [B, N, T, D]; k, v [B, K, T, D] of these rows
-        -> [B, T, N, D]"""
+        """Attend to the cache if earlier tokens are there, else to each other.
+
+        q [B, N, T, D]; k, v [B, K, T, D] of these tokens -> [B, T, N, D]
+        """
         mask = self.masks[cache.pattern]
         if not self.follows:
             return attend_prompt(q, k, v, mask, scale)
         return attend_cache(q, cache.keys, cache.values, mask, scale)
 
     def part(self, counted: Tensor | None, tokens: int) -> "PrefillPass":
-        """The pass of some rows alone, through a network that does not look at positions. counted bool [1, n]"""
+        """Return the pass of some of the tokens, for a network that ignores positions. counted bool [1, n]"""
         return replace(self, counted=counted, tokens=tokens)
 
 
 @dataclass
 class DecodePass:
-    """What every layer needs to run rows that come after the prompt.
+    """Inputs that every layer needs to run tokens after the prompt.
 
     rotary    per attention pattern: cos, sin [B, T, D] of the rotary embedding
-    masks     per attention pattern: float [B, 1, T, S], 0 where a row may look and -inf elsewhere
-    slots     per attention pattern: int64 [T], the cache slots that these rows fill in its layers
+    masks     per attention pattern: float [B, 1, T, S], 0 if visible, else -inf
+    slots     per attention pattern: int64 [T], the cache slots that these tokens fill in its layers
     live      bool [B, 1], False for sequences that have ended: they do not count when candidates are chosen
-    together  whether the rows decide together (the sequences of a batch, at one step) or each for itself
+    together  True if all tokens share one choice of candidates (a step of a batch); False if each has its own
     """
 
     rotary: RotaryPairs
@@ -132,11 +134,11 @@ class DecodePass:
     together: bool
 
     def scores(self, h: Tensor, norms: Tensor) -> Tensor:
-        """Importance of channels at this step. h [B, T, C], norms [C] -> [C], or [B, T, C] where rows are alone."""
+        """Score channels at this step. h [B, T, C], norms [C] -> [C] if `together`, else [B, T, C]"""
         return channel_scores(h, norms, self.live) if self.together else h.float().abs() * norms
 
     def part(self, live: Tensor) -> "DecodePass":
-        """The pass of some rows alone, as one sequence each. live bool [n, 1]"""
+        """Return the pass of some of the tokens, as one sequence each. live bool [n, 1]"""
         return replace(self, live=live)
 
 
@@ -144,7 +146,7 @@ def prefill_pass(
     rotary: RotaryOf, patterns: Iterable[AttentionPattern], x: Tensor, real: Tensor | None,
     pictures: PictureRows = NO_PICTURES,
 ) -> PrefillPass:
-    """The pass of a whole prompt, whose rows attend to each other. x [B, T, H]; real bool [B, T], None: no padding"""
+    """Build the pass of a whole prompt, without earlier tokens. x [B, T, H]; real bool [B, T], None: no padding"""
     tokens = torch.arange(x.shape[1], device=x.device)                              # [T]
     padding = None if real is None else (~real).sum(dim=1, keepdim=True)            # [B, 1]
     positions = pictures.positions
@@ -160,7 +162,7 @@ def prefill_pass(
 
 
 def following_pass(rotary: RotaryOf, x: Tensor, cache: KVCache, pictures: PictureRows) -> PrefillPass:
-    """The pass of rows that come after those in the cache, and attend to it. x [B, T, H]"""
+    """Build the pass of tokens that follow those in the cache and attend to it. x [B, T, H]"""
     tokens = cache.following(x.shape[1])                                            # [T]
     positions = cache.positions(tokens) if pictures.positions is None else pictures.positions
     masks = masks_in_cache(cache.maps, cache, tokens, x.dtype, pictures.blocks)
@@ -169,7 +171,7 @@ def following_pass(rotary: RotaryOf, x: Tensor, cache: KVCache, pictures: Pictur
 
 
 def decode_pass(rotary: RotaryOf, x: Tensor, cache: KVCache, live: Tensor, together: bool) -> DecodePass:
-    """The pass of a step's rows, after those in the cache. x [B, T, H]; live bool [B, 1]"""
+    """Build the pass of a step, after the tokens in the cache. x [B, T, H]; live bool [B, 1]"""
     tokens = cache.following(x.shape[1])                                            # [T]
     pairs = rotary_pairs(rotary, cache.maps, cache.positions(tokens), x.dtype)
     masks = masks_in_cache(cache.maps, cache, tokens, x.dtype)
@@ -179,10 +181,10 @@ def decode_pass(rotary: RotaryOf, x: Tensor, cache: KVCache, live: Tensor, toget
 def rotary_pairs(
     rotary: RotaryOf, patterns: Iterable[AttentionPattern], positions: Tensor, dtype: torch.dtype
 ) -> RotaryPairs:
-    """Rotary embeddings for every attention pattern. positions int64 [B, T] or [3, B, T]"""
+    """Compute rotary embeddings for every attention pattern. positions int64 [B, T] or [3, B, T]"""
     return {pattern: rotary(positions, dtype, pattern.window) for pattern in patterns}
 
 
 def slots_in_cache(cache: KVCache, tokens: Tensor) -> Slots:
-    """The cache slots that rows of these tokens fill, for every attention pattern. tokens int64 [T]"""
+    """Return the cache slots that these tokens fill, for every attention pattern. tokens int64 [T]"""
     return {pattern: slot_map.slots(tokens) for pattern, slot_map in cache.maps.items()}

@@ -1,11 +1,11 @@
-"""Tensor parallelism: several processes ("ranks") that hold a share of a model each (arXiv 1909.08053, section 3).
+"""Tensor parallelism: several processes ("ranks") hold a share of a model each (arXiv 1909.08053, section 3).
 
-A rank has its share of the attention heads and of every network's channels, so what its o_proj and down_proj put out
-is a part of a sum: two sums over all ranks in every layer, which stand where they happen (models/llama.py). Of the
-vocabulary it has some rows. Norms, routers and vision towers are whole everywhere.
+A rank has its share of the attention heads and of every network's channels. The outputs of its o_proj and down_proj
+are partial sums: every layer adds them up over all ranks twice (models/llama.py). Each rank holds some rows of the
+vocabulary. Norms, routers and vision towers are replicated.
 
-A model is laid out for one rank by a config of that rank's heads and channels. Whoever started the processes has
-joined them before (popengine/engine/distributed.py); with one process nothing here imports or does anything.
+The model of one rank is built from a config with that rank's heads and channels. The process group must exist already
+(popengine/engine/distributed.py). With one process, nothing is imported or communicated.
 
 V vocabulary.
 """
@@ -22,28 +22,28 @@ from weights.errors import InputError
 
 @dataclass(frozen=True)
 class Ranks:
-    """index: which of `count` ranks this process is"""
+    """This process's `index` among `count` ranks."""
 
     index: int = 0
     count: int = 1
 
     def stretch(self, size: int) -> slice:
-        """This rank's of so many things that lie in a row."""
+        """Return this rank's slice of `size` consecutive items."""
         return slice(size * self.index // self.count, size * (self.index + 1) // self.count)
 
     def add_up(self, part: Tensor) -> Tensor:
-        """The sum of what each rank has. In the place of `part` where there are several, the same everywhere."""
+        """Sum the parts of all ranks; every rank gets the sum. With several ranks, `part` may be overwritten."""
         if self.count > 1:
             part = part.contiguous()
             torch.distributed.all_reduce(part)
         return part
 
     def join(self, part: Tensor) -> Tensor:
-        """What each rank has of as many as every other, side by side. [..., n] -> [..., ranks n]"""
+        """Concatenate parts of equal size from all ranks. [..., n] -> [..., ranks n]"""
         return self.join_rows(part, self.count * part.shape[-1])
 
     def join_rows(self, part: Tensor, size: int) -> Tensor:
-        """What each rank has of `size` outputs, side by side. [..., rows of this rank] -> [..., size]"""
+        """Concatenate each rank's slice of `size` outputs. [..., rows of this rank] -> [..., size]"""
         if self.count == 1:
             return part
         most = -(-size // self.count)
@@ -55,7 +55,7 @@ class Ranks:
 
 
 ALONE = Ranks()
-# What a config counts that is shared out. Each of them must divide, or a rank would have half a head.
+# Config fields that are divided among the ranks. Each must be divisible, or a rank would have half a head.
 SHARED = {
     "num_key_value_heads": "key/value heads", "num_attention_heads": "query heads",
     "intermediate_size": "channels of a feed-forward network", "moe_intermediate_size": "channels of an expert",
@@ -64,7 +64,7 @@ SHARED = {
 
 
 def share_of(config: Any, ranks: Ranks) -> Any:
-    """The config of one rank's share of a language model. InputError for numbers that the ranks do not divide."""
+    """Return the config of one rank's share of a language model. Raises InputError for counts they do not divide."""
     counts = {name: getattr(config, name) for name in SHARED if getattr(config, name, 0)}
     for name, count in counts.items():
         if count % ranks.count:

@@ -1,4 +1,4 @@
-"""The one table of families, by the model_type of config.json: another one is one file and one line here."""
+"""The table of model families, by the model_type of config.json. A new family is one file and one line here."""
 
 from typing import Any
 
@@ -31,10 +31,10 @@ FAMILIES: dict[str, tuple[str, type[LlamaForCausalLM] | type[PictureModel]]] = {
 
 
 def architecture(config: dict[str, Any], where: str) -> type[LlamaForCausalLM] | type[PictureModel]:
-    """The class of a config.json: by its model_type, as in transformers, else by the name under architectures.
+    """Return the model class for a config.json: by its model_type, as in transformers, else by its architectures.
 
-    Raises InputError for one that is not supported, and where the two contradict each other. A name that only begins
-    as the family's (LlamaModel, LLaMAForCausalLM) does not.
+    Raises InputError if the model is not supported, or if the two contradict each other. A name that only begins like
+    the family's (LlamaModel, LLaMAForCausalLM) is no contradiction.
     """
     model_type, names = config.get("model_type"), config.get("architectures") or None
     name = names[0] if isinstance(names, list) else names

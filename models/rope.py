@@ -1,4 +1,4 @@
-"""Frequencies of rotary positions, and how they are stretched for long contexts."""
+"""Frequencies of rotary positions, and their scaling for long contexts."""
 
 import math
 
@@ -9,7 +9,7 @@ from models.config import RopeConfig
 
 
 def rotary_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Angle per position of each of the D/2 pairs of coordinates, float32 [D/2]."""
+    """Compute the angle per position of each of the D/2 pairs of coordinates, float32 [D/2]."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = 1.0 / rope.theta**exponents                                       # [D/2]
     if rope.rope_type == "linear":
@@ -17,7 +17,7 @@ def rotary_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     if rope.rope_type == "factors":
         return frequencies / torch.tensor(rope.factors)
     if rope.rope_type == "llama3":
-        # Wavelengths beyond the original context are stretched by `factor`, short ones are left, with a ramp between.
+        # Stretch wavelengths beyond the original context by `factor` and keep short ones, with a ramp between.
         turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
         kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
         return (1 - kept) * frequencies / rope.factor + kept * frequencies
@@ -27,10 +27,10 @@ def rotary_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 def yarn_frequencies(rope: RopeConfig, head_dim: int, frequencies: Tensor) -> Tensor:
-    """YaRN (arXiv 2309.00071, section 3.2): interpolate slow pairs, keep fast ones, with a ramp between."""
+    """Interpolate slow pairs and keep fast ones, with a ramp between (YaRN, arXiv 2309.00071, section 3.2)."""
 
     def pair_with(turns: float) -> float:
-        """Index of the pair of coordinates that makes `turns` full turns over the original context."""
+        """Return the index of the pair of coordinates that makes `turns` full turns over the original context."""
         wavelengths = rope.original_max_position_embeddings / (turns * 2 * math.pi)
         return head_dim * math.log(wavelengths) / (2 * math.log(rope.theta))
 

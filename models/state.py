@@ -1,9 +1,9 @@
-"""What a prefill leaves behind and decode steps carry on: per layer its cache and the blocks that run.
+"""The state that a prefill writes and decode steps continue: per layer its cache and the blocks that run.
 
-A layer is two residual blocks, attention and feed-forward network. A state lists the blocks of each layer that run, so
-that leaving out a layer, or one block of it, is a shorter list.
+A layer has two residual blocks, attention and feed-forward network. A state lists the blocks of each layer that run;
+leaving out a layer, or one block of it, makes the list shorter.
 
-B batch, T rows, S cache slots, H hidden size.
+B batch, T tokens, S cache slots, H hidden size.
 """
 
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from models.pruning.resolve import Pruning
 
 @dataclass
 class LayerState:
-    """One layer's part of the cache, what runs in place of its two blocks' insides, and the blocks that run."""
+    """One layer of a state: its cache, its attention and feed-forward network as pruned, and the blocks that run."""
 
     index: int
     cache: LayerCache
@@ -43,11 +43,13 @@ class LayerState:
 
 @dataclass
 class DecodeState:
-    """Allocated once for a batch size, a capacity and a pruning; a prefill starts it anew, or goes on after a prompt.
+    """The state of a run, allocated once for a batch size, a capacity and a pruning.
+
+    A prefill resets it, or continues after the tokens it holds.
 
     live      bool [B, 1], False for a sequence that has ended: it no longer counts when candidates are chosen
     clock     time of the prompt's phases
-    schedule  when steps run dense, and when channels are partitioned again
+    schedule  decides when steps run dense, and when channels are partitioned again
     """
 
     cache: KVCache
@@ -58,7 +60,7 @@ class DecodeState:
     schedule: RefreshSchedule
 
     def start(self, prompt_slots: int, real: Tensor | None, rope_delta: Tensor | None = None) -> None:
-        """Forget the last prompt. real bool [B, T], False where a slot is padding; rope_delta: see PictureRows"""
+        """Reset for a new prompt. real bool [B, T], False where a slot is padding; rope_delta: see PictureRows"""
         self.cache.start(prompt_slots, real, rope_delta)
         for layer in self.layers:
             layer.attention.restart()
@@ -68,7 +70,7 @@ class DecodeState:
         self.schedule = self.pruning.new_schedule(len(self.live))
 
     def go_on(self, kept: int, rope_delta: Tensor | None = None) -> None:
-        """Go on with more of a prompt after the first `kept` slots of the cache. What is evidence stays evidence."""
+        """Keep the first `kept` slots of the cache and continue the prompt after them. The evidence is kept whole."""
         self.cache.go_back(kept)
         self.cache.shift(rope_delta)
         self.live.fill_(True)
@@ -77,19 +79,19 @@ class DecodeState:
 
     @torch.inference_mode()
     def grow(self, capacity: int) -> None:
-        """Enlarge the cache to so many slots."""
+        """Enlarge the cache to `capacity` slots."""
         self.cache.grow(capacity)
 
     def fits(self, batch: int, capacity: int, pruning: Pruning, dropped: int) -> bool:
-        """Whether it was made for just this: a cache of another capacity would cost attention time, or be too small."""
+        """Return True if the state was made for exactly these: a cache of another capacity is slower or too small."""
         made_for = len(self.live), self.cache.capacity, self.pruning, self.cache.dropped
         return made_for == (batch, capacity, pruning, dropped)
 
     def end(self, index: int) -> None:
-        """One sequence has ended."""
+        """Mark one sequence as ended."""
         self.live[index] = False
         self.schedule.live -= 1
 
     def partition_bytes(self) -> int:
-        """Memory that the copies of active weights take, in bytes."""
+        """Return the memory of the copies of active weights, in bytes."""
         return sum(layer.attention.copied_bytes() + layer.ffn.copied_bytes() for layer in self.layers)

@@ -1,6 +1,6 @@
-"""Walks: which rows run through which layers, in what order.
+"""Walks: which tokens run through which layers, in what order.
 
-B batch, T rows, H hidden size.
+B batch, T tokens, H hidden size.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ class RunningLayer(Protocol):
     sublayers: list[Sublayer]
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
-        """Run rows of a prompt, or of a dense step."""
+        """Run tokens of a prompt, or of a dense step."""
 
     def decode(self, x: Tensor, step: DecodePass) -> Tensor:
-        """Run rows of a step."""
+        """Run the tokens of a step."""
 
 
 class RunningState(Protocol):
@@ -38,32 +38,32 @@ class RunningState(Protocol):
 
 
 def prefill_layers(layers: Sequence[RunningLayer], x: Tensor, rows: PrefillPass) -> Tensor:
-    """Run rows of a prompt, or of a dense step, through some layers. x [B, T, H] -> [B, T, H]"""
+    """Run tokens of a prompt, or of a dense step, through the given layers. x [B, T, H] -> [B, T, H]"""
     for layer in layers:
         x = layer.prefill(x, rows)
     return x
 
 
 def decode_layers(layers: Sequence[RunningLayer], x: Tensor, step: DecodePass) -> Tensor:
-    """Run rows of a step through some layers. x [B, T, H] -> [B, T, H]"""
+    """Run the tokens of a step through the given layers. x [B, T, H] -> [B, T, H]"""
     for layer in layers:
         x = layer.decode(x, step)
     return x
 
 
 class Walk(Protocol):
-    """How a prompt walks through layers."""
+    """The way a prompt runs through layers."""
 
     def __call__(self, layers: Sequence[RunningLayer], x: Tensor, rows: PrefillPass, state: RunningState) -> Tensor:
-        """Run the rows of a prompt through some layers of a state. x [B, T, H] -> [B, T, H]"""
+        """Run the tokens of a prompt through the given layers of a state. x [B, T, H] -> [B, T, H]"""
 
     def evidence_tokens(self, rows: PrefillPass, state: RunningState) -> int:
-        """Count the tokens that are evidence, in the layer where fewest are."""
+        """Return how many tokens count as evidence, as the minimum over layers."""
 
 
 @dataclass(frozen=True)
 class EveryLayer:
-    """All rows run through every layer, one after the other."""
+    """All tokens run through every layer, one after the other."""
 
     def __call__(self, layers: Sequence[RunningLayer], x: Tensor, rows: PrefillPass, state: RunningState) -> Tensor:
         return prefill_layers(layers, x, rows)

@@ -1,1 +1,1 @@
-"""Model families with pictures, and those that differ from Llama by more than their config."""
+"""Model families that read pictures, and families that differ from Llama by more than their config."""

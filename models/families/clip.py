@@ -1,8 +1,8 @@
 """The vision towers of LLaVA models: CLIP's (arXiv 2103.00020) and SigLIP's (arXiv 2303.15343).
 
-They differ in three small things: SigLIP has no class token, no LayerNorm before its layers, and a bias on its patches.
-Only what LLaVA reads is built: layers beyond the deepest one that is read, the LayerNorm after them and the pooling
-heads are in the checkpoints but play no part.
+They differ in three details: SigLIP has no class token, no LayerNorm before its layers, and a bias on its patches.
+Only the part that LLaVA reads is built: layers beyond the deepest one that is read, the LayerNorm after them and the
+pooling heads are in the checkpoints but unused.
 
 B pictures, C colour channels, Y rows and X columns of pixels, P patches (and the class token, where there is one),
 H hidden size, I channels of the feed-forward network, N heads, D head size.
@@ -23,7 +23,7 @@ from weights.errors import InputError
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """What a vision tower needs to know. Field names are Hugging Face's where they have one."""
+    """Configuration of a vision tower. Field names are Hugging Face's if it has the field."""
 
     hidden_size: int
     intermediate_size: int
@@ -49,16 +49,16 @@ class VisionConfig:
 
     @property
     def blocks(self) -> int:
-        """As LlamaConfig's."""
+        """Number of blocks with matrices of their own."""
         return self.num_hidden_layers
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """Numbers that are a side of one of its tensors."""
+        """Sizes of the dimensions that its tensors have."""
         return self.hidden_size, self.intermediate_size, self.patch_size, self.positions
 
 
-# What a vision_config may leave out, per model type (transformers' documented defaults), and what the type fixes.
+# Per model type, defaults of a vision_config (transformers' documented ones), and properties that the type fixes.
 FAMILIES: dict[str, dict[str, Any]] = {
     "clip_vision_model": {
         "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
@@ -75,7 +75,7 @@ UNUSED_FIELDS = ("projection_dim", "vocab_size", "initializer_factor", "vision_u
 
 
 def read_vision_config(raw: Mapping[str, Any], where: str = "config.json: vision_config") -> VisionConfig:
-    """VisionConfig from a parsed vision_config, missing fields filled with the family's defaults.
+    """Read a VisionConfig from a parsed vision_config; missing fields get the family's defaults.
 
     Raises InputError for a field of the wrong type and for another kind of tower.
     """
@@ -113,7 +113,7 @@ def read_vision_config(raw: Mapping[str, Any], where: str = "config.json: vision
 
 
 class VisionEmbeddings(nn.Module):
-    """One vector per patch of pixels, the class token before them where there is one, and learned positions."""
+    """One vector per patch of pixels, after the class token if there is one, plus learned positions."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = Embedding(config.positions, config.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, C, Y, X] -> [B, P, H]"""
+        """Embed the patches of pictures. pixel_values [B, C, Y, X] -> [B, P, H]"""
         x = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [B, P, H]
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)
@@ -136,7 +136,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Every patch attends to every patch."""
+    """Attention in which every patch attends to every patch."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -156,6 +156,8 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
+    """Feed-forward network of a vision layer: two linear layers with an activation between them."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -167,6 +169,8 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
+    """A vision layer: attention and feed-forward network, each after a LayerNorm."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -180,16 +184,18 @@ class VisionLayer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
+    """Container of the vision layers, named as in checkpoints."""
+
     def __init__(self, config: VisionConfig, layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(layers))
 
 
 class VisionTower(nn.Module):
-    """Pictures to the hidden states LLaVA reads.
+    """Vision tower: computes the hidden states of pictures that LLaVA reads.
 
-    read: which ones, as transformers counts them: 0 is what enters the first layer, i what leaves layer i, and
-    negative numbers count from the last layer (-1). Raises InputError for one that the tower does not have.
+    read: indices of the hidden states, as in transformers: 0 is the input of the first layer, i the output of layer i,
+    and negative numbers count from the last layer (-1). Raises InputError for one that the tower does not have.
     """
 
     def __init__(self, config: VisionConfig, read: Sequence[int]) -> None:
@@ -210,7 +216,7 @@ class VisionTower(nn.Module):
         self.encoder = VisionEncoder(config, max(self.read))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, C, Y, X] -> [B, P, H for each hidden state read, side by side]"""
+        """Compute hidden states. pixel_values [B, C, Y, X] -> [B, P, H per hidden state read, concatenated]"""
         states = [self.pre_layrnorm(self.embeddings(pixel_values))]  # [B, P, H] each
         for layer in self.encoder.layers:
             states.append(layer(states[-1]))

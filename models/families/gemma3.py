@@ -1,10 +1,10 @@
 """Gemma-3 (arXiv 2503.19786): the text model, and the model that reads pictures with SigLIP's tower.
 
-Beside the Llama family: norms multiply by 1 + w, and stand before and behind attention and feed-forward network; every
-sixth layer sees all of the text, the others a window, and the two kinds turn their queries and keys by different
-frequencies; embeddings are scaled. The rows of a picture see each other both ways.
+Differences from the Llama family: norms multiply by 1 + w, and come before and after attention and feed-forward
+network. Every sixth layer attends to the whole text, the others to a window, and the two kinds have different rotary
+frequencies. Embeddings are scaled. The tokens of a picture attend to each other both ways.
 
-B batch, T rows, H hidden size of the language model, V vocabulary, F hidden size of the tower, P image tokens of a
+B batch, T tokens, H hidden size of the language model, V vocabulary, F hidden size of the tower, P image tokens of a
 picture.
 """
 
@@ -35,26 +35,26 @@ from models.passes import PictureRows
 from weights.errors import InputError
 from weights.json_files import JsonObject
 
-# What config.json may leave out (transformers' documented defaults): released checkpoints do.
+# Defaults of fields that released checkpoints leave out of config.json (transformers' documented ones).
 TEXT_DEFAULTS: dict[str, Any] = {
     "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
     "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
     "query_pre_attn_scalar": 256,
 }  # fmt: skip
-# Frequencies' base of layers that see all, and of those with a window.
+# Base of rotary frequencies in layers that attend to the whole text, and in layers with a window.
 GLOBAL_THETA, LOCAL_THETA = 1e6, 1e4
-# Fields that say how a cache is held or repeat what others say.
+# Fields about the cache of other implementations, and fields that repeat others.
 UNUSED_FIELDS = ("cache_implementation", "_sliding_window_pattern", "hidden_act")
 
 
 @dataclass(frozen=True)
 class Gemma3TextConfig(LlamaConfig):
-    """LlamaConfig and what Gemma adds. rope is that of layers that see all of the text.
+    """LlamaConfig with Gemma's fields. rope is that of layers that attend to the whole text.
 
-    local_rope             of layers with a window
-    query_pre_attn_scalar  products of queries and keys are divided by its root
-    final_logit_softcapping  logits are bent to stay within it; None: they are not, as in all released models
+    local_rope             RoPE of layers with a window
+    query_pre_attn_scalar  products of queries and keys are divided by its square root
+    final_logit_softcapping  soft bound of logits (tanh); None: no bound, as in all released models
     """
 
     local_rope: RopeConfig = field(default_factory=RopeConfig)
@@ -63,7 +63,7 @@ class Gemma3TextConfig(LlamaConfig):
 
     @property
     def context(self) -> int:
-        """max_position_embeddings counts positions as they are after scaling (factor 8: 16,384 become 131,072)."""
+        """Maximum tokens of a sequence. max_position_embeddings already includes scaling (factor 8: 131,072)."""
         return self.max_position_embeddings
 
     @property
@@ -72,7 +72,7 @@ class Gemma3TextConfig(LlamaConfig):
 
 
 def read_gemma3_text_config(raw: Mapping[str, Any], where: str = "config.json") -> Gemma3TextConfig:
-    """Gemma3TextConfig from a parsed config.json of a text model, or from the text_config of one that reads pictures.
+    """Read a Gemma3TextConfig from a text model's parsed config.json, or from the text_config of one with pictures.
 
     Raises InputError for a field of the wrong type and for a feature that is not implemented.
     """
@@ -82,7 +82,7 @@ def read_gemma3_text_config(raw: Mapping[str, Any], where: str = "config.json") 
     unknown = ropes.raw.keys() - {"full_attention", "sliding_attention"}
     if unknown:
         raise InputError(f"{ropes.where}: {', '.join(sorted(unknown))} is not a kind of layer that Gemma-3 has")
-    # Older checkpoints say rope_theta and rope_scaling of the layers that see all, rope_local_base_freq of the others.
+    # Older checkpoints have rope_theta and rope_scaling for layers without a window, rope_local_base_freq for others.
     of_all = {"rope_theta": given.number("rope_theta", GLOBAL_THETA), **ropes.section("full_attention").raw}
     of_window = {"rope_theta": given.number("rope_local_base_freq", LOCAL_THETA)}
     of_window |= ropes.section("sliding_attention").raw
@@ -105,7 +105,7 @@ def read_gemma3_text_config(raw: Mapping[str, Any], where: str = "config.json") 
 
 
 class Gemma3RMSNorm(RMSNorm):
-    """Times 1 + w, in float32 to the end."""
+    """RMSNorm that multiplies by 1 + w, computed in float32 up to the result."""
 
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_float32(x)
@@ -114,7 +114,7 @@ class Gemma3RMSNorm(RMSNorm):
 
 
 class Gemma3RotaryEmbedding(nn.Module):
-    """cos and sin for given positions, by what a layer sees."""
+    """cos and sin for given positions, with frequencies that depend on the layer's window."""
 
     def __init__(self, config: Gemma3TextConfig) -> None:
         super().__init__()
@@ -122,11 +122,13 @@ class Gemma3RotaryEmbedding(nn.Module):
         self.of_window = RotaryEmbedding(config.local_rope, config.head_dim)
 
     def forward(self, positions: Tensor, dtype: torch.dtype, window: int | None) -> tuple[Tensor, Tensor]:
-        """positions int64 [B, T]; window of the layers it is for -> cos, sin [B, T, D]"""
+        """Compute cos and sin. positions int64 [B, T]; window: of the layers -> cos, sin [B, T, D]"""
         return (self.of_all if window is None else self.of_window)(positions, dtype)
 
 
 class Gemma3DecoderLayer(LlamaDecoderLayer):
+    """A decoder layer with norms before and after both blocks, and q/k norms."""
+
     def __init__(self, config: Gemma3TextConfig, index: int) -> None:
         super().__init__(config, index)
         hidden, eps = config.hidden_size, config.rms_norm_eps
@@ -148,6 +150,8 @@ class Gemma3DecoderLayer(LlamaDecoderLayer):
 
 
 class Gemma3ForCausalLM(LlamaForCausalLM):
+    """The text model: Llama's with Gemma's norms and frequencies, scaled embeddings and a soft cap on logits."""
+
     config: Gemma3TextConfig
     read_config = staticmethod(read_gemma3_text_config)
     layer_class = Gemma3DecoderLayer  # type: ignore[assignment]  # takes the wider config
@@ -158,20 +162,20 @@ class Gemma3ForCausalLM(LlamaForCausalLM):
         self.model.rotary = Gemma3RotaryEmbedding(config)  # type: ignore[assignment]  # called alike
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens int64 [B, T] -> [B, T, H], times the root of H as the dtype rounds it (55.5 in bfloat16 for 55.4)"""
+        """Embed tokens, times the root of H as the dtype rounds it (bfloat16: 55.5). int64 [B, T] -> [B, T, H]"""
         x = super().embed(tokens)
-        # On the host: a number that a kernel is given costs no copy to the device.
+        # On the host: a scalar argument of a kernel needs no copy to the device.
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
 
     def head(self, x: Tensor) -> Tensor:
-        """Final norm and output projection, within the soft cap. x [B, T, H] -> logits [B, T, V]"""
+        """Apply the final norm, the output projection and the soft cap. x [B, T, H] -> logits [B, T, V]"""
         logits, cap = super().head(x), self.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 @dataclass(frozen=True)
 class Gemma3Config(PictureConfig):
-    """What joins the tower to the language model. Field names are Hugging Face's.
+    """Configuration of tower, projector and language model. Field names are Hugging Face's.
 
     boi_token_index, eoi_token_index  tokens before and after those of a picture
     """
@@ -190,14 +194,14 @@ class Gemma3Config(PictureConfig):
 
     @property
     def pooled(self) -> int:
-        """Side of the square of patches that one image token is the mean of."""
+        """Side of the square of patches whose mean is one image token."""
         return self.vision.image_size // self.vision.patch_size // math.isqrt(self.mm_tokens_per_image)
 
 
 def read_gemma3_config(raw: Mapping[str, Any], where: str = "config.json") -> Gemma3Config:
-    """Gemma3Config from a parsed config.json, missing fields filled with Gemma-3's defaults.
+    """Read a Gemma3Config from a parsed config.json; missing fields get Gemma-3's defaults.
 
-    Raises InputError for a field of the wrong type, for another tower, and for patches that do not make up the tokens.
+    Raises InputError for a field of the wrong type, for another tower, and if the tokens do not divide the patches.
     """
     fields = ConfigReader(raw, where)
     text, vision = fields.section("text_config"), fields.section("vision_config")
@@ -224,19 +228,19 @@ def read_gemma3_config(raw: Mapping[str, Any], where: str = "config.json") -> Ge
 
 
 class Gemma3VisionTower(VisionTower):
-    """SigLIP's tower to its end, the LayerNorm behind its layers with it."""
+    """SigLIP's whole tower, including the LayerNorm after its layers."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__(config, (-1,))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [pictures, 3, Y, X] -> [pictures, patches, F]"""
+        """Compute the last hidden state. pixel_values [pictures, 3, Y, X] -> [pictures, patches, F]"""
         return self.post_layernorm(super().forward(pixel_values))
 
 
 class Gemma3MultiModalProjector(nn.Module):
-    """Patches to image tokens: the means of squares of them, normed, at the language model's size."""
+    """Projector from patches to image tokens: means of squares of patches, normed, in the language model's size."""
 
     def __init__(self, config: Gemma3Config) -> None:
         super().__init__()
@@ -246,7 +250,7 @@ class Gemma3MultiModalProjector(nn.Module):
         self.pooled = config.pooled
 
     def forward(self, x: Tensor) -> Tensor:
-        """[pictures, patches, F] -> [pictures, P, H]"""
+        """Pool, norm and project. x [pictures, patches, F] -> [pictures, P, H]"""
         side = math.isqrt(x.shape[1])
         grid = x.transpose(1, 2).unflatten(2, (side, side))                         # [pictures, F, side, side]
         means = F.avg_pool2d(grid, self.pooled).flatten(2).transpose(1, 2)          # [pictures, P, F]
@@ -258,7 +262,7 @@ class Gemma3ForConditionalGeneration(PictureModel):
 
     read_config = staticmethod(read_gemma3_config)
     spellings = LlavaForConditionalGeneration.spellings
-    ignored_keys = (r".*vision_tower\.(.*\.)?head\..*",)      # SigLIP's pooling head plays no part
+    ignored_keys = (r".*vision_tower\.(.*\.)?head\..*",)      # SigLIP's pooling head is unused
 
     def __init__(self, config: Gemma3Config) -> None:
         super().__init__()
@@ -276,14 +280,14 @@ class Gemma3ForConditionalGeneration(PictureModel):
         return "\n\n", self.mark, self.config.image_token_index, self.config.eoi_token_index, "\n\n"
 
     def encode_images(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Tensor:
-        """Pictures as the language model reads them: pixel_values [pictures, 3, Y, X] -> [pictures, P, H]"""
+        """Encode pictures as embeddings of the language model. pixel_values [pictures, 3, Y, X] -> [pictures, P, H]"""
         weight = self.multi_modal_projector.mm_input_projection_weight
         return self.multi_modal_projector(self.vision_tower(pixel_values.to(weight.dtype)))
 
     def place(
         self, tokens: Tensor, real: Tensor | None, features: Tensor | None, grids: Sequence[Grid] = (), kept: int = 0
     ) -> tuple[Tensor, PictureRows | None]:
-        """As PictureModel's; image tokens without another between them are one picture's."""
+        """Put pictures in place (see PictureModel). Consecutive image tokens belong to one picture."""
         is_image = self.is_image(tokens)                                            # [B, T]
         begins = is_image & ~F.pad(is_image, (1, 0))[:, :-1]                        # [B, T]
         blocks = torch.where(is_image, begins.cumsum(dim=1), -1)                    # [B, T]

@@ -1,8 +1,8 @@
 """LLaVA (arXiv 2304.08485): pictures become tokens of a language model.
 
-A vision tower turns each picture into P feature vectors, a projector of two linear layers brings them to the language
-model's size, and they take the places of P image tokens in the prompt. From there on the language model runs as it
-does on text: online pruning treats it exactly so, and leaves the tower and the projector alone.
+A vision tower turns each picture into P feature vectors. A projector of two linear layers maps them to the language
+model's size, and they replace P image tokens in the prompt. From there on the language model runs as on text, and so
+does online pruning. The tower and the projector are never pruned.
 
 B batch, T prompt tokens, P image tokens per picture, H hidden size of the language model, V vocabulary.
 """
@@ -24,7 +24,7 @@ from models.mixtral import FAMILIES as MIXTURE_FAMILIES
 from models.mixtral import MixtralConfig, MixtralForCausalLM, read_mixtral_config
 from weights.errors import InputError
 
-# The tower of a config that has no vision_config at all: CLIP ViT-L/14 at 336 pixels, LLaVA 1.5's own.
+# The tower of a config without a vision_config: CLIP ViT-L/14 at 336 pixels, LLaVA 1.5's own.
 DEFAULT_VISION = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -35,15 +35,15 @@ DEFAULT_VISION = {
     "patch_size": 14,
 }
 
-# Fields that repeat what others say, or that matter only in training.
+# Fields that repeat others, or that matter only in training.
 UNUSED_FIELDS = ("vocab_size", "ignore_index", "image_seq_length", "use_image_newline_parameter")
 
 
 @dataclass(frozen=True)
 class LlavaConfig(PictureConfig):
-    """What joins the tower to the language model. Field names are Hugging Face's.
+    """Configuration of tower, projector and language model. Field names are Hugging Face's.
 
-    vision_feature_layer             hidden states of the tower that are read, side by side (see VisionTower)
+    vision_feature_layer             hidden states of the tower to read, concatenated (see VisionTower)
     vision_feature_select_strategy   "default" drops each picture's first vector (CLIP's class token), "full" keeps it
     """
 
@@ -58,12 +58,12 @@ class LlavaConfig(PictureConfig):
 
     @property
     def tokens_per_image(self) -> int:
-        """P: feature vectors of one picture, each the place of one token."""
+        """Feature vectors of one picture (P), each in the place of one token."""
         return self.vision.positions - (self.vision_feature_select_strategy == "default")
 
 
 def read_llava_config(raw: Mapping[str, Any], where: str = "config.json") -> LlavaConfig:
-    """LlavaConfig from a parsed config.json, missing fields filled with LLaVA's defaults.
+    """Read a LlavaConfig from a parsed config.json; missing fields get LLaVA's defaults.
 
     Raises InputError for a field of the wrong type and for a tower that is not supported.
     """
@@ -87,18 +87,18 @@ def read_llava_config(raw: Mapping[str, Any], where: str = "config.json") -> Lla
 
 
 def read_text_config(fields: ConfigReader) -> LlamaConfig:
-    """The config of the language model: any of the Llama family or a mixture of experts."""
+    """Read the config of the language model: any of the Llama family, or a mixture of experts."""
     text = fields.section("text_config")
     model_type = text.text("model_type", "llama", (*LLAMA_FAMILIES, *MIXTURE_FAMILIES))
     raw = {**text.raw, "model_type": model_type}
-    # Older checkpoints say in text_config whether the output projection is tied, newer ones beside it.
+    # Older checkpoints have tie_word_embeddings in text_config, newer ones beside it.
     if fields.boolean("tie_word_embeddings", False):
         raw["tie_word_embeddings"] = True
     return (read_mixtral_config if model_type in MIXTURE_FAMILIES else read_llama_config)(raw, text.where)
 
 
 class Projector(nn.Module):
-    """From the tower's size to the language model's: two linear layers and an activation between."""
+    """Two linear layers and an activation, from the tower's size to the language model's."""
 
     def __init__(self, config: LlavaConfig, hidden_size: int) -> None:
         super().__init__()
@@ -129,14 +129,14 @@ class LlavaForConditionalGeneration(PictureModel):
         text = config.text
         self.language_model = MixtralForCausalLM(text) if isinstance(text, MixtralConfig) else LlamaForCausalLM(text)
         unbuilt = range(len(self.vision_tower.encoder.layers), config.vision.num_hidden_layers)
-        # What lies beyond the deepest hidden state that is read.
+        # Weights beyond the deepest hidden state that is read.
         self.ignored_keys = (
             r".*vision_tower\.(vision_model\.)?(post_layernorm|head)\..*",
             rf".*vision_tower\.(vision_model\.)?encoder\.layers\.({'|'.join(map(str, unbuilt))})\..*",
         )
 
     def encode_images(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Tensor:
-        """Pictures as the language model reads them: pixel_values [pictures, 3, Y, X] -> [pictures, P, H]"""
+        """Encode pictures as embeddings of the language model. pixel_values [pictures, 3, Y, X] -> [pictures, P, H]"""
         x = self.vision_tower(pixel_values.to(self.multi_modal_projector.linear_1.weight.dtype))
         if self.config.vision_feature_select_strategy == "default":
             x = x[:, 1:]

@@ -1,4 +1,4 @@
-"""What every model that reads pictures has: a language model, and pictures that take the places of image tokens.
+"""Base of every model that reads pictures: a language model, and pictures that replace image tokens.
 
 B batch, T prompt tokens, H hidden size, n image tokens of all pictures.
 """
@@ -15,13 +15,13 @@ from models.llama import LlamaForCausalLM
 from models.passes import PictureRows
 from weights.errors import InputError
 
-# Rows and columns of the image tokens that one picture has.
+# Rows and columns of one picture's image tokens.
 Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class PictureConfig:
-    """What a language model and a vision tower count together, as LlamaConfig does for one."""
+    """Configuration of a language model and a vision tower; its properties cover both, as in LlamaConfig."""
 
     text: LlamaConfig
     vision: Any
@@ -36,12 +36,14 @@ class PictureConfig:
 
 
 class PictureModel(nn.Module):
-    """To generate: `encode_images` once per picture, `place` once per prompt, then `language_model.prefill` and
+    """A model that reads pictures.
+
+    To generate, call `encode_images` once per picture, `place` once per prompt, then `language_model.prefill` and
     `language_model.decode` as for any text model.
 
-    spellings      patterns of names that releases of transformers have given to the same weights, and ours
-    around_image   token ids that stand before and after a picture where no template puts them
-    refused_tokens what no prompt may have, and what it stands for
+    spellings      patterns of names that releases of transformers have given to the same weights, and our names
+    around_image   token ids to put before and after a picture if no template does
+    refused_tokens tokens that no prompt may have, with their meaning
     """
 
     config: Any
@@ -54,23 +56,23 @@ class PictureModel(nn.Module):
 
     @property
     def mark(self) -> int:
-        """The token that prompts and chat templates have for a picture."""
+        """The token that stands for a picture in prompts and chat templates."""
         return self.config.image_token_index
 
     @property
     def written_as(self) -> tuple[int | str, ...]:
-        """What it stands for, as it is tokenised: texts, and tokens by their ids."""
+        """The sequence that replaces `mark` when tokenised: texts, and tokens by their ids."""
         return (self.mark,)
 
     @classmethod
     def from_config(cls, raw: Any) -> "PictureModel":
-        """A model of empty weights from a parsed config.json."""
+        """Build a model with uninitialised weights from a parsed config.json."""
         return cls(cls.read_config(raw))
 
     def locate(
         self, parameter_names: list[str], checkpoint_names: list[str]
     ) -> dict[str, tuple[str, tuple[Any, ...]]]:
-        """Where each parameter stands in a checkpoint, whichever release of transformers has written it."""
+        """Locate each parameter in a checkpoint of any release of transformers (see LlamaForCausalLM.locate)."""
         stored_as = keys_by_our_names(checkpoint_names, self.spellings)
         prefix = "language_model."
         of_text = self.language_model.locate(
@@ -82,19 +84,19 @@ class PictureModel(nn.Module):
         return {name: (stored_as.get(key, key), index) for name, (key, index) in places.items()}
 
     def sizes(self) -> dict[str, int | None]:
-        """How large pictures are, and how many tokens each has; None: any size, as many as such squares fit in."""
+        """Return tokens per picture and its side in pixels. Tokens None: any size, one token per such square."""
         return {"tokens_per_image": self.config.tokens_per_image, "pixels": self.config.vision.image_size}
 
     def is_image(self, tokens: Tensor) -> Tensor:
-        """Which tokens are image tokens: int64 [B, T] -> bool [B, T]"""
+        """Return True at image tokens: int64 [B, T] -> bool [B, T]"""
         return tokens == self.config.image_token_index
 
     def embed(self, tokens: Tensor, image_features: Tensor | None = None) -> Tensor:
-        """Prompts with their pictures in place: int64 [B, T] -> [B, T, H], what `language_model.prefill` takes.
+        """Embed prompts with their pictures in place, for `language_model.prefill`: int64 [B, T] -> [B, T, H]
 
-        image_features  [..., H] from encode_images, in the order in which their image tokens stand in the batch,
-                        prompt by prompt; None: no pictures
-        Raises InputError when the image tokens are not as many as the feature vectors.
+        image_features  [..., H] from encode_images, in the order of their image tokens in the batch, prompt by
+                        prompt; None: no pictures
+        Raises InputError if the numbers of image tokens and feature vectors differ.
         """
         is_image = self.is_image(tokens)                                            # [B, T]
         places = int(is_image.sum())
@@ -108,22 +110,22 @@ class PictureModel(nn.Module):
         return x.masked_scatter(is_image.unsqueeze(-1), image_features.to(x.dtype))
 
     def encode_images(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Pictures as the language model reads them.
+        """Encode pictures as embeddings of the language model.
 
-        pixel_values as the image processor makes them; grids of the same pictures -> [..., H], or more where `place`
-        knows what to do with it
+        pixel_values from the image processor; grids of the same pictures -> [..., H], or whatever the family's `place`
+        takes
         """
         raise NotImplementedError
 
     def place(
         self, tokens: Tensor, real: Tensor | None, features: Tensor | None, grids: Sequence[Grid], kept: int = 0
     ) -> tuple[Tensor, PictureRows | None]:
-        """Prompts with their pictures in place, and what their rows have besides.
+        """Embed prompts with their pictures in place, and compute the extra inputs of their tokens.
 
         tokens    int64 [B, T]; real bool [B, T], False for padding, None: no padding
-        features  from encode_images, of the pictures after the first `kept` tokens; None: there are none
+        features  from encode_images, of the pictures after the first `kept` tokens; None: no pictures there
         grids     of all pictures, in the order of their image tokens
-        kept      tokens that the cache holds already, and that get no row
+        kept      tokens that the cache holds already, and that are not embedded
         returns   [B, T - kept, H]
         """
         return self.embed(tokens[:, kept:], features), None
@@ -132,7 +134,7 @@ class PictureModel(nn.Module):
         self, tokens: Tensor, pixel_values: Tensor | None = None, real: Tensor | None = None,
         grids: Sequence[Grid] = (),
     ) -> Tensor:
-        """The dense network without a cache.
+        """Run the dense network without a cache.
 
         tokens int64 [B, T]; pixel_values and grids of all pictures; real bool [B, T], False for padding
         -> logits [B, T, V]

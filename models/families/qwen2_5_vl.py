@@ -1,7 +1,7 @@
-"""Qwen2.5-VL (arXiv 2502.13923): Qwen2-VL with another tower, in which most blocks see a window of the picture.
+"""Qwen2.5-VL (arXiv 2502.13923): Qwen2-VL with another tower, in which most blocks attend to a window of the picture.
 
-Its blocks have RMSNorm and a gated network with biases. All but a few attend inside windows of 112 pixels, so tokens
-are put window by window before the first block and back after the merger.
+Its blocks have RMSNorm and a gated network with biases. All but a few attend within windows of 112 pixels, so tokens
+are ordered by window before the first block and reordered after the merger.
 
 The legend is that of models/families/qwen2_vl.py.
 """
@@ -31,6 +31,7 @@ from weights.errors import InputError
 
 
 def read_qwen2_5_vision(fields: ConfigReader) -> QwenVisionConfig:
+    """Read the tower's config. Raises InputError for a field of the wrong type and for a window below one token."""
     defaults = {"depth": 32, "hidden_size": 3584, "num_heads": 16, "patch_size": 14, "hidden_act": "silu"}
     values = read_vision_fields(fields, defaults)
     window, token = fields.integer("window_size", 112), values["patch_size"] * values["spatial_merge_size"]
@@ -47,6 +48,8 @@ def read_qwen2_5_vision(fields: ConfigReader) -> QwenVisionConfig:
 
 
 class GatedVisionMLP(nn.Module):
+    """Gated feed-forward network of a vision block, with biases."""
+
     def __init__(self, config: QwenVisionConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -59,6 +62,8 @@ class GatedVisionMLP(nn.Module):
 
 
 class WindowedTower(VisionTower):
+    """A tower in which most blocks attend within windows."""
+
     def build(self) -> None:
         config = self.config
         self.patch_embed = PatchEmbedding(config, bias=False)
@@ -66,7 +71,7 @@ class WindowedTower(VisionTower):
         self.merger = PatchMerger(config, RMSNorm)
 
     def windows(self, grids: Sequence[Grid]) -> tuple[Tensor, list[int]]:
-        """The tokens window by window, int64 [n], and how many patches each window has."""
+        """Return the tokens ordered by window, int64 [n], and the number of patches in each window."""
         side, per_token = self.config.window_tokens, self.config.spatial_merge_size**2
         first, order, sizes = 0, [], []
         for rows, columns in grids:
@@ -81,7 +86,7 @@ class WindowedTower(VisionTower):
         return torch.cat(order), sizes
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """[P, C] -> [n, H]"""
+        """Compute the features of image tokens. patches [P, C] -> [n, H]"""
         order, windows = self.windows(grids)
         pictures, patches_per_token = self.patches(grids), self.config.spatial_merge_size**2
 
@@ -96,5 +101,7 @@ class WindowedTower(VisionTower):
 
 
 class Qwen2_5_VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
+    """Windowed vision tower and language model."""
+
     tower_class = WindowedTower
     read_config = staticmethod(partial(read_config, Family(**QWEN2_FAMILY, read_vision=read_qwen2_5_vision)))

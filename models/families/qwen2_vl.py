@@ -1,12 +1,12 @@
 """Qwen2-VL (arXiv 2409.12191): pictures of any size, and positions by time, row and column.
 
-A picture is cut into patches of 14 x 14 pixels (each twice: a video would have two frames there). They go through a
-vision transformer whose rotary positions are rows and columns; four neighbours become one image token. The language
-model is Qwen2's, where each pair of coordinates turns with one of three positions (M-RoPE): a text has all three
-alike, a picture its own by row and by column, and what follows goes on from the largest.
+A picture is cut into patches of 14 x 14 pixels (each twice: a video would have two frames there). They pass a vision
+transformer whose rotary positions are rows and columns; four neighbours become one image token. The language model is
+Qwen2's, in which each pair of coordinates is rotated by one of three positions (M-RoPE). In a text all three are
+equal, a picture has its own rows and columns, and the tokens after it continue from the largest position.
 
-Qwen2.5-VL and Qwen3-VL have files of their own for what they do otherwise; config, attention, places and positions
-are here.
+Qwen2.5-VL and Qwen3-VL have files of their own for their differences; config, attention, placing and positions are
+here.
 
 B batch, T prompt tokens, H hidden size of the language model; W hidden size of the tower, P patches of all pictures,
 C numbers of a patch, N heads, D head size, n image tokens of all pictures.
@@ -39,19 +39,19 @@ from models.rope import rotary_frequencies
 from weights.errors import InputError
 
 COLOURS = 3
-# Of every norm of the towers; no config says it.
+# Epsilon of every norm in the towers; configs do not have it.
 EPS = 1e-6
-# Fields of a vision_config that repeat what others say, or that only a video needs.
+# Fields of a vision_config that repeat others, or that only a video needs.
 UNUSED_FIELDS = ("spatial_patch_size", "tokens_per_second")
 
 
 @dataclass(frozen=True)
 class QwenVisionConfig:
-    """What a tower needs to know.
+    """Configuration of a tower; (2.5) and (3) mark fields of Qwen2.5-VL and Qwen3-VL alone.
 
     hidden_size         W; out_hidden_size: of the language model
-    spatial_merge_size  patches on a side of what becomes one token
-    window_tokens       tokens on a side of a window (2.5), and the blocks that see the whole picture instead
+    spatial_merge_size  side, in patches, of the square that becomes one token
+    window_tokens       side of a window in tokens (2.5); whole_blocks: blocks that attend to the whole picture
     position_side       rows and columns of the learned positions (3)
     deepstack           blocks after which features are taken for the first layers of the language model (3)
     """
@@ -78,19 +78,19 @@ class QwenVisionConfig:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """As LlamaConfig's."""
+        """Sizes of the dimensions that its tensors have."""
         patch = max(self.patch_size, self.temporal_patch_size)
         return 3 * self.hidden_size, self.merged_size, self.out_hidden_size, self.intermediate_size, patch
 
     @property
     def blocks(self) -> int:
-        """As LlamaConfig's: those of the tower, and mergers beside it."""
+        """Number of blocks with matrices of their own: those of the tower, and the DeepStack mergers."""
         return self.depth + len(self.deepstack)
 
 
 @dataclass(frozen=True)
 class QwenVLConfig(PictureConfig):
-    """What joins the tower to the language model. image_token_index is config.json's image_token_id."""
+    """Configuration of tower and language model. image_token_index is config.json's image_token_id."""
 
     text: LlamaConfig
     vision: QwenVisionConfig
@@ -103,12 +103,12 @@ class QwenVLConfig(PictureConfig):
 
 @dataclass(frozen=True)
 class Family:
-    """How a family's config.json is read.
+    """Defaults and rules for reading a family's config.json.
 
-    text         what text_config may leave out (transformers' documented defaults); its model_type: whose layers
-    sections     frequencies that turn with time, row and column, where rope_parameters do not say it
-    interleaved  whether these take turns, or stand one after the other
-    read_vision  the tower's config
+    text         defaults of text_config (transformers' documented ones); its model_type decides the kind of layers
+    sections     default numbers of frequencies for time, row and column
+    interleaved  True if frequencies of time, row and column alternate; False if they are consecutive
+    read_vision  reads the tower's config
     """
 
     text: Mapping[str, Any]
@@ -118,7 +118,7 @@ class Family:
 
 
 def read_vision_fields(fields: ConfigReader, defaults: Mapping[str, Any], width: str = "hidden_size") -> dict[str, Any]:
-    """What the towers of all families have. width: the field that is W"""
+    """Read the fields that the towers of all families share. width: name of the field that is W"""
     fields.read.update(UNUSED_FIELDS)
     rope = fields.section("rope_parameters")
     rope.text("rope_type", "axial", ("axial",))
@@ -142,6 +142,7 @@ def read_vision_fields(fields: ConfigReader, defaults: Mapping[str, Any], width:
 
 
 def read_qwen2_vision(fields: ConfigReader) -> QwenVisionConfig:
+    """Read the tower's config. Raises InputError for a field of the wrong type."""
     defaults = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "patch_size": 14, "hidden_act": "quick_gelu"}
     values = read_vision_fields(fields, defaults, width="embed_dim")
     return QwenVisionConfig(
@@ -153,10 +154,10 @@ def read_qwen2_vision(fields: ConfigReader) -> QwenVisionConfig:
 
 
 def read_config(family: Family, raw: Mapping[str, Any], where: str = "config.json") -> QwenVLConfig:
-    """QwenVLConfig from a parsed config.json, missing fields filled with the family's defaults.
+    """Read a QwenVLConfig from a parsed config.json; missing fields get the family's defaults.
 
-    Raises InputError for a field of the wrong type, for numbers that contradict each other and for what is not
-    implemented.
+    Raises InputError for a field of the wrong type, for numbers that contradict each other and for features that are
+    not implemented.
     """
     fields = ConfigReader(raw, where)
     fields.read.add("vision_token_id")
@@ -183,7 +184,7 @@ def read_config(family: Family, raw: Mapping[str, Any], where: str = "config.jso
 
 
 def read_text_config(family: Family, given: Mapping[str, Any], where: str, tied: bool) -> LlamaConfig:
-    """The language model's config: Qwen2's or Qwen3's, and which position each frequency turns with."""
+    """Read the language model's config, Qwen2's or Qwen3's, with the position index of each frequency."""
     null_counts = ("num_key_value_heads", "sliding_window")
     said = {name: value for name, value in given.items() if value is not None or name in null_counts}
     raw = {**family.text, **said}
@@ -204,7 +205,7 @@ def read_text_config(family: Family, given: Mapping[str, Any], where: str, tied:
 
 
 def position_streams(sections: Sequence[int], interleaved: bool, half: int, where: str) -> tuple[int, ...]:
-    """Which position each frequency turns with: 0 time, 1 row, 2 column."""
+    """Return the position index of each frequency: 0 time, 1 row, 2 column. Raises InputError for unfit sections."""
     if len(sections) != 3 or min(sections) < 0 or sum(sections) != half:
         raise InputError(
             f"{where}: mrope_section must be three numbers that add up to {half}, half of the head size, not "
@@ -222,18 +223,20 @@ def position_streams(sections: Sequence[int], interleaved: bool, half: int, wher
 
 
 class PatchEmbedding(nn.Module):
+    """Linear embedding of patches, stored as a convolution."""
+
     def __init__(self, config: QwenVisionConfig, bias: bool) -> None:
         super().__init__()
         size = (config.temporal_patch_size, config.patch_size, config.patch_size)
         self.proj = nn.Conv3d(COLOURS, config.hidden_size, size, bias=bias)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """A convolution over patches that do not overlap is a product. patches [P, C] -> [P, W]"""
+        """Embed patches; a convolution over disjoint patches is one product. patches [P, C] -> [P, W]"""
         return F.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionAttention(nn.Module):
-    """Every patch attends to the patches of its segment: a picture, or a window of one."""
+    """Attention of every patch to the patches of its segment: a picture, or a window of one."""
 
     def __init__(self, config: QwenVisionConfig) -> None:
         super().__init__()
@@ -242,7 +245,7 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
-        """x [P, W]; cos, sin float32 [1, P, D]; lengths of the segments, one after the other -> [P, W]"""
+        """Attend within segments. x [P, W]; cos, sin float32 [1, P, D]; lengths of consecutive segments -> [P, W]"""
         q, k, v = self.qkv(x).view(1, len(x), 3, self.heads, -1).permute(2, 0, 3, 1, 4)         # [1, N, P, D] each
         q, k = (rotate(at_least_float32(part), cos, sin).to(x.dtype) for part in (q, k))
         segments = zip(*(part.split(lengths, dim=2) for part in (q, k, v)), strict=True)
@@ -251,6 +254,8 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
+    """Feed-forward network of a vision block: two linear layers with an activation between them."""
+
     def __init__(self, config: QwenVisionConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -262,6 +267,8 @@ class VisionMLP(nn.Module):
 
 
 class VisionBlock(nn.Module):
+    """A vision block: attention and feed-forward network, each after its norm."""
+
     def __init__(self, config: QwenVisionConfig, norm: Callable[[int, float], nn.Module], mlp: nn.Module) -> None:
         super().__init__()
         self.norm1, self.norm2 = norm(config.hidden_size, EPS), norm(config.hidden_size, EPS)
@@ -274,7 +281,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """Neighbouring patches, which come one after the other, to one feature vector of the language model's size."""
+    """Merger of neighbouring (here consecutive) patches into one feature vector of the language model's size."""
 
     def __init__(self, config: QwenVisionConfig, norm: Callable[[int, float], nn.Module]) -> None:
         super().__init__()
@@ -284,12 +291,12 @@ class PatchMerger(nn.Module):
         self.mlp = nn.Sequential(first, nn.GELU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[P, W] -> [n, H]"""
+        """Merge patches. x [P, W] -> [n, H]"""
         return self.mlp(self.ln_q(x).view(-1, self.merged_size))
 
 
 class VisionTower(nn.Module):
-    """Patches of pictures, in merge order, to the features of their tokens."""
+    """Vision tower: from patches of pictures, in merge order, to the features of their image tokens."""
 
     frequencies: Tensor
     merger: nn.Module
@@ -304,13 +311,14 @@ class VisionTower(nn.Module):
             self.register_buffer("frequencies", frequencies, persistent=False)
 
     def build(self) -> None:
+        """Create the modules of the tower."""
         config = self.config
         self.patch_embed = PatchEmbedding(config, bias=False)
         self.blocks = nn.ModuleList(VisionBlock(config, nn.LayerNorm, VisionMLP(config)) for _ in range(config.depth))
         self.merger = PatchMerger(config, nn.LayerNorm)
 
     def places(self, grids: Sequence[Grid]) -> Tensor:
-        """Row and column of every patch, in merge order: int64 [P, 2]"""
+        """Return row and column of every patch, in merge order: int64 [P, 2]"""
         merge, places = self.config.spatial_merge_size, []
         for rows, columns in grids:
             index = torch.arange(rows * columns * merge**2, device=self.frequencies.device)
@@ -319,23 +327,23 @@ class VisionTower(nn.Module):
         return torch.cat(places)
 
     def rotary(self, grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
-        """cos, sin float32 [1, P, D]: the first half of the frequencies turns with the row, the other by column"""
+        """Compute cos, sin float32 [1, P, D]; the first half of the frequencies uses the row, the other the column."""
         angles = (self.places(grids)[..., None] * self.frequencies).flatten(1).repeat(1, 2)[None]
         return angles.cos(), angles.sin()
 
     def patches(self, grids: Sequence[Grid]) -> list[int]:
-        """How many each picture has."""
+        """Return the number of patches of each picture."""
         return [rows * columns * self.config.spatial_merge_size**2 for rows, columns in grids]
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """[P, C] -> [n, H]"""
+        """Compute the features of image tokens. patches [P, C] -> [n, H]"""
         x, (cos, sin), lengths = self.patch_embed(patches), self.rotary(grids), self.patches(grids)
         for block in self.blocks:
             x = block(x, cos, sin, lengths)
         return self.merger(x)
 
 
-# Of Qwen2-VL and Qwen2.5-VL.
+# Defaults of Qwen2-VL and Qwen2.5-VL.
 QWEN2_FAMILY: dict[str, Any] = {
     "text": {
         "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568,
@@ -370,7 +378,7 @@ class Qwen2VLForConditionalGeneration(PictureModel):
         return {"tokens_per_image": None, "pixels": vision.patch_size * vision.spatial_merge_size}
 
     def encode_images(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Patches [P, C] of pictures to their features [n, H]"""
+        """Compute the features of pictures. pixel_values: patches [P, C] -> [n, H]"""
         return self.visual(pixel_values, grids)
 
     def place(
@@ -383,8 +391,10 @@ class Qwen2VLForConditionalGeneration(PictureModel):
         return x, PictureRows(positions[..., kept:], rope_delta)
 
     def positions(self, tokens: Tensor, real: Tensor | None, grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
-        """By time, row and column, int64 [3, B, T]; and how far those of later tokens are from one for each token,
-        int64 [B, 1]. tokens int64 [B, T]; real bool [B, T], None: no padding"""
+        """Compute positions by time, row and column, int64 [3, B, T], and the offset of later tokens, int64 [B, 1].
+
+        tokens int64 [B, T]; real bool [B, T], None: no padding
+        """
         found = torch.zeros(3, *tokens.shape, dtype=torch.int64)
         deltas, waiting = [], iter(grids)
         for index, is_image in enumerate(self.is_image(tokens).cpu()):              # bool [T]

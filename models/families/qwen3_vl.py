@@ -1,8 +1,8 @@
-"""Qwen3-VL, dense (arXiv 2511.21631): Qwen3 as the language model, and a tower whose features go in at four places.
+"""Qwen3-VL, dense (arXiv 2511.21631): Qwen3 as the language model, and a tower whose features enter at four places.
 
-Patches are of 16 pixels and have learned positions beside the rotary ones: a square of them, resampled to the picture.
-Three further mergers take features from the middle of the tower (DeepStack); they are added to the image tokens as
-these leave the first layers of the language model. The frequencies of time, row and column take turns.
+Patches have 16 pixels on a side, and learned positions beside the rotary ones: a square of positions, resampled to the
+picture. Three further mergers take features from the middle of the tower (DeepStack), which are added to the image
+tokens after the first layers of the language model. The frequencies of time, row and column alternate.
 
 The legend is that of models/families/qwen2_vl.py.
 """
@@ -35,6 +35,7 @@ from weights.errors import InputError
 
 
 def read_qwen3_vision(fields: ConfigReader) -> QwenVisionConfig:
+    """Read the tower's config. Raises InputError for a field of the wrong type and for unfit positions or DeepStack."""
     defaults = {
         "depth": 27, "hidden_size": 1152, "num_heads": 16, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh"
     }  # fmt: skip
@@ -58,6 +59,8 @@ def read_qwen3_vision(fields: ConfigReader) -> QwenVisionConfig:
 
 
 class DeepMLP(nn.Module):
+    """Feed-forward network of a vision block, with Qwen3-VL's names of weights."""
+
     def __init__(self, config: QwenVisionConfig) -> None:
         super().__init__()
         self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -69,7 +72,7 @@ class DeepMLP(nn.Module):
 
 
 class DeepMerger(nn.Module):
-    """As PatchMerger; normed_size says whether the norm is over one patch or over all that become one token."""
+    """PatchMerger with Qwen3-VL's names; normed_size: the norm is over one patch, or over all patches of a token."""
 
     def __init__(self, config: QwenVisionConfig, normed_size: int) -> None:
         super().__init__()
@@ -79,12 +82,14 @@ class DeepMerger(nn.Module):
         self.linear_fc2 = nn.Linear(self.merged_size, config.out_hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[P, W] -> [n, H]"""
+        """Merge patches. x [P, W] -> [n, H]"""
         x = self.norm(x.view(-1, self.normed_size)).view(-1, self.merged_size)
         return self.linear_fc2(F.gelu(self.linear_fc1(x)))
 
 
 class DeepTower(VisionTower):
+    """A tower with learned positions that also returns features of middle blocks (DeepStack)."""
+
     def build(self) -> None:
         config = self.config
         self.patch_embed = PatchEmbedding(config, bias=True)
@@ -95,7 +100,7 @@ class DeepTower(VisionTower):
         self.deepstack_merger_list = nn.ModuleList(mergers)
 
     def learned_positions(self, grids: Sequence[Grid]) -> Tensor:
-        """The square of positions resampled to the patches of each picture: [P, W] float32"""
+        """Resample the square of positions to the patches of each picture: float32 [P, W]"""
         side, merge = self.config.position_side, self.config.spatial_merge_size
         square = self.pos_embed.weight.float().view(1, side, side, -1).permute(0, 3, 1, 2)      # [1, W, side, side]
         resampled = []
@@ -106,7 +111,7 @@ class DeepTower(VisionTower):
         return torch.cat([one.flatten(0, 3) for one in resampled])
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """[P, C] -> [1 + mergers, n, H], first what stands for the picture, then what DeepStack adds."""
+        """Compute the features of image tokens, then those of DeepStack. patches [P, C] -> [1 + mergers, n, H]"""
         x, (cos, sin), lengths = self.patch_embed(patches), self.rotary(grids), self.patches(grids)
         x = x + self.learned_positions(grids).to(x.dtype)                           # [P, W]
         taken, mergers = [], iter(self.deepstack_merger_list)
@@ -118,6 +123,8 @@ class DeepTower(VisionTower):
 
 
 class Qwen3VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
+    """Vision tower with DeepStack and language model."""
+
     tower_class = DeepTower
     read_config = staticmethod(partial(read_config, Family(
         text={

@@ -1,1 +1,1 @@
-"""Matrices: how weights are stored and multiplied, and which product is used."""
+"""Matrices: storage and products of weights, and the choice of product."""

@@ -1,4 +1,4 @@
-"""Other forms of a matrix: stored by columns, several of different kinds, chosen rows or columns without a copy.
+"""Other forms of a matrix: stored by columns, stacked from different kinds, chosen rows or columns without a copy.
 
 in and out are the sides of a weight [out, in]; T rows.
 """
@@ -15,19 +15,19 @@ from models.matrices.products import add_up_columns, add_up_for_each, kept, plac
 
 
 class ColumnMatrix(Matrix):
-    """The same stored column by column: what eager products of a few rows on a CPU want. float32 and bfloat16 only."""
+    """A Matrix stored column by column, for eager products of a few rows on a CPU. float32 and bfloat16 only."""
 
     parts: int
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> "ColumnMatrix":
         made: ColumnMatrix = super().of(weight, bias)  # type: ignore[assignment]
-        made.parts = torch.get_num_threads()        # which compiled code could not ask
+        made.parts = torch.get_num_threads()        # compiled code cannot call this
         return made
 
     @classmethod
     def from_rows(cls, matrix: Matrix) -> "ColumnMatrix":
-        """A matrix stored by rows in this order; its values, its parameter and whoever shares that stay the same."""
+        """Store a row-major matrix by columns; its values and its (possibly shared) parameter stay the same."""
         matrix.weight.data = matrix.weight.data.t().contiguous().t()
         return cls.of(matrix.weight, matrix.bias)
 
@@ -55,7 +55,7 @@ class ColumnMatrix(Matrix):
         return self.multiply_columns(x[..., columns], columns)
 
     def reads_chosen_rows(self, rows: int) -> bool:
-        return False            # which lie scattered over all columns
+        return False            # a row is scattered over all columns
 
     def empty(self, rows: int, columns: int) -> Matrix:
         bias = None if self.bias is None else self.bias.new_empty(rows)
@@ -73,27 +73,27 @@ class ColumnMatrix(Matrix):
 
 
 def by_columns(matrix: Matrix) -> Matrix:
-    """The matrix itself, or a copy stored by columns where that lets a CPU read chosen ones alone."""
+    """Return a copy stored by columns if a CPU can then read chosen columns alone, else the matrix itself."""
     if type(matrix) is not Matrix or matrix.weight.device.type != "cpu" or matrix.weight.dtype not in FEW_ROWS:
         return matrix
     return ColumnMatrix.of(matrix.weight.t().contiguous().t(), matrix.bias)
 
 
 class MixedMatrix(Matrix):
-    """Matrices of different kinds that multiply the same input: their outputs stand one after the other.
+    """Matrices of different kinds that multiply the same input; their outputs are concatenated.
 
-    A compact copy drops rows of the first part only. The other parts are not copied: the copy uses them as they are.
+    A compact copy drops rows of the first part only and shares the other parts.
     """
 
     def __init__(self, parts: Sequence[Matrix], borrowed: Sequence[Matrix] = ()) -> None:
-        """parts: matrices [out, in] of one `in`; borrowed: further parts, whose memory belongs to another matrix"""
+        """parts: matrices [out, in] with the same `in`; borrowed: further parts, owned by another matrix"""
         nn.Module.__init__(self)
         self.own, self.parts = tuple(parts), (*parts, *borrowed)                    # in tuples: no submodules
         self.in_features = self.parts[0].in_features
         self.out_features = sum(part.out_features for part in self.parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]"""
+        """Multiply by every part. x [..., in] -> [..., out]"""
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
     def empty_rows(self, rows: int) -> "MixedMatrix":
@@ -101,7 +101,7 @@ class MixedMatrix(Matrix):
         return MixedMatrix([first.empty_rows(rows - sum(part.out_features for part in others))], others)
 
     def copy_rows(self, source: Matrix, rows: Tensor) -> None:
-        """Become the rows named, which end with every row of all parts but the first. int64 [out]"""
+        """Copy the given rows of `source`, which end with every row of all parts but the first. int64 [out]"""
         assert isinstance(source, MixedMatrix)
         self.parts[0].copy_rows(source.parts[0], rows[: self.parts[0].out_features])
 
@@ -113,9 +113,9 @@ class MixedMatrix(Matrix):
 
 
 def stack(matrices: Sequence[Matrix]) -> Matrix:
-    """Matrices that multiply the same input as one, one below the other. They become parts of it and keep their values.
+    """Stack matrices that multiply the same input into one. They become parts of it and keep their values.
 
-    Neighbours of one kind become one product; a MixedMatrix holds what remains if there are several kinds.
+    Neighbours of one kind become one product; several kinds become a MixedMatrix.
     """
     alike = [list(run) for _, run in groupby(matrices, key=lambda matrix: matrix.kind())]
     stacked = [run[0] if len(run) == 1 else type(run[0]).stack(run) for run in alike]
@@ -123,7 +123,7 @@ def stack(matrices: Sequence[Matrix]) -> Matrix:
 
 
 class ChosenRows(nn.Module):
-    """Rows of another matrix, which are not copied: the whole is multiplied with and what was not chosen is dropped."""
+    """Rows of another matrix without a copy: multiplies by the whole matrix and drops the other outputs."""
 
     def __init__(self, whole: Matrix) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class ChosenRows(nn.Module):
 
 
 class ChosenColumns(nn.Module):
-    """Columns of another matrix, which are not copied: the whole is multiplied with, by zeros where not chosen."""
+    """Columns of another matrix without a copy: multiplies by the whole matrix, with zeros for other inputs."""
 
     def __init__(self, whole: Matrix) -> None:
         super().__init__()

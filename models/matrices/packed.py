@@ -1,11 +1,11 @@
-"""Packed matrices: eight bits with a scale per row, four bits in groups, and an embedding of eight bits.
+"""Packed matrices: int8 with a scale per row, int4 in groups, and embeddings of eight bits.
 
-A step multiplies with the packed numbers as they are, through PyTorch's own packed products. Those fall behind when
-there are many rows (a prompt), which multiply with what the numbers stand for instead, unpacked a stretch at a time, so
-that a stretch is still in the processor's cache when it is read. docs/packed.md has the figures.
+A step multiplies by the packed integers through PyTorch's own packed products. These are slow for many rows (a prompt).
+A prompt therefore multiplies by the dequantised values, unpacked one stretch of rows at a time, so that the stretch is
+still in the processor's cache when it is read. docs/packed.md has the figures.
 
-Activations are bfloat16 (float16 works too); with float32 ones, which the packed products multiply ten times as slowly,
-every product unpacks.
+Activations are bfloat16 (float16 works too). Packed products of float32 activations are ten times as slow, so with
+float32 every product unpacks.
 
 in and out are the sides of a weight [out, in], g the size of a group, G = in / g groups of a row; T rows.
 """
@@ -23,23 +23,23 @@ from models.matrices.products import fused_gemv, is_fused, row_count
 from weights.errors import InputError
 from weights.groups import Groups, group
 
-# Up to how many rows a packed product is faster than unpacking, and one that a compiler fuses faster than that
+# Most rows for which a fused product is faster than a packed one, and a packed one (int8, int4) faster than unpacking
 # (tools/measure_packed.py).
 FEW_ROWS_WRITTEN_OUT, FEW_ROWS_INT8, FEW_ROWS_INT4 = 3, 8, 16
-# PyTorch's product of eight bits reads rows by so many numbers at a time, past their end if need be.
+# PyTorch's int8 product reads this many numbers of a row at a time, possibly past the end of the row.
 PADDING = 16
-# Sizes of groups that the product of four bits knows.
+# Group sizes that the int4 product supports.
 GROUP_SIZES = (256, 128, 64, 32)
-# Columns whose halves lie side by side in a GroupedInt8Matrix.
+# Number of columns whose high and low halves are adjacent in a GroupedInt8Matrix.
 HALVES = 16
-# Of drafts: their activations, which packed products want in half precision, and their groups.
+# Drafts: dtype of activations (packed products need half precision) and group size.
 DRAFT_DTYPE, DRAFT_GROUP = torch.bfloat16, 32
-# Weights of a stretch that is unpacked at once.
+# Number of weights that are unpacked at once (a stretch).
 STRETCH = 1 << 21
 
 
 class Int8Matrix(Matrix):
-    """Whole numbers from -127 to 127 and a scale for each row: chosen rows and columns are copied as they are.
+    """Integers from -127 to 127 and a scale per row. Chosen rows and columns are copied without requantising.
 
     weight  int8 [out, in], rows padded with zeros to a multiple of PADDING
     scale   [out], in the dtype of the activations
@@ -55,20 +55,20 @@ class Int8Matrix(Matrix):
 
     @classmethod
     def with_room(cls, rows: int, columns: int, like: Tensor, bias: Tensor | None) -> "Int8Matrix":
-        """Numbers and scales yet to come. like: of the dtype of the activations, and on their device"""
-        new = torch.zeros if columns % PADDING else torch.empty     # only padding has to be zeros
+        """Allocate numbers and scales, to be filled later. like: a tensor with the activations' dtype and device"""
+        new = torch.zeros if columns % PADDING else torch.empty     # only padding must be zero
         weight = new(rows, -(-columns // PADDING) * PADDING, dtype=torch.int8, device=like.device)
         return cls.packed(weight, like.new_empty(rows), columns, bias)
 
     @classmethod
     def nearest(cls, values: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> "Int8Matrix":
-        """The nearest there is to plain values [out, in]."""
+        """Quantise plain values [out, in]."""
         rows, columns = values.shape
         made = cls.with_room(rows, columns, torch.empty(0, dtype=dtype, device=values.device), bias)
         return made.fill(values.split(rows_at_once(columns)))
 
     def fill(self, stretches: Iterable[Tensor | Groups]) -> "Int8Matrix":
-        """Become the nearest to plain values or to groups, stretches of rows [n, in] that are all of them together."""
+        """Quantise plain values or groups, given as stretches of rows [n, in] that together are all rows."""
         begin = 0
         for part in stretches:
             values = part.values() if isinstance(part, Groups) else part
@@ -80,11 +80,11 @@ class Int8Matrix(Matrix):
         return self
 
     def numbers(self) -> Tensor:
-        """int8 [out, in]"""
+        """Return the numbers without padding, int8 [out, in]."""
         return self.weight[:, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]"""
+        """Multiply by the packed numbers, or by unpacked stretches if there are many rows. x [..., in] -> [..., out]"""
         rows = row_count(x)
         if rows <= FEW_ROWS_WRITTEN_OUT and is_fused(x):
             y = fused_gemv(x, self.numbers()) * self.scale
@@ -97,7 +97,7 @@ class Int8Matrix(Matrix):
         return y if self.bias is None else y + self.bias
 
     def reads_chosen_rows(self, rows: int) -> bool:
-        return False            # gathered, a quarter of the bytes takes as long as all of them
+        return False            # gathering a quarter of the bytes takes as long as reading all
 
     def empty_rows(self, rows: int) -> "Int8Matrix":
         return Int8Matrix.with_room(rows, self.in_features, self.scale, room_for_bias(self, rows))
@@ -139,11 +139,11 @@ class Int8Matrix(Matrix):
 
 
 class Int4Matrix(Matrix):
-    """Numbers from 0 to 15 in groups along a row, each with a scale and with what 8 stands for.
+    """Integers from 0 to 15 in groups along a row, each group with a scale and the value of the integer 8.
 
     Chosen rows stay packed. Chosen columns break the groups, so a copy of columns is an Int8Matrix.
 
-    weight  uint8 [blocks, in, block / 2], as this machine's product wants it (see `layout`); rows are padded to blocks
+    weight  uint8 [blocks, in, block / 2], in this machine's layout (see `layout`); rows are padded to blocks
     groups  [G, out, 2], in the dtype of the activations: value = (number - 8) * groups[..., 0] + groups[..., 1]
     """
 
@@ -165,17 +165,17 @@ class Int4Matrix(Matrix):
 
     @classmethod
     def with_room(cls, rows: int, columns: int, size: int, like: Tensor, bias: Tensor | None) -> "Int4Matrix":
-        """Numbers and scales yet to come. size: of a group; wider ones than the product knows are several alike"""
+        """Allocate numbers and scales, to be filled later. size: of a group; wide groups are split for the product"""
         block, _ = layout()
         blocks = -(-rows // block)
         groups = columns // next(known for known in GROUP_SIZES if size % known == 0)
-        # Rows that only fill a block are zeros; where there are none, every byte is about to be written.
+        # Rows that pad a block are zero; without padding, every byte will be written.
         new = torch.zeros if rows % block else torch.empty
         weight = new(blocks, columns, block // 2, dtype=torch.uint8, device=like.device)
         return cls.packed(weight, like.new_zeros(groups, blocks * block, 2), rows, bias)
 
     def fill(self, stretches: Iterable[Groups]) -> "Int4Matrix":
-        """Become what groups stand for, stretches of rows that are all of them together, whole blocks but the last."""
+        """Pack groups, given as stretches of rows that together are all rows; all but the last are whole blocks."""
         block, halves = layout()
         begin = 0
         for part in stretches:
@@ -191,7 +191,7 @@ class Int4Matrix(Matrix):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]"""
+        """Multiply by the packed numbers, or by unpacked stretches if there are many rows. x [..., in] -> [..., out]"""
         if row_count(x) <= FEW_ROWS_INT4 and has_packed_products(x):
             width = self.weight.shape[1]
             packed, size = self.weight.view(-1, width // 2), width // len(self.groups)
@@ -203,24 +203,24 @@ class Int4Matrix(Matrix):
         return y if self.bias is None else y + self.bias
 
     def transposed(self, blocks: slice = slice(None)) -> Tensor:
-        """What the numbers of some blocks stand for: [in, rows] in the dtype of the activations."""
+        """Dequantise some blocks, transposed: [in, rows] in the dtype of the activations."""
         numbers = self.numbers(blocks)                                              # [in, rows]
         rows = numbers.shape[1]
         first = (blocks.start or 0) * layout()[0]
         scale, middle = self.groups[:, first : first + rows].unbind(-1)             # [G, rows]
-        least = torch.addcmul(middle, scale, torch.tensor(-8.0, dtype=scale.dtype)) # what 0 stands for
+        least = torch.addcmul(middle, scale, torch.tensor(-8.0, dtype=scale.dtype)) # the value of 0
         grouped = numbers.to(scale.dtype).unflatten(0, (len(scale), -1))            # [G, g, rows]
         return torch.addcmul(least.unsqueeze(1), grouped, scale.contiguous().unsqueeze(1)).flatten(0, 1)
 
     def stretches(self) -> Iterator[tuple[slice, slice]]:
-        """Blocks to unpack at once, one stretch after the other, and the rows that they are."""
+        """Yield stretches to unpack at once: a slice of blocks, and the slice of rows in them."""
         block, _ = layout()
         step = max(1, rows_at_once(self.weight.shape[1]) // block)
         for first in range(0, len(self.weight), step):
             yield slice(first, first + step), slice(first * block, (first + step) * block)
 
     def numbers(self, blocks: slice = slice(None), columns: Tensor | None = None) -> Tensor:
-        """Those of some blocks and columns (None: all), unpacked and transposed: uint8 [in, rows]"""
+        """Unpack the integers of some blocks and columns (None: all), transposed: uint8 [in, rows]"""
         _, halves = layout()
         packed = self.weight[blocks] if columns is None else self.weight[blocks].index_select(1, columns)
         packed = packed.transpose(0, 1)                                             # [in, blocks, block / 2]
@@ -251,15 +251,15 @@ class Int4Matrix(Matrix):
             torch.index_select(source.bias, 0, rows, out=self.bias)
 
     def write_as_int8(self, columns: Tensor, numbers: Tensor, scale: Tensor) -> None:
-        """Fill int8 numbers [out, k] and scales [out] with the columns named, int64 [k].
+        """Fill int8 numbers [out, k] and scales [out] with the given columns, int64 [k].
 
-        A row's scale comes from what its groups can stand for, so that no value has to be looked at before.
+        A row's scale comes from the range of its groups, so that the values are read only once.
         """
         group_of = columns // (self.in_features // len(self.groups))                # [k]
         used = group_of.bincount(minlength=len(self.groups)) > 0                    # [G]
         for blocks, rows in self.stretches():
             step, middle = self.groups[:, rows].float().unbind(-1)                  # [G, rows]
-            least = middle - 8 * step                                               # what 0 stands for
+            least = middle - 8 * step                                               # the value of 0
             most = torch.maximum(least.abs(), (least + 15 * step).abs())            # [G, rows]
             count = len(scale[rows])                                                # the last block may be padded
             scale[rows] = most[used].amax(dim=0)[:count] / 127
@@ -272,7 +272,7 @@ class Int4Matrix(Matrix):
         return self.transposed().t()[: self.out_features]
 
     def column_norms(self) -> Tensor:
-        """As Matrix's, a block of rows at a time: unpacked at once, layers would leave 100 MB of holes in the heap."""
+        """Compute column norms block by block: unpacking all at once would leave 100 MB of holes in the heap."""
         squares = torch.zeros(self.in_features, device=self.weight.device)
         for block in range(len(self.weight)):
             values = self.transposed(slice(block, block + 1))                       # [in, rows], zeros where padded
@@ -305,13 +305,13 @@ class Int4Matrix(Matrix):
 
 
 class GroupedInt8Matrix(Int4Matrix):
-    """Whole numbers of eight bits in groups of 16 or of 32 along a row: exactly what most kinds of .gguf files hold.
+    """Eight-bit integers in groups of 16 or of 32 along a row, exactly as most kinds of .gguf files store them.
 
     PyTorch has no product for them, but a number is 16 h + l. Both halves are columns of an Int4Matrix of twice the
-    width: 16 columns of h, then those of l, which multiply x and x / 16. Copies are as an Int4Matrix's.
+    width: 16 columns of h, then 16 of l, which multiply x and x / 16. Copies work as in Int4Matrix.
 
     weight  uint8 [blocks, 2 in, block / 2]
-    groups  [in / 16, out, 2]: of value = s (number - 128) + m the scale 16 s, and z = (8 s + m) 16 / 17: then
+    groups  [in / 16, out, 2]: for value = s (number - 128) + m, the scale 16 s and z = (8 s + m) 16 / 17. Then
             (h - 8) 16 s + z and 1/16 of (l - 8) 16 s + z add up to the value
     """
 
@@ -323,7 +323,7 @@ class GroupedInt8Matrix(Int4Matrix):
 
     @classmethod
     def of_stretches(cls, rows: int, columns: int, like: Tensor, stretches: Iterable[Groups]) -> "GroupedInt8Matrix":
-        """What groups stand for, stretches of rows as for Int4Matrix.fill."""
+        """Pack groups, given as stretches of rows as for Int4Matrix.fill."""
         made = cls.with_room(rows, 2 * columns, 2 * HALVES, like, None)
         return made.fill(in_halves(part) for part in stretches)  # type: ignore[return-value]
 
@@ -339,7 +339,7 @@ class GroupedInt8Matrix(Int4Matrix):
         return joined_values(numbers, self.groups[:, first : first + numbers.shape[1]])
 
     def rows(self, rows: Tensor) -> Tensor:
-        """Some of the rows as plain numbers. int64 [n] -> [n, in]"""
+        """Dequantise the given rows. int64 [n] -> [n, in]"""
         place, above = places_of_rows(rows)
         half = self.weight.shape[2]
         numbers = self.weight[place // half, :, place % half] >> above.unsqueeze(1) & 15            # [n, 2 in]
@@ -361,19 +361,19 @@ class GroupedInt8Matrix(Int4Matrix):
 
 
 def joined_values(numbers: Tensor, groups: Tensor) -> Tensor:
-    """What numbers of a GroupedInt8Matrix stand for. uint8 [2 in, rows], groups [in / 16, rows, 2] -> [in, rows]"""
+    """Dequantise numbers of a GroupedInt8Matrix. uint8 [2 in, rows], groups [in / 16, rows, 2] -> [in, rows]"""
     high, low = numbers.unflatten(0, (-1, 2, HALVES)).unbind(1)                     # [in / 16, 16, rows]
     wide, z = groups.unbind(-1)                                                     # [in / 16, rows]
     scale = wide / 16
     rest = (z.float() * 17 / 16 - 8 * scale.float()).to(scale.dtype)                # m
-    signed = (high << 4 | low).to(scale.dtype) - 128                                # whole numbers, which bfloat16 has
+    signed = (high << 4 | low).to(scale.dtype) - 128                                # exact in bfloat16
     return torch.addcmul(rest.unsqueeze(1), signed, scale.unsqueeze(1)).flatten(0, 1)
 
 
 def places_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Two rows share bytes in an Int4Matrix. Where each lies, and by how many bits it is above: int64, uint8 [n]
+    """Locate rows of an Int4Matrix, two of which share each byte: byte and bit shift of each row, int64, uint8 [n]
 
-    A place counts the bytes of all blocks.
+    Bytes are counted over all blocks.
     """
     block, halves = layout()
     half, within = block // 2, rows % block
@@ -382,9 +382,9 @@ def places_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_halves(given: Groups) -> Groups:
-    """The groups of a GroupedInt8Matrix: numbers [out, 2 in], in groups of 32 that are 16 h and the l of the same."""
+    """Split groups into those of a GroupedInt8Matrix: numbers [out, 2 in], each group of 32 is 16 h and their 16 l."""
     size = given.size
-    # As whole numbers around 0, as far as eight bits go (those of at most six bits can be moved by 192).
+    # Shift the integers towards 0, within eight bits (integers of at most six bits can be moved by 192).
     zero = torch.where(given.scale == 0, 128, -given.minimum / given.scale).round().clamp(-64, 128)   # [out, G]
     rest = given.minimum + zero * given.scale                                       # [out, G]
     moved = given.numbers.unflatten(1, (-1, size)) + (128 - zero).to(torch.uint8).unsqueeze(-1)     # [out, G, g]
@@ -396,7 +396,7 @@ def in_halves(given: Groups) -> Groups:
 
 
 def draft_of(matrix: Matrix) -> Matrix:
-    """A copy of few bits to score with: four, where the machine and the groups allow it, else eight."""
+    """Make a low-bit copy to score with: four bits if device and width allow it, else eight."""
     if isinstance(matrix, Int4Matrix) and matrix.groups.dtype == DRAFT_DTYPE:
         return matrix
     four = matrix.weight.device.type == "cpu" and matrix.in_features % DRAFT_GROUP == 0
@@ -430,10 +430,10 @@ class GroupedInt8Embedding(nn.Module):
 
 
 class StoredEmbedding(nn.Module):
-    """Embeddings whose rows stay as a file has them until they are looked up. tokens int64 [...] -> [..., in]
+    """Embeddings whose rows stay as stored in the file until they are looked up. tokens int64 [...] -> [..., in]
 
     stored  uint8 [V, bytes of a row]
-    read    makes Groups of the bytes of so many rows
+    read    converts the bytes of n rows to Groups
     """
 
     def __init__(self, stored: Tensor, read: Callable[[Tensor, int], Groups], dtype: torch.dtype) -> None:
@@ -446,36 +446,38 @@ class StoredEmbedding(nn.Module):
 
 
 def has_packed_products(x: Tensor) -> bool:
+    """Return True if PyTorch's packed products are fast for x: on a CPU, in half precision."""
     return x.device.type == "cpu" and x.dtype != torch.float32
 
 
 def rows_at_once(columns: int, weights: int | None = None) -> int:
-    """Rows that have about so many weights (None: STRETCH), in whole blocks of every layout."""
+    """Return the number of rows with about `weights` weights (None: STRETCH), in whole blocks of every layout."""
     return max(1, (weights or STRETCH) // columns // 64) * 64
 
 
 def pairs(groups: Tensor) -> Tensor:
-    """Two neighbouring scales as one integer, which is copied in a quarter of the time. [..., 2] -> [...]"""
+    """View two neighbouring scales as one integer, which is copied in a quarter of the time. [..., 2] -> [...]"""
     return groups.view(torch.int32 if groups.element_size() == 2 else torch.int64).squeeze(-1)
 
 
 def room_for_bias(matrix: Matrix, rows: int) -> Tensor | None:
+    """Allocate a bias of `rows` numbers if the matrix has one."""
     return None if matrix.bias is None else matrix.bias.new_empty(rows)
 
 
 def nearest_int8(values: Tensor, numbers: Tensor, scale: Tensor) -> None:
     """Fill int8 numbers [out, in] and scales [out] with the nearest to float32 values [out, in], which are overwritten.
 
-    A scale is rounded before the numbers are taken, which then make up for it.
+    Numbers are computed from the rounded scale, so that they compensate for its rounding.
     """
     scale.copy_(torch.maximum(values.amax(dim=1), -values.amin(dim=1)) / 127)
     numbers.copy_(values.div_(scale.float().clamp(min=1e-30).unsqueeze(1)).round_().clamp_(-127, 127))
 
 
 def pack(numbers: Tensor, block: int, halves: bool) -> Tensor:
-    """Two numbers to a byte, block by block of rows. uint8 [in, rows] -> [blocks, in, block / 2]
+    """Pack two numbers into each byte, per block of rows. uint8 [in, rows] -> [blocks, in, block / 2]
 
-    halves  whether a byte holds the same place of a block's two halves, or two neighbouring rows
+    halves  True: a byte holds the same place of a block's two halves; False: two neighbouring rows
     """
     blocks = numbers.unflatten(1, (-1, block)).transpose(0, 1)                      # [blocks, in, block]
     low, high = blocks.chunk(2, dim=-1) if halves else blocks.unflatten(-1, (-1, 2)).unbind(-1)
@@ -484,9 +486,9 @@ def pack(numbers: Tensor, block: int, halves: bool) -> Tensor:
 
 @lru_cache(maxsize=1)
 def layout() -> tuple[int, bool]:
-    """Rows of a block and `halves` of `pack`, as this machine's int4 product wants them.
+    """Return the rows of a block and `halves` of `pack` for this machine's int4 product.
 
-    That depends on the vector instructions PyTorch uses, so a matrix that it packs itself shows it.
+    They depend on the vector instructions that PyTorch uses, so they are read off a matrix that PyTorch packs itself.
     """
     numbers = torch.randint(0, 16, (64, 32), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     wanted = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 2).view(torch.uint8).flatten()

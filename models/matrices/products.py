@@ -1,8 +1,8 @@
-"""The products of a decode step, and every choice between two ways of computing the same: nobody else chooses.
+"""The products of a decode step. Every choice between two ways to compute the same product is in this package.
 
-A step reads each active weight once, so a product is as fast as the memory is read. PyTorch's own product of a single
-row reads it at a third of its speed on a CPU. Two others take its place, each with a layout of its own: written out
-where torch.compile fuses it (weights stored by rows), and added up column by column in eager code (stored by columns).
+A step reads each active weight once, so memory bandwidth limits a product. PyTorch's own product of a single row
+reaches a third of the bandwidth on a CPU. Two products replace it, each with its own layout: one written out for
+torch.compile to fuse (weights stored by rows), and a sum over columns in eager code (stored by columns).
 docs/speed.md has the figures.
 
 B batch, T rows, in and out the sides of a weight [out, in], N query heads, K key/value heads, S cache slots, D head
@@ -16,29 +16,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of a weight that a written-out product of one row reads at once, from so many rows on (docs/speed.md): a smaller
-# weight gains nothing, and each stream takes time to compile.
+# Rows of a weight that a fused product of one row reads at once, and the least rows for which it does (docs/speed.md):
+# a smaller weight gains nothing, and each stream takes time to compile.
 STREAMS, STREAMED_ROWS = 8, 512
-# Scores up to which every pair is compared instead of sorting: beyond, the comparisons cost more than the call.
+# Most scores for which comparing every pair is faster than a selection.
 MOST_COMPARED = 256
 
 
 def is_fused(x: Tensor) -> bool:
-    """Whether a compiler makes one loop of what is written out here, on a CPU; in eager code every step is stored."""
+    """Return True if a compiler fuses a written-out product into one loop on a CPU; eager code stores every step."""
     return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
 def row_count(x: Tensor) -> int:
+    """Return the number of rows of x, over all leading dimensions."""
     return x.shape[:-1].numel()
 
 
 def fused_gemv(x: Tensor, weight: Tensor) -> Tensor:
-    """A few rows times a weight as multiply and sum, for a compiler to fuse. x [..., in], weight [out, in]"""
+    """Multiply a few rows by a weight as multiply and sum, for a compiler to fuse. x [..., in], weight [out, in]"""
     if row_count(x) == 1:
         return sum_in_streams(x, [weight[part] for part in row_streams(weight.shape[0])])
     rows = x.reshape(-1, x.shape[-1]).float()                                       # [T, in]
     wide = weight.float()
-    # as_strided has Inductor keep a row, instead of computing it (a norm, say) anew for every row of the weight.
+    # as_strided makes Inductor store a row instead of recomputing it (a norm, say) for every row of the weight.
     # Sums over the same weight become one loop, which reads it once for all rows.
     sums = [(wide * row.as_strided(row.shape, (1,))).sum(dim=-1) for row in rows.unbind()]      # T times [out]
     y = torch.stack(sums)
@@ -46,26 +47,26 @@ def fused_gemv(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def fused_gemv_rows(x: Tensor, weight: Tensor, which: Tensor) -> Tensor:
-    """The same of one row and the weight's rows named. x [..., in], weight [out, in], which int64 [k] -> [..., k]"""
-    # The indices are split before they gather: split afterwards, what was gathered would be stored first.
+    """Multiply one row by chosen rows of a weight, fused. x [..., in], weight [out, in], which int64 [k] -> [..., k]"""
+    # Split the indices before they gather: splitting afterwards would store the gathered rows first.
     return sum_in_streams(x, [weight[which[part]] for part in row_streams(len(which))])
 
 
 def sum_in_streams(x: Tensor, parts: list[Tensor]) -> Tensor:
-    """One row times parts of equal length of a weight. x [..., in], parts [n, in] each -> [..., sum of n]
+    """Multiply one row by parts of equal length of a weight. x [..., in], parts [n, in] each -> [..., sum of n]
 
-    A loop over one row of a weight at a time does not keep the memory busy. Sums over parts of equal length become one
-    loop, which reads a row of each part at once and converts x once.
+    A loop over one row of a weight at a time does not use the full bandwidth. Sums over parts of equal length become
+    one loop, which reads a row of each part at once and converts x once.
     """
     row = x.flatten().float()                                                       # [in]
-    # as_strided has Inductor keep a row, instead of computing it (a norm, say) anew for every row of the weight.
+    # as_strided makes Inductor store a row instead of recomputing it (a norm, say) for every row of the weight.
     row = row.as_strided(row.shape, (1,))
     y = torch.cat([(part.float() * row).sum(dim=-1) for part in parts])             # [out]
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def row_streams(rows: int) -> list[slice]:
-    """As many parts of equal length as STREAMS, or the next smaller power of two that divides the rows."""
+    """Split rows into STREAMS parts of equal length, or into the next smaller power of two that divides them."""
     counts = (STREAMS, STREAMS // 2, STREAMS // 4, 1) if rows >= STREAMED_ROWS else (1,)
     count = next(count for count in counts if rows % count == 0)
     return [slice(begin, begin + rows // count) for begin in range(0, rows, rows // count)]
@@ -73,24 +74,24 @@ def row_streams(rows: int) -> list[slice]:
 
 @lru_cache(maxsize=1024)
 def stretches(count: int, parts: int) -> tuple[Tensor, Tensor]:
-    """The indices below `count`, and where each of `parts` stretches of them begins: int64, on the CPU."""
-    with torch.inference_mode(False):       # they outlive this call, and may next be needed outside inference
+    """Return the indices below `count`, and the begin of each of `parts` stretches of them: int64, on the CPU."""
+    with torch.inference_mode(False):       # cached: the next use may be outside inference mode
         return torch.arange(count), torch.arange(parts) * count // parts
 
 
 def kept(make: Any, *sizes: int) -> tuple[Tensor, Tensor]:
-    """What a cached function has made of these sizes; a compiler makes it anew, a constant of its code."""
+    """Call a cached function; a compiler calls it without the cache, as a constant of its code."""
     made: tuple[Tensor, Tensor] = (make.__wrapped__ if torch.compiler.is_compiling() else make)(*sizes)
     return made
 
 
 def add_up_columns(columns: Tensor, which: Tensor, factors: Tensor, parts: int) -> Tensor:
-    """sum over k of factors[k] * columns[which[k]]: one row's product that reads the columns named and no others.
+    """Compute the sum over k of factors[k] * columns[which[k]]: one row's product that reads the given columns alone.
 
-    That is what embedding_bag computes from a table of the columns. Each thread adds up a stretch of them, and so one
-    row's product takes half the time of F.linear's (figures in docs/speed.md).
+    embedding_bag computes this from a table of the columns. Each thread adds up one stretch of them, which takes half
+    the time of F.linear for one row (figures in docs/speed.md).
 
-    columns [in, out], on the CPU; which int64 [k]; factors [k]; parts: how many stretches -> [out]
+    columns [in, out], on the CPU; which int64 [k]; factors [k]; parts: number of stretches -> [out]
     """
     _, begins = kept(stretches, len(which), parts)
     sums = F.embedding_bag(which, columns, offsets=begins, per_sample_weights=factors, mode="sum")
@@ -98,7 +99,7 @@ def add_up_columns(columns: Tensor, which: Tensor, factors: Tensor, parts: int) 
 
 
 def add_up_for_each(columns: Tensor, factors: Tensor) -> Tensor:
-    """The same of all columns for several rows, a bag for each. columns [in, out]; factors [T, in] -> [T, out]"""
+    """Add up all columns for several rows, one bag per row. columns [in, out]; factors [T, in] -> [T, out]"""
     rows, count = factors.shape
     which, begins = kept(every_column, rows, count)
     return F.embedding_bag(which, columns, offsets=begins, per_sample_weights=factors.flatten(), mode="sum")
@@ -106,13 +107,13 @@ def add_up_for_each(columns: Tensor, factors: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def every_column(rows: int, count: int) -> tuple[Tensor, Tensor]:
-    """The indices below `count`, over again for every row, and where each row's begin: int64, on the CPU."""
+    """Return the indices below `count`, repeated for every row, and the begin of each row's: int64, on the CPU."""
     with torch.inference_mode(False):
         return torch.arange(count).repeat(rows), torch.arange(rows) * count
 
 
 def attend_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of a prompt to itself. q [B, N, T, D]; k, v [B, K, T, D] -> [B, T, N, D]; no mask: causal."""
+    """Compute attention of a prompt to itself. q [B, N, T, D]; k, v [B, K, T, D] -> [B, T, N, D]; no mask: causal."""
     grouped = q.shape[1] != k.shape[1]
     a = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
@@ -121,9 +122,10 @@ def attend_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
 
 
 def attend_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention of rows to the cache. Slots not filled yet have weight 0.
+    """Compute attention of tokens to the cache. Unfilled slots have weight 0.
 
-    The query heads that share a key/value head stand as if they were its queries, so that nothing is repeated.
+    For one token, the query heads that share a key/value head become queries of that head, so keys and values are not
+    repeated.
 
     q [B, N, T, D], N a multiple of K; keys, values [B, K, S, D]; mask float [B, 1, T, S] -> [B, T, N, D]
     """
@@ -143,27 +145,26 @@ def attend_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: f
 
 
 def keep_best(scores: Tensor, count: int) -> Tensor:
-    """True at the `count` highest scores along the last dimension, of equal scores the earlier one.
+    """Return True at the `count` highest scores along the last dimension (ties: the earlier score).
 
-    scores  [..., C] -> returns bool [..., C]. Static in shape and free of data-dependent branches, so that it can
-    stand in a compiled decode step.
+    scores  [..., C] -> bool [..., C]. Static in shape and free of data-dependent branches, so that a compiled decode
+    step can contain it.
     """
     channels = scores.shape[-1]
     if count in (0, channels):
         return torch.full_like(scores, count > 0, dtype=torch.bool)
     if torch.compiler.is_compiling() and channels <= MOST_COMPARED:
-        # Rank by comparing every pair: C * C comparisons fuse into one loop, where a selection would be a call out of
-        # it.
+        # Rank by comparing every pair: C * C comparisons fuse into one loop; a selection would be a separate call.
         place = torch.arange(channels, device=scores.device)
         mine, other = scores.unsqueeze(-1), scores.unsqueeze(-2)                    # [..., C, 1], [..., 1, C]
         better = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))     # [..., C, C]
         return better.sum(dim=-1) < count
-    # Not sorted: of 8,192 scores the lowest that stays is found in a twentieth of the time.
+    # kthvalue instead of sort: a twentieth of the time for 8,192 scores.
     lowest = scores.kthvalue(channels - count + 1, dim=-1, keepdim=True).values    # [..., 1]
     above, ties = scores > lowest, scores == lowest                                 # [..., C]
     return above | (ties & (ties.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
 
 
 def places(keep: Tensor, count: int) -> Tensor:
-    """Where `count` are True, in memory's order, which reads what lies there fastest. bool [C] -> int64 [count]"""
+    """Return the indices of the `count` True entries, ascending for fast memory access. bool [C] -> int64 [count]"""
     return torch.nonzero_static(keep, size=count).squeeze(-1)

@@ -1,1 +1,1 @@
-"""What a pass decides about: which channels run, by which rule, and what the user asked for."""
+"""The two papers' methods: their settings, partitions, POP for channels, heads and experts, and Prefill-Only."""

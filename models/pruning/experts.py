@@ -1,8 +1,8 @@
 """POP for a mixture of experts: one partition per expert, from the prompt tokens that are routed to it.
 
-Each expert runs as any feed-forward network does (models/pruning/pop.py). The router is never touched.
+Each expert runs as any feed-forward network does (models/pruning/pop.py). The router is never pruned.
 
-B batch, T rows, M rows of the batch one after the other (B T), E experts, H hidden size, n tokens of one expert.
+B batch, T tokens, M tokens of the whole batch (B T), E experts, H hidden size, n tokens of one expert.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ from models.pruning.pop import POP, ActiveWeights, LookedUpWeights, PrunedFFN
 
 
 class PartitionedExperts:
-    """What runs in place of one mixture of experts.
+    """Runs in place of one mixture of experts.
 
-    An expert gets a copy of its active weights when a token first reaches it. With too little memory for all,
-    `copy_limit` experts get one, those with most prompt tokens; a step on any other multiplies with its full weights
-    instead, with the same result and nothing saved. Buffers of copies outlive a prompt; nothing else of it does.
+    An expert gets a copy of its active weights when a token first reaches it. If memory is too small for all copies,
+    the `copy_limit` experts with most prompt tokens get one. A step on any other expert multiplies with its full
+    weights: the same result, with nothing saved. Only the buffers of copies are kept from prompt to prompt.
 
     prompt_tokens  per expert, its tokens of the prompt that count as evidence
     picks          per expert, its decoded tokens, those of ended sequences included
-    met            decoded tokens that shared their expert with another token of the same step
+    met            decoded tokens that shared this expert with another token of the same step
     """
 
     def __init__(self, mixture: MixtureOfExperts, rule: POP) -> None:
@@ -42,7 +42,7 @@ class PartitionedExperts:
         self.restart()
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
-        """x [B, T, H] -> [B, T, H]"""
+        """Route the tokens of a prompt and run each expert's part. x [B, T, H] -> [B, T, H]"""
         routing = self.mixture.route(x.flatten(0, 1), self.gate)
         counted: Sequence[Tensor | None] = [None] * len(self.experts)
         tokens = routing.counts
@@ -58,14 +58,14 @@ class PartitionedExperts:
 
         shared = self.shared
         y = self.mixture.spread(x, routing, run, None if shared is None else lambda x: shared.prefill(x, rows))
-        if rows.partitions:             # earlier rows may have shown something of the experts that these do not reach
+        if rows.partitions:             # experts without tokens here may have evidence from earlier tokens
             for active, reached in zip(self.active, routing.counts, strict=True):
                 if active is not None and not reached:
                     active.repartition(rows.clock)
         return y
 
     def decode(self, x: Tensor, step: DecodePass) -> Tensor:
-        """x [B, T, H] -> [B, T, H]"""
+        """Route the tokens of a step and run each expert's part. x [B, T, H] -> [B, T, H]"""
         routing = self.mixture.route(x.flatten(0, 1), self.gate)
         live = routing.segments(step.live.expand(x.shape[:2]).reshape(-1, 1))       # E times [n, 1]
 
@@ -78,7 +78,7 @@ class PartitionedExperts:
         return self.mixture.spread(x, routing, run, None if shared is None else lambda x: shared.decode(x, step))
 
     def restart(self) -> None:
-        """Forget the last prompt, but for the buffers of its copies."""
+        """Forget the last prompt, except for the buffers of its copies."""
         if self.rule.follows_prompt:
             self.spare += [one.weights for one in self.active if one is not None and one.weights.held_bytes()]
             self.active = [None] * len(self.experts)
@@ -88,7 +88,10 @@ class PartitionedExperts:
             self.shared.restart()
 
     def expect(self, tokens: list[int], of_prompt: bool) -> None:
-        """Before rows run: per expert, how many of them count as evidence, of the prompt or of a step after it."""
+        """Count the coming tokens per expert and choose the experts that may have copies.
+
+        tokens: per expert, tokens that count as evidence, of the prompt (`of_prompt`) or of a step after it
+        """
         if not of_prompt:
             self.picks = [old + new for old, new in zip(self.picks, tokens, strict=True)]
             return
@@ -97,14 +100,14 @@ class PartitionedExperts:
         self.may_copy = set(most_first[: self.copy_limit])
 
     def of(self, index: int) -> PrunedFFN:
-        """What runs in place of one expert; the channels of one that is new are yet to be partitioned."""
+        """Return what runs in place of one expert; a new one has no partition yet."""
         active = self.active[index]
         if active is None:
             active = self.active[index] = self.rule.new_ffn(self.experts[index], self.weights_for(index))
         return active
 
     def weights_for(self, index: int) -> ActiveWeights | None:
-        """Buffers of the last prompt for the active weights of one expert; None: where none fit, new ones."""
+        """Return weights for one expert: no copies if it may have none, else buffers of the last prompt; None: new."""
         ffn = self.experts[index]
         if index not in self.may_copy:
             return LookedUpWeights(ffn)
@@ -112,7 +115,7 @@ class PartitionedExperts:
         return None if number is None else self.spare.pop(number)
 
     def partitioned(self, index: int, clock: Clock | None = None) -> PrunedFFN:
-        """The same after the prompt: an expert that the prompt did not reach is partitioned now, without evidence."""
+        """Return what runs in place of one expert; partition it without evidence if the prompt did not reach it."""
         is_new = self.active[index] is None
         active = self.of(index)
         if is_new:
@@ -120,7 +123,7 @@ class PartitionedExperts:
         return active
 
     def multiplies_whole(self, index: int) -> bool:
-        """Whether steps read all the weights of an expert: it was left dense, or has no copy."""
+        """Return True if steps read all weights of an expert: it runs dense, or has no copy."""
         active = self.active[index]
         return active is not None and (not active.sizes.prunes or isinstance(active.weights, LookedUpWeights))
 

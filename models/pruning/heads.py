@@ -1,9 +1,10 @@
-"""POP for query heads (our extension, off by default): the same partition, with heads for channels.
+"""POP for query heads (our extension, off by default): the same partition, with heads as channels.
 
-The score of a head is the l2 norm of its coordinates' channel scores before o_proj. Keys and values are never pruned.
+The score of a head is the l2 norm of the channel scores of its coordinates before o_proj. Keys and values are never
+pruned.
 
-B batch, T rows, S cache slots, H hidden size, N query heads, K key/value heads, D head size, G groups of query heads
-that are partitioned alike, R retained and C candidate heads per group, A = G (R + C) active heads.
+B batch, T tokens, S cache slots, H hidden size, N query heads, K key/value heads, D head size, G groups of query heads
+with equal region sizes, R retained and C candidate heads per group, A = G (R + C) active heads.
 """
 
 import torch
@@ -22,11 +23,11 @@ from models.pruning.pop import POP
 
 
 class PartitionedAttention(CachedAttention):
-    """An attention whose steps run its retained heads and the candidate heads that they keep.
+    """An attention whose steps run its retained heads and the candidate heads that the step keeps.
 
-    Active heads stand group by group, retained before candidate. With grouped-query attention a group is the query
-    heads of one key/value head. Without it all heads form one group, and the cache keeps its heads in the partition's
-    order, so that the active ones are a contiguous slice.
+    Active heads are ordered by group, retained before candidate. With grouped-query attention a group is the query
+    heads of one key/value head. Without it all heads form one group, and the cache stores its heads in the partition's
+    order, so that the active heads are a contiguous slice.
     """
 
     def __init__(self, attention: Attention, rule: POP) -> None:
@@ -58,7 +59,7 @@ class PartitionedAttention(CachedAttention):
         return self.active_o(a[..., self.coordinates(self.partition.active)])
 
     def repartition(self, cache: LayerCache, clock: Clock | None = None) -> None:
-        """Partition the heads by all evidence so far, and put copies and cache into their order."""
+        """Partition the heads by all evidence so far; copy the active weights and reorder the cache."""
         attention = self.attention
         with phase(clock, "sort"):
             scores = head_scores(self.evidence.scores(attention.output_norms()), attention.head_dim)        # [N]
@@ -72,7 +73,7 @@ class PartitionedAttention(CachedAttention):
             candidate = self.coordinates(self.partition.candidate)                  # [G C D]
             torch.index_select(attention.output_norms(), 0, candidate, out=self.candidate_norms)
             if self.cache_order is not None:
-                moved = self.cache_order.argsort()[self.partition.order[0]]         # [K], where each head is now
+                moved = self.cache_order.argsort()[self.partition.order[0]]         # [K], current place of each head
                 for buffer in (cache.keys, cache.values):
                     buffer.copy_(buffer[:, moved])
                 self.cache_order.copy_(self.partition.order[0])
@@ -86,7 +87,7 @@ class PartitionedAttention(CachedAttention):
         return self.active_o(a.flatten(2))
 
     def kept_heads(self, a: Tensor, step: DecodePass) -> Tensor:
-        """The active heads that this step keeps. a [B, T, A, D] -> bool [A] or [B, T, A]"""
+        """Choose the active heads that this step keeps. a [B, T, A, D] -> bool [A] or [B, T, A]"""
         groups, head_dim = self.attention.head_groups, self.attention.head_dim
         candidate = a.unflatten(2, (groups, -1))[..., self.sizes.retained :, :].flatten(2)      # [B, T, G C D]
         scores = head_scores(step.scores(candidate, self.candidate_norms), head_dim)            # [..., G C]
@@ -98,22 +99,22 @@ class PartitionedAttention(CachedAttention):
         cache.write(self.in_cache(k), self.in_cache(self.attention.values(x)), rows.slots[cache.pattern])
 
     def coordinates(self, in_groups: Tensor) -> Tensor:
-        """Coordinates of heads that are counted inside each group: int64 [G, n] -> [G n D]"""
+        """Return the coordinates of heads, given by their index within each group. int64 [G, n] -> [G n D]"""
         groups, head_dim = self.attention.head_groups, self.attention.head_dim
         first = torch.arange(groups, device=in_groups.device) * (self.attention.heads // groups)
         heads = (in_groups + first[:, None]).flatten()                              # [G n]
         return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
 
     def in_cache(self, heads: Tensor) -> Tensor:
-        """All heads in the cache's order. [B, N or K, T, D]"""
+        """Reorder all heads from the model's order to the cache's. [B, N or K, T, D]"""
         return heads if self.cache_order is None else heads[:, self.cache_order]
 
     def in_model(self, heads: Tensor) -> Tensor:
-        """All heads of an attention's output in the model's order. [B, T, N, D]"""
+        """Reorder all heads of an attention's output from the cache's order to the model's. [B, T, N, D]"""
         return heads if self.cache_order is None else heads[:, :, self.cache_order.argsort()]
 
     def in_use(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """Keys and values that the active heads attend to. [B, K, S, D] each"""
+        """Return the keys and values that the active heads attend to. [B, K, S, D] each, fewer heads without groups"""
         if self.cache_order is None:
             return cache.keys, cache.values
         return cache.keys[:, : self.sizes.active], cache.values[:, : self.sizes.active]

@@ -1,8 +1,8 @@
-"""Which channels run: scores, sizes and the ChannelPartition (POP, arXiv 2602.06822, section 3).
+"""Partitions of channels: scores, sizes and the ChannelPartition (POP, arXiv 2602.06822, section 3).
 
-A *channel* is one intermediate dimension of a gated feed-forward network (or, further down, one attention head).
-After prefill every channel is one of three: *retained* (always runs), *candidate* (re-decided at every decode step)
-or *pruned* (never read again until partitions are drawn anew).
+A *channel* is one intermediate dimension of a gated feed-forward network, or one attention head. Prefill makes every
+channel *retained* (always runs), *candidate* (decided again at every decode step) or *pruned* (never read until the
+next partition).
 
 B batch, T tokens, I channels, R retained, C candidate, P pruned channels, N heads, D head size.
 """
@@ -17,11 +17,11 @@ from weights.errors import InputError
 
 
 class Evidence:
-    """What has been seen of the channels of one network: the sum of squares of each one's activation (POP, Eq. 1-3).
+    """Accumulated squares of the activations of each channel of one network (POP, Eq. 1-3).
 
-    It adds up over tokens, so that a prompt in pieces, or a prompt and later steps, are evidence like one long prompt.
+    Squares add up over tokens: a prompt in pieces, or a prompt and later steps, are evidence like one long prompt.
 
-    squares  float32 [I];  tokens  how many tokens they are of
+    squares  float32 [I];  tokens  number of tokens summed over
     """
 
     def __init__(self, channels: int, device: torch.device) -> None:
@@ -34,46 +34,46 @@ class Evidence:
         self.tokens = 0
 
     def add(self, h: Tensor, real: Tensor | None, tokens: int) -> None:
-        """h [B, T, I], what feeds down_proj; real bool [B, T] or [B, 1] (None: all are real), `tokens` of them True."""
+        """Add tokens. h [B, T, I], input of down_proj; real bool [B, T] or [B, 1], `tokens` of them True; None: all"""
         self.squares.add_(sum_of_squares(h, real))
         if tokens:
             self.tokens += tokens
 
     def scores(self, norms: Tensor) -> Tensor:
-        """Importance of each channel. norms float32 [I], of the columns of down_proj -> float32 [I]"""
+        """Score each channel (Eq. 3). norms float32 [I], of the columns of down_proj -> float32 [I]"""
         return self.squares.sqrt() * norms
 
 
 def sum_of_squares(h: Tensor, real: Tensor | None = None) -> Tensor:
-    """h [B, T, I], real [B, T] or [B, 1], False where a token is padding or its sequence has ended -> float32 [I]"""
+    """Sum squares over tokens. h [B, T, I]; real [B, T] or [B, 1], False: padding or ended sequence -> float32 [I]"""
     if real is not None:
         h = h.masked_fill(~real.unsqueeze(-1), 0)                           # [B, T, I]
-    # Squares and sum one by one: on a CPU vector_norm over the leading dimensions is ten times as slow.
+    # square and sum separately: on a CPU vector_norm over the leading dimensions is ten times as slow.
     return h.float().square().sum(dim=(0, 1))
 
 
 def channel_scores(h: Tensor, norms: Tensor, real: Tensor | None = None) -> Tensor:
-    """Importance of each channel over these tokens alone (POP, Eq. 3). As for Evidence -> float32 [I]"""
+    """Score each channel over these tokens alone (POP, Eq. 3). Arguments as for Evidence -> float32 [I]"""
     return sum_of_squares(h, real).sqrt() * norms
 
 
 def head_scores(coordinates: Tensor, head_dim: int) -> Tensor:
-    """Importance of query heads: l2 norm of the channel scores of each one's coordinates. [..., N D] -> [..., N]"""
+    """Score query heads: l2 norm of the channel scores of each head's coordinates. [..., N D] -> [..., N]"""
     return torch.linalg.vector_norm(coordinates.unflatten(-1, (-1, head_dim)), dim=-1)
 
 
 @dataclass(frozen=True)
 class PartitionSizes:
-    """How many channels each region holds, and how many candidates a decode step keeps."""
+    """Number of channels in each region, and of candidates that a decode step keeps."""
 
     retained: int
     candidate: int
     pruned: int
     pick: int
-    groups: int = 1                 # equal stretches of the channels that are cut alike, each by itself
+    groups: int = 1                 # equal consecutive groups of channels, partitioned independently
 
     def times(self, groups: int) -> "PartitionSizes":
-        """Of so many groups of channels, where these are the sizes of one."""
+        """Return the sizes of `groups` groups of channels, if these are the sizes of one group."""
         return PartitionSizes(
             groups * self.retained, groups * self.candidate, groups * self.pruned, groups * self.pick, groups
         )
@@ -94,32 +94,32 @@ class PartitionSizes:
 
     @property
     def prunes(self) -> bool:
-        """Whether any channel is ever off."""
+        """True if any channel is ever off."""
         return self.retained < self.channels
 
     @property
     def copied(self) -> bool:
-        """Whether the active channels are a choice of all, or in another order, and so copied."""
+        """True if steps need copies: active channels are fewer than all, or in another order."""
         return self.prunes and self.candidate < self.channels
 
     @property
     def decides(self) -> bool:
-        """Whether a decode step has something to choose."""
+        """True if a decode step has candidates to choose from."""
         return self.pick < self.candidate
 
 
 def channels_of_group(channels: int, groups: int) -> int:
-    """InputError where a network's channels are not so many equal groups."""
+    """Return the channels per group. Raises InputError if the groups do not divide a network's channels."""
     if channels % groups:
         raise InputError(f"{channels} channels of a network cannot be cut in {groups} equal groups")
     return channels // groups
 
 
 def partition_sizes(channels: int, ratio: float, width: float) -> PartitionSizes:
-    """Sizes of the regions for `ratio` of the channels off at a decode step (POP, section 3.2).
+    """Compute region sizes for `ratio` of the channels off at a decode step (POP, section 3.2).
 
     ratio  share of channels that do not finish a decode step, 0 <= ratio < 1
-    width  candidates as a share of all channels (the paper's gamma); as wide as the sizes allow at most
+    width  candidates as a share of all channels (the paper's gamma), limited to what the sizes allow
     """
     active = round((1 - ratio) * channels)
     pick = min(round(width * channels / 2), active, channels - active)
@@ -130,11 +130,11 @@ def partition_sizes(channels: int, ratio: float, width: float) -> PartitionSizes
 
 @dataclass(frozen=True)
 class ChannelPartition:
-    """The three regions of one layer (or expert, or the heads of one layer), fixed until the next is drawn.
+    """The three regions of one network (layer or expert) or of one layer's heads, fixed until the next partition.
 
-    order  int64 [..., I]: the retained channels, then the candidates, then the pruned ones, indices ascending inside
-           each region. Leading dimensions are independent groups that are cut alike (one per key/value head when the
-           channels are attention heads).
+    order  int64 [..., I]: retained channels, then candidates, then pruned channels, indices ascending within each
+           region. Leading dimensions are independent groups of equal sizes (one per key/value head if the channels
+           are attention heads).
     """
 
     order: Tensor
@@ -158,7 +158,7 @@ class ChannelPartition:
         return self.order[..., : self.sizes.active]
 
     def pick(self, candidate_scores: Tensor) -> Tensor:
-        """Which candidates this decode step keeps (ties: the earlier candidate).
+        """Choose the candidates that this decode step keeps (ties: the earlier candidate).
 
         candidate_scores [..., C] float32, in the order of `candidate` -> bool [..., C] with `sizes.pick` True
         """
@@ -174,9 +174,9 @@ class ChannelPartition:
 
 
 def partition_channels(scores: Tensor, sizes: PartitionSizes) -> ChannelPartition:
-    """Cut channels into regions by falling score (ties: lower channel first).
+    """Partition channels into regions by falling score (ties: lower channel first).
 
-    scores [..., I] float32, I == sizes.channels; leading dimensions are cut independently and alike.
+    scores [..., I] float32, I == sizes.channels; leading dimensions are partitioned independently, in equal sizes.
     """
     if scores.shape[-1] != sizes.channels:
         raise ValueError(f"scores of {scores.shape[-1]} channels cannot be cut into regions of {sizes.channels}")
@@ -190,15 +190,15 @@ def partition_channels(scores: Tensor, sizes: PartitionSizes) -> ChannelPartitio
 
 
 def keep_best_of_each(scores: Tensor, sizes: PartitionSizes) -> Tensor:
-    """The candidates that are picked, of each group as many. scores [..., C] -> bool [..., C]"""
+    """Pick the best candidates, the same number in each group. scores [..., C] -> bool [..., C]"""
     if sizes.groups == 1:
         return keep_best(scores, sizes.pick)
     return keep_best(scores.unflatten(-1, (sizes.groups, -1)), sizes.pick // sizes.groups).flatten(-2)
 
 
 def undecided(sizes: PartitionSizes, groups: tuple[int, ...], device: torch.device) -> ChannelPartition:
-    """Regions of these sizes before there is anything to rank by: every channel in its own place.
+    """Return a placeholder partition without scores: channels in their own order.
 
-    The sizes are the final ones, because a step that is compiled now is run after the partition is drawn.
+    Its sizes are the final ones, because a step compiled now also runs after channels are partitioned.
     """
     return ChannelPartition(torch.arange(sizes.channels, device=device).expand(*groups, sizes.channels), sizes)

@@ -4,7 +4,7 @@
 one step on the retained channels and the candidates that the step keeps. `POP` holds the parameters and builds one
 such object per layer. Another method is another class with the same two methods (popengine/studies).
 
-B batch, T rows, H hidden size, I FFN channels, R retained, C candidate and P pruned channels.
+B batch, T tokens, H hidden size, I FFN channels, R retained, C candidate and P pruned channels.
 """
 
 from collections.abc import Sequence
@@ -34,11 +34,11 @@ from models.pruning.partition import (
 
 
 class PrunedFFN(Protocol):
-    """What runs in place of a feed-forward network.
+    """An object that runs in place of a feed-forward network.
 
-    weights    what a step multiplies with
-    sizes      how many channels each region has; partition: which they are
-    evidence   what the prompt has shown of the channels
+    weights    the matrices that a step multiplies with
+    sizes      number of channels in each region; partition: their indices
+    evidence   accumulated squares of the channels' activations
     """
 
     ffn: FeedForward
@@ -49,29 +49,29 @@ class PrunedFFN(Protocol):
     evidence: Evidence
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
-        """Run the rows of a prompt. x [B, T, H] -> [B, T, H]"""
+        """Run tokens of a prompt. x [B, T, H] -> [B, T, H]"""
 
     def decode(self, x: Tensor, step: DecodePass) -> Tensor:
-        """Run the rows of a step. x [B, T, H] -> [B, T, H]"""
+        """Run the tokens of a step. x [B, T, H] -> [B, T, H]"""
 
     def repartition(self, clock: Clock | None = None) -> None:
-        """Partition the channels anew from all evidence so far."""
+        """Partition the channels again, from all evidence so far."""
 
     def use(self, weights: "ActiveWeights") -> None:
-        """Multiply with these from the next partition on."""
+        """Multiply with these weights from the next partition on."""
 
     def restart(self) -> None:
         """Forget the last prompt."""
 
     def count(self, tokens: int) -> None:
-        """Count tokens whose squares a compiled dense step has added to the evidence."""
+        """Add to the token count of the evidence, after a compiled dense step has added the squares."""
 
     def copied_bytes(self) -> int:
-        """Memory that copies of active weights take, in bytes."""
+        """Return the memory of copies of active weights, in bytes."""
 
 
 class PartitionedFFN:
-    """One network under POP: a partition from the prompt, and a choice among its candidates at every step."""
+    """One network under POP: the prompt gives a partition, every step chooses among its candidates."""
 
     def __init__(self, ffn: FeedForward, rule: "POP", weights: "ActiveWeights") -> None:
         self.ffn, self.rule, self.sizes, self.act = ffn, rule, rule.sizes(ffn), ffn.act
@@ -88,7 +88,7 @@ class PartitionedFFN:
         return self.finish_prompt(self.ffn.activation(x), rows)
 
     def finish_prompt(self, h: Tensor, rows: PrefillPass) -> Tensor:
-        """From the activation of the prompt on, h [B, T, I]: evidence, partition, down_proj. -> [B, T, H]"""
+        """Run the rest of a prompt from the activation h: evidence, partition, down_proj. [B, T, I] -> [B, T, H]"""
         rows.see(self.evidence, h)                                                  # the sum of Eq. 2
         if rows.partitions:
             self.repartition(rows.clock)                                            # Eq. 3 and section 3.2
@@ -127,7 +127,7 @@ class FrozenFFN(PartitionedFFN):
 
 
 class DenseFFN(PartitionedFFN):
-    """The whole network, where nothing is pruned: it needs no evidence, no norms of its weights and no copies."""
+    """The whole network with nothing pruned: it needs no evidence, no norms of its weights and no copies."""
 
     def __init__(self, ffn: FeedForward) -> None:
         self.ffn, self.rule = ffn, POP(0.0, 0.0)
@@ -145,12 +145,12 @@ class DenseFFN(PartitionedFFN):
         pass
 
 
-# The matrices that a step multiplies with: compact copies, or views that choose from the whole.
+# A matrix that a step multiplies with: a compact copy, or a view that selects from the whole.
 AnyMatrix = Any
 
 
 class ActiveWeights:
-    """Compact copies of the active channels' weights, in buffers that are allocated once and filled per partition."""
+    """Compact copies of the active channels' weights, in buffers allocated once and filled at every partition."""
 
     gate: AnyMatrix
     up: AnyMatrix
@@ -168,16 +168,16 @@ class ActiveWeights:
         self.down.copy_columns(ffn.down_proj, channels)
 
     def fits(self, ffn: FeedForward) -> bool:
-        """Whether these buffers can hold the channels of another network: matrices of the same kinds."""
+        """Return True if these buffers can hold the channels of another network: its matrices are of the same kinds."""
         return self.kinds == kinds_of(ffn)
 
     def held_bytes(self) -> int:
-        """Memory of the copies, in bytes."""
+        """Return the memory of the copies, in bytes."""
         return sum(matrix.held_bytes() for matrix in (self.gate, self.up, self.down))
 
 
 class LookedUpWeights(ActiveWeights):
-    """No copies: a step multiplies with the whole matrices and drops what is not active."""
+    """No copies: a step multiplies with the whole matrices and drops inactive channels."""
 
     def __init__(self, ffn: FeedForward) -> None:
         self.gate, self.up = ChosenRows(ffn.gate_proj), ChosenRows(ffn.up_proj)
@@ -185,7 +185,7 @@ class LookedUpWeights(ActiveWeights):
 
 
 class WholeWeights(ActiveWeights):
-    """The network's own matrices, where every channel is active: there is nothing to copy."""
+    """The network's own matrices, if every channel is active: there is nothing to copy."""
 
     def __init__(self, ffn: FeedForward, down: Matrix | None = None) -> None:
         self.gate, self.up, self.down = ffn.gate_proj, ffn.up_proj, ffn.down_proj if down is None else down
@@ -199,12 +199,12 @@ class WholeWeights(ActiveWeights):
 
 @dataclass(frozen=True)
 class POP:
-    """The parameters of the method, and what they make of a network (arXiv 2602.06822).
+    """The parameters of the method; builds what runs in place of each network (arXiv 2602.06822).
 
     ffn_ratio       share of FFN channels off at a decode step (r); head_ratio: of query heads
     width           candidates as a share of the channels (the paper's gamma); 0 freezes the prompt's mask
     min_tokens      networks that saw fewer tokens are scored by their weights alone
-    groups          partition the channels in so many independent equal groups, as tensor parallelism does
+    groups          number of equal groups of channels that are partitioned independently, as in tensor parallelism
     """
 
     ffn_ratio: float
@@ -213,61 +213,61 @@ class POP:
     min_tokens: int = 1
     groups: int = 1
 
-    # Whether partitions follow the prompt; a static mask does not.
+    # True if partitions depend on the prompt; a static mask does not.
     follows_prompt = True
 
     def new_ffn(self, ffn: FeedForward, weights: ActiveWeights | None = None) -> PrunedFFN:
-        """What runs in place of one network. weights: buffers to reuse; None: new ones, where copying saves bytes."""
+        """Build what runs in place of one network. weights: buffers to reuse; None: new, if copying saves bytes."""
         sizes = self.sizes(ffn)
         if not sizes.prunes:
             return DenseFFN(ffn)
         return (PartitionedFFN if sizes.decides else FrozenFFN)(ffn, self, weights or self.new_weights(ffn))
 
     def experts_of(self, mixture: MixtureOfExperts) -> tuple[Matrix, Sequence[FeedForward]]:
-        """The router of a mixture and the experts that run."""
+        """Return the router of a mixture and the experts that run."""
         return mixture.gate, mixture.experts
 
     def new_block(self, layer: BlockNorms, ffn: PrunedBlock) -> Sublayer:
-        """The residual block around what runs in place of a layer's network."""
+        """Build the residual block around what runs in place of a layer's network."""
         return FeedForwardBlock(layer, ffn)
 
     def new_weights(self, ffn: FeedForward) -> ActiveWeights:
-        """Buffers for the active channels of a network."""
+        """Allocate weights for the active channels of a network: copies, or views if copies save nothing."""
         sizes = self.sizes(ffn)
         if not sizes.copied:
             return WholeWeights(ffn, down_by_columns(ffn))
         return ActiveWeights(ffn, sizes.active) if self.copying_saves(ffn) else LookedUpWeights(ffn)
 
     def new_evidence(self, network: nn.Module, channels: int, device: torch.device) -> Evidence:
-        """Evidence of a network, or of the heads of an attention, before any token."""
+        """Create empty evidence for a network, or for the heads of an attention."""
         return Evidence(channels, device)
 
     def scores(self, ffn: FeedForward, evidence: Evidence) -> Tensor:
-        """Importance of each channel over the tokens seen (Eq. 3): float32 [I]."""
+        """Score each channel over the tokens seen (Eq. 3): float32 [I]."""
         return ffn.weight_scores() if evidence.tokens < self.min_tokens else evidence.scores(ffn.down_norms())
 
     def sizes(self, ffn: FeedForward) -> PartitionSizes:
-        """Sizes of the regions of one network. InputError if the groups do not divide its channels."""
+        """Compute the region sizes of one network. Raises InputError if the groups do not divide its channels."""
         return self.group_sizes(channels_of_group(ffn.channels, self.groups)).times(self.groups)
 
     def group_sizes(self, channels: int) -> PartitionSizes:
-        """Sizes of the regions of one group of channels."""
+        """Compute the region sizes of one group of channels."""
         return partition_sizes(channels, self.ffn_ratio, self.width)
 
     def head_sizes(self, heads: int) -> PartitionSizes:
-        """Sizes of the regions of one group of query heads."""
+        """Compute the region sizes of one group of query heads."""
         return partition_sizes(heads, self.head_ratio, self.width)
 
     def copying_saves(self, ffn: FeedForward) -> bool:
-        """Whether copies of the active channels take fewer bytes than the whole network.
+        """Return True if copies of the active channels take no more bytes than the whole network.
 
-        They do not where nearly all channels are active and the copy of an int4 down_proj is int8.
+        They take more if nearly all channels are active and the copy of an int4 down_proj is int8.
         """
         sizes = self.sizes(ffn)
         return not sizes.copied or channel_bytes(ffn, sizes.active, sizes.active) <= channel_bytes(ffn)
 
     def step_bytes(self, ffn: FeedForward, rows: int) -> int:
-        """Bytes of weights that a step of so many rows reads of one network."""
+        """Compute the bytes of weights of one network that a step of `rows` tokens reads."""
         sizes = self.sizes(ffn)
         if not sizes.prunes or not self.copying_saves(ffn):
             return channel_bytes(ffn)
@@ -276,23 +276,23 @@ class POP:
         return channel_bytes(ffn, sizes.active, None if columns == ffn.channels and not sizes.copied else columns)
 
     def prompt_weights(self, ffn: FeedForward, finish_dense: bool) -> int:
-        """Weights that each prompt token is multiplied with in one network."""
+        """Count the weights of one network that each prompt token is multiplied with."""
         down = ffn.channels if finish_dense else self.sizes(ffn).active
         return (2 * ffn.channels + down) * ffn.down_proj.out_features
 
 
 def down_by_columns(ffn: FeedForward) -> Matrix:
-    """down_proj in the layout that reads chosen columns alone: a copy where the weight is stored by rows."""
+    """Return down_proj in a layout that reads chosen columns alone: a copy if the weight is stored by rows."""
     made: tuple[Matrix] = ffn.once("down by columns", lambda: (by_columns(ffn.down_proj),))
     return made[0]
 
 
 def channel_bytes(ffn: FeedForward, rows: int | None = None, columns: int | None = None) -> int:
-    """Bytes of so many rows of gate and up and columns of down; None: the matrix as it is."""
+    """Compute the bytes of `rows` rows of gate and up and `columns` columns of down; None: the whole matrix."""
     factors = ffn.gate_proj.read_bytes(rows=rows) + ffn.up_proj.read_bytes(rows=rows)
     return factors + ffn.down_proj.read_bytes(columns=columns)
 
 
 def kinds_of(ffn: FeedForward) -> list[object]:
-    """How the three matrices of a network are stored."""
+    """Return the storage kinds of the three matrices of a network."""
     return [matrix.kind() for matrix in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)]

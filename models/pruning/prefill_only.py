@@ -1,11 +1,11 @@
-"""Prefill-Only Pruning (arXiv 2602.03295): how a prompt walks through layers, the deepest of which it skips.
+"""Prefill-Only Pruning (arXiv 2602.03295): a walk in which the prompt skips the deepest layers.
 
-A prompt token has to leave keys and values behind; deep layers matter little for that. In a skipped layer all prompt
+A prompt token only has to write keys and values; deep layers matter little for that. In a skipped layer all prompt
 tokens but the last K write keys and values of the hidden state that reached them (Eq. 14), and nothing else. The last
-K tokens, the boundary, run as the first decode step does: through every layer, attending to the cache (Eq. 15). Decode
+K tokens, the boundary, run like the first decode step: through every layer, attending to the cache (Eq. 15). Decode
 steps run the whole model.
 
-B batch, T rows of the prompt, K boundary rows, H hidden size.
+B batch, T tokens of the prompt, K boundary tokens, H hidden size.
 """
 
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ from models.walks import EveryLayer, RunningLayer, RunningState
 
 @dataclass(frozen=True)
 class PrefillOnly:
-    """All rows run through the kept layers; through the skipped ones the boundary alone.
+    """All tokens run through the kept layers; only the boundary runs through the skipped layers.
 
-    skipped   the layers that the prompt skips; boundary: how many of its last tokens run through them
+    skipped   the layers that the prompt skips; boundary: number of last tokens that run through them
     """
 
     skipped: tuple[int, ...]
     boundary: int
 
     def __call__(self, layers: Sequence[RunningLayer], x: Tensor, rows: PrefillPass, state: RunningState) -> Tensor:
-        if x.shape[1] <= self.boundary:                     # a prompt that is all boundary skips nothing
+        if x.shape[1] <= self.boundary:                     # the whole prompt is boundary: nothing is skipped
             return EveryLayer()(layers, x, rows, state)
         rest, last = self.split(rows, state)
         for layer in layers:
@@ -38,17 +38,17 @@ class PrefillOnly:
         return x
 
     def pass_by(self, layer: RunningLayer, x: Tensor, rest: PrefillPass, last: PrefillPass) -> Tensor:
-        """One skipped layer. x [B, T, H] -> [B, T, H]"""
+        """Run one skipped layer. x [B, T, H] -> [B, T, H]"""
         passing, running = x.tensor_split([x.shape[1] - self.boundary], dim=1)      # [B, T - K, H], [B, K, H]
         for sublayer in layer.sublayers:
-            sublayer.skip(passing, rest)                                            # k, v of the T - K rows (Eq. 14)
+            sublayer.skip(passing, rest)                                            # k, v of T - K tokens (Eq. 14)
         passing = rest.pictures.add_features(layer.index, passing)
         if self.boundary:
-            running = layer.prefill(running, last)                                  # the K rows in full (Eq. 15)
+            running = layer.prefill(running, last)                                  # K tokens in full (Eq. 15)
         return torch.cat([passing, running], dim=1)
 
     def split(self, rows: PrefillPass, state: RunningState) -> tuple[PrefillPass, PrefillPass]:
-        """The passes of the rows before the boundary, and of the boundary, which attends to the cache."""
+        """Split a pass into the tokens before the boundary and the boundary, which attends to the cache."""
         before = rows.token_index.shape[-1] - self.boundary
         rest, last = (
             replace(

@@ -1,7 +1,7 @@
-"""What settings mean for one model: the ratio of the feed-forward network, and the rule that cuts it.
+"""Settings resolved for one model: the ratio of the feed-forward network, and the rule that partitions it.
 
-The headline ratio is a share of a decoder layer's parameters, but only the feed-forward network (and, on request, the
-heads) give anything up, so their own ratio is higher (POP, arXiv 2602.06822, Table 8).
+The headline ratio is a share of a decoder layer's parameters. Only the feed-forward network (and, on request, the
+heads) is pruned, so its own ratio is higher (POP, arXiv 2602.06822, Table 8).
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,12 @@ from weights.errors import InputError
 class LayerWeights:
     """Weights of a decoder layer in matrices (norms, biases and embeddings do not count).
 
-    attention  q, k, v and o projections
-    ffn        the feed-forward network; of a mixture of experts, the experts one token is routed to
-    head       what one query head adds to q_proj and o_proj
-    heads      query heads, and the size of the group they are cut in (see Attention.head_groups)
-    layers     how many layers the model has
+    attention        q, k, v and o projections
+    ffn              the feed-forward network; of a mixture of experts, the experts one token is routed to
+    head             weights of one query head in q_proj and o_proj
+    head_groups      groups in which query heads are partitioned (see Attention.head_groups)
+    heads_per_group  query heads of one group
+    layers           number of layers of the model
     """
 
     attention: int
@@ -39,7 +40,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Pruning:
-    """Settings made concrete for one model.
+    """Settings resolved for one model.
 
     ratio      share of the decoder layers' parameters that a decode step leaves out (the headline ratio)
     ffn_ratio  share of FFN channels that do not finish a decode step (r), of the networks that run
@@ -56,44 +57,44 @@ class Pruning:
 
     @property
     def walk(self) -> Walk:
-        """How a prompt walks through the layers."""
+        """The walk of a prompt through the layers."""
         return PrefillOnly(self.skipped, self.boundary) if self.skipped else EveryLayer()
 
     def pattern(self, layer: int, window: int | None) -> AttentionPattern:
-        """What the rows of a layer attend to."""
+        """Return the attention pattern of a layer."""
         return AttentionPattern(window)
 
     def sublayers(self, layer: int) -> tuple[str, ...]:
-        """The residual blocks of a layer that run."""
+        """Return the residual blocks of a layer that run."""
         return SUBLAYERS
 
     def new_experts(self, mixture: MixtureOfExperts) -> PartitionedExperts:
-        """What runs in place of a mixture of experts."""
+        """Build what runs in place of a mixture of experts."""
         return PartitionedExperts(mixture, self.rule)
 
     def new_schedule(self, batch: int) -> RefreshSchedule:
-        """When decode steps run dense, for a new prompt of so many sequences."""
+        """Create the schedule of dense steps for a new prompt of `batch` sequences."""
         return RefreshSchedule(self.settings.min_evidence if self.follows_prompt else 0, batch)
 
     @property
     def cuts(self) -> bool:
-        """Whether channels or heads are off in what runs."""
+        """True if channels or heads are off in the blocks that run."""
         return self.ffn_ratio > 0 or self.settings.head_ratio > 0
 
     @property
     def follows_prompt(self) -> bool:
-        """Whether evidence changes what runs."""
+        """True if evidence changes which channels or heads run."""
         return self.rule.follows_prompt and self.cuts
 
     def skipped_by(self, tokens: int) -> tuple[int, ...]:
-        """The layers that a prompt of so many tokens skips: one that is all boundary skips none."""
+        """Return the layers that a prompt of `tokens` tokens skips: none if it is all boundary."""
         return self.skipped if tokens > self.boundary else ()
 
 
 def resolve(settings: POPSettings, layer: LayerWeights) -> Pruning:
     """Compute r = (ratio * (P_attn + P_ffn) - removed head weights) / P_ffn  (POP, Table 8; heads are our extension).
 
-    Raises InputError when the ratio asks for more than the FFN has (r >= 1), or for less than the heads alone remove.
+    Raises InputError if the ratio needs more than the FFN has (r >= 1), or is below what the heads alone remove.
     """
     heads = partition_sizes(layer.heads_per_group, settings.head_ratio, settings.candidate_width)
     check_heads(settings.head_ratio, heads)

@@ -1,7 +1,7 @@
 """Settings of the two papers' methods. Flags, arguments of the harness, JSON and columns of tables derive from them.
 
-A new setting is one field, with its default, its bounds and its help text. Settings of studies stand in
-popengine/studies/settings.py. Nothing here imports PyTorch: a wrong flag should not wait for it.
+A new setting is one field, with its default, its bounds and its help text. Settings of studies are in
+popengine/studies/settings.py. Nothing here imports PyTorch: a wrong flag is reported without waiting for it.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def setting(
     kind              parses a flag's word; metavar: how the help names the value (None: by its choices)
     least .. choices  allowed values
     column            heading in tables that compare settings; None: no table compares it
-    matters           which methods of a comparison the field changes: "to all", "to widths" (rules that choose within
+    matters           methods of a comparison that the field changes: "to all", "to widths" (rules that choose within
                       the width), "to rules", "to prompts" (methods that follow the prompt), "to experts" (the same, in
                       a mixture of experts), "to skipping" (prompts that skip layers), "to layers" (methods that leave
                       out layers), "to pictures" (models that read them) or "to thinning" (pictures that lose tokens)
@@ -45,7 +45,7 @@ def setting(
 
 
 def share(words: str) -> float | str:
-    """Parse a flag's share: decimals become a number, a fraction stays as written and therefore exact."""
+    """Parse a flag's share: decimals become a float; a fraction stays a string and therefore exact."""
     try:
         return float(words)
     except ValueError:
@@ -53,7 +53,7 @@ def share(words: str) -> float | str:
 
 
 def exact_share(value: float | str) -> Fraction:
-    """Convert 0.3, "3/10" or "1/3" to a fraction without a float's rounding. Raises ValueError for anything else."""
+    """Convert 0.3, "3/10" or "1/3" to an exact fraction. Raises ValueError for anything else."""
     try:
         return Fraction(value).limit_denominator(1_000_000) if isinstance(value, float) else Fraction(str(value))
     except (ZeroDivisionError, OverflowError):
@@ -62,19 +62,19 @@ def exact_share(value: float | str) -> Fraction:
 
 @dataclass(frozen=True)
 class POPSettings:
-    """How much to prune, and how, by the two papers' methods. The defaults are what is recommended.
+    """Pruning settings of the two papers' methods. The defaults are the recommended values.
 
     prune_ratio      share of a decoder layer's parameters that a decode step leaves out; 0 is the dense model.
                      None: 0.2, unless ffn_ratio is given
     ffn_ratio        instead of prune_ratio: the share of FFN channels off at a decode step (r)
     candidate_width  candidates as a share of the channels (the paper's gamma); 0 freezes the prefill's mask
     head_ratio       share of query heads off at a decode step; counts towards prune_ratio
-    prefill          "pruned": the prompt is finished on the active channels (the paper); "dense": on all of them, so
+    prefill          "pruned": the prompt is finished on the active channels (the paper); "dense": on all channels, so
                      that prompt and first token equal the dense model's
-    min_evidence     decode steps run dense and add to the scores until these have seen so many tokens
+    min_evidence     decode steps run dense and add to the scores until these have seen this many tokens
     prefill_skip     Prefill-Only pruning (arXiv 2602.03295): prompts skip the deepest floor(share * L) layers, except
                      for their last tokens. A number or a fraction like "1/3"
-    boundary_tokens  how many of the last prompt tokens run through the skipped layers
+    boundary_tokens  number of last prompt tokens that run through the skipped layers
     Raises InputError for a value out of bounds.
     """
 
@@ -83,7 +83,7 @@ class POPSettings:
         column="",
     )
     ffn_ratio: float | None = setting(
-        None, "instead: share of the FFN channels", float, metavar="R", least=0, below=1, column=""
+        None, "instead of a prune ratio: share of the FFN channels", float, metavar="R", least=0, below=1, column=""
     )
     candidate_width: float = setting(
         0.5, "candidates, of all channels (default: 0.5; the paper: 0.1)", float, metavar="W", least=0, most=2,
@@ -122,7 +122,7 @@ class POPSettings:
 
 
 def check(one: Field[Any], value: Any) -> None:
-    """Raise InputError for a value that a field may not have; None stands for a default that is not a value."""
+    """Raise InputError for a value that a field does not allow. A value equal to the default is always allowed."""
     bounds, name = one.metadata, one.name.replace("_", " ")
     if bounds["choices"]:
         if value not in bounds["choices"]:

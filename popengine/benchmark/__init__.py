@@ -1,1 +1,1 @@
-"""The benchmark: timed engines, shapes of random weights, tables."""
+"""The benchmark: timed engines, model shapes with random weights, tables."""

@@ -1,7 +1,7 @@
-"""The measuring of popengine.bench: engines take turns, round by round, and what follows from their times.
+"""Measurements of popengine.bench: engines take turns in rounds, and figures are computed from their times.
 
-Within a dtype every setting takes one turn per round, so that a slow minute of the machine falls on all of them. A turn
-is an untimed start, which allocates buffers and wakes caches, and then one timed generation. The memory's speed is
+Within a dtype every setting takes one turn per round, so that a slow minute of the machine affects all of them. A turn
+is an untimed start, which allocates buffers and warms caches, and then one timed generation. The memory bandwidth is
 measured in the same rounds. Compare figures of one run with each other, never with another run's.
 """
 
@@ -49,7 +49,7 @@ from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
 from weights.memory import available_memory, gigabytes
 
-# The array whose sum shows the memory's speed, in bytes: far larger than any cache.
+# Size in bytes of the array whose sum measures the memory bandwidth, far larger than any cache.
 SUMMED_BYTES = 1 << 29
 WARM_UP_STEPS = 4
 PROFILED_STEPS = 16
@@ -63,17 +63,17 @@ PROMPT = (
 )
 
 
-# What pictures show does not matter to how long they take.
+# The content of pictures does not affect their time.
 PICTURE = Image.linear_gradient("L").convert("RGB")
 
 
 @dataclass
 class Entry:
-    """One line of the table in the making: a contender, what is known of it beforehand, and what its turns gave.
+    """One row of the table: a contender, its known costs, and the results of its turns so far.
 
-    held_bytes  what loading it and its first turn have left in memory, buffers not counted
-    turn_bytes  the most that one turn held beyond that
-    between_ranks  share of a step in which ranks exchange what they have; None with one process
+    held_bytes  memory that remains after loading and the first turn, without buffers
+    turn_bytes  the most memory that one turn held beyond that
+    between_ranks  share of a step spent in communication between ranks; None with one process
     work        multiplications of one prompt: with weights, in attention (see prompt_work)
     """
 
@@ -90,6 +90,7 @@ class Entry:
 
 
 def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run the benchmark of the flags and return its results as JSON. folder: for temporary checkpoints"""
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     device = choose_device(flags.device)
@@ -105,6 +106,7 @@ def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def header(flags: argparse.Namespace, checkpoint: str | Path, device: torch.device) -> dict[str, Any]:
+    """Return machine, versions, command and settings of the benchmark."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     packages = ["torch", *(["transformers"] if "transformers" in flags.peers else [])]
     packages += ["llama_cpp_python"] if "llama.cpp" in flags.peers else []
@@ -127,7 +129,7 @@ def header(flags: argparse.Namespace, checkpoint: str | Path, device: torch.devi
 
 
 def processor() -> str:
-    """The processor's name, and what of its instructions matters here."""
+    """Return the processor's name and its relevant instruction sets."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
     except OSError:
@@ -138,6 +140,7 @@ def processor() -> str:
 
 
 def version(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -148,7 +151,7 @@ def version(package: str) -> str | None:
 def measure_dtype(
     flags: argparse.Namespace, checkpoint: str | Path, dtype: str, device: torch.device, folder: Path
 ) -> dict[str, Any]:
-    """Every engine and setting in one dtype."""
+    """Measure every engine and setting in one dtype."""
     absent: dict[str, str] = {}
     entries: list[Entry] = []
     note = Progress(f"{dtype}: ")
@@ -156,7 +159,7 @@ def measure_dtype(
     weights = 0
     counters = compile_counters()
     modes = ([] if flags.compile_only else [False]) + ([True] if flags.compile or flags.compile_only else [])
-    # Packed products want half precision.
+    # Packed products need half precision.
     forms = [form for form in flags.weights if form in ("auto", "plain") or dtype != "float32"]
     for form, compiled in itertools.product(forms, modes):
         mode = "compiled" if compiled else "eager"
@@ -176,7 +179,7 @@ def measure_dtype(
         raise InputError(f"nothing to time: {'; '.join(absent.values())}")
     for peer, form in itertools.product(flags.peers, forms):
         if peer == "transformers" and form != forms[0]:
-            continue                            # it has the plain weights alone
+            continue                            # it has only plain weights
         note(f"loading {peer}")
         before = held_bytes(device)
         entry = peer_entry(peer, flags, checkpoint, dtype, form, device, folder, absent, weights)
@@ -189,7 +192,7 @@ def measure_dtype(
     bandwidths = []
     for number in range(flags.rounds):
         note(f"round {number + 1} of {flags.rounds}")
-        # There and back again: what follows what is not always the same.
+        # Alternate the order, so that neighbours are not always the same.
         for entry in entries if number % 2 == 0 else reversed(entries):
             entry.turns.append(turn(entry, prompts, flags.new_tokens, device))
         bandwidths.append(bandwidth(array))
@@ -215,7 +218,7 @@ def measure_dtype(
 def load_engine(
     checkpoint: str | Path, dtype: str, device: torch.device, form: str, compiled: bool, absent: dict[str, str]
 ) -> Engine | None:
-    """Our engine; None and a word in `absent` where compiling was asked for and does not work."""
+    """Load our engine; None and a reason in `absent` if compiling was asked for and does not work."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         engine = load(checkpoint, dtype=dtype, device=str(device), weights=form, compile=compiled)
@@ -226,9 +229,9 @@ def load_engine(
 
 
 def make_prompts(flags: argparse.Namespace, engine: Engine) -> list[list[int]]:
-    """Token ids: of a text, over again until it is long enough, or random ones for random weights.
+    """Make prompts of token ids: of a text, repeated until it is long enough, or random ids for random weights.
 
-    Each further sequence of a batch begins one token later.
+    Each further sequence of a batch begins one token later. Raises InputError if context or memory are too small.
     """
     if flags.prompt_tokens + flags.new_tokens > engine.max_seq_len:
         raise InputError(
@@ -250,7 +253,7 @@ def make_prompts(flags: argparse.Namespace, engine: Engine) -> list[list[int]]:
 
 
 def picture_prompts(flags: argparse.Namespace, engine: Engine) -> list[list[int]]:
-    """The same with pictures at the front, which count among the tokens of a prompt."""
+    """Make prompts with pictures at the front; their tokens count as prompt tokens. Raises InputError if none fits."""
     text = engine.pictures.plain_text(PROMPT, flags.pictures)
     ids = engine.prompts.ids(text, raw=True, images=[PICTURE] * flags.pictures)
     first = next(place for place in range(len(ids)) if not engine.pictures.image_tokens([ids[place:]]))
@@ -268,6 +271,7 @@ def settings_of(flags: argparse.Namespace) -> Callable[..., PruningSettings]:
 
 
 def own_entries(flags: argparse.Namespace, engine: Engine, mode: str, prompts: list[list[int]]) -> list[Entry]:
+    """Make an entry for every setting and method that the flags ask for."""
     settings = [
         settings_of(flags)(
             prune_ratio=ratio, rule=rule, prefill_skip=skip, boundary_tokens=flags.boundary_tokens, leave_out=left_out,
@@ -319,13 +323,13 @@ def peer_entry(
     absent: dict[str, str],
     weights: int,
 ) -> Entry | None:
-    """Another engine; None and a word in `absent` where it cannot run. weights: how many a token is multiplied with"""
+    """Load another engine; None and a reason in `absent` if it cannot run. weights: number that a token multiplies"""
     with open_checkpoint(checkpoint) as opened:
-        path = opened.path                      # a Hub id has become a folder
+        path = opened.path                      # the folder of a Hub id
     try:
         if peer == "transformers":
             contender: Contender = TransformersEngine(path, DTYPES[dtype], device)
-            read = weights * DTYPES[dtype].itemsize                 # packed or not in the file, it has them plain
+            read = weights * DTYPES[dtype].itemsize                 # its weights are always plain
         elif device.type != "cpu":
             raise AbsentPeer("it is compared on the CPU only")
         elif flags.batch > 1:
@@ -349,7 +353,7 @@ def first_turns(
     device: torch.device,
     note: "Progress",
 ) -> None:
-    """Run each once, which compiles what is to be compiled, and see what all of that leaves in memory."""
+    """Run each entry once, which also compiles, and measure the memory that remains."""
     for entry in entries:
         note(f"starting {entry.contender.name}")
         entry.first_use_s = entry.contender.generate(prompts, new_tokens, WARM_UP_STEPS).compile_s
@@ -360,6 +364,7 @@ def first_turns(
 
 
 def turn(entry: Entry, prompts: list[list[int]], new_tokens: int, device: torch.device) -> Generated:
+    """Run one turn of an entry: an untimed start, then one timed generation."""
     before = start_of_peak(device)
     entry.contender.generate(prompts, new_tokens, WARM_UP_STEPS)
     generated = entry.contender.generate(prompts, new_tokens)
@@ -371,7 +376,7 @@ def turn(entry: Entry, prompts: list[list[int]], new_tokens: int, device: torch.
 
 
 def bandwidth(array: torch.Tensor) -> float:
-    """GB/s of a sum over the array by all threads: the best of five, since nothing can make it look too fast."""
+    """Measure GB/s of a sum over the array by all threads: the best of five, as no disturbance makes a sum faster."""
     best = math.inf
     for _ in range(5):
         began = time.perf_counter()
@@ -381,7 +386,7 @@ def bandwidth(array: torch.Tensor) -> float:
 
 
 def compile_counters() -> dict[str, int]:
-    """What torch.compile has done in this process: graphs captured, and whether their code was in the cache on disk."""
+    """Count the graphs that torch.compile captured in this process, and its hits and misses of the cache on disk."""
     counters = sys.modules.get("torch._dynamo.utils")
     if counters is None:
         return {"graphs": 0, "from_cache": 0, "not_from_cache": 0}
@@ -393,21 +398,22 @@ def compile_counters() -> dict[str, int]:
     }
 
 
-# Memory of one setting in a process that holds many: how far it pushes the resident set (on CUDA: the allocator) up.
-# Linux keeps a high-water mark that can be set back; where it cannot, the table has no figure.
+# Memory of one setting in a process with several: the rise of the resident set (on CUDA: of the allocator). Linux keeps
+# a high-water mark that can be reset; on other systems the table has no figure.
 
 
 def held_bytes(device: torch.device) -> int | None:
+    """Return the memory held now, in bytes; None if the system does not report it."""
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)             # what an engine before has freed would hide what this one takes
+        libc.malloc_trim(0)             # freed memory of an earlier engine would hide this one's
     return resident("VmRSS")
 
 
 def start_of_peak(device: torch.device) -> int | None:
-    """What is held now, from where the next `peak_bytes` is counted."""
+    """Reset the peak for the next `peak_bytes`, and return the memory held now; None if it cannot be reset."""
     before = held_bytes(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -420,10 +426,12 @@ def start_of_peak(device: torch.device) -> int | None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
+    """Return the peak memory since `start_of_peak`, in bytes; None if the system does not report it."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
 
 
 def resident(what: str) -> int | None:
+    """Read a field of /proc/self/status in bytes; None if there is no such file or field."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -432,7 +440,7 @@ def resident(what: str) -> int | None:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Compute median and quartiles."""
     if len(values) == 1:
         return {"median": values[0], "first_quartile": values[0], "third_quartile": values[0]}
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -440,7 +448,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def rows(entries: list[Entry], bandwidth_gb_per_s: float) -> list[dict[str, Any]]:
-    """The table's lines: medians over the rounds, and what follows from them."""
+    """Compute the rows of the table: medians over the rounds, and figures that compare rows."""
     by_name = {entry.contender.name: row(entry) for entry in entries}
     lines = list(by_name.values())
     dense = {line["mode"]: line for line in lines if line["prune_ratio"] == 0 and not line["skips"]}
@@ -475,7 +483,7 @@ def rows(entries: list[Entry], bandwidth_gb_per_s: float) -> list[dict[str, Any]
 
 
 def prompt_figures(dense: dict[str, Any], line: dict[str, Any]) -> dict[str, float] | None:
-    """How much faster a prompt is than the dense network's, beside what the arithmetic allows; partitions apart."""
+    """Compute the speed-up of a prompt over the dense model, and the ideal one by arithmetic, without partitions."""
     if line["prompt_work"] is None or dense["prompt_work"] is None:
         return None
     (linear, attention), (own_linear, own_attention) = dense["prompt_work"], line["prompt_work"]
@@ -488,7 +496,7 @@ def prompt_figures(dense: dict[str, Any], line: dict[str, Any]) -> dict[str, flo
 
 
 def row(entry: Entry) -> dict[str, Any]:
-    """What one entry's turns say by themselves; what needs other entries is None as yet."""
+    """Compute the figures of one entry alone; figures that need other entries are None at first."""
     parts = {
         name: statistics.median(getattr(generated, name) for generated in entry.turns)
         for name in ("partition_ms", "scores_ms", "sort_ms", "copy_ms")
@@ -530,7 +538,7 @@ def row(entry: Entry) -> dict[str, Any]:
 
 
 class Progress:
-    """One line on stderr that says what is being measured; nothing where nobody watches."""
+    """One line on stderr with the current measurement; nothing if stderr is no terminal."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix, self.shown = prefix, sys.stderr.isatty()

@@ -1,6 +1,6 @@
-"""The engines that a benchmark compares, each behind the same method: generate greedily and say how long it took.
+"""The engines that a benchmark compares, each with the same method: generate greedily and report times.
 
-Peers are optional: transformers and llama-cpp-python are imported here and only when asked for, and run on the same
+Peers are optional: transformers and llama-cpp-python are imported only here and only if asked for. They run on the same
 weights in the same dtype.
 """
 
@@ -34,9 +34,9 @@ GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 @dataclass(frozen=True)
 class Generated:
-    """One greedy generation. prefill_ms is without the partition, whose parts are scores, sort and copy.
+    """One greedy generation. prefill_ms excludes the partition, whose parts are scores, sort and copy.
 
-    compile_s is what compiling took before it began.
+    compile_s is the time of compiling before the generation.
     """
 
     tokens: list[int]
@@ -53,34 +53,34 @@ class Generated:
 
 
 class Contender(Protocol):
-    """name: what the table calls it; load_s: seconds from files to weights in memory, imports not counted."""
+    """An engine in the benchmark. name: in the table; load_s: seconds from files to weights, without imports"""
 
     name: str
     load_s: float
 
     def generate(self, prompts: list[list[int]], new_tokens: int, steps: int | None = None) -> Generated:
-        """All of `new_tokens` tokens, greedily, whatever they are; those of the first prompt are given.
+        """Generate `new_tokens` tokens greedily, also after an end of sequence; return those of the first prompt.
 
-        prompts  of one length
-        steps  stop after so many decode steps, with buffers for `new_tokens` all the same (a warm-up)
+        prompts  of equal length
+        steps    stop after this many decode steps, but with buffers for `new_tokens` (a warm-up)
         """
 
     def drop_buffers(self) -> None:
-        """Give back what generations leave behind to be used again."""
+        """Free the buffers that generations keep for reuse."""
 
 
 class AbsentPeer(Exception):
-    """A peer cannot run, and why."""
+    """Raised with the reason if a peer cannot run."""
 
 
 class OwnEngine:
-    """One setting of popengine. Settings share the weights of an engine and take turns with its buffers."""
+    """One setting of popengine. Settings share the weights of an engine and use its buffers in turn."""
 
     def __init__(
         self, name: str, engine: Engine, pruning: StudyPruning, images: Sequence[ImageSource] = ()
     ) -> None:
         self.name, self.engine, self.pruning, self.load_s = name, engine, pruning, engine.load_s
-        self.images = images                        # of one prompt, and so of each
+        self.images = images                        # of every prompt
 
     def generate(self, prompts: list[list[int]], new_tokens: int, steps: int | None = None) -> Generated:
         images = [image for _ in prompts for image in self.images]
@@ -106,10 +106,10 @@ class OwnEngine:
         )
 
     def share_between_ranks(self, prompts: list[list[int]], new_tokens: int, steps: int) -> float:
-        """The share of a decode step that sums and joins over ranks take, waiting for the slower rank included.
+        """Measure the share of a decode step that communication takes, including the wait for the slower rank.
 
-        By PyTorch's profiler, which names what gloo does on the host and NCCL on the card. It makes steps slower, and
-        so says a share: the time of a step is taken without it.
+        PyTorch's profiler reports gloo's operations on the host and NCCL's on the GPU. It makes steps slower, so only
+        the share is used; the time of a step is measured without it.
         """
         images = [image for _ in prompts for image in self.images]
         run = iter(self.engine.run(prompts, new_tokens, self.pruning, ignore_eos=True, images=images))
@@ -131,6 +131,7 @@ class OwnEngine:
 
 
 def import_peer(module: str, package: str) -> ModuleType:
+    """Import a module. Raises AbsentPeer if its package is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -138,7 +139,7 @@ def import_peer(module: str, package: str) -> ModuleType:
 
 
 class TransformersEngine:
-    """Hugging Face's model as from_pretrained makes it: eager, its default attention, its default cache."""
+    """Hugging Face's model as from_pretrained returns it: eager, with default attention and default cache."""
 
     name = "transformers"
 
@@ -151,7 +152,7 @@ class TransformersEngine:
         if path.is_dir():
             model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         else:
-            # Not from the .gguf itself, whose weights transformers may keep packed.
+            # Do not let transformers read the .gguf itself: it may keep the weights packed.
             with open_checkpoint(path) as checkpoint:
                 config = dict(checkpoint.config)
                 del config["architectures"], config["torch_dtype"]
@@ -180,11 +181,11 @@ class TransformersEngine:
         return Generated(tokens, times[0], times[1:])
 
     def drop_buffers(self) -> None:
-        """There are none: its cache ends with each generation."""
+        """Do nothing: its cache ends with each generation."""
 
 
 def llama_cpp_type(path: Path, form: str, dtype: str) -> str | None:
-    """The type of weights that llama.cpp is given beside ours; None: the very same file."""
+    """Choose the type of weights for llama.cpp that matches ours; None: the same file."""
     with open_checkpoint(path) as checkpoint:
         quantised = any(entry.stored is not None for entry in checkpoint.entries.values())
     if form == "auto" and quantised and path.is_file() and dtype != "float32":
@@ -193,9 +194,9 @@ def llama_cpp_type(path: Path, form: str, dtype: str) -> str | None:
 
 
 class LlamaCppEngine:
-    """llama.cpp through llama-cpp-python, on a .gguf of the same weights written for it, or on the checkpoint itself.
+    """llama.cpp through llama-cpp-python, on a .gguf written with the same weights, or on the checkpoint itself.
 
-    kind  the type of its matrices; None: those of the checkpoint, which is a .gguf
+    kind  the type of its matrices; None: the checkpoint is a .gguf and is used as it is
     """
 
     def __init__(self, path: Path, kind: str | None, context: int, threads: int, folder: Path) -> None:
@@ -233,13 +234,13 @@ class LlamaCppEngine:
         return Generated(tokens, times[0], times[1:])
 
     def drop_buffers(self) -> None:
-        """Its cache belongs to the loaded model."""
+        """Do nothing: its cache belongs to the loaded model."""
 
 
 def gguf_bytes_per_token(files: Sequence[Path]) -> int:
-    """Bytes of matrices that a decode step reads of a .gguf file, or of all its parts; as everywhere without vectors.
+    """Count the bytes of matrices that a decode step reads of a .gguf file, or of all its parts; vectors do not count.
 
-    Of the experts it reads those that the token is routed to, of the embedding one row, unless it is the head too.
+    Only experts that the token is routed to count. The embedding counts only if it is also the output head.
     """
     gguf = import_peer("gguf", "gguf")
     headers = [read_header(MappedFile(file), file) for file in files]
@@ -250,7 +251,7 @@ def gguf_bytes_per_token(files: Sequence[Path]) -> int:
             continue
         block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type_number)]
         size = math.prod(tensor.shape) // block * block_bytes
-        if "_exps." in name:                                        # of all experts of a layer together
+        if "_exps." in name:                                        # all experts of a layer in one tensor
             used, count = (metadata.size(f"{architecture}.expert_{what}") for what in ("used_count", "count"))
             size = size * used // count
         total += size
@@ -258,9 +259,9 @@ def gguf_bytes_per_token(files: Sequence[Path]) -> int:
 
 
 def write_gguf(checkpoint: Checkpoint, kind: str, path: Path) -> Path:
-    """The weights of a Llama in llama.cpp's names and order, matrices of this type and vectors in float32.
+    """Write a Llama's weights in llama.cpp's names and order, matrices of this type and vectors in float32.
 
-    There is no vocabulary in it: it is fed with token ids. AbsentPeer for what cannot be written.
+    The file has no vocabulary, as prompts are token ids. Raises AbsentPeer for a checkpoint that cannot be written.
     """
     gguf = import_peer("gguf", "gguf, which writes llama.cpp's weights,")
     if checkpoint.config.get("architectures") != ["LlamaForCausalLM"] or checkpoint.config.get("attention_bias"):
@@ -295,7 +296,7 @@ def write_gguf(checkpoint: Checkpoint, kind: str, path: Path) -> Path:
     for name in names:
         tensor = checkpoint.read(name)
         if "q_proj" in name or "k_proj" in name:
-            # llama.cpp rotates neighbouring pairs where Hugging Face rotates the two halves of a head.
+            # llama.cpp rotates neighbouring coordinates, Hugging Face the two halves of a head.
             tensor = tensor.view(-1, 2, config.head_dim // 2, config.hidden_size).transpose(1, 2)
         matrix = gguf.GGMLQuantizationType[kind if len(checkpoint.entries[name].shape) > 1 else "F32"]
         writer.write_tensor_data(gguf.quantize(tensor.contiguous().float().numpy(), matrix))
@@ -306,7 +307,7 @@ def write_gguf(checkpoint: Checkpoint, kind: str, path: Path) -> Path:
 
 
 def gguf_name(name: str) -> str:
-    """llama.cpp's name of one of Hugging Face's tensors."""
+    """Return llama.cpp's name of one of Hugging Face's tensors."""
     whole = {hugging_face: gguf for gguf, hugging_face in NAMES.items()}
     parts = {hugging_face: gguf for gguf, hugging_face in LAYER_NAMES.items()}
     if name in whole:
@@ -316,6 +317,7 @@ def gguf_name(name: str) -> str:
 
 
 def add_tensor_info(gguf: ModuleType, writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
+    """Declare a tensor of this shape and type in a .gguf file."""
     raw = gguf.GGMLQuantizationType[kind]
     block, block_bytes = gguf.GGML_QUANT_SIZES[raw]
     byte_shape = (*shape[:-1], shape[-1] // block * block_bytes)

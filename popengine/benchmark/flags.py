@@ -1,4 +1,4 @@
-"""What `popengine bench` refuses before the first engine is loaded. Imports no PyTorch."""
+"""Checks of `popengine bench` before the first engine is loaded. Imports no PyTorch."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from weights.errors import InputError
 from weights.output_file import check_output
 
 PEERS = ("transformers", "llama.cpp")
-# Of everything that is counted: a million tokens, sequences or rounds.
+# Most tokens, sequences or rounds.
 MOST = 1_000_000
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -52,4 +52,5 @@ def check(flags: argparse.Namespace) -> None:
 
 
 def peers(flags: argparse.Namespace) -> list[str]:
+    """Return the names in --against."""
     return [name.strip() for name in flags.against.split(",") if name.strip()]

@@ -1,4 +1,4 @@
-"""The arithmetic of a prompt: how many multiplications it takes, for the benchmark's figures per second."""
+"""The number of multiplications of a prompt, for the ideal speed-ups of the benchmark."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from popengine.studies.resolve import StudyPruning
 def prompt_work(model: Any, pruning: StudyPruning, tokens: int, missing: int = 0) -> tuple[int, int]:
     """Count the multiplications of a prompt: with weights, and in attention (queries, keys, values).
 
-    A skipped layer makes keys and values of every token, and runs the boundary alone. Layers that drop tokens of
-    pictures run `missing` fewer.
+    A skipped layer computes keys and values of every token, and runs only the boundary. Layers that drop picture tokens
+    run `missing` fewer.
     """
     linear, attention = weight_count(model.lm_head), 0
     for index, layer in enumerate(model.model.layers):
@@ -34,7 +34,7 @@ def prompt_work(model: Any, pruning: StudyPruning, tokens: int, missing: int = 0
 
 
 def prompt_ffn_weights(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
-    """Count the weights that one prompt token is multiplied with: of down_proj only what is left in a pruned prompt."""
+    """Count the weights that one prompt token is multiplied with; pruned prompts use fewer columns of down_proj."""
     if isinstance(mlp, MixtureOfExperts):
         shared = 0 if mlp.shared_expert is None else prompt_ffn_weights(mlp.shared_expert, pruning)
         return weight_count(mlp.gate) + mlp.experts_per_token * prompt_ffn_weights(mlp.experts[0], pruning) + shared

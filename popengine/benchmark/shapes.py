@@ -1,4 +1,4 @@
-"""Public model shapes with random weights: enough to time a model whose checkpoint is not at hand, and no more."""
+"""Public model shapes with random weights, only for timing models without their checkpoints."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from models.mixtral import MIXTRAL_NAMES
 from models.registry import architecture
 from weights.errors import InputError
 
-# What Gemma-3 models have in common; of those that read pictures the shape is the text model's.
+# Fields that all Gemma-3 models share; models that read pictures are represented by their text model.
 GEMMA3: dict[str, Any] = {
     "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 262208, "head_dim": 256,
     "max_position_embeddings": 131072, "sliding_window": 1024, "tie_word_embeddings": True,
@@ -26,8 +26,8 @@ SMALL_GEMMA3 = GEMMA3 | {
     "sliding_window": 512, "rope_scaling": None,
 }  # fmt: skip
 
-# Qwen2-VL, Qwen2.5-VL and Qwen3-VL: hidden size, FFN channels, layers, heads, key/value heads, tokens, and whether the
-# output projection is the embedding; then the tower's size, channels and blocks where they are not all the family's.
+# Qwen2-VL, Qwen2.5-VL and Qwen3-VL: hidden size, FFN channels, layers, heads, key/value heads, vocabulary, and tied
+# embeddings; then the tower's size, channels, depth and DeepStack blocks if they differ within the family.
 QWEN_VL: dict[str, dict[str, Any]] = {
     "qwen2-vl-2b": {"text": (1536, 8960, 28, 12, 2, 151936, True)},
     "qwen2-vl-7b": {"text": (3584, 18944, 28, 28, 4, 152064, False)},
@@ -40,7 +40,7 @@ QWEN_VL: dict[str, dict[str, Any]] = {
 
 
 def qwen_vl(family: str, text: tuple[Any, ...], tower: tuple[Any, ...] = ()) -> dict[str, Any]:
-    """config.json of one of these."""
+    """Return the config.json of a model in QWEN_VL."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     config = dict(zip((*names, "vocab_size", "tie_word_embeddings"), text, strict=True))
     context = 32768 if family == "qwen2-vl" else 128000
@@ -58,7 +58,7 @@ def qwen_vl(family: str, text: tuple[Any, ...], tower: tuple[Any, ...] = ()) -> 
     return config | {"architectures": [architecture], "rope_scaling": sections, "vision_config": vision}
 
 
-# What each model's config.json says about its size.
+# Fields of each model's config.json that determine its size.
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 49152, "hidden_size": 576,
@@ -85,7 +85,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
         "max_position_embeddings": 2048, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
     },
-    "mixtral-8x50m": {      # of nobody's model: a mixture small enough to time anywhere
+    "mixtral-8x50m": {      # not a public model: a mixture small enough to time anywhere
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 4096, "hidden_size": 512,
         "intermediate_size": 1792, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
         "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
@@ -119,9 +119,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_random_checkpoint(shape: str, folder: Path) -> Path:
-    """A checkpoint of a named shape in bfloat16, written layer by layer so that it never is in memory as a whole.
+    """Write a checkpoint of a named shape in bfloat16, layer by layer so that it is never in memory as a whole.
 
-    Its tokenizer knows one word: prompts for it are made of token ids.
+    Its tokenizer knows only one word, as prompts are token ids. Raises InputError for an unknown shape.
     """
     if shape not in SHAPES:
         raise InputError(f"there is no shape named {shape!r}; shapes are {', '.join(SHAPES)}")
@@ -147,14 +147,14 @@ def write_random_checkpoint(shape: str, folder: Path) -> Path:
 
 
 def checkpoint_name(name: str) -> str:
-    """A parameter's name in a checkpoint: Mixtral's are not those of its modules."""
+    """Return a parameter's name in a checkpoint, which differs from the module's in Mixtral."""
     for ours, theirs in MIXTRAL_NAMES.items():
         name = re.sub(rf"\.mlp\.experts\.(\d+)\.{ours}_proj\.", rf".block_sparse_moe.experts.\1.{theirs}.", name)
     return re.sub(r"\.mlp\.gate\.weight", ".block_sparse_moe.gate.weight", name)
 
 
 def random_weight(name: str, shape: torch.Size, noise: Tensor) -> Tensor:
-    """Ones for norms; for all else the same million random numbers over and over: their speed is what counts."""
+    """Make ones for norms; other weights repeat the same million random numbers, which does not affect their speed."""
     if "norm" in name:
         return torch.ones(shape, dtype=noise.dtype)
     return noise.repeat(-(-shape.numel() // len(noise)))[: shape.numel()].view(shape).clone()

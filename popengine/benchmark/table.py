@@ -4,7 +4,7 @@ from typing import Any
 
 
 def describe(result: dict[str, Any], summed_bytes: int) -> str:
-    """The tables, as text."""
+    """Write the tables of all dtypes as text."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {number or 'absent'}" for name, number in result["versions"].items())
     where = machine["card"] or f"{machine['processor']}, {machine['cores']} cores"
@@ -27,6 +27,7 @@ def describe(result: dict[str, Any], summed_bytes: int) -> str:
 
 
 def describe_dtype(group: dict[str, Any], threads: int, summed_bytes: int) -> list[str]:
+    """Write the tables of one dtype, as lines."""
     reads, compiles = group["bandwidth_gb_per_s"], group["compile"]
     others = [line["engine"] for line in group["rows"] if line["mode"] is None]
     shared_out = any(line["between_ranks"] is not None for line in group["rows"])
@@ -87,7 +88,7 @@ def describe_dtype(group: dict[str, Any], threads: int, summed_bytes: int) -> li
 
 
 def prompt_table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Prompts against the dense network's: what was measured, and what the arithmetic allows."""
+    """Build the table of prompts against the dense model's: measured and ideal speed-ups."""
     names = ("speedup", "ideal_speedup", "ideal_linear", "ideal_attention")
     table = [["prompt, partition apart", "speed-up", "ideal", "of products with weights", "of attention"]]
     return table + [
@@ -96,16 +97,18 @@ def prompt_table(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def number(value: float | None, digits: int) -> str:
+    """Format a number, "-" for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def with_spread(values: dict[str, float], digits: int) -> str:
+    """Format a median with its quartiles in brackets."""
     first, third = values["first_quartile"], values["third_quartile"]
     return f"{values['median']:.{digits}f} ({first:.{digits}f}-{third:.{digits}f})"
 
 
 def align(table: list[list[str]]) -> list[str]:
-    """Columns as wide as their widest cell; the first to the left, figures to the right."""
+    """Pad columns to their widest cell; the first column is left-aligned, figures are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for first, *others in table:

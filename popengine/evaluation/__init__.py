@@ -1,1 +1,1 @@
-"""Quality: scores of texts, tasks, comparisons of methods, plots."""
+"""Quality: scores of texts, tasks, comparisons of methods, and plots."""

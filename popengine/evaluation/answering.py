@@ -1,7 +1,7 @@
-"""How a task's requests are answered, so that online pruning is what is measured: the harness and `popengine.tasks`.
+"""Answers to the requests of a task through online pruning, for the harness and `popengine.tasks`.
 
-A continuation that is scored goes through decode steps after its context was prefilled; an answer that is generated
-ends at a stop string.
+A scored continuation runs through decode steps after its context was prefilled. A generated answer ends at a stop
+string.
 """
 
 from collections.abc import Sequence
@@ -16,22 +16,25 @@ from weights.errors import InputError
 
 
 def encode(engine: Engine, text: str) -> list[int]:
-    """As the tokenizer does, unless the text begins with the tokenizer's own token already."""
+    """Tokenize a text; add the tokenizer's begin token only if the text does not begin with it already."""
     begin = engine.tokenizer.bos_token
     return engine.tokenizer.encode(text, not (begin and text.startswith(begin)))
 
 
 def encoded_pair(engine: Engine, context: str, continuation: str) -> Window:
-    """Cut where the context's own tokens end, as lm_eval does; spaces at its end belong to the continuation."""
+    """Tokenize both together and split after the context's own tokens, as lm_eval does.
+
+    Spaces at the end of the context belong to the continuation.
+    """
     bare = context.rstrip()
     prompt = encode(engine, bare)
     return fitting(engine, prompt, encode(engine, context + continuation)[len(prompt) :])
 
 
 def fitting(engine: Engine, context: list[int], continuation: list[int]) -> Window:
-    """Context and continuation, the former cut from the left where both are too long for the model.
+    """Make a window of context and continuation, truncated on the left to the model's context.
 
-    The last token is scored and never run, so that one more fits than the context has positions.
+    The last token is scored and never run, so one token more than the context fits.
     """
     whole = (context + continuation)[-(engine.max_seq_len + 1) :]
     scored = min(len(continuation), len(whole) - 1)
@@ -40,7 +43,7 @@ def fitting(engine: Engine, context: list[int], continuation: list[int]) -> Wind
 
 @torch.inference_mode()
 def log_likelihoods(engine: Engine, windows: Sequence[Window], pruning: StudyPruning) -> list[tuple[float, bool]]:
-    """Of each continuation, and whether greedy steps would say it; a prompt that several share is prefilled once."""
+    """Compute each continuation's log-likelihood, and whether greedy decoding gives it; equal prompts run only once."""
     found: dict[int, tuple[float, bool]] = {}
     prompts = {tuple(window.prompt): window.prompt for window in windows}
     for prompt in prompts.values():
@@ -57,7 +60,10 @@ def generate_until(
     engine: Engine, prompts: Sequence[list[int]], new_tokens: int, pruning: StudyPruning, sampling: Sampling,
     stops: Sequence[str],
 ) -> list[str]:
-    """Texts up to the first stop string of each, or the end of sequence. A prompt too long is cut from the left."""
+    """Generate a text for each prompt, up to the first stop string or the end of sequence.
+
+    Prompts that are too long are truncated on the left. Raises InputError if no room is left for a prompt.
+    """
     room = engine.max_seq_len - new_tokens
     if room < 1:
         raise InputError(f"generating {new_tokens} tokens leaves no room in the context of {engine.max_seq_len}")
@@ -75,6 +81,6 @@ def generate_until(
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first of the stop strings begins; None when there is none."""
+    """Return the index where the first stop string begins; None if there is none."""
     places = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
     return min(places, default=None)

@@ -1,8 +1,7 @@
-"""Runs a program that a model wrote, in a process of its own: the program on stdin, "passed" or nothing on stdout.
+"""Run a program that a model wrote, in a separate process: the program on stdin, "passed" or nothing on stdout.
 
-`popengine.evaluation.code_trials` runs this file as a script, isolated (`python -I -S`), in an empty folder. It bounds
-what a program does by mistake. It is no jail for one that is written to break out: docs/threat_model.md says what is
-left.
+`popengine.evaluation.code_trials` runs this file as a script, isolated (`python -I -S`), in an empty folder. It limits
+what a program does by mistake. It does not stop a program written to break out; docs/threat_model.md lists the risks.
 """
 
 import io
@@ -12,17 +11,17 @@ from typing import Any
 
 SECONDS, MEMORY_BYTES, OPEN_FILES = 3, 1_000_000_000, 32
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
-# What Python reports before it happens. Reading modules is all that a program needs.
+# Prefixes of audit events that are refused. A program only needs to read modules.
 REFUSED = ("os.", "shutil.", "subprocess.", "socket.", "ctypes.", "tempfile.", "pty.", "signal.", "mmap.", "sqlite3.")
 ALLOWED = ("os.listdir", "os.scandir")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def limit_resources() -> None:
-    """Processor time, memory, open files; no file grows, no process starts (root may still start some)."""
+    """Limit processor time, memory and open files; no file may grow, no process may start (root may start some)."""
     try:
         import resource
-    except ImportError:  # not POSIX: the time limit of the parent remains
+    except ImportError:  # not POSIX: only the parent's time limit applies
         return
     limits = {
         resource.RLIMIT_CPU: SECONDS, resource.RLIMIT_AS: MEMORY_BYTES, resource.RLIMIT_NOFILE: OPEN_FILES,
@@ -36,7 +35,7 @@ def limit_resources() -> None:
 
 
 def leave_the_network() -> None:
-    """Into a network that has nothing in it, where the system lets its users have one of their own."""
+    """Move into an empty network namespace, if the system allows users to create one."""
     import ctypes
 
     try:
@@ -46,13 +45,14 @@ def leave_the_network() -> None:
 
 
 def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook: nothing can take it out again."""
+    """Refuse writes and REFUSED events with a PermissionError, as an audit hook, which cannot be removed again."""
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES
     if writes or (event.startswith(REFUSED) and event not in ALLOWED):
         raise PermissionError(f"a program under test may not do this: {event}")
 
 
 def main() -> None:
+    """Run the program from stdin and write "passed" if it ends without an error."""
     program, out = sys.stdin.read(), sys.stdout
     leave_the_network()
     limit_resources()

@@ -1,4 +1,4 @@
-"""Whether a program that a model wrote passes its tests: run in a process of its own (code_sandbox.py)."""
+"""Test of a program that a model wrote, run in a separate process (code_sandbox.py)."""
 
 import os
 import subprocess
@@ -10,12 +10,12 @@ from popengine.text.sandbox.process import environment
 from weights.errors import InputError
 
 SANDBOX = Path(__file__).resolve().with_name("code_sandbox.py")
-# Of the clock: the sandbox itself allows fewer of processor time.
+# Wall-clock limit; the sandbox itself has a lower limit on processor time.
 SECONDS = 6.0
 
 
 def passes(program: str) -> bool:
-    """Whether it runs to its end within the bounds; its tests are part of it."""
+    """Return True if a program, which includes its tests, runs to its end within the limits."""
     with tempfile.TemporaryDirectory(prefix="popengine-trial-") as folder:
         try:
             process = subprocess.Popen(
@@ -35,9 +35,9 @@ def passes(program: str) -> bool:
 
 
 def end_all(process: subprocess.Popen[bytes]) -> None:
-    """The process and what it started."""
+    """Kill the process and everything it started."""
     try:
         os.killpg(process.pid, 9)
-    except (AttributeError, ProcessLookupError, PermissionError):   # not POSIX; all are gone
+    except (AttributeError, ProcessLookupError, PermissionError):   # not POSIX, or all have ended
         process.kill()
     process.communicate()

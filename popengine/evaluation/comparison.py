@@ -1,4 +1,4 @@
-"""Methods side by side: what is compared, and the measuring of it, which goes on where a killed run was."""
+"""Comparison of methods: the grid of configurations, and measurements that continue after a killed run."""
 
 import argparse
 import importlib
@@ -45,27 +45,26 @@ TIMED_STEPS = 24
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row of the table: a method, the settings that matter to it (the others at their defaults), and how the
-    weights are kept."""
+    """One row of the table: a method, its relevant settings (others at their defaults), and the form of the weights."""
 
     method: str
     settings: PruningSettings
     weights: str = "auto"
 
     def fields(self) -> dict[str, Any]:
-        """The settings that tables compare, by name: how a row is told from others, in files too."""
+        """Return the settings that tables compare, by name; they identify a row, in files too."""
         named = {one.name: getattr(self.settings, one.name) for one in compared_fields()}
         return {"method": self.method, "weights": self.weights} | named
 
     @classmethod
     def from_fields(cls, named: dict[str, Any]) -> "Configuration":
-        """What `fields` gave."""
+        """Make a configuration from the result of `fields`."""
         settings = {name: value for name, value in named.items() if name not in ("method", "weights")}
         return cls(named["method"], PruningSettings(**settings), named["weights"])
 
     @property
     def label(self) -> str:
-        """Short, for legends: what differs from the defaults."""
+        """Short name for legends: the settings that differ from the defaults."""
         form = "" if self.weights == "auto" else f", {self.weights}"
         if self.method == "dense":
             return f"dense{form}"
@@ -82,14 +81,16 @@ class Configuration:
 
 
 FOLLOW_THE_PROMPT = (*RULE_NAMES, "frozen")
-# What only prompts tell from the dense model.
+# Methods that change prefill only.
 SKIPPING = ("prefill-only", "skip-first", "skip-evenly", "skip-no-boundary", "skip-no-keys", "visual-tokens")
 
 
 def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> list[Configuration]:
-    """The grid, without settings that would not change a method: dense has none, only pop and glass have widths, static
-    methods prune no heads and have no unseen experts, only prompts that skip layers have a boundary, and only models
-    that read pictures leave tokens of them out."""
+    """Build the grid, without settings that would not change a method.
+
+    Dense has no settings, only pop and glass have widths, static methods prune no heads and have no unseen experts,
+    only prompts that skip layers have a boundary, and only models that read pictures drop picture tokens.
+    """
     ratios = [{"ffn_ratio": ratio} for ratio in flags.ffn_ratio or ()]
     ratios += [{"prune_ratio": ratio} for ratio in flags.prune_ratio or (() if flags.ffn_ratio else (0.2,))]
     usual = PruningSettings.paper() if flags.paper else PruningSettings()
@@ -98,7 +99,7 @@ def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> 
         if method == "dense":
             made[Configuration("dense", DENSE, form)] = None
             continue
-        leaves_out = method in LAYER_METHODS            # whose channels the rule pop may cut besides
+        leaves_out = method in LAYER_METHODS            # the rule pop may prune their channels too
         follows = method in FOLLOW_THE_PROMPT or leaves_out
         matter = {
             "to all": True, "to widths": method in WIDTH_RULES or leaves_out, "to rules": method in RULE_NAMES,
@@ -134,9 +135,9 @@ def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> 
 
 @dataclass
 class Comparison:
-    """Everything that a run works on. windows are empty without a text.
+    """The inputs and measurements of a comparison. windows are empty without a text.
 
-    engines  the checkpoint with its weights kept in each form that is compared; "the dense model" is the first's
+    engines  the checkpoint in each form of weights that is compared; "the dense model" is that of the first
     """
 
     engines: dict[str, Engine]
@@ -152,7 +153,7 @@ class Comparison:
     def measure(
         self, tasks: Sequence[str], questions: int, seed: int, rounds: int, plots: Path | None
     ) -> dict[str, Any]:
-        """Everything that is not on record yet, then the table; drawings go to the folder `plots` (None: nowhere)."""
+        """Measure everything that is not recorded yet and return the table. plots: folder for drawings, None: none"""
         self.measure_text()
         self.measure_generated()
         self.measure_tasks(tasks, questions, seed)
@@ -174,7 +175,7 @@ class Comparison:
         return {"about": about, "rows": rows, "studies": studies}
 
     def measure_text(self) -> None:
-        """Score every window under every configuration; what has been scored is left out."""
+        """Score every window under every configuration, except for recorded ones."""
         missing = [
             (index, [one for one in self.prunings if text_key(one, index) not in self.progress.records])
             for index in range(len(self.windows))
@@ -194,9 +195,9 @@ class Comparison:
                     bar.update()
 
     def measure_generated(self) -> None:
-        """Let the dense model go on from every window's prompt, and ask every configuration along the way.
+        """Generate from every window's prompt with the dense model, and predict each token under every configuration.
 
-        Up to the first token on which they disagree, that is what the configuration would generate itself.
+        Up to the first disagreement, a configuration would generate the same tokens itself.
         """
         total = len(self.windows) * (1 + len(self.prunings))
         bar = tqdm(total=total, desc="generated", unit="window", disable=not self.show_progress)
@@ -217,8 +218,10 @@ class Comparison:
                     bar.update()
 
     def measure_speed(self, rounds: int) -> None:
-        """Time decode steps of every configuration on the first window's prompt, in turns, so that a slow minute of the
-        machine falls on all of them."""
+        """Time decode steps of every configuration on the first window's prompt.
+
+        Configurations take turns, so that a slow minute of the machine affects all of them.
+        """
         bar = tqdm(total=rounds * len(self.prunings), desc="speed", unit="turn", disable=not self.show_progress)
         with bar:
             for number, (one, pruning) in itertools.product(range(rounds), self.prunings.items()):
@@ -231,12 +234,12 @@ class Comparison:
                 bar.update()
 
     def dense_continuation(self, window: Window) -> list[int]:
-        """As many tokens as are scored, greedily, beyond an end of sequence too."""
+        """Generate greedily as many tokens as are scored, also after an end of sequence."""
         run = self.engine.run([window.prompt], len(window.continuation), DENSE, ignore_eos=True)
         return [token for (token,) in run if token is not None]
 
     def measure_tasks(self, task_sets: Sequence[str], count: int, seed: int) -> None:
-        """Ask every question under every configuration; what has been asked is left out."""
+        """Ask every question under every configuration, except for recorded ones."""
         questions = {name: questions_for(name, count, seed) for name in task_sets}
         total = len(self.prunings) * sum(map(len, questions.values()))
         with tqdm(total=total, desc="tasks", unit="question", disable=not self.show_progress) as bar:
@@ -254,7 +257,7 @@ class Comparison:
                     bar.update(len(asked))
 
     def rows(self, task_sets: Sequence[str]) -> list[dict[str, Any]]:
-        """The table."""
+        """Return the rows of the table."""
         records = self.progress.records
         rows = []
         for one, pruning in self.prunings.items():
@@ -280,11 +283,11 @@ class Comparison:
         return WindowScore(record["losses"], record["agreed"], record["divergences"])
 
     def agreed_on_generated(self, one: Configuration, index: int) -> list[bool]:
-        """Per token that the dense model generated: would this configuration have generated it there?"""
+        """Return, per token that the dense model generated, whether this configuration predicts the same token."""
         return self.progress.records[generated_key(one, index)]["agreed"]
 
     def points(self, rows: Sequence[dict[str, Any]]) -> Iterator[Any]:
-        """The rows as the plots need them."""
+        """Yield the rows as points for the plots."""
         for one, row in zip(self.prunings, rows, strict=True):
             given = [self.window_score(one, index).agreed for index in range(len(self.windows))]
             generated = [self.agreed_on_generated(one, index) for index in range(len(self.windows))]
@@ -296,11 +299,11 @@ class Comparison:
             )
 
     def study_drift(self) -> list[RankDrift]:
-        """How the dense model's ranking moves, on the first windows."""
+        """Measure the drift of the dense model's ranking on the first windows."""
         return [rank_drift(self.engine.model, window) for window in self.windows[:DRIFT_WINDOWS]]
 
     def study_picks(self) -> tuple[Configuration, list[NetworkPicks]] | None:
-        """What POP of the usual width decides on the first window, at the highest ratio; None when it was not run."""
+        """Record the picks of POP of the usual width on the first window, at the highest ratio; None: not compared."""
         popped = [
             one for one, pruning in self.prunings.items()
             if one.method == "pop" and self.is_usual(one) and one.settings.candidate_width == self.middle_width()
@@ -315,7 +318,7 @@ class Comparison:
         self, rows: Sequence[dict[str, Any]], drifts: list[RankDrift],
         picked: tuple[Configuration, list[NetworkPicks]] | None, folder: Path,
     ) -> list[str]:
-        """Draw what there is data for; the names of the files."""
+        """Draw every plot that there is data for, and return the names of the files."""
         plots = load_plots()
         usual = [
             (one, point) for one, point in zip(self.prunings, self.points(rows), strict=True) if self.is_usual(one)
@@ -340,23 +343,23 @@ class Comparison:
         return names
 
     def is_usual(self, one: Configuration) -> bool:
-        """Whether the plots show this one."""
+        """Return True if the plots show this configuration."""
         usual = one.method == "dense" or usual_of(one.settings) == self.usual_settings()
         return usual and one.weights == next(iter(self.engines))
 
     def usual_settings(self) -> tuple[object, ...]:
-        """What the plots show of settings that are not on their axes: the first of each that was asked for."""
+        """Return the values of settings that are not on the axes of plots: those of the first configuration."""
         first = next((one for one in self.prunings if one.method != "dense"), None)
         return usual_of(DENSE if first is None else first.settings)
 
     def middle_width(self) -> float:
-        """The paper's width if it was measured, else the first one."""
+        """Return the paper's width if it was measured, else the first one."""
         widths = [one.settings.candidate_width for one in self.prunings if one.method == "pop"]
         return 0.1 if 0.1 in widths or not widths else widths[0]
 
 
 def row_of(one: Configuration, pruning: StudyPruning, engines: dict[str, Engine]) -> dict[str, Any]:
-    """What a table says of a configuration without measuring it; the dense model is that of the first engine."""
+    """Return the cells of a row that need no measurement; the dense model is that of the first engine."""
     first = next(iter(engines.values()))
     read = bytes_per_token(engines[one.weights].model, pruning)
     return {
@@ -369,20 +372,22 @@ def row_of(one: Configuration, pruning: StudyPruning, engines: dict[str, Engine]
 
 
 def text_key(one: Configuration, window: int) -> str:
+    """Return the key of a scored window in the progress file."""
     return f"window {window}: {json.dumps(one.fields())}"
 
 
 def generated_key(one: Configuration | None, window: int) -> str:
-    """None: the dense model's own tokens."""
+    """Return the key of generated text in the progress file. one: None for the dense model's own tokens"""
     return f"generated {window}: {'tokens' if one is None else json.dumps(one.fields())}"
 
 
 def speed_key(one: Configuration, turn: int) -> str:
+    """Return the key of a timed turn in the progress file."""
     return f"speed {turn}: {json.dumps(one.fields())}"
 
 
 def is_sound(record: dict[str, Any], scored: int | None) -> bool:
-    """Whether a record of a progress file is what `Comparison` wrote under its key. scored: tokens of a window"""
+    """Return True if a record of a progress file has all that `Comparison` writes. scored: tokens of a window"""
     of = record["key"].partition(" ")[0]
 
     def listed(name: str, *kinds: type) -> bool:
@@ -391,7 +396,7 @@ def is_sound(record: dict[str, Any], scored: int | None) -> bool:
             type(one) in kinds and math.isfinite(one) and one >= least for one in values
         )
 
-    least = -1e-3                               # a divergence of nothing may round below 0
+    least = -1e-3                               # a divergence of 0 may round below 0
     if of == "window":
         return listed("losses", float) and listed("agreed", bool) and listed("divergences", float)
     if of == "generated":
@@ -406,34 +411,35 @@ def is_sound(record: dict[str, Any], scored: int | None) -> bool:
 
 
 def share_by_position(by_window: Sequence[Sequence[bool]]) -> list[float]:
-    """Over windows, per position."""
+    """Compute the share of True per position, over windows."""
     return [sum(at) / len(at) for at in zip(*by_window, strict=True)]
 
 
 def task_key(one: Configuration, task_set: str) -> str:
+    """Return the key of a set of tasks in the progress file."""
     return f"tasks {task_set}: {json.dumps(one.fields())}"
 
 
 def usual_of(settings: PruningSettings) -> tuple[object, ...]:
-    """What neither the axes nor the widths of the plots show."""
+    """Return the settings that neither the axes nor the widths of the plots show."""
     shown = ("prune_ratio", "ffn_ratio", "candidate_width")
     return tuple(getattr(settings, one.name) for one in compared_fields() if one.name not in shown)
 
 
 def task_plot(task_set: str) -> str:
-    """Its file."""
+    """Return the name of the plot's file for a set of tasks."""
     return f"tasks_{task_set}.png"
 
 
 def load_plots() -> ModuleType:
-    """The drawing module, only when something is drawn: it needs matplotlib, and says so where that is missing."""
+    """Import the plots only if something is drawn. Raises InputError if matplotlib is missing."""
     return importlib.import_module("popengine.evaluation.plots")
 
 
 def identity_of(
     flags: argparse.Namespace, engines: dict[str, Engine], text: Text | None, calibration: Calibration | None
 ) -> dict[str, Any]:
-    """What must be the same for measurements to stand side by side."""
+    """Return the facts that must be equal for measurements to be comparable."""
     return {
         "text": None if text is None else f"{text.name} ({text.digest})",
         "prompt_tokens": None if text is None else flags.prompt_tokens,
@@ -446,6 +452,7 @@ def identity_of(
 def identity_of_model(
     flags: argparse.Namespace, engines: dict[str, Engine], calibration: Calibration | None
 ) -> dict[str, Any]:
+    """Return the part of `identity_of` that is about model, seed, calibration and device."""
     engine = engines[flags.weights[0]]
     return {
         "checkpoint": "default" if flags.ckpt is None else Path(flags.ckpt).name,
@@ -459,6 +466,7 @@ def identity_of_model(
 
 
 def machine() -> dict[str, Any]:
+    """Return system, processors, threads and versions."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processors": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""The table of a comparison, for people."""
+"""The table of a comparison, in Markdown."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ Column = Callable[[dict[str, Any]], str]
 def markdown(
     rows: Sequence[dict[str, Any]], about: dict[str, Any], studies: dict[str, dict[str, float]]
 ) -> str:
-    """The table for people."""
+    """Write the table of a comparison in Markdown."""
     always: dict[str, Column] = {
         "MB per token": lambda row: f"{row['weight_bytes_per_token'] / 1e6:.1f}",
         "of dense": lambda row: f"{row['weight_share']:.1%}",
@@ -48,8 +48,10 @@ def markdown(
 def written(
     rows: Sequence[dict[str, Any]], always: dict[str, Column], about: dict[str, Any], studied: Sequence[str] = ()
 ) -> str:
-    """A table with these columns behind those of methods and settings, of which the ones that are all alike are left
-    out; below it what was found besides, and what it was measured with."""
+    """Write a table: columns of methods and settings (only those that differ), then the given columns.
+
+    Below the table stand the figures of studies and the circumstances of the measurements.
+    """
     columns: dict[str, Column] = {
         "weights": lambda row: row["weights"],
         "method": lambda row: row["method"],
@@ -91,7 +93,7 @@ def unsaid_settings(rows: Sequence[dict[str, Any]], shown: dict[str, Column]) ->
 
 
 def setting_cell(one: Field[Any], row: dict[str, Any]) -> str:
-    """A setting, where it matters to the row's method."""
+    """Return the cell of a setting, empty if it does not change the row's method."""
     value, matters = row[one.name], one.metadata["matters"]
     if row["method"] == "dense" or (matters == "to widths" and row["method"] not in WIDTH_RULES):
         return ""
@@ -107,12 +109,13 @@ def setting_cell(one: Field[Any], row: dict[str, Any]) -> str:
 
 
 def share_right(task_set: str, tasks: Sequence[str], row: dict[str, Any]) -> str:
+    """Return the cell of right answers to these tasks, with the standard error."""
     share, error = right_answers(row[task_set], tasks)
     return f"{share:.1%} ± {error:.1%}"
 
 
 def right_answers(found: dict[str, dict[str, int]], tasks: Sequence[str]) -> tuple[float, float]:
-    """The share of right answers to the questions of these tasks together, and its standard error over questions."""
+    """Compute the share of right answers over all questions of these tasks, and its standard error over questions."""
     right, asked = (sum(found[key][task] for task in tasks) for key in ("right", "asked"))
     share = right / asked
     return share, math.sqrt(share * (1 - share) / max(1, asked - 1))

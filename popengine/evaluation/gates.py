@@ -1,9 +1,9 @@
-"""The virtual gate: how much each layer matters to prompt positions, and how much to those that make new tokens.
+"""The virtual gate: the importance of each layer for prompt positions, and for positions that predict new tokens.
 
-Prefill-Only pruning (arXiv 2602.03295, Eq. 5-13) rests on the difference. Each layer gets two gates of value 1 on what
-it adds to the hidden state, x + Attn(x) g and y + FFN(y) g: one for the prompt's positions but the last, one for
-the positions from there on, which foresee the answer. The importance of a layer is the mean over samples of
-(dLoss / dg)^2; the loss is summed over an answer that the model has sampled itself.
+Prefill-Only pruning (arXiv 2602.03295, Eq. 5-13) rests on the difference. Each layer gets two gates of value 1 on its
+additions to the hidden state, x + Attn(x) g and y + FFN(y) g: one for all prompt positions except the last, one for
+the positions from there on, which predict the answer. The importance of a layer is the mean over samples of
+(dLoss / dg)^2; the loss is summed over an answer that the model sampled itself.
 
 T tokens, N prompt tokens, A answer tokens, L layers, H hidden size.
 """
@@ -40,13 +40,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class GateStudy:
-    """importance  [2, L], of prompt positions and of output positions"""
+    """The result of a gate study. importance: [2, L], for prompt positions and for output positions"""
 
     importance: Tensor
     samples: int
 
     def rows(self) -> list[dict[str, Any]]:
-        """Per layer: both importances, and each as a share of all that the layers have together."""
+        """Return per layer both importances, and each as a share of its sum over layers."""
         shares = self.importance / self.importance.sum(dim=1, keepdim=True)
         return [
             {
@@ -61,7 +61,7 @@ class GateStudy:
 def answered(
     engine: Engine, prompts: Iterable[tuple[list[int], Sequence[ImageSource]]], tokens: int, seed: int
 ) -> list[Sample]:
-    """Let the dense model sample an answer to each prompt, at temperature 1, of so many tokens at most."""
+    """Sample an answer to each prompt with the dense model, at temperature 1, of at most `tokens` tokens."""
     samples = []
     for index, (ids, images) in enumerate(prompts):
         run = engine.run([ids], tokens, DENSE, Sampling(temperature=1.0, seed=seed + index), images=images)
@@ -70,11 +70,12 @@ def answered(
 
 
 def of_questions(engine: Engine, questions: Sequence[Question]) -> list[tuple[list[int], Sequence[ImageSource]]]:
+    """Tokenize questions, with their images."""
     return [(engine.prompts.ids(one.prompt, images=one.images), one.images) for one in questions]
 
 
 def study(engine: Engine, samples: Sequence[Sample], show_progress: bool) -> GateStudy:
-    """One forward and backward pass per sample."""
+    """Run one forward and backward pass per sample and average the importances."""
     total = torch.zeros(2, engine.model.config.num_hidden_layers, device=engine.device)
     for sample in tqdm(samples, desc="gates", unit="sample", disable=not show_progress):
         tokens = torch.tensor([sample.prompt + sample.answer[:-1]], device=engine.device)       # [1, T]
@@ -88,7 +89,7 @@ def study(engine: Engine, samples: Sequence[Sample], show_progress: bool) -> Gat
 def gradients(
     model: LlamaForCausalLM, x: Tensor, prompt_tokens: int, answer: Sequence[int], pictures: PictureRows | None = None
 ) -> Tensor:
-    """dLoss / dg of both gates of every layer (Eq. 8). x [1, N + A - 1, H], embedded -> float32 [2, L]"""
+    """Compute dLoss / dg of both gates of every layer (Eq. 8). x [1, N + A - 1, H], embedded -> float32 [2, L]"""
     with torch.enable_grad():
         gates = torch.ones(2, len(model.model.layers), device=x.device, requires_grad=True)
         after_prompt = torch.arange(x.shape[1], device=x.device) >= prompt_tokens - 1           # [T]
@@ -99,7 +100,7 @@ def gradients(
 def gated_loss(
     model: LlamaForCausalLM, x: Tensor, gates: Tensor, answer: Sequence[int], pictures: PictureRows | None = None
 ) -> Tensor:
-    """Negative log-probability of the answer, summed, with what layers add times gates. x [1, T, H]; gates [T, L]"""
+    """Compute the summed negative log-probability of the answer in the gated model. x [1, T, H]; gates [T, L]"""
     given = pictures or PictureRows()
     rows = prefill_pass(model.model.rotary, map(AttentionPattern, model.config.windows), x, None, given)
     for index, (layer, gate) in enumerate(zip(model.model.layers, gates.unbind(dim=1), strict=True)):
@@ -113,7 +114,7 @@ def gated_loss(
 
 
 def markdown(found: GateStudy, about: dict[str, Any]) -> str:
-    """The table for people."""
+    """Write the table of a gate study in Markdown."""
     lines = ["| layer | prompt | output | share of prompt | share of output |", "|---|---|---|---|---|"]
     lines += [
         f"| {row['layer']} | {row['prompt']:.3g} | {row['output']:.3g} | {row['prompt_share']:.2%} | "

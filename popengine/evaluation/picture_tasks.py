@@ -1,10 +1,10 @@
 """Picture questions with exact answers: coloured shapes on a 6 x 6 grid, drawn with Pillow from a seed.
 
 The small vision-language checkpoint is trained on them (tools/train_llava.py) and pruned answers are scored on them.
-Answers are sentences of 20 to 60 tokens that name what they follow from before they conclude. Some need what no picture
-shows: words of other languages, and what each shape looks like.
-A scene is *held out* by a hash of what is in it (which shape, which colour, which cell), so no scene of the held-out
-split is ever drawn in training, not even with another background, size or position inside the cell.
+Answers are sentences of 20 to 60 tokens that state the facts before the conclusion. Some need knowledge that no picture
+shows: words of other languages, and objects that a shape resembles.
+A scene is *held out* by a hash of its shapes, colours and cells. So no scene of the held-out split is ever drawn in
+training, not even with another background, size or position inside the cell.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from weights.errors import InputError
 
 SPLITS = ("train", "held-out")
-SIDE = 6  # cells of the grid; the checkpoint's tower has a patch for each
+SIDE = 6  # cells on a side of the grid; the checkpoint's tower has a patch for each cell
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLOURS = {
     "red": (220, 40, 40),
@@ -42,7 +42,7 @@ LIKENESSES = {
     "purple": ("plum", "curtain", "tent", "thistle", "butterfly"),
     "orange": ("pumpkin", "carpet", "carrot", "lily", "lobster"),
 }
-# With the article that decides how the colour ends.
+# With the article, which decides the ending of the colour.
 GERMAN_SHAPES = {
     "circle": ("einen", "Kreis"), "square": ("ein", "Quadrat"), "triangle": ("ein", "Dreieck"),
     "star": ("einen", "Stern"), "cross": ("ein", "Kreuz"),
@@ -79,7 +79,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture: shapes in reading order (row by row, left to right) on a plain background."""
+    """The content of a picture: shapes in reading order (row by row, left to right) on a plain background."""
 
     shapes: tuple[Shape, ...]
     background: tuple[int, int, int] = BACKGROUNDS[0]
@@ -92,7 +92,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class PictureQuestion:
-    """A question about a scene and the one answer that counts as right."""
+    """A question about a scene and its only right answer."""
 
     kind: str
     scene: Scene
@@ -107,7 +107,7 @@ class PictureQuestion:
 
 
 def random_scene(random: Random, split: str) -> Scene:
-    """Three to six different shapes in cells of their own, of few kinds and colours so that they make groups."""
+    """Draw three to six different shapes in separate cells, of few kinds and colours so that they form groups."""
     while True:
         kinds = random.sample(SHAPES, random.randint(2, 4))
         colours = random.sample(list(COLOURS), random.randint(2, 4))
@@ -132,12 +132,13 @@ def random_scene(random: Random, split: str) -> Scene:
 
 
 def ask(scene: Scene, kind: str, random: Random) -> PictureQuestion | None:
-    """A question of this kind about the scene, or None where it would have no single answer."""
+    """Make a question of this kind about the scene; None if it would have no single answer."""
     question_and_answer = ASKING[kind](scene, random)
     return PictureQuestion(kind, scene, *question_and_answer) if question_and_answer else None
 
 
 def ask_list(scene: Scene, random: Random) -> tuple[str, str]:
+    """Ask for all shapes; the answer lists and counts them."""
     question = random.choice(
         ["What is in the picture?", "What do you see?", "Describe the picture.", "List the shapes."]
     )
@@ -146,6 +147,7 @@ def ask_list(scene: Scene, random: Random) -> tuple[str, str]:
 
 
 def ask_rows(scene: Scene, random: Random) -> tuple[str, str]:
+    """Ask for the shapes in each row."""
     question = random.choice(["What is in each row?", "Describe the picture row by row.", "Go through the rows."])
     taken = sorted({shape.row for shape in scene.shapes})
     rows = [
@@ -157,12 +159,14 @@ def ask_rows(scene: Scene, random: Random) -> tuple[str, str]:
 
 
 def ask_places(scene: Scene, random: Random) -> tuple[str, str]:
+    """Ask for the row and column of each shape."""
     question = random.choice(["Where is each shape?", "Where are the shapes?", "Say where everything is."])
     places = (f"the {shape.name} is in {row_of(shape)} {column_of(shape)}" for shape in scene.shapes)
     return question, sentence("; ".join(places))
 
 
 def ask_kinds(scene: Scene, random: Random) -> tuple[str, str] | None:
+    """Ask for the number of shapes of each kind; None if there is only one kind."""
     question = random.choice(["How many shapes of each kind are there?", "Count the kinds.", "How many of each shape?"])
     groups = [(kind, [shape.colour for shape in scene.shapes if shape.kind == kind]) for kind in SHAPES]
     found = [(kind, colours) for kind, colours in groups if colours]
@@ -174,6 +178,7 @@ def ask_kinds(scene: Scene, random: Random) -> tuple[str, str] | None:
 
 
 def ask_likeness(scene: Scene, random: Random) -> tuple[str, str]:
+    """Ask for an object that each shape resembles."""
     question = random.choice(["What do the shapes look like?", "What could each shape be?", "What are they like?"])
     told = (
         f"the {shape.name} looks like {with_article(LIKENESSES[shape.colour][SHAPES.index(shape.kind)])}"
@@ -183,6 +188,7 @@ def ask_likeness(scene: Scene, random: Random) -> tuple[str, str]:
 
 
 def ask_languages(scene: Scene, random: Random) -> tuple[str, str] | None:
+    """Ask for the shapes in three languages; None if there are more than four."""
     if len(scene.shapes) > 4:
         return None
     question = random.choice(
@@ -208,7 +214,7 @@ KINDS = tuple(ASKING)
 def picture_questions(
     count: int, seed: int, split: str = "held-out", kinds: Sequence[str] = KINDS
 ) -> list[PictureQuestion]:
-    """`count` questions, the kinds in turn, each about a scene of its own; the same for the same arguments.
+    """Make `count` questions, alternating kinds, each about its own scene; reproducible for equal arguments.
 
     Raises InputError for an unknown split or kind.
     """
@@ -225,46 +231,55 @@ def picture_questions(
 
 
 def row_of(shape: Shape) -> str:
+    """Return the row in words: "row two"."""
     return f"row {NUMBERS[shape.row + 1]}"
 
 
 def column_of(shape: Shape) -> str:
+    """Return the column in words: "column two"."""
     return f"column {NUMBERS[shape.column + 1]}"
 
 
 def in_german(shape: Shape) -> str:
+    """Return the German name with article, in the accusative."""
     article, noun = GERMAN_SHAPES[shape.kind]
     return f"{article} {GERMAN_COLOURS[shape.colour]}{'en' if article == 'einen' else 'es'} {noun}"
 
 
 def in_french(shape: Shape) -> str:
+    """Return the French name with article."""
     article, noun = FRENCH_SHAPES[shape.kind]
     return f"{article} {noun} {FRENCH_COLOURS[shape.colour][article == 'une']}"
 
 
 def with_article(name: str) -> str:
+    """Return the name with "a" or "an" in front."""
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def plural(noun: str, count: int) -> str:
+    """Return the noun, in the plural unless the count is 1."""
     return noun if count == 1 else f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
 def be(count: int) -> str:
+    """Return "is" or "are" for a count."""
     return "is" if count == 1 else "are"
 
 
 def joined(parts: Iterable[str], word: str = "and") -> str:
+    """Join parts by commas, and the last one by `word`."""
     *most, last = parts
     return f"{', '.join(most)} {word} {last}" if most else last
 
 
 def sentence(words: str) -> str:
+    """Return the words with a capital and a full stop."""
     return f"{words[0].upper()}{words[1:]}."
 
 
 def draw(scene: Scene, size: int = 144) -> Image.Image:
-    """The scene as a square RGB picture of `size` pixels: drawn four times larger and reduced, for smooth edges."""
+    """Draw the scene as a square RGB picture of `size` pixels: four times larger, then reduced, for smooth edges."""
     large = 4 * size
     cell = large / SIDE
     picture = Image.new("RGB", (large, large), scene.background)
@@ -279,6 +294,7 @@ def draw(scene: Scene, size: int = 144) -> Image.Image:
 def draw_shape(
     pen: ImageDraw.ImageDraw, kind: str, x: float, y: float, radius: float, colour: tuple[int, int, int]
 ) -> None:
+    """Draw one shape with its centre at x, y; all lengths in pixels."""
     if kind == "circle":
         pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
     elif kind == "square":
@@ -289,7 +305,7 @@ def draw_shape(
         pen.rectangle([x - radius, y - arm, x + radius, y + arm], fill=colour)
         pen.rectangle([x - arm, y - radius, x + arm, y + radius], fill=colour)
     else:
-        # A triangle has three corners at the full radius; a star five, with five more at 0.4 of it between them.
+        # A triangle has three corners at the full radius; a star has five, and between them five at 0.4 of the radius.
         reaches = [radius] * 3 if kind == "triangle" else [radius, 0.4 * radius] * 5
         turns = [2 * math.pi * corner / len(reaches) - math.pi / 2 for corner in range(len(reaches))]
         corners = [

@@ -1,4 +1,4 @@
-"""The pictures of a comparison. Needs matplotlib, which the extra `plots` installs."""
+"""The plots of a comparison. They need matplotlib, which the extra `plots` installs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,11 +52,11 @@ REGION_COLOURS = {"retained": "#1f4e79", "candidate": "#f2b134", "pruned": "#e8e
 
 @dataclass(frozen=True)
 class Point:
-    """One line of the table as the plots need it.
+    """One row of the table, for the plots.
 
     agreed            share of windows whose likeliest token is the dense model's, per position of the given text
-    agreed_generated  the same along the text that the dense model generates
-    still_alike       share of windows that have agreed on every token so far, along that text
+    agreed_generated  this share along the text that the dense model generates
+    still_alike       share of windows that agree on every token so far, along that text
     """
 
     method: str
@@ -71,6 +71,7 @@ class Point:
 
 
 def save(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG file and close it."""
     figure.tight_layout()
     with replacing(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=130)
@@ -78,10 +79,9 @@ def save(figure: Any, path: Path) -> None:
 
 
 def plot_perplexity(points: Sequence[Point], path: Path) -> None:
-    """Perplexity against weight bytes per token; POP's widths at one ratio are joined.
+    """Plot perplexity against weight bytes per token; POP's widths at one ratio are joined.
 
-    What is more than ten times the best stands on the upper edge with its number, so that the others can be told
-    apart.
+    A value above ten times the best is drawn on the upper edge with its number, so that the others remain distinct.
     """
     figure, axes = pyplot.subplots(figsize=(10, 5.5))
     best = min(point.perplexity for point in points)
@@ -123,8 +123,11 @@ def plot_perplexity(points: Sequence[Point], path: Path) -> None:
 
 
 def plot_agreement(points: Sequence[Point], path: Path, bin_size: int = 16) -> None:
-    """Agreement with the dense model by position: on the given text, along what the dense model generates, and as the
-    share of windows that would have generated just that so far. Positions stand in bins."""
+    """Plot agreement with the dense model by position, in bins.
+
+    Three panels: on the given text, along the dense model's generation, and the share of windows that agree on every
+    token so far.
+    """
     figure, panels = pyplot.subplots(1, 3, figsize=(15.5, 4.8), sharey=True)
     lines = ("-", "--", ":", "-.")
     shown = [point for point in points if point.method != "dense"]
@@ -152,7 +155,7 @@ def plot_agreement(points: Sequence[Point], path: Path, bin_size: int = 16) -> N
 
 
 def plot_rank_drift(drifts: Sequence[RankDrift], path: Path) -> None:
-    """Mean rank difference and top-50 % overlap per decode step: median network, and the middle 80 % of them."""
+    """Plot mean rank difference and top-50 % overlap per decode step: median and middle 80 % of the networks."""
     figure, both = pyplot.subplots(1, 2, figsize=(11, 4.3))
     for axes, title, chance, values in (
         (both[0], "mean rank difference / channels", 1 / 3, [drift.rank_difference for drift in drifts]),
@@ -174,7 +177,7 @@ def plot_rank_drift(drifts: Sequence[RankDrift], path: Path) -> None:
 
 
 def plot_partition_map(networks: Sequence[NetworkPicks], path: Path, label: str) -> None:
-    """Networks x channels: the region of every channel above, how often each candidate was picked below."""
+    """Plot networks x channels: above the region of every channel, below how often each candidate was picked."""
     channels = networks[0].partition.sizes.channels
     regions = torch.zeros(len(networks), channels)
     candidates = networks[0].partition.sizes.candidate
@@ -205,9 +208,9 @@ def plot_partition_map(networks: Sequence[NetworkPicks], path: Path, label: str)
 
 
 def plot_frontier(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss against what a step reads and against what it takes; what nothing beats in both is joined.
+    """Plot loss against the bytes and against the time of a step; the Pareto frontier is joined.
 
-    One form of weights: a colour for each method; several: one for each of them, and the methods' markers tell.
+    With one form of weights, colours show methods; with several, colours show forms and markers show methods.
     """
     forms = list(dict.fromkeys(row["weights"] for row in rows))
     figure, both = pyplot.subplots(1, 2, figsize=(12.5, 5), sharey=True)
@@ -237,7 +240,7 @@ def plot_frontier(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_tasks(labels: Sequence[str], rows: Sequence[dict[str, Any]], task_set: str, path: Path) -> None:
-    """Right answers of every row of the table, from above in its order, with standard errors over questions."""
+    """Plot right answers of every row of the table, in order from the top, with standard errors over questions."""
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.26 * len(rows)))
     for place, row in enumerate(rows):
         found = row[f"tasks_{task_set}"]
@@ -252,11 +255,11 @@ def plot_tasks(labels: Sequence[str], rows: Sequence[dict[str, Any]], task_set: 
 
 
 def plot_gates(rows: Sequence[dict[str, Any]], path: Path, label: str) -> None:
-    """What each layer matters to prompt positions and to output positions, each as a share of all layers together."""
+    """Plot each layer's importance for prompt positions and for output positions, as shares of all layers."""
     figure, axes = pyplot.subplots(figsize=(9, 4.3))
     layers = [row["layer"] for row in rows]
     for name, colour, marker in (("prompt", "tab:blue", "o"), ("output", "tab:orange", "s")):
-        # A gate without influence has importance 0, which a logarithm cannot show: there the line has a gap.
+        # A gate without influence has importance 0, which a log axis cannot show: the line has a gap.
         shares = [row[f"{name}_share"] or float("nan") for row in rows]
         axes.plot(layers, shares, color=colour, marker=marker, label=f"{name} positions")
     axes.set_yscale("log")
@@ -269,4 +272,5 @@ def plot_gates(rows: Sequence[dict[str, Any]], path: Path, label: str) -> None:
 
 
 def row_name(networks: Sequence[NetworkPicks]) -> str:
+    """Return the label of the axis of networks."""
     return "layer and expert" if any("expert" in network.name for network in networks) else "layer"

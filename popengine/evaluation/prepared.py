@@ -1,4 +1,4 @@
-"""The methods that a comparison is asked for, made ready for the checkpoint that it is of."""
+"""The methods of a comparison, prepared for a checkpoint."""
 
 import argparse
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from weights.output_file import check_output
 
 @dataclass(frozen=True)
 class Prepared:
-    """By form of the weights, and by configuration."""
+    """Engines and calibrations by form of the weights, prunings by configuration."""
 
     engines: dict[str, Engine]
     calibrations: dict[str, Calibration | None]
@@ -25,7 +25,7 @@ class Prepared:
 
 
 def check_methods(flags: argparse.Namespace) -> None:
-    """Says what is wrong with them and with their settings before anything is loaded."""
+    """Raise InputError for wrong methods or settings before anything is loaded."""
     for method in flags.methods:
         check_method(method)
     configurations(flags, mixture=True, pictures=True)
@@ -38,7 +38,7 @@ def check_methods(flags: argparse.Namespace) -> None:
 
 
 def prepare(flags: argparse.Namespace, compile: bool, show_progress: bool) -> Prepared:
-    """Load the checkpoint in every form, calibrate, and make every method's pruning: errors come before results."""
+    """Load the checkpoint in every form, calibrate, and build every method's pruning, so that errors come first."""
     engines = {
         form: load(
             flags.ckpt, dtype=flags.dtype, device=flags.device, weights=form, compile=compile, progress=show_progress

@@ -1,7 +1,7 @@
-"""What a long comparison has measured so far, one JSON object per line, so that a killed run goes on where it was.
+"""The measurements of a long comparison so far, one JSON object per line, so that a killed run can continue.
 
-The first line says what is being compared; every later line is one finished measurement. A line is written when it is
-complete, so only the last one of a killed run can be torn.
+The first line identifies the comparison; every later line is one finished measurement. Lines are written whole, so only
+the last line of a killed run can be incomplete.
 """
 
 import json
@@ -21,8 +21,8 @@ LARGEST_PROGRESS = 1_000_000_000
 class ProgressFile:
     """Records by their `key`.
 
-    notes     what a user should be told about the file that was found
-    is_sound  whether a record from the file has all that its key promises; one that was edited is made again
+    notes     messages for the user about the file that was found
+    is_sound  returns True if a record from the file is complete and valid; others are measured again
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], is_sound: Callable[[dict[str, Any]], bool]) -> None:
@@ -36,7 +36,7 @@ class ProgressFile:
         if isinstance(found, dict) and found != identity:
             differs = ", ".join(name for name in identity if found.get(name) != identity[name])
             raise InputError(f"{path.parent} holds another comparison ({differs} differ): give another --out folder")
-        # Without its first line nobody can say what the others are of.
+        # Without the first line, the other lines cannot be assigned to a comparison.
         known = entries[1:] if found == identity else []
         sound = [one for one in known if one is not None and isinstance(one.get("key"), str) and is_sound(one)]
         self.records = {entry["key"]: entry for entry in sound}
@@ -58,11 +58,12 @@ class ProgressFile:
 
 
 def lines(*entries: dict[str, Any]) -> str:
+    """Write entries as JSON, one per line."""
     return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
 def parsed(line: str) -> dict[str, Any] | None:
-    """The object on a line, or None where the line is damaged."""
+    """Parse the object on a line; None if the line is damaged."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
@@ -71,7 +72,7 @@ def parsed(line: str) -> dict[str, Any] | None:
 
 
 def free_name(path: Path) -> Path:
-    """A name beside `path` that nothing has yet."""
+    """Return an unused name beside `path`."""
     number = 1
     while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1

@@ -1,8 +1,8 @@
-"""Perplexity through the path that generation takes.
+"""Perplexity through the same code path as generation.
 
-Each window's prompt is prefilled, which makes the partition, and its continuation is decoded token by token with the
-text's own tokens (or all at once, with the same result). Scoring a text by one forward pass would never decode, and
-could not see what online pruning does.
+Each window's prompt is prefilled, which makes the partition. Its continuation is decoded token by token with the text's
+own tokens (or all at once, with the same result). Scoring a text by one forward pass would not measure online pruning,
+because it never decodes.
 
 T prompt tokens, S scored tokens, H hidden size, V vocabulary.
 """
@@ -33,15 +33,15 @@ from weights.mapped_file import read_text as read_file
 
 CALIBRATION_WINDOW = 128
 CALIBRATION_WINDOWS = 64
-# Bytes of a text that is scored: tokenizing takes some 500 times as much memory.
+# Most bytes of a scored text: tokenizing takes some 500 times as much memory.
 LARGEST_TEXT = 20_000_000
-# Beyond it a perplexity is no number.
+# Largest loss whose perplexity is finite.
 MOST_LOSS = 700.0
 
 
 @dataclass(frozen=True)
 class Window:
-    """A piece of text: the prompt's tokens, and those of its continuation that are scored."""
+    """A piece of text: the tokens of the prompt, and those of the continuation, which are scored."""
 
     prompt: list[int]
     continuation: list[int]
@@ -53,10 +53,10 @@ class Window:
 
 @dataclass(frozen=True)
 class WindowScore:
-    """How well a continuation was foreseen, one number per scored token.
+    """The score of a continuation, one number per scored token.
 
     losses       negative log-probability of the token, nats
-    agreed       the likeliest token is the dense model's likeliest
+    agreed       True if the likeliest token is the dense model's likeliest
     divergences  KL divergence of the distribution from the dense model's, nats
     """
 
@@ -67,7 +67,7 @@ class WindowScore:
 
 @dataclass(frozen=True)
 class Summary:
-    """Over all windows. standard_error is of mean_loss, over windows; nan for a single one."""
+    """Scores over all windows. standard_error: of mean_loss, over windows; nan for a single window"""
 
     windows: int
     perplexity: float
@@ -79,7 +79,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Text:
-    """A text file as tokens. name and digest say which text a result is of."""
+    """A text file as tokens. name and digest identify the text."""
 
     name: str
     digest: str
@@ -87,7 +87,7 @@ class Text:
 
 
 def read_text(path: Path, tokenizer: TextTokenizer) -> Text:
-    """Raises InputError for a file that cannot be read or is not UTF-8."""
+    """Read and tokenize a text file. Raises InputError for a file that cannot be read or is not UTF-8."""
     text = read_file(path, LARGEST_TEXT)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return Text(path.name, digest, tokenizer.encode(text, add_special_tokens=False))
@@ -96,10 +96,10 @@ def read_text(path: Path, tokenizer: TextTokenizer) -> Text:
 def cut_windows(
     text: Text, tokenizer: TextTokenizer, prompt_tokens: int, score_tokens: int, count: int
 ) -> list[Window]:
-    """`count` windows spread evenly over the text, none overlapping another.
+    """Cut `count` windows without overlap, spread evenly over the text.
 
-    A tokenizer that begins texts with a special token begins every prompt with it, as one of its tokens. Raises
-    InputError when the text is too short.
+    If the tokenizer begins texts with a special token, every prompt begins with it, and it counts as a prompt token.
+    Raises InputError if the text is too short.
     """
     for name, value in (("prompt tokens", prompt_tokens), ("score tokens", score_tokens), ("windows", count)):
         if value < 1:
@@ -122,7 +122,7 @@ def cut_windows(
 
 
 def dense_log_probabilities(model: LlamaForCausalLM, window: Window) -> Tensor:
-    """The dense model's for every scored token, by one forward pass: float32 [S, V]"""
+    """Compute the dense model's log-probabilities for every scored token, by one forward pass: float32 [S, V]"""
     model.check_ids(window.ids)
     ids = torch.tensor([window.ids[:-1]], device=model.device)
     logits = model(ids)[0, len(window.prompt) - 1 :]                                # [S, V]
@@ -136,7 +136,7 @@ def log_probabilities(
     pruning: StudyPruning,
     step_by_step: bool = False,
 ) -> Tensor:
-    """The pruned model's for every scored token: the first from prefill, the others from decode. float32 [S, V]"""
+    """Compute the pruned model's log-probabilities: the first from prefill, the others from decode. float32 [S, V]"""
     return next(after_prompt(model, window.prompt, [window.continuation], pruning, step_by_step))
 
 
@@ -147,14 +147,14 @@ def after_prompt(
     pruning: StudyPruning,
     step_by_step: bool = False,
 ) -> Iterator[Tensor]:
-    """`log_probabilities` of several continuations of one prompt, which is prefilled once: float32 [S, V] of each."""
+    """Yield `log_probabilities` of several continuations of one prompt, which is prefilled once: float32 [S, V] each"""
     model.check_ids([*prompt, *itertools.chain(*continuations)])
     device = model.device
     x = model.embed(torch.tensor([prompt], device=device))                          # [1, T, H]
     state = model.new_state(1, len(prompt) + max(map(len, continuations)), pruning)
     first = model.prefill(x, state)                                                 # [1, V]
     for number, continuation in enumerate(continuations):
-        if number and state.schedule.ever_dense:       # the last one's steps were evidence
+        if number and state.schedule.ever_dense:       # dense steps of the last continuation added evidence
             model.prefill(x, state)
         state.cache.go_back(len(prompt))
         given = torch.tensor(continuation[:-1], device=device)                      # [S - 1]
@@ -169,7 +169,7 @@ def after_prompt(
 
 
 def score_window(log_p: Tensor, dense_log_p: Tensor, window: Window) -> WindowScore:
-    """Compare what was foreseen, [S, V], with what the text says and with what the dense model foresaw."""
+    """Compare log-probabilities [S, V] with the text's tokens and with the dense model's log-probabilities."""
     said = torch.tensor(window.continuation, device=log_p.device)                   # [S]
     divergences = (dense_log_p.exp() * (dense_log_p - log_p)).sum(dim=-1)           # [S]
     return WindowScore(
@@ -180,6 +180,7 @@ def score_window(log_p: Tensor, dense_log_p: Tensor, window: Window) -> WindowSc
 
 
 def summarise(scores: Sequence[WindowScore]) -> Summary:
+    """Average the scores of windows. Raises InputError for a loss that no sound model has."""
     means = [sum(score.losses) / len(score.losses) for score in scores]
     mean = sum(means) / len(means)
     if mean > MOST_LOSS:
@@ -201,7 +202,7 @@ def summarise(scores: Sequence[WindowScore]) -> Summary:
 def score_text(
     model: LlamaForCausalLM, windows: Sequence[Window], pruning: StudyPruning, step_by_step: bool, bar: str | None
 ) -> Summary:
-    """Every window under one pruning. bar: the word on a progress bar, None for no bar"""
+    """Score every window under one pruning. bar: label of the progress bar, None: no bar"""
     scores = []
     for window in tqdm(windows, desc=bar, unit="window", disable=bar is None):
         log_p = log_probabilities(model, window, pruning, step_by_step)
@@ -210,14 +211,14 @@ def score_text(
 
 
 def read_per_token(engine: Engine, pruning: StudyPruning) -> tuple[int, int]:
-    """Bytes of weights that a decode step reads under a pruning, and that the dense model's reads."""
+    """Return the bytes of weights that a decode step reads under a pruning, and in the dense model."""
     return bytes_per_token(engine.model, pruning), bytes_per_token(engine.model, engine.resolve(DENSE))
 
 
 def calibration_from(
     engine: Engine, text_file: Path | None, saved: Path | None, save_to: Path | None
 ) -> Calibration | None:
-    """Made from a text or read from a file that was saved; None when neither is given."""
+    """Calibrate on a text, or read a saved calibration; None if neither is given. Raises InputError for both."""
     if text_file is not None and saved is not None:
         raise InputError("give --calibration-text or --calibration, not both")
     if save_to is not None and text_file is None:
@@ -238,6 +239,7 @@ def calibration_from(
 
 
 def check_context(engine: Engine, prompt_tokens: int, score_tokens: int) -> None:
+    """Raise InputError if a window does not fit the context."""
     if prompt_tokens + score_tokens > engine.max_seq_len:
         raise InputError(
             f"windows of {prompt_tokens} + {score_tokens} tokens are longer than the context of {engine.max_seq_len}"

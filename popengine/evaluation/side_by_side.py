@@ -1,4 +1,4 @@
-"""Dense and pruned answers to one prompt, step by step in turns, on a terminal and as a table."""
+"""Dense and pruned answers to one prompt, generated step by step in turns, on a terminal and as a table."""
 
 import shutil
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Answer:
 
 
 class Screen:
-    """Shows the answers while they grow: as two columns where the terminal is wide enough, else only the dense one."""
+    """Shows the answers while they grow: as two columns if the terminal is wide enough, else only the dense one."""
 
     def __init__(self, out: TextIO) -> None:
         self.out, (self.width, self.height) = out, shutil.get_terminal_size()
@@ -61,7 +61,7 @@ def printable(text: str) -> str:
 
 
 def columns(texts: Sequence[str], width: int) -> list[str]:
-    """The lines of two texts beside each other, each under its name."""
+    """Lay out two texts side by side, each under its name; return the lines."""
     one = (width - 5) // 2
     found = [
         [name, "-" * one, *(part for line in printable(text).splitlines() for part in wrap(line, one) or [""])]
@@ -71,7 +71,7 @@ def columns(texts: Sequence[str], width: int) -> list[str]:
 
 
 class Growing:
-    """An answer on its way."""
+    """An answer that is being generated."""
 
     def __init__(self, engine: Engine, ids: list[int], max_new_tokens: int, pruning: PruningSettings) -> None:
         self.run = engine.run([ids], max_new_tokens, pruning)
@@ -88,17 +88,17 @@ class Growing:
         self.statistics = piece.statistics
         if piece.token_id is not None:
             self.token_ids.append(piece.token_id)
-            self.seconds.append(self.run.decode_s)                  # 0 after the first token, which takes no step
+            self.seconds.append(self.run.decode_s)                  # 0 after the first token, which needs no step
 
     def answer(self) -> Answer:
-        """The answer that has ended."""
+        """Return the finished answer."""
         assert self.statistics is not None
         steps = [1000 * (later - before) for before, later in pairwise(self.seconds)]
         return Answer(self.text, self.token_ids, steps, self.statistics)
 
 
 def begun(engine: Engine, prompt: str, max_new_tokens: int, pruning: PruningSettings) -> tuple[Growing, Growing]:
-    """Check a prompt, and begin its dense and its pruned answer. Raises InputError for bad input."""
+    """Check a prompt, and start its dense and its pruned answer. Raises InputError for bad input."""
     ids = engine.prompts.ids(prompt)
     return Growing(engine, ids, max_new_tokens, DENSE), Growing(engine, ids, max_new_tokens, pruning)
 
@@ -116,7 +116,7 @@ def answer_in_turns(dense: Growing, pruned: Growing, screen: Screen | None) -> t
 
 
 def table(pairs: Sequence[tuple[Answer, Answer]]) -> list[str]:
-    """The lines that compare all answers, and one sentence about what they mean."""
+    """Write the table of all answers as lines, and a short conclusion."""
     lines = [f"{'prompt':8}{'':8}{'tokens':>8}{'ms per token':>22}{'MB per token':>18}  same tokens"]
     for number, (dense, pruned) in enumerate(pairs, 1):
         for name, one in zip(NAMES, (dense, pruned), strict=True):
@@ -134,12 +134,12 @@ def table(pairs: Sequence[tuple[Answer, Answer]]) -> list[str]:
 
 
 def typical(one: Answer) -> float:
-    """The median time of a step, in milliseconds; nan without steps."""
+    """Return the median time of a step, in milliseconds; nan without steps."""
     return median(one.milliseconds) if one.milliseconds else float("nan")
 
 
 def meaning(pairs: Sequence[tuple[Answer, Answer]]) -> str:
-    """One sentence on what the table says, and what a larger model gains."""
+    """Write the conclusion of the table, and the gain of a larger model."""
     longest = max(pairs, key=lambda pair: len(pair[1].milliseconds))
     dense, pruned = longest
     if pruned.statistics.pruning.why_dense:

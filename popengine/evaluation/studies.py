@@ -1,4 +1,4 @@
-"""Two looks inside: how the ranking of channels drifts while decoding, and which candidates the steps pick.
+"""Two studies of POP: the drift of the ranking of channels while decoding, and the candidates that steps pick.
 
 T prompt tokens, S decode steps, I FFN channels, C candidates.
 """
@@ -20,9 +20,9 @@ from popengine.studies.resolve import StudyPruning
 
 @dataclass(frozen=True)
 class RankDrift:
-    """How far each decode step's ranking is from the prompt's, per network; nan where a step did not reach an expert.
+    """Distance of each decode step's ranking from the prompt's, per network; nan if a step did not reach an expert.
 
-    names            the networks, experts that the prompt did not reach among them
+    names            the networks, including experts that the prompt did not reach
     rank_difference  [networks, S]  mean over channels of |rank - rank in the prompt| / I; 1/3 by chance
     overlap          [networks, S]  share of the prompt's top half that is in the step's top half; 1/2 by chance
     """
@@ -34,7 +34,7 @@ class RankDrift:
 
 @torch.inference_mode()
 def rank_drift(model: LlamaForCausalLM, window: Window) -> RankDrift:
-    """Of the dense model, on one window of text (POP, arXiv 2602.06822, Figure 2)."""
+    """Measure the drift in the dense model, on one window of text (POP, arXiv 2602.06822, Figure 2)."""
     names = list(feed_forward_networks(model))
     split, steps = len(window.prompt), len(window.continuation)
     differences = torch.full((len(names), steps), torch.nan)
@@ -57,7 +57,7 @@ def rank_drift(model: LlamaForCausalLM, window: Window) -> RankDrift:
 
 
 def drift_figures(drifts: Sequence[RankDrift]) -> dict[str, float]:
-    """Means over windows, networks and steps: of all steps, and of the first and the last 16."""
+    """Average over windows, networks and steps: all steps, the first 16 and the last 16."""
     figures = {}
     for name in ("rank_difference", "overlap"):
         values = torch.stack([getattr(drift, name) for drift in drifts])            # [windows, networks, S]
@@ -67,7 +67,7 @@ def drift_figures(drifts: Sequence[RankDrift]) -> dict[str, float]:
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """Rank of each channel by falling score, 0 for the best; ties: lower channel first. [..., I] -> int64"""
+    """Rank each channel by falling score, 0 for the best; ties: lower channel first. [..., I] -> int64"""
     return scores.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
 
 
@@ -75,7 +75,7 @@ def ranks(scores: Tensor) -> Tensor:
 class NetworkPicks:
     """One network's partition, and how often the steps that reached it picked each candidate.
 
-    picked  int64 [C]; steps  how many there were
+    picked  int64 [C]; steps  number of steps
     """
 
     name: str
@@ -86,7 +86,7 @@ class NetworkPicks:
 
 @torch.inference_mode()
 def picks(model: LlamaForCausalLM, window: Window, pruning: StudyPruning) -> list[NetworkPicks]:
-    """What POP decides on one window. Networks that no step reached are left out."""
+    """Record POP's picks on one window. Networks that no step reached are left out."""
     names = {ffn: name for name, ffn in feed_forward_networks(model).items()}
     seen: list[NetworkPicks] = []
 
@@ -99,7 +99,7 @@ def picks(model: LlamaForCausalLM, window: Window, pruning: StudyPruning) -> lis
 
 
 def pick_figures(networks: Sequence[NetworkPicks]) -> dict[str, float]:
-    """At which share of its steps a candidate is picked (quantiles over all of them), and how many always or never."""
+    """Compute quantiles of the share of steps that pick a candidate, and how many are picked always or never."""
     shares = torch.cat([network.picked / network.steps for network in networks if network.steps])
     low, middle, high = shares.quantile(shares.new_tensor([0.05, 0.5, 0.95])).tolist()
     return {

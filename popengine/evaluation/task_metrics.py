@@ -1,4 +1,4 @@
-"""What a generated answer is worth: exact match and F1 over words as SQuAD and CoQA have them, numbers as GSM8K has."""
+"""Metrics of generated answers: exact match and F1 over words as in SQuAD and CoQA, numbers as in GSM8K."""
 
 import re
 import string
@@ -7,17 +7,18 @@ from collections.abc import Sequence
 
 
 def words(text: str) -> list[str]:
-    """What SQuAD compares: lower case, without punctuation and articles."""
+    """Split a text into words as SQuAD does: lower case, without punctuation and articles."""
     bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return [word for word in bare.split() if word not in ("a", "an", "the")]
 
 
 def exact_match(right: str, said: str) -> bool:
+    """Return True if both texts have the same words."""
     return words(right) == words(said)
 
 
 def f1(right: str, said: str) -> float:
-    """Harmonic mean of precision and recall over words; an empty side matches nothing but an empty one."""
+    """Compute the harmonic mean of precision and recall over words; an empty text matches only an empty text."""
     wanted, given = words(right), words(said)
     if not wanted or not given:
         return float(wanted == given)
@@ -26,9 +27,9 @@ def f1(right: str, said: str) -> float:
 
 
 def f1_of_conversation(answers: Sequence[str], said: str) -> float:
-    """CoQA's: the best F1 over all people's answers but one, on average over who is left out.
+    """Compute CoQA's F1: the best over all people's answers except one, averaged over the one left out.
 
-    Of answers that differ in their case alone the first counts, the first person's own always.
+    If answers differ only in case, the first one counts; the first person's answer always counts.
     """
     different = list(answers[:1])
     for answer in answers[1:]:
@@ -41,16 +42,17 @@ def f1_of_conversation(answers: Sequence[str], said: str) -> float:
 
 
 def last_number(text: str) -> str | None:
-    """As digits, without what people write around them; None where there is none."""
+    """Return the last number of a text in plain digits; None if there is none."""
     found = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text)
     return digits(found[-1]) if found else None
 
 
 def number_after(phrase: str, text: str) -> str | None:
-    """The first number that directly follows a phrase, in whatever case."""
+    """Return the first number that directly follows a phrase, ignoring case; None if there is none."""
     found = re.search(rf"{re.escape(phrase)} (-?[$0-9.,]+)", text, re.IGNORECASE)
     return digits(found[1]) if found else None
 
 
 def digits(number: str) -> str:
+    """Remove commas, dollar signs and a final full stop."""
     return number.replace(",", "").replace("$", "").removesuffix(".")

@@ -1,4 +1,4 @@
-"""Methods on the tasks of a task archive: every item asked, scored and written down, and the table of it."""
+"""Methods on the tasks of a task archive: ask, score and record every item, and write the table."""
 
 import itertools
 import json
@@ -22,10 +22,10 @@ from popengine.studies.resolve import StudyPruning
 
 @dataclass
 class TaskRuns:
-    """Everything that a run works on.
+    """The inputs and measurements of a run.
 
-    engines  the checkpoint with its weights kept in each form that is compared
-    items    of every task, the same for all configurations
+    engines  the checkpoint in each form of weights that is compared
+    items    items of every task, the same for all configurations
     """
 
     engines: dict[str, Engine]
@@ -36,7 +36,7 @@ class TaskRuns:
     show_progress: bool
 
     def measure(self) -> None:
-        """Ask what is not on record yet."""
+        """Ask every item that is not recorded yet."""
         total = len(self.prunings) * sum(map(len, self.items.values()))
         with tqdm(total=total, desc="tasks", unit="item", disable=not self.show_progress) as bar:
             for (name, items), (one, pruning) in itertools.product(self.items.items(), self.prunings.items()):
@@ -48,14 +48,16 @@ class TaskRuns:
                     bar.update(len(batch))
 
     def batches(self, task: Task, items: list[Item]) -> list[list[Item]]:
-        """Prompts of like length together, the same ones after a kill; choices one by one."""
+        """Group prompts of similar length, in the same batches after a killed run; choices run one by one."""
         size = self.batch_size if task.score else 1
         items = sorted(items, key=lambda item: -len(item.prompt))
         return [items[start : start + size] for start in range(0, len(items), size)]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Per configuration and task every metric's mean and its standard error, and of the tasks of a kind together:
-        of the first metric of each."""
+        """Compute, per configuration and task, the mean and the standard error of every metric.
+
+        For all tasks of a kind together, the first metric of each task is averaged.
+        """
         rows = []
         for one, pruning in self.prunings.items():
             row: dict[str, Any] = row_of(one, pruning, self.engines) | {"tasks": {}}
@@ -75,7 +77,7 @@ class TaskRuns:
 
 
 def answered(engine: Engine, task: Task, items: Sequence[Item], pruning: StudyPruning) -> list[dict[str, Any]]:
-    """What is said of items that run together, and what it is worth."""
+    """Answer items that run together, and score the answers."""
     if task.score is None:
         return [chosen(engine, item, pruning) for item in items]
     prompts = [encode(engine, item.prompt) for item in items]
@@ -84,25 +86,29 @@ def answered(engine: Engine, task: Task, items: Sequence[Item], pruning: StudyPr
 
 
 def chosen(engine: Engine, item: Item, pruning: StudyPruning) -> dict[str, Any]:
+    """Compute the log-likelihood of each option of an item, and score the choice."""
     windows = [encoded_pair(engine, *option) for option in item.options]
     found = [likelihood for likelihood, _ in log_likelihoods(engine, windows, pruning)]
     return {"answer": found, "scores": choice_scores(item, found)}
 
 
 def choice_scores(item: Item, found: Sequence[float]) -> dict[str, float]:
-    """Whether the likeliest option is right: as it is (acc), and per letter without the space in front (acc_norm), as
-    lm_eval has it. found  log-likelihood of each option"""
+    """Score the likeliest option, by log-likelihood (acc) and per letter without the leading space (acc_norm).
+
+    This is lm_eval's definition. found: log-likelihood of each option
+    """
     by_letter = [value / len(text.removeprefix(" ")) for value, (_, text) in zip(found, item.options, strict=True)]
     ways = {"acc": found, "acc_norm": by_letter}
     return {name: float(values.index(max(values)) == item.right) for name, values in ways.items()}
 
 
 def item_key(one: Configuration, task: str, item: Item) -> str:
+    """Return the key of an item in the progress file."""
     return f"{task} {item.key}: {json.dumps(one.fields())}"
 
 
 def is_sound(record: dict[str, Any]) -> bool:
-    """Whether a record of a progress file is what `answered` made under its key."""
+    """Return True if a record of a progress file has all that `answered` makes."""
     task, scores = TASKS.get(record["key"].partition(" ")[0]), record.get("scores")
     return task is not None and isinstance(scores, dict) and set(scores) == set(task.metrics) and all(
         type(one) is float and 0 <= one <= 1 for one in scores.values()
@@ -110,21 +116,21 @@ def is_sound(record: dict[str, Any]) -> bool:
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, float]:
-    """And the standard error of the mean, over items; nan for a single one."""
+    """Compute the mean and its standard error over items; nan for a single item."""
     mean = sum(values) / len(values)
     spread = sum((value - mean) ** 2 for value in values)
     return {"mean": mean, "error": math.sqrt(spread / (len(values) - 1) / len(values)) if len(values) > 1 else math.nan}
 
 
 def kinds(names: Sequence[str] | dict[str, Any]) -> dict[str, list[str]]:
-    """The tasks whose answers are chosen and those whose answers are generated, where there are some."""
+    """Group tasks into those with chosen answers and those with generated answers; empty groups are left out."""
     found = {"chosen": [name for name in names if TASKS[name].score is None],
              "generated": [name for name in names if TASKS[name].score is not None]}
     return {kind: own for kind, own in found.items() if own}
 
 
 def markdown(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
-    """Every task's first metric, in percent."""
+    """Write the table of every task's first metric, in percent, in Markdown."""
     columns: dict[str, Column] = {}
     for name in rows[0]["tasks"]:
         metric = TASKS[name].metrics[0]
@@ -136,6 +142,7 @@ def markdown(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
 
 
 def cell(path: tuple[str, ...], row: dict[str, Any]) -> str:
+    """Return the cell of a mean with its error, in percent."""
     figure = row
     for name in path:
         figure = figure[name]

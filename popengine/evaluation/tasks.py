@@ -1,7 +1,7 @@
-"""Questions with exact answers, generated and not teacher-forced: what a pruned model still gets right.
+"""Questions with exact answers, generated and not teacher-forced, to measure what a pruned model still answers right.
 
-They are the synthetic tasks that the small checkpoints of this project have learnt (text_tasks, picture_tasks), asked
-from their held-out splits. Each question is a prompt of its own, with a partition of its own.
+They are the synthetic tasks that the small checkpoints of this project have learnt (text_tasks, picture_tasks), from
+their held-out splits. Each question is a separate prompt with its own partition.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from popengine.studies.resolve import StudyPruning
 from weights.errors import InputError
 
 MAX_ANSWER_TOKENS = 64
-# Of every kind: they are all made before the first is asked.
+# Per kind; all questions are made before the first is asked.
 MOST_QUESTIONS = 10_000
 
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt, its images if any, and the only right answer. task says what kind of question it is."""
+    """One prompt, its images if any, and the only right answer. task: the kind of question"""
 
     task: str
     prompt: str
@@ -31,7 +31,7 @@ class Question:
 
 
 def text_questions(count: int, seed: int) -> list[Question]:
-    """`count` of every text task that was learnt."""
+    """Make `count` questions of every text task that was learnt."""
     return [
         Question(task, one.prompt, one.answer)
         for task in LEARNT
@@ -40,13 +40,13 @@ def text_questions(count: int, seed: int) -> list[Question]:
 
 
 def questions_about_pictures(count: int, seed: int) -> list[Question]:
-    """`count` of every kind."""
+    """Make `count` questions about pictures of every kind."""
     asked = picture_questions(count * len(KINDS), seed)
     return [Question(one.kind, one.question, one.answer, (one.picture(),)) for one in asked]
 
 
 def training_questions(task_set: str, count: int, seed: int = 0) -> list[Question]:
-    """`count` of every kind from the split that was trained on: what methods may learn from.
+    """Make `count` questions of every kind from the training split, which methods may learn from.
 
     Raises InputError for an unknown set of tasks.
     """
@@ -65,12 +65,13 @@ TASK_SETS: dict[str, Callable[[int, int], list[Question]]] = {
 
 
 def check_task_set(task_set: str) -> None:
+    """Raise InputError for an unknown set of tasks."""
     if task_set not in TASK_SETS:
         raise InputError(f"unknown tasks {task_set!r}; there are {', '.join(TASK_SETS)}")
 
 
 def questions_for(task_set: str, count: int, seed: int) -> list[Question]:
-    """Raises InputError for an unknown set of tasks."""
+    """Make `count` questions per task of a set. Raises InputError for an unknown set or a count out of bounds."""
     check_task_set(task_set)
     if not 1 <= count <= MOST_QUESTIONS:
         raise InputError(f"questions per task must be at least 1 and at most {MOST_QUESTIONS}, not {count}")
@@ -78,7 +79,7 @@ def questions_for(task_set: str, count: int, seed: int) -> list[Question]:
 
 
 def is_answered(engine: Engine, question: Question, pruning: StudyPruning) -> bool:
-    """Whether the greedy answer up to the end of sequence is exactly the right one. What goes wrong is not finished."""
+    """Return True if the greedy answer up to the end of sequence is exactly right. Wrong answers are cut short."""
     said = ""
     for piece in engine.stream(
         question.prompt, images=question.images, max_new_tokens=MAX_ANSWER_TOKENS, pruning=pruning

@@ -1,14 +1,13 @@
-"""Synthetic text tasks whose answers are worked out step by step, made from a seed: what the small Mixtral in
-weights/mixtral-tiny/ learnt.
+"""Synthetic text tasks with answers in steps, made from a seed. The small Mixtral in weights/mixtral-tiny/ learnt them.
 
-A prompt is a question, behind short solved examples of its task if any are asked for; the answer is the text up to end
-of sequence:
+A prompt is a question, after short solved examples of its task if any are asked for; the answer is the text up to the
+end of sequence:
 
     tally bdacbbd?                                                  -> b1d1a1c1b2b3d2
 
-Answers to the questions that are asked have 20 to 60 characters. Their steps (states, sums, carries, counts) stand in
-no question: online pruning, which decides from the prompt which channels stay, sees little or nothing of what the
-answer wants. Everything is printable ASCII on one line, one token per character.
+Answers have 20 to 60 characters. Their steps (states, sums, carries, counts) are in no question. So online pruning,
+which chooses channels from the prompt, sees little or nothing of what the answer needs. Everything is printable ASCII
+on one line, one token per character.
 """
 
 import random
@@ -24,7 +23,7 @@ from weights.errors import InputError
 HELD_OUT_SHARE = 10  # one question in ten is held out: it never appears in training, neither asked nor as an example
 LETTERS, DIGITS = string.ascii_lowercase, string.digits
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
-# Of `run`: what each command makes of the states 0 to 9.
+# Commands of the task `run`: the new state for each of the states 0 to 9.
 COMMANDS = {
     "a": "1234567890", "b": "9012345678", "c": "0246802468", "d": "9876543210", "e": "1032547698", "f": "5678901234",
     "g": "0369258147", "h": "0000055555",
@@ -36,7 +35,7 @@ BOS, EOS, PAD, UNKNOWN = "<s>", "</s>", "<pad>", "<unk>"
 class Example:
     """One solved question.
 
-    `identity` is what the held-out split looks at: two questions that give each other away share it (47+85 and 85+47).
+    `identity` decides the split: two questions that give each other away share it (47+85 and 85+47).
     """
 
     question: str
@@ -46,7 +45,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """How a solved question of some size is made, and the sizes of the questions that are asked."""
+    """A generator of solved questions of a given size, and the sizes of questions that are asked."""
 
     make: Callable[[random.Random, int], Example]
     least: int
@@ -55,7 +54,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskPrompt:
-    """Solved examples of one task and a question that waits for its answer."""
+    """Solved examples of one task, and a question with its answer."""
 
     task: str
     prompt: str
@@ -124,7 +123,7 @@ def _shift(rng: random.Random, size: int) -> Example:
 
 
 def _written_out(pairs: list[tuple[int, int]], combine: Callable[[int, int], int]) -> str:
-    """The units first, each step `digit digit carry=result`, then the result: 47+85 is "750=12 481=13 >132"."""
+    """Write steps from the units on, `digit digit carry=result`, then the result: 47+85 is "750=12 481=13 >132"."""
     steps, result, carry = "", "", 0
     for left, right in reversed(pairs):
         total = combine(left, right) + carry
@@ -157,12 +156,12 @@ TASKS: dict[str, Task] = {
     "add": Task(_add, 4, 6),
     "times": Task(_times, 4, 6),
 }
-# What the checkpoint answers nearly always, and comparisons therefore ask; the others were trained and not learnt.
+# Tasks that the checkpoint nearly always answers right; comparisons ask these. The others were trained but not learnt.
 LEARNT = ("sort", "find", "tally", "run", "shift", "add")
 
 
 def is_held_out(task: str, example: Example) -> bool:
-    """Whether a question belongs to the held-out split: decided by the question alone, so no seed can mix the two."""
+    """Return True if a question is in the held-out split. The question alone decides, so no seed can mix the splits."""
     return zlib.crc32(f"{task} {example.identity}".encode()) % HELD_OUT_SHARE == 0
 
 
@@ -177,7 +176,7 @@ def make_example(task: str, rng: random.Random, held_out: bool, least: int, most
 def make_prompt(task: str, rng: random.Random, shots: int, held_out: bool, share: float = 1.0) -> TaskPrompt:
     """Draw a prompt with `shots` solved examples and one question, all from the same split, no question twice.
 
-    Solved examples are at most a third of the size of what is asked. share < 1 scales all sizes down, for training.
+    Solved examples have at most a third of the question's size. share < 1 scales all sizes down, for training.
     """
     if task not in TASKS:
         raise InputError(f"unknown task '{task}'; the tasks are {', '.join(TASKS)}")
@@ -194,14 +193,14 @@ def make_prompt(task: str, rng: random.Random, shots: int, held_out: bool, share
 
 
 def held_out_prompts(task: str, count: int, shots: int = 1, seed: int = 0) -> Iterator[TaskPrompt]:
-    """The evaluation set of one task: the same prompts for the same seed, none of whose questions were trained."""
+    """Yield the evaluation set of one task: reproducible by the seed, without questions of the training split."""
     rng = random.Random(f"{task} {seed}")
     for _ in range(count):
         yield make_prompt(task, rng, shots, held_out=True)
 
 
 def build_tokenizer() -> tokenizers.Tokenizer:
-    """One token per printable ASCII character, `<s>` in front; anything else is `<unk>`. Saved as tokenizer.json."""
+    """Build a tokenizer with a token per printable ASCII character, `<s>` in front; other characters are `<unk>`."""
     vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, UNKNOWN])}
     for code in range(32, 127):
         vocabulary[chr(code)] = len(vocabulary)

@@ -1,1 +1,1 @@
-"""Images: decoding, resizing and their place in a prompt."""
+"""Images: decoding, resizing and placing them in a prompt."""

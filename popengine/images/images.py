@@ -1,9 +1,9 @@
-"""Pictures as the vision tower wants them: opened, upright, RGB, resized, cropped, rescaled, normalised.
+"""Preparation of pictures for the vision tower: opened, upright, RGB, resized, cropped, rescaled, normalised.
 
-Whatever its format and mode, a picture has the pixels that it would have as a PNG of 8-bit RGB. The steps and their
+A picture of any format and mode has the same pixels as the picture saved as a PNG of 8-bit RGB. The steps and their
 order are those of the checkpoint's own image processor (CLIP's or SigLIP's), read from preprocessor_config.json or from
-the `image_processor` part of processor_config.json. Resizing is Pillow's, on bytes,
-as in transformers' Pillow image processors, so the pixel values are the same to rounding.
+the `image_processor` part of processor_config.json. Resizing is Pillow's, on bytes, as in transformers' Pillow image
+processors, so the pixel values are equal up to rounding.
 
 C colour channels (always 3), Y rows, X columns.
 """
@@ -28,24 +28,24 @@ from weights.mapped_file import open_binary
 ImageSource = str | Path | Image.Image
 Taken = TypeVar("Taken")
 
-# By their content, whatever they are named: Pillow knows some forty more, of which one starts another program.
+# Formats, recognised by content and not by name. Pillow reads some forty more, one of which starts another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# Cameras have 61 megapixels, telephones 50; a picture takes up to 16 bytes a pixel on its way.
+# Cameras have 61 megapixels, phones 50; decoding takes up to 16 bytes per pixel.
 MOST_PIXELS = 64_000_000
-# Of a picture that was resized for the tower, whose values take 24 bytes a pixel. Towers read at most 17 megapixels.
+# Most pixels after resizing; their values take 24 bytes per pixel. Towers read at most 17 megapixels.
 MOST_RESIZED_PIXELS = 24_000_000
-# The long side by the short one, as Qwen's own processors have it: rows cost memory beside their pixels, and of such a
-# picture no model reads more than a handful of patches.
+# Largest ratio of the long side to the short one, as in Qwen's own processors: rows cost memory beside their pixels,
+# and models read only a few patches of such a picture.
 MOST_STRETCHED = 200
 
-# A tag of EXIF, and what brings a picture upright where it says 2 to 8; 5 to 8 lie on their side.
+# The orientation tag of EXIF, and the transformation for its values 2 to 8; 5 to 8 lie on their side.
 ORIENTATION = 274
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What a configuration means when it leaves a field out: the defaults of the class it names.
+# Defaults of fields that a configuration leaves out, by the class it names.
 CLIP_DEFAULTS: dict[str, Any] = {
     "do_resize": True,
     "size": {"shortest_edge": 224},
@@ -73,14 +73,14 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Colours:
-    """How bytes become numbers. None skips the step."""
+    """Conversion of bytes to numbers. None skips the step."""
 
     rescale_factor: float | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
 
     def values(self, picture: Image.Image) -> Tensor:
-        """A picture as it is -> float32 [C, Y, X]"""
+        """Convert a picture without resizing: float32 [C, Y, X]"""
         x = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         x = x.view(picture.height, picture.width, 3).permute(2, 0, 1)  # [C, Y, X]
         if self.rescale_factor is not None:
@@ -93,7 +93,7 @@ class Colours:
 
 @dataclass(frozen=True)
 class ImageProcessing:
-    """What is done to every picture, in this order. Sizes are (Y, X) in pixels; None skips the step."""
+    """The steps for every picture, in this order. Sizes are (Y, X) in pixels; None skips the step."""
 
     shortest_edge: int | None  # resize, keeping the proportions ...
     resize_to: tuple[int, int] | None  # ... or resize to exactly this
@@ -102,7 +102,7 @@ class ImageProcessing:
     colours: Colours
 
     def pixel_values(self, image: ImageSource) -> Tensor:
-        """One picture, a path or a Pillow image, as the vision tower reads it: float32 [C, Y, X].
+        """Prepare one picture, a path or a Pillow image, for the vision tower: float32 [C, Y, X].
 
         Raises InputError for a picture that cannot be read or is too large.
         """
@@ -132,33 +132,33 @@ class ImageProcessing:
         if self.crop_to is None:
             return picture
         height, width = self.crop_to
-        # Pillow fills what lies outside the picture with zeros, as the processors do. Where the margin is odd, they
-        # put the extra row of a cut at the bottom and that of a filled border at the top: rounding down does both.
+        # Pillow fills the area outside the picture with zeros, as the processors do. If the margin is odd, they put the
+        # extra row of a crop at the bottom and that of a filled border at the top: rounding down does both.
         top, left = (picture.height - height) // 2, (picture.width - width) // 2
         return picture.crop((left, top, left + width, top + height))
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """A picture from a path or a Pillow image: fully read, turned upright (EXIF), RGB, transparency laid on white.
+    """Open a picture from a path or a Pillow image: fully read, upright (EXIF), RGB, transparency composed on white.
 
-    Raises InputError where there is no such file, it is no image of FORMATS, is damaged, or has too many pixels.
+    Raises InputError if the file is missing, is no image of FORMATS, is damaged, or has too many pixels.
     """
     return from_image(source, upright_rgb)
 
 
 def image_size(source: ImageSource) -> tuple[int, int]:
-    """Height and width of the picture that `open_image` would give, which is not read for it."""
+    """Return height and width of the picture that `open_image` would return, without reading its pixels."""
     return from_image(source, upright_size)
 
 
 def from_image(source: ImageSource, take: Callable[[Image.Image], Taken]) -> Taken:
-    """What `take` takes from a picture. InputError as open_image"""
+    """Open a picture and return `take` of it. Raises InputError as `open_image` does."""
     if isinstance(source, Image.Image):
         return take(source)
     path = Path(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                     # of Pillow's, about what it makes the best of
+            warnings.simplefilter("ignore")                     # Pillow's warnings about what it tolerates
             with open_binary(path) as file, Image.open(file, formats=FORMATS) as picture:
                 if picture.width * picture.height > MOST_PIXELS:
                     raise InputError(
@@ -185,24 +185,26 @@ def from_image(source: ImageSource, take: Callable[[Image.Image], Taken]) -> Tak
 
 
 def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Return height and width after turning the picture upright."""
     width, height = picture.size
     orientation = picture.getexif().get(ORIENTATION)
     if isinstance(picture, TiffImageFile) and orientation is not None:
-        width, height = picture.tag_v2[256], picture.tag_v2[257]    # as they are stored, whatever Pillow has made of it
+        width, height = picture.tag_v2[256], picture.tag_v2[257]    # as stored: Pillow may have turned it already
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:
+    """Read the pixels, turn the picture upright and convert it to RGB."""
     eight_bit_key(picture)
     picture.load()
-    # Of a .tiff Pillow has done it by now, and then there is no orientation any more.
+    # Pillow has turned a .tiff already; it then has no orientation any more.
     turn = UPRIGHT.get(picture.getexif().get(ORIENTATION, 1))
     picture = on_white(eight_bit(picture))
     return picture if turn is None else picture.transpose(turn)
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """RGB, transparency laid on white."""
+    """Convert to RGB, with transparency composed on white."""
     picture = picture.convert({"La": "LA", "RGBa": "RGBA"}.get(picture.mode, picture.mode))
     # Other modes have no transparency, or none that Pillow can convert.
     if picture.mode in ("1", "LA", "PA", "RGBA", "P", "L", "RGB") and picture.has_transparency_data:
@@ -213,15 +215,15 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def read_image_processing(directory: Path) -> ImageProcessing:
-    """The checkpoint's image processing.
+    """Read the checkpoint's image processing.
 
-    Raises InputError where neither file is there, a file is broken, or it asks for a step that is not done here.
+    Raises InputError if both files are missing, one is broken, or a step is not implemented.
     """
     return parse_image_processing(processor_fields(directory))
 
 
 def processor_fields(directory: Path) -> JsonObject:
-    """What the checkpoint says about its image processor. InputError where neither file is there, or one is broken"""
+    """Read the fields of the checkpoint's image processor. Raises InputError if there is no file, or it is broken."""
     joint = directory / files.PROCESSOR
     nested = JsonObject(read_json(joint, optional=True), str(joint))
     if nested.get("image_processor") is not None:
@@ -236,12 +238,13 @@ def processor_fields(directory: Path) -> JsonObject:
 
 
 def processor_name(fields: JsonObject, default: str) -> str:
-    """The class of the image processor, whichever of its variants."""
+    """Return the class of the image processor, without the suffix of its variant."""
     name = fields.text("image_processor_type", fields.text("feature_extractor_type", default))
     return name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
 
 
 def parse_image_processing(fields: JsonObject) -> ImageProcessing:
+    """Parse the fields of an image processor. Raises InputError for a class or a step that is not supported."""
     name = processor_name(fields, "CLIPImageProcessor")
     if name not in DEFAULTS:
         raise InputError(
@@ -267,6 +270,7 @@ def parse_image_processing(fields: JsonObject) -> ImageProcessing:
 
 
 def parse_colours(fields: JsonObject, default: dict[str, Any]) -> Colours:
+    """Parse the fields of rescaling and normalising."""
     normalized = fields.boolean("do_normalize", default["do_normalize"])
     return Colours(
         rescale_factor=fields.number("rescale_factor", 1 / 255) if fields.boolean("do_rescale", True) else None,
@@ -276,7 +280,7 @@ def parse_colours(fields: JsonObject, default: dict[str, Any]) -> Colours:
 
 
 def size_of(fields: JsonObject, name: str, default: dict[str, int], square: bool) -> JsonObject:
-    """A size as an object; a bare number stands for both sides of a square, or for the shortest edge."""
+    """Return a size as an object; a bare number stands for both sides of a square, or for the shortest edge."""
     value = fields.get(name, default)
     if isinstance(value, int):
         value = {"height": value, "width": value} if square else {"shortest_edge": value}
@@ -284,11 +288,12 @@ def size_of(fields: JsonObject, name: str, default: dict[str, int], square: bool
 
 
 def height_and_width(size: JsonObject) -> tuple[int, int]:
+    """Return height and width of a size."""
     return size.integer("height", None), size.integer("width", None)
 
 
 def three(fields: JsonObject, name: str, default: list[float], positive: bool) -> tuple[float, ...]:
-    """A value per colour channel; one number stands for all three."""
+    """Return a value per colour channel; one number stands for all three."""
     values = fields.numbers(name, default, positive)
     if len(values) not in (1, 3):
         raise InputError(f"{fields.where}: {name} must be one number or three, not {len(values)}")

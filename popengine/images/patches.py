@@ -1,8 +1,8 @@
-"""Pictures as Qwen's vision towers want them: nearly as large as they are, cut into patches, whatever their size.
+"""Preparation of pictures for Qwen's vision towers: pictures of any size, nearly in their own size, cut into patches.
 
 A picture is resized so that both sides are whole tokens (patch_size times merge_size pixels) and its pixels are within
-the processor's limits, its proportions kept as well as that allows. Patches come in merge order: those that become one
-token stand together. A still picture is two equal frames of a video.
+the processor's limits; proportions are kept as far as possible. Patches come in merge order: patches of one token are
+consecutive. A still picture is two equal frames of a video.
 """
 
 import math
@@ -36,7 +36,7 @@ PROCESSOR = "Qwen2VLImageProcessor"
 
 @dataclass(frozen=True)
 class PatchProcessing:
-    """What is done to every picture. resized: else its sides must be whole tokens already"""
+    """The processing of every picture. resized: if False, its sides must be whole tokens already"""
 
     resized: bool
     least_pixels: int
@@ -53,7 +53,7 @@ class PatchProcessing:
         return self.patch_size * self.merge_size
 
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of the tokens of a picture of this size. InputError for one that cannot be read."""
+        """Compute rows and columns of a picture's tokens, by its size. Raises InputError for a size out of bounds."""
         size, pixels = f"an image is {width} x {height} pixels", height * width
         if max(height, width) > MOST_STRETCHED * min(height, width):
             raise InputError(f"{size}, more than {MOST_STRETCHED} times as long as it is wide: crop it")
@@ -76,7 +76,7 @@ class PatchProcessing:
         return rows, columns
 
     def pixel_values(self, image: ImageSource) -> Tensor:
-        """One picture as its patches, float32 [P, C]. InputError for one that cannot be read"""
+        """Cut one picture into patches, float32 [P, C]. Raises InputError for a picture that cannot be read."""
         picture = open_image(image)
         rows, columns = self.grid(picture.height, picture.width)
         if self.resized:
@@ -88,7 +88,7 @@ class PatchProcessing:
 
 
 def parse_patch_processing(fields: JsonObject) -> PatchProcessing:
-    """From what a checkpoint says. InputError for a processor that is not supported, or contradicts itself"""
+    """Parse a checkpoint's image processor. Raises InputError if it is not supported or contradicts itself."""
     if (name := processor_name(fields, PROCESSOR)) != PROCESSOR:
         raise InputError(f"{fields.where}: image processor {shown(name)} is not supported here, but {PROCESSOR} is")
     size = fields.section("size")
@@ -117,11 +117,11 @@ def parse_patch_processing(fields: JsonObject) -> PatchProcessing:
 
 
 class PatchVision(Vision):
-    """Pictures of different sizes, each with as many tokens as it needs."""
+    """Vision for pictures of any size, with tokens in proportion to the size."""
 
     @cached_property
     def processing(self) -> PatchProcessing:  # type: ignore[override]  # what it makes only this class reads
-        """How images are prepared. Raises InputError where the configuration is missing, broken or does not fit."""
+        """The processing of images. Raises InputError if the configuration is missing, broken or does not fit."""
         processing, vision = parse_patch_processing(processor_fields(self.directory)), self.model.config.vision
         made = processing.patch_size, processing.merge_size, processing.frames
         read = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
@@ -136,5 +136,5 @@ class PatchVision(Vision):
         return self.processing.grid(*image_size(image))
 
     def pixel_values(self, images: Sequence[ImageSource]) -> Tensor | None:
-        """The patches of images, paths or Pillow's, float32 [P, C]. InputError for a bad one"""
+        """Cut images, paths or Pillow's, into patches, float32 [P, C]. Raises InputError for a bad image."""
         return torch.cat([self.processing.pixel_values(image) for image in images]) if images else None

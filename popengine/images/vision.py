@@ -1,8 +1,8 @@
-"""The picture side of a checkpoint: images to features, and the places of their tokens in a prompt.
+"""Pictures of a checkpoint: images to features, and the places of their tokens in a prompt.
 
-Where an image token is put, in this order: where the prompt says `<image>` (or whatever the checkpoint calls it);
-where the chat template puts the image parts of a message; and, for a template that knows no image parts and for a
-checkpoint without a template, at the front of the first user's text, one line per image.
+An image token is put, in this order of preference: at `<image>` in the prompt (or the checkpoint's own mark); where the
+chat template puts the image parts of a message; at the front of the first user's text, one line per image, if the
+template has no image parts or there is no template.
 
 B batch, T prompt tokens, H hidden size of the language model.
 """
@@ -31,9 +31,9 @@ from weights.errors import InputError
 class ImageInputs(NamedTuple):
     """The pictures of a run.
 
-    grids         of all of them; new_grids: of those whose tokens the cache does not hold yet
-    pixel_values  of those; None: there are none
-    stretches     where those are among the rows of the padded batch
+    grids         of all pictures; new_grids: of those whose tokens are not in the cache yet
+    pixel_values  of the latter; None: there are none
+    stretches     their places among the tokens of the padded batch
     """
 
     grids: Sequence[Grid] = ()
@@ -43,11 +43,11 @@ class ImageInputs(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """Prompts on their way into the language model, as its `prefill` takes them.
+    """Embedded prompts, as the language model's `prefill` takes them.
 
-    x         [B, T, H], the rows; counted bool [B, T], those that count in the scores, None: all real ones
-    pictures  what the rows have because of pictures
-    seconds   that the pictures took
+    x         [B, T, H]; counted bool [B, T], tokens that count in the scores, None: all real tokens
+    pictures  extra inputs of the tokens because of pictures
+    seconds   time that the pictures took
     """
 
     x: Tensor
@@ -57,7 +57,7 @@ class Embedded(NamedTuple):
 
 
 class TextOnly:
-    """What the engine asks about pictures where a checkpoint reads none."""
+    """The interface of `Vision` for a checkpoint that reads no pictures."""
 
     reads = False
     unknown_fields: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ class TextOnly:
         return ids
 
     def pixel_values(self, images: Sequence[ImageSource]) -> Tensor | None:
-        self.expand([], images)             # refuses them
+        self.expand([], images)             # raises InputError for any image
         return None
 
     def given(self, images: Sequence[ImageSource], prompts: Sequence[Sequence[int]] = (), kept: int = 0) -> ImageInputs:
@@ -102,7 +102,7 @@ class TextOnly:
 
 
 class Vision:
-    """The same where it does, as LLaVA does: square pictures of one size. Nothing is read before the first image."""
+    """Pictures of a checkpoint that reads square pictures of one size, as LLaVA. Nothing is loaded before the first."""
 
     reads = True
 
@@ -116,11 +116,11 @@ class Vision:
 
     @cached_property
     def mark(self) -> str:
-        """What prompts and chat templates have for a picture."""
+        """The text that stands for a picture in prompts and chat templates."""
         return self.token(self.model.mark)
 
     def token(self, index: int) -> str:
-        """A token of pictures as it is written."""
+        """Return the text of a token. Raises InputError if the tokenizer does not have the token."""
         token = self.tokenizer.decode([index], skip_special_tokens=False)
         if not token or self.tokenizer.token_id(token) != index:
             raise InputError(
@@ -130,26 +130,26 @@ class Vision:
         return token
 
     def fused_gemv(self, text: str) -> str:
-        """A text with everything that its marks stand for."""
+        """Replace every mark in a text by the full sequence of a picture."""
         pieces = (piece if isinstance(piece, str) else self.token(piece) for piece in self.model.written_as)
         return text.replace(self.mark, "".join(pieces))
 
     @property
     def meant(self) -> tuple[str, ...]:
-        """Whoever writes <image> into a message says where a picture stands; a model only with image parts."""
+        """Control tokens that a user may write to place a picture; a model's own text places pictures only by parts."""
         before, after = self.model.around_image
         around = (self.tokenizer.decode([token], skip_special_tokens=False) for token in (*before, *after))
         return self.mark, *around
 
     @cached_property
     def written(self) -> str:
-        """A picture as it is written in prompts where no template does it."""
+        """The text of a picture in prompts without a template for pictures."""
         before, after = (self.tokenizer.decode([*ids], skip_special_tokens=False) for ids in self.model.around_image)
         return before + self.mark + after
 
     @cached_property
     def processing(self) -> ImageProcessing:
-        """How images are prepared. Raises InputError where the configuration is missing, broken or does not fit."""
+        """The processing of images. Raises InputError if the configuration is missing, broken or does not fit."""
         processing, side = read_image_processing(self.directory), self.model.config.vision.image_size
         size = processing.crop_to or processing.resize_to
         if size is not None and size != (side, side):
@@ -160,7 +160,7 @@ class Vision:
         return processing
 
     def pixel_values(self, images: Sequence[ImageSource]) -> Tensor | None:
-        """Images, paths or Pillow's, as the tower reads them: float32 [images, 3, Y, X]. InputError for a bad one."""
+        """Prepare images, paths or Pillow's, for the tower: float32 [images, 3, Y, X]. InputError for a bad image."""
         if not images:
             return None
         pictures = [self.processing.pixel_values(image) for image in images]
@@ -174,11 +174,11 @@ class Vision:
         return torch.stack(pictures)
 
     def grid(self, image: ImageSource) -> Grid:
-        """Rows and columns of an image's tokens. InputError for one that cannot be read."""
+        """Return rows and columns of an image's tokens. Raises InputError for an image that cannot be read."""
         return 1, self.model.config.tokens_per_image
 
     def given(self, images: Sequence[ImageSource], prompts: Sequence[Sequence[int]] = (), kept: int = 0) -> ImageInputs:
-        """The images of a run, in the order of their tokens; kept: tokens of the one prompt in the cache already."""
+        """Prepare the images of a run, in the order of their tokens. kept: tokens of the only prompt in the cache"""
         grids = [self.grid(image) for image in images]
         ends = [*accumulate(rows * columns for rows, columns in grids)]
         seen = sum(end <= self.image_tokens([prompts[0][:kept]]) for end in ends) if kept else 0
@@ -186,7 +186,7 @@ class Vision:
         return ImageInputs(grids, grids[seen:], self.pixel_values(images[seen:]), stretches)
 
     def stretches(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], kept: int) -> list[ImageSpan]:
-        """Where pictures of these lengths are among the rows of the padded batch, without the first `kept` of them."""
+        """Locate pictures of these lengths among the tokens of the padded batch, without the first `kept` tokens."""
         waiting, found, longest = iter(lengths), [], max(map(len, prompts), default=0)
         for sequence, ids in enumerate(prompts):
             row = kept
@@ -201,9 +201,9 @@ class Vision:
     def embed(
         self, tokens: Tensor, real: Tensor | None, given: ImageInputs, scored: str = "all", kept: int = 0
     ) -> Embedded:
-        """The prompts with their pictures in place.
+        """Embed prompts with their pictures in place.
 
-        tokens int64 [B, T]; real bool [B, T] or None; scored "all" or "text"; kept: tokens that get no row any more
+        tokens int64 [B, T]; real bool [B, T] or None; scored "all" or "text"; kept: tokens that are in the cache
         """
         clock, features = Clock(tokens.device), None
         if given.pixel_values is not None:
@@ -219,11 +219,11 @@ class Vision:
         return Embedded(x, counted, pictures, clock.milliseconds("images") / 1000)
 
     def plain_text(self, prompt: str, images: int) -> str:
-        """A prompt that no template goes over."""
+        """Put the images into a prompt without a template."""
         return self.plain(self.messages([{"role": "user", "content": prompt}], images)[0]["content"])
 
     def messages(self, messages: Messages, images: int) -> Messages:
-        """A conversation with every content as a list of parts, images placed if none of it says where they stand."""
+        """Convert every content to a list of parts, and place the images if the conversation does not."""
         parted = [message | {"content": self.parts(message.get("content"))} for message in messages]
         parts = [part for message in parted for part in message["content"]]
         placed = any(part.get("type") == "image" or self.mark in str(part.get("text")) for part in parts)
@@ -241,7 +241,7 @@ class Vision:
         raise InputError('a message\'s content must be a text, or a list of parts like {"type": "text", "text": "..."}')
 
     def render(self, conversations: Sequence[Messages], images: Sequence[int], render: Render) -> list[str]:
-        """The prompts' texts; `render` is the chat template. Plain texts again for one that knows no image parts."""
+        """Render conversations by the chat template `render`; retry with plain texts if it drops image parts."""
         parted = [self.messages(messages, count) for messages, count in zip(conversations, images, strict=True)]
         texts = render(parted)
         again = [index for index, text in enumerate(texts) if not self.is_complete(text, parted[index])]
@@ -252,7 +252,7 @@ class Vision:
         return [unless_failed(text) for text in texts]
 
     def is_complete(self, text: str | InputError, messages: Messages) -> bool:
-        """Whether a rendered text has every text and every picture of its messages."""
+        """Return True if a rendered text has every text and every picture of its messages."""
         parts = [part for message in messages for part in message["content"]]
         written = [str(part["text"]) for part in parts if part.get("type") == "text"]
         pictures = sum(part.get("type") == "image" for part in parts)
@@ -263,20 +263,20 @@ class Vision:
         )
 
     def plain(self, parts: list[dict[str, Any]]) -> str:
-        """Parts as one text: images first, one line each."""
+        """Join parts into one text: images first, one line each."""
         pictures = sum(part.get("type") == "image" for part in parts)
         return f"{self.written}\n" * pictures + "".join(str(part.get("text", "")) for part in parts)
 
     def image_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
-        """How many tokens of these prompts stand for pictures."""
+        """Count the image tokens of these prompts."""
         return sum(token == self.image_token_id for ids in prompts for token in ids)
 
     def text_ids(self, ids: Sequence[int]) -> Sequence[int]:
-        """Those that the embedding is asked for: image tokens are not."""
+        """Return the ids without image tokens, which are never looked up in the embedding."""
         return [token for token in ids if token != self.image_token_id]
 
     def expand(self, ids: list[int], images: Sequence[ImageSource]) -> list[int]:
-        """Token ids with as many image tokens as each image has. InputError where the text has not one for each."""
+        """Repeat each image token by the number of its image's tokens. InputError if there is not one per image."""
         found, count = ids.count(self.image_token_id), len(images)
         if found != count:
             raise InputError(
@@ -294,5 +294,5 @@ class Vision:
 
 
 def is_part(part: Any) -> bool:
-    """Whether this is a part of a message: a text or what has another type."""
+    """Return True if this is a part of a message: a text, or a part of another type."""
     return isinstance(part, dict) and ("text" in part or part.get("type") not in (None, "text"))

@@ -1,8 +1,8 @@
-"""One real run, recorded for the page that explains it: what each step picked, read and said, and what dense would say.
+"""One real run, recorded for the page that explains it: picks, bytes and tokens of each step, beside the dense model's.
 
-The run is the engine's own, and is timed. Its tokens then go twice more through the model, one by one: through the
-same pruned steps, which are recorded, and through the dense model's. A frame is one new token: the first comes
-from the prompt, every later one from a step.
+The engine makes the run, which is timed. Its tokens then run through the model twice more, one by one: through the same
+pruned steps, which are recorded, and through the dense model's steps. A frame is one new token: the first comes from
+the prompt, every later one from a step.
 
 T prompt tokens, F frames, I channels, C candidates, V vocabulary.
 """
@@ -44,14 +44,14 @@ from popengine.studies.recording import recorded
 from popengine.studies.settings import DENSE, PruningSettings
 from popengine.text.tokenizer import TextStream, TextTokenizer
 
-# Of a picture on the page.
+# Largest side of a picture on the page.
 MOST_PIXELS_A_SIDE = 448
 SHARED = "shared"
 
 
 @dataclass
 class Drawing:
-    """A partition that holds from a frame on. Columns of the page: region after region, in each the best score first.
+    """A partition that is valid from a frame on. Columns of the page are sorted by region, then by falling score.
 
     order int64 [I], the channel of each column; scores float32 [I], of the evidence, and rank int64 [I], by channel
     """
@@ -65,13 +65,13 @@ class Drawing:
 
 @dataclass
 class NetworkRecord:
-    """What one feed-forward network did. expert: its number in a mixture, "shared", or None where there is no mixture.
+    """The record of one feed-forward network. expert: its index in a mixture, "shared", or None without a mixture.
 
-    picked, wanted  by frame, bool [I] in the order of the columns: what the step ran of the candidates, and what the
-                    dense model ranks highest there, as many as a step runs
+    picked, wanted  by frame, bool [I] in the order of the columns: candidates that the step ran, and the channels that
+                    the dense model ranks highest there, as many as a step runs
     moved           by frame, mean |rank there - rank in the prompt| / I
-    left_out       by frame, the share of dense's squared scores in channels that the step did not run, and the least
-                    that as many channels could have left out
+    left_out        by frame, the share of dense's squared scores in channels that the step did not run, and the least
+                    possible share for the same number of channels
     """
 
     layer: int
@@ -84,7 +84,7 @@ class NetworkRecord:
     left_out: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def drawing(self, frame: int) -> Drawing | None:
-        """The one that holds for a frame's step."""
+        """Return the partition that is valid for a frame's step; None if there is none yet."""
         return next((one for one in reversed(self.drawings) if one.frame < frame), None)
 
     def active(self, state: LayerState) -> PrunedFFN | None:
@@ -94,7 +94,7 @@ class NetworkRecord:
         return found
 
     def note_drawing(self, frame: int, active: PrunedFFN) -> None:
-        """Keep the partition where it is another than the last one."""
+        """Record the partition if it differs from the last one."""
         if not active.sizes.prunes or (self.drawings and self.drawings[-1].partition is active.partition):
             return
         unseen = active.evidence.tokens < active.rule.min_tokens
@@ -106,7 +106,7 @@ class NetworkRecord:
 
 
 def networks(model: Any) -> list[NetworkRecord]:
-    """Every feed-forward network, layer by layer."""
+    """Make an empty record for every feed-forward network, layer by layer."""
     found = []
     for index, layer in enumerate(model.model.layers):
         if isinstance(layer.mlp, MixtureOfExperts):
@@ -120,14 +120,14 @@ def networks(model: Any) -> list[NetworkRecord]:
 
 @dataclass
 class Frames:
-    """One number per frame of one way through the text: the chosen token's probability, the likeliest token and its."""
+    """Numbers per frame of one pass over the text: the chosen token's probability, the likeliest token and its own."""
 
     chosen: list[float] = field(default_factory=list)
     likeliest: list[int] = field(default_factory=list)
     highest: list[float] = field(default_factory=list)
 
     def add(self, logits: Tensor, token: int) -> None:
-        """logits [1, V]"""
+        """Add a frame. logits [1, V]; token: the chosen one"""
         probabilities = logits[0].float().softmax(dim=-1)                           # [V]
         highest, likeliest = probabilities.max(dim=-1)
         self.chosen.append(float(probabilities[token]))
@@ -139,7 +139,7 @@ def explained_run(
     engine: Engine, prompt: list[int], max_new_tokens: int, pruning: PruningSettings, sampling: Sampling,
     images: Sequence[ImageSource] = (), ignore_eos: bool = False,
 ) -> dict[str, Any]:
-    """Run one prompt and record it: the JSON object that the page is drawn from. InputError for what cannot be run."""
+    """Run one prompt and record it as the JSON object of the page. Raises InputError for what cannot be run."""
     run = engine.run([prompt], max_new_tokens, pruning, sampling, ignore_eos, images)
     new, milliseconds, spent = [], [], 0.0
     for (token,) in run:
@@ -197,9 +197,9 @@ def explained_run(
 
 
 def embedded(engine: Engine, run: Run, new: list[int]) -> Embedded:
-    """The prompt with its pictures in place, and new tokens after it as steps take them: an image token is one of text.
+    """Embed the prompt with its pictures in place, and new tokens after it as in steps: image tokens count as text.
 
-    As `counted` only the prompt's rows are told.
+    `counted` covers only the prompt's tokens.
     """
     prompt = engine.pictures.embed(
         torch.tensor([run.prompts[0]], device=engine.device), None, run.given, run.pruning.settings.scored_tokens
@@ -210,7 +210,7 @@ def embedded(engine: Engine, run: Run, new: list[int]) -> Embedded:
 
 
 def followed(pictures: PictureRows, prompt: int, count: int) -> PictureRows:
-    """What rows of a prompt have because of pictures, with so many rows of text after them."""
+    """Extend the extra inputs of a prompt's pictures by `count` text tokens after the prompt."""
     positions, blocks = pictures.positions, pictures.blocks
     if positions is not None and pictures.rope_delta is not None:
         steps = torch.arange(prompt, prompt + count, device=positions.device) + pictures.rope_delta      # [1, F]
@@ -223,7 +223,7 @@ def followed(pictures: PictureRows, prompt: int, count: int) -> PictureRows:
 
 @torch.inference_mode()
 def dense_steps(engine: Engine, run: Run, new: list[int]) -> tuple[Frames, list[float]]:
-    """What the dense model says at each frame of this text, and the milliseconds of its steps."""
+    """Run the dense model over this text; return its frames, and the milliseconds of its steps."""
     state = engine.new_state(1, len(run.prompts[0]) + len(new), engine.resolve(DENSE))
     engine.prepare(state)
     found, milliseconds, prompt = Frames(), [0.0], embedded(engine, run, [])
@@ -232,7 +232,7 @@ def dense_steps(engine: Engine, run: Run, new: list[int]) -> tuple[Frames, list[
         began = time.perf_counter()
         with engine.stepping():
             logits = engine.decode(torch.tensor([token], device=engine.device), state)          # [1, V]
-            logits.argmax().item()                              # waits for the device, as a run does
+            logits.argmax().item()                              # wait for the device, as a run does
         milliseconds.append((time.perf_counter() - began) * 1000)
         found.add(logits, following)
     return found, milliseconds
@@ -242,14 +242,14 @@ def dense_steps(engine: Engine, run: Run, new: list[int]) -> tuple[Frames, list[
 def pruned_steps(
     engine: Engine, run: Run, new: list[int], records: list[NetworkRecord]
 ) -> tuple[Frames, set[int], set[int], list[list[list[int]]], list[str]]:
-    """The run's steps once more, looked at: what they say, which are dense, which draw anew, experts, heads."""
+    """Repeat the run's steps and record them: frames, dense steps, redraws, experts of each step, regions of heads."""
     frame = 0
 
     def told(ffn: FeedForward, partition: ChannelPartition, keep: Tensor) -> None:
         record, sizes = by_network[ffn], partition.sizes
         if not sizes.prunes:
             return
-        if not record.drawings:                     # an expert that is reached for the first time
+        if not record.drawings:                     # the first token that reaches an expert
             record.note_drawing(frame - 1, record.active(state.layers[record.layer]))  # type: ignore[arg-type]
         picked = torch.zeros(sizes.channels, dtype=torch.bool, device=keep.device)
         picked[partition.candidate] = keep.flatten() if keep.numel() else True
@@ -278,7 +278,7 @@ def pruned_steps(
 
 
 def note_drawings(records: list[NetworkRecord], state: DecodeState, frame: int) -> None:
-    """After a frame: the partitions that were drawn at it. Before there is evidence enough nothing is drawn."""
+    """Record the partitions drawn at a frame; none are drawn before there is enough evidence."""
     if state.schedule.tokens < state.schedule.least:
         return
     for record in records:
@@ -288,12 +288,12 @@ def note_drawings(records: list[NetworkRecord], state: DecodeState, frame: int) 
 
 
 def expert_uses(state: DecodeState) -> list[list[int]]:
-    """Per layer, how many tokens each expert was given so far; nothing where a layer has no experts."""
+    """Return, per layer, the tokens routed to each expert so far; empty for a layer without experts."""
     return [list(layer.ffn.picks) if isinstance(layer.ffn, PartitionedExperts) else [] for layer in state.layers]
 
 
 def head_regions(state: DecodeState) -> list[str]:
-    """Per layer a letter per query head, retained, candidate or pruned; nothing where heads are not pruned."""
+    """Return, per layer, a letter per query head: retained, candidate or pruned; empty if heads are not pruned."""
     found = []
     for layer in state.layers:
         if isinstance(layer.attention, PartitionedAttention):
@@ -304,11 +304,11 @@ def head_regions(state: DecodeState) -> list[str]:
 
 
 def watch(engine: Engine, run: Run, new: list[int], records: list[NetworkRecord]) -> list[float]:
-    """The dense model's own ranking at every step of the text: fills `wanted` and `moved`.
+    """Rank channels with the dense model at every step of the text; fills `wanted`, `moved` and `left_out`.
 
-    Returns each prompt token's share of the evidence: of the squared scores, the mean over networks, float [T].
+    Returns each prompt token's share of the evidence: of the squared scores, mean over networks, float [T].
     """
-    text = embedded(engine, run, new[:-1])                                          # of T + F - 1 rows
+    text = embedded(engine, run, new[:-1])                                          # T + F - 1 tokens
     prompt, by_network = len(run.prompts[0]), {one.ffn: one for one in records}
     skipped = run.pruning.skipped_by(prompt)
     shares, seen = torch.zeros(prompt, device=engine.device), 0
@@ -327,7 +327,7 @@ def watch(engine: Engine, run: Run, new: list[int], records: list[NetworkRecord]
         if energy.any():
             shares.add_(energy / energy.sum())
             seen += 1
-        scores, rank = scores[~within], ranks(scores[~within])                      # [n, I] of the steps alone
+        scores, rank = scores[~within], ranks(scores[~within])                      # [n, I], steps only
         for row, position in enumerate(positions[~within].tolist()):
             frame = position - prompt + 1
             drawing = record.drawing(frame)
@@ -335,7 +335,7 @@ def watch(engine: Engine, run: Run, new: list[int], records: list[NetworkRecord]
                 continue
             sizes = drawing.partition.sizes
             record.moved[frame] = float((rank[row] - drawing.rank).abs().float().mean()) / len(drawing.rank)
-            if frame in record.picked:          # neither a dense step nor an expert that the pruned model passed by
+            if frame in record.picked:          # a pruned step that reached this network
                 wanted, squares = (rank[row] < sizes.computed)[drawing.order], scores[row].square()[drawing.order]
                 ran = record.picked[frame].clone()
                 ran[: sizes.retained] = True
@@ -348,16 +348,16 @@ def watch(engine: Engine, run: Run, new: list[int], records: list[NetworkRecord]
 
 
 def encoded(record: NetworkRecord) -> dict[str, Any]:
-    """A network as JSON. Masks are bits, eight columns a byte, the lowest bit first, frame after frame.
+    """Encode a network as JSON. Masks are bits, eight columns per byte, lowest bit first, frame by frame.
 
-    changed  by frame, which share of the picks the last step that reached the network had not picked
+    changed  by frame, the share of picks that the last step of the network had not picked
     """
     sizes = record.drawings[0].partition.sizes if record.drawings else None
     changed, before = {}, None
     for frame, picked in record.picked.items():
         drawing = record.drawing(frame)
         assert drawing is not None
-        channels = torch.zeros_like(picked).index_copy(0, drawing.order, picked)    # by channel: columns may be redrawn
+        channels = torch.zeros_like(picked).index_copy(0, drawing.order, picked)    # by channel: columns may change
         if before is not None and picked.any():
             changed[frame] = rounded(float((channels & ~before).sum() / channels.sum()))
         before = channels
@@ -382,7 +382,7 @@ def encoded(record: NetworkRecord) -> dict[str, Any]:
 
 
 def masks(by_frame: dict[int, Tensor]) -> dict[str, Any]:
-    """bool [n] each, as bits."""
+    """Encode masks, bool [n] each, as bits."""
     bits = ""
     if by_frame:
         mask = torch.stack([*by_frame.values()]).to(torch.uint8)                    # [F, n]
@@ -392,13 +392,14 @@ def masks(by_frame: dict[int, Tensor]) -> dict[str, Any]:
 
 
 def base64_of(values: Tensor) -> str:
+    """Encode the bytes of a tensor in base64."""
     return base64.b64encode(values.cpu().contiguous().numpy().tobytes()).decode()
 
 
 def picture_of(engine: Engine, image: ImageSource, grid: Grid) -> dict[str, Any]:
-    """A picture as the vision tower sees it, cut where it cuts, as a data: address, and how its tokens lie over it.
+    """Return a picture as the vision tower sees it (cropped alike) as a data: URL, with the grid of its tokens.
 
-    Towers of squares say how many there are, perhaps with a summary before them or without the first.
+    A tower of square pictures gives only the number of tokens, perhaps one more or less than a square.
     """
     assert isinstance(engine.pictures, Vision)
     picture, processing, file = open_image(image), engine.pictures.processing, BytesIO()
@@ -413,7 +414,7 @@ def picture_of(engine: Engine, image: ImageSource, grid: Grid) -> dict[str, Any]
 
 
 def token_texts(tokenizer: TextTokenizer, ids: list[int]) -> list[str]:
-    """What each token adds to the text. A character of several tokens stands at its last one."""
+    """Return the text that each token adds. A character of several tokens belongs to its last token."""
     stream, texts = TextStream(tokenizer), []
     for token in ids:
         texts.append(stream.push(token) if token not in tokenizer.special_ids else shown_token(tokenizer, token))
@@ -422,10 +423,10 @@ def token_texts(tokenizer: TextTokenizer, ids: list[int]) -> list[str]:
 
 
 def shown_token(tokenizer: TextTokenizer, token: int) -> str:
-    """A token by itself, control tokens as they are written."""
+    """Decode a single token; control tokens are shown."""
     return tokenizer.decode([token], skip_special_tokens=False)
 
 
 def rounded(value: float) -> float:
-    """Six digits: what a page can show."""
+    """Round to six digits for the page; 0 for what is not finite."""
     return float(f"{value:.6g}") if math.isfinite(value) else 0.0

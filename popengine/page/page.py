@@ -14,7 +14,7 @@ MOST_BYTES = 5_000_000
 
 
 def fitted(found: dict[str, Any]) -> dict[str, Any]:
-    """Drop layers, evenly spread, until the page fits MOST_BYTES. Raises InputError where not even one layer fits."""
+    """Drop layers, evenly spread, until the page fits MOST_BYTES. Raises InputError if not even one layer fits."""
     layers, room = found["layers"], MOST_BYTES - len(page(found | {"layers": []}).encode())
     weights = [len(json.dumps(layer)) + len(", ") for layer in layers]
     for count in range(len(layers), 0, -1):

@@ -1,1 +1,1 @@
-"""Methods that are neither paper's: rules, baselines, layers left out, fewer visual tokens, recordings."""
+"""Methods beside the two papers': rules, baselines, layers left out, fewer visual tokens, recordings."""

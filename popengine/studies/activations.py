@@ -1,9 +1,9 @@
-"""What the feed-forward networks of the dense model compute on a text, one network after the other.
+"""Activations of the dense model's feed-forward networks on a text, one network after the other.
 
-Calibrated methods and studies of the ranking of channels need every network's activation: the networks of a dense
-prompt are watched (popengine/studies/recording.py).
+Calibrated methods and studies of the ranking of channels need every network's activation. A watch on a dense prompt
+gives them (popengine/studies/recording.py).
 
-T tokens, H hidden size, I FFN channels, n tokens that one network sees.
+T tokens, H hidden size, I FFN channels, n tokens that reach one network.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,11 +24,11 @@ from popengine.studies.settings import DENSE
 
 @dataclass(frozen=True)
 class Activation:
-    """What one feed-forward network computes.
+    """The activation of one feed-forward network.
 
     name       its place in the model, as checkpoints spell it: model.layers.0.mlp
-    positions  int64 [n], the tokens that reach this network, in their order
-    h          [n, I], what down_proj reads, for these tokens
+    positions  int64 [n], the tokens that reach this network, in order
+    h          [n, I], the input of down_proj for these tokens
     """
 
     name: str
@@ -38,17 +38,17 @@ class Activation:
 
 
 def feed_forward_networks(model: LlamaForCausalLM) -> dict[str, FeedForward]:
-    """Every feed-forward network by its place in the model; in a mixture every expert is one."""
+    """Return every feed-forward network by its place in the model; in a mixture each expert is one."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FeedForward)}
 
 
 def mixtures_of_experts(model: LlamaForCausalLM) -> dict[str, MixtureOfExperts]:
-    """Every mixture by its place in the model."""
+    """Return every mixture of experts by its place in the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MixtureOfExperts)}
 
 
 def layer_of(name: str) -> int:
-    """The layer of a network by its place in the model."""
+    """Return the layer index of a network, given its place in the model."""
     return int(name.split(".")[2])
 
 
@@ -56,18 +56,18 @@ def layer_of(name: str) -> int:
 def watch_dense(
     model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None], pictures: PictureRows | None = None
 ) -> None:
-    """Run the dense model over one text and show every network's activation, layer by layer.
+    """Run the dense model over one text and call `watch` with every network's activation, layer by layer.
 
-    x [1, T, H], embedded tokens, and what they have because of pictures. A network that no token reaches is left out.
+    x [1, T, H], embedded tokens; pictures: their extra inputs. A network that no token reaches is left out.
     """
     state = watched(model.new_state(1, x.shape[1], resolve(DENSE, layer_weights(model))), Activations(model, x, watch))
     model.prefill(x, state, pictures=pictures)
 
 
 class Activations(Watch):
-    """Tells `watch` what the networks compute in a prompt x [1, T, H].
+    """A Watch that passes the activations of a prompt x [1, T, H] to `watch`.
 
-    watch_mixture  is told the place of every mixture of experts, and its input, [T, H]
+    watch_mixture  called with the place of every mixture of experts, and its input [T, H]
     """
 
     def __init__(
@@ -91,9 +91,9 @@ def layer_by_layer(
     model: LlamaForCausalLM, x: Tensor, watch: Callable[[Activation], None],
     watch_mixture: Callable[[str, Tensor], None] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The dense model over one text: the input and the output of every layer, and both watches as for `Activations`.
+    """Run the dense model over one text and yield every layer's input and output, [1, T, H] each.
 
-    x [1, T, H], embedded tokens; yields [1, T, H] twice
+    x [1, T, H], embedded tokens; watch, watch_mixture: see `Activations`
     """
     state = model.new_state(1, x.shape[1], resolve(DENSE, layer_weights(model)))
     watched(state, Activations(model, x, watch, watch_mixture))
@@ -105,6 +105,6 @@ def layer_by_layer(
 
 @torch.inference_mode()
 def embedded(model: LlamaForCausalLM, ids: list[int]) -> Tensor:
-    """Token ids as `watch_dense` takes them: [1, T, H]"""
+    """Embed token ids for `watch_dense`: [1, T, H]. Raises InputError for a token without an embedding."""
     model.check_ids(ids)
     return model.embed(torch.tensor([ids], device=model.device))

@@ -1,8 +1,8 @@
-"""Pruning methods by name: each is one small function that says how a ChannelPartition is made or used.
+"""Pruning methods by name; each is one small function that decides how a ChannelPartition is made or used.
 
-A method turns what the user asked for into a Pruning. Those that follow the prompt change a setting; static ones rank
-every network's channels in advance and put a StaticRule in the place of the prompt's. Everything after that, prefill,
-decode steps, generation, scoring and byte counts, is the same code for all of them.
+A method turns a Request into a Pruning. Methods that follow the prompt change a setting. Static methods rank every
+network's channels in advance and replace the rule by a StaticRule. Everything after that (prefill, decode steps,
+generation, scoring and byte counts) is the same code for all methods.
 
 To add one, write a function that takes a Request and add it to METHODS. For example, ranking channels by the norm of
 their down_proj column alone:
@@ -31,27 +31,27 @@ from weights.errors import InputError
 
 
 def dense(request: Request) -> StudyPruning:
-    """Nothing is pruned."""
+    """Prune nothing."""
     return request.pruning(prune_ratio=0.0, ffn_ratio=None, head_ratio=0.0)
 
 
 def pop(request: Request) -> StudyPruning:
-    """Partition from the prompt, candidates picked anew at every step."""
+    """Partition from the prompt and pick candidates at every step."""
     return request.pruning()
 
 
 def frozen(request: Request) -> StudyPruning:
-    """The prompt's mask at every step: POP of width 0, which is GRIFFIN (arXiv 2404.01365)."""
+    """Keep the prompt's mask at every step: POP of width 0, which is GRIFFIN (arXiv 2404.01365)."""
     return request.pruning(candidate_width=0.0, retained_share=None)
 
 
 def by_rule(rule: str) -> Callable[[Request], StudyPruning]:
-    """A rule of popengine/studies/rules.py as a method."""
+    """Return the method of a rule in popengine/studies/rules.py."""
     return lambda request: request.pruning(rule=rule)
 
 
 def random(request: Request) -> StudyPruning:
-    """Channels drawn at random: what any method has to beat."""
+    """Keep channels drawn at random, the lower baseline of every method."""
     generator, ranks = torch.Generator().manual_seed(request.seed), request.model.config.ranks
     scores = {}
     for name, ffn in request.networks.items():
@@ -61,7 +61,7 @@ def random(request: Request) -> StudyPruning:
 
 
 def magnitude(request: Request) -> StudyPruning:
-    """The largest absolute weight of a channel's rows of gate and up, as width pruning of gated networks does."""
+    """Score by the largest absolute weight in a channel's rows of gate and up, as width pruning of gated networks."""
     return request.keep_highest(
         {
             name: torch.maximum(*(rows.values().abs().amax(dim=1) for rows in (ffn.gate_proj, ffn.up_proj))).float()
@@ -71,9 +71,9 @@ def magnitude(request: Request) -> StudyPruning:
 
 
 def wanda_sp(request: Request) -> StudyPruning:
-    """Wanda's |weight| times activation norm (arXiv 2306.11695), summed over a channel's column of down_proj.
+    """Score by Wanda's |weight| times activation norm (arXiv 2306.11695), summed over a channel's down_proj column.
 
-    As "Wanda-sp" in FLAP (arXiv 2312.11983). Networks that the calibration never reached are ranked by weights alone.
+    This is "Wanda-sp" in FLAP (arXiv 2312.11983). Networks that the calibration never reached are ranked by weights.
     """
     calibration = request.calibrated("wanda-sp")
     scores = {}
@@ -86,10 +86,10 @@ def wanda_sp(request: Request) -> StudyPruning:
 
 
 def flap(request: Request) -> StudyPruning:
-    """FLAP (arXiv 2312.11983): channels that fluctuate little go, and their mean stays as a bias of down_proj.
+    """Remove channels that fluctuate little and keep their mean as a bias of down_proj (FLAP, arXiv 2312.11983).
 
-    Score: variance of the channel times the squared norm of its down_proj column, standardised inside each network
-    and compared over all of them, so that networks give up unequal shares. A network keeps one channel at least.
+    Score: variance of the channel times the squared norm of its down_proj column, standardised within each network
+    and compared over all networks, so that their shares differ. A network keeps at least one channel.
     """
     calibration, ranks = request.calibrated("flap"), request.model.config.ranks
     scores, standardised = {}, []
@@ -110,7 +110,7 @@ def flap(request: Request) -> StudyPruning:
 
 
 def prefill_only(request: Request) -> StudyPruning:
-    """Prompts skip the deepest layers, all but their last tokens (arXiv 2602.03295); steps are the dense model's."""
+    """Skip the deepest layers with all but the last prompt tokens (arXiv 2602.03295); steps are dense."""
     pruning = dense(request)
     if not pruning.skipped:
         raise InputError("this method skips layers of the prompt: give --prefill-skip a share above 0")
@@ -118,25 +118,25 @@ def prefill_only(request: Request) -> StudyPruning:
 
 
 def skip_first(request: Request) -> StudyPruning:
-    """A control (its Table 4): as many of the first layers."""
+    """Skip the same number of first layers, a control (arXiv 2602.03295, Table 4)."""
     pruning = prefill_only(request)
     return replace(pruning, skipped=tuple(range(len(pruning.skipped))))
 
 
 def skip_evenly(request: Request) -> StudyPruning:
-    """A control: as many layers spread over the depth, every third one for a share of 1/3, the last among them."""
+    """Skip the same number of layers, evenly spaced up to the last one (every third for a share of 1/3), a control."""
     pruning, layers = prefill_only(request), len(request.model.model.layers)
     count = len(pruning.skipped)
     return replace(pruning, skipped=tuple((place + 1) * layers // count - 1 for place in range(count)))
 
 
 def skip_no_boundary(request: Request) -> StudyPruning:
-    """A control: no prompt token runs through the skipped layers, and the first new token comes from the kept ones."""
+    """Run no prompt token through the skipped layers, so the first new token comes from kept layers, a control."""
     return replace(prefill_only(request), boundary=0)
 
 
 def skip_no_keys(request: Request) -> StudyPruning:
-    """A control: skipped layers keep nothing of the prompt, so that steps see there what came after it alone."""
+    """Drop the prompt's keys and values in skipped layers, so that steps attend there to new tokens only, a control."""
     pruning = prefill_only(request)
     if pruning.thin_from is not None:
         raise InputError("method skip-no-keys keeps all tokens of pictures: leave out --visual-tokens")
@@ -144,8 +144,7 @@ def skip_no_keys(request: Request) -> StudyPruning:
 
 
 def visual_tokens(request: Request) -> StudyPruning:
-    """Prompts leave out tokens of their pictures (FastV, arXiv 2403.06764; DivPrune, arXiv 2503.02175); steps are the
-    dense model's."""
+    """Drop picture tokens of the prompt (FastV, arXiv 2403.06764; DivPrune, arXiv 2503.02175); steps are dense."""
     pruning = dense(request)
     if pruning.thin_from is None:
         raise InputError("this method leaves out tokens of pictures: give --visual-tokens a share or a number")
@@ -178,11 +177,12 @@ METHODS: dict[str, Callable[[Request], StudyPruning]] = {
 
 
 def pruning_for(method: str, request: Request) -> StudyPruning:
-    """What `method` makes of the request. Raises InputError for an unknown method."""
+    """Apply `method` to the request. Raises InputError for an unknown method."""
     check_method(method)
     return METHODS[method](request)
 
 
 def check_method(method: str) -> None:
+    """Raise InputError for an unknown method."""
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; the methods are {', '.join(METHODS)}")

@@ -1,4 +1,4 @@
-"""What static pruning methods know about a model: what its channels and layers do on a text, and the file of it.
+"""Calibration: statistics of a model's channels and layers on a text, for static pruning methods, and their file.
 
 I FFN channels, H hidden size, L layers, n tokens, W windows of T tokens.
 """
@@ -28,17 +28,17 @@ from weights.errors import InputError, one_line
 from weights.output_file import write_output
 
 FORMAT = "popengine calibration 2"
-# Of the text, for searches to run on, and the tokens of each: both cost them as much again.
+# Windows of the text kept for searches, and tokens of each: the cost of a search is proportional to both.
 HELD_WINDOWS, HELD_TOKENS = 1, 256
-# Of an activation, far above any model's: its square, and sums of many, are numbers still.
+# Bound on activations, far above any model's; squares and sums of many remain finite.
 LARGEST = 1e12
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one network's activation h, over the tokens that reached it.
+    """Moments of one network's activation h, over the tokens that reached it.
 
-    tokens          how many they were
+    tokens          number of these tokens
     mean, variance  float32 [I]; variance with n - 1 in the denominator, 0 for fewer than two tokens
     """
 
@@ -48,16 +48,16 @@ class Moments:
 
     @property
     def mean_square(self) -> Tensor:
-        """[I]"""
+        """Mean of the squares, float32 [I]."""
         return self.variance * ((self.tokens - 1) / max(self.tokens, 1)) + self.mean.square()
 
 
 @dataclass(frozen=True)
 class RouterStatistics:
-    """Of one mixture's router, over the tokens that reached it.
+    """Statistics of one mixture's router, over the tokens that reached it.
 
-    weights   float32 [E], what each expert's output counted, added up
-    likeness  float32 [E, E], correlation of the experts' logits over the tokens, each token's mean taken off
+    weights   float32 [E], sum of the routing weights of each expert
+    likeness  float32 [E, E], correlation of the experts' logits over tokens, after subtracting each token's mean
     """
 
     weights: Tensor
@@ -66,15 +66,15 @@ class RouterStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a text shows of a model.
+    """Statistics of a model on a text.
 
     moments          of every feed-forward network, by its place in the model
-    influence        float32 [L], 1 - cosine of what goes into a layer and what comes out, mean over tokens (ShortGPT)
-    angles           float32 [L], the angle between the two in half turns, mean over tokens (CFSP)
-    windows          int64 [W, T], a little of the text, for searches
-    made_from, model which text and which model that is of
+    influence        float32 [L], 1 - cosine of a layer's input and output, mean over tokens (ShortGPT)
+    angles           float32 [L], angle between the two in half turns, mean over tokens (CFSP)
+    windows          int64 [W, T], a small part of the text, for searches
+    made_from, model the text and the model (fingerprint) it belongs to
     routers          of every mixture of experts, by its place in the model
-    measured         what searches have found out on the windows, so that one at another ratio need not again
+    measured         results of searches on the windows, reused by a search at another ratio
     """
 
     moments: dict[str, Moments]
@@ -88,7 +88,7 @@ class Calibration:
 
 
 def fingerprint(model: LlamaForCausalLM) -> str:
-    """Tells models apart by places, shapes and some weights of their feed-forward networks."""
+    """Hash places, shapes and some weights of the feed-forward networks, to distinguish models."""
     digest, ranks = hashlib.sha256(), model.config.ranks
     for name, ffn in feed_forward_networks(model).items():
         weight = ffn.down_proj.values()
@@ -99,13 +99,13 @@ def fingerprint(model: LlamaForCausalLM) -> str:
 
 
 def calibrate(model: LlamaForCausalLM, windows: Iterable[list[int]], made_from: str) -> Calibration:
-    """Run the dense model over windows of as many tokens. made_from says for people what texts they were."""
+    """Run the dense model over windows of equal length. made_from: description of the texts for people"""
     return calibrate_on(model, ((ids, embedded(model, ids)) for ids in windows), made_from)
 
 
 @torch.inference_mode()
 def calibrate_on(model: LlamaForCausalLM, texts: Iterable[tuple[list[int], Tensor]], made_from: str) -> Calibration:
-    """The same of texts of any length, embedded [1, T, H] and with pictures in them; the ids are without those."""
+    """Run the dense model over texts of any length: pairs of ids without pictures, and embeddings [1, T, H]."""
     networks, mixtures = feed_forward_networks(model), mixtures_of_experts(model)
     weights = {name: torch.zeros(len(one.experts), device=model.device) for name, one in mixtures.items()}
     logits: dict[str, list[Tensor]] = {name: [] for name in mixtures}
@@ -126,7 +126,7 @@ def calibrate_on(model: LlamaForCausalLM, texts: Iterable[tuple[list[int], Tenso
         logits[name].append(mixtures[name].gate(x).float())                         # [T, E]
 
     held: list[list[int]] = []
-    cosines = torch.zeros(2, len(model.model.layers), dtype=torch.float64)          # of them and of their angles
+    cosines = torch.zeros(2, len(model.model.layers), dtype=torch.float64)          # sums of cosines, and of angles
     for ids, rows in texts:
         held.append(ids)
         for index, ways in enumerate(layer_by_layer(model, rows, add, add_routing)):
@@ -150,7 +150,7 @@ def calibrate_on(model: LlamaForCausalLM, texts: Iterable[tuple[list[int], Tenso
 
 
 def likeness(logits: Tensor) -> Tensor:
-    """See RouterStatistics. [T, E] -> [E, E]"""
+    """Compute RouterStatistics.likeness. logits [T, E] -> [E, E]"""
     centred = (logits - logits.mean(dim=1, keepdim=True)).double()
     centred = centred - centred.mean(dim=0)
     unit = centred / torch.linalg.vector_norm(centred, dim=0).clamp(min=1e-12)
@@ -158,7 +158,7 @@ def likeness(logits: Tensor) -> Tensor:
 
 
 def save_calibration(calibration: Calibration, model: LlamaForCausalLM, path: Path) -> None:
-    """Write a .safetensors file, of whole networks whichever rank writes it. InputError where that cannot be done."""
+    """Write a .safetensors file of whole networks, on any rank. Raises InputError if the file cannot be written."""
     layers = {"influence": calibration.influence, "angles": calibration.angles, "windows": calibration.windows}
     tensors: dict[str, Tensor] = {f"{name}.layers": values for name, values in layers.items()}
     for name, one in calibration.moments.items():
@@ -172,7 +172,7 @@ def save_calibration(calibration: Calibration, model: LlamaForCausalLM, path: Pa
 
 
 def load_calibration(path: Path, model: LlamaForCausalLM) -> Calibration:
-    """Read what `save_calibration` wrote. Raises InputError for a file of another kind and for another model's."""
+    """Read a file of `save_calibration`. Raises InputError for a file of another kind or of another model."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; a calibration is made with --calibration-text and --save-calibration")
     try:
@@ -192,7 +192,7 @@ def load_calibration(path: Path, model: LlamaForCausalLM) -> Calibration:
         )
 
     def saved(key: str, shape: Sequence[int], least: float, most: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What the file has under this name. It is held to the kind that is written, and to what can have been."""
+        """Return a tensor of the file. Raises InputError unless dtype, shape and range are possible."""
         found = tensors.get(key)
         if found is None or found.dtype != dtype or found.shape != torch.Size(shape) or not bool(
             ((found >= least) & (found <= most)).all()

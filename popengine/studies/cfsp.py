@@ -1,13 +1,13 @@
-"""CFSP (arXiv 2409.13199): shares of the channels per layer, and the channels inside it, from one pass of activations.
+"""CFSP (arXiv 2409.13199): shares of the channels per layer, and the channels within it, from one pass of activations.
 
-Coarse: a layer keeps the more channels the further it turns the stream: in proportion to a sigmoid of the mean angle
-between what goes in and what comes out, less the mean of all layers. The slope is that of the authors' code for its 128
-samples of 1,024 tokens (131,072 angles summed, over 10,000), and as there the shares are drawn together where a layer
-would keep more than it has. Fine: a channel is worth its activation times what it holds of each of the three matrices,
-of down_proj with the activation once more.
+Coarse: a layer keeps channels in proportion to a sigmoid of the mean angle between its input and its output, minus the
+mean over all layers. The slope is that of the authors' code for its 128 samples of 1,024 tokens (131,072 angles summed,
+over 10,000). As in their code, shares are drawn together if a layer would keep more than it has. Fine: the score of a
+channel is its activation times its share of each of the three matrices; down_proj's share includes the activation once
+more.
 
-Not as in the paper: counts are no multiples of 128; what a channel holds of a matrix is its sum of absolute weights
-over that of all channels (divided by the channel's own sum, as the code has it, weights would cancel); no recovery
+Differences from the paper: counts are not multiples of 128; a channel's share of a matrix is its sum of absolute
+weights over that of all channels (divided by the channel's own sum, as in the code, weights would cancel); no recovery
 training.
 
 I FFN channels, L layers.
@@ -26,12 +26,12 @@ from popengine.studies.request import Request
 from popengine.studies.resolve import StudyPruning
 
 SLOPE = 131_072 / 10_000
-# How near the layer that keeps most may come to keeping all.
+# Margin between the largest share of a layer and all of its channels.
 MARGIN = 1.05
 
 
 def cfsp(request: Request) -> StudyPruning:
-    """Shares per layer by how far it turns the stream, channels by activation and weights (arXiv 2409.13199)."""
+    """Choose shares per layer by the angle of its output, channels by activation and weights (arXiv 2409.13199)."""
     calibration = request.calibrated("cfsp")
     ranks = request.model.config.ranks
     scores = {name: channel_worth(ffn, calibration.moments[name], ranks) for name, ffn in request.networks.items()}
@@ -42,7 +42,7 @@ def cfsp(request: Request) -> StudyPruning:
 
 
 def kept_shares(angles: Tensor, mean: float) -> Tensor:
-    """What each layer keeps of its channels, `mean` on average. angles [L] -> [L], at most 1"""
+    """Compute the share of channels that each layer keeps, `mean` on average. angles [L] -> [L], at most 1"""
     weights = ((angles - angles.mean()) * SLOPE).sigmoid()
     relative = weights / weights.mean() - 1                                         # [L], 0 on average
     if (1 + relative.max()) * mean >= 1:
@@ -51,7 +51,7 @@ def kept_shares(angles: Tensor, mean: float) -> Tensor:
 
 
 def channel_worth(ffn: FeedForward, moments: Moments, ranks: Ranks) -> Tensor:
-    """float32 [I]; of a network that the text never reached by its weights alone"""
+    """Score the channels of one network, float32 [I]; by weights alone if no token of the text reached it."""
     if moments.tokens == 0:
         return ffn.weight_scores()
     activation = moments.mean_square.sqrt()                                         # [I]
@@ -61,7 +61,7 @@ def channel_worth(ffn: FeedForward, moments: Moments, ranks: Ranks) -> Tensor:
 
 
 def in_whole_numbers(wanted: dict[str, float], total: int) -> dict[str, int]:
-    """Counts of channels that add up to the total, the nearest to these; one at least."""
+    """Round counts of channels to integers of at least 1 that add up to `total`, as near as possible."""
     kept = {name: max(1, math.floor(count)) for name, count in wanted.items()}
     by_rest = sorted(wanted, key=lambda name: kept[name] - wanted[name])
     for name in by_rest[: total - sum(kept.values())]:

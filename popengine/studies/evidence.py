@@ -1,4 +1,4 @@
-"""A prior: evidence about channels that a model's own sampled text gives before any prompt.
+"""A prior: evidence about channels before any prompt, from text that the model sampled itself.
 
 I FFN channels.
 """
@@ -16,8 +16,8 @@ from models.pruning.partition import Evidence
 class Prior:
     """Mean squares of every channel on text that the model sampled itself. Compared by identity.
 
-    of      float32 [I] by network (or attention) and part of it: "h", "gate" or "up"
-    tokens  how many tokens of evidence they count for
+    of      float32 [I] by network (or attention) and part: "h", "gate" or "up"
+    tokens  number of tokens of evidence that the prior counts as
     """
 
     of: Mapping[tuple[nn.Module, str], Tensor]

@@ -1,12 +1,13 @@
-"""Fewer experts in every mixture, chosen from what its router does with a text: that of the task, for one task alone.
+"""Fewer experts in every mixture, chosen from router statistics on a text: the task's text, for a single task.
 
-router-statistics  those that count least in it are removed (what UNCURL's authors call pruning by activation)
-uncurl             those that the router treats alike become one (UNCURL, arXiv 2409.01483)
+router-statistics  removes the experts with the least routing weight (pruning by activation, for UNCURL's authors)
+uncurl             merges experts with similar router logits (UNCURL, arXiv 2409.01483)
 
-A token is still sent to as many experts: a step reads no less, the model holds less. The FFN ratio is the share of the
-experts that is gone, so that as many parameters are as under methods that cut channels, rounded to whole experts.
+A token is still routed to the same number of experts: a step reads the same bytes, but the model is smaller. The FFN
+ratio is the share of experts removed. It removes as many parameters as methods that prune channels, rounded to whole
+experts.
 
-E experts of a mixture, G that are left, I channels of one, H hidden size.
+E experts of a mixture, G experts left, I channels of one expert, H hidden size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +47,10 @@ class FewerExperts(POP):
 def with_fewer(
     request: Request, method: str, shrink: Callable[[MixtureOfExperts, RouterStatistics, int], Left]
 ) -> StudyPruning:
-    """Every mixture as `shrink` leaves it, given how many experts stay; nothing else is pruned."""
+    """Apply `shrink` to every mixture, with the number of experts to keep; nothing else is pruned.
+
+    Raises InputError for a model without experts, for a head ratio, and for a ratio that keeps too few or all experts.
+    """
     mixtures = mixtures_of_experts(request.model)
     if not mixtures:
         raise InputError(f"method {method} removes experts, and this model has none")
@@ -70,7 +74,7 @@ def with_fewer(
 
 
 def router_statistics(request: Request) -> StudyPruning:
-    """The experts stay whose outputs count most, added up over the text; the router renormalises over those."""
+    """Keep the experts with the largest sum of routing weights; the router renormalises over them."""
 
     def shrink(mixture: MixtureOfExperts, router: RouterStatistics, left: int) -> Left:
         order = router.weights.sort(descending=True, stable=True).indices[:left].sort().values      # [G]
@@ -82,11 +86,11 @@ def router_statistics(request: Request) -> StudyPruning:
 
 
 def uncurl(request: Request) -> StudyPruning:
-    """Groups of experts with like router logits become one each; what was sent to one of a group goes to that.
+    """Merge groups of experts with similar router logits; tokens of any expert of a group go to the merged one.
 
-    As in the paper: spectral clustering of router logits on the task's text, layer by layer; channels are put into the
-    order of one expert before they are averaged, by how much each expert is used. Ours: clusters are joined two by two,
-    channels matched greedily, and the router stays as it is.
+    As in the paper: spectral clustering of router logits on the task's text, layer by layer. Channels are permuted to
+    the order of one expert, then averaged with weights by use of each expert. Ours: clusters are merged in pairs,
+    channels are matched greedily, and the router is unchanged.
     """
 
     def shrink(mixture: MixtureOfExperts, router: RouterStatistics, left: int) -> Left:
@@ -101,7 +105,7 @@ def uncurl(request: Request) -> StudyPruning:
 
 
 def spectral_groups(likeness: Tensor, count: int) -> list[list[int]]:
-    """So many groups of experts: the nearest two are joined again and again, in the space of the graph's first vectors.
+    """Cluster experts into `count` groups by merging the nearest two, in the space of the graph's leading eigenvectors.
 
     likeness [E, E], correlations
     """
@@ -119,7 +123,7 @@ def spectral_groups(likeness: Tensor, count: int) -> list[list[int]]:
 
 
 def merge(experts: Sequence[FeedForward], weights: Tensor) -> FeedForward:
-    """The average of experts, the channels of each in the order of the one that is used most. weights [n]"""
+    """Average experts, with the channels of each permuted to the order of the most used expert. weights [n]"""
     if len(experts) == 1:
         return experts[0]
     shares = (weights / weights.sum() if weights.sum() > 0 else torch.full_like(weights, 1 / len(weights))).tolist()
@@ -136,13 +140,13 @@ def merge(experts: Sequence[FeedForward], weights: Tensor) -> FeedForward:
 
 
 def channels_of(ffn: FeedForward) -> Tensor:
-    """What each channel is: its rows of gate and up and its column of down. float32 [I, 3 H]"""
+    """Concatenate each channel's rows of gate and up and its column of down. float32 [I, 3 H]"""
     down = ffn.down_proj.values().T
     return torch.cat([ffn.gate_proj.values(), ffn.up_proj.values(), down], dim=1).float()
 
 
 def matched(first: Tensor, other: Tensor) -> Tensor:
-    """For each channel of one expert its own of another, the most alike of all pairs first. [I, 3 H] -> int64 [I]"""
+    """Match each channel of one expert with one of another, most similar pairs first. [I, 3 H] -> int64 [I]"""
     alike = F.normalize(first, dim=1) @ F.normalize(other, dim=1).T                 # [I, I]
     order = torch.empty(len(first), dtype=torch.int64, device=first.device)
     for _ in range(len(first)):

@@ -1,9 +1,9 @@
-"""FinerCut (arXiv 2405.18218): attentions and feed-forward networks are left out one by one, of prompts and steps.
+"""FinerCut (arXiv 2405.18218): attentions and feed-forward networks are removed one by one, from prompts and steps.
 
-Each time that one goes whose removal, on top of those before, changes the model's output least. As in the paper: the
+Each step removes the block that changes the model's output least, on top of those removed before. As in the paper: the
 candidates, the greedy order, no training afterwards. Ours: the change is the Jensen-Shannon divergence of the next
-token's distribution from the dense model's, mean over the tokens of a window of the calibration text; and halves
-go for as long as one fits the ratio, where the paper counts them, so that it is equal parameters that are compared.
+token's distribution from the dense model's, mean over the tokens of a window of the calibration text. Blocks (halves of
+layers) are removed while one fits the ratio; the paper counts blocks. So methods are compared at equal parameters.
 
 W windows, T tokens, H hidden size, V vocabulary.
 """
@@ -27,7 +27,7 @@ from weights.errors import InputError
 
 @torch.inference_mode()
 def finercut(request: Request) -> StudyPruning:
-    """Halves of layers are left out, greedily by the change of the model's output (arXiv 2405.18218)."""
+    """Leave out halves of layers, greedily by the change of the model's output (arXiv 2405.18218)."""
     calibration, model = request.calibrated("finercut"), request.model
     budget, weights = request.layer_budget("finercut"), layer_weights(model)
     removed: list[Half] = []
@@ -49,9 +49,9 @@ def finercut(request: Request) -> StudyPruning:
 def changes(
     model: LlamaForCausalLM, windows: Tensor, running: list[Half], candidates: list[Half]
 ) -> Iterable[tuple[Half, float]]:
-    """What each candidate's removal from the halves that run makes of the output. windows int64 [W, T]
+    """Yield each candidate with the change of the output if it is removed too. windows int64 [W, T]
 
-    What runs before a candidate is computed once for all.
+    The halves before a candidate are computed only once.
     """
     if not candidates:
         return
@@ -66,19 +66,19 @@ def changes(
 
 
 def through(model: LlamaForCausalLM, halves: list[Half], x: Tensor, step: PrefillPass) -> Tensor:
-    """x [W, T, H] -> the same, behind these halves"""
+    """Run the given halves. x [W, T, H] -> [W, T, H]"""
     for half in halves:
         x = getattr(model.model.layers[half.layer], f"forward_{half.part}")(x, step)
     return x
 
 
 def log_probabilities(model: LlamaForCausalLM, x: Tensor) -> Tensor:
-    """x [W, T, H] -> float32 [W, T, V]"""
+    """Compute log-probabilities of the next token. x [W, T, H] -> float32 [W, T, V]"""
     return model.head(x).float().log_softmax(dim=-1)
 
 
 def divergence(one: Tensor, other: Tensor) -> float:
-    """Jensen-Shannon, in nats, mean over tokens. Log-probabilities [W, T, V]"""
+    """Compute the Jensen-Shannon divergence in nats, mean over tokens. one, other: log-probabilities [W, T, V]"""
     middle = torch.logaddexp(one, other) - math.log(2)
     halves = (part.exp().mul_(part - middle).sum(dim=-1) for part in (one, other))  # [W, T] each
     return float(sum(halves).mean()) / 2  # type: ignore[union-attr]  # two tensors are no number

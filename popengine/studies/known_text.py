@@ -1,6 +1,6 @@
 """Decode steps of a text that is known in advance, all at once instead of one by one, with the same result.
 
-T rows, H hidden size, V vocabulary.
+T tokens, H hidden size, V vocabulary.
 """
 
 import torch
@@ -13,13 +13,13 @@ from models.walks import decode_layers
 
 
 def evaluate(model: LlamaForCausalLM, tokens: Tensor, state: DecodeState) -> Tensor:
-    """The logits of the run's steps (popengine/engine/run.py) of one token after the other.
+    """Compute the logits of single decode steps (popengine/engine/run.py), with all tokens in one pass.
 
-    Steps depend on each other only through the tokens and the cache: each row decides for itself, as its step would
-    have done, and attends to the rows before it. One sequence only: several would share their decisions.
+    Steps depend on each other only through the tokens and the cache. Each token chooses its own candidates, as its step
+    would have done, and attends to the tokens before it. One sequence only: several would share their choice.
 
     tokens   int64 [T]
-    state    of one sequence, prefilled, with room for T more tokens; afterwards as the steps would have left it
+    state    of one sequence, prefilled, with room for T more tokens; afterwards the same as after the steps
     returns  [T, V]
     """
     state.cache.make_room(len(tokens))
@@ -37,9 +37,9 @@ def evaluate(model: LlamaForCausalLM, tokens: Tensor, state: DecodeState) -> Ten
 
 
 def evaluate_steps(model: LlamaForCausalLM, tokens: Tensor, state: DecodeState) -> Tensor:
-    """The same of steps none of which is dense."""
+    """Compute the logits of steps none of which is dense. tokens int64 [T] -> [T, V]"""
     x, rotary = model.embed(tokens[None]), model.model.rotary                       # [1, T, H]
-    if not len(tokens):                     # packed matrices take no product of nothing
+    if not len(tokens):                     # packed matrices cannot multiply empty tensors
         return x.new_empty(0, model.config.vocab_size)
     step = decode_pass(rotary, x, state.cache, state.live, together=False)
     x = decode_layers(state.layers, x, step)

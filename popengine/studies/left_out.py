@@ -1,6 +1,6 @@
-"""Halves of layers that neither prompts nor steps run: how they are written, and what is left to run.
+"""Halves of layers that neither prompts nor steps run: parsing, writing and checking them.
 
-Nothing here imports PyTorch: a wrong flag should not wait for it.
+Nothing here imports PyTorch: a wrong flag is reported without waiting for it.
 """
 
 import re
@@ -12,14 +12,17 @@ from weights.errors import InputError
 
 
 class Half(NamedTuple):
-    """One of the two halves of a layer, by the layer's place."""
+    """One of the two halves of a layer: index of the layer, "attention" or "mlp"."""
 
     layer: int
     part: str
 
 
 def read_halves(words: str) -> tuple[Half, ...]:
-    """"20-22+25.attention": layers 20, 21 and 22, and the attention of layer 25. InputError for anything else."""
+    """Parse words like "20-22+25.attention": layers 20, 21 and 22, and the attention of layer 25.
+
+    Raises InputError for anything else.
+    """
     found: set[Half] = set()
     for word in words.split("+") if words else ():
         written = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?(?:\.(attention|mlp))?\s*", word)
@@ -32,7 +35,7 @@ def read_halves(words: str) -> tuple[Half, ...]:
 
 
 def written_halves(halves: Iterable[Half]) -> str:
-    """The shortest words that `read_halves` takes back, but for ranges of layers."""
+    """Write halves in the shortest words that `read_halves` parses, without ranges of layers."""
     parts: dict[int, list[str]] = {}
     for half in sorted(halves):
         parts.setdefault(half.layer, []).append(half.part)
@@ -40,7 +43,7 @@ def written_halves(halves: Iterable[Half]) -> str:
 
 
 def check_halves(halves: tuple[Half, ...], layers: int) -> tuple[Half, ...]:
-    """The same halves. InputError where the model has no such layer, and where nothing would be left of it."""
+    """Return the halves. Raises InputError for a layer that the model lacks, and if nothing would be left to run."""
     if halves and halves[-1].layer >= layers:
         raise InputError(f"leave out names layer {halves[-1].layer}, and the model's layers are 0 to {layers - 1}")
     if len(halves) == len(SUBLAYERS) * layers:

@@ -1,12 +1,12 @@
-"""Probe Pruning (arXiv 2502.15618) for the prompt: few of its rows run ahead, and decide which channels all others use.
+"""Probe Pruning (arXiv 2502.15618) for the prompt: a few of its tokens run first and decide the channels of the others.
 
-As in the paper: the probe are the rows of largest norm in the residual stream; they run through gate and up; their mean
-squares are fused with those of a calibration text, each weighed by its own size; a channel's score is the root of the
-sum of squares of what it can give, which is POP's. Not as in the paper: heads are left alone (as by every method here
-that is compared at equal channels); the calibration does not go on after it, and has one mean per channel, not one per
-position; ratios are equal in all layers; steps keep the prompt's mask, where the paper probes at every batch.
+As in the paper: the probe is the tokens of largest norm in the residual stream; they run through gate and up; their
+mean squares are fused with those of a calibration text, each weighted by its own size; the score of a channel is POP's.
+Differences from the paper: heads are not pruned (as in every method here that is compared at equal channels); the
+calibration is not updated, and has one mean per channel, not one per position; ratios are equal in all layers; steps
+keep the prompt's mask, while the paper probes every batch.
 
-B batch, T rows, H hidden size, I FFN channels.
+B batch, T tokens, H hidden size, I FFN channels.
 """
 
 import math
@@ -26,13 +26,16 @@ from popengine.studies.request import Request
 from popengine.studies.resolve import StudyPruning
 from weights.errors import InputError
 
-# Of a prompt's rows, as the probe.
+# Share of a prompt's tokens in the probe.
 PROBED = 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class Probed(POP):
-    """history: mean squares of every network's channels over a calibration text, float32 [I]. Compared by identity."""
+    """The rule of Probe Pruning. Compared by identity.
+
+    history  mean squares of every network's channels over a calibration text, float32 [I]
+    """
 
     history: Mapping[nn.Module, Tensor] = field(default_factory=dict)
 
@@ -57,10 +60,10 @@ class Probed(POP):
 
 
 class ProbedFFN(FrozenFFN):
-    """A network whose prompt runs on the channels that its probe has chosen."""
+    """A network whose prompt runs on the channels that its probe chose."""
 
     def probe(self, x: Tensor, clock: Clock | None) -> None:
-        """Partition by what some rows show. x [n, H]"""
+        """Partition by the activations of the probe. x [n, H]"""
         with phase(clock, "scores"):
             self.evidence.add(self.ffn.activation(x[None]), None, len(x))
         self.repartition(clock)
@@ -70,7 +73,7 @@ class ProbedFFN(FrozenFFN):
 
 
 class ProbedBlock(FeedForwardBlock):
-    """Rows of largest norm in the residual stream run ahead through the network (arXiv 2502.15618)."""
+    """A block in which the tokens of largest norm in the residual stream run first (arXiv 2502.15618)."""
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
         normed = self.layer.before_mlp(x)                                           # [B, T, H]
@@ -80,7 +83,7 @@ class ProbedBlock(FeedForwardBlock):
 
 
 def probe_rows(x: Tensor, counted: Tensor | None) -> Tensor:
-    """The rows of largest norm. x [B, T, H]; counted bool [B, T], None: all -> int64 [n], of B T"""
+    """Choose the tokens of largest norm. x [B, T, H]; counted bool [B, T], None: all -> int64 [n], among B T"""
     norms = x.float().norm(dim=-1)                                                  # [B, T]
     if counted is not None:
         norms = norms.masked_fill(~counted, -1)
@@ -89,7 +92,7 @@ def probe_rows(x: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def probe_pruning(request: Request) -> StudyPruning:
-    """A probe of the prompt, fused with calibration, fixes the channels of prompt and steps (arXiv 2502.15618)."""
+    """Choose the channels of prompt and steps by a probe, fused with calibration (arXiv 2502.15618)."""
     calibration = request.calibrated("probe-pruning")
     if any(isinstance(layer.mlp, MixtureOfExperts) for layer in request.model.model.layers):
         raise InputError("method probe-pruning probes networks that every token passes, and this model has experts")

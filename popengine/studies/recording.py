@@ -1,6 +1,6 @@
-"""Recording: wrappers around what runs in place of a network, which run the same code and tell what it computed.
+"""Recording: wrappers around what runs in place of a network, which run the same code and report what it computed.
 
-B batch, T rows, H hidden size, I FFN channels, C candidates.
+B batch, T tokens, H hidden size, I FFN channels, C candidates.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from models.pruning.resolve import Pruning
 from models.state import DecodeState
 
 AnyPruning = TypeVar("AnyPruning", bound=Pruning)
-# Told of every step: the network, its partition, and which candidates each row kept, bool [..., C].
+# Called after every step with the network, its partition, and the candidates that each token kept, bool [..., C].
 Picks = Callable[[FeedForward, ChannelPartition, Tensor], None]
 
 
@@ -38,7 +38,7 @@ class RecordedPartition(ChannelPartition):
 
 
 class RecordedFFN:
-    """Runs another object's prefill and decode, and tells the picks of every step."""
+    """Runs another object's prefill and decode, and reports the picks of every step."""
 
     def __init__(self, inner: PrunedFFN, told: Picks) -> None:
         self.inner, self.told = inner, told
@@ -56,7 +56,7 @@ class RecordedFFN:
 
 
 class RecordedRule:
-    """A rule whose networks are recorded; everything else is the rule's own."""
+    """Wraps a rule and records its networks; everything else is the rule's own."""
 
     def __init__(self, rule: POP, told: Picks) -> None:
         self.rule, self.told = rule, told
@@ -69,12 +69,12 @@ class RecordedRule:
 
 
 def recorded(pruning: AnyPruning, told: Picks) -> AnyPruning:
-    """The same pruning, whose steps are told."""
+    """Return the pruning with recorded steps. told: called with the picks of every step"""
     return replace(pruning, rule=RecordedRule(pruning.rule, told))  # type: ignore[arg-type]
 
 
 class WatchedFFN(DenseFFN):
-    """The dense network, which tells what a prompt computes: h and its two factors, [B, T, I] each."""
+    """The dense network, which reports h and its two factors for a prompt, [B, T, I] each."""
 
     def __init__(self, ffn: FeedForward, watch: "Watch") -> None:
         super().__init__(ffn)
@@ -84,14 +84,14 @@ class WatchedFFN(DenseFFN):
         return self.run(x, None)
 
     def run(self, x: Tensor, of: Tensor | None) -> Tensor:
-        """x [B, T, H] -> [B, T, H]. of int64 [T], which rows of the batch an expert is given; None: all"""
+        """Run and report. x [B, T, H] -> [B, T, H]; of int64 [T]: batch indices of an expert's tokens, None: all"""
         gate, up = self.ffn.act(self.ffn.gate_proj(x)), self.ffn.up_proj(x)             # [B, T, I]
         self.watch.network(self.ffn, gate * up, gate, up, of)
         return self.ffn.down_proj(gate * up)
 
 
 class WatchedExperts(PartitionedExperts):
-    """A dense mixture of experts, which tells its input and what each of its experts computes."""
+    """A dense mixture of experts, which reports its input and what each of its experts computes."""
 
     def __init__(self, mixture: MixtureOfExperts, rule: POP, watch: "Watch") -> None:
         super().__init__(mixture, rule)
@@ -110,7 +110,7 @@ class WatchedExperts(PartitionedExperts):
 
 
 class WatchedAttention(CachedAttention):
-    """The dense attention, which tells the input of o_proj, [B, T, N D]."""
+    """The dense attention, which reports the input of o_proj, [B, T, N D]."""
 
     def __init__(self, inner: CachedAttention, watch: "Watch") -> None:
         super().__init__(inner.attention)
@@ -125,20 +125,20 @@ class WatchedAttention(CachedAttention):
 
 
 class Watch:
-    """What a dense prompt is told to. A study overrides what it wants to know."""
+    """Callbacks of a dense prompt. A study overrides those it needs."""
 
     def network(self, ffn: FeedForward, h: Tensor, gate: Tensor, up: Tensor, rows: Tensor | None) -> None:
-        """h and its factors [B, T, I]; rows int64 [T], which rows of the batch an expert is given, None: all"""
+        """Receive h and its factors [B, T, I]; rows int64 [T]: batch indices of an expert's tokens, None: all"""
 
     def mixture(self, mixture: MixtureOfExperts, x: Tensor) -> None:
-        """x [B, T, H], the input of a mixture of experts"""
+        """Receive the input of a mixture of experts, x [B, T, H]"""
 
     def heads(self, attention: Any, a: Tensor) -> None:
-        """a [B, T, N D], the input of o_proj"""
+        """Receive the input of o_proj, a [B, T, N D]"""
 
 
 def watched(state: DecodeState, watch: Watch) -> DecodeState:
-    """A state of the dense model whose prompts are told."""
+    """Replace the networks and attentions of a dense state by watched ones, and return the state."""
     for layer in state.layers:
         ffn = layer.ffn
         if isinstance(ffn, PartitionedExperts):

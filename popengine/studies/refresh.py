@@ -1,4 +1,4 @@
-"""Evidence that goes on after the prompt: dense steps now and then, which may partition the channels again."""
+"""Evidence after the prompt: regular dense steps, which may partition the channels again."""
 
 from models.pruning.refresh import RefreshSchedule
 
@@ -6,7 +6,7 @@ from models.pruning.refresh import RefreshSchedule
 class RegularRefresh(RefreshSchedule):
     """One step in `dense_every` runs dense; the first dense step after `redraw_every` steps partitions again.
 
-    redraws  how many steps partitioned the channels again
+    redraws  number of steps that partitioned the channels again
     """
 
     def __init__(self, least: int, live: int, dense_every: int, redraw_every: int | None) -> None:

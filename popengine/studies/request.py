@@ -1,4 +1,4 @@
-"""What a method works from, and the ways to a Pruning that methods share.
+"""The input of a pruning method, and the functions by which methods build a Pruning.
 
 I FFN channels, H hidden size.
 """
@@ -27,11 +27,11 @@ from weights.errors import InputError
 
 @dataclass(frozen=True)
 class Request:
-    """What a method works from.
+    """The input of a pruning method.
 
-    calibration  None when none was given
-    seed         for methods that draw numbers
-    resolve      of the engine, which makes a prior where one is asked for; None: settings ask for none
+    calibration  None if none was given
+    seed         for methods that draw random numbers
+    resolve      the engine's, which makes a prior if the settings ask for one; None: they ask for none
     """
 
     model: LlamaForCausalLM
@@ -47,7 +47,7 @@ class Request:
         return {name: ffn for name, ffn in feed_forward_networks(self.model).items() if layer_of(name) not in gone}
 
     def pruning(self, **changes: Any) -> StudyPruning:
-        """What was asked for, with some settings changed, for this model."""
+        """Resolve the settings for this model, with some of them changed."""
         settings = replace(self.settings, **changes)
         return resolve_study(settings, layer_weights(self.model)) if self.resolve is None else self.resolve(settings)
 
@@ -57,39 +57,40 @@ class Request:
         return self.pruning().ffn_ratio
 
     def calibrated(self, method: str) -> Calibration:
+        """Return the calibration. Raises InputError if none was given."""
         if self.calibration is None:
             raise InputError(f"method {method} is calibrated on a text: give --calibration-text or --calibration")
         return self.calibration
 
     def layer_budget(self, method: str) -> float:
-        """What a method that leaves out layers may take, as a share of all layers' parameters."""
+        """Return the share of all layers' parameters that a method may leave out. InputError if leave_out is set."""
         if self.settings.leave_out:
             raise InputError(f"method {method} chooses what is left out: give no --leave-out")
         return self.asked_ratio * self.settings.layer_share
 
     @property
     def parts(self) -> int:
-        """Equal stretches of a network's channels that are cut alike, each by itself: ranks, or groups of one."""
+        """Number of equal groups of a network's channels that are partitioned independently: ranks times groups."""
         return self.model.config.ranks.count * self.settings.groups
 
     def channels(self, of: Tensor) -> int:
-        """Of a whole network, given what this rank knows of its own channels. of [I of this rank]"""
+        """Return the channels of a whole network. of [I of this rank]: any values per channel"""
         return self.model.config.ranks.count * len(of)
 
     def count_kept(self, of: Tensor) -> int:
-        """How many channels of a whole network the ratio keeps. of [I of this rank]"""
+        """Return the number of channels of a whole network that the ratio keeps. of [I of this rank]"""
         of_part = channels_of_group(self.channels(of), self.parts)
         return self.parts * partition_sizes(of_part, self.ffn_ratio, 0.0).retained
 
     @property
     def asked_ratio(self) -> float:
-        """The headline ratio that the settings ask for, be it more than the channels hold."""
+        """The headline ratio that the settings ask for, even if it is more than the channels hold."""
         if self.settings.ffn_ratio is not None:
             return self.pruning().ratio
         return DEFAULT_PRUNE_RATIO if self.settings.prune_ratio is None else self.settings.prune_ratio
 
     def without(self, halves: Sequence[Half]) -> StudyPruning:
-        """These halves left out, and of the channels of the others what the ratio asks for beside them."""
+        """Leave out these halves, and prune channels of the others up to the asked ratio if layer_share is below 1."""
         weights = layer_weights(self.model)
         networks = sum(half.part == MLP for half in halves) / weights.layers
         rest = 0.0
@@ -107,9 +108,9 @@ class Request:
     def keep(
         self, scores: dict[str, Tensor], kept: dict[str, int], biases: dict[str, Tensor] | None = None
     ) -> StudyPruning:
-        """Keep `kept` channels of each whole network, of each part as many. scores, biases [I] by name
+        """Keep `kept` channels of each whole network, the same number in each part. scores, biases [I] by name
 
-        biases  what stands for the channels that go, in the place of nothing: FLAP's means
+        biases  constants that replace removed channels (FLAP's means); None: zeros
         """
         if self.settings.head_ratio > 0:
             raise InputError("static methods prune no heads: leave the head ratio at 0")

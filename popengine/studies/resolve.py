@@ -1,4 +1,4 @@
-"""Settings of studies made concrete for one model: Pruning with every rule, and with fewer tokens of pictures."""
+"""Settings of studies resolved for one model: Pruning with every rule, and with fewer tokens of pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,11 +24,11 @@ from weights.errors import InputError
 
 @dataclass(frozen=True)
 class StudyPruning(Pruning):
-    """Pruning with every rule, and with what the studies change in a run.
+    """Pruning with every rule and with the studies' changes of a run.
 
     left_out   halves of layers that neither prompts nor steps run
-    forgets    a control: no row attends to what a prompt has left in the layers it skips
-    why_dense  why the recommended pruning gave way to the dense model; "" where it did not
+    forgets    a control: no token attends to the prompt's keys and values in layers that the prompt skipped
+    why_dense  reason for replacing the recommended pruning by the dense model; "": not replaced
     """
 
     settings: PruningSettings
@@ -50,7 +50,7 @@ class StudyPruning(Pruning):
         return RegularRefresh(self.settings.min_evidence, batch, every, self.settings.redraw_every)
 
     def with_prior(self, prior: Prior | None) -> "StudyPruning":
-        """The same with evidence before any token."""
+        """Return this pruning with a prior; unchanged if it is None."""
         return self if prior is None else replace(self, rule=replace(self.rule, prior=prior))  # type: ignore[call-arg]
 
     @property
@@ -66,7 +66,7 @@ class StudyPruning(Pruning):
         return AttentionPattern(window, DroppedTokens) if self.is_thin(layer) else AttentionPattern(window)
 
     def dropped_rows(self, spans: Sequence[ImageSpan], lengths: Sequence[int]) -> int:
-        """Compute how many rows shorter the longest prompt gets, given all pictures and lengths of prompts."""
+        """Compute by how many tokens the longest prompt shrinks, given all pictures and lengths of prompts."""
         left = list(lengths)
         for span in spans:
             left[span.sequence] -= span.length - self.visual_tokens(span.length)
@@ -74,17 +74,17 @@ class StudyPruning(Pruning):
 
     @property
     def thin_from(self) -> int | None:
-        """The first layer whose prompts are without the rows of pictures that are left out; None: none are."""
+        """The first layer without the dropped picture tokens; None: none are dropped."""
         settings = self.settings
         by_layer = settings.visual_tokens_layer if settings.visual_tokens_by == "attention" else 0
         return None if settings.visual_tokens == "all" else by_layer
 
     def is_thin(self, layer: int) -> bool:
-        """Whether its prompts are without them."""
+        """Return True if a layer runs without the dropped picture tokens."""
         return self.thin_from is not None and layer >= self.thin_from
 
     def visual_tokens(self, of_picture: int) -> int:
-        """How many of a picture's tokens stay. Raises InputError where none would."""
+        """Return how many of a picture's tokens are kept. Raises InputError if none would be."""
         wanted = self.settings.visual_tokens
         if wanted == "all":
             return of_picture
@@ -94,13 +94,13 @@ class StudyPruning(Pruning):
         return min(kept, of_picture)
 
     def uncounted(self, stretches: Sequence[ImageSpan]) -> int:
-        """Rows of these pictures that are left out and would count as evidence."""
+        """Count the dropped tokens of these pictures that would count as evidence."""
         lengths = [one.length for one in stretches] if self.settings.scored_tokens == "all" else []
         return sum(length - self.visual_tokens(length) for length in lengths)
 
 
 def resolve_study(settings: PruningSettings, layer: LayerWeights) -> StudyPruning:
-    """As `resolve`, with the settings of every study. Raises InputError as that does."""
+    """Resolve settings with those of every study. Raises InputError as `resolve` does, and for unfit study settings."""
     found = resolve(settings, layer)
     check_retained_share(settings, found.ffn_ratio)
     left_out = check_halves(read_halves(str(settings.leave_out)), layer.layers)
@@ -118,13 +118,13 @@ def resolve_study(settings: PruningSettings, layer: LayerWeights) -> StudyPrunin
 
 
 def share_of_halves(halves: Sequence[Half], layer: LayerWeights) -> float:
-    """What these hold of the parameters of all layers, which count as if they were alike."""
+    """Compute the share of all layers' parameters in these halves; layers count as equal."""
     weights = sum(layer.ffn if half.part == MLP else layer.attention for half in halves)
     return weights / (layer.layers * (layer.attention + layer.ffn))
 
 
 def check_retained_share(settings: PruningSettings, ffn_ratio: float) -> None:
-    """Raises InputError for a share that leaves nothing to pick, or fewer candidates than are to be picked."""
+    """Raise InputError for a share that leaves nothing to pick, or fewer candidates than picks."""
     if settings.retained_share is None or ffn_ratio == 0:
         return
     picked = 1 - ffn_ratio - settings.retained_share
@@ -141,7 +141,7 @@ def check_retained_share(settings: PruningSettings, ffn_ratio: float) -> None:
 
 
 def check_visual_tokens(settings: PruningSettings, left_out: Sequence[Half], layers: int) -> None:
-    """Raises InputError for a layer after which there is none, or that attends to nothing."""
+    """Raise InputError for a layer that is the last, or whose attention is left out."""
     after = settings.visual_tokens_layer
     if settings.visual_tokens == "all" or settings.visual_tokens_by != "attention":
         return

@@ -3,7 +3,7 @@
 A new rule is a class here, with what it runs in place of a network (see models/pruning/pop.py), its name in RULES, and
 its name in RULE_NAMES of popengine/studies/settings.py.
 
-B batch, T rows, H hidden size, I FFN channels, R retained, C candidate and A = R + C active channels, K picked.
+B batch, T tokens, H hidden size, I FFN channels, R retained, C candidate and A = R + C active channels, K picked.
 """
 
 from collections.abc import Mapping
@@ -29,17 +29,17 @@ from popengine.studies.evidence import Prior, PriorEvidence
 
 @dataclass(frozen=True)
 class StudyRule(POP):
-    """POP with evidence before the prompt, and with a retained share that stands by itself.
+    """POP with a prior, and with a retained share that does not depend on the width.
 
     prior           evidence before any token, or None
-    retained_share  share of the channels that always run; None: what the candidates leave (the paper)
+    retained_share  share of the channels that always run; None: the paper's sizes
     """
 
     prior: Prior | None = None
     retained_share: float | None = None
 
     def new_evidence(self, network: nn.Module, channels: int, device: torch.device, part: str = "h") -> Evidence:
-        """As POP's. part: "h", "gate" or "up", what the evidence is of"""
+        """Create evidence that starts from the prior, if there is one. part: "h", "gate" or "up" of the network"""
         if self.prior is None or (network, part) not in self.prior.of:
             return Evidence(channels, device)
         return PriorEvidence(self.prior.of[network, part] * self.prior.tokens, self.prior.tokens, device)
@@ -51,10 +51,10 @@ class StudyRule(POP):
 
 
 def retained_sizes(channels: int, ratio: float, share: float, width: float = 1.0) -> PartitionSizes:
-    """Sizes where the retained share stands by itself, so that picks need not be half of the candidates.
+    """Compute sizes for a given retained share, so that picks need not be half of the candidates.
 
-    share  of all channels that always run; 0 is the all-channel variant (POP, Table 6): each step keeps the best
-    width  candidates as a share of all channels, at most all that is not retained
+    share  share of all channels that always run; 0 is the all-channel variant (POP, Table 6)
+    width  candidates as a share of all channels, at most all channels that are not retained
     """
     active = round((1 - ratio) * channels)
     retained = min(round(share * channels), active)
@@ -64,9 +64,9 @@ def retained_sizes(channels: int, ratio: float, share: float, width: float = 1.0
 
 
 class AllChannels(StudyRule):
-    """The quality ceiling (POP, Table 6): every step chooses among all channels, and saves nothing but down_proj.
+    """The quality ceiling (POP, Table 6): every step chooses among all channels, and saves only in down_proj.
 
-    |h_i| times the norm of down_proj's column i: WINA (arXiv 2505.19427) does so with what feeds down_proj. With a
+    Scored by |h_i| times the norm of down_proj's column i, as WINA (arXiv 2505.19427) does for down_proj. With a
     retained share the best channels by evidence always run, and a step chooses among all others.
     """
 
@@ -77,7 +77,7 @@ class AllChannels(StudyRule):
 
 
 class TEAL(AllChannels):
-    """|h| alone, the input of down_proj (arXiv 2408.14690); gate and up are computed in full, as POP does."""
+    """Scored by |h| alone, the input of down_proj (arXiv 2408.14690); gate and up are computed in full, as in POP."""
 
     def new_ffn(self, ffn: FeedForward, weights: ActiveWeights | None = None) -> PrunedFFN:
         if not self.sizes(ffn).decides:
@@ -86,7 +86,7 @@ class TEAL(AllChannels):
 
 
 class UnweightedFFN(PartitionedFFN):
-    """Candidates are scored by |h| alone."""
+    """A network whose candidates are scored by |h| alone."""
 
     def __init__(self, ffn: FeedForward, rule: POP, weights: ActiveWeights) -> None:
         super().__init__(ffn, rule, weights)
@@ -98,18 +98,18 @@ class UnweightedFFN(PartitionedFFN):
 
 
 class Chooser(PartitionedFFN):
-    """A step that scores the candidates before it has all of h, so that only rows of the kept channels are read.
+    """A network whose steps score candidates before computing all of h, so that they read only rows of kept channels.
 
-    Where that reads less (one row, weights stored by rows), `decode_chosen` is the step; else every active row is read
-    and the same candidates are kept. Subclasses give `look`, the factor by which candidates are scored.
+    If this reads less (one token, weights stored by rows), `decode_chosen` runs the step. Otherwise the step reads
+    every active row and keeps the same candidates. Subclasses define `look`, the values that candidates are scored by.
     """
 
     def look(self, x: Tensor) -> Tensor:
-        """What the step scores candidates by. x [B, T, H] -> [B, T, A]"""
+        """Compute the values that the step scores candidates by. x [B, T, H] -> [B, T, A]"""
         raise NotImplementedError
 
     def decode_chosen(self, x: Tensor, step: DecodePass) -> Tensor:
-        """The step that reads rows of the kept channels alone. x [1, 1, H] -> [1, 1, H]"""
+        """Run a step that reads rows of the kept channels alone. x [1, 1, H] -> [1, 1, H]"""
         raise NotImplementedError
 
     def decode(self, x: Tensor, step: DecodePass) -> Tensor:
@@ -119,23 +119,23 @@ class Chooser(PartitionedFFN):
         return self.down.multiply_kept(h, self.kept(self.look(x), step), self.sizes.computed)
 
     def kept(self, look: Tensor, step: DecodePass) -> Tensor:
-        """The active channels that a step keeps. look [B, T, A] -> bool [A] or [B, T, A]"""
+        """Choose the active channels that a step keeps. look [B, T, A] -> bool [A] or [B, T, A]"""
         keep = self.partition.pick(step.scores(look[..., self.sizes.retained :], self.candidate_norms))
         return torch.nn.functional.pad(keep, (self.sizes.retained, 0), value=True)
 
     def kept_places(self, look: Tensor, step: DecodePass) -> Tensor:
-        """The same of one row, as places among the active channels. look [1, 1, A] -> int64 [R + K]"""
+        """Choose the channels that one token keeps, as indices into the active ones. look [1, 1, A] -> int64 [R + K]"""
         return places(self.kept(look, step).flatten(), self.sizes.computed)
 
     def finish(self, h: Tensor, kept: Tensor) -> Tensor:
-        """down_proj of one row's kept channels. h [1, 1, R + K], kept int64 [R + K] -> [1, 1, H]"""
+        """Apply down_proj to one token's kept channels. h [1, 1, R + K], kept int64 [R + K] -> [1, 1, H]"""
         if self.down.reads_chosen_columns(1):
             return self.down.multiply_columns(h, kept)
         return self.down(h.new_zeros(1, 1, self.sizes.active).index_copy(-1, kept, h))
 
 
 class FactorFFN(Chooser):
-    """Candidates are scored by one factor of h, times the norm and the other factor's root mean square in the prompt.
+    """A network scored by one factor of h, times the norm and the root mean square of the other factor in the prompt.
 
     watched  evidence of the other factor
     """
@@ -167,7 +167,7 @@ class FactorFFN(Chooser):
 
 
 class UpFFN(FactorFFN):
-    """Scored by |up|."""
+    """A network scored by |up|."""
 
     def look(self, x: Tensor) -> Tensor:
         return self.up(x)
@@ -179,7 +179,7 @@ class UpFFN(FactorFFN):
 
 
 class GateFFN(FactorFFN):
-    """Scored by |act(gate)|."""
+    """A network scored by |act(gate)|."""
 
     other = "up"
 
@@ -193,7 +193,7 @@ class GateFFN(FactorFFN):
 
 
 class CATSFFN(GateFFN):
-    """Scored by |act(gate)| alone."""
+    """A network scored by |act(gate)| alone, without norms."""
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
         return PartitionedFFN.prefill(self, x, rows)
@@ -204,7 +204,7 @@ class CATSFFN(GateFFN):
 
 
 class DraftFFN(Chooser):
-    """Scored by h of int4 copies of gate_proj and up_proj, of which a step reads every row."""
+    """A network scored by h of int4 copies of gate_proj and up_proj, of which a step reads every row."""
 
     def __init__(self, ffn: FeedForward, rule: POP, weights: ActiveWeights) -> None:
         super().__init__(ffn, rule, weights)
@@ -225,13 +225,13 @@ class DraftFFN(Chooser):
 
 
 def drafts_of(ffn: FeedForward) -> tuple[Matrix, Matrix]:
-    """int4 copies of gate_proj and up_proj, made at first use."""
+    """Return int4 copies of gate_proj and up_proj, made at first use."""
     made: tuple[Matrix, Matrix] = ffn.once("drafts", lambda: (draft_of(ffn.gate_proj), draft_of(ffn.up_proj)))
     return made
 
 
 class ChooseFirst(AllChannels):
-    """A rule whose steps score candidates before they read the weights of what is kept."""
+    """A rule whose steps score candidates before they read the weights of the kept channels."""
 
     in_place: type[Chooser]
 
@@ -241,7 +241,7 @@ class ChooseFirst(AllChannels):
         return self.in_place(ffn, self, weights or self.new_weights(ffn))
 
     def copying_saves(self, ffn: FeedForward) -> bool:
-        return True                     # rows are chosen from what is stored by rows
+        return True                     # chosen rows need weights stored by rows
 
     def step_bytes(self, ffn: FeedForward, rows: int) -> int:
         sizes = self.sizes(ffn)
@@ -255,32 +255,32 @@ class ChooseFirst(AllChannels):
         return factors + ffn.down_proj.read_bytes(columns=None if whole else columns)
 
     def rows_read(self, sizes: PartitionSizes) -> tuple[int, int]:
-        """How many rows of the factor that scores and of the other a step reads."""
+        """Return how many rows a step reads of the factor that scores, and of the other factor."""
         return sizes.active, sizes.computed
 
 
 class Up(ChooseFirst):
-    """|up| alone, times the usual act(gate), so that only the kept rows of gate are read."""
+    """Scored by |up| times the prompt's root mean square of act(gate); a step reads only the kept rows of gate."""
 
     in_place = UpFFN
 
 
 class Gate(ChooseFirst):
-    """|act(gate)| times the usual up, so that only the kept rows of up are read."""
+    """Scored by |act(gate)| times the prompt's root mean square of up; a step reads only the kept rows of up."""
 
     in_place = GateFFN
 
 
 class CATS(ChooseFirst):
-    """|act(gate)| alone (arXiv 2404.08763), with the best of each step in place of a threshold."""
+    """Scored by |act(gate)| alone (arXiv 2404.08763), with the best channels of each step instead of a threshold."""
 
     in_place = CATSFFN
 
 
 class Draft(ChooseFirst):
-    """The full score from int4 copies of gate_proj and up_proj; of the weights only what is kept is read.
+    """Scored in full from int4 copies of gate_proj and up_proj; a step reads only the kept rows of the weights.
 
-    Ours; docs/results.md has what it costs.
+    Our own rule; docs/results.md has its cost.
     """
 
     in_place = DraftFFN
@@ -294,10 +294,10 @@ class Draft(ChooseFirst):
 
 
 class GLASS(StudyRule):
-    """Ranks of the prompt's scores and of the prior's, half and half, partition the channels (arXiv 2508.14302).
+    """Partitions channels by the mean of two ranks: the prompt's scores and the prior's (arXiv 2508.14302).
 
-    However many tokens a prior counts for, its half is a half: it is kept out of the sums. Heads have no second ranking
-    and follow the prompt alone.
+    The prior is kept out of the sums and always weighs one half, whatever its number of tokens. Heads are ranked by
+    the prompt alone.
     """
 
     def new_evidence(self, network: nn.Module, channels: int, device: torch.device, part: str = "h") -> Evidence:
@@ -305,7 +305,7 @@ class GLASS(StudyRule):
 
     def scores(self, ffn: FeedForward, evidence: Evidence) -> Tensor:
         usual = None if self.prior is None else self.prior.of.get((ffn, "h"))
-        if usual is None:               # an expert that the model's own text never reached
+        if usual is None:               # an expert that the sampled text never reached
             return super().scores(ffn, evidence)
         ranks = rank_by_score(usual.sqrt() * ffn.down_norms(), self.groups)         # [I]
         if evidence.tokens >= self.min_tokens:
@@ -314,7 +314,7 @@ class GLASS(StudyRule):
 
 
 def rank_by_score(scores: Tensor, groups: int = 1) -> Tensor:
-    """Rank of each channel in its group by falling score, from 0 (ties: lower channel first). [I] -> int64 [I]"""
+    """Rank each channel in its group by falling score, from 0 (ties: lower channel first). [I] -> int64 [I]"""
     return scores.view(groups, -1).sort(descending=True, stable=True).indices.argsort().flatten()
 
 
@@ -330,7 +330,7 @@ class StaticChannels:
 
 
 class StaticFFN(PartitionedFFN):
-    """Channels that no prompt changes."""
+    """A network with a fixed partition, which no prompt changes."""
 
     def __init__(self, ffn: FeedForward, rule: POP, weights: ActiveWeights, chosen: StaticChannels) -> None:
         super().__init__(ffn, rule, weights)

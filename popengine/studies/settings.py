@@ -1,7 +1,7 @@
 """Settings of the studies beside the two papers' methods: one small class per study, joined in PruningSettings.
 
 A study's own settings are fields of its class here; everything else derives from them (see models/pruning/settings.py).
-Nothing here imports PyTorch: a wrong flag should not wait for it.
+Nothing here imports PyTorch: a wrong flag is reported without waiting for it.
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from models.pruning.settings import POPSettings, exact_share, setting, share
 from popengine.studies.left_out import read_halves
 from weights.errors import InputError
 
-# Of popengine/studies/rules.py, which imports PyTorch and therefore is not asked here.
+# Names of popengine/studies/rules.py, which is not imported here because it imports PyTorch.
 RULE_NAMES = ("pop", "all-channels", "up", "gate", "cats", "teal", "glass", "draft")
-# Those whose candidates are as many as the width says; under the others all that is not retained is a candidate.
+# Rules with candidates by the width; under the others every channel that is not retained is a candidate.
 WIDTH_RULES = ("pop", "glass")
 # Methods that leave out layers or halves of them.
 LAYER_METHODS = ("shortgpt", "finercut")
@@ -22,7 +22,7 @@ LAYER_METHODS = ("shortgpt", "finercut")
 
 @dataclass(frozen=True)
 class RuleSettings:
-    """How channels are scored and partitioned (popengine/studies/rules.py).
+    """Settings of how channels are scored and partitioned (popengine/studies/rules.py).
 
     rule            name of the rule
     retained_share  share of the FFN channels that always run. All other channels are candidates then (under rules pop
@@ -48,14 +48,14 @@ class RuleSettings:
 
 @dataclass(frozen=True)
 class EvidenceSettings:
-    """Which tokens count in the scores, and when channels are partitioned again.
+    """Settings of which tokens count in the scores, and when channels are partitioned again.
 
-    prior           tokens that the model's own sampled text counts for (popengine/engine/prior.py)
-    dense_every     one decode step in so many runs dense and adds to the scores; None: no step does
-    redraw_every    the first dense step after so many steps partitions the channels again; None: no step does
+    prior           number of tokens that the model's own sampled text counts as (popengine/engine/prior.py)
+    dense_every     one decode step in this many runs dense and adds to the scores; None: no step does
+    redraw_every    the first dense step after this many steps partitions the channels again; None: no step does
     scored_tokens   prompt tokens that count in the scores: "all", or "text" without the image tokens
-    min_tokens      an expert that fewer prompt tokens were routed to counts as unseen
-    unseen_experts  what happens to unseen experts: "weights" scores their channels by the prior, or by their weights
+    min_tokens      an expert with fewer prompt tokens counts as unseen
+    unseen_experts  treatment of unseen experts: "weights" scores their channels by the prior, or by their weights
                     alone, so that the budget still holds; "dense" leaves them whole
     """
 
@@ -74,7 +74,7 @@ class EvidenceSettings:
     scored_tokens: str = setting("all", "count image tokens in the scores, or only text", str, choices=("all", "text"))
     min_tokens: int = setting(1, "prompt tokens below which an expert counts as not reached", int, metavar="N", least=1)
     unseen_experts: str = setting(
-        "weights", "experts that no prompt token reached: cut by their weights alone, or leave them whole", str,
+        "weights", "experts that no prompt token reached: prune by weights alone, or leave them whole", str,
         choices=("weights", "dense"), column="unseen experts", matters="to experts",
     )
 
@@ -83,8 +83,8 @@ class EvidenceSettings:
 class LayerSettings:
     """Layers, or halves of layers, that neither prompts nor steps run (popengine/studies/left_out.py).
 
-    leave_out    "20-22+25.attention+26.mlp". The prune ratio is a share of what is left
-    layer_share  share of the prune ratio that methods which leave out layers take; channels take the rest by the rule
+    leave_out    "20-22+25.attention+26.mlp". The prune ratio is a share of the rest
+    layer_share  share of the prune ratio that methods which leave out layers use; the rule prunes channels for the rest
     """
 
     leave_out: str = setting(
@@ -92,7 +92,7 @@ class LayerSettings:
         metavar="LAYERS", column="left out",
     )
     layer_share: float = setting(
-        1.0, "methods shortgpt and finercut: what of the prune ratio layers give, channels give the rest (default: 1)",
+        1.0, "methods shortgpt and finercut: share of the prune ratio taken from layers, not channels (default: 1)",
         float, metavar="SHARE", least=0, most=1, column="of layers", matters="to layers",
     )
 
@@ -101,10 +101,10 @@ class LayerSettings:
 class VisualTokenSettings:
     """Tokens of pictures that a prompt drops (popengine/studies/visual_tokens.py).
 
-    visual_tokens        how many of a picture's tokens stay: a share below 1, a number, or "all"
-    visual_tokens_by     which stay: by the last prompt token's "attention" after the layer visual_tokens_layer, or by
-                         "diversity" before the first layer
-    visual_tokens_layer  by attention, all tokens stay up to this layer
+    visual_tokens        tokens of each picture that are kept: a share below 1, a number, or "all"
+    visual_tokens_by     criterion for keeping them: "attention" of the last prompt token, after the layer
+                         visual_tokens_layer, or "diversity", before the first layer
+    visual_tokens_layer  by attention, all tokens are kept up to this layer
     """
 
     visual_tokens: float | str = setting(
@@ -112,11 +112,11 @@ class VisualTokenSettings:
         metavar="SHARE|N|all", least=0, column="visual tokens", matters="to pictures",
     )
     visual_tokens_by: str = setting(
-        "attention", "those attended to most (FastV), or those furthest from each other", str,
+        "attention", "keep tokens attended to most (FastV), or tokens furthest from each other", str,
         choices=("attention", "diversity"), column="chosen by", matters="to thinning",
     )
     visual_tokens_layer: int = setting(
-        2, "by attention: all of them stay up to this layer (default: 2)", int, metavar="K", least=1,
+        2, "by attention: all tokens are kept up to this layer (default: 2)", int, metavar="K", least=1,
         column="after layer", matters="to thinning",
     )
 

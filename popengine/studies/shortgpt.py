@@ -1,8 +1,8 @@
-"""ShortGPT (arXiv 2403.03853): whole layers are left out of prompts and steps, those that change the stream least.
+"""ShortGPT (arXiv 2403.03853): prompts and steps leave out the layers that change the residual stream least.
 
-Block influence of a layer: 1 - E[cosine of what goes in and what comes out], over the tokens of a calibration text.
-As in the paper, but for the accounting: it removes a number of layers; here they are as many as come nearest to the
-ratio, and with a layer share below 1 channels that the rule cuts give the rest.
+Block influence of a layer: 1 - E[cosine of its input and output], over the tokens of a calibration text. The only
+difference from the paper is the number of layers: here it is the number nearest to the ratio, and with a layer share
+below 1 the rule prunes channels for the rest.
 """
 
 from models.pruning.settings import SUBLAYERS
@@ -13,7 +13,7 @@ from weights.errors import InputError
 
 
 def shortgpt(request: Request) -> StudyPruning:
-    """The layers of lowest block influence are left out (arXiv 2403.03853)."""
+    """Leave out the layers of lowest block influence (arXiv 2403.03853)."""
     influence = request.calibrated("shortgpt").influence                            # [L]
     budget, layers = request.layer_budget("shortgpt"), len(influence)
     count = round(budget * layers)

@@ -1,6 +1,6 @@
 """A control of Prefill-Only Pruning (arXiv 2602.03295, Table 4): skipped layers keep nothing of the prompt.
 
-B batch, T rows, S cache slots.
+B batch, T tokens, S cache slots.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from models.walks import RunningState
 
 
 class ForgottenPrompt(SlotMap):
-    """The slots of layers in which no row attends to prompt tokens that skipped them."""
+    """The slot map of layers in which no token attends to prompt tokens that skipped them."""
 
     def start(self) -> None:
         torch.arange(len(self.tokens), out=self.tokens)
@@ -22,7 +22,7 @@ class ForgottenPrompt(SlotMap):
 
 @dataclass(frozen=True)
 class ForgetSkipped(PrefillOnly):
-    """Prefill-Only Pruning, after which nothing attends to the prompt in the layers that it skipped."""
+    """Prefill-Only Pruning after which no token attends to the prompt in the skipped layers."""
 
     def split(self, rows: PrefillPass, state: RunningState) -> tuple[PrefillPass, PrefillPass]:
         for pattern, slot_map in state.cache.maps.items():

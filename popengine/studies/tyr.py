@@ -1,10 +1,10 @@
-"""Tyr-the-Pruner (arXiv 2503.09657) in small: a search for the shares of layers, at an equal total, coarse to fine.
+"""A small Tyr-the-Pruner (arXiv 2503.09657): a coarse-to-fine search for the shares of layers, at an equal total.
 
-As in the paper: it starts from equal shares; every generation moves channels from some layers to others, a few at once
-and by steps that get finer; what comes nearest to the dense model's distribution of the next token (KL divergence) is
-the next generation's parent, or the parent itself. In small: steps are of channels alone, which are ranked once, by
-activation times the norm of down_proj's column; the paper prunes heads as well, corrects the weights that stay for what
-has gone (so that it has a model ready for every share), and searches for hours.
+As in the paper: the search starts from equal shares. Every generation moves channels between a few layers, in steps
+that get finer. The child (or the parent) whose next-token distribution is nearest to the dense model's by KL divergence
+is the next parent. Smaller than the paper: only channels move, ranked once by activation times the norm of down_proj's
+column. The paper also prunes heads, corrects the remaining weights (with a model ready for every share), and searches
+for hours.
 
 W windows, T tokens, V vocabulary.
 """
@@ -20,14 +20,14 @@ from popengine.studies.known_text import evaluate
 from popengine.studies.request import Request
 from popengine.studies.resolve import StudyPruning
 
-# Channels that one move takes from a layer and gives to another: one in so many of them, phase by phase.
+# One move takes one in this many channels from a layer and gives them to another; one entry per phase.
 STEPS = (8, 16, 32)
 GENERATIONS, OFFSPRING, MOST_MOVES = 8, 5, 4
 
 
 @torch.inference_mode()
 def tyr(request: Request) -> StudyPruning:
-    """Shares per layer found by a coarse-to-fine evolutionary search at an equal total (arXiv 2503.09657)."""
+    """Find shares per layer by a coarse-to-fine evolutionary search at an equal total (arXiv 2503.09657)."""
     calibration, model, draws = request.calibrated("tyr"), request.model, random.Random(request.seed)
     scores = {
         name: ffn.down_norms() * calibration.moments[name].mean_square.sqrt() if calibration.moments[name].tokens
@@ -58,7 +58,7 @@ def tyr(request: Request) -> StudyPruning:
 
 
 def moved(kept: dict[int, int], channels: dict[int, int], step: int, draws: random.Random) -> dict[int, int]:
-    """A child: channels moved between pairs of layers, one pair more often than four. A layer keeps one at least."""
+    """Move channels between one to four random pairs of layers, most often one. A layer keeps at least one channel."""
     child = dict(kept)
     for _ in range(min(draws.randint(1, MOST_MOVES), draws.randint(1, MOST_MOVES))):
         giver, taker = draws.sample(sorted(child), 2)
@@ -68,7 +68,7 @@ def moved(kept: dict[int, int], channels: dict[int, int], step: int, draws: rand
 
 
 def predictions(model: LlamaForCausalLM, window: Tensor, pruning: StudyPruning) -> Tensor:
-    """Log-probabilities of what follows each token, by the steps that generate. window int64 [T] -> [T - 1, V]"""
+    """Compute log-probabilities of the next tokens with the decode steps. window int64 [T] -> [T - 1, V]"""
     ids = window.to(model.device)
     state = model.new_state(1, len(ids), pruning)
     model.prefill(model.embed(ids[None, :1]), state)

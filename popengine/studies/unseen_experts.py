@@ -1,6 +1,6 @@
-"""Experts that the prompt hardly reached run whole, instead of being pruned by their weights alone.
+"""Experts with few prompt tokens run whole, instead of being pruned by their weights alone.
 
-B batch, T rows, H hidden size.
+B batch, T tokens, H hidden size.
 """
 
 from dataclasses import replace
@@ -41,5 +41,5 @@ class SparingExperts(PartitionedExperts):
         return active
 
     def is_unseen(self, index: int) -> bool:
-        """Whether the prompt has shown too little of an expert to judge its channels."""
+        """Return True if too few prompt tokens reached an expert to score its channels."""
         return self.prompt_tokens[index] < self.rule.min_tokens

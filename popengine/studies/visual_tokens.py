@@ -1,13 +1,14 @@
-"""Visual tokens left out of a prompt: from a layer on they are no rows any more, and have no slots in the cache.
+"""Visual tokens dropped from a prompt: from some layer on they are not computed and have no slots in the cache.
 
-By attention (FastV, arXiv 2403.06764): after layer K those go that the prompt's last token attends to least there, its
-heads together. By diversity, before the first layer: of each picture those features stay that are furthest from each
-other, one after the other (the greedy max-min choice of DivPrune, arXiv 2503.02175). What stays keeps its position.
+By attention (FastV, arXiv 2403.06764): after layer K, drop the tokens that get least attention from the prompt's last
+token in that layer, averaged over heads. By diversity, before the first layer: keep the features of each picture that
+are furthest from each other, chosen one by one (the greedy max-min choice of DivPrune, arXiv 2503.02175). Kept tokens
+keep their positions.
 
-Each picture of a prompt keeps the same share, or number: FastV's authors have one picture to a prompt.
+Each picture of a prompt keeps the same share, or number; FastV's authors have one picture per prompt.
 
-B batch, T rows, R of them that stay, S cache slots, N query heads, K key/value heads, D head size, H hidden size, n
-rows of a picture.
+B batch, T tokens, R kept tokens, S cache slots, N query heads, K key/value heads, D head size, H hidden size, n tokens
+of a picture.
 """
 
 from collections.abc import Sequence
@@ -28,11 +29,11 @@ from models.walks import RunningLayer, RunningState, Walk
 
 
 class DroppedTokens(SlotMap):
-    """The slots of layers that drop tokens of the prompt.
+    """The slot map of layers that drop tokens of the prompt.
 
-    Slots of the tokens that stay follow each other without gaps, and so do those of later tokens.
+    Kept tokens fill consecutive slots, and later tokens follow without a gap.
 
-    tokens   int64 [B, S];  gone  int64 [1], how many tokens were dropped;  missing  the same number for the host
+    tokens   int64 [B, S];  gone  int64 [1], number of dropped tokens;  missing  the same number for the host
     """
 
     def __init__(self, batch: int, capacity: int, dropped: int, device: torch.device) -> None:
@@ -46,7 +47,7 @@ class DroppedTokens(SlotMap):
         self.drop(0, 0)
 
     def drop(self, missing: int, stay: int) -> None:
-        """Record that `missing` tokens are dropped. The first `stay` slots keep their tokens; later ones follow on."""
+        """Drop `missing` tokens. The first `stay` slots keep their tokens; later slots continue consecutively."""
         self.missing = missing
         self.gone.fill_(missing)
         self.tokens[:, stay:] = torch.arange(stay + missing, self.most_tokens, device=self.tokens.device)
@@ -68,7 +69,7 @@ class DroppedTokens(SlotMap):
 
 @dataclass(frozen=True)
 class DropVisualTokens:
-    """A walk that leaves out rows of pictures before the layer `first`, and otherwise is another walk."""
+    """A walk that drops picture tokens before the layer `first`; otherwise it follows another walk."""
 
     walk: Walk
     first: int
@@ -93,9 +94,9 @@ class DropVisualTokens:
 
 
 def attended_by_last(layer: LayerState, x: Tensor, step: PrefillPass, cache: KVCache) -> Tensor:
-    """How much the last row attends to each slot, the mean over its heads, once the layer has run.
+    """Compute the last token's attention to each slot, mean over heads, after the layer has run.
 
-    x [B, T, H], what the layer was given -> float32 [B, S]
+    x [B, T, H], the layer's input -> float32 [B, S]
     """
     block, own, pattern = layer.sublayers[0], layer.attention, layer.cache.pattern
     assert isinstance(block, AttentionBlock)
@@ -112,7 +113,7 @@ def attended_by_last(layer: LayerState, x: Tensor, step: PrefillPass, cache: KVC
 
 
 def most_diverse(features: Tensor, count: int) -> Tensor:
-    """The feature whose nearest is furthest, then each time the one furthest from all that are chosen, by the cosine.
+    """Choose the feature with the furthest nearest neighbour, then always the one furthest from all chosen (by cosine).
 
     features [n, H] -> int64 [count]
     """
@@ -130,7 +131,7 @@ def most_diverse(features: Tensor, count: int) -> Tensor:
 def leave_out(
     pruning: Any, x: Tensor, step: PrefillPass, cache: KVCache, attended: Tensor | None
 ) -> tuple[Tensor, PrefillPass]:
-    """The rows of a prompt that stay, and their pass.
+    """Drop picture tokens of a prompt; return the kept tokens and their pass.
 
     x [B, T, H]; attended [B, S], see `attended_by_last`, None: by diversity -> [B, R, H]
     """
@@ -139,22 +140,22 @@ def leave_out(
     thin = {pattern: slot_map for pattern, slot_map in cache.maps.items() if isinstance(slot_map, DroppedTokens)}
     missing = next(iter(thin.values())).missing
     stays = cache.padding <= step.token_index                                       # [B, T]
-    before = int(step.token_index[0])                                               # tokens before these rows,
-    own = before - missing                                                          # and their slots
+    before = int(step.token_index[0])                                               # number of earlier tokens,
+    own = before - missing                                                          # and of their slots
     for sequence, first, length in given.stretches:
         stretch, count = slice(first, first + length), pruning.visual_tokens(length)
         if attended is None:
             chosen = most_diverse(x[sequence, stretch], count)
         else:
-            of_picture = attended[sequence, before + first :][:length]            # of equal ones the earlier stays
+            of_picture = attended[sequence, before + first :][:length]            # ties: the earlier token is kept
             chosen = of_picture.sort(descending=True, stable=True).indices[:count]
         stays[sequence, stretch] = False
         stays[sequence, first + chosen] = True
     left = int(stays.sum(dim=1).max())
-    order = stays.int().argsort(dim=1, stable=True)[:, rows - left :]               # [B, R], those that stay at the end
+    order = stays.int().argsort(dim=1, stable=True)[:, rows - left :]               # [B, R], kept tokens at the end
 
     def taken(of_rows: Tensor) -> Tensor:
-        """[B or 1, T, ...] -> [B, R, ...]"""
+        """Select the kept tokens. [B or 1, T, ...] -> [B, R, ...]"""
         index = order.view(*order.shape, *[1] * (of_rows.dim() - 2))
         return of_rows.expand(batch, *of_rows.shape[1:]).gather(1, index.expand(-1, -1, *of_rows.shape[2:]))
 
