@@ -85,9 +85,11 @@ class KVCache:
     ) -> None:
         """patterns, attends: per layer; a layer whose attention does not run has no slots. dropped: see SlotMap"""
         self.capacity, self.dropped, self.filled = capacity, dropped, 0
-        self.maps = {pattern: pattern.slots(batch, capacity, dropped, device) for pattern in dict.fromkeys(patterns)}
+        # Layers of equal patterns have one object: by its identity the compiler tells layers apart.
+        one_of_each = {pattern: pattern for pattern in patterns}
+        self.maps = {pattern: pattern.slots(batch, capacity, dropped, device) for pattern in one_of_each.values()}
         self.layers = []
-        for pattern, runs in zip(patterns, attends, strict=True):
+        for pattern, runs in zip(map(one_of_each.__getitem__, patterns), attends, strict=True):
             shape = batch, heads, self.maps[pattern].tokens.shape[-1] if runs else 0, head_dim
             # Zeros, not empty: attention gives unfilled slots weight 0, and 0 * NaN would still be NaN.
             keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))

@@ -43,6 +43,7 @@ def typed_lines(names: Callable[[], list[str]], tell: Callable[[str], None]) -> 
 
 
 def asked_lines(tell: Callable[[str], None]) -> Iterator[str]:
+    """Yield what a person types, line by line, until the end of input."""
     while True:
         try:
             with insistent_interrupts():

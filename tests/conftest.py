@@ -2,6 +2,8 @@
 
 import ctypes
 import gc
+import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from models import compiled
 from models.matrices import packed
 from popengine.studies import rules
 from weights.default_checkpoint import DEFAULT_DIRECTORY, found_in
@@ -24,10 +27,31 @@ def cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         yield
 
 
+# The files that take longest, the longest first: workers that begin with these end at about the same time.
+LONGEST = (
+    "test_compile", "test_ranks_together", "test_ranks", "test_neighbours", "test_packed", "test_bench",
+    "test_prefill_only", "test_visual_tokens", "test_left_out", "test_repeated_requests", "test_qwen_engine",
+    "test_gemma_engine", "test_harness", "test_smollm2", "test_cuda_without_a_card", "test_weights_gguf",
+)
+# A file to which every file of tests adds a line: the peak of its worker's memory in MB while it ran.
+PEAKS = os.environ.get("POPENGINE_TEST_PEAKS")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(scope="module", autouse=True)
-def memory_given_back() -> Iterator[None]:
+def memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
     """Models and compiled steps of one file are gone when the next one runs, and their pages are the system's again."""
+    if PEAKS:
+        Path("/proc/self/clear_refs").write_text("5")           # the peak is measured anew
     yield
+    if PEAKS:
+        (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        with open(PEAKS, "a", encoding="utf-8") as file:
+            file.write(f"{int(peak) // 1000} {request.path.name}\n")
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()
@@ -76,3 +100,9 @@ def exact_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """In half precision two paths round scores differently, and choose differently where two are all but equal."""
     for module in (rules, packed):
         monkeypatch.setattr(module, "DRAFT_DTYPE", torch.float32)
+
+
+@pytest.fixture
+def short_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer in each call of compiled code: compiling takes a third where calls of several are not tested."""
+    monkeypatch.setattr(compiled, "MOST_LAYERS_PER_CALL", 1)

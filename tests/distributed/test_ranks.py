@@ -1,31 +1,21 @@
 """A model over several ranks, real processes on gloo, held to one process that cuts as many groups of channels."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks_worker
 import torch
 from builders import LLAVA_TINY, MIXTRAL_TINY
-from ranks_worker import answers
+from forked_ranks import run_ranks
 from tolerance import assert_same, distance
 
 from models.llama import LlamaForCausalLM
 from models.ranks import Ranks, share_of
 from weights.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT / "tests" / "shared"
 TALLY = "tally dbbd=d1b1b2d2; tally cabbacdafe?"
-
-
-def torchrun(count: int, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{SHARED}"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT, env=environment, **options)
 
 
 def case(checkpoint: Path, prompt: str, **changes: Any) -> dict[str, Any]:
@@ -37,7 +27,7 @@ def case(checkpoint: Path, prompt: str, **changes: Any) -> dict[str, Any]:
 
 
 def in_one_process(count: int, one: dict[str, Any]) -> dict[str, Any]:
-    return answers(one | {"settings": one["settings"] | {"groups": count}})
+    return ranks_worker.answers(one | {"settings": one["settings"] | {"groups": count}})
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -60,8 +50,8 @@ def test_ranks_equal_one_process_with_as_many_groups(
             case(checkpoint, "Hello there", settings={"prune_ratio": 0.3}, compile=True),
         ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    run = torchrun(count, str(SHARED / "ranks_worker.py"), str(tmp_path / "cases.json"), str(tmp_path / "out"))
-    assert run.returncode == 0, run.stderr[-3000:]
+    said = run_ranks(tmp_path, count, ranks_worker.__file__, tmp_path / "cases.json", tmp_path / "out", within=200)
+    assert said.statuses == [0] * count, said.err[-3000:]
     for one, found in zip(cases, torch.load(tmp_path / "out", weights_only=True), strict=True):
         alone = in_one_process(count, one)
         packed = one["dtype"] == "bfloat16"

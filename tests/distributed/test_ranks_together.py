@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import REPOSITORY, complete_checkpoint
+from forked_ranks import run_ranks
 from rank_cases import compute
 from safetensors.torch import load_file
 from tolerance import assert_same, tolerated
@@ -60,9 +61,16 @@ def test_ranks_compute_what_one_process_does_with_as_many_groups(
             assert tokens == wanted_tokens, name
 
 
-def test_a_command_speaks_once_and_samples_alike(tiny: Path) -> None:
+def by_forked_ranks(folder: Path, ranks: int, *arguments: object, within: float = 60) -> tuple[int, str, list[str]]:
+    """What `said` returns, of ranks that no torchrun watches: each of them must end by itself."""
+    found = run_ranks(folder, ranks, *arguments, within=within)
+    assert len(set(found.statuses)) == 1, found
+    return found.statuses[0], found.out, [line for line in found.err.splitlines() if line.startswith("error:")]
+
+
+def test_a_command_speaks_once_and_samples_alike(tiny: Path, tmp_path: Path) -> None:
     flags = ("--ckpt", tiny, "--prompt", "abc", "-n", 12, "--temperature", 1, "--paper", "--json", "--ignore-eos")
-    status, out, lines = said(started(2, "-m", "popengine.generate", *flags))
+    status, out, lines = by_forked_ranks(tmp_path, 2, "-m", "popengine.generate", *flags)
     assert (status, lines) == (0, [])
     assert len(json.loads(out)["token_ids"]) == 12              # of one rank, one object
 
@@ -82,7 +90,7 @@ def test_what_ranks_keep_is_of_the_whole_model_and_says_how_many_they_were(tiny:
         (1, "score", (*scored, "--groups", 2, *made, tmp_path / "of-one.safetensors")),
         (2, "score", (*scored, "--calibration", tmp_path / "of-one.safetensors")),
     ]:
-        status, out, lines = said(started(ranks, "-m", f"popengine.{command}", *common, *more))
+        status, out, lines = by_forked_ranks(tmp_path, ranks, "-m", f"popengine.{command}", *common, *more)
         assert (status, lines) == (0, []), (command, lines)
         table = tmp_path / "out" / "table.json"
         found.append(json.loads(table.read_text())["rows"][0] if command == "compare" else json.loads(out))
@@ -100,23 +108,28 @@ def test_what_ranks_keep_is_of_the_whole_model_and_says_how_many_they_were(tiny:
 
 def test_bench_tells_what_goes_between_ranks(tiny: Path, tmp_path: Path) -> None:
     flags = ("--ckpt", tiny, "--dtype", "float32", "-p", 8, "-n", 6, "--prune-ratio", 0.2, "--rounds", 1)
-    status, out, lines = said(started(2, "-m", "popengine.bench", *flags, "--json", tmp_path / "bench.json"))
+    command = ("-m", "popengine.bench", *flags, "--json", tmp_path / "bench.json")
+    status, out, lines = by_forked_ranks(tmp_path, 2, *command)
     assert (status, lines) == (0, []) and "over 2 ranks" in out and "of it between ranks" in out
     rows = json.loads((tmp_path / "bench.json").read_text())["dtypes"][0]["rows"]
     assert [0 < row["between_ranks"] < 1 for row in rows] == [True, True]
 
 
 @pytest.mark.parametrize(
-    ("flags", "ranks", "words"),
+    ("flags", "ranks", "words", "agent"),
     [
-        (("--prune-ratio", "2"), 2, "prune ratio must be"),
-        ((), 3, "cannot be shared out over 3 ranks"),
-        (("--image", "nowhere.png"), 2, "this checkpoint is a text model"),
+        (("--prune-ratio", "2"), 2, "prune ratio must be", True),
+        (("--prune-ratio", "2"), 2, "prune ratio must be", False),
+        ((), 3, "cannot be shared out over 3 ranks", False),
+        (("--image", "nowhere.png"), 2, "this checkpoint is a text model", False),
     ],
 )
-def test_what_is_wrong_is_said_once_and_all_end(tiny: Path, flags: tuple[str, ...], ranks: int, words: str) -> None:
+def test_what_is_wrong_is_said_once_and_all_end(
+    tiny: Path, tmp_path: Path, flags: tuple[str, ...], ranks: int, words: str, agent: bool
+) -> None:
+    command = ("-m", "popengine.generate", "--ckpt", tiny, "--prompt", "a", *flags)
     began = time.monotonic()
-    status, out, lines = said(started(ranks, "-m", "popengine.generate", "--ckpt", tiny, "--prompt", "a", *flags))
+    status, out, lines = said(started(ranks, *command)) if agent else by_forked_ranks(tmp_path, ranks, *command)
     assert status != 0 and out == "" and time.monotonic() - began < 30
     assert len(lines) == 1 and words in lines[0]
 

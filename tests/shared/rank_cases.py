@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from builders import LLAVA_TINY, MIXTRAL_TINY
 from torch import Tensor
 
 from models.pruning.resolve import Pruning
@@ -17,6 +16,10 @@ from popengine.engine.sampling import Sampling
 from popengine.studies.by_name import Request, pruning_for
 from popengine.studies.calibration import Calibration, calibrate
 from popengine.studies.settings import PruningSettings
+
+# Those of builders.py, which imports transformers: seconds of every rank.
+WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
+LLAVA_TINY, MIXTRAL_TINY = WEIGHTS / "llava-tiny", WEIGHTS / "mixtral-tiny"
 
 POP = {"ffn_ratio": 0.4, "candidate_width": 0.3}
 EVIDENCE = {"min_evidence": 30, "dense_every": 4, "redraw_every": 8, "prior": 16}

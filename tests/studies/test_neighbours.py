@@ -296,7 +296,9 @@ def test_padding_is_no_probe(model: LlamaForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_compiled_and_packed_steps_do_the_same(method: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_compiled_and_packed_steps_do_the_same(
+    method: str, tmp_path_factory: pytest.TempPathFactory, short_calls: None
+) -> None:
     folder = complete_checkpoint(tmp_path_factory.mktemp("tiny"), hidden_size=64, intermediate_size=128)
     for weights in ("plain", "int8"):
         eager, compiled = (load(folder, compile=one, weights=weights, dtype="float32") for one in (False, True))
