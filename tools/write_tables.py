@@ -91,7 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in given.name:
         table, folder, began = TABLES[name], given.out / name, time.perf_counter()
         filled = {"limit": given.limit or table.limit, "text": given.text, "calibration": given.calibration_text}
-        command = [word.format(**filled) for word in table.command]
+        first, *words = [word.format(**filled) for word in table.command]
+        command = [first, "--paper", *words]
         command += ["--ckpt", given.ckpt] if given.ckpt else []
         command += ["--tasks", *given.tasks] if given.tasks else []
         command += [] if command[0] == "bench" else ["--out", str(folder)]
