@@ -266,7 +266,7 @@ def picture_prompts(flags: argparse.Namespace, engine: Engine) -> list[list[int]
 
 
 def settings_of(flags: argparse.Namespace) -> Callable[..., PruningSettings]:
-    """What makes settings from changes: of the recommended ones, or of the paper's."""
+    """Build settings from changes: of the recommended ones, or of the paper's."""
     return PruningSettings.paper if flags.paper else PruningSettings
 
 
