@@ -1,1 +1,1 @@
-"""Checkpoints: finding them (directory, Hub id, .gguf), reading them, checking every key."""
+"""Checkpoints: finding them (directory, Hub id, .gguf), reading them, and checking every key."""

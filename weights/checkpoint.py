@@ -1,4 +1,4 @@
-"""Open a checkpoint, wherever it is: a Hugging Face directory, a .gguf file, or the id of a Hub repository."""
+"""Opening a checkpoint from any source: a Hugging Face directory, a .gguf file, or the id of a Hub repository."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ __all__ = [
     "Checkpoint", "GGUFCheckpoint", "SafetensorsCheckpoint", "checkpoint_dtype", "fingerprint", "open_checkpoint",
 ]
 
-# Both have: path, config, generation_config, entries, mapped, read(name), read_groups(name), stored_bytes(name),
+# Common interface: path, config, generation_config, entries, mapped, read(name), read_groups(name), stored_bytes(name),
 # release(name), close(), and `with`.
 Checkpoint = SafetensorsCheckpoint | GGUFCheckpoint
 
@@ -31,10 +31,10 @@ COMPUTING_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Read a checkpoint's configuration and the shapes of its tensors; no tensor is read yet.
 
-    source  a directory as `save_pretrained` writes it, a .gguf file, or, when nothing of that name exists, one of the
-            small checkpoints that come along, or the id (`organisation/name`) of a Hub repository, whose files are
+    source  a directory as `save_pretrained` writes it, or a .gguf file. If no such path exists: the name of a small
+            checkpoint in this repository, or the id (`organisation/name`) of a Hub repository. Its files are
             downloaded with a progress bar unless they are in the cache
-    errors  InputError: no such path or repository, no network, and everything that is wrong with the files themselves
+    errors  InputError: no such path or repository, no network, or anything wrong with the files themselves
     """
     if os.path.isdir(source):
         return SafetensorsCheckpoint(Path(source))
@@ -50,6 +50,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def open_file(path: Path) -> GGUFCheckpoint:
+    """Open a .gguf file. Raises InputError for any other file, with advice."""
     if path.suffix == ".gguf":
         return GGUFCheckpoint(path)
     if path.name.endswith((".safetensors", ".json")):
@@ -58,7 +59,7 @@ def open_file(path: Path) -> GGUFCheckpoint:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tells checkpoints apart by names, shapes and some bytes of all their tensors, however they are then loaded."""
+    """Hash names, shapes and some bytes of all tensors, to distinguish checkpoints however they are loaded."""
     made = hashlib.sha256()
     for name, entry in sorted(checkpoint.entries.items()):
         stored = checkpoint.stored_bytes(name)
@@ -69,7 +70,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def description_digest(checkpoint: Checkpoint) -> str:
-    """Tells apart what stands beside the weights: config, tokenizer, template, settings of generation, of pictures."""
+    """Hash everything beside the weights: config, tokenizer, chat template, settings of generation and of pictures."""
     made = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
     if isinstance(checkpoint, GGUFCheckpoint):
         made.update(f"{checkpoint.tokenizer_json} {checkpoint.chat_template}".encode())
@@ -81,9 +82,9 @@ def description_digest(checkpoint: Checkpoint) -> str:
 
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """What `--dtype auto` means: the config's dtype or torch_dtype, else the dtype most of the tensors have.
+    """Return the dtype of `--dtype auto`: the config's dtype or torch_dtype, else the dtype of most elements.
 
-    InputError when that is none of float32, bfloat16 and float16.
+    Raises InputError unless it is float32, bfloat16 or float16.
     """
     config = JsonObject(checkpoint.config, str(checkpoint.path))
     for fields in (config, config.section("text_config")):
@@ -95,7 +96,7 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
         for entry in checkpoint.entries.values():
             elements[entry.dtype] += entry.elements
         name = str(elements.most_common(1)[0][0]).removeprefix("torch.") if elements else "float32"
-    dtype: Any = getattr(torch, name, None)     # "half" and "float" are names of PyTorch's too
+    dtype: Any = getattr(torch, name, None)     # PyTorch also has the names "half" and "float"
     if dtype not in COMPUTING_DTYPES.values():
         choices = ", ".join(COMPUTING_DTYPES)
         raise InputError(f"{checkpoint.path} is in the dtype {shown(name)}; choose one of {choices} with --dtype")

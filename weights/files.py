@@ -1,11 +1,11 @@
 """Names of the files of a Hugging Face checkpoint that are read. A download from the Hub fetches exactly these.
 
-Whoever reads another file adds its name here; a test finds names that are written elsewhere.
+Code that reads another file adds its name here; a test finds names that are written elsewhere.
 """
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-ADAPTER_CONFIG = "adapter_config.json"      # of a LoRA adapter, which is refused by name
+ADAPTER_CONFIG = "adapter_config.json"      # LoRA adapter, refused with a message of its own
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -17,7 +17,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-OLDER_CHAT_TEMPLATE = "chat_template.json"  # as processors of transformers 4.45 to 4.50 saved it
+OLDER_CHAT_TEMPLATE = "chat_template.json"  # written by processors of transformers 4.45 to 4.50
 
 IMAGE_PROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
@@ -27,5 +27,5 @@ READ = (
     SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE, OLDER_CHAT_TEMPLATE, IMAGE_PROCESSOR, PROCESSOR,
 )  # fmt: skip
 
-# Tokenizers that cannot be read: only named when there is no other.
+# Unsupported tokenizers, named in the error message when there is no other.
 OTHER_TOKENIZERS = ("vocab.json", "tekken.json", "vocab.txt")

@@ -1,7 +1,7 @@
-"""The architectures of .gguf files that are supported: their config and the names of their tensors.
+"""The supported architectures of .gguf files: their config and the names of their tensors.
 
-Keys, defaults and formulas are llama.cpp's (src/llama-model.cpp, src/models/, src/llama-context.cpp; the names also in
-gguf/constants.py of the gguf package). The result is what config.json says of the same model.
+Keys, defaults and formulas follow llama.cpp (src/llama-model.cpp, src/models/, src/llama-context.cpp; names also in
+gguf/constants.py of the gguf package). The result equals config.json of the same model.
 """
 
 import math
@@ -58,7 +58,7 @@ ARCHITECTURES = {
     "gemma3_text": "Gemma3ForCausalLM",
 }
 
-# Keys that change what a model computes, without the prefix of the architecture, and the values that change nothing.
+# Keys that can change the computation (without the prefix of the architecture), and the values that change nothing.
 # Files with another value are refused.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
@@ -85,10 +85,10 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def read_llama_fields(fields: Metadata, tensors: Tensors, config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of Llama and of the families that differ from it by their tensors or their window only.
+    """Return the fields of Llama and of families that differ from it only by their tensors or their window.
 
-    llama.cpp writes Mistral and Mixtral as "llama". Biases of queries, keys and values without one of the output are
-    what Qwen2 has, whatever the file calls itself.
+    llama.cpp writes Mistral and Mixtral as "llama". A file with biases of queries, keys and values but none of the
+    output is treated as Qwen2, whatever its architecture is called.
     """
     window = read_window(fields)
     if "blk.0.ffn_gate_inp.weight" in tensors:
@@ -109,16 +109,19 @@ def read_llama_fields(fields: Metadata, tensors: Tensors, config: dict[str, Any]
 
 
 def read_qwen2_fields(fields: Metadata, tensors: Tensors, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of Qwen2. Raises InputError for a window shorter than the context."""
     refuse_window(fields)
     return read_llama_fields(fields, tensors, config)
 
 
 def read_qwen3_fields(fields: Metadata, tensors: Tensors, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of Qwen3. Raises InputError for a window shorter than the context."""
     refuse_window(fields)
     return {"model_type": "qwen3", "attention_bias": "blk.0.attn_q.bias" in tensors}
 
 
 def read_qwen2moe_fields(fields: Metadata, tensors: Tensors, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of Qwen2-MoE. Raises InputError if the file has no shared expert."""
     shared = tensors.get("blk.0.ffn_up_shexp.weight")
     if shared is None:
         raise InputError(f"{fields.path} is corrupt: it has no blk.0.ffn_up_shexp.weight")
@@ -131,6 +134,7 @@ def read_qwen2moe_fields(fields: Metadata, tensors: Tensors, config: dict[str, A
 
 
 def read_qwen3moe_fields(fields: Metadata, tensors: Tensors, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of Qwen3-MoE."""
     return {
         **read_expert_fields(fields, tensors, renormalised=True),
         "model_type": "qwen3_moe",
@@ -139,7 +143,7 @@ def read_qwen3moe_fields(fields: Metadata, tensors: Tensors, config: dict[str, A
 
 
 def read_expert_fields(fields: Metadata, tensors: Tensors, renormalised: bool) -> dict[str, Any]:
-    """renormalised: whether the weights of a token's experts are made to sum to 1, where the file does not say."""
+    """Return the fields of a mixture of experts. renormalised: default of norm_topk_prob if the file has none"""
     refuse_window(fields)
     used = fields.size("expert_used_count")
     default = max(1, fields.size("feed_forward_length") // used)
@@ -152,14 +156,14 @@ def read_expert_fields(fields: Metadata, tensors: Tensors, renormalised: bool) -
 
 
 def read_gemma3_fields(fields: Metadata, tensors: Tensors, config: dict[str, Any]) -> dict[str, Any]:
-    """Every sixth layer sees all of the text, the others a window; the two kinds have their own rotary frequencies."""
+    """Return the fields of Gemma 3: every sixth layer has full attention, the others a window; their RoPE differs."""
     window, layers = read_window(fields), config["num_hidden_layers"]
     period = fields.whole("attention.sliding_window_pattern", default=6) if window else 1
     if period < 0:
         raise InputError(f"{fields.path}: {fields.prefix}attention.sliding_window_pattern is {period}")
     windowed = [period == 0 or index % period < period - 1 for index in range(layers)]
     cap = fields.number("final_logit_softcapping", default=0.0)
-    # Gemma-3 27B, the one of 62 layers, divides by the hidden size of a head, which is not its head size.
+    # Gemma-3 27B, the only one with 62 layers, uses hidden size / heads, which differs from its head size.
     scalar = config["hidden_size"] // config["num_attention_heads"] if layers == 62 else config["head_dim"]
     local = {"rope_theta": fields.positive("rope.freq_base_swa", default=10000.0)}
     return {
@@ -180,13 +184,13 @@ def read_gemma3_fields(fields: Metadata, tensors: Tensors, config: dict[str, Any
 
 
 def read_window(fields: Metadata) -> int | None:
-    """Tokens that a query sees, itself included, in the layers with a window; None: the file has none."""
+    """Return the size of the attention window in tokens, the query included; None: the file has none."""
     window = fields.whole("attention.sliding_window", default=0)
     return None if window in (0, 2**32 - 1) else fields.size("attention.sliding_window")
 
 
 def refuse_window(fields: Metadata) -> None:
-    """InputError for a window of Qwen's that is shorter than the context: files do not say which layers have it."""
+    """Raise InputError for a Qwen window shorter than the context, because files do not say which layers have it."""
     window = read_window(fields)
     if window is not None and window < fields.size("context_length"):
         raise InputError(
@@ -199,10 +203,10 @@ def refuse_window(fields: Metadata) -> None:
 class Family:
     """One value of general.architecture.
 
-    read_fields   the fields of config.json that only this family has, with its model_type
-    layer_names   names of a layer's tensors where they are not as in LAYER_NAMES
-    pairs         its queries and keys are rotated in neighbouring pairs, and their rows are stored in that order
-    norm_offset   what was added to the weights of norms before they were stored
+    read_fields   returns the fields of config.json that only this family has, with its model_type
+    layer_names   names of a layer's tensors that differ from LAYER_NAMES
+    pairs         queries and keys are rotated in neighbouring pairs, and their rows are stored in that order
+    norm_offset   number added to the weights of norms before they were stored
     """
 
     read_fields: Callable[[Metadata, Tensors, dict[str, Any]], dict[str, Any]]
@@ -222,6 +226,7 @@ FAMILIES = {
 
 
 def find_family(metadata: Metadata) -> Family:
+    """Return the family of a file. Raises InputError for an unsupported architecture."""
     architecture = metadata.text("general.architecture")
     if architecture not in FAMILIES:
         raise InputError(
@@ -234,9 +239,9 @@ def find_family(metadata: Metadata) -> Family:
 def read_config(
     family: Family, metadata: Metadata, tensors: Tensors, divisors: list[float] | None
 ) -> dict[str, Any]:
-    """What config.json would say; InputError for what is missing, or for a feature that is not supported.
+    """Build the contents of config.json. Raises InputError for missing keys and unsupported features.
 
-    divisors  of each rotary frequency, where the file has them (Llama 3.1 and later)
+    divisors  of each rotary frequency, if the file has them (Llama 3.1 and later)
     """
     path, fields = metadata.path, metadata.under(metadata.text("general.architecture"))
     for key, neutral in NEUTRAL_VALUES.items():
@@ -246,7 +251,7 @@ def read_config(
         raise InputError(f"{path} has no token_embd.weight of two dimensions: it is not a whole model")
 
     layers = fields.size("block_count")
-    if f"blk.{layers - 1}.attn_norm.weight" not in tensors:  # a model of so many layers must not even be laid out
+    if f"blk.{layers - 1}.attn_norm.weight" not in tensors:  # before a model with that many layers is built
         raise InputError(
             f"{path} is corrupt: {fields.prefix}block_count is {layers}, but it has no tensors of the last layer"
         )
@@ -283,10 +288,10 @@ def read_config(
 
 
 def read_rope_scaling(fields: Metadata, head_dim: int, divisors: list[float] | None) -> dict[str, Any] | None:
-    """rope_scaling of config.json; None: frequencies are not scaled.
+    """Return rope_scaling of config.json; None: frequencies are not scaled.
 
-    A factor without a type is linear; rope.scale_linear is the name that files of 2023 have for it. attn_factor scales
-    cos and sin for every type. Converters store transformers' attention_factor of YaRN as yarn_attn_factor.
+    A factor without a type is linear; files of 2023 call it rope.scale_linear. attn_factor scales cos and sin for
+    every type. Converters store transformers' attention_factor of YaRN as yarn_attn_factor.
     """
     kind = fields.text("rope.scaling.type", default="linear")
     if kind not in ("none", "linear", "yarn"):
@@ -306,7 +311,7 @@ def read_rope_scaling(fields: Metadata, head_dim: int, divisors: list[float] | N
     def magnitude(share: float) -> float:
         return 0.1 * share * math.log(factor) + 1 if factor > 1 else 1.0
 
-    # With a logarithmic multiplier of 0 the second is 1.
+    # With a logarithmic multiplier of 0 the divisor is 1.
     usual = magnitude(1.0) / magnitude(fields.number("rope.scaling.yarn_log_multiplier", default=0.0))
     own = fields.positive("rope.scaling.yarn_attn_factor", default=usual)
     return {
@@ -322,14 +327,14 @@ def read_rope_scaling(fields: Metadata, head_dim: int, divisors: list[float] | N
 
 
 def attention_factor(fields: Metadata) -> float:
-    """What cos and sin are multiplied by in all layers."""
+    """Return the factor of cos and sin in all layers."""
     return fields.positive("rope.scaling.attn_factor", default=1.0)
 
 
 def divided_rope(
     head_dim: int, factor: float, magnitude: float, divisors: list[float] | None = None
 ) -> dict[str, Any] | None:
-    """rope_scaling that divides every frequency by a factor, and by a divisor of its own."""
+    """Return the rope_scaling that divides every frequency by a common factor and by its own divisor."""
     if divisors is None and magnitude == 1:
         return None if factor == 1 else {"rope_type": "linear", "factor": factor}
     divisors = [1.0] * (head_dim // 2) if divisors is None else divisors
@@ -337,9 +342,9 @@ def divided_rope(
 
 
 def hugging_face_names(name: str, shape: tuple[int, ...], family: Family) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors that one of the file's holds: a merged one, [experts, out, in], one per expert.
+    """Return names and shapes of the tensors in one tensor of the file.
 
-    A name that is not known stays, and is then one the model does not expect.
+    A merged tensor [experts, out, in] holds one per expert. An unknown name is kept; the model then rejects it.
     """
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)(?:\.(\d+))?\.(weight|bias)", name)
     if not match:
@@ -356,5 +361,5 @@ def hugging_face_names(name: str, shape: tuple[int, ...], family: Family) -> lis
     own = (LAYER_NAMES | family.layer_names).get(part)
     if own is None or expert is not None:
         return [(name, shape)]
-    # The gate of the shared expert is a vector in the file, and a matrix of one row in the model.
+    # The gate of the shared expert is a vector in the file and a matrix of one row in the model.
     return [(f"model.layers.{layer}.{own}.{kind}", (1, *shape) if part == "ffn_gate_inp_shexp" else shape)]

@@ -1,8 +1,8 @@
-"""A .gguf file: weights, config and tokenizer in one file or in several parts, as llama.cpp writes it.
+"""A .gguf file: weights, config and tokenizer in one file or several parts, as llama.cpp writes it.
 
-Names become Hugging Face's, quantised tensors are dequantised by the gguf package, and the rows of the query and key
-projections of Llama are put back into Hugging Face's order: llama.cpp rotates neighbouring pairs, Hugging Face the two
-halves. What the architectures have of their own is in gguf_families.py.
+Names become Hugging Face's, and quantised tensors are dequantised. The rows of Llama's query and key projections are
+put back into Hugging Face's order: llama.cpp rotates neighbouring pairs, Hugging Face the two halves. Differences
+between architectures are in gguf_families.py.
 """
 
 import importlib
@@ -26,16 +26,16 @@ from weights.gguf_tokenizer import ends_of_turns, special_id, tokenizer_json
 from weights.groups import Groups
 from weights.mapped_file import MappedFile
 
-# Read as they are; every other type is quantised and read as float32.
+# Types that are not quantised. Every other type is read as float32.
 PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# The working arrays of so many elements stay in the processor's cache.
+# Elements per step: working arrays of this size stay in the processor's cache.
 DEQUANTISED_AT_ONCE = 131_072
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file of a checkpoint: its header, and the mapped bytes."""
+    """One file of a checkpoint: its header and its mapped bytes."""
 
     path: Path
     file: MappedFile
@@ -44,11 +44,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor's bytes lie and how it is stored.
+    """Position of a tensor's bytes, and how it is stored.
 
-    type_name  its ggml type
-    heads      how many heads' rows are to be reordered; 0: none
-    offset     what was added to its values before they were stored
+    type_name  ggml type
+    heads      number of heads whose rows must be reordered; 0: none
+    offset     number added to the values before they were stored
     """
 
     file: MappedFile
@@ -61,16 +61,16 @@ class Place:
 
 
 class GGUFCheckpoint:
-    """A .gguf file, or all parts of one, opened: headers are read and checked, no tensor is read.
+    """An opened .gguf file with all its parts: headers are read and checked, no tensor is read.
 
-    path               the file, or any of its parts; files: all of them
-    config             what config.json would say, made from the metadata
+    path               the file, or any of its parts; files: all parts
+    config             contents of config.json, made from the metadata
     generation_config  {"eos_token_id": [every id that ends a text or a turn]}
     entries            every tensor under its Hugging Face name, in the order of the files
-    mapped             False: `read` returns tensors of their own
-    tokenizer_json     what a tokenizer.json would say, written from the metadata when it is first asked for
-    chat_template      jinja text or None
-    bos_token          the text of the token that begins a text, or None; eos_token: of the one that ends it
+    mapped             False: `read` returns copies
+    tokenizer_json     contents of tokenizer.json, made from the metadata on first use
+    chat_template      Jinja text or None
+    bos_token          text of the token that begins a text, or None; eos_token: that ends it
     """
 
     mapped = False
@@ -88,7 +88,7 @@ class GGUFCheckpoint:
         self.config: dict[str, Any] = read_config(family, metadata, tensors, divisors)
         self.config["torch_dtype"] = "float32"
         kinds = {
-            # Norms and routers are kept in float32 beside half-precision matrices, so the other matrices tell.
+            # Norms and routers are stored in float32 beside half-precision matrices; the other matrices decide.
             place.type_name for name, place in places.items() if len(place.shape) > 1 and "ffn_gate_inp" not in name
         }
         if len(kinds) == 1 and kinds <= set(PLAIN_TYPES):
@@ -122,7 +122,7 @@ class GGUFCheckpoint:
         return tokenizer_json(self._metadata)
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Rows of a tensor in its entry's dtype, on the CPU, dequantised and in Hugging Face's order."""
+        """Return rows of a tensor in its entry's dtype, on the CPU, dequantised and in Hugging Face's order."""
         entry, place = self.entries[name], self._places[name]
         raw = self._ordered_rows(name, rows)                                        # [n, bytes of a row]
         if place.type_name in PLAIN_TYPES:
@@ -132,17 +132,17 @@ class GGUFCheckpoint:
         return values.sub_(place.offset) if place.offset else values
 
     def read_groups(self, name: str, rows: slice = slice(None)) -> Groups:
-        """Rows of a matrix of four-bit numbers as they are kept, on the CPU, in Hugging Face's order."""
+        """Return rows of a four-bit matrix without dequantising, on the CPU, in Hugging Face's order."""
         raw = self._ordered_rows(name, rows)
         return READERS[self._places[name].type_name](raw.flatten(), len(raw))
 
     def stored_bytes(self, name: str) -> Tensor:
-        """uint8, a tensor's bytes in the file."""
+        """Return a tensor's bytes in the file, uint8."""
         place = self._places[name]
         return place.file.view(place.begin, place.end)
 
     def _ordered_rows(self, name: str, rows: slice) -> Tensor:
-        """The bytes of some of a tensor's rows, which are in Hugging Face's order: uint8 [n, bytes of a row]"""
+        """Return the bytes of rows that are numbered in Hugging Face's order: uint8 [n, bytes per row]"""
         place = self._places[name]
         raw = self.stored_bytes(name).view(place.shape[0], -1)
         if not place.heads:
@@ -152,12 +152,12 @@ class GGUFCheckpoint:
         return raw[order[rows]]
 
     def release(self, name: str) -> None:
-        """Give back the file's pages that reading `name` touched; the tensor that was read is the caller's."""
+        """Give back the file's pages that reading `name` touched. The tensor that was read remains valid."""
         place = self._places[name]
         place.file.release(place.begin, place.end)
 
     def close(self) -> None:
-        """Nothing is open but the mapping, which goes when this object does."""
+        """Do nothing: only the mapping is open, and it ends with this object."""
 
     def __enter__(self) -> "GGUFCheckpoint":
         return self
@@ -169,6 +169,7 @@ class GGUFCheckpoint:
 
 
 def import_gguf(path: Path) -> ModuleType:
+    """Import the gguf package. Raises InputError if it is missing."""
     try:
         return importlib.import_module("gguf")
     except ImportError as error:
@@ -176,9 +177,9 @@ def import_gguf(path: Path) -> ModuleType:
 
 
 def open_parts(path: Path) -> list[Part]:
-    """The file, or all parts of a checkpoint of which it is one: NAME-00001-of-00003.gguf and its neighbours.
+    """Open the file, or all parts of its checkpoint: NAME-00001-of-00003.gguf and its neighbours.
 
-    All metadata but the numbers of the parts is in the first.
+    The first part holds all metadata except the numbers of the parts.
     """
 
     def open_one(one: Path) -> Part:
@@ -211,9 +212,9 @@ def open_parts(path: Path) -> list[Part]:
 
 
 def find_places(part: Part) -> dict[str, Place]:
-    """Where each tensor of one file lies, by its name there, in the order of the file.
+    """Return the place of each tensor of one file, by its name there, in the order of the file.
 
-    InputError for an unknown type or a place beyond the end.
+    Raises InputError for an unknown type or a place beyond the end of the file.
     """
     path, file, header = part.path, part.file, part.header
     gguf = import_gguf(path)
@@ -226,7 +227,7 @@ def find_places(part: Part) -> dict[str, Place]:
         kind = kinds[tensor.type_number]
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if kind.name not in readable:
-            try:  # one block of zeros shows whether there is a way to dequantise this type
+            try:  # one block of zeros shows whether the package can dequantise this type
                 gguf.dequantize(torch.zeros(1, block_bytes, dtype=torch.uint8).numpy(), kind)
             except NotImplementedError as error:
                 message = f"{path}: {name} is in {kind.name}, which the gguf package cannot dequantise"
@@ -246,7 +247,7 @@ def find_places(part: Part) -> dict[str, Place]:
 def named_places(
     gguf_name: str, stored: Place, family: Family, config: dict[str, Any], path: Path
 ) -> list[tuple[str, Place]]:
-    """The tensors that one of the file's holds, by their Hugging Face names."""
+    """Return the tensors in one tensor of the file, by their Hugging Face names."""
     named = hugging_face_names(gguf_name, stored.shape, family)
     size = (stored.end - stored.begin) // len(named)
     offset = family.norm_offset if gguf_name.endswith("norm.weight") else 0
@@ -259,7 +260,7 @@ def named_places(
 
 
 def with_heads(place: Place, name: str, config: dict[str, Any], path: Path) -> Place:
-    """The place of a query or key projection with its number of heads, any other as it is."""
+    """Return the place of a query or key projection with its number of heads, and any other place unchanged."""
     match = re.search(r"self_attn\.([qk])_proj\.", name)
     if not match:
         return place
@@ -270,7 +271,7 @@ def with_heads(place: Place, name: str, config: dict[str, Any], path: Path) -> P
 
 
 def read_rope_factors(place: Place, path: Path) -> list[float]:
-    """A divisor for each rotary frequency (Llama 3.1 and later)."""
+    """Read a divisor for each rotary frequency (Llama 3.1 and later)."""
     if place.type_name != "F32" or len(place.shape) != 1:
         raise InputError(f"{path}: {ROPE_FACTORS} is {place.type_name} {list(place.shape)}, not F32 [head_dim / 2]")
     factors = place.file.view(place.begin, place.end).clone().view(torch.float32)   # [head_dim / 2]
@@ -280,7 +281,7 @@ def read_rope_factors(place: Place, path: Path) -> list[float]:
 
 
 def dequantise(raw: Tensor, type_name: str, columns: int) -> Tensor:
-    """The values of rows of quantised blocks. raw uint8 [rows, bytes] -> float32 [rows, columns]"""
+    """Dequantise rows of blocks. raw uint8 [rows, bytes] -> float32 [rows, columns]"""
     values = torch.empty(len(raw), columns)
     step = max(1, DEQUANTISED_AT_ONCE // columns)
     for part, into in zip(raw.split(step), values.split(step), strict=True):

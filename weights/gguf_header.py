@@ -1,13 +1,13 @@
-"""The header of a .gguf file: metadata as a dict, and where each tensor lies.
+"""The header of a .gguf file: metadata as a dict, and the position of each tensor.
 
 The layout (version 2 and 3, little-endian): "GGUF", version u32, tensor count u64, metadata count u64, the metadata as
 (key, type u32, value), the tensors as (name, number of dimensions u32, dimensions u64 each, fastest first, type u32,
 offset u64), then, aligned, the tensors' bytes. A string is a length u64 and UTF-8; an array is a type u32, a count u64
 and its items.
 
-It is parsed here, not by the gguf package's reader: that one makes a Python object of every number and trusts every
-count, so that 20 bytes of nonsense can keep it busy for ever. Here no count is believed before the file is long enough
-to hold that many items.
+The gguf package's reader is not used: it makes a Python object of every number and trusts every count, so that 20
+corrupt bytes can keep it busy for ever. Here a count is accepted only if the file is long enough to hold that many
+items.
 """
 
 import math
@@ -24,17 +24,19 @@ STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 LENGTH = struct.Struct("<Q")    # of a string
 
-# Far above any real file; they only bound what a hostile one can make us build.
+# Far above any real file; these bounds limit the memory that a hostile file can take.
 MOST_ENTRIES = 1_000_000
 MOST_STRINGS = 10_000_000
 MOST_DIMENSIONS = 4
 
 
 class Metadata:
-    """The metadata of a .gguf file. A getter answers a key of another type with an InputError, and an absent one with
-    its `default`, or with an InputError when it has none.
+    """The metadata of a .gguf file.
 
-    prefix  what all keys begin with in the file, and are asked for without
+    A getter raises InputError if the key has another type. If the key is absent, the getter returns `default`; without
+    a default it raises InputError.
+
+    prefix  start of every key in the file, omitted in calls
     """
 
     def __init__(self, values: dict[str, Any], path: Path, prefix: str = "") -> None:
@@ -43,7 +45,7 @@ class Metadata:
         self.prefix = prefix
 
     def under(self, name: str) -> "Metadata":
-        """The keys that begin with `name` and a dot."""
+        """Return the keys that begin with `name` and a dot."""
         prefix = f"{name}."
         own = {key.removeprefix(prefix): value for key, value in self.values.items() if key.startswith(prefix)}
         return Metadata(own, self.path, prefix)
@@ -58,7 +60,7 @@ class Metadata:
             raise InputError(f"{self.path} has no {self.prefix}{key} in its metadata")
         value = self.values[key]
         if isinstance(value, memoryview) and kind is not memoryview and len(value) and len(set(value)) == 1:
-            value = value[0]  # given for every layer, and the same for all
+            value = value[0]  # one value per layer, all equal
         if type(value) is not kind:
             raise InputError(f"{self.path}: {self.prefix}{key} in its metadata is not {kind_name}")
         return value
@@ -73,21 +75,21 @@ class Metadata:
         return self._get(key, int, "one whole number", default)
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1 to 2^31."""
+        """Return an integer from 1 to 2^31."""
         value = self.whole(key, default)
         if not 1 <= value <= 2**31:
             raise InputError(f"{self.path}: {self.prefix}{key} in its metadata is {value}, which cannot be a size")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number."""
+        """Return a finite number."""
         value = self._get(key, float, "one number", default)
         if not math.isfinite(value):
             raise InputError(f"{self.path}: {self.prefix}{key} in its metadata is {value}, not a finite number")
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
-        """A finite number above zero."""
+        """Return a finite number above zero."""
         value = self.number(key, default)
         if value <= 0:
             raise InputError(f"{self.path}: {self.prefix}{key} in its metadata is {value}, not a number above zero")
@@ -102,7 +104,7 @@ class Metadata:
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """One tensor as the file describes it: shape in torch's order, type number of ggml, offset into the data."""
+    """A tensor as the file describes it: shape in PyTorch's order, type number of ggml, offset into the data."""
 
     shape: tuple[int, ...]
     type_number: int
@@ -111,13 +113,15 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFHeader:
+    """Metadata and tensor table of a file."""
+
     metadata: Metadata
     tensors: dict[str, GGUFTensor]
     data_start: int  # bytes from the start of the file
 
 
 class Cursor:
-    """Reads the file front to back and never past its end."""
+    """A reader that goes from the front of the file to its end and never beyond."""
 
     def __init__(self, file: MappedFile, path: Path) -> None:
         self.data = file.data
@@ -126,7 +130,7 @@ class Cursor:
         self.position = 0
 
     def advance(self, count: int) -> int:
-        """Step over `count` bytes and return where they begin."""
+        """Advance by `count` bytes and return the position of the first."""
         begin = self.position
         if count > self.size - begin:
             raise InputError(f"{self.path} is truncated or corrupt: {count} bytes are needed at {begin} of {self.size}")
@@ -145,7 +149,7 @@ class Cursor:
             raise InputError(f"{self.path} is corrupt: the text at byte {begin} is not UTF-8") from error
 
     def value(self, kind: int) -> Any:
-        """A metadata value; an array of numbers as a memoryview, an array of strings as a list."""
+        """Read a metadata value; an array of numbers as a memoryview, an array of strings as a list."""
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind == STRING:
@@ -166,7 +170,7 @@ class Cursor:
 
 
 def read_header(file: MappedFile, path: Path) -> GGUFHeader:
-    """Metadata and tensor table of a mapped .gguf file; InputError where it is not one or contradicts itself."""
+    """Read the header of a mapped .gguf file. Raises InputError for another format or inconsistent contents."""
     cursor = Cursor(file, path)
     if file.data[:4] != b"GGUF":
         raise InputError(f"{path} is not a .gguf file: it does not begin with the letters GGUF")

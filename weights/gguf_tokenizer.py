@@ -1,7 +1,7 @@
 """The tokenizer of a .gguf file, written from its metadata as a tokenizer.json.
 
-Two kinds: "gpt2", byte-level BPE with merges, whose way of splitting text into words is named by
-tokenizer.ggml.pre; and "llama", the BPE of sentencepiece with scores and byte fallback.
+Two kinds are supported. "gpt2" is byte-level BPE with merges; tokenizer.ggml.pre names how it splits text into words.
+"llama" is the BPE of sentencepiece, with scores and byte fallback.
 """
 
 import json
@@ -13,7 +13,7 @@ from weights.gguf_header import Metadata
 # tokenizer.ggml.token_type
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 
-# Every way to cut a piece of this length in two is tried; sentencepiece itself makes none longer than 16 by default.
+# Bound on a piece, since every way to cut it in two is tried; sentencepiece makes none above 16 by default.
 LONGEST_PIECE = 128
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -32,27 +32,28 @@ WORDS_OF_GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets":
 
 
 def in_order(kind: str, *steps: dict[str, Any]) -> dict[str, Any]:
+    """Return a sequence of tokenizer.json steps."""
     return {"type": "Sequence", kind: list(steps)}
 
 
 def words_by(pattern: str) -> dict[str, Any]:
+    """Return the byte-level pre-tokenizer that splits text by a regular expression."""
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return in_order("pretokenizers", split, WORDS_OF_GPT2 | {"use_regex": False})
 
 
-# Ways to split a text, by the best known value of tokenizer.ggml.pre for each. Each of these was held to llama.cpp and
-# to transformers; "default" is what the latter takes it for (a file says it when its converter did not know the
-# tokenizer).
+# Pre-tokenizers, each by the best known value of tokenizer.ggml.pre. Each was compared with llama.cpp and transformers.
+# "default" (the converter did not know the tokenizer) is read as transformers reads it.
 PRE_TOKENIZERS = {
     "default": WORDS_OF_GPT2,
     "gpt-2": WORDS_OF_GPT2,
-    # Every digit by itself first, so that the spaces before a number are one run: what SmolLM was trained with.
+    # Digits are split first, so that the spaces before a number are one run, as in the training of SmolLM.
     "smollm": in_order("pretokenizers", {"type": "Digits", "individual_digits": True}, WORDS_OF_GPT2),
     "llama-bpe": words_by(LLAMA3),
     "qwen2": words_by(QWEN2),
     "tekken": words_by(TEKKEN),
 }
-# The other names that llama.cpp has for the same ways (src/llama-vocab.cpp: names to kinds in llama_vocab::impl::load,
+# llama.cpp's other names for the same pre-tokenizers (src/llama-vocab.cpp: names to kinds in llama_vocab::impl::load,
 # kinds to expressions in llm_tokenizer_bpe).
 SAME_SPLIT = {
     "gpt-2": (
@@ -69,26 +70,26 @@ SAME_SPLIT = {
     ),
 }
 SPLITS = {other: pre for pre, others in SAME_SPLIT.items() for other in others} | {pre: pre for pre in PRE_TOKENIZERS}
-# Of these a word that is a token is taken whole, whatever the merges say, and a text begins with the bos token unless
-# the file says otherwise: llama.cpp does neither for the other names of Llama's split.
+# For these names a word that is a token ignores the merges, and a text begins with the bos token unless the file says
+# otherwise. llama.cpp does neither for the other names of Llama's split.
 WHOLE_WORDS_FIRST = tuple(
     name for name, pre in SPLITS.items()
     if pre in ("llama-bpe", "tekken") and name not in ("dbrx", "smaug-bpe", "glm4", "chatglm-bpe")
 )
 
-# Special tokens that end a turn whatever the metadata names (llama-vocab.cpp, special_eog_ids): older files of models
-# that chat name only the token that ends a text.
+# Special tokens that always end a turn (llama-vocab.cpp, special_eog_ids), because older files of chat models name
+# only the token that ends a text.
 ENDS_OF_TURNS = (
     "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
 )
-# Ids of a "llama" vocabulary that names none.
+# Default ids of a "llama" vocabulary.
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
 
 def tokenizer_json(metadata: Metadata) -> str:
-    """The tokenizer.json that a .gguf file describes; InputError for a kind that is not supported."""
+    """Write the tokenizer.json that a .gguf file describes. Raises InputError for an unsupported kind."""
     kind = metadata.text("tokenizer.ggml.model")
-    # As llama.cpp does, since several tokens of a padded vocabulary may have no text.
+    # As in llama.cpp, because several tokens of a padded vocabulary may have no text.
     tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(metadata.strings("tokenizer.ggml.tokens"))]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
@@ -118,14 +119,14 @@ def tokenizer_json(metadata: Metadata) -> str:
         "post_processor": between(bos, eos, tokens),
         **parts,
     })
-    # Written by itself: of a dict json.dumps first makes a list of tuples, which the garbage collector walks through.
+    # Written separately: json.dumps first turns a dict into a list of tuples, which the garbage collector traverses.
     quoted = map(json.JSONEncoder().encode, tokens)
     written = ", ".join([f"{token}: {token_id}" for token_id, token in enumerate(quoted)])
     return text.replace('"vocab": null', f'"vocab": {{{written}}}', 1)     # a text's own quotes have a backslash before
 
 
 def byte_level_parts(metadata: Metadata) -> tuple[dict[str, Any], bool]:
-    """Byte-level BPE, and whether such a one begins a text with bos when the file does not say."""
+    """Return byte-level BPE, and its default for whether a text begins with bos."""
     pre = metadata.text("tokenizer.ggml.pre", default="default")
     if pre not in SPLITS:
         raise InputError(
@@ -148,7 +149,7 @@ def byte_level_parts(metadata: Metadata) -> tuple[dict[str, Any], bool]:
 def sentencepiece_parts(
     metadata: Metadata, tokens: list[str], vocabulary: dict[str, int], types: Any
 ) -> dict[str, Any]:
-    """BPE over characters in which ▁ stands for a space, bytes as <0x..> where a character has no token."""
+    """Return BPE over characters, with ▁ for a space and bytes <0x..> for characters without a token."""
     scores = metadata.numbers("tokenizer.ggml.scores")
     if len(scores) != len(tokens):
         raise InputError(f"{metadata.path} is corrupt: {len(tokens)} tokens, but {len(scores)} scores")
@@ -156,7 +157,7 @@ def sentencepiece_parts(
     pieces = [number for number, may_be_merged in enumerate(ordinary) if may_be_merged]
     if (longest := max((len(tokens[number]) for number in pieces), default=0)) > LONGEST_PIECE:
         raise InputError(f"{metadata.path}: its tokenizer has a piece of {longest} characters")
-    # sentencepiece joins the pair whose whole scores best; the sort keeps the order of equals.
+    # sentencepiece merges the pair whose result has the highest score; the sort is stable.
     pieces.sort(key=lambda number: -scores[number])
     merges = [
         (left, right) for token in map(tokens.__getitem__, pieces) for cut in range(1, len(token))
@@ -185,7 +186,7 @@ def sentencepiece_parts(
 
 
 def between(bos: int | None, eos: int | None, tokens: list[str]) -> dict[str, Any] | None:
-    """What puts the bos token before a text and the eos token after it, each where it is not None."""
+    """Return the post-processor that adds bos before a text and eos after it, unless they are None."""
     marks = {token_id: {"SpecialToken": {"id": tokens[token_id], "type_id": 0}}
              for token_id in (bos, eos) if token_id is not None}
     if not marks:
@@ -203,9 +204,9 @@ def between(bos: int | None, eos: int | None, tokens: list[str]) -> dict[str, An
 
 
 def special_id(metadata: Metadata, which: str) -> int | None:
-    """The id of the "bos", "eos", "eot", "eom" or "unknown" token, None when there is none.
+    """Return the id of the "bos", "eos", "eot", "eom" or "unknown" token, or None.
 
-    Without a key it is llama.cpp's default for a vocabulary of sentencepiece, and none for any other.
+    If the key is absent, a sentencepiece vocabulary has llama.cpp's default, and any other has none.
     """
     key = f"tokenizer.ggml.{which}_token_id"
     count = len(metadata.strings("tokenizer.ggml.tokens"))
@@ -219,7 +220,7 @@ def special_id(metadata: Metadata, which: str) -> int | None:
 
 
 def ends_of_turns(metadata: Metadata) -> list[int]:
-    """Every id that ends a text or a turn: those that the file names, and special tokens that always do."""
+    """Return every id that ends a text or a turn: those named in the file, and special tokens that always do."""
     named = [special_id(metadata, which) for which in ("eos", "eot", "eom")]
     tokens = metadata.strings("tokenizer.ggml.tokens")
     types = metadata.numbers("tokenizer.ggml.token_type") if "tokenizer.ggml.token_type" in metadata else []

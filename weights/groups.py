@@ -1,6 +1,6 @@
-"""Whole numbers in groups: what several formats of checkpoints keep their matrices as, in one form.
+"""Integers in groups: the common form of matrices from several checkpoint formats.
 
-out and in are the sides of a weight [out, in], g the size of a group of neighbours in a row, G = in / g groups.
+out and in are the dimensions of a weight [out, in], g the group size in a row, G = in / g groups.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Groups:
-    """w = scale * number + minimum, a scale and a minimum for each group.
+    """A matrix w = scale * number + minimum, with one scale and minimum per group.
 
-    numbers  uint8 [out, in], of four bits 0 to 15; scale, minimum  float32 [out, G]
+    numbers  uint8 [out, in], 0 to 15 if four-bit; scale, minimum  float32 [out, G]
     """
 
     numbers: Tensor
@@ -22,32 +22,33 @@ class Groups:
 
     @property
     def size(self) -> int:
-        """Of a group."""
+        """Group size."""
         return self.numbers.shape[1] // self.scale.shape[1]
 
     def part(self, dim: int, own: slice) -> "Groups":
-        """Some rows (dim 0), or some columns (1) that begin and end with groups."""
+        """Return some rows (dim 0), or some columns (dim 1) that begin and end at group boundaries."""
         if dim == 0:
             return Groups(self.numbers[own], self.scale[own], self.minimum[own])
         groups = slice(own.start // self.size, own.stop // self.size)
         return Groups(self.numbers[:, own], self.scale[:, groups], self.minimum[:, groups])
 
     def values(self) -> Tensor:
-        """float32 [out, in]"""
+        """Return the weights, float32 [out, in]."""
         grouped = self.numbers.unflatten(1, (-1, self.size)).float()                # [out, G, g]
         return grouped.mul_(self.scale.unsqueeze(-1)).add_(self.minimum.unsqueeze(-1)).flatten(1)
 
 
 def group(weight: Tensor, size: int) -> Groups:
-    """The nearest numbers of four bits, from the least of each group to its largest. weight [out, in], in % size == 0
+    """Round to the nearest four-bit numbers, from the minimum of each group to its maximum.
 
-    Scales and minima are rounded to bfloat16 first, as products read them, so that the numbers make up for it.
+    weight [out, in], in % size == 0. Scales and minima are rounded to bfloat16 first, as products read them, so that
+    the numbers compensate for that rounding.
     """
     grouped = weight.float().unflatten(1, (-1, size))                               # [out, G, g]
-    # aminmax takes eight times as long as both together.
+    # aminmax takes eight times as long as amin and amax together.
     least, most = grouped.amin(dim=-1, keepdim=True), grouped.amax(dim=-1, keepdim=True)            # [out, G, 1]
     scale = ((most - least) / 15).bfloat16().float()
-    middle = (least + 8 * scale).bfloat16().float()     # which is what a product adds: its numbers are -8 to 7
+    middle = (least + 8 * scale).bfloat16().float()     # the offset that a product adds: its numbers are -8 to 7
     minimum = middle - 8 * scale
     numbers = (grouped - minimum).div_(torch.where(scale > 0, scale, 1)).round_().clamp_(0, 15)
     return Groups(numbers.to(torch.uint8).flatten(1), scale.squeeze(-1), minimum.squeeze(-1))

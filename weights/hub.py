@@ -1,8 +1,8 @@
 """Download a checkpoint from the Hugging Face Hub, or find it in the Hub client's cache.
 
-The client (huggingface-hub) keeps what it fetched under HF_HOME, resumes a download that was interrupted, asks the
-endpoint in HF_ENDPOINT and goes without the network when HF_HUB_OFFLINE is set. This file chooses what is fetched and
-turns what can go wrong into one line each.
+The client (huggingface-hub) caches files under HF_HOME, resumes an interrupted download, uses the endpoint in
+HF_ENDPOINT and no network if HF_HUB_OFFLINE is set. This module selects the files and turns each failure into a
+one-line message.
 """
 
 import importlib
@@ -13,20 +13,20 @@ from pathlib import Path
 from weights import files
 from weights.errors import InputError
 
-# The same weights a second time in another layout (the client's * also matches a /), which would double the download.
+# A second copy of the weights in another layout (the client's * also matches a /), which would double the download.
 UNNEEDED_FILES = ("*/*", "consolidated*")
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a string has the form of a repository's id, `organisation/name` or `name`."""
+    """Return True if a string has the form of a repository id, `organisation/name` or `name`."""
     part = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}"
     return re.fullmatch(f"({part}/)?{part}", text) is not None and not text.endswith((".gguf", ".safetensors", ".json"))
 
 
 def download(repository: str) -> Path:
-    """The directory of a repository's files, downloaded when they are not in the cache, with a bar on a terminal.
+    """Return the directory of a repository's files, and download those not in the cache, with a bar on a terminal.
 
-    InputError when there is no such repository, it is private or gated, or the network or the disk fails.
+    Raises InputError if the repository does not exist, is private or gated, or if the network or the disk fails.
     """
     # Imported late: the client takes a while to import, and most checkpoints are on disk.
     names = ("huggingface_hub", "huggingface_hub.errors", "huggingface_hub.utils")
@@ -35,7 +35,7 @@ def download(repository: str) -> Path:
         utils.disable_progress_bars()
     neither = f"{repository!r}: no such path, and"
     try:
-        # Weights in pickle are never used, so never fetched.
+        # Pickled weights are never used and never fetched.
         path = hub.snapshot_download(
             repository, allow_patterns=list(files.READ), ignore_patterns=list(UNNEEDED_FILES)
         )
@@ -65,14 +65,14 @@ def download(repository: str) -> Path:
             ) from error
         raise InputError(f"the Hub could not serve {repository}; try again later ({first_line(error)})") from error
     except Exception as error:
-        # Which exceptions a transfer can end in depends on the client's version and on the HTTP library under it;
-        # whatever it is, the files fetched whole stay in the cache and the next run fetches the others.
+        # The exceptions of a transfer depend on the versions of the client and its HTTP library. Complete files stay
+        # in the cache, and the next run fetches the others.
         message = f"the download of {repository} from the Hub was interrupted; run again to finish it"
         raise InputError(f"{message} ({first_line(error)})") from error
     return Path(path)
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's type and the first line of its message."""
+    """Return an exception's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,7 +1,7 @@
-"""JSON files that came with a checkpoint: read within bounds, field by field, each of the type that is meant.
+"""JSON files of a checkpoint, read within bounds and field by field, each with its expected type.
 
-Nothing in them is believed: an object read here answers a field of another type, or out of bounds, with an InputError
-that says which field of which file, what it should be, and what it is.
+No field is trusted: a field of another type, or out of bounds, raises an InputError that names the file, the field,
+the expected value and the value found.
 """
 
 import json
@@ -12,14 +12,14 @@ from typing import Any
 from weights.errors import InputError, one_line
 from weights.mapped_file import read_bytes
 
-# Far above any real file (an index of 130,000 tensors has 13 MB), far below what would hurt.
+# In bytes: far above any real file (an index of 130,000 tensors has 13 MB), and harmless to memory.
 LARGEST_JSON = 16_000_000
-# Numbers that name a size or a place fit into 32 bits everywhere, and those that are multiplied with into float32.
+# Sizes and indices fit into 32 bits everywhere, and factors into float32.
 LARGEST_INTEGER, LARGEST_NUMBER, SMALLEST_NUMBER = 2**31, 1e30, 1e-30
 
 
 def read_json(path: Path, optional: bool = False, surrogates_allowed: bool = False) -> dict[str, Any]:
-    """The object in a JSON file, or InputError. optional: {} where there is no such file"""
+    """Read the object in a JSON file, or raise InputError. optional: return {} if there is no such file"""
     if optional and not path.exists():
         return {}
     return parse_json(read_bytes(path, LARGEST_JSON), str(path), surrogates_allowed=surrogates_allowed)
@@ -28,9 +28,9 @@ def read_json(path: Path, optional: bool = False, surrogates_allowed: bool = Fal
 def parse_json(
     data: bytes, where: str, repeats_allowed: bool = True, surrogates_allowed: bool = False
 ) -> dict[str, Any]:
-    """JSON text whose top level is an object, or InputError that begins with `where`.
+    """Parse JSON text whose top level is an object. Raises InputError with a message that begins with `where`.
 
-    surrogates_allowed  for files of ours that hold names of files, whose bytes need not be UTF-8
+    surrogates_allowed  for our own files with file names, whose bytes may not be UTF-8
     """
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=None if repeats_allowed else object_without_repeats)
@@ -41,7 +41,7 @@ def parse_json(
         raise InputError(f"{where} is not valid JSON: {error.msg} ({place}){lfs_hint(data)}") from error
     except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, endless nesting
         raise InputError(f"{where} is not usable JSON: {error}") from error
-    if not surrogates_allowed and b"\\ud" in data.lower():       # halves of characters, which no text may have alone
+    if not surrogates_allowed and b"\\ud" in data.lower():       # halves of characters, invalid alone
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -52,6 +52,7 @@ def parse_json(
 
 
 def object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs as a dict. Raises ValueError if a key occurs twice."""
     values = dict(pairs)
     if len(values) != len(pairs):
         raise ValueError("a key is given twice")
@@ -59,13 +60,13 @@ def object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def lfs_hint(data: bytes) -> str:
-    """The commonest reason for a file that is not what its name says."""
+    """Return advice if the data is a Git LFS pointer, the most common wrong content, else an empty string."""
     is_pointer = data.startswith(b"version https://git-lfs")
     return "; it is a Git LFS pointer, fetch the file itself with `git lfs pull`" if is_pointer else ""
 
 
 def shown(value: Any) -> str:
-    """A value from a file in a message about it, never a long one."""
+    """Format a value from a file for an error message, never at length."""
     if isinstance(value, (list, dict)):
         return "a list" if isinstance(value, list) else "an object"
     return one_line(repr(value), 100)
@@ -74,7 +75,7 @@ def shown(value: Any) -> str:
 class JsonObject:
     """An object of a JSON file. A field that is absent or null has the getter's default.
 
-    raw    the object; where: how messages call it; read: the names that were asked for
+    raw    the object; where: its name in messages; read: names of the fields requested so far
     """
 
     def __init__(self, raw: Mapping[str, Any], where: str) -> None:
@@ -82,7 +83,7 @@ class JsonObject:
         self.read: set[str] = set()
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field as it stands, of any type."""
+        """Return the field unchecked, of any type."""
         self.read.add(name)
         value = self.raw.get(name)
         return default if value is None else value
@@ -97,7 +98,7 @@ class JsonObject:
         return value
 
     def integers(self, name: str, default: Iterable[int]) -> list[int]:
-        """A list, or a single one as a list."""
+        """Return a list of integers; a single one becomes a list."""
         value = self.get(name, list(default))
         value = value if isinstance(value, list) else [value]
         if not all(type(one) is int and abs(one) <= LARGEST_INTEGER for one in value):
@@ -108,7 +109,7 @@ class JsonObject:
         return self._number(name, self.get(name, default), positive)
 
     def numbers(self, name: str, default: Iterable[float], positive: bool = True) -> tuple[float, ...]:
-        """A list, or a single one as a list."""
+        """Return a tuple of numbers; a single one becomes a tuple."""
         value = self.get(name, list(default))
         return tuple(self._number(name, one, positive) for one in (value if isinstance(value, list) else [value]))
 
@@ -133,7 +134,7 @@ class JsonObject:
         return value
 
     def section(self, name: str) -> "JsonObject":
-        """An object inside; an empty one where there is none."""
+        """Return a nested object, empty if it is absent."""
         value = self.get(name, {})
         if not isinstance(value, dict):
             raise self.wrong(name, "an object", value)

@@ -1,4 +1,4 @@
-"""Fill a model that was built on the meta device with the tensors of a checkpoint, every key accounted for."""
+"""Loading: fill a model built on the meta device with the tensors of a checkpoint, and account for every key."""
 
 import math
 import re
@@ -16,13 +16,13 @@ from weights.entries import TensorEntry
 from weights.errors import InputError
 from weights.memory import require_memory
 
-# For each parameter, the checkpoint key that holds it and an index into that tensor (() is all of it).
+# For each parameter, the checkpoint key that holds it and an index into that tensor (() is the whole tensor).
 Locate = Callable[[list[str], list[str]], dict[str, tuple[str, tuple[Any, ...]]]]
 
 NAMES_SHOWN = 10
 
-# What files carry of their training that plays no part, in any family: buffers that follow from the config, and the
-# value head of reinforcement learning. transformers leaves them aside as well.
+# Keys left over from training, unused in every family: buffers that follow from the config, and the value head of
+# reinforcement learning. transformers ignores them as well.
 NEVER_NEEDED = (
     r"(.*\.)?rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)", r"(.*\.)?position_ids", r"(.*\.)?masked_bias",
     r"(pretrained_model\.)?v_head\..*",
@@ -31,14 +31,14 @@ NEVER_NEEDED = (
 
 @dataclass(frozen=True)
 class Packing:
-    """What becomes of a parameter that is not kept as it is read.
+    """Conversion of a parameter that is not stored as it is read.
 
-    make          makes it from stretches of its rows, one after the other. Several threads make different parameters
-    put           puts what was made into the model
-    stretches     what a stretch is: "values", a tensor of plain numbers (which may be a view of the file); "groups",
-                  the Groups that the checkpoint keeps; "stored", uint8 [rows, bytes], as they lie in the file
-    rows_at_once  rows of a stretch
-    held_bytes    memory that it takes
+    make          converts successive blocks of its rows. Several threads convert different parameters
+    put           puts the result into the model
+    stretches     kind of a block: "values", a tensor of plain numbers (possibly a view of the file); "groups", the
+                  checkpoint's Groups; "stored", uint8 [rows, bytes] as in the file
+    rows_at_once  rows of a block
+    held_bytes    memory of the result, in bytes
     """
 
     make: Callable[[Iterator[Any]], Any]
@@ -50,9 +50,9 @@ class Packing:
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a tensor that is held, where a model is shared out: these of its rows (dim 0) or columns (1).
+    """The part of a tensor that this rank holds: some of its rows (dim 0) or columns (dim 1).
 
-    whole  how many there are
+    whole  size of this dimension on all ranks together
     """
 
     dim: int
@@ -60,7 +60,7 @@ class Share:
     whole: int
 
     def of(self, index: tuple[Any, ...]) -> tuple[Any, ...]:
-        """An index of the part, from that of the whole in a checkpoint's tensor: numbers, then slices."""
+        """Turn an index of the whole in a checkpoint's tensor (integers, then slices) into an index of the part."""
         entries = list(index)
         while sum(isinstance(entry, slice) for entry in entries) <= self.dim:
             entries.append(slice(None))
@@ -70,13 +70,13 @@ class Share:
         return tuple(entries)
 
 
-# What becomes of a parameter, by its key and the entry that holds it; None: it is kept as it is.
+# Returns the conversion of a parameter, given its key and its entry; None: it is stored unchanged.
 Pack = Callable[[Tensor, str, TensorEntry], Packing | None]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One parameter or persistent buffer of the model, all of its names (tied), and where its values come from."""
+    """One parameter or persistent buffer of the model, all its names (if tied), and the source of its values."""
 
     names: list[str]
     target: Tensor
@@ -88,7 +88,7 @@ class Wanted:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole that it is, or is a share of."""
+        """Shape of the whole tensor, also if this rank holds a share of it."""
         shape = list(self.target.shape)
         if self.share is not None:
             shape[self.share.dim] = self.share.whole
@@ -96,7 +96,7 @@ class Wanted:
 
     @property
     def held_bytes(self) -> int:
-        """Memory that it takes."""
+        """Memory that it takes, in bytes."""
         return self.target.numel() * self.dtype.itemsize if self.packing is None else self.packing.held_bytes
 
 
@@ -111,21 +111,21 @@ def load_weights(
     pack: Pack | None = None,
     shares: Mapping[str, Share] | None = None,
 ) -> None:
-    """Give every parameter and persistent buffer of `model` its values from `checkpoint`.
+    """Set every parameter and persistent buffer of `model` to its values from `checkpoint`.
 
-    dtype     of the floating-point tensors in memory; integer buffers keep theirs
-    locate    where a parameter lies when that is not under its own name: a function of the parameters' names and the
-              checkpoint's, to {parameter: (key, index)}; one it leaves out lies under its own name. Several parameters
-              may be pieces of one key, and together they must use all of it
-    ignored   regular expressions of whole checkpoint keys that may be there and are not needed
-    progress  a bar on stderr
-    pack      says which parameters are packed instead
-    shares    parameters that are a part of what the checkpoint has, by name
+    dtype     of floating-point tensors in memory; integer buffers keep theirs
+    locate    maps the names of the parameters and the checkpoint's keys to {parameter: (key, index)}. A parameter
+              that it omits has its own name as key. Several parameters may be pieces of one key; together they must
+              use all of it
+    ignored   regular expressions of whole checkpoint keys that may be present and are not needed
+    progress  show a bar on stderr
+    pack      decides which parameters are packed
+    shares    parameters of which this rank holds a part, by name
 
     Tied parameters (one object under several names) are read once and stay tied; all but one of their names may be
-    absent. InputError, before anything is allocated, when keys are missing, unexpected or of another shape (all in one
-    line) and when the weights will not fit into memory. At its peak loading takes the memory of the weights plus that
-    of the checkpoint's largest tensor.
+    absent. Raises InputError before any allocation if keys are missing, unexpected or of another shape (all in one
+    line), or if the weights do not fit into memory. Peak memory is that of the weights plus the checkpoint's largest
+    tensor.
     """
     wanted = find_all(model, checkpoint, dtype, locate, ignored, pack, shares)
     needed = sum(one.held_bytes for one in wanted)
@@ -136,15 +136,15 @@ def load_weights(
         by_key.setdefault(one.key, []).append(one)
 
     def read_all(key: str) -> list[tuple[Wanted, Any]]:
-        """What a key holds, as the model is to hold it."""
+        """Read all parameters of a key, in the form that the model holds."""
         read = [(one, read_one(checkpoint, one, device)) for one in by_key[key]]
         checkpoint.release(key)
         return read
 
-    # A tensor on each thread, instead of each operation shared out over all: threads that wait for each other take far
-    # longer where the cores have other work.
+    # One tensor per thread, instead of all threads in each operation: threads that wait for each other are far slower
+    # if the cores have other work.
     threads = torch.get_num_threads()
-    # In their order, so that a disk reads forwards; but the largest first: no other thread could share it at the end.
+    # In file order, so that a disk reads forwards, but the largest first: at the end it would occupy only one thread.
     keys = [key for key in checkpoint.entries if key in by_key]
     largest = max(keys, key=lambda key: checkpoint.entries[key].elements, default="")
     keys.sort(key=lambda key: key != largest)
@@ -165,7 +165,7 @@ def find_all(
     model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, locate: Locate | None = None,
     ignored: Iterable[str] = (), pack: Pack | None = None, shares: Mapping[str, Share] | None = None,
 ) -> list[Wanted]:
-    """Where everything lies that `model` needs, nothing read yet. As for load_weights"""
+    """Find the source of every tensor of `model` without reading any. Arguments as for load_weights."""
     names = list(model.state_dict())
     located: dict[str, tuple[str, tuple[Any, ...]]] = {name: (name, ()) for name in names}
     if locate is not None:
@@ -176,7 +176,7 @@ def find_all(
 
 
 def told_apart(model: nn.Module, checkpoint: Checkpoint, locate: Locate | None = None) -> list[str]:
-    """Keys of one tensor of the model, tied by its config, under which the file has several that are not the same."""
+    """Return keys of one tied tensor under which the file stores different values, or [] if there are none."""
     names = model.state_dict(keep_vars=True)
     located: dict[str, tuple[str, tuple[Any, ...]]] = {name: (name, ()) for name in names}
     if locate is not None:
@@ -192,10 +192,10 @@ def told_apart(model: nn.Module, checkpoint: Checkpoint, locate: Locate | None =
 
 
 def require_room(checkpoint: Checkpoint, sides: Iterable[int], blocks: int) -> None:
-    """InputError for a model that is larger than what is there: it must not even be laid out.
+    """Raise InputError for a config larger than its checkpoint, before the model is built.
 
-    sides   numbers that are each to be a side of a tensor
-    blocks  layers and experts, which have matrices of their own (or a place each in a tensor of three dimensions)
+    sides   numbers that are each a dimension of a tensor
+    blocks  layers and experts, each with its own matrices (or its own index in a tensor of three dimensions)
     """
     shapes = [entry.shape for entry in checkpoint.entries.values()]
     longest = max((side for shape in shapes for side in shape), default=0)
@@ -212,8 +212,8 @@ def find_sources(
     model: nn.Module, located: dict[str, tuple[str, tuple[Any, ...]]], checkpoint: Checkpoint, dtype: torch.dtype,
     pack: Pack | None, shares: Mapping[str, Share],
 ) -> list[Wanted]:
-    """What the model needs, one item for each tensor object; a tied one comes from the first name that is there."""
-    targets = model.state_dict(keep_vars=True)  # the objects themselves, so that tied names show as one object
+    """Return one item per tensor object of the model. A tied tensor has the first of its names that the file holds."""
+    targets = model.state_dict(keep_vars=True)  # the objects themselves: tied names share one object
     names_of: dict[int, list[str]] = {}
     for name, target in targets.items():
         names_of.setdefault(id(target), []).append(name)
@@ -230,7 +230,7 @@ def find_sources(
 
 
 def check_keys(checkpoint: Checkpoint, wanted: list[Wanted], known: set[str], ignored: list[str]) -> None:
-    """InputError with every missing, unexpected and mis-shaped key in one line, at most ten of them by name."""
+    """Raise InputError with all missing, unexpected and mis-shaped keys in one line, at most ten of them by name."""
     missing = [one.key for one in wanted if one.key not in checkpoint.entries]
     unexpected = [
         key
@@ -239,7 +239,7 @@ def check_keys(checkpoint: Checkpoint, wanted: list[Wanted], known: set[str], ig
         and not adds_nothing(checkpoint, key, known)
     ]
     misshaped = []
-    used: dict[str, int] = {}  # elements of a key that its pieces take
+    used: dict[str, int] = {}  # elements of a key that its pieces use
     for one in wanted:
         entry = checkpoint.entries.get(one.key)
         if entry is None:
@@ -272,13 +272,13 @@ def check_keys(checkpoint: Checkpoint, wanted: list[Wanted], known: set[str], ig
 
 
 def adds_nothing(checkpoint: Checkpoint, key: str, known: set[str]) -> bool:
-    """Whether a key is a bias of zeros beside a matrix of the model: AutoGPTQ wrote one for every matrix until 2023."""
+    """Return True for a bias of zeros beside a matrix of the model: AutoGPTQ wrote one for every matrix until 2023."""
     matrix = key.removesuffix("bias") + "weight"
     return key.endswith(".bias") and matrix in known and not checkpoint.read(key).any()
 
 
 def piece_shape(entry: TensorEntry, index: tuple[Any, ...]) -> tuple[int, ...] | None:
-    """The shape of a tensor of this entry's shape at `index`, None where it has no such index."""
+    """Return the shape at `index` of a tensor with this entry's shape, or None for an invalid index."""
     try:
         return tuple(torch.empty(entry.shape, device="meta")[index].shape) if index else entry.shape
     except (IndexError, RuntimeError):
@@ -286,21 +286,21 @@ def piece_shape(entry: TensorEntry, index: tuple[Any, ...]) -> tuple[int, ...] |
 
 
 def read_index(checkpoint: Checkpoint, one: Wanted) -> Tensor:
-    """The values of one parameter as the checkpoint reads them: of rows no more than are held."""
+    """Read the values of one parameter in the checkpoint's form, and no rows beyond its share."""
     if one.share is not None and one.share.dim == 0 and one.index == ():
         return checkpoint.read(one.key, one.share.own)
     return checkpoint.read(one.key)[one.index if one.share is None else one.share.of(one.index)]
 
 
 def read_one(checkpoint: Checkpoint, one: Wanted, device: torch.device) -> Any:
-    """What one parameter becomes."""
+    """Read one parameter and convert it if it is packed."""
     if one.packing is None:
         return read_piece(checkpoint, one, device)
     return one.packing.make(read_stretches(checkpoint, one, one.packing))
 
 
 def read_stretches(checkpoint: Checkpoint, one: Wanted, packing: Packing) -> Iterator[Any]:
-    """One parameter, some rows at a time."""
+    """Yield one parameter block by block."""
     by_columns = one.share is not None and one.share.dim == 1
     if packing.stretches == "values" and (one.index != () or by_columns):
         yield from read_index(checkpoint, one).split(packing.rows_at_once)
@@ -317,14 +317,14 @@ def read_stretches(checkpoint: Checkpoint, one: Wanted, packing: Packing) -> Ite
         else:
             groups = checkpoint.read_groups(one.key, rows)
             yield groups.part(1, one.share.own) if one.share is not None and by_columns else groups
-        checkpoint.release(one.key)     # so that a large tensor is never mapped whole
+        checkpoint.release(one.key)     # a large tensor is never mapped as a whole
 
 
 def read_piece(checkpoint: Checkpoint, one: Wanted, device: torch.device) -> Tensor:
-    """The values of one parameter, on the device, in its dtype, and in memory that is nobody else's."""
+    """Return the values of one parameter on the device, in its dtype, in memory of their own."""
     piece = read_index(checkpoint, one)
     if not checkpoint.mapped and one.index == () and one.share is None and piece.dtype == one.dtype:
-        return piece.to(device)  # what was read is already a tensor of its own
+        return piece.to(device)  # `read` has returned a copy
     return piece.to(device, one.dtype, copy=True, memory_format=torch.contiguous_format)
 
 

@@ -1,4 +1,4 @@
-"""A file mapped into memory, whose pages are given back as soon as they have been used."""
+"""A file mapped into memory, whose pages are given back after use."""
 
 import hashlib
 import mmap
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from weights.errors import InputError
 
-# Linux maps up to so many bytes around one that is touched, a multiple of a page's.
+# Bytes that Linux maps at most around a touched one, a multiple of the page size.
 MAPPED_AT_ONCE = 1 << 21
 
 
 class MappedFile:
-    """The bytes of a file, read from disk when they are touched. Read-only."""
+    """The bytes of a file, read from disk on access. Read-only."""
 
     def __init__(self, path: Path) -> None:
         with open_binary(path) as file:
@@ -28,7 +28,7 @@ class MappedFile:
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def view(self, begin: int, end: int) -> Tensor:
-        """Bytes `begin` to `end` as a uint8 tensor on the file's own pages, not to be written to."""
+        """Return bytes `begin` to `end` as a uint8 tensor on the file's own pages, read-only."""
         if begin == end:
             return torch.empty(0, dtype=torch.uint8)
         with warnings.catch_warnings():
@@ -36,9 +36,9 @@ class MappedFile:
             return torch.frombuffer(self.data, dtype=torch.uint8, count=end - begin, offset=begin)
 
     def release(self, begin: int, end: int) -> None:
-        """Give back the pages that were touched between two bytes: until then they count as this process's memory.
+        """Give back the pages between two bytes, which otherwise count as this process's memory.
 
-        So are those around that the system mapped with them. Pages that are still needed are mapped again.
+        Pages around them that the system has mapped too are included. Pages still in use are mapped again.
         """
         start, stop = begin // MAPPED_AT_ONCE * MAPPED_AT_ONCE, -(-end // MAPPED_AT_ONCE) * MAPPED_AT_ONCE
         if end > begin and hasattr(mmap, "MADV_DONTNEED"):  # Windows has no such call
@@ -46,20 +46,20 @@ class MappedFile:
 
 
 def open_binary(path: Path) -> BinaryIO:
-    """Open a file for reading, or InputError. A pipe, a device or a socket is none, and is not waited for."""
+    """Open a regular file for reading. Raises InputError; for a pipe, a device or a socket without waiting for it."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISREG(mode):
             return open(path, "rb")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:         # a NUL, or what the system cannot encode
+    except ValueError as error:         # a NUL, or a character that the system cannot encode
         raise InputError(f"no file can have the name {str(path)!r}") from error
     raise InputError(f"{path} is not a file, but a {'directory' if stat.S_ISDIR(mode) else 'pipe or device'}")
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """A whole file of at most so many bytes, or InputError."""
+    """Read a whole file of at most `most` bytes. Raises InputError."""
     with open_binary(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
@@ -68,7 +68,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path, most: int) -> str:
-    """The same of a file of UTF-8 text."""
+    """Read a whole file of UTF-8 text, at most `most` bytes. Raises InputError."""
     try:
         return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -76,7 +76,7 @@ def read_text(path: Path, most: int) -> str:
 
 
 def contents_digest(path: Path) -> str:
-    """Tells files apart by what they hold, however large they are."""
+    """Hash a file's contents block by block, so that files of any size can be compared."""
     made = hashlib.sha256()
     with path.open("rb") as file:
         while stretch := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""How much memory is free or was taken, and the clear word before a checkpoint that will not fit is loaded."""
+"""Free and used memory, and the check before a checkpoint is loaded that does not fit."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ except ImportError:  # not a POSIX system
 
 
 def require_memory(needed: int, device: torch.device, what: str) -> None:
-    """InputError when `needed` bytes are more than `device` has free; silent where that cannot be found out."""
+    """Raise InputError if `device` has fewer than `needed` bytes free; do nothing if that is unknown."""
     available = available_memory(device)
     if available is not None and needed > available:
         raise InputError(
@@ -26,7 +26,7 @@ def require_memory(needed: int, device: torch.device, what: str) -> None:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device, None where nothing says so."""
+    """Return the bytes that can still be allocated on a device, or None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -39,7 +39,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def linux_available(root: Path = Path("/")) -> int | None:
-    """The least of MemAvailable and what each enclosing cgroup (version 1 or 2) leaves; None without a /proc."""
+    """Return the minimum of MemAvailable and the room in each enclosing cgroup (version 1 or 2); None without /proc."""
     try:
         meminfo = (root / "proc/meminfo").read_text()
     except OSError:
@@ -52,7 +52,7 @@ def linux_available(root: Path = Path("/")) -> int | None:
     except OSError:
         lines = []
     for line in lines:
-        # "0::/path" is the one tree of version 2; "5:memory:/path" is the memory controller's of version 1.
+        # "0::/path" is the only tree of version 2; "5:memory:/path" is the memory controller's tree of version 1.
         _, controllers, group = line.split(":", 2)
         if controllers == "":
             top = root / "sys/fs/cgroup"
@@ -62,7 +62,7 @@ def linux_available(root: Path = Path("/")) -> int | None:
             limit_file, usage_file = "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
-        # A limit on any group above holds too. Inside a container the path may not exist; then only the top is seen.
+        # The limits of all parent groups apply too. In a container the path may not exist; only the top is visible.
         here = top / group.lstrip("/")
         while True:
             limits += cgroup_available(here, limit_file, usage_file)
@@ -73,7 +73,7 @@ def linux_available(root: Path = Path("/")) -> int | None:
 
 
 def cgroup_available(group: Path, limit_file: str, usage_file: str) -> list[int]:
-    """[bytes left under one group's own limit], or [] when it has none."""
+    """Return [bytes left under the group's own limit], or [] if it has none."""
     try:
         limit, usage = (group / limit_file).read_text().strip(), int((group / usage_file).read_text())
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -81,24 +81,25 @@ def cgroup_available(group: Path, limit_file: str, usage_file: str) -> list[int]
         return []
     if limit == "max":
         return []
-    # Usage counts cached file pages; the ones not in active use are given up when memory is asked for.
+    # Usage includes cached file pages; the system reclaims inactive ones on demand.
     reclaimable = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
     return [max(0, int(limit) - usage + reclaimable)]
 
 
 def macos_available(vm_stat: str) -> int | None:
-    """Bytes in pages that `vm_stat` counts as free or as given up on demand."""
+    """Return the bytes in pages that `vm_stat` reports as free or reclaimable."""
     page_size = re.search(r"page size of (\d+) bytes", vm_stat)
     counts = re.findall(r"^Pages (?:free|inactive|speculative|purgeable):\s+(\d+)\.", vm_stat, re.MULTILINE)
     return int(page_size[1]) * sum(map(int, counts)) if page_size and counts else None
 
 
 def gigabytes(count: int) -> str:
+    """Format a number of bytes in GB, or in MB below 0.1 GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far, in bytes: on the GPU that computes, otherwise the process's resident set."""
+    """Return the peak memory so far, in bytes: allocations on a CUDA device, otherwise the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:

@@ -1,7 +1,7 @@
-"""Files that are written: the one way from a result to a path, whole or not at all.
+"""Output files: the only way to write a result to a path, completely or not at all.
 
 A path may be a new name or lead to a regular file. A folder, a pipe, a socket or a device is never replaced. A link is
-followed: the file that it leads to is replaced, and the link stays.
+followed: its target is replaced, and the link stays.
 """
 
 import os
@@ -17,9 +17,9 @@ from weights.errors import InputError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a new, empty file beside `path` to write to. When the block ends it takes the place of `path` in one step.
+    """Yield a new, empty file beside `path` to write to. At the end of the block it replaces `path` in one step.
 
-    If the block fails or is interrupted, the new file is removed and `path` stays as it was. Raises InputError if
+    If the block fails or is interrupted, the new file is removed and `path` stays unchanged. Raises InputError if
     `path` is neither a regular file nor a new name, or if it cannot be written.
     """
     target, mode = target_of(path)
@@ -38,10 +38,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Gives a new, empty folder beside `path` to fill. When the block ends the folder takes that name in one step.
+    """Yield a new, empty folder beside `path` to fill. At the end of the block it is renamed to `path` in one step.
 
-    If another process has made `path` meanwhile, that one stays. If the block fails or is interrupted, the new folder
-    is removed. Raises InputError if it cannot be written.
+    If another process has made `path` meanwhile, that folder stays. If the block fails or is interrupted, the new
+    folder is removed. Raises InputError if it cannot be written.
     """
     unfinished = path.with_name(f".unfinished-{secrets.token_hex(8)}")
     try:
@@ -57,14 +57,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_output(path: Path, content: str | bytes) -> None:
-    """Writes a whole file, text as UTF-8. InputError as `replacing`"""
+    """Write a whole file, text as UTF-8. Raises InputError as `replacing` does."""
     data = content if isinstance(content, bytes) else content.encode("utf-8")
     with replacing(path) as unfinished:
         unfinished.write_bytes(data)
 
 
 def append_output(path: Path, text: str) -> None:
-    """Adds lines to a file. If it is interrupted the last of them may be torn. InputError as `replacing`"""
+    """Append lines to a file. An interruption may tear the last line. Raises InputError as `replacing` does."""
     target, _ = target_of(path)
     try:
         with target.open("a", encoding="utf-8") as file:
@@ -74,7 +74,7 @@ def append_output(path: Path, text: str) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raises InputError where `write_output` would. A command asks before the work whose results go there."""
+    """Raise InputError if `write_output` would. Commands call this before the work whose results go there."""
     target, _ = target_of(path)
     try:
         new_file_beside(target).unlink()
@@ -83,7 +83,7 @@ def check_output(path: Path) -> None:
 
 
 def make_folder(folder: Path, *names: str) -> None:
-    """Raises InputError if the folder cannot be made, or if files of these names cannot be written there."""
+    """Make a folder. Raises InputError if this fails, or if files of these names cannot be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -93,7 +93,7 @@ def make_folder(folder: Path, *names: str) -> None:
 
 
 def target_of(path: Path) -> tuple[Path, int | None]:
-    """The file that `path` leads to through links, and its permissions; None: it does not exist yet."""
+    """Return the file that `path` leads to through links, and its permissions; None: it does not exist yet."""
     try:
         target = Path(os.path.realpath(path))
         status = target.stat()
@@ -101,7 +101,7 @@ def target_of(path: Path) -> tuple[Path, int | None]:
         return target, None
     except OSError as error:
         raise cannot_be_written(path, error) from None
-    except ValueError:                  # a NUL, or what the system cannot encode
+    except ValueError:                  # a NUL, or a character that the system cannot encode
         raise InputError(f"no file can have the name {str(path)!r}") from None
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path} is not a file, and is not replaced by one")
@@ -111,11 +111,13 @@ def target_of(path: Path) -> tuple[Path, int | None]:
 
 
 def new_file_beside(target: Path) -> Path:
-    # Its name is short: that of the target may be as long as names can be.
+    # The name is short, because that of the target may have the maximum length.
+    """Create a new, empty file in the folder of `target`."""
     unfinished = target.with_name(f".unfinished-{secrets.token_hex(8)}")
     os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return unfinished
 
 
 def cannot_be_written(path: Path, error: OSError) -> InputError:
+    """Return the InputError for a failed write."""
     return InputError(f"{path} cannot be written: {error.strerror or error}")

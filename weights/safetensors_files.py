@@ -1,9 +1,9 @@
 """A Hugging Face directory: config.json, and weights in model.safetensors or in shards with an index.
 
-The format of a .safetensors file: 8 bytes little-endian N, N bytes of JSON that give each tensor's dtype, shape and
-place (`data_offsets`, counted from the end of the JSON), then the tensors' bytes without holes or overlaps. The header
-is read here by hand because the mapping must be ours: a page of a mapped file counts as this process's memory once it
-has been touched, and `release` gives each tensor's pages back as soon as it has been copied.
+The format of a .safetensors file: 8 bytes little-endian N, N bytes of JSON with each tensor's dtype, shape and position
+(`data_offsets`, counted from the end of the JSON), then the tensors' bytes without holes or overlaps. The header is
+read here because this module must control the mapping: a touched page of a mapped file counts as this process's memory,
+and `release` gives each tensor's pages back as soon as it has been copied.
 """
 
 import math
@@ -26,7 +26,7 @@ from weights.mapped_file import MappedFile
 
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-# No tensor of a model has more; what a header says of more is not even multiplied out.
+# No tensor of a model has more dimensions; a header with more is refused before they are multiplied.
 MOST_DIMENSIONS = 8
 
 DTYPES = {
@@ -47,7 +47,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor's bytes lie: a shard, and the first byte and the one after the last, from the file's start."""
+    """Position of a tensor's bytes: the shard, and [begin, end) from the start of the file."""
 
     shard: str
     begin: int
@@ -55,13 +55,13 @@ class Place:
 
 
 class SafetensorsCheckpoint:
-    """A Hugging Face directory, opened: configuration read, every shard's header read and checked, no tensor read.
+    """An opened Hugging Face directory: configuration and headers are read and checked, no tensor is read.
 
     path               the directory
     config             config.json
-    generation_config  generation_config.json, {} when there is none
+    generation_config  generation_config.json, {} if there is none
     entries            every tensor of every shard, in the order of the files
-    mapped             True: `read` returns views of the mapped files, to be copied before they are kept
+    mapped             True: `read` returns views of the mapped files, which callers copy to keep
     """
 
     mapped = True
@@ -74,7 +74,7 @@ class SafetensorsCheckpoint:
         self._places: dict[str, Place] = {}
         self._files: dict[str, MappedFile] = {}
         self._layout = find_layout(self.config, directory)
-        self._parts: dict[str, list[str]] = {}      # of matrices of four bits: the tensors that they are kept in
+        self._parts: dict[str, list[str]] = {}      # stored tensors of each four-bit matrix
         self._part_entries: dict[str, TensorEntry] = {}
         for shard, promised in find_shards(directory).items():
             self._open_shard(shard, promised)
@@ -83,7 +83,7 @@ class SafetensorsCheckpoint:
             self._join_parts(self._layout)
 
     def _join_parts(self, layout: Layout) -> None:
-        """Show matrices of four bits as one entry each, X.weight."""
+        """Replace the entries of each four-bit matrix by one entry X.weight."""
         for name in [key.removesuffix(".qweight") for key in self.entries if key.endswith(".qweight")]:
             entry = matrix_entry(name, layout, self.entries, self.read, self.path)
             keys = [f"{name}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")]
@@ -122,20 +122,20 @@ class SafetensorsCheckpoint:
         return same
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Rows of a tensor as a view of the mapped file, in its entry's dtype, on the CPU, not to be written to."""
+        """Return rows of a tensor as a view of the mapped file, in its entry's dtype, on the CPU, read-only."""
         if name in self._parts:
             return self.read_groups(name, rows).values()
         whole = self._view(name, self.entries[name])
         return whole[rows] if rows != slice(None) else whole
 
     def read_groups(self, name: str, rows: slice = slice(None)) -> Groups:
-        """Rows of a matrix of four-bit numbers as they are kept."""
+        """Return rows of a four-bit matrix without dequantising."""
         assert self._layout is not None
         qweight, qzeros, scales = self._quantised(name)
         return self._layout.groups(qweight, qzeros, scales, rows)
 
     def _quantised(self, name: str) -> list[Tensor]:
-        """qweight, qzeros and scales of a matrix, views of the mapped file."""
+        """Return qweight, qzeros and scales of a matrix, as views of the mapped file."""
         return [self._view(key, self._part_entries[key]) for key in self._parts[name][:3]]
 
     def _view(self, name: str, entry: TensorEntry) -> Tensor:
@@ -146,18 +146,18 @@ class SafetensorsCheckpoint:
         return raw.view(entry.dtype).view(entry.shape)
 
     def stored_bytes(self, name: str) -> Tensor:
-        """uint8, a tensor's bytes in the file; of a matrix of four bits its numbers'."""
+        """Return a tensor's bytes in the file, uint8; for a four-bit matrix those of its numbers."""
         place = self._places[self._parts.get(name, [name])[0]]
         return self._files[place.shard].view(place.begin, place.end)
 
     def release(self, name: str) -> None:
-        """Give back the memory that reading `name` took; the tensor can be read again (from the file)."""
+        """Give back the memory that reading `name` took; the tensor can be read again from the file."""
         for key in self._parts.get(name, [name]):
             place = self._places[key]
             self._files[place.shard].release(place.begin, place.end)
 
     def close(self) -> None:
-        """Let go of the mapped files; a tensor that was read and not copied keeps its own file mapped."""
+        """Release the mapped files. A tensor that was read and not copied keeps its file mapped."""
         self._files.clear()
 
     def __enter__(self) -> "SafetensorsCheckpoint":
@@ -170,7 +170,7 @@ class SafetensorsCheckpoint:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a directory, or InputError that says what the directory lacks, or that it has an adapter."""
+    """Read config.json of a directory. Raises InputError that says what is missing, or that there is an adapter."""
     path = directory / files.CONFIG
     if (directory / files.ADAPTER_CONFIG).exists():
         raise InputError(describe_adapter(directory, beside_model=path.exists()))
@@ -189,7 +189,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def describe_adapter(directory: Path, beside_model: bool) -> str:
-    """What to do with an adapter, which would change what the model computes and is not implemented."""
+    """Return advice for an adapter, which would change the computation and is not implemented."""
     about = read_json(directory / files.ADAPTER_CONFIG)
     kind, base = (shown(about.get(name)) for name in ("peft_type", "base_model_name_or_path"))
     merge = (
@@ -205,7 +205,7 @@ def describe_adapter(directory: Path, beside_model: bool) -> str:
 
 
 def find_shards(directory: Path) -> dict[str, list[str]]:
-    """Names of the directory's weight files, each with the tensors that the index says it holds ([] without index)."""
+    """Return the names of the weight files, each with its tensors according to the index ([] without an index)."""
     if (directory / files.WEIGHTS).exists():
         return {files.WEIGHTS: []}
     index_path = directory / files.WEIGHTS_INDEX
@@ -230,7 +230,7 @@ def find_shards(directory: Path) -> dict[str, list[str]]:
         raise InputError(f"{index_path} has no weight_map that names a shard for each tensor")
     shards: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
-        # The index is data from elsewhere; it must not make us read files outside of its own folder.
+        # The index is untrusted: it must not lead to files outside its own folder.
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or "/" in shard or "\\" in shard:
             raise InputError(f"{index_path}: {name} is said to be in {shard!r}, which is not a .safetensors file name")
         shards.setdefault(shard, []).append(name)
@@ -243,9 +243,9 @@ def find_shards(directory: Path) -> dict[str, list[str]]:
 
 
 def read_header(file: MappedFile, path: Path) -> tuple[dict[str, TensorEntry], dict[str, tuple[int, int]]]:
-    """Entries of one .safetensors file in the order of their bytes, and each one's [begin, end) from the file's start.
+    """Return the entries of one .safetensors file in the order of their bytes, and each [begin, end) from its start.
 
-    InputError when anything in the header contradicts itself or the file's size.
+    Raises InputError if the header contradicts itself or the size of the file.
     """
     size = file.size
     header_size = int.from_bytes(file.data[:8], "little")
@@ -278,7 +278,7 @@ def read_header(file: MappedFile, path: Path) -> tuple[dict[str, TensorEntry], d
 
 
 def read_entry(name: str, description: Any, path: Path) -> tuple[TensorEntry, tuple[int, int]]:
-    """One tensor's line of the header, checked in itself: the entry, and [begin, end) from the start of the data."""
+    """Check one tensor's item of the header and return its entry, and [begin, end) from the start of the data."""
     if not isinstance(description, dict):
         raise InputError(f"{path} is corrupt: the header's {name} is not an object")
     dtype_name: Any = description.get("dtype")
@@ -303,11 +303,11 @@ def read_entry(name: str, description: Any, path: Path) -> tuple[TensorEntry, tu
 
 
 def is_list_of_sizes(value: Any) -> bool:
-    """Whether a value from JSON is a list of integers that a 64-bit size can hold."""
+    """Return True for a JSON list of integers that fit into a 64-bit size."""
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
 def some_of(names: list[str], limit: int = 10) -> str:
-    """Names with commas between, at most `limit` of them."""
+    """Join names with commas, at most `limit` of them."""
     shown = ", ".join(names[:limit])
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

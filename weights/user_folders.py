@@ -1,4 +1,4 @@
-"""Folders of the user's own that outlive a run: what was fetched or computed once, and what was typed."""
+"""The user's folders that outlive a run: a cache for fetched or computed files, and state such as typed lines."""
 
 import os
 from pathlib import Path
@@ -7,17 +7,23 @@ from weights.errors import InputError
 
 
 def cache_folder(name: str) -> Path:
-    """What can be made anew: $XDG_CACHE_HOME/popengine/`name`, by default under ~/.cache. It may not exist yet."""
+    """Return the folder of reproducible files: $XDG_CACHE_HOME/popengine/`name`, by default under ~/.cache.
+
+    It may not exist yet.
+    """
     return folder("XDG_CACHE_HOME", ".cache") / name
 
 
 def state_folder() -> Path:
-    """What cannot be made anew: $XDG_STATE_HOME/popengine, by default under ~/.local/state. It may not exist yet."""
+    """Return the folder of irreproducible files: $XDG_STATE_HOME/popengine, by default under ~/.local/state.
+
+    It may not exist yet.
+    """
     return folder("XDG_STATE_HOME", ".local/state")
 
 
 def folder(variable: str, otherwise: str) -> Path:
-    """InputError if the variable is not set and the user has no home folder."""
+    """Return popengine's folder. Raises InputError if the variable is not set and the user has no home folder."""
     named = os.environ.get(variable)
     try:
         return (Path(named) if named else Path.home() / otherwise) / "popengine"
