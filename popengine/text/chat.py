@@ -1,4 +1,4 @@
-"""Chat templates: finding a checkpoint's template, rendering it safely, and the token that ends an answer."""
+"""Chat templates: finding a checkpoint's template, rendering it in a sandbox, and the token that ends an answer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +14,14 @@ from weights.mapped_file import read_text
 Message = dict[str, Any]
 
 WITHOUT_TEMPLATE = "`generate --raw` runs a prompt without a template"
-LONGEST_TEXT = 1_000_000  # characters, where nobody knows of a context
+LONGEST_TEXT = 1_000_000  # characters, if the context is unknown
 
 
 def read_chat_template(directory: Path) -> str | None:
-    """The chat template of a checkpoint directory, None if it has none.
+    """Return the chat template of a checkpoint directory, or None.
 
-    Looked for in chat_template.jinja, chat_template.json (a processor's, so it knows about pictures), and
-    `chat_template` of tokenizer_config.json: a string, or a list of named ones, of which "default" is taken.
+    Searched in chat_template.jinja, chat_template.json (written by processors, so it supports pictures), and
+    `chat_template` of tokenizer_config.json: a string, or a list of named templates, of which "default" is used.
     """
     path = Path(directory) / files.CHAT_TEMPLATE
     if path.exists():
@@ -48,13 +48,13 @@ def render_chat(
     *,
     add_generation_prompt: bool = True,
 ) -> str:
-    """The text of one conversation as the template writes it, special tokens included."""
+    """Render one conversation, special tokens included."""
     (text,) = render_chats(template, [messages], tokenizer, add_generation_prompt=add_generation_prompt)
     return unless_failed(text)
 
 
 def unless_failed(text: str | InputError) -> str:
-    """What was rendered; raises why it was not."""
+    """Return the rendered text, or raise the InputError in its place."""
     if isinstance(text, InputError):
         raise text
     return text
@@ -68,11 +68,11 @@ def render_chats(
     add_generation_prompt: bool = True,
     longest: int = LONGEST_TEXT,
 ) -> list[str | InputError]:
-    """The texts of several conversations, rendered in the process that holds the checkpoint's tokenizer.
+    """Render several conversations in the process that holds the checkpoint's tokenizer.
 
-    Templates come with checkpoints and are not trusted: jinja2's sandbox, limits on time and memory, no files, and at
-    most `longest` characters for each text. In the place of a text that failed there is an InputError that says why,
-    with the template's own words if it raised them; one that is nobody's fault but the template's is raised.
+    Templates come with checkpoints and are untrusted: they run in jinja2's sandbox, with limits on time and memory,
+    without files, and with at most `longest` characters per text. A text that fails is replaced by an InputError with
+    the reason, in the template's own words if it raised them. A failure of the template itself raises InputError.
     """
     if not conversations:
         return []
@@ -85,13 +85,14 @@ def render_chats(
 
 
 def template_failed(reason: str) -> InputError:
+    """Return the InputError for a chat template that failed."""
     return InputError(f"the chat template failed: {reason}; {WITHOUT_TEMPLATE}")
 
 
 def end_of_turn_token(template: str, tokenizer: TextTokenizer) -> int | None:
-    """The id of the special token that the template writes directly after an assistant's words, such as <|im_end|>.
+    """Return the id of the special token that the template writes after an assistant's turn, such as <|im_end|>.
 
-    None if there is none, if it is not a single special token, or if the template cannot be asked.
+    Returns None if there is none, if it is not a single special token, or if the template fails.
     """
     marker = "popengine end of turn marker"
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": marker}]

@@ -1,4 +1,4 @@
-"""Prompts to token ids: through the chat template where there is one, with the places of pictures."""
+"""Prompts to token ids, through the chat template if there is one, with placeholders for pictures."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,25 +10,25 @@ from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
 
 Messages = list[dict[str, Any]]
-# A prompt, or a conversation as chat templates take it: [{"role": "user", "content": "..."}, ...].
+# A text, or a conversation in the form of chat templates: [{"role": "user", "content": "..."}, ...].
 Prompt = str | Messages
 
 
-# Several conversations as texts, in one go: of one that cannot be rendered, why not.
+# Renders several conversations at once; an InputError replaces a text that fails.
 Render = Callable[[Sequence[Messages]], list[str | InputError]]
 
-# Of a text that may fit a context: words of a language have four letters a token, runs of spaces have more. Tokenizing
-# takes some 500 bytes a letter, so that what cannot fit must not get there.
+# Bound on a text for a context: words have about four letters per token, runs of spaces more. Tokenizing takes about
+# 500 bytes per letter, so a text that cannot fit is refused before.
 LETTERS_PER_TOKEN = 16
-# What a template may write beside twice what its messages say: tools and dates have some thousands. A context that a
-# config claims bounds nothing.
+# Letters that a template may add to twice its messages: tools and dates have some thousands. The context of an
+# untrusted config is no bound.
 TEMPLATE_LETTERS = 200_000
 
 
 class Placing(Protocol):
-    """How pictures get their places in a text and among its tokens (popengine.images.vision).
+    """Placement of pictures in a text and among its tokens (popengine.images.vision).
 
-    meant  control tokens that a message may spell and mean, unless the model wrote it
+    meant  control tokens that keep their meaning in a message, unless the model wrote it
     """
 
     @property
@@ -46,8 +46,8 @@ class Placing(Protocol):
 class Prompts:
     """The text side of a checkpoint.
 
-    chat_template  an InputError says why the checkpoint's cannot be read: raised once it is needed, so not for raw text
-    context        tokens that a prompt has room in
+    chat_template  an InputError if the checkpoint's cannot be read; raised only on use, hence not for raw text
+    context        maximum number of tokens of a prompt
     """
 
     def __init__(
@@ -62,18 +62,18 @@ class Prompts:
         self, prompt: Prompt, *, raw: bool = False, system_prompt: str | None = None, images: Sequence[Any] = (),
         parse_special: bool = False,
     ) -> list[int]:
-        """Token ids of one prompt, as `batch` gives them for several."""
+        """Return token ids of one prompt, as `batch` does for several."""
         return self.batch([prompt], [images], raw=raw, system_prompt=system_prompt, parse_special=parse_special)[0]
 
     def batch(
         self, prompts: Sequence[Prompt], images: Sequence[Sequence[Any]], *, raw: bool = False,
         system_prompt: str | None = None, parse_special: bool = False,
     ) -> list[list[int]]:
-        """Token ids of prompts: through the chat template if there is one and `raw` does not forbid it.
+        """Return token ids of prompts, through the chat template if there is one and `raw` is False.
 
-        images         those of each; each has as many image tokens among the ids as the vision tower makes
-        parse_special  whether control tokens that a message spells are those tokens, and not their letters
-        Raises InputError for an empty prompt, and where text or images do not suit the checkpoint.
+        images         pictures of each prompt; each becomes as many image tokens as the vision tower makes
+        parse_special  read control tokens spelled in a message as these tokens, not as their letters
+        Raises InputError for an empty prompt, and for text or images that do not fit the checkpoint.
         """
         tokens = set() if parse_special else self.tokenizer.special_tokens
         spelled = Spelled(tokens, [*prompts, system_prompt or ""], self.chat_template or "", self.placing.meant)
@@ -92,7 +92,7 @@ class Prompts:
         self, prompts: Sequence[Prompt], images: Sequence[int], raw: bool = False, system_prompt: str | None = None,
         spelled: Spelled = NOTHING_SPELLED,
     ) -> list[tuple[str, bool]]:
-        """Prompts as they go to the tokenizer, and whether that still has to add its special tokens."""
+        """Return the texts to tokenize, each with True if the tokenizer must still add its special tokens."""
         found: dict[int, tuple[str, bool]] = {}
         chats: dict[int, Messages] = {}
         for index, (prompt, count) in enumerate(zip(prompts, images, strict=True)):
@@ -118,7 +118,7 @@ class Prompts:
             texts = self.placing.render(
                 [*chats.values(), *cut.values()], [images[index] for index in indices], render
             )
-            # The template has written the special tokens itself.
+            # The template has already written the special tokens.
             found |= {index: (text, False) for index, text in zip(chats, texts, strict=False)}
             for index, text in zip(cut, texts[len(chats) :], strict=True):
                 found[index] = spelled.chosen(found[index][0], text), False
@@ -137,7 +137,7 @@ class Prompts:
 
 
 def check_text(text: str, what: str) -> None:
-    """Text with lone surrogates is what Python makes of bytes that are not UTF-8."""
+    """Raise InputError for lone surrogates, which Python makes of bytes that are not UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Text that arrives in pieces and ends at the first stop string."""
+"""Streamed text that ends at the first stop string."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ from popengine.text.tokenizer import TextStream, TextTokenizer
 
 
 class StoppedText:
-    """Tokens to text, up to the first stop string. What could be the beginning of one is held back until it is not.
+    """Converts tokens to text up to the first stop string, and holds back what may be the beginning of one.
 
-    found  whether a stop string has arrived; nothing after that is given out
+    found  True once a stop string has arrived; no later text is returned
     """
 
     def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str]) -> None:
@@ -16,11 +16,11 @@ class StoppedText:
         self.given, self.held, self.found = "", "", False
 
     def push(self, token: int) -> str:
-        """The text that can be shown after one more token."""
+        """Add one token and return the text that can be shown."""
         return self.add(self.stream.push(token))
 
     def add(self, text: str) -> str:
-        """The text that can be shown after more of it has arrived."""
+        """Add text and return the text that can be shown."""
         if self.found:
             return ""
         text = self.held + text
@@ -33,13 +33,13 @@ class StoppedText:
         return self.give(text[: len(text) - kept])
 
     def finish(self) -> str:
-        """What was held back, when no more tokens arrive."""
+        """Return the text that was held back, after the last token."""
         text = self.add(self.stream.finish())
         held, self.held = self.held, ""
         return text + self.give(held)
 
     def whole(self) -> str:
-        """All of the text, when no more tokens arrive."""
+        """Return the complete text, after the last token."""
         self.finish()
         return self.given
 
@@ -49,5 +49,5 @@ class StoppedText:
 
 
 def overlap(text: str, stop: str) -> int:
-    """The number of characters at the end of a text that a stop string could begin with."""
+    """Return the number of characters at the end of a text that a stop string may begin with."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,7 +1,7 @@
-"""Text to token ids and back, for both kinds of tokenizer file a checkpoint brings, and decoding while tokens arrive.
+"""Text to token ids and back, for both kinds of tokenizer file, and decoding of streamed tokens.
 
-tokenizer.json is read by `tokenizers` (FastTokenizer), tokenizer.model by `sentencepiece` (SentencePieceTokenizer),
-each in a child process (popengine/text/sandbox). Both decode as Hugging Face does; TextStream works on either.
+`tokenizers` reads tokenizer.json (FastTokenizer), `sentencepiece` reads tokenizer.model (SentencePieceTokenizer), each
+in a child process (popengine/text/sandbox). Both decode as Hugging Face does; TextStream works on either.
 """
 
 import base64
@@ -20,21 +20,21 @@ from weights.mapped_file import read_bytes, read_text
 
 # Names under which tokenizer_config.json and special_tokens_map.json declare special tokens, each a string or a dict.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-MOST_ADDED = 32_000     # tokens beside the vocabulary: Gemma has 6,000, models that speak have some 29,000
+MOST_ADDED = 32_000     # tokens beside the vocabulary: Gemma has 6,000, speech models about 29,000
 SPACE_MARK = "▁"  # sentencepiece's visible space
-# Of tokenizer.json and tokenizer.model: far above any real one (Gemma's has 33 MB).
+# Bytes of tokenizer.json or tokenizer.model: far above any real one (Gemma's has 33 MB).
 LARGEST_TOKENIZER = 64_000_000
 
 
 class TextTokenizer(Protocol):
-    """What the engine needs from a tokenizer.
+    """Interface of a tokenizer.
 
-    vocabulary_size  the highest id that has a token, plus one
-    bos_token        the text of the beginning-of-sequence token, None if there is none; eos_token likewise
-    template_tokens  special tokens by the names that chat templates have for them: bos_token, pad_token, ...
-    special_ids      ids that `decode` leaves out: control tokens, not text; special_tokens: how they are written
-    byte_ids         ids that stand for one raw byte ("<0x0A>"); empty for byte-level tokenizers, which have none
-    sandbox          the process that it runs in, where the checkpoint's chat template runs, too
+    vocabulary_size  highest id that has a token, plus one
+    bos_token        text of the beginning-of-sequence token, or None; eos_token likewise
+    template_tokens  special tokens by their names in chat templates: bos_token, pad_token, ...
+    special_ids      ids that `decode` omits: control tokens, not text; special_tokens: their spellings
+    byte_ids         ids that stand for one raw byte ("<0x0A>"); empty for byte-level tokenizers
+    sandbox          its process, which also renders the checkpoint's chat template
     """
 
     sandbox: Sandbox
@@ -56,7 +56,7 @@ class TextTokenizer(Protocol):
 
 
 class FastTokenizer:
-    """The tokenizer of a tokenizer.json, with everything that the file says about spaces and BOS."""
+    """The tokenizer of a tokenizer.json, with the file's rules for spaces and BOS."""
 
     def __init__(
         self, sandbox: Sandbox, bos_token: str | None = None, eos_token: str | None = None,
@@ -81,29 +81,29 @@ class FastTokenizer:
     def encode(
         self, text: str, add_special_tokens: bool, parse_special: bool = True, begins: bool = True
     ) -> list[int]:
-        """Token ids of `text`; special tokens written out in it become their ids, or with parse_special False letters.
+        """Return token ids of `text`. Spelled special tokens become their ids, or letters if parse_special is False.
 
-        add_special_tokens  also add what the tokenizer puts around a text (usually BOS in front)
-        begins              False for what follows a control token: some put a space before a text, not before the rest
+        add_special_tokens  also add the tokens that the tokenizer puts around a text (usually BOS in front)
+        begins              False after a control token: some tokenizers put a space before a text only at its beginning
         """
         check_unicode(text)
         return self.sandbox.ask("encode", text, add_special_tokens, parse_special, begins)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; an id without a token (a padded vocabulary has some) is no text."""
+        """Decode `ids`; an id without a token (as in a padded vocabulary) is skipped."""
         return self.sandbox.ask("decode", list(ids), skip_special_tokens)
 
     def token_id(self, token: str) -> int | None:
-        """The id of the token that is written `token`, None if there is no such token."""
+        """Return the id of the token spelled `token`, or None."""
         return self.sandbox.ask("token_to_id", token)
 
 
 class SentencePieceTokenizer:
     """A sentencepiece model with the special tokens around it, tokenized as transformers' LlamaTokenizer does.
 
-    Text between special tokens is encoded piece by piece. `prefix_space` says which of those pieces begin with the
-    space mark even if the text has no space there: "always" (the `legacy` behaviour), "first" (only at the very
-    start), "never". A space that is already there counts as the prefix.
+    Text between special tokens is encoded piece by piece. `prefix_space` says which of these pieces get a leading space
+    mark if the text has no space there: "always" (the `legacy` behaviour), "first" (only at the start of the text),
+    "never". An existing space counts as the prefix.
     """
 
     def __init__(
@@ -144,11 +144,12 @@ class SentencePieceTokenizer:
     def encode(
         self, text: str, add_special_tokens: bool, parse_special: bool = True, begins: bool = True
     ) -> list[int]:
-        """Token ids of `text`; special and added tokens written out in it become their ids; with parse_special False
-        special ones become letters.
+        """Return token ids of `text`. Spelled special tokens become their ids, or letters if parse_special is False.
 
-        add_special_tokens  also add BOS in front and EOS behind, where the tokenizer's configuration says so
-        begins              as FastTokenizer's
+        Other added tokens always become their ids.
+
+        add_special_tokens  also add BOS in front and EOS behind, if the tokenizer's configuration asks for them
+        begins              as for FastTokenizer
         """
         check_unicode(text)
         ids: list[int] = []
@@ -176,10 +177,10 @@ class SentencePieceTokenizer:
         return self.sandbox.ask("encode", text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; an id without a token is no text.
+        """Decode `ids`; an id without a token is skipped.
 
-        Byte tokens that follow each other are one UTF-8 text; where that is invalid each byte becomes U+FFFD, as in
-        Hugging Face. The space that encoding put in front of the text is taken away.
+        Successive byte tokens are decoded together as UTF-8; if that is invalid, each byte becomes U+FFFD, as in
+        Hugging Face. The space that encoding put in front of the text is removed.
         """
         text: list[str] = []
         run = bytearray()
@@ -197,27 +198,27 @@ class SentencePieceTokenizer:
         return joined if self.prefix_space == "never" else joined.removeprefix(" ")
 
     def token_id(self, token: str) -> int | None:
-        """The id of the token that is written `token`, None if there is no such token."""
+        """Return the id of the token spelled `token`, or None."""
         return self.token_ids.get(token)
 
 
 class TextStream:
-    """Decodes a sequence of ids while it grows: what `push` and `finish` return joins to `decode` of all of them.
+    """Decodes a growing sequence of ids: the results of `push` and `finish` join to `decode` of all ids.
 
-    A piece of text is given out as soon as no later token can change it, so a character whose bytes are spread over
-    several tokens appears whole. The cost of a push does not grow with the length of the text.
+    Text is returned as soon as no later token can change it, so a character whose bytes are spread over several tokens
+    appears whole. The cost of a push does not grow with the length of the text.
     """
 
-    # Bytes that begin a character are at most 3, so a character that is still open lies within the last few tokens.
+    # An incomplete character has at most 3 bytes, so it lies within the last few tokens.
     OVERLAP = 8
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
-        self.window: list[int] = []  # the last tokens: enough of them that the newest decode as they do in the whole
-        self.given = 0  # characters of the window's text that were given out
+        self.window: list[int] = []  # the last tokens: enough for the newest to decode as in the whole text
+        self.given = 0  # characters of the window's text returned so far
 
     def push(self, token: int) -> str:
-        """The text that `token` makes certain; "" if there is none yet, and for special tokens."""
+        """Return the text that `token` makes final; "" if there is none yet, and for special tokens."""
         if token in self.tokenizer.special_ids or token >= self.tokenizer.vocabulary_size:
             return ""
         self.window.append(token)
@@ -227,7 +228,7 @@ class TextStream:
         text = certain[self.given :]
         self.given = len(certain)
         if len(self.window) > 2 * self.OVERLAP:
-            self.window = self.window[-self.OVERLAP :]  # the last is no byte token, so no run of them is open
+            self.window = self.window[-self.OVERLAP :]  # the last is no byte token, so no run of bytes is open
             self.given = len(self._certain())
         return text
 
@@ -236,23 +237,23 @@ class TextStream:
         return text[:-1] if text.endswith("\N{REPLACEMENT CHARACTER}") else text  # perhaps half a character
 
     def finish(self) -> str:
-        """The text that was held back; the stream is then empty and can be used again."""
+        """Return the text that was held back. The stream is then empty and can be used again."""
         text = self.tokenizer.decode(self.window)[self.given :]
         self.window, self.given = [], 0
         return text
 
 
 def open_tokenizer(directory: Path) -> TextTokenizer:
-    """The tokenizer of a checkpoint directory: tokenizer.json if it is there, else tokenizer.model.
+    """Open the tokenizer of a checkpoint directory: tokenizer.json if present, else tokenizer.model.
 
-    InputError names the file that is missing or broken.
+    Raises InputError that names the file that is missing or broken.
     """
     directory = Path(directory)
     if (directory / files.TOKENIZER).is_file():
         return _open_fast(directory)
     if (directory / files.SENTENCEPIECE).is_file():
         return _open_sentencepiece(directory)
-    # vocab.json and merges.txt do not say how text is cut before merging: SmolLM2, GPT-2 and Qwen2 differ there.
+    # vocab.json and merges.txt do not define the pre-tokenizer, in which SmolLM2, GPT-2 and Qwen2 differ.
     found = [name for name in files.OTHER_TOKENIZERS if (directory / name).is_file()]
     convert = "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers writes tokenizer.json"
     hint = f"; {found[0]} alone is not enough: {convert}" if found else ""
@@ -264,7 +265,7 @@ def _open_fast(directory: Path) -> FastTokenizer:
     content = read_text(path, LARGEST_TOKENIZER)
     sandbox = Sandbox("tokenizers", content, str(path), lfs_hint(content[:100].encode()))
     named, extra = _special_tokens(directory)
-    # What the configuration adds to the file, in the order of the ids it gives.
+    # Tokens that the configuration adds to the file, in the order of their ids.
     added = add_tokens(sandbox)
     known = {token.content for token in added.values()}
     declared = _added_tokens(directory, [*named.values(), *extra])
@@ -318,24 +319,24 @@ def _open_sentencepiece(directory: Path) -> SentencePieceTokenizer:
 
 
 def add_tokens(sandbox: Sandbox, tokens: Sequence[AddedToken] = (), special: bool = False) -> dict[int, AddedToken]:
-    """Adds to the tokens that a tokenizer.json has beside its vocabulary. Returns all of them, by id."""
+    """Add tokens beside the vocabulary of a tokenizer.json. Returns all added tokens, by id."""
     found = sandbox.ask("add", [token.__getstate__() for token in tokens], special, keep=len(tokens) > 0)
     return {token_id: AddedToken(**token) for token_id, token in found}
 
 
 def with_ends(tokens: Mapping[str, Any] | None, bos_token: str | None, eos_token: str | None) -> dict[str, Any]:
-    """Tokens for templates; one that is not there has no name, so that it is undefined and not "None"."""
+    """Return the tokens for templates, without an absent bos or eos, so that it is undefined and not "None"."""
     ends = {"bos_token": bos_token, "eos_token": eos_token}
     return {**(tokens or {}), **{name: token for name, token in ends.items() if token is not None}}
 
 
 def _special_tokens(directory: Path) -> tuple[dict[str, str], list[str]]:
-    """The special tokens that the files beside the tokenizer name: those that have names, by these, then all others.
+    """Return the special tokens declared beside the tokenizer: a dict of those with names, and a list of the others.
 
-    As in transformers 5, every field called something_token names one.
+    As in transformers 5, every field called something_token declares one.
     """
     declared = dict(read_json(directory / files.TOKENIZER_CONFIG, optional=True))
-    if "added_tokens_decoder" not in declared:  # as transformers: only older folders need the second file
+    if "added_tokens_decoder" not in declared:  # as in transformers: only older folders need the second file
         declared.update(read_json(directory / files.SPECIAL_TOKENS, optional=True))
     extra: Any = declared.get("extra_special_tokens") or declared.get("additional_special_tokens") or []
     by_name = {name: declared.get(name) for name in SPECIAL_TOKEN_NAMES}
@@ -353,9 +354,9 @@ def _for_templates(named: dict[str, str], extra: list[str]) -> dict[str, Any]:
 
 
 def _added_tokens(directory: Path, special: list[str]) -> dict[int, AddedToken]:
-    """Tokens on top of the vocabulary, by id: `added_tokens_decoder` of tokenizer_config.json, or added_tokens.json.
+    """Return tokens beyond the vocabulary, by id: `added_tokens_decoder` of tokenizer_config.json or added_tokens.json.
 
-    special  which of the tokens in added_tokens.json, a plain {token: id}, are special
+    special  the special ones among the tokens of added_tokens.json, a plain {token: id}
     """
     config = directory / files.TOKENIZER_CONFIG
     declared = JsonObject(read_json(config, optional=True), str(config)).section("added_tokens_decoder")
@@ -380,12 +381,13 @@ def _added_tokens(directory: Path, special: list[str]) -> dict[int, AddedToken]:
 
 
 def check_count(added: JsonObject) -> None:
+    """Raise InputError for too many added tokens."""
     if len(added.raw) > MOST_ADDED:
         raise InputError(f"{added.where}: it has {len(added.raw)} added tokens, and at most {MOST_ADDED} are read")
 
 
 def added_tokens_pattern(tokens: Iterable[AddedToken]) -> re.Pattern[str]:
-    """Finds added tokens in text; where several begin at one place, the longest."""
+    """Return a pattern that finds added tokens in text, the longest of several at one position."""
     words = []
     for token in sorted(tokens, key=lambda token: len(token.content), reverse=True):
         if token.content:
@@ -395,6 +397,7 @@ def added_tokens_pattern(tokens: Iterable[AddedToken]) -> re.Pattern[str]:
 
 
 def decode_bytes(run: bytes | bytearray) -> str:
+    """Decode UTF-8; if it is invalid, each byte becomes U+FFFD."""
     try:
         return run.decode("utf-8")
     except UnicodeDecodeError:
@@ -402,6 +405,7 @@ def decode_bytes(run: bytes | bytearray) -> str:
 
 
 def check_unicode(text: str) -> None:
+    """Raise InputError for text with a lone surrogate."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -411,7 +415,7 @@ def check_unicode(text: str) -> None:
 
 
 def token_text(token: Any) -> str | None:
-    """A token as configuration files write it: a string, or a dict with its text under "content"."""
+    """Return the text of a token in a configuration file: a string, or a dict with its text under "content"."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None

@@ -1,0 +1,1 @@
+"""A child process for untrusted files: tokenizers and chat templates of checkpoints."""

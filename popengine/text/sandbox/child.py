@@ -1,8 +1,8 @@
-"""The child process: holds a checkpoint's tokenizer, and renders its chat template as Hugging Face does.
+"""The child process, which holds a checkpoint's tokenizer and renders its chat template as Hugging Face does.
 
-Both came with somebody's checkpoint and may ask for anything: expressions that run away, texts that blow up, panics of
-native code. process.py starts this file as a script, isolated (`python -I -S`), with the folders of packages. A request
-is a line of JSON on stdin, its answer a line on stdout.
+Both are untrusted and may cause endless expressions, texts that explode in size, or panics of native code. process.py
+starts this file as an isolated script (`python -I -S`) with the package folders. A request is a line of JSON on stdin,
+its answer a line on stdout.
 """
 
 import base64
@@ -19,17 +19,17 @@ import jinja2.debug
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# Processor time of a request, and more for each of its letters; of `load`, for each byte of the file instead. Real
-# tokenizers take a twentieth, a twentieth and a quarter; templates take milliseconds.
+# Processor time of a request, plus that of each of its letters; for `load`, of each byte of the file instead. Real
+# tokenizers take a twentieth, a twentieth and a quarter of these; templates take milliseconds.
 SECONDS, SECONDS_PER_LETTER, SECONDS_PER_BYTE = 1.0, 20e-6, 0.2e-6
-# Address space, likewise; the bytes of the file count at every request. Real ones: a tenth, a third, three quarters.
+# Address space likewise, with the bytes of the file at every request. Real use: a tenth, a third and three quarters.
 MEMORY, MEMORY_PER_LETTER, MEMORY_PER_BYTE = 300_000_000, 500, 40
 LONGEST_ANSWER = 50_000_000
-MOST_ADDED = 32_000     # tokens beside the vocabulary: Gemma has 6,000, models that speak have some 29,000
+MOST_ADDED = 32_000     # tokens beside the vocabulary: Gemma has 6,000, speech models about 29,000
 
 
 def limit(seconds: float, memory: float) -> None:
-    """Limits what follows; past that the process ends. Nothing can be opened any more. No limits where not POSIX."""
+    """Limit the process from now on: it ends beyond these limits, and can open no file. No effect outside POSIX."""
     with contextlib.suppress(ImportError):
         import resource
 
@@ -41,9 +41,9 @@ def limit(seconds: float, memory: float) -> None:
 
 
 class JsonTokenizer:
-    """The tokenizer of a tokenizer.json. about: how many tokens its vocabulary has, without added ones"""
+    """The tokenizer of a tokenizer.json. about: size of its vocabulary without added tokens"""
 
-    BEFORE = "\ufdd0before\ufdd1"   # stands for the control token that a text follows
+    BEFORE = "\ufdd0before\ufdd1"   # stands for the control token before a text
 
     def __init__(self, content: str) -> None:
         import tokenizers
@@ -53,7 +53,7 @@ class JsonTokenizer:
             raise ValueError(f"it has {added} added tokens, and at most {MOST_ADDED} are read")
         self.added_token = tokenizers.AddedToken
         self.backend = tokenizers.Tokenizer.from_str(content)
-        self.backend.no_truncation()                    # a file may carry those of somebody's training run
+        self.backend.no_truncation()                    # the file may contain settings of a training run
         self.backend.no_padding()
         self.about = self.backend.get_vocab_size(with_added_tokens=False)
 
@@ -73,13 +73,13 @@ class JsonTokenizer:
 
 
 class SentencePiece:
-    """A sentencepiece model. about: its pieces by id, ids of control and byte pieces, and of bos and eos (-1: none)"""
+    """A sentencepiece model. about: pieces by id, ids of control and byte pieces, and of bos and eos (-1: none)"""
 
     def __init__(self, content: str) -> None:
         import sentencepiece
 
-        # Protobuf merges what is appended: normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}.
-        # Spaces are then all ours; the characters' normalization stays as the model has it.
+        # Protobuf merges appended fields: normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}.
+        # Spaces are then handled here; the model's own normalization of characters stays.
         model = base64.b64decode(content) + b"\x1a\x04\x18\x00\x20\x00"
         self.backend = one = sentencepiece.SentencePieceProcessor(model_proto=model)
         numbers = range(one.get_piece_size())
@@ -93,7 +93,7 @@ class SentencePiece:
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """{% generation %}...{% endgeneration %} marks the assistant's words for training; here it is its content."""
+    """{% generation %}...{% endgeneration %}, which marks an assistant's turn for training; it yields its content."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -103,7 +103,7 @@ class GenerationTag(jinja2.ext.Extension):
 
 
 class Namespace(jinja2.utils.Namespace):
-    """jinja2's namespace without names that begin with an underscore, which Hugging Face refuses too."""
+    """jinja2's namespace, without names that begin with an underscore (Hugging Face refuses them too)."""
 
     def __init__(*arguments: Any, **names: Any) -> None:  # "self" may be among the names
         jinja2.utils.Namespace.__init__(arguments[0])
@@ -117,17 +117,19 @@ class Namespace(jinja2.utils.Namespace):
 
 
 def raise_exception(message: str) -> None:
+    """Raise a template error; templates call this."""
     raise jinja2.exceptions.TemplateError(message)
 
 
 def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
-           sort_keys: bool = False) -> str:     # jinja2's own escapes HTML
+           sort_keys: bool = False) -> str:     # jinja2's own filter escapes HTML
+    """Write a value as JSON without escaping HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def render(template: str, conversations: list[dict[str, Any]], longest: int) -> list[str | dict[str, str]]:
-    """The text of each conversation, or why there is none; each is the dict of variables the template sees."""
-    environment = ImmutableSandboxedEnvironment(        # a new one, so that nothing is left of other texts
+    """Render each conversation, a dict of template variables. A text that fails is replaced by {"error": reason}."""
+    environment = ImmutableSandboxedEnvironment(        # a new one, without state of other texts
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
@@ -145,6 +147,7 @@ def render(template: str, conversations: list[dict[str, Any]], longest: int) -> 
 
 
 def words_of(error: BaseException) -> str:
+    """Return the reason of a failure in one text."""
     if isinstance(error, MemoryError | RecursionError):
         return "it needs too much memory" if isinstance(error, MemoryError) else "it nests too deeply"
     where = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
@@ -152,10 +155,12 @@ def words_of(error: BaseException) -> str:
 
 
 def main() -> None:
-    """Answers requests: `load` with package and content first, then `render`, and methods of the tokenizer above or, if
-    it has none of the name, of the library's."""
+    """Answer requests: `load` with package and content first, then `render` and methods of the tokenizer.
+
+    A method that the class above lacks is called on the library's tokenizer.
+    """
     held: Any = None
-    time.localtime(), render("{{ 'a constant' }}", [{}], 10)    # read files when they are first used
+    time.localtime(), render("{{ 'a constant' }}", [{}], 10)    # these read files on first use
     for line in sys.stdin:
         name, *words = json.loads(line)
         try:
@@ -173,7 +178,7 @@ def main() -> None:
             written = json.dumps({"answer": answer})
             if len(written) > LONGEST_ANSWER:
                 raise ValueError("what it makes of a text is too long")
-        except BaseException as error:  # a panic of the Rust side is no Exception
+        except BaseException as error:  # a panic in Rust is no Exception
             written = json.dumps({"error": words_of(error)})
         print(written, flush=True)
 

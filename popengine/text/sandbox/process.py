@@ -1,4 +1,4 @@
-"""This process's end of the child process that holds a checkpoint's tokenizer and renders its chat template."""
+"""Parent side of the child process that holds a checkpoint's tokenizer and renders its chat template."""
 
 import json
 import os
@@ -12,17 +12,17 @@ from typing import Any
 from weights.errors import InputError
 
 CHILD = Path(__file__).with_name("child.py")
-WALL_SECONDS, WALL_SECONDS_PER_LETTER = 30.0, 1e-4      # limits on processor time come first, where the system has them
+WALL_SECONDS, WALL_SECONDS_PER_LETTER = 30.0, 1e-4      # limits on processor time come first, if the system has them
 
 
 class Sandbox:
-    """A child process with limits on time and memory, which can open nothing.
+    """A child process with limits on time and memory that can open no file.
 
-    A request past its limits ends the process. The next request starts a new one, which is told the `kept` ones first.
+    A request beyond its limits ends the process. The next request starts a new one and first repeats the `kept` ones.
 
     package  "tokenizers" (content: the text of a tokenizer.json) or "sentencepiece" (a tokenizer.model in base64)
-    where    how messages name the file; hint: what they add where it cannot be read
-    about    what the child says of the tokenizer
+    where    name of the file in messages; hint: their end if the file cannot be read
+    about    the child's description of the tokenizer
     """
 
     def __init__(self, package: str, content: str, where: str, hint: str = "") -> None:
@@ -32,7 +32,7 @@ class Sandbox:
         self.about = self.ask("load", package, content, keep=True)
 
     def ask(self, *request: Any, keep: bool = False) -> Any:
-        """The tokenizer's answer to a request; keep: a new process has to be told it, too. InputError if it fails."""
+        """Return the answer to a request; keep: repeat it to a new process. Raises InputError if it fails."""
         found = self.request(*request, keep=keep)
         if "answer" in found:
             return found["answer"]
@@ -43,15 +43,15 @@ class Sandbox:
         raise InputError(f"{self.where}: its tokenizer cannot be built ({reason}){hint}")
 
     def request(self, *request: Any, keep: bool = False) -> dict[str, Any]:
-        """{"answer": ...}, or {"error": why there is none}, with "ended" where that was the end of the process."""
+        """Return {"answer": ...} or {"error": reason}, with "ended" if the process has ended."""
         with self.lock:
             try:
                 for one in [request] if self.process else [*self.kept, request]:
                     found = self.exchange(one)
                     if "error" in found:
-                        self.stop()             # a new process knows nothing of what went wrong
+                        self.stop()             # a new process has no trace of the failure
                         break
-            except BaseException:               # an answer that nobody waits for must not become the next one's
+            except BaseException:               # an abandoned answer must not be taken for the next one
                 self.stop()
                 raise
         if keep and "answer" in found:
@@ -66,7 +66,7 @@ class Sandbox:
         line = json.dumps(request) + "\n"
         seconds = WALL_SECONDS + WALL_SECONDS_PER_LETTER * len(line)
         clock = threading.Timer(seconds, process.kill)
-        if request[0] != "decode":              # a thread for every token would take as long as its text
+        if request[0] != "decode":              # a thread per token would take as long as decoding
             clock.start()
         try:
             process.stdin.write(line)           # type: ignore[union-attr]
@@ -94,17 +94,18 @@ class Sandbox:
 
 
 def end(process: "subprocess.Popen[str]") -> None:
+    """Kill the child process."""
     process.kill()
     process.communicate()
 
 
 def environment() -> dict[str, str]:
-    """Of the environment only what Python itself may need to start and to tell the time."""
+    """Return the part of the environment that Python needs to start and to tell the time."""
     kept = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
     return {name: os.environ[name] for name in kept if name in os.environ}
 
 
 def search_path() -> list[str]:
-    """Where packages lie, but for the current directory: files of their names may lie there."""
+    """Return the package folders, except the current directory, which may contain files of the same names."""
     folders = [entry for entry in sys.path if os.path.isabs(entry) and os.path.exists(entry)]
     return [folder for folder in folders if not os.path.samefile(folder, ".")]

@@ -1,10 +1,10 @@
-"""Letters of messages never become control tokens: those are the chat template's to write.
+"""Protection against control tokens spelled in messages: only the chat template may write control tokens.
 
-Before rendering, each control token that a message spells is hidden behind a mark, a character that nothing else uses.
-In the rendered text a stretch between the template's own control tokens that holds a mark is encoded without control
-tokens. So is a stretch of which the tokenizer's normalizer makes one. What several texts, or a text and its template,
-spell together is found by a second rendering, with the beginnings and ends of tokens hidden in every text. Messages
-that spell no control token go through all of this unchanged.
+Before rendering, each control token that a message spells is replaced by a mark, a character used nowhere else. In the
+rendered text a stretch between the template's own control tokens that contains a mark is encoded without control
+tokens. So is a stretch that the tokenizer's normalizer turns into one. A second rendering, with beginnings and ends of
+tokens hidden in every text, detects tokens spelled jointly by several texts, or by a text and the template. Messages
+that spell no control token stay unchanged.
 """
 
 import re
@@ -14,13 +14,13 @@ from typing import Any
 from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
 
-PRIVATE_USE = range(0xF0000, 0xFFFFE)     # not the lower one, where fonts of symbols live
+PRIVATE_USE = range(0xF0000, 0xFFFFE)     # not the lower range, which symbol fonts use
 
 
 class Spelled:
-    """The control tokens that messages spell, and pieces of them, each with the mark that stands for it.
+    """The control tokens spelled in messages, and pieces of them, each with its mark.
 
-    meant  tokens that a message may spell and mean, unless the model wrote it
+    meant  tokens that keep their meaning in a message, unless the model wrote it
     """
 
     def __init__(self, tokens: Collection[str], messages: Any, template: str, meant: Collection[str] = ()) -> None:
@@ -32,7 +32,7 @@ class Spelled:
         self.together = "\0".join(["", *self.guarded, ""])
         self.free = (chr(code) for code in PRIVATE_USE if chr(code) not in text)
         self.marks: dict[str, str] = {}
-        self.letters: dict[str, str] = {}       # that a mark stands for
+        self.letters: dict[str, str] = {}       # letters of each mark
 
     def mark(self, letters: str) -> str:
         if letters and letters not in self.marks:
@@ -43,19 +43,19 @@ class Spelled:
         return self.marks.get(letters, "")
 
     def hide(self, value: Any, pieces: bool = False, by_model: bool = False) -> Any:
-        """Messages with marks for tokens; pieces: and for what may be a part of one, at the ends of a text."""
+        """Replace tokens in messages by marks; pieces: also possible parts of tokens at the ends of a text."""
         if isinstance(value, str):
             text = (self.found if by_model else self.unmeant).sub(lambda found: self.mark(found.group()), value)
             return self.hide_pieces(text) if pieces else text
         if isinstance(value, dict):
-            # A role is a word that templates compare, and may build a token of.
+            # Templates compare roles, and may build tokens from them.
             words = {name for name in ("role", "type") if str(value.get(name)).isidentifier()}
             by_model = by_model or value.get("role") == "assistant"
             return {name: self.hide(inner, pieces and name not in words, by_model) for name, inner in value.items()}
         return [self.hide(inner, pieces, by_model) for inner in value] if isinstance(value, (list, tuple)) else value
 
     def hide_pieces(self, text: str) -> str:
-        """White space around does not count: templates take it away."""
+        """Replace possible parts of tokens at both ends, ignoring surrounding white space, which templates remove."""
         said = text.strip()
         before, _, after = text.partition(said) if said else (text, "", "")
         if said and said in self.together:
@@ -66,7 +66,7 @@ class Spelled:
         return before + self.mark(said[:begin]) + said[begin:end] + self.mark(said[end:]) + after
 
     def chosen(self, text: str, cut: str) -> str:
-        """A rendered text, or that of the same messages without pieces of tokens where it has fewer tokens."""
+        """Return `text`, or `cut` (the same messages without pieces of tokens) if their control tokens differ."""
         guarded = any_of(self.guarded)
         return text if guarded.findall(text) == guarded.findall(cut) else cut
 
@@ -74,14 +74,14 @@ class Spelled:
         return any_of(self.letters).search(text) is not None
 
     def encode(self, text: str, tokenizer: TextTokenizer) -> list[int]:
-        """Token ids of a rendered text, in which marks stand for letters."""
+        """Return token ids of a rendered text with marks."""
         marks, written = any_of(self.letters), any_of(tokenizer.special_tokens)
         if not marks.search(text):
             ids = tokenizer.encode(text, add_special_tokens=False)
             controls = sum(one in tokenizer.special_ids for one in ids)
             if not self.longest or controls == sum(map(text.count, tokenizer.special_tokens)):
                 return ids
-        ids, meant = [], ""                     # meant: a stretch whose control tokens the template has written
+        ids, meant = [], ""                     # meant: a stretch whose control tokens come from the template
         for piece in re.split(f"({written.pattern})", text):
             letters = marks.sub(lambda found: self.letters[found.group()], piece)
             if letters == piece and (written.fullmatch(piece) or not becomes_control(piece, tokenizer)):
@@ -94,12 +94,12 @@ class Spelled:
 
 
 def becomes_control(text: str, tokenizer: TextTokenizer) -> bool:
-    """Whether a normalizer makes a control token of a text that has none."""
+    """Return True if the normalizer makes a control token from a text without one."""
     return tokenizer.encode(text, False) != tokenizer.encode(text, False, parse_special=False)
 
 
 def leaves(value: Any) -> list[str]:
-    """Every text that messages consist of."""
+    """Return every text in messages."""
     if isinstance(value, str):
         return [value]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
@@ -107,7 +107,7 @@ def leaves(value: Any) -> list[str]:
 
 
 def any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Finds any of these words, the longest where several begin at one place; of none it finds nothing."""
+    """Return a pattern for any of these words, the longest of several at one position, or one that finds nothing."""
     longest_first = sorted((word for word in words if word), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
