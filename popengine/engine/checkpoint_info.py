@@ -1,4 +1,4 @@
-"""What a checkpoint is and what of it is supported, from its files' headers: no tensor is read."""
+"""Description of a checkpoint and its supported features, from the headers of its files; no tensor is read."""
 
 from collections import Counter
 from pathlib import Path
@@ -22,16 +22,16 @@ from weights.files import ANY_WEIGHTS
 from weights.load import find_all
 
 CPU = torch.device("cpu")
-# Every form that weights can have in memory: its name, what --weights and what --dtype takes for it.
+# Every form of weights in memory: its name, and the values of --weights and --dtype for it.
 FORMS = [*((name, "plain", name) for name in DTYPES), ("int8", "int8", "bfloat16"), ("int4", "int4", "bfloat16")]
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"},
          {"role": "assistant", "content": "Hi"}]
 
 
 def describe(source: str | Path | None) -> dict[str, Any]:
-    """Of a checkpoint, as JSON. `problem` is why it cannot be loaded, None where it can.
+    """Describe a checkpoint as JSON. `problem` is the reason why it cannot be loaded, or None.
 
-    Raises InputError for what is no checkpoint at all.
+    Raises InputError if it is no checkpoint at all.
     """
     with open_checkpoint(default_checkpoint() if source is None else source) as checkpoint:
         path = checkpoint.path
@@ -52,6 +52,7 @@ def describe(source: str | Path | None) -> dict[str, Any]:
 
 
 def of_model(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Describe the model: sizes, memory in every form, and unknown fields of its config."""
     with torch.device("meta"):
         model = architecture(checkpoint.config, str(checkpoint.path)).from_config(checkpoint.config)
     pictures = None
@@ -86,10 +87,10 @@ def of_model(checkpoint: Checkpoint) -> dict[str, Any]:
 def held(
     model: Any, language_model: LlamaForCausalLM, checkpoint: Checkpoint, form: str, dtype: str
 ) -> tuple[int | None, str]:
-    """Memory of the weights in this form, None where the checkpoint cannot have it; and what its matrices become."""
+    """Return the memory of the weights in this form, in bytes (None: impossible), and the form of the matrices."""
     form = choose_form(form, checkpoint, CPU, dtype)
     kind = choose_dtype(dtype, checkpoint, CPU, packed=form != "plain")
-    wanted = find_all(model, checkpoint, kind, model.locate, model.ignored_keys)      # whether every key is there
+    wanted = find_all(model, checkpoint, kind, model.locate, model.ignored_keys)      # checks the keys
     if form == "plain":
         return sum(one.held_bytes for one in wanted), form
     pack = Packer(language_model, form, kind, CPU, checkpoint.entries)
@@ -101,6 +102,7 @@ def held(
 
 
 def of_text(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Describe tokenizer and chat template."""
     tokenizer, template = open_text_side(checkpoint)
     found: dict[str, Any] = {"tokens": tokenizer.vocabulary_size, "turns": None, "system_turn": None, "turn_end": None}
     if isinstance(template, InputError):
@@ -110,7 +112,7 @@ def of_text(checkpoint: Checkpoint) -> dict[str, Any]:
     system = None
     try:
         found["turns"], system = render(template, tokenizer, TURNS), True
-    except InputError:                                              # some templates know no system's turn
+    except InputError:                                              # some templates have no system turn
         found["turns"], system = render(template, tokenizer, TURNS[1:]), False
     end = end_of_turn_token(template, tokenizer)
     name = None if end is None else tokenizer.decode([end], skip_special_tokens=False)
@@ -118,11 +120,12 @@ def of_text(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def render(template: str, tokenizer: TextTokenizer, turns: list[dict[str, str]]) -> str:
+    """Render turns without a generation prompt."""
     return render_chat(template, turns, tokenizer, add_generation_prompt=False)
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """A description for people."""
+    """Format a description for people."""
     numbers = sum(found["stored"].values())
     stored = ", ".join(f"{name} ({count / numbers:.0%})" for name, count in found["stored"].items())
     names = found["architectures"]
@@ -168,4 +171,5 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def megabytes(count: int) -> str:
+    """Format a number of bytes in MB."""
     return f"{count / 1e6:,.0f} MB"

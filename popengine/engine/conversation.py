@@ -1,8 +1,8 @@
-"""A conversation: turns one after the other, whose keys and values are kept, and whose evidence adds up.
+"""A conversation: successive turns whose keys and values are kept, and whose evidence accumulates.
 
-Every turn goes through the chat template with all that was said before. What the cache holds of it already, the
-longest common prefix of token ids, is not computed again; what the template writes otherwise than the model did (an
-answer that is trimmed, say) is taken back from there on. Evidence of tokens that are taken back stays.
+Every turn goes through the chat template together with all earlier turns. The longest common prefix of token ids with
+the cache is not computed again. If the template writes a turn differently from the model (it trims an answer, say), the
+cache is rolled back to that point. Tokens that are rolled back stay evidence.
 """
 
 import json
@@ -28,7 +28,7 @@ ROLES = ("system", "user", "assistant")
 
 
 class TalkingEngine(Protocol):
-    """What a conversation asks of its engine (popengine/engine/engine.py)."""
+    """Interface of the engine for a conversation (popengine/engine/engine.py)."""
 
     prompts: Prompts
     tokenizer: TextTokenizer
@@ -53,11 +53,10 @@ class TalkingEngine(Protocol):
 
 
 class Conversation:
-    """Made by `Engine.chat`. Settings may be changed between turns; another pruning computes all turns anew.
+    """A conversation, made by `Engine.chat`. Settings may change between turns; another pruning recomputes all turns.
 
-    messages  as chat templates take them; images: their pictures, in order
-    state     what the cache holds of `cached`, token ids; None: nothing, before the first turn and after a step that
-              was cut in two
+    messages  turns in the form of chat templates; images: their pictures, in order
+    state     holds keys and values of `cached`, token ids; None: before the first turn and after an interrupted step
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Conversation:
         self.instruct(system_prompt)
 
     def instruct(self, system_prompt: str | None) -> None:
-        """Change what the model is told first (None: nothing); the turns stay, and are computed anew."""
+        """Set the system prompt (None: remove it). The turns stay and are computed again."""
         first = []
         if system_prompt is not None:
             check_text(system_prompt, "the system prompt")
@@ -85,18 +84,18 @@ class Conversation:
         self.cached: list[int] = []
 
     def begin_anew(self) -> None:
-        """Forget all turns, and the evidence with them; what the model is told first stays."""
+        """Remove all turns and their evidence; the system prompt stays."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self.images, self.cached = [], []
 
     def say(self, text: str, images: Sequence[ImageSource] = ()) -> Generation:
-        """The next turn, and its whole answer. As `stream`"""
+        """Add a turn and return its whole answer. Arguments and errors as for `stream`."""
         return self.engine.joined(self.stream(text, images))
 
     def stream(self, text: str, images: Sequence[ImageSource] = ()) -> Iterator[Piece]:
-        """The next turn, and its answer piece by piece. Closed early, the answer is what was said until then.
+        """Add a turn and yield its answer piece by piece. If the iterator is closed early, the answer ends there.
 
-        Raises InputError here, before the first piece, for bad input and where the context is full.
+        Raises InputError on the call, before the first piece, for bad input or a full context.
         """
         if not text.strip():
             raise InputError("nothing was said: give at least one token of text")
@@ -114,8 +113,8 @@ class Conversation:
         new_tokens = min(self.max_new_tokens, room)
         pruning = self.engine.resolve(self.pruning)
         if self.state is None or self.state.pruning != pruning:
-            self.cached, self.state = [], None      # before the new one is allocated: never both
-        kept = common_prefix(self.cached, ids[:-1])         # the last is computed anew: its logits were not kept
+            self.cached, self.state = [], None      # freed before the new one is allocated
+        kept = common_prefix(self.cached, ids[:-1])         # the last token is recomputed for its logits
         capacity = self.engine.capacity(len(ids) + new_tokens)
         if self.state is None:
             self.state = self.engine.new_state(1, capacity, pruning)
@@ -127,9 +126,9 @@ class Conversation:
         return self.answer(run, messages, pictures)
 
     def answer(self, run: Run, messages: list[dict[str, Any]], pictures: list[ImageSource]) -> Iterator[Piece]:
-        """The pieces of a turn's run, and what the conversation becomes with each."""
+        """Yield the pieces of a turn's run, and update the conversation with each."""
         state, said, text = self.state, [], ""
-        self.state = None                           # until a step is whole
+        self.state = None                           # until a step is complete
         try:
             for piece in self.engine.pieces(run):
                 said += [] if piece.token_id is None else [piece.token_id]
@@ -145,7 +144,7 @@ class Conversation:
                 self.messages, self.images = [*messages, answer], pictures
 
     def save(self, path: str | Path) -> None:
-        """Keep what was said in a file. InputError where that cannot be done."""
+        """Save the turns in a file. Raises InputError if it cannot be written."""
         path = Path(path)
         if not all(isinstance(image, (str, Path)) for image in self.images):
             raise InputError(f"{path}: only pictures that are files can be saved with a conversation")
@@ -153,12 +152,12 @@ class Conversation:
             "format": FORMAT, "model": self.engine.fingerprint, "messages": self.messages,
             "images": [str(Path(str(image)).absolute()) for image in self.images],
         }
-        # The name of a picture may hold bytes that are no UTF-8; JSON writes their surrogates as this handler does.
+        # A picture's path may contain bytes that are not UTF-8; JSON escapes their surrogates as this handler does.
         text = json.dumps(kept, ensure_ascii=False, indent=1)
         write_output(path, text.encode("utf-8", "backslashreplace"))
 
     def load(self, path: str | Path) -> None:
-        """Go on with a conversation that was saved. InputError for what is none, or one of another model."""
+        """Continue a saved conversation. Raises InputError for another file, or a conversation with another model."""
         path = Path(path)
         kept = read_json(path, surrogates_allowed=True)
         if kept.get("format") != FORMAT:
@@ -174,7 +173,7 @@ class Conversation:
 
 
 def is_message(message: Any) -> bool:
-    """Whether this is a turn as `stream` makes them."""
+    """Return True for a turn in the form that `stream` writes."""
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         return False
     content = message.get("content")
@@ -182,11 +181,12 @@ def is_message(message: Any) -> bool:
 
 
 def is_part(part: Any) -> bool:
+    """Return True for a part of a turn: a text or a placeholder of an image."""
     text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
     return text or part == {"type": "image"}
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """Return the length of the longest common prefix."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))

@@ -1,7 +1,7 @@
-"""Several processes that hold one model: joining those that torchrun has started, what they agree on, who speaks.
+"""Tensor-parallel processes started by torchrun: joining them, agreement on their input, and their output.
 
-`torchrun --nproc-per-node N -m popengine.generate ...` starts a command N times. The first rank reads standard input,
-writes results and speaks; of the others nothing is heard, unless one of them is the first to fail.
+`torchrun --nproc-per-node N -m popengine.generate ...` starts a command N times. The first rank reads standard input
+and writes results and messages. The others are silent, unless one of them is the first to fail.
 """
 
 import os
@@ -24,19 +24,19 @@ from popengine.engine.processes import is_first, is_one_of_several
 from weights.errors import InputError
 from weights.mapped_file import contents_digest
 
-# A rank that waits so long for another has lost it; for what a person types all wait as long as he takes.
+# Timeouts of a rank that waits for another: in computation, and while a person types.
 PATIENCE, OF_A_PERSON = timedelta(minutes=10), timedelta(days=365)
-# Flags that name files, which may lie elsewhere on another machine but must hold the same; where results are written.
+# Flags of input files, whose paths may differ between machines but not their contents, and flags of output files.
 OF_FILES = ("text", "image", "calibration", "calibration_text", "archive")
 RESULTS = ("out", "json", "save_calibration")
-# What else may differ: a path of its own for the checkpoint, whose contents loading compares; the words of all these.
+# Other flags that may differ: the path of the checkpoint (loading compares its contents), and the command line itself.
 OF_A_RANK = ("ckpt", "words")
 
 
 def ranks(device: str = "auto") -> Ranks:
-    """What this process is among others. Joins them where torchrun has started it and nobody has yet.
+    """Return this process's rank and the number of ranks. Joins the process group if torchrun has started this process.
 
-    device  as it was asked for: on cards ranks talk by NCCL, else by gloo
+    device  the requested device: ranks on CUDA devices use NCCL, others gloo
     """
     if not is_one_of_several():
         return ALONE
@@ -52,7 +52,7 @@ def ranks(device: str = "auto") -> Ranks:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """What each rank has."""
+    """Return the value of each rank."""
     ours = ranks()
     found: list[Any] = [value] * ours.count
     if ours.count > 1:
@@ -61,7 +61,7 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def broadcast(value: Any, group: distributed.ProcessGroup | None = None) -> Any:
-    """What the first rank has, on every rank: a seed that it has drawn, a text that it has read."""
+    """Return the first rank's value on every rank, such as a seed or a text that it has read."""
     box = [value]
     if ranks().count > 1:
         distributed.broadcast_object_list(box, src=0, group=group)
@@ -69,12 +69,12 @@ def broadcast(value: Any, group: distributed.ProcessGroup | None = None) -> Any:
 
 
 def patient() -> distributed.ProcessGroup | None:
-    """All ranks, who wait for each other as long as a person takes to type."""
+    """Return a group of all ranks whose timeout allows for a person who types; None for a single process."""
     return distributed.new_group(timeout=OF_A_PERSON, backend="gloo") if ranks().count > 1 else None
 
 
 def agree(on: dict[str, Any]) -> None:
-    """InputError where ranks were started with other flags, files or versions than the first."""
+    """Raise InputError if a rank was started with other flags, files or versions than the first."""
     found = all_gather(on)
     for index, theirs in enumerate(found):
         for name in on:
@@ -83,14 +83,14 @@ def agree(on: dict[str, Any]) -> None:
 
 
 def heard_by_all(lines: Iterable[str]) -> Iterator[str]:
-    """Lines that the first rank reads, on every rank."""
+    """Yield, on every rank, the lines that the first rank reads."""
     iterator, group = iter(lines) if is_first() else iter(()), patient()
     while (line := broadcast(next(iterator, None), group)) is not None:
         yield line
 
 
 def contents(path: Any) -> str:
-    """What a flag's files hold, in short; of what is no file the words."""
+    """Return a digest of the files of a flag, or the text of a value that is no file."""
     if isinstance(path, list):
         return ", ".join(map(contents, path))
     if path is None or not Path(path).is_file():
@@ -99,15 +99,15 @@ def contents(path: Any) -> str:
 
 
 def ended_by_torchrun(*_: Any) -> None:
-    """A rank that dies says nothing, and torchrun may end the others before they notice."""
+    """Raise InputError on SIGTERM: a rank that dies is silent, and torchrun may end the others before they notice."""
     raise InputError("the ranks have lost each other: torchrun has ended this one, since another is gone")
 
 
 @contextmanager
 def one_of_several(flags: Any) -> Iterator[None]:
-    """A command on every rank: joined, of the same flags, and with one of them that speaks and writes results.
+    """Run a command on every rank: join them, compare their flags, and let one rank write messages and results.
 
-    The others write theirs to a folder that is thrown away, which begins as a copy of what is there already.
+    The other ranks write results to a temporary folder, which starts as a copy of the existing output folder.
     """
     if not is_one_of_several():
         yield
@@ -130,7 +130,7 @@ def one_of_several(flags: Any) -> Iterator[None]:
                         shutil.copytree(asked, private)
                     setattr(flags, name, type(asked)(private))
             sys.stdout = sys.stderr = nowhere
-        all_gather(None)                 # copied, before the first rank writes
+        all_gather(None)                 # all have copied before the first rank writes
         before = signal.signal(signal.SIGTERM, ended_by_torchrun)
         try:
             yield
@@ -141,7 +141,7 @@ def one_of_several(flags: Any) -> Iterator[None]:
 
 
 def says_why_it_failed() -> bool:
-    """Whether this rank is the first to fail, and so says why: asked of the store that torchrun keeps for its ranks."""
+    """Return True on the first rank that fails, which reports the error. torchrun's store for its ranks decides."""
     try:
         if distributed.is_initialized():
             store = distributed.distributed_c10d._get_default_store()
@@ -149,5 +149,5 @@ def says_why_it_failed() -> bool:
             address, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", "0"))
             store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
         return store.add("popengine: failed", 1) == 1
-    except RuntimeError:                # the store has gone with the one that has spoken, or was never there
+    except RuntimeError:                # the store has ended with the rank that has reported, or never existed
         return is_first() and not distributed.is_initialized()

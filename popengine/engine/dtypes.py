@@ -1,4 +1,4 @@
-"""Names of dtypes as people write them. Nothing here imports PyTorch: a wrong flag should not wait for it."""
+"""Names of dtypes as users write them. This module does not import PyTorch, so that a wrong flag fails at once."""
 
 SHORT_NAMES = {
     "bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16", "fp32": "float32", "f32": "float32",
@@ -7,6 +7,6 @@ SHORT_NAMES = {
 
 
 def dtype_name(dtype: object) -> str:
-    """The full name of a dtype of PyTorch, or of a name that may be short. Other words stay as they are."""
+    """Return the full name of a PyTorch dtype or of a short name. Other words are returned unchanged."""
     name = str(dtype).removeprefix("torch.")
     return SHORT_NAMES.get(name, name)

@@ -1,4 +1,4 @@
-"""The engine: prompts in, text out. Made by `popengine.load`; the loop itself is in popengine/engine/run.py.
+"""The engine, from prompts to text. `popengine.load` makes it; the loop itself is in popengine/engine/run.py.
 
 B batch.
 """
@@ -35,9 +35,9 @@ from popengine.text.stops import StoppedText
 from weights.errors import InputError
 from weights.memory import available_memory
 
-# How much to prune, as callers say it.
+# Values of the argument `pruning`.
 Given = PruningSettings | StudyPruning | float | None
-# Capacities are rounded up to this many slots, so that prompts of like length find the buffers of the last one.
+# Capacities are rounded up to a multiple of this many slots, so that prompts of similar length share buffers.
 CAPACITY_STEP = 128
 
 
@@ -45,11 +45,11 @@ class Engine:
     """A loaded checkpoint, ready to generate.
 
     model     the language model
-    prompts   texts and conversations to token ids; pictures: what a checkpoint that reads images has besides
-    compiled  the model's decode step through torch.compile, where that was asked for
-    weights   what form its matrices have, for people; parameters: how many the checkpoint has
-    name      the checkpoint's, for people
-    folder    where the checkpoint lies, and its fingerprint; progress: whether to show bars on stderr
+    prompts   converts texts and conversations to token ids; pictures: the vision side, if the checkpoint reads images
+    compiled  the model's decode step through torch.compile, if requested
+    weights   form of its matrices, for people; parameters: their number in the checkpoint
+    name      name of the checkpoint, for people
+    folder    folder of the checkpoint, and its fingerprint; progress: show bars on stderr
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class Engine:
 
     @property
     def unknown_fields(self) -> tuple[str, ...]:
-        """Fields of config.json that nothing here knows, and that are ignored."""
+        """Fields of config.json that are unknown and ignored."""
         return self.model.config.unknown_fields + self.pictures.unknown_fields
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end a sequence: what the files call end of sequence, and what the chat template ends a turn with."""
+        """Ids that end a sequence: every end of sequence in the files, and the chat template's end of a turn."""
         turn_end = end_of_turn_token(self.chat_template, self.tokenizer) if self.chat_template else None
         return self.end_of_sequence_ids if turn_end is None else self.end_of_sequence_ids | {turn_end}
 
@@ -113,19 +113,20 @@ class Engine:
         logprobs: bool = False,
         **of_sampling: Any,
     ) -> list[Generation]:
-        """Generate for a batch of prompts, decided upon together: one partition and one pick serve the whole batch.
+        """Generate for a batch of prompts. One partition and one pick serve the whole batch.
 
-        prompts        one prompt or a list; a prompt is text, or a conversation as chat templates take it
-        images         paths or Pillow images, for a checkpoint that reads them: of the one prompt, or a list for each
-                       of several prompts (see popengine.images.vision for where they stand in the text)
-        pruning        a prune ratio, or PruningSettings. None: PruningSettings(), what is recommended;
+        prompts        one prompt or a list; a prompt is text, or a conversation in the form of chat templates
+        images         paths or Pillow images, for a checkpoint that reads them: a list for one prompt, or a list of
+                       lists for several (popengine.images.vision describes their positions in the text)
+        pruning        a prune ratio, or PruningSettings. None: PruningSettings(), the recommended ones;
                        PruningSettings.paper() is the paper's rule
-        raw            encode text as it stands, without the chat template
+        raw            encode text without the chat template
         system_prompt  put before each text prompt as the system's turn
-        parse_special  control tokens that a message spells are those tokens; else (and never in raw text) their letters
-        logprobs       the log-probability of each token under the model itself
+        parse_special  read control tokens spelled in a message as these tokens. Otherwise, and in raw text always, they
+                       are read as letters
+        logprobs       return the log-probability of each token under the model itself
         of_sampling    fields of Sampling by name: temperature, top_p, seed, stop, ...
-        Raises InputError for prompts that are empty or do not fit the context, and for images that cannot be read.
+        Raises InputError for prompts that are empty or exceed the context, and for images that cannot be read.
         """
         texts = as_batch(prompts)
         pictures = images_per_prompt(images, texts, one_prompt=texts[0] is prompts)
@@ -168,9 +169,9 @@ class Engine:
         logprobs: bool = False,
         **of_sampling: Any,
     ) -> Iterator[Piece]:
-        """Generate for one prompt, piece by piece. Bad input raises InputError here, before the first piece.
+        """Generate for one prompt, piece by piece. Bad input raises InputError on the call, before the first piece.
 
-        Arguments as in `generate`. Text that could be the beginning of a stop string is held back until it is not.
+        Arguments as in `generate`. Text that may begin a stop string is held back until that is decided.
         """
         ids = self.prompts.ids(
             prompt, raw=raw, system_prompt=system_prompt, images=images, parse_special=parse_special
@@ -189,7 +190,7 @@ class Engine:
         max_new_tokens: int = 512,
         **of_sampling: Any,
     ) -> Conversation:
-        """A conversation, whose earlier turns are not computed again. Arguments as in `generate`.
+        """Return a conversation, whose earlier turns are not computed again. Arguments as in `generate`.
 
         Raises InputError without a chat template.
         """
@@ -197,7 +198,7 @@ class Engine:
         return Conversation(self, system_prompt, settings_of(pruning), chosen, max_new_tokens)
 
     def pieces(self, run: Run) -> Iterator[Piece]:
-        """The tokens of a run of one prompt as text."""
+        """Yield the tokens of a run of one prompt as text."""
         text = StoppedText(self.tokenizer, run.sampling.stop)
         for (token,) in run:
             assert token is not None
@@ -208,7 +209,7 @@ class Engine:
         yield Piece(text.finish(), None, run.finish_reasons[0], run.prompts[0], measured(run))
 
     def joined(self, pieces: Iterable[Piece]) -> Generation:
-        """The pieces of one stream as one."""
+        """Join the pieces of one stream."""
         *said, last = pieces
         assert last.prompt_token_ids is not None and last.finish_reason is not None and last.statistics is not None
         text = "".join(piece.text for piece in (*said, last))
@@ -230,9 +231,9 @@ class Engine:
         kept: int = 0,
         logprobs: bool = False,
     ) -> Run:
-        """Check everything that can be wrong, then a Run over token ids that has computed nothing yet.
+        """Check all arguments and return a Run over token ids that has computed nothing yet.
 
-        images      those of all prompts, in the order of their image tokens
+        images      images of all prompts, in the order of their image tokens
         held, kept  see Run
         """
         if max_new_tokens < 1:
@@ -253,9 +254,9 @@ class Engine:
         return Run(self, prompts, max_new_tokens, resolved, chosen, stop_ids, given, held, kept, logprobs)
 
     def resolve(self, pruning: PruningSettings | StudyPruning) -> StudyPruning:
-        """Settings made concrete for this model; what is concrete already stays.
+        """Resolve settings for this model; a resolved pruning is returned unchanged.
 
-        The recommended settings give way to the dense model where they would save nothing.
+        The recommended settings become dense where they would save no bytes.
         """
         if isinstance(pruning, StudyPruning):
             return pruning
@@ -272,58 +273,58 @@ class Engine:
         return found.with_prior(self.prior(pruning.prior)) if found.cuts else found
 
     def prior(self, tokens: int) -> Prior | None:
-        """Evidence before any token, counted as so many; None for 0."""
+        """Return the evidence that counts as `tokens` tokens before the prompt; None for 0."""
         if tokens and tokens not in self.priors:
             self.priors[tokens] = prior_for(self, tokens, self.progress)
         return self.priors.get(tokens)
 
     @contextmanager
     def borrowed_state(self, batch: int, tokens: int, pruning: StudyPruning, missing: int = 0) -> Iterator[DecodeState]:
-        """The last run's buffers when they fit, else new ones. A state belongs to one run at a time.
+        """Lend the last run's buffers if they fit, else new ones. A state belongs to one run at a time.
 
-        missing  tokens of pictures that some layers do without
+        missing  tokens of pictures that some layers leave out
         """
         state, self.idle_state = self.idle_state, None
         capacity = self.capacity(tokens)
         if state is None or not state.fits(batch, capacity, pruning, capacity - self.capacity(tokens - missing)):
-            state = None                        # before the new one is allocated: never both
+            state = None                        # freed before the new one is allocated
             state = self.new_state(batch, tokens, pruning, missing)
         try:
             yield state
         except InputError:
-            state = None                        # NaN in its cache would be read again, with weight 0, as NaN
+            state = None                        # NaN in its cache would stay NaN, even with weight 0
             raise
         finally:
             self.idle_state = state
 
     def capacity(self, tokens: int) -> int:
-        """Slots of a cache that so many tokens fit into."""
+        """Return the slots of a cache for `tokens` tokens."""
         return min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, self.max_seq_len)
 
     @torch.inference_mode()
     def new_state(self, batch: int, tokens: int, pruning: StudyPruning, missing: int = 0) -> DecodeState:
-        """Buffers for a batch of so many tokens each. Raises InputError where they do not fit the memory."""
+        """Allocate buffers for a batch of sequences with `tokens` tokens. Raises InputError if memory is too small."""
         free, capacity = available_memory(self.device), self.capacity(tokens)
         return state_within(free, self.model, batch, capacity, pruning, capacity - self.capacity(tokens - missing))
 
     def prepare(self, state: DecodeState) -> float:
-        """Before a run: what has to be compiled for it. Returns seconds."""
+        """Compile the steps of a run if necessary. Returns seconds."""
         if self.compiled is None:
             return 0.0
         with waiting("compiling", self.progress and not self.compiled.knows(state)):
             return self.compiled.prepare(state)
 
     def stepping(self) -> AbstractContextManager[object]:
-        """Around the steps of a run."""
+        """Return the context manager for the steps of a run."""
         return nullcontext() if self.compiled is None else self.compiled.trusting_guards()
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
-        """One step. tokens int64 [B] -> logits [B, V]"""
+        """Compute one step. tokens int64 [B] -> logits [B, V]"""
         return next_logits(self.model if self.compiled is None else self.compiled, tokens, state)
 
 
 def settings_of(pruning: Given) -> PruningSettings | StudyPruning:
-    """What the argument `pruning` means: a number is a prune ratio, None what is recommended."""
+    """Convert the argument `pruning`: a number is a prune ratio, None the recommended settings."""
     if pruning is None:
         return PruningSettings()
     if isinstance(pruning, (int, float)) and not isinstance(pruning, bool):
@@ -334,7 +335,7 @@ def settings_of(pruning: Given) -> PruningSettings | StudyPruning:
 
 
 def as_batch(prompts: Prompt | Sequence[str] | Sequence[list[dict[str, Any]]]) -> list[Prompt]:
-    """One prompt or many -> many. A list of messages is one conversation."""
+    """Return one or many prompts as a list. A list of messages is one conversation."""
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
         return [prompts]  # type: ignore[list-item]
     if not prompts:
@@ -345,7 +346,7 @@ def as_batch(prompts: Prompt | Sequence[str] | Sequence[list[dict[str, Any]]]) -
 def images_per_prompt(
     images: Sequence[ImageSource] | Sequence[Sequence[ImageSource]], prompts: list[Prompt], one_prompt: bool
 ) -> list[Sequence[ImageSource]]:
-    """The images of each prompt. For one prompt they come as a plain list, for several as a list of lists."""
+    """Return the images of each prompt. One prompt takes a plain list, several a list of lists."""
     if one_prompt:
         return [images]  # type: ignore[list-item]
     if not images:

@@ -1,4 +1,4 @@
-"""Loading: a checkpoint becomes an Engine. Where its device, dtype, matrices and tokenizer are chosen."""
+"""Loading a checkpoint as an Engine, with the choice of device, dtype, matrices and tokenizer."""
 
 import time
 import warnings
@@ -57,17 +57,17 @@ def load(
 ) -> Engine:
     """Load a checkpoint: a Hugging Face directory, a Hub id or a .gguf file; None: the default checkpoint.
 
-    dtype        of activations and of plain weights: "auto" (the checkpoint's own; with packed weights bfloat16, which
-                 their products want; float32 for quantised ones that are made plain), "float32", "bfloat16", "float16",
-                 a short name like "bf16", or a dtype of PyTorch
+    dtype        of activations and of plain weights: "auto" (the checkpoint's own; bfloat16 with packed weights;
+                 float32 for quantised weights that are made plain), "float32", "bfloat16", "float16", a short name
+                 like "bf16", or a dtype of PyTorch
     device       "auto", "cpu", "cuda", "cuda:1", "mps"
-    weights      "auto" (what the checkpoint keeps packed stays so on a CPU, unless float32 is asked for), "plain",
+    weights      "auto" (on a CPU packed weights of the checkpoint stay packed, unless float32 is requested), "plain",
                  "int8", "int4" (CPU only)
-    max_seq_len  a shorter context than the model's own (which reaches as far as YaRN or linear scaling stretch it)
+    max_seq_len  a shorter context than the model's own (which includes the extension by YaRN or linear scaling)
     compile      run decode steps through torch.compile: seconds to start, then 1.3 to 2 times as fast on a CPU.
-                 Where that does not work, a warning says why and steps run as without it
+                 If that fails, a warning gives the reason and steps run eagerly
     progress     progress bars on stderr
-    Raises InputError, in one line, for anything wrong with what was given.
+    Raises InputError, in one line, for anything wrong with the arguments.
     """
     began, dtype = time.perf_counter(), dtype_name(dtype)
     ours = ranks(device)
@@ -78,7 +78,7 @@ def load(
     ):
         form = choose_form(weights, opened, where, dtype)
         kind = choose_dtype(dtype, opened, where, packed=form != "plain")
-        text_side = beside.submit(open_text_side, opened)       # waits for a process most of its time
+        text_side = beside.submit(open_text_side, opened)       # mostly waits for a process
         if ours.count > 1:
             agree({"checkpoint": fingerprint(opened), "config or tokenizer": description_digest(opened)})
         loaded, forms = load_model(opened, kind, where, form, progress, ours)
@@ -91,7 +91,7 @@ def load(
             model, pictures = loaded, TextOnly(loaded)
         with waiting("compiling", progress and compile):
             compiled = compile_decode(model, where) if compile else None
-        if compiled is None and where.type == "cpu" and kind != torch.float16:      # which PyTorch multiplies slowly so
+        if compiled is None and where.type == "cpu" and kind != torch.float16:      # float16 is slow in this layout
             replace_matrices(model, ColumnMatrix.from_rows)
         warn_of_tokens_without_embedding(tokenizer, model, loaded)
         context = model.config.context
@@ -121,7 +121,7 @@ def load(
 def warn_of_tokens_without_embedding(
     tokenizer: TextTokenizer, model: LlamaForCausalLM, loaded: LlamaForCausalLM | PictureModel
 ) -> None:
-    """The image token may lie beyond the embedding: it is never looked up."""
+    """Warn if tokens have no embedding. The image token may lie beyond it, because it is never looked up."""
     image = loaded.config.image_token_index if isinstance(loaded, PictureModel) else -1
     rows, tokens = model.config.vocab_size, tokenizer.vocabulary_size
     if tokens - (image >= rows) > rows:
@@ -132,7 +132,7 @@ def warn_of_tokens_without_embedding(
 
 
 def compile_decode(model: LlamaForCausalLM, device: torch.device) -> CompiledDecode | None:
-    """The decode step through torch.compile, or a warning and None where that does not work."""
+    """Return the compiled decode step, or warn and return None if torch.compile fails."""
     if not model.can_compile:
         raise InputError("compiling the decode step is not implemented for mixtures of experts; leave --compile off")
     if problem := compiler_problem(device):
@@ -145,9 +145,9 @@ def load_model(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, form: str = "plain", progress: bool = False,
     ranks: Ranks = ALONE,
 ) -> tuple[LlamaForCausalLM | PictureModel, str]:
-    """The forward passes with their weights: laid out without memory first, then filled tensor by tensor.
+    """Build the model without memory and fill it tensor by tensor.
 
-    Returns the model, and what form its matrices have, for people.
+    Returns the model, and the form of its matrices, for people.
     """
     model_class = architecture(checkpoint.config, str(checkpoint.path))
     config: Any = model_class.read_config(checkpoint.config)
@@ -171,11 +171,12 @@ def load_model(
     held = shares(model, language_model)
     load_weights(model, checkpoint, dtype, device, model.locate, model.ignored_keys, progress, pack, held)
     add_biases_once(language_model)
-    # What is no part of a checkpoint (rotary frequencies) has yet to follow to the device.
+    # Buffers that no checkpoint holds (rotary frequencies) must still move to the device.
     return model.to(device).eval().requires_grad_(False), "plain" if pack is None else pack.made
 
 
 def choose_device(name: str) -> torch.device:
+    """Return the device of this name. Raises InputError if it is unknown or unavailable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -194,6 +195,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device, packed: bool) -> torch.dtype:
+    """Return the dtype of this name. Raises InputError if it is unknown or the device cannot compute in it."""
     if name != "auto" and name not in DTYPES:
         raise InputError(f"dtype must be auto, {', '.join(DTYPES)}, not {name!r}")
     if packed and name == "auto":
@@ -208,9 +210,9 @@ def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device, packed
 
 
 def open_text_side(checkpoint: Checkpoint) -> tuple[TextTokenizer, str | InputError | None]:
-    """Tokenizer and chat template, from the files beside the weights or from inside a .gguf.
+    """Return tokenizer and chat template, from the files beside the weights or from the .gguf file.
 
-    An InputError in the template's place says why it cannot be read: raw text needs none.
+    An InputError replaces a template that cannot be read, because raw text needs none.
     """
     if isinstance(checkpoint, GGUFCheckpoint):
         sandbox = Sandbox("tokenizers", checkpoint.tokenizer_json, str(checkpoint.path))
@@ -223,7 +225,7 @@ def open_text_side(checkpoint: Checkpoint) -> tuple[TextTokenizer, str | InputEr
 
 
 def end_of_sequence_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> frozenset[int]:
-    """Every id that any file of the checkpoint calls an end of sequence; text_config's, where no other does."""
+    """Return every id that a file of the checkpoint declares as end of sequence; text_config's if there is no other."""
     generation, config = (JsonObject(raw, str(checkpoint.path)) for raw in (
         checkpoint.generation_config, checkpoint.config
     ))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Cache and weight copies within the memory that is free: refuse what does not fit, and copy as many experts as do."""
+"""Cache and weight copies within the free memory: refuse what does not fit, and copy as many experts as possible."""
 
 from models.cost_model import all_copy_bytes, copy_bytes
 from models.experts import MixtureOfExperts
@@ -14,10 +14,10 @@ from weights.memory import gigabytes
 def state_within(
     free: int | None, model: LlamaForCausalLM, batch: int, capacity: int, pruning: Pruning, dropped: int = 0
 ) -> DecodeState:
-    """Allocate the state of a run in at most `free` bytes (None: any number); other arguments as for `new_state`.
+    """Allocate the state of a run in at most `free` bytes (None: no limit); other arguments as for `new_state`.
 
-    With too little memory for copies of all experts, as many experts of every layer get one as fit. Raises InputError
-    where not even the cache and the copies of other networks fit.
+    If memory is too small for copies of all experts, each layer copies as many as fit. Raises InputError if even the
+    cache and the copies of other networks do not fit.
     """
     cached, (of_one, of_all) = model.cache_bytes(batch, capacity, pruning), expert_copies(model, pruning)
     copies = all_copy_bytes(model, pruning) - of_all
@@ -36,7 +36,7 @@ def state_within(
 
 
 def expert_copies(model: LlamaForCausalLM, pruning: Pruning) -> tuple[int, int]:
-    """Bytes of a copy of one expert in every layer, and of all experts, where experts may also do without copies."""
+    """Return the bytes of a copy of one expert in every layer, and of all experts, where these copies are optional."""
     if not pruning.rule.follows_prompt:
         return 0, 0
     running = (layer.mlp for index, layer in enumerate(model.model.layers) if MLP in pruning.sublayers(index))

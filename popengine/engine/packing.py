@@ -1,7 +1,7 @@
-"""Which matrices of a model are packed while it is loaded, and how.
+"""Packing: the choice of matrices that are packed during loading, and of their format.
 
-The projections of attention and of feed-forward networks are, and the output projection, with the embedding where both
-are one tensor. Routers, norms, biases and the vision tower stay plain: they are small, or choose.
+The projections of attention and of feed-forward networks are packed, and the output projection, together with a tied
+embedding. Routers, norms, biases and the vision tower stay plain, because they are small or make choices.
 """
 
 from collections.abc import Mapping
@@ -31,18 +31,21 @@ from weights.gguf_blocks import FOUR_BIT_TYPES, READERS, stored_size
 from weights.groups import group
 from weights.load import Packing
 
-# What `--weights` takes. auto: what a checkpoint keeps packed stays so, everything else is plain.
+# Values of `--weights`. auto: packed weights of the checkpoint stay packed, the others plain.
 FORMS = ("auto", "plain", "int8", "int4")
-# How far matrices are from those of the file, as a share of their norm (docs/packed.md says how it is measured).
+# Errors of matrices relative to those of the file, as a share of their norm (docs/packed.md describes the measurement).
 PACKED_ERRORS = "int4, int8 in groups: the file's own numbers, 0.2 % off by rounded scales; int8: 0.8 to 1.5 % off"
-# Weights that are packed at once: what is made of them on the way stays in a processor's cache.
+# Weights per packing step: intermediate results stay in a processor's cache.
 PACKED_AT_ONCE = 1 << 20
-# Neighbours in a row that share a scale, of weights that are packed here (docs/packed.md compares sizes).
+# Group size of weights that are packed here (docs/packed.md compares sizes).
 GROUP = 32
 
 
 def choose_form(name: str, checkpoint: Checkpoint, device: torch.device, dtype: str) -> str:
-    """InputError for a form that there is not, or that the device lacks. dtype: as it was asked for"""
+    """Return the format for `--weights`. Raises InputError if it is unknown or unsupported on this device.
+
+    dtype  as requested by the user
+    """
     if name not in FORMS:
         raise InputError(f"weights must be one of {', '.join(FORMS)}, not {name!r}")
     if name == "auto":
@@ -54,13 +57,13 @@ def choose_form(name: str, checkpoint: Checkpoint, device: torch.device, dtype: 
 
 
 class Packer:
-    """Decides for every parameter of a model, and puts the packed matrices into their places.
+    """Chooses the packing of every parameter of a model, and puts the packed matrices into their places.
 
-    form  "auto": a matrix of four bits in the checkpoint stays so, other quantised ones become int8, the rest is plain;
-          "int8"; "int4": what has no four bits yet is packed in groups of GROUP. The output projection is int8 always
+    form  "auto": four-bit matrices of the checkpoint stay so, other quantised ones become int8, the rest is plain;
+          "int8"; "int4": matrices with more bits are packed in groups of GROUP. The output projection is always int8
 
-    A file most of whose layers have more than four bits keeps its numbers: other kinds become int8 in groups, the
-    output projection too. Beside four bits a scale for each row is exact enough, and a quarter less to read.
+    A file with more than four bits in most of its layers keeps its numbers: other types become int8 in groups, the
+    output projection too. Beside four-bit matrices one scale per row is exact enough, with a quarter less to read.
     """
 
     def __init__(
@@ -73,8 +76,8 @@ class Packer:
         keeps_groups = form == "auto" and 2 * more_bits > sum(entry.elements for entry in quantised)
         self.in_groups = set(READERS) - set(FOUR_BIT_TYPES) if keeps_groups else set()
         self.model = language_model
-        self.forms: dict[str, None] = {}                            # in the order in which they were met
-        self.places: dict[int, tuple[nn.Module, str]] = {}          # of a matrix's weight: the parent, and its name
+        self.forms: dict[str, None] = {}                            # in order of appearance
+        self.places: dict[int, tuple[nn.Module, str]] = {}          # parent and attribute, by the id of the weight
         for module in language_model.modules():
             names: tuple[str, ...] = ()
             if isinstance(module, Attention):
@@ -84,17 +87,17 @@ class Packer:
             for name in names:
                 self.places[id(getattr(module, name).weight)] = (module, name)
         embedding = language_model.model.embed_tokens.weight
-        self.places[id(embedding)] = (language_model.model, "embed_tokens")         # unless it is the head's too
+        self.places[id(embedding)] = (language_model.model, "embed_tokens")         # unless tied to the head
         self.places[id(language_model.lm_head.weight)] = (language_model, "lm_head")
 
     def __call__(self, target: Tensor, name: str, entry: TensorEntry) -> Packing | None:
-        """What becomes of one parameter; None: it is kept as it is."""
+        """Return the packing of one parameter; None: it is stored unchanged."""
         if id(target) not in self.places or (self.form == "auto" and entry.stored is None):
             return None
         parent, attribute = self.places[id(target)]
         rows, columns = target.shape
         put = partial(self.put, parent, attribute)
-        if attribute == "embed_tokens":     # a quantised one's rows stay as the file has them
+        if attribute == "embed_tokens":     # quantised rows stay as they are stored
             if self.form != "auto" or entry.stored not in READERS:
                 return None
             read, held = READERS[entry.stored], stored_size(entry.stored, rows * columns)
@@ -125,11 +128,11 @@ class Packer:
 
     @property
     def made(self) -> str:
-        """What form the matrices have got, for people."""
+        """Forms of the matrices, for people."""
         return ", ".join(self.forms) or "plain"
 
     def put(self, parent: nn.Module, attribute: str, made: nn.Module) -> None:
-        """Put a matrix into its place, with the bias that is there, or an embedding."""
+        """Put a matrix into its place with the existing bias, or an embedding."""
         if isinstance(made, Matrix):
             made.bias = getattr(parent, attribute).bias
         setattr(parent, attribute, made)

@@ -1,11 +1,10 @@
-"""Evidence before any token: what a model's channels do on text that it samples itself, from its first token alone.
+"""The prior: evidence before any token, from channel activations on texts that the model samples from its first token.
 
-A short prompt is thin evidence. The prior needs no data: it is made once per checkpoint, kept beside it
-(prior.safetensors) or in the user's cache, under the checkpoint's fingerprint, and counts as so many tokens as the
-setting `prior` says. GLASS (arXiv 2508.14302) fuses ranks to the same end; here squares are added up like any other
-evidence.
+A short prompt is weak evidence. The prior needs no data. It is made once per checkpoint and stored beside it
+(prior.safetensors) or in the user's cache, under the checkpoint's fingerprint. It counts as many tokens as the setting
+`prior` says. GLASS (arXiv 2508.14302) fuses ranks for the same purpose; here squares are added like other evidence.
 
-H hidden size, I channels of a network (or coordinates of an attention's heads), n rows that one network sees.
+H hidden size, I channels of a network (or coordinates of an attention's heads), n rows that reach one network.
 """
 
 import contextlib
@@ -33,17 +32,17 @@ from weights.output_file import write_output
 from weights.user_folders import cache_folder
 
 FORMAT = "popengine prior 1"
-# A network or attention, and which part of it: "h", what feeds down_proj or o_proj, or a network's factors.
+# A network or attention, and its part: "h", the input of down_proj or o_proj, or a factor of a network.
 Part = tuple[nn.Module, str]
 FILE = "prior.safetensors"
 TEXTS, TEXT_TOKENS = 16, 160
 PARTS = ("h", "gate", "up")
-# Of a mean square, far above any model's: so many tokens of it, and sums of those, are numbers still.
+# Bound on a mean square, far above any model's; sums over tokens remain finite.
 LARGEST = 1e24
 
 
 class Sampler(Protocol):
-    """What is asked of an engine."""
+    """Interface of the engine for a prior."""
 
     model: LlamaForCausalLM
     tokenizer: Any
@@ -59,12 +58,12 @@ class Sampler(Protocol):
 
 
 def prior_for(engine: Sampler, tokens: int, progress: bool) -> Prior:
-    """The prior of this engine's model, read where it is kept, else made and kept."""
+    """Return the prior of this engine's model: read it if stored, else make and store it."""
     model = engine.model
     name = engine.fingerprint
     kept = cache_folder("priors") / f"{name}.safetensors"
     found = read(engine.folder / FILE, name, model) or read(kept, name, model)
-    everywhere = all_gather(found is not None)           # a rank on another machine may not have it
+    everywhere = all_gather(found is not None)           # it may be missing on another machine
     if found is None or not all(everywhere):
         found = make(engine, progress)
         write(kept, name, found, model)
@@ -72,13 +71,13 @@ def prior_for(engine: Sampler, tokens: int, progress: bool) -> Prior:
 
 
 def observed(model: LlamaForCausalLM) -> dict[str, FeedForward | Attention]:
-    """The networks and attentions that a prior knows of, by their place in the model."""
+    """Return the networks and attentions that a prior covers, by their place in the model."""
     return {name: one for name, one in model.named_modules() if isinstance(one, (FeedForward, Attention))}
 
 
 @torch.inference_mode()
 def make(engine: Sampler, progress: bool) -> dict[Part, Tensor]:
-    """Sample texts at temperature 1, and take the mean square of every channel over them: float32 [I]"""
+    """Sample texts at temperature 1 and return the mean square of every channel over them, float32 [I]."""
     model, tokenizer = engine.model, engine.tokenizer
     named = (tokenizer.token_id(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token)
     start = next((token for token in named if token is not None), 0)
@@ -89,7 +88,7 @@ def make(engine: Sampler, progress: bool) -> dict[Part, Tensor]:
     for step in run:
         steps.append(step)
         bar.update()
-    engine.idle_state = None            # of a batch that nobody asks for again
+    engine.idle_state = None            # no other run has a batch of this size
     squares = MeanSquares()
     for text in zip(*steps, strict=True):
         state = watched(model.new_state(1, length + 1, engine.resolve(DENSE)), squares)
@@ -100,14 +99,14 @@ def make(engine: Sampler, progress: bool) -> dict[Part, Tensor]:
 
 
 class MeanSquares(Watch):
-    """Adds up the squares of every channel and of both its factors, and of the coordinates of heads."""
+    """Sums of squares of every channel, of both its factors, and of the coordinates of heads."""
 
     def __init__(self) -> None:
         self.sums: dict[Part, Tensor] = {}
         self.rows: dict[nn.Module, int] = {}
 
     def add(self, module: nn.Module, **parts: Tensor) -> None:
-        """parts [B, T, I] each, by name"""
+        """Add the squares of each part, [B, T, I] by name."""
         self.rows[module] = self.rows.get(module, 0) + next(iter(parts.values())).shape[:-1].numel()
         for part, values in parts.items():
             squares = values.float().square().flatten(0, -2).sum(dim=0)             # [I]
@@ -121,12 +120,12 @@ class MeanSquares(Watch):
 
 
 def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[Part, Tensor] | None:
-    """A prior that was kept; None where there is none of this model: it is then made again."""
-    if not path.is_file():              # nor a pipe, which would be waited for
+    """Read a stored prior; None if there is no valid one of this model, so that it is made again."""
+    if not path.is_file():              # a pipe would block
         return None
     places, ranks = observed(model), model.config.ranks
     mixtures = (one for one in model.modules() if isinstance(one, MixtureOfExperts))
-    unreached = {module for mixture in mixtures for module in mixture.modules()}     # experts, perhaps
+    unreached = {module for mixture in mixtures for module in mixture.modules()}     # experts that may have no data
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
@@ -153,7 +152,7 @@ def read(path: Path, name: str, model: LlamaForCausalLM) -> dict[Part, Tensor] |
 
 
 def write(path: Path, name: str, prior: dict[Part, Tensor], model: LlamaForCausalLM) -> None:
-    """Keep a prior; where that cannot be done it is made again next time."""
+    """Store a prior. If that fails, it is made again next time."""
     places: dict[nn.Module, str] = {one: place for place, one in observed(model).items()}
     ranks = model.config.ranks
     tensors = {

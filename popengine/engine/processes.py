@@ -1,13 +1,13 @@
-"""What torchrun says of the processes that it has started. No PyTorch: commands ask before they import it."""
+"""Rank of this process according to torchrun, without PyTorch: commands need it before they import PyTorch."""
 
 import os
 
 
 def is_one_of_several() -> bool:
-    """Whether torchrun has started this process, and others beside it."""
+    """Return True if torchrun has started several processes and this is one of them."""
     return os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
 
 
 def is_first() -> bool:
-    """Whether this is the process that reads standard input, writes results and speaks."""
+    """Return True in the process that reads standard input and writes results and messages."""
     return not is_one_of_several() or os.environ["RANK"] == "0"

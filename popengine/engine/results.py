@@ -1,4 +1,4 @@
-"""What a run measured, and the one report that commands print it from."""
+"""Statistics of a run, and the report that commands print from them."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from weights.memory import peak_memory_bytes
 
 @dataclass(frozen=True)
 class Regions:
-    """Channels of one feed-forward network (of the first layer; all layers of a uniform model are cut alike)."""
+    """Channels of one feed-forward network in the first layer; all layers of a uniform model have the same sizes."""
 
     channels: int
     retained: int
@@ -26,11 +26,11 @@ class Regions:
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """What was seen of the experts of one layer, one number per expert.
+    """Use of the experts of one layer, one number per expert.
 
-    prompt_tokens  that were routed to it and counted in its scores
+    prompt_tokens  prompt tokens that were routed to it and counted in its scores
     picks          decoded tokens that were routed to it
-    copied         whether it has a copy of its active weights (not before it is needed, nor beyond the free memory)
+    copied         True if it has a copy of its active weights (made on first use, within the free memory)
     """
 
     layer: int
@@ -41,21 +41,21 @@ class ExpertUse:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Measured over one call of generate or stream; the batch is served as one.
+    """Measurements of one call of generate or stream, for the whole batch.
 
-    prompt_tokens        padding not counted; of them, image_tokens stand for pictures, and kept_tokens were in the
-                         cache already (a conversation's earlier turns; what is counted since then is of all turns)
+    prompt_tokens        without padding; image_tokens of them stand for pictures, and kept_tokens were already cached
+                         (earlier turns of a conversation; counts of the state then cover all turns)
     image_ms             vision tower and projector
     prefill_ms           embedded prompt to first logits, without the partition
-    partition_ms         scores, sort and copy of the active weights; within them: scores_ms, sort_ms, copy_ms
-    decode_ms_per_token  mean over the decode steps; nan when there was none
-    compile_s            spent on compiling the decode step before the run; 0 when that was done or is not wanted
-    skipped_layers       of the model's `layers`, those that the prompt skipped, all but its last tokens
-    left_out_tokens      of the pictures' tokens, those that the layers from `pruning.thin_from` on are without
-    experts              per layer that is a mixture of experts
-    evidence_tokens      real tokens that the scores have seen; dense_steps of the decode steps were dense and added
-                         to them, redraws times the partitions were drawn anew
-    weight_bytes_per_token  a mean over the steps of the run
+    partition_ms         scores, sort and copy of the active weights; its parts: scores_ms, sort_ms, copy_ms
+    decode_ms_per_token  mean over the decode steps; nan without steps
+    compile_s            time to compile the decode step before the run; 0 if it was compiled already or runs eagerly
+    skipped_layers       layers, of the model's `layers`, that all but the last prompt tokens skipped
+    left_out_tokens      tokens of pictures that layers from `pruning.thin_from` on leave out
+    experts              per layer with a mixture of experts
+    evidence_tokens      real tokens in the scores; dense_steps of the decode steps were dense and added tokens to them,
+                         redraws counts new partitions
+    weight_bytes_per_token  mean over the steps of the run
     """
 
     prompt_tokens: int
@@ -92,8 +92,8 @@ class Statistics:
 class Piece:
     """One step of a stream: a token and the text that it completes, if any.
 
-    The last piece has no token. It brings text that was held back, finish_reason ("stop" or "length"), the prompt's
-    token ids and the statistics. logprob is the token's under the model itself, where it was asked for.
+    The last piece has no token. It contains text that was held back, finish_reason ("stop" or "length"), the prompt's
+    token ids and the statistics. logprob is the token's log-probability under the model itself, if requested.
     """
 
     text: str
@@ -106,8 +106,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Generation:
-    """What one prompt of a batch became. token_ids end with the end-of-sequence token, or with the token that completed
-    a stop string, when one was reached; logprobs are theirs under the model itself, where they were asked for."""
+    """The result of one prompt of a batch.
+
+    token_ids end with the end-of-sequence token, or with the token that completed a stop string, if one was reached.
+    logprobs are their log-probabilities under the model itself, if requested.
+    """
 
     text: str
     token_ids: list[int]
@@ -118,7 +121,7 @@ class Generation:
 
 
 def measured(run: Run) -> Statistics:
-    """Of a run that has been iterated."""
+    """Return the statistics of a run that has been iterated."""
     engine, clock = run.engine, run.state.clock
     scores, sort, copy = (clock.milliseconds(phase) for phase in ("scores", "sort", "copy"))
     partition = scores + sort + copy
@@ -158,11 +161,13 @@ def measured(run: Run) -> Statistics:
 
 
 def regions(model: Any, pruning: StudyPruning) -> Regions:
+    """Return the channels of the first layer's network in each region."""
     sizes = model.ffn_sizes(pruning)
     return Regions(sizes.channels, sizes.retained, sizes.candidate, sizes.pruned, sizes.pick)
 
 
 def expert_use(state: DecodeState) -> tuple[ExpertUse, ...]:
+    """Return the use of experts in every layer with a mixture."""
     use = []
     for index, layer in enumerate(state.layers):
         if isinstance(layer.ffn, PartitionedExperts):
@@ -172,13 +177,13 @@ def expert_use(state: DecodeState) -> tuple[ExpertUse, ...]:
 
 
 def pruning_report(pruning: StudyPruning) -> dict[str, Any]:
-    """Settings as JSON: what they mean for the model in the place of what was asked for."""
+    """Return settings as JSON, with their resolved values in place of the requested ones."""
     return asdict(pruning.settings) | {"prune_ratio": pruning.ratio, "ratio": pruning.ratio,
                                        "ffn_ratio": pruning.ffn_ratio}
 
 
 def report(statistics: Statistics) -> dict[str, Any]:
-    """Statistics as JSON."""
+    """Return statistics as JSON."""
     shown = statistics.regions
     return {
         "image_tokens": statistics.image_tokens,
@@ -213,12 +218,12 @@ def report(statistics: Statistics) -> dict[str, Any]:
 
 
 def or_null(value: float) -> float | None:
-    """JSON has no NaN; a run of one token has no decode step to time."""
+    """Replace NaN by None for JSON; a run of one token has no decode step to time."""
     return None if math.isnan(value) else value
 
 
 def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str]:
-    """Statistics for people."""
+    """Format statistics for people."""
     ended = {"stop": "end of sequence", "length": "as many as asked for"}[finish_reason]
     shown, share = statistics.regions, statistics.weight_bytes_per_token / statistics.dense_weight_bytes_per_token
     of_which = [f"{statistics.kept_tokens} kept"] if statistics.kept_tokens else []
@@ -261,14 +266,14 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
 
 
 def one_line_of(statistics: Statistics) -> str:
-    """The most of it in one line, for a conversation."""
+    """Format the main statistics in one line, for a conversation."""
     speed = "" if math.isnan(statistics.decode_tokens_per_s) else f", {statistics.decode_tokens_per_s:.1f} tokens/s"
     share = statistics.weight_bytes_per_token / statistics.dense_weight_bytes_per_token
     return f"[{statistics.new_tokens} tokens{speed}, {share:.0%} of the dense model's bytes; /stats says more]"
 
 
 def visual_tokens_line(statistics: Statistics) -> str:
-    """How the pictures of this prompt fared."""
+    """Format the number of image tokens that stay."""
     settings, of = statistics.pruning.settings, statistics.image_tokens
     where = f"after layer {settings.visual_tokens_layer}" if statistics.pruning.thin_from else "from the first layer on"
     return (
@@ -277,7 +282,7 @@ def visual_tokens_line(statistics: Statistics) -> str:
 
 
 def skipped_line(statistics: Statistics) -> str:
-    """How Prefill-Only pruning fared."""
+    """Format the result of Prefill-Only pruning."""
     boundary = statistics.pruning.boundary
     if not statistics.skipped_layers:
         return f"skipped   no layer: the prompt has no more than the {boundary} boundary tokens"
@@ -288,7 +293,7 @@ def skipped_line(statistics: Statistics) -> str:
 
 
 def experts_line(statistics: Statistics) -> str:
-    """How the experts of all layers fared."""
+    """Format the use of experts over all layers."""
     layers, settings = statistics.experts, statistics.pruning.settings
     unseen = sum(tokens < settings.min_tokens for layer in layers for tokens in layer.prompt_tokens)
     used = sum(picks > 0 for layer in layers for picks in layer.picks)
@@ -300,10 +305,11 @@ def experts_line(statistics: Statistics) -> str:
 
 
 def rule_words(settings: PruningSettings) -> str:
-    """The rule, and the width where it has one."""
+    """Return the rule, with its width if it has one."""
     width = f", width {settings.candidate_width:g}" if settings.rule in WIDTH_RULES else ""
     return f"rule {settings.rule}{width}"
 
 
 def megabytes(count: int) -> str:
+    """Format a number of bytes in MB."""
     return f"{count / 1e6:.0f} MB"

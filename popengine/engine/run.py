@@ -1,4 +1,4 @@
-"""The run, to be read first: prompts -> prefill -> token -> decode -> token -> ... for one batch.
+"""The run, the module to read first: prompts -> prefill -> token -> decode -> token -> ... for one batch.
 
 B batch, T prompt tokens, V vocabulary.
 """
@@ -20,7 +20,7 @@ from popengine.studies.settings import PruningSettings
 
 
 class RunningEngine(Protocol):
-    """What a run asks of its engine (popengine/engine/engine.py)."""
+    """Interface of the engine for a run (popengine/engine/engine.py)."""
 
     model: LlamaForCausalLM
     pictures: TextOnly | Vision
@@ -42,13 +42,13 @@ class RunningEngine(Protocol):
 
 
 class Run:
-    """One batch on its way: nothing is computed before it is iterated, the prompt at the first step.
+    """One batch in progress. Nothing is computed before iteration; the first step computes the prompt.
 
     Iterating yields, per step, the new token of each sequence, or None for sequences that had ended before.
 
-    missing  slots that layers have fewer where rows of pictures are left out
-    logprobs  of the last step's tokens under the model itself, before temperature and penalty, where these are wanted
-    held  the state of a conversation, which holds the first `kept` tokens of the one prompt; None: the engine lends one
+    missing   cache slots saved in layers that leave out rows of pictures
+    logprobs  of the last step's tokens under the model itself, before temperature and penalty, if requested
+    held      state of a conversation with the first `kept` tokens of its one prompt; None: the engine lends a state
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Run:
                 yield new
 
     def choose(self, logits: Tensor) -> Tensor:
-        """logits [B, V] -> int64 [B]"""
+        """Choose the next tokens. logits [B, V] -> int64 [B]"""
         require_finite(logits, f"new token {self.new_tokens + 1} of prompt", 1)
         if self.sampling.repetition_penalty != 1 and self.seen is None:
             self.seen = seen_tokens(self.prompts, logits)
@@ -119,7 +119,7 @@ class Run:
         return chosen
 
     def accept(self, chosen: Tensor) -> list[int | None]:
-        """Take one token per sequence that is still running, and end those that are done."""
+        """Add one token to each running sequence, and end the sequences that are complete."""
         self.new_tokens += 1
         new: list[int | None] = []
         for index, token in enumerate(chosen.tolist()):
@@ -135,14 +135,14 @@ class Run:
 
     @torch.inference_mode()
     def end(self, index: int) -> None:
-        """One sequence is done: it yields no more tokens and no longer counts when candidates are chosen."""
+        """End one sequence: it yields no more tokens and no longer counts in the choice of candidates."""
         if self.finish_reasons[index] != "stop":
             self.finish_reasons[index] = "stop"
             self.state.end(index)
 
 
 def seen_tokens(prompts: list[list[int]], logits: Tensor) -> Tensor:
-    """The tokens of each prompt: bool [B, V], beside logits [B, V]. An image token may lie beyond the vocabulary."""
+    """Return the tokens of each prompt, bool [B, V] for logits [B, V]. An image token may exceed the vocabulary."""
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for row, ids in zip(seen, prompts, strict=True):
         row[[token for token in set(ids) if token < len(row)]] = True
@@ -150,7 +150,7 @@ def seen_tokens(prompts: list[list[int]], logits: Tensor) -> Tensor:
 
 
 class Decoder(Protocol):
-    """What computes steps: a model, or its compiled steps. tokens int64 [B] -> logits [B, V]"""
+    """Interface of a model or its compiled steps. tokens int64 [B] -> logits [B, V]"""
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor: ...
 
@@ -158,16 +158,16 @@ class Decoder(Protocol):
 
 
 def next_logits(decoder: Decoder, tokens: Tensor, state: DecodeState) -> Tensor:
-    """One step of a run: pruned, or dense where evidence is still gathered. tokens int64 [B] -> logits [B, V]"""
+    """Compute one step, pruned, or dense while evidence is gathered. tokens int64 [B] -> logits [B, V]"""
     dense, partitions = state.schedule.next_step()
     return decoder.dense_step(tokens, state, partitions) if dense else decoder.decode(tokens, state)
 
 
 def pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Prompts as one tensor, int64 [B, T], and which slots are real, bool [B, T] (None when none is padding).
+    """Return prompts as one tensor, int64 [B, T], and its real slots, bool [B, T] (None without padding).
 
-    Padding stands on the left, so that every sequence ends in the same slot. Its token id is never seen by a real
-    token: 0 will do.
+    Padding is on the left, so that every sequence ends in the same slot. No real token attends to it, so its token id
+    can be 0.
     """
     longest = max(map(len, prompts))
     tokens = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)

@@ -9,23 +9,22 @@ from torch import Tensor
 from popengine.engine.distributed import broadcast
 from weights.errors import InputError
 
-# The least that float32 can sensibly divide by.
+# Lower bound on a divisor in float32.
 COLDEST = 1e-30
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen, and what text ends the answer; temperature 0 is greedy.
+    """Choice of the next token, and strings that end the answer; temperature 0 is greedy.
 
     top_k               keep the k most likely tokens (0: all)
     top_p               of those, keep the smallest set whose probability reaches p (1: all)
-    seed                makes sampling reproducible (None: a fresh one each time)
-    min_p               drop tokens that are less likely than this share of the likeliest one's probability (0: none).
-                        arXiv 2407.01082
-    repetition_penalty  logits of tokens that the prompt or the answer has are divided by it if positive, multiplied if
-                        negative, before anything else and also if greedy (1: no change). CTRL, arXiv 1909.05858
-    stop                strings that end the answer, one or several. The answer's text ends before the first of them,
-                        its token ids with the token that completed it
+    seed                makes sampling reproducible (None: a new seed each time)
+    min_p               drop tokens below this share of the highest probability (0: none). arXiv 2407.01082
+    repetition_penalty  divide positive and multiply negative logits of tokens in the prompt or the answer by this
+                        number, before anything else and also if greedy (1: no change). CTRL, arXiv 1909.05858
+    stop                one or several strings that end the answer. Its text ends before the first of them, its token
+                        ids with the token that completed it
     """
 
     temperature: float = 0.0
@@ -55,7 +54,7 @@ class Sampling:
             raise InputError(f"seed must be at least 0 and below 2**63, not {self.seed}")
 
     def generator(self, device: torch.device) -> torch.Generator | None:
-        """What draws the tokens of a run; None where nothing is drawn."""
+        """Return the random generator of a run; None for greedy decoding."""
         if self.temperature == 0:
             return None
         generator = torch.Generator(device)
@@ -64,8 +63,8 @@ class Sampling:
 
 
 def require_finite(logits: Tensor, kind: str, first: int) -> None:
-    """InputError where no token can be chosen by logits, [n, V], that are of tokens from number `first` on."""
-    sound = logits.max(dim=-1).values.isfinite()                                    # [n], NaN comes through a maximum
+    """Raise InputError if logits [n, V] have no finite maximum. They belong to tokens from number `first` on."""
+    sound = logits.max(dim=-1).values.isfinite()                                    # [n], a maximum propagates NaN
     if not sound.all():
         raise InputError(
             f"the model gave logits that are not finite for {kind} {first + int((~sound).nonzero()[0])}: its weights "
@@ -74,7 +73,7 @@ def require_finite(logits: Tensor, kind: str, first: int) -> None:
 
 
 def sampling_of(sampling: Sampling | None, named: dict[str, Any]) -> Sampling:
-    """Sampling with fields that are given by name. Raises InputError for a name that is no field."""
+    """Return Sampling with the named fields replaced. Raises InputError for an unknown name."""
     known = [one.name for one in fields(Sampling)]
     for name in named:
         if name not in known:
@@ -85,26 +84,26 @@ def sampling_of(sampling: Sampling | None, named: dict[str, Any]) -> Sampling:
 def next_tokens(
     logits: Tensor, sampling: Sampling, generator: torch.Generator | None, seen: Tensor | None = None
 ) -> Tensor:
-    """logits [B, V] -> int64 [B]
+    """Choose the next tokens. logits [B, V] -> int64 [B]
 
-    seen  bool [B, V], the tokens that the repetition penalty is for; None: there is none
+    seen  bool [B, V], tokens under the repetition penalty; None: no penalty
     """
     if seen is not None:
         logits = penalised(logits, sampling.repetition_penalty, seen)
     if sampling.temperature == 0:
-        return logits.max(dim=-1).indices       # the same as argmax, which on a CPU is slower, in bfloat16 five times
+        return logits.max(dim=-1).indices       # argmax is slower on a CPU, in bfloat16 by a factor of five
     return torch.multinomial(kept_probabilities(logits, sampling), 1, generator=generator).squeeze(-1)
 
 
 def penalised(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
-    """Logits after the repetition penalty for tokens that were seen (arXiv 1909.05858). [B, V] -> float32 [B, V]"""
+    """Apply the repetition penalty to tokens seen before (arXiv 1909.05858). [B, V] -> float32 [B, V]"""
     logits = logits.float()
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def kept_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities of the tokens that top-k, top-p and min-p leave, not normalised. [B, V] -> float32 [B, V]"""
-    # Relative to the best, so that no temperature is too small: what is far below it underflows, and the best stays.
+    """Return unnormalised probabilities after top-k, top-p and min-p. [B, V] -> float32 [B, V]"""
+    # Relative to the maximum, so that no temperature is too small: tokens far below it underflow to 0.
     logits = (logits - logits.max(dim=-1, keepdim=True).values).float() / max(sampling.temperature, COLDEST)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]                  # [B, 1]
@@ -112,8 +111,8 @@ def kept_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     probabilities = logits.softmax(dim=-1)                                          # [B, V]
     if sampling.top_p < 1:
         falling, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = falling.cumsum(dim=-1) - falling                                   # probability of the better ones
-        falling = falling.masked_fill((before >= sampling.top_p) & (before > 0), 0)     # however small, one stays
+        before = falling.cumsum(dim=-1) - falling                                   # probability of likelier tokens
+        falling = falling.masked_fill((before >= sampling.top_p) & (before > 0), 0)     # the likeliest always stays
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, falling)
     if sampling.min_p > 0:
         least = sampling.min_p * probabilities.max(dim=-1, keepdim=True).values     # [B, 1]

@@ -1,4 +1,4 @@
-"""Which part of each tensor of a checkpoint a rank holds (models/ranks.py)."""
+"""Sharding: the part of each checkpoint tensor that a rank holds (models/ranks.py)."""
 
 from torch import nn
 
@@ -8,13 +8,13 @@ from models.llama import LlamaForCausalLM
 from models.matrices.plain import Matrix
 from weights.load import Share
 
-# Matrices whose outputs a rank has some of, and those of whose inputs it has some.
+# Matrices of which a rank holds some rows (outputs), and those of which it holds some columns (inputs).
 BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 BY_COLUMNS = ("o_proj", "down_proj")
 
 
 def shares(model: nn.Module, language_model: LlamaForCausalLM) -> dict[str, Share]:
-    """By the names of a model's parameters; those that are not there are whole on every rank."""
+    """Return the shares by parameter name; a parameter that is absent is whole on every rank."""
     ranks = language_model.config.ranks
     if ranks.count == 1:
         return {}
@@ -38,7 +38,7 @@ def shares(model: nn.Module, language_model: LlamaForCausalLM) -> dict[str, Shar
 
 
 def add_biases_once(language_model: LlamaForCausalLM) -> None:
-    """A bias on a sum over ranks is the first rank's to add."""
+    """Set the biases of sums over ranks to zero, except on the first rank."""
     if language_model.config.ranks.index == 0:
         return
     for module in language_model.modules():

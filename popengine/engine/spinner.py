@@ -1,4 +1,4 @@
-"""A word on the terminal while something takes time that no bar can measure."""
+"""A message on the terminal during work that no progress bar can measure."""
 
 from contextlib import AbstractContextManager
 
@@ -6,5 +6,5 @@ from tqdm import tqdm
 
 
 def waiting(words: str, shown: bool) -> AbstractContextManager[object]:
-    """The words at once, and gone afterwards."""
+    """Show the words at once, and remove them at the end of the block."""
     return tqdm(desc=words, bar_format="{desc} ...", leave=False, disable=not shown)
