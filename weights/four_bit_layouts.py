@@ -119,8 +119,8 @@ def find_layout(config: Mapping[str, Any], path: Path) -> Layout | None:
     method = about.get("quant_method") if isinstance(about, dict) else None
     if method not in ("gptq", "awq"):
         raise InputError(
-            f"{path} is quantised ({str(method)[:40]!r}), and of quantised checkpoints GPTQ and AWQ with 4 bits are "
-            "read, and .gguf files; take the plain checkpoint and --weights int8 or int4"
+            f"{path} is quantised ({str(method)[:40]!r}); only GPTQ and AWQ with 4 bits and .gguf files are supported: "
+            "use the checkpoint that is not quantised, with --weights int8 or int4"
         )
     bits, version = about.get("bits"), about.get("version", "gemm")
     if bits != 4:

@@ -194,7 +194,7 @@ def refuse_window(fields: Metadata) -> None:
     window = read_window(fields)
     if window is not None and window < fields.size("context_length"):
         raise InputError(
-            f"{fields.path}: {fields.prefix}attention.sliding_window is {window}; of .gguf files a window shorter than "
+            f"{fields.path}: {fields.prefix}attention.sliding_window is {window}; in .gguf files a window shorter than "
             "the context is supported for 'llama' and 'gemma3' only"
         )
 
@@ -230,7 +230,7 @@ def find_family(metadata: Metadata) -> Family:
     architecture = metadata.text("general.architecture")
     if architecture not in FAMILIES:
         raise InputError(
-            f"{metadata.path} has the architecture {architecture!r}; of .gguf files {', '.join(FAMILIES)} are "
+            f"{metadata.path} has the architecture {architecture!r}; in .gguf files {', '.join(FAMILIES)} are "
             "supported (Mistral and Mixtral are written as 'llama')"
         )
     return FAMILIES[architecture]

@@ -193,7 +193,7 @@ def open_parts(path: Path) -> list[Part]:
     named = re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\.gguf)", path.name)
     if named is None or int(named[3]) != count:
         raise InputError(
-            f"{path} is one of {count} parts, and is not named NAME-00001-of-{count:05}.gguf, as they are found by"
+            f"{path} is one of {count} parts, but is not named like NAME-00001-of-{count:05}.gguf"
         )
     paths = [path.with_name(f"{named[1]}{number:05}{named[2]}") for number in range(1, count + 1)]
     for one in paths:

@@ -201,10 +201,12 @@ def require_room(checkpoint: Checkpoint, sides: Iterable[int], blocks: int) -> N
     longest = max((side for shape in shapes for side in shape), default=0)
     matrices = sum(shape[0] if len(shape) == 3 else 1 for shape in shapes if len(shape) > 1)
     if (largest := max(sides)) > longest:
-        raise InputError(f"{checkpoint.path}: its config has a size of {largest}, and no tensor a side above {longest}")
+        raise InputError(
+            f"{checkpoint.path}: its config has a size of {largest}, but no tensor has one above {longest}"
+        )
     if blocks > matrices:
         raise InputError(
-            f"{checkpoint.path}: its config has {blocks} layers and experts, and there are only {matrices} matrices"
+            f"{checkpoint.path}: its config has {blocks} layers and experts, but there are only {matrices} matrices"
         )
 
 

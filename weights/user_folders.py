@@ -7,18 +7,12 @@ from weights.errors import InputError
 
 
 def cache_folder(name: str) -> Path:
-    """Return the folder of reproducible files: $XDG_CACHE_HOME/popengine/`name`, by default under ~/.cache.
-
-    It may not exist yet.
-    """
+    """Return $XDG_CACHE_HOME/popengine/`name`, for files that can be made again; may not exist. Default: ~/.cache"""
     return folder("XDG_CACHE_HOME", ".cache") / name
 
 
 def state_folder() -> Path:
-    """Return the folder of irreproducible files: $XDG_STATE_HOME/popengine, by default under ~/.local/state.
-
-    It may not exist yet.
-    """
+    """Return $XDG_STATE_HOME/popengine, for files that cannot be made again; may not exist. Default: ~/.local/state"""
     return folder("XDG_STATE_HOME", ".local/state")
 
 

@@ -65,8 +65,8 @@ class Conversation:
     ) -> None:
         if engine.chat_template is None:
             raise engine.prompts.template_problem or InputError(
-                "this checkpoint has no chat template, so it cannot hold a conversation; generate goes on with a text "
-                "(--raw)"
+                "this checkpoint has no chat template, so it cannot hold a conversation; generate --raw can continue "
+                "a text"
             )
         self.engine, self.pruning, self.sampling, self.max_new_tokens = engine, pruning, sampling, max_new_tokens
         self.state: DecodeState | None = None

@@ -77,7 +77,7 @@ def sampling_of(sampling: Sampling | None, named: dict[str, Any]) -> Sampling:
     known = [one.name for one in fields(Sampling)]
     for name in named:
         if name not in known:
-            raise InputError(f"there is no argument {name!r}; those of sampling are {', '.join(known)}")
+            raise InputError(f"there is no argument {name!r}; arguments of sampling are {', '.join(known)}")
     return replace(sampling or Sampling(), **named)
 
 

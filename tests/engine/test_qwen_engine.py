@@ -208,8 +208,8 @@ def test_a_video_is_one_clear_line(engine: Engine) -> None:
         ("config.json", "vision_config", {"num_heads": 7}, "multiple of four times num_heads"),
         ("config.json", "vision_config", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not one of axial"),
         ("config.json", "vision_config", {"depth": 2**20}, "depth must be an integer of at least 1 and at most 1024"),
-        ("config.json", "vision_config", {"depth": 900}, "has 90[46] layers and experts, and there are only"),
-        ("config.json", "vision_config", {"spatial_merge_size": 2**20}, "no tensor a side above|window_size .* must"),
+        ("config.json", "vision_config", {"depth": 900}, "has 90[46] layers and experts, but there are only"),
+        ("config.json", "vision_config", {"spatial_merge_size": 2**20}, "no tensor has one above|window_size .* must"),
         ("config.json", "vision_config", {"hidden_act": "mish"}, "'mish' is not implemented"),
     ],
 )  # fmt: skip

@@ -177,7 +177,7 @@ def main() -> None:
                 answer = method(*words)
             written = json.dumps({"answer": answer})
             if len(written) > LONGEST_ANSWER:
-                raise ValueError("what it makes of a text is too long")
+                raise ValueError("its result for a text is too long")
         except BaseException as error:  # a panic in Rust is no Exception
             written = json.dumps({"error": words_of(error)})
         print(written, flush=True)

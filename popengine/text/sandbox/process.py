@@ -36,7 +36,7 @@ class Sandbox:
         found = self.request(*request, keep=keep)
         if "answer" in found:
             return found["answer"]
-        what, hint = ("reading it", self.hint) if request[0] == "load" else ("what was asked of it", "")
+        what, hint = ("reading it", self.hint) if request[0] == "load" else ("a request to it", "")
         if "ended" in found:
             raise InputError(f"{self.where}: {what} took more time or memory than any tokenizer needs{hint}")
         reason = found["error"].removeprefix("Cannot instantiate Tokenizer from string: ")
