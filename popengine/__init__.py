@@ -6,7 +6,7 @@
     for piece in engine.stream("Why is the sky blue?"):
         print(piece.text, end="")
 
-Names are looked up when they are first used, so that `import popengine` takes no PyTorch.
+Names are resolved on first use, so that `import popengine` does not import PyTorch.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The front door: popengine COMMAND ..., or python -m popengine COMMAND ..."""
+"""The entry point of all commands: popengine COMMAND ..., or python -m popengine COMMAND ..."""
 
 import argparse
 import importlib
@@ -16,18 +16,18 @@ COMMANDS = {
     "demo": "dense and pruned answers side by side, and what pruning saves",
     "generate": "answer one prompt",
     "explain": "one run as a page that explains it",
-    "info": "what a checkpoint is, before anything of it is loaded",
+    "info": "describe a checkpoint without loading it",
     "score": "perplexity of a text",
-    "compare": "methods side by side: quality, and what a step reads",
-    "bench": "time steps, beside other engines too",
-    "gates": "how much each layer matters to a prompt",
+    "compare": "methods side by side: quality, and bytes read per step",
+    "bench": "time decode steps, also of other engines",
+    "gates": "importance of each layer to a prompt",
     "tasks": "twelve public tasks under pruning methods, offline",
     "harness": "tasks of LM-Evaluation-Harness",
 }
 HELP = f"""\
 usage: popengine COMMAND [flags]
 
-    popengine chat                                             the small model that is there by default
+    popengine chat                                             the default checkpoint, a small model
     popengine chat --ckpt DIR --dtype bfloat16                 another model (a folder, a Hub id, a .gguf file)
     popengine generate --prompt "Why is the sky blue?" --prune-ratio 0.4
     popengine info DIR
@@ -35,11 +35,11 @@ usage: popengine COMMAND [flags]
 commands
 {chr(10).join(f"  {name:10}{about}" for name, about in COMMANDS.items())}
 
-popengine COMMAND --help shows a command's flags, --help-all the rare ones too; popengine --version"""
+popengine COMMAND --help shows a command's common flags, --help-all all of them; popengine --version"""
 
 
 def main() -> NoReturn:
-    """Entry of `python -m popengine` and of the console script `popengine`."""
+    """Run `python -m popengine` and the console script `popengine`."""
     if "_ARGCOMPLETE" in os.environ:
         complete()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -49,9 +49,9 @@ def main() -> NoReturn:
     try:
         if name not in COMMANDS:
             raise InputError(f"{name} is no command{nearest(name, COMMANDS)} (there are {', '.join(COMMANDS)})")
-        with waiting("starting", sys.stderr.isatty()):              # the harness imports all that lm_eval does
+        with waiting("starting", sys.stderr.isatty()):              # the harness imports all of lm_eval
             command = importlib.import_module(f"popengine.{name}")
-    except InputError as error:                                     # a command may lack what it needs
+    except InputError as error:                                     # an optional package may be missing
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"popengine {name}", *sys.argv[2:]]
@@ -60,14 +60,14 @@ def main() -> NoReturn:
 
 
 def complete() -> NoReturn:
-    """Say what could come next, to a shell that asks by way of argcomplete (the extra `completion`)."""
+    """Answer a shell's completion request through argcomplete (the extra `completion`)."""
     argcomplete = importlib.import_module("argcomplete")
     line = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
     name = line.split()[1] if len(f"{line}.".split()) > 2 else ""
     parser = argparse.ArgumentParser()
     parser.add_argument("command", choices=[*COMMANDS])
-    if name in COMMANDS and name != "harness":                      # whose flags are lm_eval's
-        os.environ["_ARGCOMPLETE"] = "2"                            # what is completed begins at the second word
+    if name in COMMANDS and name != "harness":                      # the harness has lm_eval's flags
+        os.environ["_ARGCOMPLETE"] = "2"                            # completion starts at the second word
         parser = importlib.import_module(f"popengine.{name}").parser()
     argcomplete.autocomplete(parser)
     sys.exit(1)

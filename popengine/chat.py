@@ -1,7 +1,7 @@
 """The command: python -m popengine.chat --ckpt ...
 
-A line is a turn, or with a slash in front a command. Answers stream to stdout, all else goes to stderr. From a pipe it
-works line by line, and the first line that is wrong ends it with exit status 2.
+A line is a turn, or a command if it begins with a slash. Answers stream to stdout, everything else goes to stderr.
+Input from a pipe is read line by line, and the first invalid line ends the command with exit status 2.
 """
 
 import argparse
@@ -30,38 +30,40 @@ from popengine.studies.settings import PruningSettings
 from popengine.terminal import messages, typed_lines
 from weights.errors import InputError, one_line
 
-# What makes each setting's value from a word; those of the sampling are popengine.sampling.Sampling's.
+# Converters from a word to each setting's value; those of sampling are fields of popengine.engine.sampling.Sampling.
 OF_PRUNING: dict[str, Callable[[str], Any]] = {one.name: one.metadata["type"] for one in fields(PruningSettings)}
 OF_SAMPLING: dict[str, Callable[[str], Any]] = {
     "temperature": float, "top_k": int, "top_p": float, "seed": int, "min_p": float, "repetition_penalty": float,
     "stop": lambda text: () if text == "none" else (text,),
 }
 SETTINGS = OF_PRUNING | OF_SAMPLING | {"max_new_tokens": int}
-# Those that may have no value, which is typed as `none`.
+# Settings that may be None, typed as `none`.
 OPTIONAL = {one.name for one in fields(PruningSettings) if one.default is None} | {"seed"}
-# What says how much is pruned: one of them, not both.
+# Alternative settings of the prune ratio: one of them, not both.
 EITHER = {"prune_ratio": "ffn_ratio", "ffn_ratio": "prune_ratio"}
 
 
 def parser() -> argparse.ArgumentParser:
+    """Make the command's parser."""
     flags = OneLineParser(
-        "chat", "Talk to a model. In the conversation, /help lists what else can be said.",
+        "chat", "Talk to a model. In the conversation, /help lists the commands.",
         "chat\nchat --ckpt DIR --dtype bfloat16 --prune-ratio 0.4",
         "--system-prompt -n --temperature --prune-ratio --paper --dtype --weights --compile",
     )
     add_checkpoint_flag(flags)
-    flags.add_argument("--system-prompt", metavar="TEXT", help="what the model is told first")
+    flags.add_argument("--system-prompt", metavar="TEXT", help="instructions before the first turn")
     add_stop_flag(flags)
     add_generation_flags(flags, new_tokens=512)
     return flags
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Entry of `python -m popengine.chat`."""
+    """Run `python -m popengine.chat`."""
     run_as_command(run, parser(), arguments)
 
 
 def run(flags: argparse.Namespace) -> None:
+    """Load the engine, and obey lines until the end of input."""
     pruning = pruning_settings(flags)
     start_pytorch(flags)
     from popengine.engine import distributed, loading, results
@@ -72,7 +74,7 @@ def run(flags: argparse.Namespace) -> None:
     conversation = engine.chat(
         flags.system_prompt, pruning=pruning, sampling=sampling, max_new_tokens=flags.max_new_tokens
     )
-    resolved = engine.resolve(pruning)      # what is wrong with it, and the prior, before anything is said
+    resolved = engine.resolve(pruning)      # raises errors and makes the prior before the first turn
     typed = distributed.broadcast(sys.stdin.isatty() and sys.stdout.isatty())
     chat = Chat(conversation, results, distributed, shows_statistics=typed and not flags.quiet)
     if typed and not flags.quiet:
@@ -90,13 +92,14 @@ def run(flags: argparse.Namespace) -> None:
         except Exception as error:
             if not typed or isinstance(error, BrokenPipeError):
                 raise
-            # A person's conversation outlives every mistake, ours too.
+            # An interactive conversation continues after every error, including our own.
             tell(f"error: {said_of(error) or one_line(f'of popengine itself, {error!r}')}")
         if chat.ended:
             return
 
 
 def piped_lines() -> Iterator[str]:
+    """Yield the lines of standard input. Raises InputError for a line that is not UTF-8."""
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
             yield line.decode("utf-8")
@@ -105,14 +108,15 @@ def piped_lines() -> Iterator[str]:
 
 
 def tell(words: str) -> None:
+    """Print a line on stderr."""
     print(words, file=sys.stderr, flush=True)
 
 
 class Chat:
-    """What lines do to a conversation.
+    """Applies lines to a conversation.
 
     results, distributed  the modules of popengine, which import PyTorch
-    shows_statistics      one line of them after every answer
+    shows_statistics      show one line of statistics after every answer
     """
 
     def __init__(self, conversation: Any, results: Any, distributed: Any, shows_statistics: bool = False) -> None:
@@ -124,7 +128,7 @@ class Chat:
         self.ended = False
 
     def obey(self, line: str, interrupts: contextlib.AbstractContextManager[list[int]]) -> None:
-        """A command, or a turn; `interrupts` notes in a list that the answer is to end."""
+        """Run a command or a turn; `interrupts` records in a list that the answer should end."""
         if not line.strip():
             return
         if not line.startswith("/"):
@@ -133,7 +137,7 @@ class Chat:
         name, _, words = line.strip().partition(" ")
         if name not in COMMANDS:
             raise InputError(
-                f"{name} is no command (/help lists them; begin with a space to say it all the same)"
+                f"{name} is no command (/help lists them; begin with a space to send it as text)"
                 f"{nearest(name, COMMANDS)}"
             )
         command = COMMANDS[name]
@@ -157,11 +161,11 @@ class Chat:
             tell(f"ended after {said} tokens; {more}")
 
     def set(self, asked: tuple[str, dict[str, Any]]) -> None:
-        """Change fields of the settings from the next turn on, or none, and show what the named one is."""
+        """Change fields of the settings from the next turn on, or none, and show the named one."""
         (name, changes), conversation = asked, self.conversation
         if name in OF_PRUNING:
             pruning = replace(conversation.pruning, **changes)
-            self.engine.resolve(pruning)                            # what is wrong with it is said now
+            self.engine.resolve(pruning)                            # raises errors now
             conversation.pruning = pruning
         elif name in OF_SAMPLING:
             conversation.sampling = replace(conversation.sampling, **changes)
@@ -186,7 +190,7 @@ class Chat:
         self.conversation.instruct(text or None)
 
     def image(self, path: str) -> None:
-        self.engine.pictures.pixel_values([path])                   # what is wrong with it is said now
+        self.engine.pictures.pixel_values([path])                   # raises errors now
         self.images.append(path)
 
     def stats(self, _: None) -> None:
@@ -208,10 +212,10 @@ class Chat:
 
 @dataclass(frozen=True)
 class Command:
-    """What can be said with a slash.
+    """A command of the conversation, typed with a slash.
 
-    parse  makes the argument from the words behind the name, or raises InputError
-    run    what it does with that argument
+    parse  makes the argument from the words after the name, or raises InputError
+    run    executes the command with that argument
     shown  the argument in the help; help: empty for a setting, which is listed by its name
     """
 
@@ -222,20 +226,23 @@ class Command:
 
 
 def nothing(words: str) -> None:
+    """Raise InputError for a command with words after its name."""
     if words:
         raise InputError(f"this command stands alone, without {words!r}")
 
 
 def text(words: str) -> str:
+    """Return the words as they are."""
     return words
 
 
 def file(words: str) -> str:
+    """Return the name of a file, by default conversation.json."""
     return words or "conversation.json"
 
 
 def setting(name: str) -> Callable[[str], tuple[str, dict[str, Any]]]:
-    """The fields of the settings that a value changes; without one: none, and the field is shown."""
+    """Return a parser of a setting's value: it returns the changed fields, none of them without a value."""
 
     def parse(word: str) -> tuple[str, dict[str, Any]]:
         if not word:
@@ -254,14 +261,14 @@ def setting(name: str) -> Callable[[str], tuple[str, dict[str, Any]]]:
 
 COMMANDS = {
     "/ratio": Command(
-        setting("prune_ratio"), Chat.set, "0.3", "how much is pruned: a share of the layers' parameters, 0: dense"
+        setting("prune_ratio"), Chat.set, "0.3", "share of the layers' parameters to prune, 0: dense"
     ),
-    "/image": Command(text, Chat.image, "PATH", "a picture that the next turn is about"),
-    "/system": Command(text, Chat.system, "TEXT", "what the model is told first"),
-    "/reset": Command(nothing, Chat.reset, "", "begin anew"),
-    "/stats": Command(nothing, Chat.stats, "", "what the last answer took"),
-    "/save": Command(file, Chat.save, "FILE", "keep the conversation (without a name: conversation.json)"),
-    "/load": Command(file, Chat.load, "FILE", "go on with one that was kept"),
+    "/image": Command(text, Chat.image, "PATH", "a picture for the next turn"),
+    "/system": Command(text, Chat.system, "TEXT", "set the system prompt, or remove it"),
+    "/reset": Command(nothing, Chat.reset, "", "remove all turns"),
+    "/stats": Command(nothing, Chat.stats, "", "statistics of the last answer"),
+    "/save": Command(file, Chat.save, "FILE", "save the conversation (default: conversation.json)"),
+    "/load": Command(file, Chat.load, "FILE", "continue a saved conversation (default: conversation.json)"),
     "/help": Command(nothing, Chat.help, "", "this list"),
     "/quit": Command(nothing, Chat.quit, "", "or Ctrl-D; Ctrl-C ends an answer"),
 } | {f"/{name.replace('_', '-')}": Command(setting(name), Chat.set) for name in SETTINGS}

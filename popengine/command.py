@@ -1,6 +1,6 @@
-"""What the commands share: errors in one line, flags, a look at what stands in the way of our packages.
+"""Shared parts of the commands: one-line errors, flags, and a check for packages that hide ours.
 
-Nothing here imports PyTorch, which takes seconds: a wrong flag should not wait for it.
+This module does not import PyTorch, which takes seconds, so that a wrong flag fails at once.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from popengine.engine.spinner import waiting
 from popengine.studies.settings import PruningSettings
 from weights.errors import InputError, one_line
 
-# How PyTorch's allocators, drivers and the loader of libraries say so: none raises a MemoryError.
+# Messages of PyTorch's allocators, drivers and the library loader when memory runs out; none raises MemoryError.
 NO_MEMORY = (
     "DefaultCPUAllocator", "out of memory", "annot allocate memory", "ALLOC_FAILED", "can't start new thread",
     "failed to map segment",
@@ -34,9 +34,9 @@ NO_MEMORY = (
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Errors as one line, without the usage in front; help that fits a screen, with what is rare behind --help-all.
+    """A parser with one-line errors without usage, and help that fits a screen; --help-all shows the rare flags.
 
-    example  a line or two to begin with
+    example  one or two lines of example calls
     common   the flags that --help shows
     """
 
@@ -49,7 +49,7 @@ class OneLineParser(argparse.ArgumentParser):
             prog=f"popengine {command}", usage="%(prog)s [flags]", description=f"{description}\n{shown}",
             formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32), allow_abbrev=False,
         )
-        self.add_argument("--help-all", action=HelpAll, nargs=0, help="all flags, the rare ones too")
+        self.add_argument("--help-all", action=HelpAll, nargs=0, help="show all flags")
 
     def format_help(self) -> str:
         if self.shows_all:
@@ -76,6 +76,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class HelpAll(argparse.Action):
+    """The action of --help-all."""
+
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         assert isinstance(parser, OneLineParser)
         parser.shows_all = True
@@ -84,7 +86,7 @@ class HelpAll(argparse.Action):
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
-    """A question for whoever meant one of these names; empty where none is near."""
+    """Return a "did you mean ...?" suffix, or "" if no name is near."""
     near = difflib.get_close_matches(word, list(names), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -92,10 +94,10 @@ def nearest(word: str, names: Iterable[str]) -> str:
 def run_as_command(
     run: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, arguments: list[str] | None
 ) -> NoReturn:
-    """Run a command with these arguments (None: those of the process) and exit with its status."""
+    """Run a command with these arguments (None: the process's own) and exit with its status."""
     open_standard_streams()
     status, said = 2, ""
-    # That module imports PyTorch, which takes seconds.
+    # This module imports PyTorch, which takes seconds.
     torchrun = importlib.import_module("popengine.engine.distributed") if is_one_of_several() else None
     try:
         flags = parser.parse_args(arguments)
@@ -109,7 +111,7 @@ def run_as_command(
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        silence(sys.stdout)         # whoever read our output has gone, and nothing is left to say
+        silence(sys.stdout)         # the reader of our output has gone
         status = 141
     except (OSError, MemoryError, RuntimeError, ImportError) as error:
         told = said_of(error)
@@ -122,7 +124,7 @@ def run_as_command(
 
 
 def said_of(error: Exception) -> str | None:
-    """What an error means to a user; None for one that is a mistake in the program."""
+    """Return the message of an error for a user; None for an error in the program."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
@@ -134,7 +136,7 @@ def said_of(error: Exception) -> str | None:
 
 
 def complain(line: str) -> None:
-    """One line on stderr, where there is one that takes it."""
+    """Print one line on stderr, if stderr accepts it."""
     for stream, text in ((sys.stdout, ""), (sys.stderr, f"{line}\n")):
         try:
             stream.write(text)
@@ -144,19 +146,21 @@ def complain(line: str) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """What is still in its buffer must not be tried again, by the interpreter at its exit."""
+    """Redirect a stream to the null device, so that the interpreter does not flush its buffer again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def open_standard_streams() -> None:
-    """Streams that are closed lead nowhere, so that no file of ours takes their place; a terminal that cannot show a
-    letter shows its escape."""
+    """Open closed streams on the null device, so that no file of ours takes their numbers.
+
+    A character that a terminal cannot show appears as its escape.
+    """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)      # takes the least number that is free: this one
-    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  # for as long as the process
+            os.open(os.devnull, os.O_RDWR)      # takes the lowest free number: this one
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  # open until the process ends
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -168,7 +172,7 @@ def open_standard_streams() -> None:
 
 
 def start_pytorch(flags: argparse.Namespace) -> None:
-    """PyTorch takes seconds to import: only when the flags have been understood, and with a word on a terminal."""
+    """Set the threads and import PyTorch, which takes seconds: after the flags are checked, and with a message."""
     threads, processors = getattr(flags, "threads", None), os.cpu_count() or 1
     if threads is not None and not 1 <= threads <= processors:
         raise InputError(f"threads must be at least 1, not {threads}, and at most the {processors} processors")
@@ -180,7 +184,7 @@ def start_pytorch(flags: argparse.Namespace) -> None:
 
 @contextmanager
 def insistent_interrupts() -> Iterator[None]:
-    """Ctrl-C asks again every second until it is heard: one that falls into a destructor or a callback is lost."""
+    """Repeat Ctrl-C every second until it takes effect, because Python loses one in a destructor or a callback."""
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -200,7 +204,7 @@ def insistent_interrupts() -> Iterator[None]:
 
 @contextmanager
 def noted_interrupts() -> Iterator[list[int]]:
-    """Ctrl-C is noted in this list, so that a step is finished before its loop ends; a second one interrupts."""
+    """Record Ctrl-C in a list, so that a step is completed before its loop ends; a second one interrupts."""
     noted: list[int] = []
 
     def note(number: int, _: Any) -> None:
@@ -216,7 +220,7 @@ def noted_interrupts() -> Iterator[list[int]]:
 
 
 def refuse_shadowed_packages() -> None:
-    """`models` and `weights` are common names: say so when another package of that name stands in front of ours."""
+    """Raise InputError if another package hides ours: `models` and `weights` are common names."""
     if not InputError.__module__.startswith("weights."):
         return                          # a wheel has them inside popengine (setup.py)
     ours = Path(__file__).resolve().parent.parent
@@ -232,13 +236,14 @@ def refuse_shadowed_packages() -> None:
 
 
 def add_checkpoint_flag(flags: argparse.ArgumentParser) -> None:
+    """Add --ckpt."""
     flags.add_argument(
         "--ckpt", metavar="DIR|HUB_ID|FILE.gguf", help="checkpoint (default: SmolLM2-135M-Instruct)"
     )
 
 
 def add_setting_flags(flags: argparse.ArgumentParser, chosen: Iterable[Field[Any]] | None = None) -> None:
-    """A flag for every pruning setting; with `chosen`, for those, and each takes several values to compare."""
+    """Add a flag for every pruning setting; with `chosen`, only for those, each with several values to compare."""
     group = flags.add_argument_group("pruning")
     for one in fields(PruningSettings) if chosen is None else chosen:
         about = one.metadata
@@ -254,83 +259,88 @@ def add_setting_flags(flags: argparse.ArgumentParser, chosen: Iterable[Field[Any
 
 
 def pruning_settings(flags: argparse.Namespace, otherwise: PruningSettings | None = None) -> PruningSettings:
-    """The settings that the flags of `add_setting_flags` ask for, on top of `otherwise` or of the paper's (--paper).
+    """Return the settings of the flags of `add_setting_flags`, on top of `otherwise` or of the paper's (--paper).
 
-    otherwise  None: what is recommended
+    otherwise  None: the recommended settings
     """
     given = {one.name: getattr(flags, one.name) for one in fields(PruningSettings) if hasattr(flags, one.name)}
     return PruningSettings.paper(**given) if flags.paper else replace(otherwise or PruningSettings(), **given)
 
 
 class Unsaid(list[Any]):
-    """The values of a flag that was not given."""
+    """The default values of a flag that was not given."""
 
 
 def take_paper_values(flags: argparse.Namespace) -> None:
-    """With --paper, the paper's values in place of those that were not given."""
+    """With --paper, replace the values of flags that were not given by the paper's."""
     for name, value in PAPER.items():
         if flags.paper and isinstance(getattr(flags, name), Unsaid):
             setattr(flags, name, Unsaid([value]))
 
 
 def add_paper_flag(flags: argparse._ActionsContainer) -> None:
+    """Add --paper."""
     flags.add_argument(
         "--paper", action="store_true",
-        help="the paper's rule to the letter, where other flags say nothing: width 0.1, no minimum of evidence",
+        help="the paper's values for settings that are not given: width 0.1, no minimum of evidence",
     )
 
 
 def add_machine_flags(flags: argparse.ArgumentParser, several_forms: bool = False) -> argparse._ArgumentGroup:
+    """Add dtype, device, weights and threads; several_forms: --weights takes several values."""
     machine = flags.add_argument_group("machine")
     machine.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16", help="or bf16, fp16, fp32")
     machine.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps")
     forms = {"nargs": "+", "default": ["auto"]} if several_forms else {"default": "auto"}
     machine.add_argument(
-        "--weights", metavar="auto|plain|int8|int4", help="packed or not (auto: as the checkpoint is)", **forms
+        "--weights", metavar="auto|plain|int8|int4", help="format (auto: as stored in the checkpoint)", **forms
     )
-    machine.add_argument("--threads", type=int, metavar="N", help="of the processor (default: what PyTorch chooses)")
+    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     return machine
 
 
 def add_generation_flags(flags: argparse.ArgumentParser, new_tokens: int) -> None:
-    """What the commands that generate share."""
+    """Add the flags of commands that generate."""
     flags.add_argument(
         "-n", "--max-new-tokens", type=int, default=new_tokens, metavar="N", help=f"(default: {new_tokens})"
     )
     sampling = flags.add_argument_group("sampling")
     sampling.add_argument("--temperature", "--temp", type=float, default=0.0, metavar="T", help="0 is greedy")
-    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
-    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest P of probability")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most likely tokens; 0: all")
+    sampling.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="keep the most likely tokens up to probability P; 1: all"
+    )
     sampling.add_argument(
         "--min-p", type=float, default=0.0, metavar="P",
-        help="no token below this share of the likeliest one's probability",
+        help="drop tokens below this share of the highest probability",
     )
     sampling.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="P",
-        help="above 1: tokens that were there are less likely",
+        help="above 1: tokens seen before become less likely",
     )
     sampling.add_argument("--seed", type=int, metavar="N", help="makes sampling reproducible")
     add_setting_flags(flags)
     machine = add_machine_flags(flags)
     machine.add_argument("--max-seq-len", type=int, metavar="N", help="a shorter context than the model's")
     machine.add_argument("--compile", action="store_true", help="compile the decode step (slow to start, fast to run)")
-    flags.add_argument("--quiet", action="store_true", help="neither statistics nor progress bars")
+    flags.add_argument("--quiet", action="store_true", help="no statistics, no progress bars")
 
 
 def add_stop_flag(flags: argparse.ArgumentParser) -> None:
+    """Add --stop."""
     flags.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
     )
 
 
 def sampling_fields(flags: argparse.Namespace) -> dict[str, Any]:
-    """Fields of popengine.engine.sampling.Sampling, as the flags have them."""
+    """Return the fields of popengine.engine.sampling.Sampling from the flags."""
     names = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty")
     return {name: getattr(flags, name) for name in names} | {"stop": tuple(getattr(flags, "stop", ()))}
 
 
 def load_with_warnings(load: Callable[..., Any], flags: argparse.Namespace) -> Any:
-    """The engine of popengine.loading.load, as these flags ask for it; what there is to warn of goes to stderr."""
+    """Load the engine with `load` (popengine.engine.loading.load) and these flags, and print warnings on stderr."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         engine = load(
@@ -346,19 +356,20 @@ def load_with_warnings(load: Callable[..., Any], flags: argparse.Namespace) -> A
 
 
 def add_scoring_flags(flags: argparse.ArgumentParser) -> None:
-    """What the commands that score a text share."""
+    """Add the flags of commands that score a text."""
     flags.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     flags.add_argument("--score-tokens", type=int, default=128, metavar="N")
-    flags.add_argument("--windows", type=int, default=12, metavar="N", help="pieces of the text, spread over it")
+    flags.add_argument("--windows", type=int, default=12, metavar="N", help="number of windows, spread over the text")
     flags.add_argument("--seed", type=int, default=0, metavar="N", help="for the methods `random` and `tyr`")
     add_calibration_flags(flags)
 
 
 def add_calibration_flags(flags: argparse.ArgumentParser) -> None:
-    calibration = flags.add_argument_group("calibration (methods that learn from a text)")
+    """Add the flags of methods that are calibrated on a text."""
+    calibration = flags.add_argument_group("calibration (for methods that need one)")
     calibration.add_argument("--calibration-text", type=Path, metavar="FILE", help="calibrate on this text")
     calibration.add_argument(
-        "--calibration-tasks", metavar="text|pictures", help="or on questions and answers that were trained on"
+        "--calibration-tasks", metavar="text|pictures", help="or on training questions of these tasks and their answers"
     )
     calibration.add_argument("--save-calibration", type=Path, metavar="FILE.safetensors")
-    calibration.add_argument("--calibration", type=Path, metavar="FILE.safetensors", help="one that was saved")
+    calibration.add_argument("--calibration", type=Path, metavar="FILE.safetensors", help="read a saved calibration")

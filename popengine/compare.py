@@ -1,7 +1,7 @@
 """The command: python -m popengine.compare --text FILE --methods dense pop frozen --prune-ratio 0.2 0.4 --out DIR
 
-Every method with every setting that matters to it, on the same windows of a text and the same questions: a table
-(Markdown and JSON) and plots. Measurements are written down as they are made; a run that was killed goes on from there.
+Compares every method with every setting that affects it, on the same windows of a text and the same questions. Writes a
+table (Markdown and JSON) and plots. Measurements are saved as they are made; a run that was killed resumes there.
 """
 
 import argparse
@@ -27,22 +27,23 @@ from weights.output_file import make_folder, write_output
 
 
 def parser() -> argparse.ArgumentParser:
+    """Make the command's parser."""
     flags = OneLineParser(
-        "compare", "Pruning methods side by side: quality on a text and on tasks, and what a decode step reads.",
+        "compare", "Pruning methods side by side: quality on a text and on tasks, and bytes read per decode step.",
         "compare --text FILE --out DIR --methods dense pop frozen --prune-ratio 0.2 0.4",
         "--out --text --tasks --methods --prune-ratio --candidate-width --time --windows --dtype --weights",
     )
     add_checkpoint_flag(flags)
-    flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the table and the plots go")
+    flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the table and the plots")
     flags.add_argument("--text", type=Path, metavar="FILE", help="a text to score, UTF-8")
     flags.add_argument("--tasks", nargs="+", default=[], metavar="text|pictures", help="questions with exact answers")
-    flags.add_argument("--questions", type=int, default=20, metavar="N", help="of every task (default: 20)")
+    flags.add_argument("--questions", type=int, default=20, metavar="N", help="questions per task (default: 20)")
     flags.add_argument(
         "--methods", nargs="+", default=["dense", "all-channels", "pop", "frozen"], metavar="M",
-        help="by name (frozen is GRIFFIN); an unknown one lists all",
+        help="names (frozen is GRIFFIN); an unknown name lists all",
     )
     flags.add_argument(
-        "--time", type=int, default=0, metavar="ROUNDS", help="also time decode steps, in so many turns of each method"
+        "--time", type=int, default=0, metavar="ROUNDS", help="also time decode steps, this many times per method"
     )
     flags.add_argument("--compile", action="store_true", help="time compiled steps")
     flags.add_argument("--no-plots", action="store_true", help="only the table")
@@ -54,11 +55,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Entry of `python -m popengine.compare` and of the console script `popengine-compare`."""
+    """Run `python -m popengine.compare` and the console script `popengine-compare`."""
     run_as_command(run, parser(), arguments)
 
 
 def run(flags: argparse.Namespace) -> None:
+    """Measure all methods, and write the table and the plots."""
     if flags.text is None and not flags.tasks:
         raise InputError("give a text to score (--text), tasks (--tasks), or both")
     if flags.time < 0 or (flags.time and flags.text is None):
@@ -72,7 +74,7 @@ def run(flags: argparse.Namespace) -> None:
     for name in flags.tasks:
         tasks.questions_for(name, flags.questions, flags.seed)
     if not flags.no_plots:
-        comparison.load_plots()                         # says so now, not after hours, when matplotlib is missing
+        comparison.load_plots()                         # fails now, not after hours, if matplotlib is missing
     plots = ["perplexity.png", "agreement.png", "rank_drift.png", "frontier.png", "partition.png"]
     plots += [comparison.task_plot(name) for name in flags.tasks]
     make_folder(flags.out, "table.json", "table.md", "progress.jsonl", *plots)

@@ -27,7 +27,7 @@ from weights.errors import InputError
 
 NOTE = Path(__file__).parent / "demo_note.txt"
 QUESTION = "What is the capital of France?"
-# Of the settings that keep the answers of SmolLM2-135M sound, the one that reads least (docs/results.md).
+# The setting that reads least among those that keep the answers of SmolLM2-135M sound (docs/results.md).
 SOUND = PruningSettings(candidate_width=0.3, min_evidence=64)
 
 
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_checkpoint_flag(flags)
     flags.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="instead of a note and a short question; may be repeated"
+        "--prompt", action="append", metavar="TEXT", help="replaces a note and a short question; may be repeated"
     )
     flags.add_argument("-n", "--max-new-tokens", type=int, default=120, metavar="N", help="(default: 120)")
     add_setting_flags(flags)
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Entry of `python -m popengine.demo`."""
+    """Run `python -m popengine.demo`."""
     run_as_command(run, parser(), arguments)
 
 

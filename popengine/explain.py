@@ -1,6 +1,6 @@
 """The command: python -m popengine.explain --prompt ... --out page.html
 
-One real run becomes one page that explains it: data, style and script in a single file that fetches nothing.
+Turns one real run into a page that explains it: data, style and script in a single file that fetches nothing.
 """
 
 import argparse
@@ -26,35 +26,37 @@ from weights.output_file import check_output, write_output
 
 
 def parser() -> argparse.ArgumentParser:
+    """Make the command's parser."""
     flags = OneLineParser(
-        "explain", "One real run as a page that explains it: one file, to be opened in a browser.",
+        "explain", "One real run as a page that explains it: one file for a browser.",
         'explain --prompt "Why is the sky blue?" --prune-ratio 0.4 --out page.html',
         "--prompt --image --out -n --prune-ratio --paper --dtype --weights --json",
     )
     add_checkpoint_flag(flags)
     flags.add_argument("--prompt", required=True, metavar="TEXT|-", help="the prompt; - reads it from standard input")
     flags.add_argument(
-        "--image", action="append", default=[], metavar="PATH", help="an image the prompt is about; may be repeated"
+        "--image", action="append", default=[], metavar="PATH", help="an image of the prompt; may be repeated"
     )
     flags.add_argument(
         "--out", type=Path, default=Path("explained.html"), metavar="FILE", help="(default: explained.html)"
     )
-    flags.add_argument("--system-prompt", metavar="TEXT", help="what the model is told first")
-    flags.add_argument("--raw", action="store_true", help="the prompt as it stands, without the chat template")
-    flags.add_argument("--ignore-eos", action="store_true", help="go on after the end of the sequence")
+    flags.add_argument("--system-prompt", metavar="TEXT", help="instructions before the prompt")
+    flags.add_argument("--raw", action="store_true", help="encode the prompt without the chat template")
+    flags.add_argument("--ignore-eos", action="store_true", help="continue after the end of the sequence")
     add_generation_flags(flags, new_tokens=128)
-    flags.add_argument("--json", action="store_true", help="also print what the page is drawn from, as one JSON object")
+    flags.add_argument("--json", action="store_true", help="also print the page's data as one JSON object")
     return flags
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Entry of `python -m popengine.explain`."""
+    """Run `python -m popengine.explain`."""
     run_as_command(run, parser(), arguments)
 
 
 def run(flags: argparse.Namespace) -> None:
+    """Record one run, and write its page."""
     if is_one_of_several():
-        raise InputError("a page is of a run in one process, which holds all channels: start explain without torchrun")
+        raise InputError("explain needs all channels in one process: start it without torchrun")
     prompt = read_prompt(flags.prompt)
     pruning = pruning_settings(flags)
     if pruning.leave_out:

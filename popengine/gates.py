@@ -1,7 +1,7 @@
 """The command: python -m popengine.gates --text FILE --out DIR
 
-How much each layer matters to prompt positions and to output positions, by the virtual gates of Prefill-Only pruning
-(arXiv 2602.03295, Eq. 5-13): whether "deep layers matter little to the prompt" holds for the model at hand.
+Measures the importance of each layer to prompt positions and to output positions by the virtual gates of Prefill-Only
+pruning (arXiv 2602.03295, Eq. 5-13). This tests for a given model that deep layers matter little to the prompt.
 """
 
 import argparse
@@ -17,17 +17,18 @@ from weights.output_file import make_folder, write_output
 
 
 def parser() -> argparse.ArgumentParser:
+    """Make the command's parser."""
     flags = OneLineParser(
-        "gates", "How much each layer matters to the prompt, and to the output.", "gates --text FILE --out DIR",
+        "gates", "Importance of each layer to the prompt and to the output.", "gates --text FILE --out DIR",
         "--out --text --tasks --samples --prompt-tokens --answer-tokens --dtype --weights",
     )
     add_checkpoint_flag(flags)
-    flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the table and the plot go")
+    flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the table and the plot")
     flags.add_argument("--text", type=Path, metavar="FILE", help="prompts are pieces of this text, UTF-8")
-    flags.add_argument("--tasks", metavar="text|pictures", help="instead: prompts are questions of these tasks")
+    flags.add_argument("--tasks", metavar="text|pictures", help="prompts are questions of these tasks instead")
     flags.add_argument("--samples", type=int, default=32, metavar="N", help="prompts (default: 32)")
-    flags.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="of a piece of text (default: 128)")
-    flags.add_argument("--answer-tokens", type=int, default=64, metavar="N", help="sampled, at most (default: 64)")
+    flags.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="per piece of text (default: 128)")
+    flags.add_argument("--answer-tokens", type=int, default=64, metavar="N", help="sampled at most (default: 64)")
     flags.add_argument("--seed", type=int, default=0, metavar="N")
     flags.add_argument("--no-plots", action="store_true", help="only the table")
     flags.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -36,11 +37,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Entry of `python -m popengine.gates`."""
+    """Run `python -m popengine.gates`."""
     run_as_command(run, parser(), arguments)
 
 
 def run(flags: argparse.Namespace) -> None:
+    """Measure the gates, and write the table and the plot."""
     if (flags.text is None) == (flags.tasks is None):
         raise InputError("give a text (--text) or tasks (--tasks) to take prompts from, one of the two")
     for name in ("samples", "answer_tokens"):
@@ -61,7 +63,7 @@ def run(flags: argparse.Namespace) -> None:
         flags.ckpt, dtype=flags.dtype, device=flags.device, weights=flags.weights, progress=show_progress
     )
     if flags.text is None:
-        every = max(1, len(questions) // flags.samples)         # of every kind of question alike
+        every = max(1, len(questions) // flags.samples)         # the same number of every kind of question
         prompts = gates.of_questions(engine, questions[::every][: flags.samples])
     else:
         text = scoring.read_text(flags.text, engine.tokenizer)

@@ -1,7 +1,7 @@
 """The command: python -m popengine.generate --ckpt ... --prompt ...
 
-Text streams to stdout as it is made, statistics go to stderr; with --json one object on stdout takes the place of
-both. Bad input is one line on stderr and exit status 2.
+Text streams to stdout as it is generated, statistics go to stderr; --json replaces both by one object on stdout. Bad
+input causes one line on stderr and exit status 2.
 """
 
 import argparse
@@ -28,6 +28,7 @@ LARGEST_PROMPT = 64_000_000
 
 
 def parser() -> argparse.ArgumentParser:
+    """Make the command's parser."""
     flags = OneLineParser(
         "generate", "Generate text with Partition-guided Online Pruning (POP, arXiv 2602.06822).",
         'generate --prompt "Why is the sky blue?"\ngenerate --ckpt DIR --prompt "..." --prune-ratio 0.4',
@@ -37,15 +38,15 @@ def parser() -> argparse.ArgumentParser:
     add_checkpoint_flag(flags)
     flags.add_argument("--prompt", required=True, metavar="TEXT|-", help="the prompt; - reads it from standard input")
     flags.add_argument(
-        "--image", action="append", default=[], metavar="PATH", help="an image the prompt is about; may be repeated"
+        "--image", action="append", default=[], metavar="PATH", help="an image of the prompt; may be repeated"
     )
-    flags.add_argument("--system-prompt", metavar="TEXT", help="what the model is told first")
-    flags.add_argument("--raw", action="store_true", help="the prompt as it stands, without the chat template")
+    flags.add_argument("--system-prompt", metavar="TEXT", help="instructions before the prompt")
+    flags.add_argument("--raw", action="store_true", help="encode the prompt without the chat template")
     flags.add_argument(
         "--parse-special", action="store_true",
-        help="control tokens that a message spells are those tokens (default: their letters, as they were typed)",
+        help="read control tokens spelled in a message as these tokens (default: as letters)",
     )
-    flags.add_argument("--ignore-eos", action="store_true", help="go on after the end of the sequence")
+    flags.add_argument("--ignore-eos", action="store_true", help="continue after the end of the sequence")
     add_generation_flags(flags, new_tokens=128)
     add_stop_flag(flags)
     flags.add_argument("--logprobs", action="store_true", help="with --json: the log-probability of every token")
@@ -54,11 +55,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Entry of `python -m popengine.generate` and of the console script `popengine-generate`."""
+    """Run `python -m popengine.generate` and the console script `popengine-generate`."""
     run_as_command(run, parser(), arguments)
 
 
 def run(flags: argparse.Namespace) -> None:
+    """Generate for one prompt, and print text and statistics or one JSON object."""
     pruning = pruning_settings(flags)
     if flags.logprobs and not flags.json:
         raise InputError("--logprobs is a part of the JSON object: give --json too")
@@ -105,6 +107,7 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def read_prompt(text: str) -> str:
+    """Return the prompt; - reads it from standard input."""
     if text != "-":
         return text
     try:

@@ -1,17 +1,17 @@
 """LM-Evaluation-Harness with this engine: python -m popengine.harness --model popengine --model_args ckpt=DIR,...
 
-The arguments are those of `lm_eval`; importing this module is what makes the model name `popengine` known to it. Needs
-the extra `lm-eval`. model_args are ckpt, method, calibration (a saved file), seed, dtype, weights, device, max_length
-paper (True: the paper's settings where the others say nothing) and every field of PruningSettings.
+The arguments are those of `lm_eval`; importing this module registers the model name `popengine`. Needs the extra
+`lm-eval`. model_args are ckpt, method, calibration (a saved file), seed, dtype, weights, device, max_length, paper
+(True: the paper's values for settings that are not given) and every field of PruningSettings.
 
-How requests are answered, so that online pruning is what is measured:
+Requests are answered so that they measure online pruning:
 
-loglikelihood          the context is prefilled, which makes the partition, and the continuation goes through decode
-                       steps (evaluated in parallel). One forward pass over both, as other models do, never decodes.
+loglikelihood          prefill computes the context and makes the partition; decode steps (evaluated in parallel) score
+                       the continuation. One forward pass over both, as in other models, would never decode.
 loglikelihood_rolling  a text has no prompt: the first half of every window serves as one and is scored by the dense
-                       model, the second half goes through decode steps. `popengine.score` reports the latter alone.
+                       model, decode steps score the second half. `popengine.score` reports only the second half.
 generate_until         prefill and decode steps in batches of --batch_size, up to a stop string. One partition serves a
-                       batch, as everywhere in this engine: with --batch_size 1 every prompt has its own.
+                       batch, as everywhere in this engine; with --batch_size 1 every prompt has its own.
 """
 
 import sys
@@ -38,7 +38,7 @@ from weights.errors import InputError
 from weights.json_files import shown
 
 try:
-    import lm_eval.models  # noqa: F401  # its own models: it registers them by itself only while there are no others
+    import lm_eval.models  # noqa: F401  # lm_eval registers its own models only if there are no others
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
@@ -49,13 +49,13 @@ except ImportError:
 
 DEFAULT_NEW_TOKENS = 256
 GENERATION_ARGUMENTS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
-# Flags of lm_eval whose values are paths, or the model's own affair.
+# Flags of lm_eval whose values are paths, or are compared by the model.
 OF_PATHS = ("--model_args", "-a", "--output_path", "-o", "--include_path")
 
 
 @register_model("popengine")
 class PopengineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
-    """A checkpoint under a pruning method, as the harness sees it."""
+    """A checkpoint under a pruning method, in the harness's interface."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class PopengineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a text without context when the tokenizer begins none with a token of its own."""
+        """Id that stands before a text without context if the tokenizer adds no token of its own."""
         ids = self.engine.end_of_sequence_ids or self.engine.stop_ids
         if not ids:
             raise InputError("this checkpoint names no end-of-sequence token, and the harness needs one")
@@ -110,7 +110,7 @@ class PopengineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return self.eot_token_id if begin is None else begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """None: as the tokenizer does, unless the text begins with its token already, or a template has written it."""
+        """Encode a text. None: add special tokens, unless the text begins with one or comes from a template."""
         if self.spelled.is_in(string):
             return self.spelled.encode(string, self.engine.tokenizer)
         if add_special_tokens is None:
@@ -120,7 +120,7 @@ class PopengineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Each request by itself: with others it would share a partition."""
+        """Score each request separately, because requests in one batch would share a partition."""
         results = []
         for texts, context, continuation in tqdm(requests, desc="loglikelihood", disable=disable_tqdm):
             results += log_likelihoods(self.engine, [fitting(self.engine, context, continuation)], self.pruning)
@@ -146,7 +146,7 @@ class PopengineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return results
 
     def rolling_window(self, window: Window) -> float:
-        """Log-likelihood of a window's continuation: up to the window's middle dense, from there on by decode steps."""
+        """Return the log-likelihood of a window's continuation: dense up to the window's middle, then decode steps."""
         middle = max(len(window.prompt), len(window.ids) // 2)
         first, rest = window.ids[len(window.prompt) : middle], window.ids[middle:]
         pieces = [dense_log_probabilities(self.engine.model, window)[: len(first)]]
@@ -157,7 +157,7 @@ class PopengineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return float(log_p.gather(1, said[:, None]).sum())
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Requests with the same arguments run in batches, the longest prompts first."""
+        """Generate in batches of requests with the same arguments, the longest prompts first."""
         results = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -177,7 +177,7 @@ class PopengineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return results
 
     def generate_batch(self, prompts: list[list[int]], arguments: dict[str, Any]) -> list[str]:
-        """Texts up to the first stop string of each, or the end of sequence."""
+        """Return texts up to the first stop string of each, or the end of sequence."""
         unknown = sorted(set(arguments) - set(GENERATION_ARGUMENTS))
         if unknown:
             raise InputError(
@@ -215,6 +215,7 @@ class PopengineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
 
 def whole_number(name: str, value: Any) -> int:
+    """Convert an argument to an integer. Raises InputError below 1 and for anything else."""
     try:
         number = int(value)
     except (TypeError, ValueError, OverflowError):
@@ -225,17 +226,18 @@ def whole_number(name: str, value: Any) -> int:
 
 
 def main() -> NoReturn:
-    """lm_eval's own command line, with our errors in one line."""
+    """Run lm_eval's command line, with errors in one line."""
     parser = OneLineParser("harness", "", "", "")
-    # Paths may differ from machine to machine; what --model_args say the model compares.
+    # Paths may differ between machines; the model compares --model_args.
     parser.set_defaults(asked=[word for flag, word in pairwise(sys.argv) if flag not in OF_PATHS])
     run_as_command(evaluate_tasks, parser, [])
 
 
 def evaluate_tasks(_: Namespace) -> None:
+    """Run lm_eval. Raises InputError for its errors."""
     try:
         cli_evaluate()
-    except ValueError as error:         # lm_eval's, of tasks and flags that it does not know
+    except ValueError as error:         # lm_eval raises it for unknown tasks and flags
         raise InputError(str(error)) from None
 
 

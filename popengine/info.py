@@ -1,6 +1,6 @@
 """The command: python -m popengine.info CKPT
 
-What a checkpoint is and what of it is supported, before anything of it is loaded.
+Describes a checkpoint and its supported features without loading it.
 """
 
 import argparse
@@ -12,22 +12,24 @@ from weights.errors import InputError
 
 
 def parser() -> argparse.ArgumentParser:
+    """Make the command's parser."""
     flags = OneLineParser(
-        "info", "What a checkpoint is, and what of it is supported, before anything of it is loaded.",
+        "info", "Describe a checkpoint and its supported features, without loading it.",
         "info DIR|HUB_ID|FILE.gguf", "--json",
     )
-    flags.add_argument("checkpoint", nargs="?", metavar="CKPT", help="the same as --ckpt")
+    flags.add_argument("checkpoint", nargs="?", metavar="CKPT", help="alternative to --ckpt")
     add_checkpoint_flag(flags)
     flags.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return flags
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Entry of `python -m popengine.info`."""
+    """Run `python -m popengine.info`."""
     run_as_command(run, parser(), arguments)
 
 
 def run(flags: argparse.Namespace) -> None:
+    """Print the description."""
     if flags.checkpoint and flags.ckpt:
         raise InputError("name one checkpoint, with --ckpt or without")
     start_pytorch(flags)

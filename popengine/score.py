@@ -1,6 +1,6 @@
 """The command: python -m popengine.score --ckpt ... --text FILE --method pop --prune-ratio 0.2
 
-Perplexity of a text through prefill and decode steps (popengine/evaluation/scoring.py says why).
+Computes the perplexity of a text through prefill and decode steps (popengine/evaluation/scoring.py gives the reason).
 """
 
 import argparse
@@ -25,6 +25,7 @@ from weights.output_file import check_output
 
 
 def parser() -> argparse.ArgumentParser:
+    """Make the command's parser."""
     flags = OneLineParser(
         "score", "Perplexity of a text through prefill and decode steps, under a pruning method.",
         "score --text FILE --method pop --prune-ratio 0.2",
@@ -32,8 +33,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add_checkpoint_flag(flags)
     flags.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text to score, UTF-8")
-    flags.add_argument("--method", default="pop", metavar="M", help="pop, frozen (GRIFFIN)...: another lists all")
-    flags.add_argument("--step-by-step", action="store_true", help="one token after the other instead of all at once")
+    flags.add_argument(
+        "--method", default="pop", metavar="M", help="pop, frozen (GRIFFIN), ...; an unknown name lists all"
+    )
+    flags.add_argument("--step-by-step", action="store_true", help="score one token per step, instead of all at once")
     add_scoring_flags(flags)
     add_setting_flags(flags)
     add_machine_flags(flags)
@@ -44,11 +47,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Entry of `python -m popengine.score` and of the console script `popengine-score`."""
+    """Run `python -m popengine.score` and the console script `popengine-score`."""
     run_as_command(run, parser(), arguments)
 
 
 def run(flags: argparse.Namespace) -> None:
+    """Score the text, and print the result."""
     settings = pruning_settings(flags)
     start_pytorch(flags)
     from popengine.engine import loading, results

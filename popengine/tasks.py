@@ -1,8 +1,8 @@
 """The command: python -m popengine.tasks --tasks boolq gsm8k --methods dense pop --prune-ratio 0.2 --out DIR
 
-Twelve public tasks without a network, from one file that `make tasks` fetches, under every method that `compare` knows:
-the answers to choose from and those that are generated go through prefill and decode steps. A run that was killed goes
-on where it was.
+Runs twelve public tasks offline, from one file that `make tasks` fetches, under every method of `compare`. Answers to
+choose from and generated answers both go through prefill and decode steps. A run that was killed resumes where it
+stopped.
 """
 
 import argparse
@@ -27,20 +27,21 @@ from weights.output_file import make_folder, write_output
 
 
 def parser() -> argparse.ArgumentParser:
+    """Make the command's parser."""
     flags = OneLineParser(
-        "tasks", "Public tasks under pruning methods: seven with answers to choose, five with answers to generate.",
+        "tasks", "Public tasks under pruning methods: seven multiple-choice tasks, five with generated answers.",
         "tasks --tasks arc_easy coqa --methods dense pop frozen --prune-ratio 0.2 0.4 --limit 100 --out DIR",
         "--out --tasks --methods --limit --seed --run-code --prune-ratio --candidate-width --dtype --weights",
     )
     add_checkpoint_flag(flags)
-    flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the table goes")
-    flags.add_argument("--tasks", nargs="+", required=True, metavar="T", help="names; a wrong one lists them all")
+    flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the table")
+    flags.add_argument("--tasks", nargs="+", required=True, metavar="T", help="names; an unknown one lists all")
     flags.add_argument("--methods", nargs="+", default=["dense", "pop"], metavar="M")
     flags.add_argument("--limit", type=int, default=100, metavar="N", help="items of each task (default: 100)")
-    flags.add_argument("--seed", type=int, default=0, metavar="N", help="draws the items, and the method `random`")
+    flags.add_argument("--seed", type=int, default=0, metavar="N", help="for the items, and the method `random`")
     flags.add_argument("--batch-size", type=int, default=1, metavar="N", help="answers generated at once (default: 1)")
-    flags.add_argument("--run-code", action="store_true", help="run the programs that the model writes, to test them")
-    flags.add_argument("--archive", type=Path, metavar="FILE.whl", help="the package (default: what `make tasks` took)")
+    flags.add_argument("--run-code", action="store_true", help="run programs that the model writes, to test them")
+    flags.add_argument("--archive", type=Path, metavar="FILE.whl", help="the package (default: from `make tasks`)")
     flags.add_argument("--quiet", action="store_true", help="no progress bars")
     add_calibration_flags(flags)
     add_setting_flags(flags, compared_fields())
@@ -50,11 +51,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Entry of `python -m popengine.tasks`."""
+    """Run `python -m popengine.tasks`."""
     run_as_command(run, parser(), arguments)
 
 
 def run(flags: argparse.Namespace) -> None:
+    """Run the tasks under all methods, and write the table."""
     for name, value in (("limit", flags.limit), ("batch size", flags.batch_size)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")

@@ -1,7 +1,7 @@
-"""The terminal of a conversation: lines that are typed or pasted, blocks of lines, and what was typed before.
+"""The terminal of a conversation: typed and pasted lines, blocks of lines, and history.
 
-Pasted lines arrive as one message where readline knows bracketed paste. History is kept from one conversation to the
-next in the user's state folder, readable by the user alone.
+Pasted lines arrive as one message if readline supports bracketed paste. History is kept between conversations in the
+user's state folder, readable by the user alone.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from weights.output_file import replacing
 from weights.user_folders import state_folder
 
 try:
-    import readline  # where there is one, lines can be edited and come again
+    import readline  # optional: editing and history of lines
 except ImportError:
     readline = None  # type: ignore[assignment]
 
@@ -22,7 +22,7 @@ MOST_HISTORY = 1000  # lines
 
 
 def typed_lines(names: Callable[[], list[str]], tell: Callable[[str], None]) -> Iterator[str]:
-    """Lines from a terminal, until its end. names: what Tab completes; tell: says what was wrong with a line"""
+    """Yield lines from a terminal until its end. names: completions of Tab; tell: reports errors in a line"""
     if readline is None:
         yield from asked_lines(tell)
         return
@@ -61,7 +61,7 @@ def asked_lines(tell: Callable[[str], None]) -> Iterator[str]:
 
 
 def messages(lines: Iterator[str]) -> Iterator[str]:
-    """Lines, but those from one that begins with three quotation marks to one that ends with them are one message."""
+    """Join lines from one that begins with three quotation marks to one that ends with them; yield others unchanged."""
     for line in lines:
         if not line.lstrip().startswith(BLOCK):
             yield line
@@ -75,7 +75,7 @@ def messages(lines: Iterator[str]) -> Iterator[str]:
 
 
 def read_history() -> None:
-    """What was typed in earlier conversations. Without a file, or with one that cannot be read, there is none."""
+    """Load the lines of earlier conversations. A file that is missing or cannot be read gives none."""
     with contextlib.suppress(OSError, InputError, UnicodeDecodeError):
         text = (state_folder() / "history").read_text("utf-8")
         readline.clear_history()
@@ -84,13 +84,13 @@ def read_history() -> None:
 
 
 def write_history() -> None:
-    """Keep what was typed. Where that cannot be done the conversation ends all the same."""
+    """Save the typed lines. A failure is ignored."""
     count = readline.get_current_history_length()
     lines = [readline.get_history_item(place + 1) or "" for place in range(max(0, count - MOST_HISTORY), count)]
     with contextlib.suppress(OSError, InputError):
         path = state_folder() / "history"
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with replacing(path) as unfinished:
-            unfinished.chmod(0o600)                     # before there is anything to read in it
+            unfinished.chmod(0o600)                     # before it has contents
             kept = "".join(f"{' '.join(line.splitlines())}\n" for line in lines if line.strip())
             unfinished.write_bytes(kept.encode("utf-8", "replace"))
