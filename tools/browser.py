@@ -1,4 +1,4 @@
-"""Chromium without a window, spoken to through a pipe: for tests of the page, and for its screenshots.
+"""Headless Chromium, controlled through a pipe, for tests and screenshots of the page.
 
     python tools/browser.py page.html#40 out.png --width 1200 --height 900 --dark
 """

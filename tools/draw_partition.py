@@ -1,10 +1,10 @@
-"""Draw docs/partition.svg: what prefill decides once, and what every decode step decides again.
+"""Draw docs/partition.svg: the partition, made once by prefill, and the picks of every decode step.
 
     python tools/draw_partition.py
 
-Small numbers stand for large ones: 24 channels, ratio r = 0.375, width 0.25 (so 15 active, 6 candidates, 3 picked).
-The partition is real: scores from a seed go through models.pruning.partition. The picks of the three tokens are drawn
-at random, for illustration.
+The figure uses small numbers: 24 channels, ratio r = 0.375, width 0.25 (15 active, 6 candidates, 3 picked). The
+partition is real: scores from a seed go through models.pruning.partition. The picks of the three tokens are random, for
+illustration.
 """
 
 from pathlib import Path

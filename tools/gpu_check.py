@@ -3,10 +3,10 @@
     python tools/gpu_check.py                       # on the first CUDA device; without one, a rehearsal on the CPU
     python tools/gpu_check.py --shape llama-3.1-8b
 
-First it holds tiny random models of every kind to transformers and to the same model on the CPU, in float32. Then it
-times random weights of a shape, eager and compiled: dense and POP steps, as a share of the device's memory bandwidth
-and beside transformers. gpt-fast's published shares of the bandwidth (82 % in bfloat16, 63 % in int8, 51 % in int4) are
-the yardstick.
+It first compares tiny random models of every kind with transformers and with the same model on the CPU, in float32.
+Then it times random weights of a shape, eager and compiled: dense and POP steps, as a share of the device's memory
+bandwidth and beside transformers. The yardstick is gpt-fast's published share of the bandwidth (82 % in bfloat16, 63 %
+in int8, 51 % in int4).
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""How sound are short answers? Twenty short prompts, answered greedily under several settings.
+"""Measure the quality of short answers: twenty short prompts, answered greedily under several settings.
 
     python tools/measure_answers.py [--ckpt DIR] [--dtype bfloat16] [-n 128]
 
-Per setting: distinct 4-grams of the answers' tokens over all of them (a loop repeats its own), as a share of the dense
-model's; how many answers loop (their last 32 tokens hold fewer than 12 distinct 4-grams) where the dense one does not;
-and the perplexity of the answers under the dense model.
+Per setting: the share of distinct 4-grams among those of the answers' tokens (low for loops), relative to the dense
+model's; the number of answers that loop (their last 32 tokens have fewer than 12 distinct 4-grams) where the dense
+answer does not; and the perplexity of the answers under the dense model.
 """
 
 import argparse

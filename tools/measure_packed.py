@@ -1,12 +1,12 @@
-"""Time every product of packed weights beside the plain one, and measure what the size of a group costs in quality.
+"""Time every product of packed weights beside the plain one, and measure the loss of quality by group size.
 
     python tools/measure_packed.py                      # products
     python tools/measure_packed.py --text FILE          # groups of 32, 64 and 128 in the default checkpoint's layers
-    python tools/measure_packed.py --ckpt FILE          # what the kinds of a quantised checkpoint lose when loaded
+    python tools/measure_packed.py --ckpt FILE          # error of each type of a quantised checkpoint after loading
 
-Products take turns over enough matrices not to be served from the cache: microseconds (median of 9) and GB/s of
-weights. Groups are put where they divide a row. The default checkpoint's weights are groups of 32 already, so that 32
-changes nothing and the others show what they add. A kind loses ||loaded - stored|| / ||stored|| of the weights.
+Products alternate over more matrices than fit into the cache. Results are microseconds (median of 9) and GB/s of
+weights. Groups are used if their size divides a row. The default checkpoint's weights already have groups of 32, so
+that 32 changes nothing and larger groups show the added loss. A type's error is ||loaded - stored|| / ||stored||.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Time the product of one or a few tokens with a weight, every way that was considered, and gathering against masking.
+"""Time all considered implementations of the product of few tokens with a weight, and gathering against masking.
 
     python tools/measure_products.py [--threads N]
 
-Prints microseconds (median of 9) and GB/s of weights, for products that take turns over enough matrices not to be
-served from the cache. In the second table a down_proj of A active channels keeps K of them at this step: masking reads
-all A columns, gathering only K. In the third a share of the rows, or of the columns, is chosen among all.
+Prints microseconds (median of 9) and GB/s of weights, for products that alternate over more matrices than fit into the
+cache. In the second table a down_proj of A active channels keeps K of them in a step: masking reads all A columns,
+gathering only K. The third table selects a share of all rows or columns.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Steps of a model by one process, and by the ranks of torchrun: time, what of it goes between ranks, bytes, memory.
+"""Measure steps of a model in one process or in ranks of torchrun: time, communication, bytes and memory.
 
     OMP_NUM_THREADS=1 python tools/measure_ranks.py SHAPE FOLDER [DTYPE] [--compile]
     torchrun --nproc-per-node 2 tools/measure_ranks.py SHAPE FOLDER [DTYPE] [--compile]

@@ -1,10 +1,10 @@
-"""How far apart bfloat16 logits lie when the same network is computed in other orders.
+"""Measure the distance between bfloat16 logits of the same network computed in different orders.
 
     python tools/measure_rounding.py FILE
 
 Decodes 64 tokens of a text (UTF-8) with the default checkpoint after a prompt of 128, and prints the median distance
-between the logits of two ways (l2, relative). Every way starts from one prefill of its own dtype. PyTorch's own library
-kernels, switched off and on, are one of the pairs: they are how close two correct bfloat16 computations come.
+between the logits of two computations (l2, relative). Each starts from one prefill of its own dtype. One pair is
+PyTorch with its library kernels switched off and on: it shows how close two correct bfloat16 computations come.
 """
 
 import sys

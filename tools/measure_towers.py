@@ -1,8 +1,8 @@
-"""What a picture costs before its first token: the vision towers of Qwen's models, with random weights.
+"""Measure the cost of a picture before the first token: the vision towers of Qwen's models, with random weights.
 
     python tools/measure_towers.py SHAPE... [WIDTHxHEIGHT...]
 
-Prints, for each released shape (popengine.bench --shape) and size of a picture, tokens and the median of five times.
+Prints tokens and the median of five times for each released shape (popengine.bench --shape) and size of a picture.
 """
 
 import sys

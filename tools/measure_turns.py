@@ -1,4 +1,4 @@
-"""What the second turn of a conversation takes, beside a prompt of as many tokens alone.
+"""Time the second turn of a conversation, and a single prompt with the same number of tokens.
 
     python tools/measure_turns.py [--ckpt DIR] [--dtype DTYPE] [--rounds N]
 """

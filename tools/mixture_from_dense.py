@@ -1,10 +1,10 @@
-"""A dense Llama as a mixture of experts: its FFN channels in equal groups, which are the experts, and a router.
+"""Convert a dense Llama to a mixture of experts: equal groups of FFN channels become experts, with a router.
 
     python tools/mixture_from_dense.py --text FILE --experts 16 --per-token 12 --out DIR
 
-After MoEfication (arXiv 2110.01786), without training: channels that are active on the same tokens of the text are one
-expert, and the router is the linear map that foretells best how much each of them puts out. With all experts to each
-token the mixture is the dense model. Llama, SmolLM2 and Mistral without biases; --ckpt: a .gguf file or a directory.
+After MoEfication (arXiv 2110.01786), without training: channels that are active on the same tokens of the text form an
+expert, and the router is the linear map that best predicts each expert's share of the output. With all experts per
+token the mixture equals the dense model. For Llama, SmolLM2 and Mistral without biases; --ckpt: .gguf or directory.
 
 T tokens, H hidden size, I channels, E experts.
 """

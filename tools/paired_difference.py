@@ -1,9 +1,9 @@
-"""The difference between two rows of comparisons, on the windows and the questions that both were given.
+"""Compute the paired difference between two rows of comparisons, on their common windows and questions.
 
     python tools/paired_difference.py DIR "pop r 0.4, width 0.1" OTHER_DIR "frozen r 0.35"
 
-A row is named as the legends of the plots name it. How hard a window or a question is hits both rows alike, so their
-difference is known far better than either row.
+Rows have the names of the plots' legends. The difficulty of a window or a question affects both rows, so their
+difference has a much smaller standard error than either row.
 """
 
 import argparse

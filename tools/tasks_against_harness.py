@@ -1,10 +1,10 @@
-"""Dense answers to the public tasks beside those of lm_eval's own Hugging Face model, on the same requests, in float32.
+"""Compare dense answers to the public tasks with those of lm_eval's Hugging Face model, on equal requests, in float32.
 
     python tools/tasks_against_harness.py --tasks arc_easy winogrande nq_open coqa --limit 25
 
-The data sets of lm_eval are not needed: its model is asked through its own interface, with the requests of
-popengine.tasks. Prints, for each task, how many items get another score or another text, and how far log-likelihoods
-are apart; every item that differs is shown. Exit status 1 when a score differs. Tasks that run code are left out.
+lm_eval's data sets are not needed: its model answers the requests of popengine.tasks through its own interface. Prints,
+for each task, the number of items with another score or text, the distance between log-likelihoods, and every item that
+differs. The exit status is 1 if a score differs. Tasks that run code are left out.
 """
 
 import argparse

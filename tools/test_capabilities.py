@@ -1,9 +1,9 @@
-"""Run the tests that compare numbers as other processors would: fewer vector instructions, one and two threads.
+"""Run the tests that compare numbers as on other processors: fewer vector instructions, one and two threads.
 
     python tools/test_capabilities.py [--short] [arguments of pytest]
 
-PyTorch, oneDNN and MKL are each told which instructions to use; only sets that this machine has are tried. --short runs
-two of them: the fewest instructions with one thread, and all with two. (All with one thread is `make test`.)
+The instructions of PyTorch, oneDNN and MKL are set to each set that this machine supports. --short runs two
+combinations: the fewest instructions with one thread, and all with two. (`make test` runs all with one thread.)
 """
 
 import os

@@ -1,14 +1,14 @@
-"""Train the small LLaVA of weights/llava-tiny/ on the picture questions, and report what it has learnt.
+"""Train the small LLaVA of weights/llava-tiny/ on the picture questions, and report its accuracy.
 
     python tools/train_llava.py                 # about 45 minutes of one busy CPU core
-    python tools/train_llava.py --evaluate      # only the held-out accuracy of what is there
+    python tools/train_llava.py --evaluate      # only the held-out accuracy of the existing checkpoint
 
-As in LLaVA's own recipe the vision tower learns to see first: each patch has to tell which shape of which colour
-stands in its cell of the picture, and in which row and column (CLIP's part in the original). Then tower, projector and
-language model together learn to answer: a question of each kind about one picture, loss on the answers only. The layers
-are the engine's own, in bfloat16 where PyTorch's autocast says so; weights are float32.
-The same seed, steps and threads on the same machine give the same checkpoint; another machine rounds differently and
-ends at the same accuracy, not at the same bits.
+As in LLaVA's recipe, the vision tower is trained first: each patch predicts the shape and colour in its cell of the
+picture, and its row and column (CLIP's role in the original). Then tower, projector and language model are trained
+together to answer a question of each kind about one picture, with loss on the answers only. The layers are the engine's
+own, in bfloat16 under PyTorch's autocast; weights are float32.
+Equal seed, steps and threads on the same machine give the same checkpoint. Another machine rounds differently and
+reaches the same accuracy, not the same bits.
 
 B batch, T tokens, P patches, Q classes.
 """

@@ -1,10 +1,10 @@
-"""Train the small Mixtral of weights/mixtral-tiny/ on the synthetic text tasks, and report what it has learnt.
+"""Train the small Mixtral of weights/mixtral-tiny/ on the synthetic text tasks, and report its accuracy.
 
     python tools/train_mixtral.py                       # about half an hour of one CPU core
-    python tools/train_mixtral.py --evaluate            # only the held-out accuracy of the checkpoint that is there
+    python tools/train_mixtral.py --evaluate            # only the held-out accuracy of the existing checkpoint
 
-The forward pass is the engine's own (models/mixtral.py). The same seed, steps and threads on the same machine give
-the same checkpoint; another machine rounds differently and ends at the same accuracy, not at the same bits.
+The forward pass is the engine's own (models/mixtral.py). Equal seed, steps and threads on the same machine give the
+same checkpoint. Another machine rounds differently and reaches the same accuracy, not the same bits.
 
 B batch, T tokens, M tokens in a row (B T), E experts, X experts per token, V vocabulary, n matrices of one shape.
 """

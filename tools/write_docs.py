@@ -1,6 +1,6 @@
-"""docs/commands.md from the parsers of the commands, and docs/api.md from the docstrings: python tools/write_docs.py
+"""Write docs/commands.md from the commands' parsers, and docs/api.md from docstrings: python tools/write_docs.py
 
-tests/docs/test_docs.py holds both pages to what this writes, and fails where a flag or a public name is missing.
+tests/docs/test_docs.py compares both pages with this output, and fails if a flag or a public name is missing.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Write tests/goldens/smollm2.safetensors: what Hugging Face computes from the default .gguf checkpoint.
+"""Write tests/goldens/smollm2.safetensors: results of Hugging Face for the default .gguf checkpoint.
 
     python tools/write_goldens.py
 
-With it the tests can hold popengine to Hugging Face's numbers on a machine without transformers. The slow POP of
-tests/shared/slow_pop.py runs on Hugging Face's own modules; nothing here comes from popengine but the path of the file.
+Tests compare popengine with these numbers on a machine without transformers. The slow POP of tests/shared/slow_pop.py
+runs on Hugging Face's modules. popengine contributes only the path of the checkpoint.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""The tables of the two POP papers with this project's models in the place of theirs: python tools/write_tables.py NAME
+"""Write the tables of the two POP papers for this project's models: python tools/write_tables.py NAME
 
-A table is one or more commands of popengine, whose folders lie in --out; what is on record there is not measured again.
-After tables of public tasks come differences to a method on the very same items, which are known far better than either
-score: of the scores, and of the log-likelihood of the right answer, which also moves where no score does.
+A table runs one or more commands of popengine, with their folders in --out; results saved there are not measured again.
+Tables of public tasks are followed by paired differences to one method on the same items, which have a much smaller
+standard error: of the scores, and of the log-likelihood of the right answer, which also changes if no score does.
 """
 
 import argparse
