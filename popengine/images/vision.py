@@ -72,7 +72,7 @@ class TextOnly:
     def render(self, conversations: Sequence[Messages], images: Sequence[int], render: Render) -> list[str]:
         return [unless_failed(text) for text in render(conversations)]
 
-    def fused_gemv(self, text: str) -> str:
+    def mark_images(self, text: str) -> str:
         return text
 
     def expand(self, ids: list[int], images: Sequence[ImageSource]) -> list[int]:
@@ -129,7 +129,7 @@ class Vision:
             )
         return token
 
-    def fused_gemv(self, text: str) -> str:
+    def mark_images(self, text: str) -> str:
         """Replace every mark in a text by the full sequence of a picture."""
         pieces = (piece if isinstance(piece, str) else self.token(piece) for piece in self.model.written_as)
         return text.replace(self.mark, "".join(pieces))

@@ -38,7 +38,7 @@ class Placing(Protocol):
 
     def render(self, conversations: Sequence[Messages], images: Sequence[int], render: Render) -> list[str]: ...
 
-    def fused_gemv(self, text: str) -> str: ...
+    def mark_images(self, text: str) -> str: ...
 
     def expand(self, ids: list[int], images: Sequence[Any]) -> list[int]: ...
 
@@ -79,7 +79,7 @@ class Prompts:
         spelled = Spelled(tokens, [*prompts, system_prompt or ""], self.chat_template or "", self.placing.meant)
         made = []
         for text, adds_special in self.texts(prompts, [len(own) for own in images], raw, system_prompt, spelled):
-            text = self.placing.fused_gemv(text)
+            text = self.placing.mark_images(text)
             if len(text) > self.longest:
                 raise InputError(
                     f"the prompt has {len(text)} letters, more than the context of "
