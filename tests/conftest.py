@@ -29,9 +29,9 @@ def cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 # The files that take longest, the longest first: workers that begin with these end at about the same time.
 LONGEST = (
-    "test_compile", "test_ranks_together", "test_ranks", "test_neighbours", "test_packed", "test_bench",
-    "test_prefill_only", "test_visual_tokens", "test_left_out", "test_repeated_requests", "test_qwen_engine",
-    "test_gemma_engine", "test_harness", "test_smollm2", "test_cuda_without_a_card", "test_weights_gguf",
+    "test_ranks_together", "test_compile", "test_hostile_files", "test_smollm2", "test_ranks", "test_neighbours",
+    "test_packed", "test_prefill_only", "test_bench", "test_visual_tokens", "test_left_out", "test_repeated_requests",
+    "test_qwen_engine", "test_gemma_engine", "test_harness", "test_cuda_without_a_card", "test_weights_gguf",
 )
 # A file to which every file of tests adds a line: the peak of its worker's memory in MB while it ran.
 PEAKS = os.environ.get("POPENGINE_TEST_PEAKS")
