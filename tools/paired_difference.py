@@ -1,6 +1,6 @@
 """Compute the paired difference between two rows of comparisons, on their common windows and questions.
 
-    python tools/paired_difference.py DIR "pop r 0.4, width 0.1" OTHER_DIR "frozen r 0.35"
+    python tools/paired_difference.py DIR "pop r 0.4, width 0.1, min evidence 0" OTHER_DIR "frozen r 0.35"
 
 Rows have the names of the plots' legends. The difficulty of a window or a question affects both rows, so their
 difference has a much smaller standard error than either row.

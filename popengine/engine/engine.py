@@ -267,8 +267,8 @@ class Engine:
             )
         weights = layer_weights(self.model)
         found, dense = resolve_study(pruning, weights), resolve_study(DENSE, weights)
-        saved = bytes_per_token(self.model, dense) - bytes_per_token(self.model, found)
-        if pruning == PruningSettings() and saved <= 0:
+        is_usual = pruning == PruningSettings()
+        if is_usual and bytes_per_token(self.model, found) >= bytes_per_token(self.model, dense):
             return replace(dense, why_dense=f"the recommended pruning would read no less of {self.weights} weights")
         return found.with_prior(self.prior(pruning.prior)) if found.cuts else found
 

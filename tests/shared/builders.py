@@ -233,7 +233,7 @@ def another_setting(name: str) -> dict[str, Any]:
     """The same as arguments of PruningSettings, with whatever else this setting asks for."""
     needed: dict[str, dict[str, Any]] = {
         "retained_share": {"candidate_width": 1.0}, "redraw_every": {"dense_every": 2},
-        "boundary_tokens": {"prefill_skip": 0.5},
+        "boundary_tokens": {"prefill_skip": 0.5}, "groups": {"groups": 2},
         "visual_tokens_by": {"visual_tokens": 0.5}, "visual_tokens_layer": {"visual_tokens": 0.5},
     }
     return {name: another_value(name)} | needed.get(name, {})

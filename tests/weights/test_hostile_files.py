@@ -271,12 +271,15 @@ def test_very_many_dimensions_are_said_at_once(copies: dict[str, Path], dimensio
     shape = "9" + ",9" * (dimensions - 1)
     text = f'{{"x": {{"dtype": "F32", "shape": [{shape}], "data_offsets": [0, 4]}}}}'.encode()
     began = time.process_time()
+    json.loads(text)
+    parsed = time.process_time() - began
+    began = time.process_time()
     with (
         changed(copies["llama"] / "model.safetensors", len(text).to_bytes(8, "little") + text + b"\0" * 4),
         pytest.raises(InputError, match="not a list of at most 8 sizes"),
     ):
         read_all(copies["llama"])
-    assert time.process_time() - began < 1.0
+    assert time.process_time() - began < 4 * parsed + 0.5       # not much more than to parse it as JSON
 
 
 def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def pair(default_checkpoint_path: Path) -> tuple[Any, LlamaForCausalLM]:
     reference.double()
     model = ours(default_checkpoint_path)
     model.model.layers = nn.ModuleList([model.model.layers[index] for index in LAYERS])  # type: ignore[assignment]
-    model.config = replace(model.config, num_hidden_layers=len(LAYERS))
+    model.config = replace(model.config, num_hidden_layers=len(LAYERS), windows=(None,) * len(LAYERS))
     return reference, model.double()
 
 
