@@ -27,7 +27,7 @@ def words(raw: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
 
 def in_each_byte(mask: int, size: int = 8) -> int:
     """Return the mask repeated in each byte of a word of `size` bytes."""
-    return int.from_bytes(bytes([mask]) * size, "little")
+    return mask * ((1 << 8 * size) - 1) // 255      # in integers alone, which a compiled step can trace
 
 
 def low_and_high(numbers: Tensor) -> Tensor:

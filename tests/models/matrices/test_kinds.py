@@ -25,7 +25,7 @@ from models.mixtral import MixtralForCausalLM
 from popengine.engine.loading import load_model
 from popengine.studies.settings import DENSE, PruningSettings
 from weights.checkpoint import open_checkpoint
-from weights.gguf_blocks import FOUR_BIT_TYPES, READERS
+from weights.gguf_blocks import BLOCKS, FOUR_BIT_TYPES, READERS
 from weights.groups import group
 
 KINDS = ("plain", "columns", "int8", "int4", "int4 in wide groups", "int8 in groups")
@@ -246,3 +246,15 @@ def test_every_kind_of_gguf_files_becomes_what_the_docs_say(tmp_path: Path, four
             assert isinstance(model.model.embed_tokens, StoredEmbedding)
         assert torch.equal(model.embed(tokens), wanted)
         assert torch.isfinite(logits(model, DENSE)).all() and torch.isfinite(logits(model, FROZEN)).all()
+
+
+@pytest.mark.parametrize("kind", sorted(READERS))
+def test_a_compiled_step_can_look_up_stored_rows(kind: str) -> None:
+    """Without a graph break, and bit for bit as eagerly. Scales are finite: their exponent bits are not all ones."""
+    _, size = BLOCKS[kind]
+    stored = torch.randint(0, 256, (8, 2 * size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)) & 187
+    embedding, tokens = StoredEmbedding(stored, READERS[kind], torch.bfloat16), torch.tensor([[5]])
+    compiled = torch.compile(embedding, fullgraph=True, dynamic=False, backend="aot_eager")
+    with torch.inference_mode():
+        assert torch.isfinite(embedding(tokens)).all()
+        assert torch.equal(compiled(tokens), embedding(tokens))
