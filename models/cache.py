@@ -128,8 +128,11 @@ class KVCache:
             self.rope_delta.copy_(rope_delta)
 
     def following(self, rows: int) -> Tensor:
-        """Return the indices of the next tokens, int64 [rows]."""
-        return self.length if rows == 1 else self.length + torch.arange(rows, device=self.length.device)
+        """Return the indices of the next tokens, in a tensor of their own: `advance` changes the length in place.
+
+        -> int64 [rows]
+        """
+        return self.length.clone() if rows == 1 else self.length + torch.arange(rows, device=self.length.device)
 
     def positions(self, tokens: Tensor) -> Tensor:
         """Compute rotary positions of tokens after the prompt, or of a text. int64 [T] -> [B, T]"""

@@ -111,6 +111,20 @@ def test_an_expert_that_a_later_turn_reaches_is_cut(tmp_path: Path) -> None:
         assert all(one.sizes.prunes and one.evidence.tokens > 0 for one in reached)
 
 
+@pytest.mark.parametrize("settings", [DENSE, PruningSettings.paper(ffn_ratio=0.5, candidate_width=0.3, prefill="dense")])
+@torch.inference_mode()
+def test_a_piece_of_one_token_is_the_last_token_of_a_prompt(engine: Engine, settings: PruningSettings) -> None:
+    """Its slot and position are taken before the cache counts it."""
+    model, tokens = engine.model, torch.arange(3, 12)[None]
+    whole, pieces = (model.new_state(1, 64, resolved(model, settings)) for _ in range(2))
+    wanted = model.prefill(model.embed(tokens), whole)
+    model.prefill(model.embed(tokens[:, :-1]), pieces)
+    assert_same(model.prefill(model.embed(tokens[:, -1:]), pieces, kept=8), wanted)
+    for token in (5, 7):
+        one, other = (next_logits(model, torch.tensor([token]), state) for state in (pieces, whole))
+        assert_same(one, other)
+
+
 def test_later_turns_answer_as_a_fresh_run_does(engine: Engine) -> None:
     conversation = engine.chat("Be brief.", pruning=DENSE, max_new_tokens=24)
     for turn, text in enumerate(("Hello there", "And now?", "What else is there to say?")):
