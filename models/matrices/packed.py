@@ -439,10 +439,13 @@ class StoredEmbedding(nn.Module):
     def __init__(self, stored: Tensor, read: Callable[[Tensor, int], Groups], dtype: torch.dtype) -> None:
         super().__init__()
         self.stored, self.read, self.dtype = stored, read, dtype
+        self.width = read(stored[0], 1).values().shape[1]
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if not tokens.numel():
+            return torch.empty(*tokens.shape, self.width, dtype=self.dtype)         # no row has no number of blocks
         rows = self.stored[tokens.flatten()]                                        # [n, bytes of a row]
-        return self.read(rows.flatten(), len(rows)).values().to(self.dtype).view(*tokens.shape, -1)
+        return self.read(rows.flatten(), len(rows)).values().to(self.dtype).view(*tokens.shape, self.width)
 
 
 def has_packed_products(x: Tensor) -> bool:

@@ -111,7 +111,7 @@ def test_an_expert_that_a_later_turn_reaches_is_cut(tmp_path: Path) -> None:
         assert all(one.sizes.prunes and one.evidence.tokens > 0 for one in reached)
 
 
-@pytest.mark.parametrize("settings", [DENSE, PruningSettings.paper(ffn_ratio=0.5, candidate_width=0.3, prefill="dense")])
+@pytest.mark.parametrize("settings", [DENSE, replace(HALF, prefill="dense")])
 @torch.inference_mode()
 def test_a_piece_of_one_token_is_the_last_token_of_a_prompt(engine: Engine, settings: PruningSettings) -> None:
     """Its slot and position are taken before the cache counts it."""

@@ -258,3 +258,4 @@ def test_a_compiled_step_can_look_up_stored_rows(kind: str) -> None:
     with torch.inference_mode():
         assert torch.isfinite(embedding(tokens)).all()
         assert torch.equal(compiled(tokens), embedding(tokens))
+        assert embedding(tokens[:, :0]).shape == (1, 0, embedding(tokens).shape[-1])
