@@ -225,6 +225,8 @@ def another_value(name: str) -> Any:
         return next(choice for choice in one.metadata["choices"] if choice != one.default)
     if one.metadata["type"] is str:
         return "1.mlp"
+    if name == "groups":
+        return 2                        # the channels of the small models are not a multiple of 3
     value = one.metadata["least"] + (2 if one.metadata["type"] is int else 0.5)
     return value if value != one.default else value / 2
 
@@ -233,7 +235,7 @@ def another_setting(name: str) -> dict[str, Any]:
     """The same as arguments of PruningSettings, with whatever else this setting asks for."""
     needed: dict[str, dict[str, Any]] = {
         "retained_share": {"candidate_width": 1.0}, "redraw_every": {"dense_every": 2},
-        "boundary_tokens": {"prefill_skip": 0.5}, "groups": {"groups": 2},
+        "boundary_tokens": {"prefill_skip": 0.5},
         "visual_tokens_by": {"visual_tokens": 0.5}, "visual_tokens_layer": {"visual_tokens": 0.5},
     }
     return {name: another_value(name)} | needed.get(name, {})

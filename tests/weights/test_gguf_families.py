@@ -307,7 +307,7 @@ def test_files_in_parts_load_from_any_part(tmp_path: Path) -> None:
 
     renamed = parts[1].rename(tmp_path / "other.gguf")
     assert f"one of {len(parts)} parts, and m-00002-of-0000{len(parts)}.gguf is not beside it" in message_of(parts[0])
-    assert "is not named NAME-00001-of-" in message_of(renamed)
+    assert "is not named like NAME-00001-of-" in message_of(renamed)
     parts[1].write_bytes(parts[2].read_bytes())
     assert f"is not part 2 of {len(parts)}" in message_of(parts[0])
 
