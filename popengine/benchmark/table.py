@@ -10,14 +10,15 @@ def describe(result: dict[str, Any], summed_bytes: int) -> str:
     where = machine["card"] or f"{machine['processor']}, {machine['cores']} cores"
     what = "random weights of the shape " if result["random_weights"] else ""
     shared = f", over {result['ranks']} ranks: bytes and memory are the first one's" if result["ranks"] > 1 else ""
+    least = result["pruning"]["min_evidence"]
+    waits = f"; steps run dense until {least} tokens were seen" if least else ""
     lines = [
         f"machine   {where}; {machine['system']}",
         f"versions  {versions}",
         f"command   {' '.join(result['command'])}",
         f"model     {what}{result['model']} on {result['device']}{shared}, batch {result['batch']}, "
         f"{result['prompt_tokens']} prompt tokens and {result['new_tokens']} new ones",
-        f"pruning   width {result['pruning']['candidate_width']:g} under rules that have one; steps run dense until "
-        f"{result['pruning']['min_evidence']} tokens were seen",
+        f"pruning   width {result['pruning']['candidate_width']:g} under rules that have one" + waits,
         f"measured  {result['rounds']} rounds in turns, {result['threads']} threads for every engine; medians, and in "
         "brackets the quartiles",
     ]

@@ -16,11 +16,6 @@ from popengine.studies.settings import DENSE, PruningSettings
 NAMES = ("dense", "pruned")
 # Narrower terminals show one answer after the other.
 LEAST_WIDTH = 90
-# Measured with `popengine bench` on the Q4_K_M file of Qwen2.5-Coder-1.5B (docs/speed.md).
-LARGER = (
-    "A larger model gains more: on the Q4_K_M file of Qwen2.5-Coder-1.5B the paper's rule at ratio 0.4 takes 0.76 of a "
-    "dense step's time and reads 0.75 of its bytes (docs/speed.md)."
-)
 
 
 @dataclass(frozen=True)
@@ -139,23 +134,22 @@ def typical(one: Answer) -> float:
 
 
 def meaning(pairs: Sequence[tuple[Answer, Answer]]) -> str:
-    """Write the conclusion of the table, and the gain of a larger model."""
-    longest = max(pairs, key=lambda pair: len(pair[1].milliseconds))
-    dense, pruned = longest
+    """Write the conclusion of the table, from the longest answer."""
+    dense, pruned = max(pairs, key=lambda pair: len(pair[1].milliseconds))
     if pruned.statistics.pruning.why_dense:
         return f"Nothing was pruned: {pruned.statistics.pruning.why_dense}."
     if not (dense.milliseconds and pruned.milliseconds):
-        return f"No step was timed: the answers are one token long. {LARGER}"
+        return "No step was timed: the answers are one token long."
     bytes_read = pruned.statistics.weight_bytes_per_token / dense.statistics.weight_bytes_per_token
     time = typical(pruned) / typical(dense)
     said = f"On the longest answer a pruned step reads {bytes_read:.2f} of the bytes and takes {time:.2f} of the time."
     if time >= 1:
-        said += " It saves no time here: the matrices are so small that reading them is not what takes long."
-    waits = [number for number, (_, one) in enumerate(pairs, 1) if one.statistics.dense_steps]
+        said += " It saves no time here: other work than reading weights takes most of a step."
+    least = pruned.statistics.pruning.settings.min_evidence
+    waits = [number for number, (_, one) in enumerate(pairs, 1) if one.statistics.prompt_tokens < least]
     if waits:
-        least = pruned.statistics.pruning.settings.min_evidence
         said += (
             f" Prompt {' and '.join(map(str, waits))} is short: steps ran dense until {least} tokens had been seen, so "
             "that the answer stays sound."
         )
-    return f"{said} {LARGER}"
+    return said

@@ -19,6 +19,14 @@ class ForgottenPrompt(SlotMap):
     def start(self) -> None:
         torch.arange(len(self.tokens), out=self.tokens)
 
+    def go_back(self, filled: int, tokens: int) -> None:
+        torch.arange(tokens, len(self.tokens), out=self.tokens[tokens:])    # new tokens may be attended to
+
+    def grow(self, more: int) -> None:
+        hidden = self.tokens < 0
+        super().grow(more)
+        self.tokens[: len(hidden)].masked_fill_(hidden, -1)
+
 
 @dataclass(frozen=True)
 class ForgetSkipped(PrefillOnly):

@@ -48,6 +48,9 @@ def test_it_says_why_nothing_was_pruned_and_which_prompts_were_short(checkpoint:
     pair = answer_in_turns(*begun(engine, "Hello there", 6, patient), None)
     assert pair[0].token_ids == pair[1].token_ids
     assert "Prompt 1 is short: steps ran dense until 10000 tokens" in table([pair])[-1]
+    refreshing = PruningSettings.paper(ffn_ratio=0.5, dense_every=2)
+    refreshed = answer_in_turns(*begun(engine, "Hello there", 6, refreshing), None)
+    assert refreshed[1].statistics.dense_steps and "is short" not in table([refreshed])[-1]
     one_token = answer_in_turns(*begun(engine, "Hello there", 1, HALF), None)
     assert "No step was timed" in table([one_token])[-1]
 
@@ -78,6 +81,7 @@ def test_the_command_prints_both_answers_and_the_table(checkpoint: Path, capsys:
     assert status(*arguments, "--min-evidence", 0) == 0
     out = capsys.readouterr().out
     assert out.count("dense: ") == 2 == out.count("pruned: ") and "ms per token" in out
+    assert "A larger model" not in out          # said beside the small default model alone
 
 
 def test_bad_input_is_one_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -328,3 +328,5 @@ def test_the_method_is_dense_but_for_the_prompt(llava: Engine) -> None:
     assert (pruning.ratio, pruning.thin_from, pruning.visual_tokens(36)) == (0, 1, 4)
     with pytest.raises(InputError, match="give --visual-tokens"):
         pruning_for("visual-tokens", Request(llava.model, DENSE))
+    with pytest.raises(InputError, match="keeps all tokens of pictures"):
+        pruning_for("skip-no-keys", Request(llava.model, replace(ATTENTION, prefill_skip="1/3")))

@@ -43,6 +43,7 @@ from popengine.engine.run import next_logits
 from popengine.studies.by_name import Request, pruning_for
 from popengine.studies.known_text import evaluate
 from popengine.studies.settings import DENSE, PruningSettings
+from popengine.studies.skip_controls import ForgottenPrompt
 from weights.errors import InputError
 
 FAMILIES: dict[str, Any] = MODELS | {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE}
@@ -135,6 +136,17 @@ def test_without_keys_skipped_layers_know_of_no_prompt(model: LlamaForCausalLM, 
     model.prefill(model.embed(tokens[:, :boundary]), state)
     _, dense = prefilled(model, tokens[:, :boundary], DENSE)
     assert torch.equal(next_logits(model, tokens[0, -1:], state), next_logits(model, tokens[0, -1:], dense))
+
+
+def test_slots_that_are_forgotten_stay_so_until_they_are_filled_again() -> None:
+    slot_map = ForgottenPrompt(1, 6, 0, torch.device("cpu"))
+    slot_map.tokens[:3] = -1
+    slot_map.grow(2)
+    assert slot_map.tokens.tolist() == [-1, -1, -1, 3, 4, 5, 6, 7]
+    slot_map.go_back(5, 2)
+    assert slot_map.tokens.tolist() == [-1, -1, 2, 3, 4, 5, 6, 7]
+    slot_map.start()
+    assert slot_map.tokens.tolist() == list(range(8))
 
 
 @torch.inference_mode()
