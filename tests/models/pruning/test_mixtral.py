@@ -346,6 +346,8 @@ def test_scarce_memory_limits_the_copies_and_changes_no_token(
         enough_for_two = all_copy_bytes(mixture, state.pruning) - 3 * experts_per_layer
         free = enough_for_two + mixture.cache_bytes(1, 64)
         scarce = state_within(free, mixture, 1, 64, state.pruning)
+        assert {layer.ffn.copy_limit for layer in scarce.layers} == {2}
+        assert {layer.ffn.copy_limit for layer in state_within(free - 1, mixture, 1, 64, state.pruning).layers} == {1}
         assert_same(mixture.prefill(mixture.embed(tokens), scarce), logits)
         for _ in range(16):
             chosen = logits.argmax(-1)
