@@ -11,13 +11,10 @@ from torch import Tensor
 from models.attention import CachedAttention
 from models.cache import LayerCache
 from models.passes import DecodePass, PrefillPass
-from models.ranks import Ranks
 
 
 class BlockNorms(Protocol):
     """The norms of a layer, by their positions (LlamaDecoderLayer in models/llama.py). [B, T, H] -> [B, T, H]"""
-
-    ranks: Ranks
 
     def before_attention(self, x: Tensor) -> Tensor: ...
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.llama import LlamaForCausalLM
 from models.passes import DecodePass, PrefillPass
 from models.pruning.partition import ChannelPartition
-from models.pruning.resolve import Pruning
+from models.pruning.pruning import Pruning
 from models.state import DecodeState
 from models.walks import decode_layers, prefill_layers
 

@@ -11,7 +11,8 @@ from models.feed_forward import FeedForward
 from models.matrices.plain import Matrix
 from models.pruning.experts import PartitionedExperts
 from models.pruning.pop import POP, channel_bytes
-from models.pruning.resolve import LayerWeights, Pruning
+from models.pruning.pruning import Pruning
+from models.pruning.resolve import LayerWeights
 from models.pruning.settings import ATTENTION, MLP
 
 

@@ -3,7 +3,7 @@
 B batch, T tokens (of the prompt, or after it), S cache slots, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from models.attention import Attention, CachedAttention
 from models.blocks import AttentionBlock, PrunedBlock, Sublayer
 from models.cache import AttentionPattern, KVCache
 from models.clock import Clock
-from models.config import LlamaConfig, read_llama_config
+from models.config import LlamaConfig
 from models.feed_forward import FeedForward
 from models.key_names import TEXT_SPELLINGS, keys_by_our_names
 from models.layers import Embedding, RMSNorm, RotaryEmbedding
@@ -23,7 +23,7 @@ from models.passes import DecodePass, PictureRows, PrefillPass, decode_pass, fol
 from models.pruning.heads import PartitionedAttention
 from models.pruning.partition import PartitionSizes
 from models.pruning.pop import POP
-from models.pruning.resolve import Pruning
+from models.pruning.pruning import Pruning
 from models.pruning.settings import ATTENTION, MLP
 from models.state import DecodeState, LayerState
 from models.walks import decode_layers, prefill_layers
@@ -38,7 +38,6 @@ class LlamaDecoderLayer(nn.Module):
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
-        self.ranks = config.ranks
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, config.windows[index])
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -58,13 +57,13 @@ class LlamaDecoderLayer(nn.Module):
         return self.input_layernorm(x)
 
     def after_attention(self, a: Tensor) -> Tensor:
-        return self.ranks.add_up(a)
+        return a
 
     def before_mlp(self, x: Tensor) -> Tensor:
         return self.post_attention_layernorm(x)
 
     def after_mlp(self, y: Tensor) -> Tensor:
-        return self.ranks.add_up(y)
+        return y
 
     def new_ffn(self, pruning: Pruning) -> PrunedBlock:
         """Build what runs in place of the feed-forward network under a pruning."""
@@ -83,8 +82,7 @@ class LlamaModel(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer_class: type[LlamaDecoderLayer]) -> None:
         super().__init__()
-        own = config.ranks.stretch(config.vocab_size)
-        self.embed_tokens = Embedding(own.stop - own.start, config.hidden_size)
+        self.embed_tokens = Embedding(config.embedding_rows, config.hidden_size)
         layers = (layer_class(config, index) for index in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]  # iterates as what it holds
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -101,20 +99,14 @@ class LlamaForCausalLM(nn.Module):
     layer_class = LlamaDecoderLayer
     ignored_keys: tuple[str, ...] = ()
     can_compile = True
-    read_config: Callable[..., LlamaConfig] = staticmethod(read_llama_config)
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.model = LlamaModel(config, self.layer_class)
-        self.lm_head = Matrix(config.hidden_size, self.model.embed_tokens.num_embeddings, bias=False)
+        self.lm_head = Matrix(config.hidden_size, config.embedding_rows, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-
-    @classmethod
-    def from_config(cls, raw: Mapping[str, Any]) -> "LlamaForCausalLM":
-        """Build a model with uninitialised weights from a parsed config.json."""
-        return cls(cls.read_config(raw))
 
     def locate(
         self, parameter_names: list[str], checkpoint_names: list[str]
@@ -137,17 +129,11 @@ class LlamaForCausalLM(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Look up the embeddings of tokens. tokens int64 [B, T] -> [B, T, H]"""
-        ranks = self.config.ranks
-        if ranks.count == 1:
-            return self.model.embed_tokens(tokens)
-        own = ranks.stretch(self.config.vocab_size)
-        elsewhere = (tokens < own.start) | (tokens >= own.stop)                     # [B, T]
-        x = self.model.embed_tokens((tokens - own.start).masked_fill(elsewhere, 0))
-        return ranks.add_up(x.masked_fill(elsewhere.unsqueeze(-1), 0))
+        return self.model.embed_tokens(tokens)
 
     def head(self, x: Tensor) -> Tensor:
         """Apply the final norm and the output projection. x [B, T, H] -> logits [B, T, V]"""
-        return self.config.ranks.join_rows(self.lm_head(self.model.norm(x)), self.config.vocab_size)
+        return self.lm_head(self.model.norm(x))
 
     def forward(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
         """Run the dense network without a cache.

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.blocks import PrunedBlock
-from models.config import ConfigReader, FamilyDefaults, LlamaConfig, read_decoder_fields
+from models.config import LlamaConfig
 from models.experts import MixtureOfExperts
 from models.key_names import TEXT_SPELLINGS, keys_by_our_names
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from models.pruning.experts import PartitionedExperts
 from models.pruning.partition import PartitionSizes
-from models.pruning.resolve import Pruning
+from models.pruning.pruning import Pruning
 from models.pruning.settings import MLP
+from models.read_config import ConfigReader, FamilyDefaults, read_decoder_fields
 from weights.errors import InputError
 
 
@@ -127,7 +129,7 @@ class MixtralDecoderLayer(LlamaDecoderLayer):
 
     def new_ffn(self, pruning: Pruning) -> PrunedBlock:
         if isinstance(self.mlp, MixtureOfExperts):
-            return pruning.new_experts(self.mlp)
+            return pruning.new_experts(self.mlp, PartitionedExperts)
         return super().new_ffn(pruning)
 
 
@@ -135,7 +137,6 @@ class MixtralForCausalLM(LlamaForCausalLM):
     """A language model with mixtures of experts, read from any of their three checkpoint layouts."""
 
     config: MixtralConfig
-    read_config = staticmethod(read_mixtral_config)
     layer_class = MixtralDecoderLayer  # type: ignore[assignment]  # takes the wider config
     # Each step chooses its experts, and every choice would be compiled again.
     can_compile = False

@@ -1,8 +1,8 @@
 """Tensor parallelism: several processes ("ranks") hold a share of a model each (arXiv 1909.08053, section 3).
 
 A rank has its share of the attention heads and of every network's channels. The outputs of its o_proj and down_proj
-are partial sums: every layer adds them up over all ranks twice (models/llama.py). Each rank holds some rows of the
-vocabulary. Norms, routers and vision towers are replicated.
+are partial sums, which these matrices add up over all ranks (models/matrices/ranked.py). Each rank holds some rows of
+the vocabulary. Norms, routers and vision towers are replicated.
 
 The model of one rank is built from a config with that rank's heads and channels. The process group must exist already
 (popengine/engine/distributed.py). With one process, nothing is imported or communicated.

@@ -16,8 +16,8 @@ from models.blocks import PrunedBlock, Sublayer
 from models.cache import KVCache, LayerCache
 from models.clock import Clock
 from models.passes import DecodePass, PrefillPass
+from models.pruning.pruning import Pruning
 from models.pruning.refresh import RefreshSchedule
-from models.pruning.resolve import Pruning
 
 
 @dataclass

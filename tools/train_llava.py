@@ -29,7 +29,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor, nn
 
 from models.cache import AttentionPattern
-from models.families.llava import LlavaForConditionalGeneration
+from models.families.llava import LlavaForConditionalGeneration, read_llava_config
 from models.passes import PictureRows, prefill_pass
 from popengine.engine import prior
 from popengine.engine.loading import load
@@ -216,7 +216,7 @@ class Drawer:
 
 def new_model(vocabulary: int, seed: int) -> LlavaForConditionalGeneration:
     config = CONFIG | {"text_config": CONFIG["text_config"] | {"vocab_size": vocabulary}}
-    model = LlavaForConditionalGeneration.from_config(config)
+    model = LlavaForConditionalGeneration(read_llava_config(config))
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "embedding" in name or "embed_tokens" in name:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from models.cache import AttentionPattern
 from models.experts import Routing
-from models.mixtral import MIXTRAL_NAMES, MixtralForCausalLM
+from models.mixtral import MIXTRAL_NAMES, MixtralForCausalLM, read_mixtral_config
 from models.passes import prefill_pass
 from popengine.engine import prior
 from popengine.engine.loading import load
@@ -190,7 +190,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 def train(steps: int, tokens: int, learning_rate: float, seed: int) -> MixtralForCausalLM:
     """Small questions that grow, then a quarter as many steps on those of full size."""
     torch.manual_seed(seed)
-    model = MixtralForCausalLM.from_config(CONFIG)
+    model = MixtralForCausalLM(read_mixtral_config(CONFIG))
     initialise(model)
     print(f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} million weights")
     train_on(model, TrainingText(seed, tokens), steps, learning_rate, growing=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import popengine
-from models.pruning.resolve import Pruning
+from models.pruning.pruning import Pruning
 from popengine.__main__ import COMMANDS
 from popengine.engine.conversation import Conversation
 from popengine.engine.engine import Engine

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import MOST_LAYERS, ConfigReader
 from models.layers import Embedding, activation_function
+from models.read_config import MOST_LAYERS, ConfigReader
 from weights.errors import InputError
 
 

@@ -17,21 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import (
-    ConfigReader,
-    FamilyDefaults,
-    LlamaConfig,
-    RopeConfig,
-    read_decoder_fields,
-    read_rope,
-    refuse_rope_outside,
-)
+from models.config import LlamaConfig, RopeConfig
 from models.families.clip import VisionConfig, VisionTower, read_vision_config
 from models.families.llava import LlavaForConditionalGeneration
 from models.families.picture_model import Grid, PictureConfig, PictureModel
 from models.layers import RMSNorm, RotaryEmbedding, at_least_float32
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from models.passes import PictureRows
+from models.read_config import ConfigReader, FamilyDefaults, read_decoder_fields, read_rope, refuse_rope_outside
 from weights.errors import InputError
 from weights.json_files import JsonObject
 
@@ -140,20 +133,19 @@ class Gemma3DecoderLayer(LlamaDecoderLayer):
         self.post_feedforward_layernorm = Gemma3RMSNorm(hidden, eps)
 
     def after_attention(self, a: Tensor) -> Tensor:
-        return self.post_attention_layernorm(super().after_attention(a))
+        return self.post_attention_layernorm(a)
 
     def before_mlp(self, x: Tensor) -> Tensor:
         return self.pre_feedforward_layernorm(x)
 
     def after_mlp(self, y: Tensor) -> Tensor:
-        return self.post_feedforward_layernorm(super().after_mlp(y))
+        return self.post_feedforward_layernorm(y)
 
 
 class Gemma3ForCausalLM(LlamaForCausalLM):
     """The text model: Llama's with Gemma's norms and frequencies, scaled embeddings and a soft cap on logits."""
 
     config: Gemma3TextConfig
-    read_config = staticmethod(read_gemma3_text_config)
     layer_class = Gemma3DecoderLayer  # type: ignore[assignment]  # takes the wider config
 
     def __init__(self, config: Gemma3TextConfig) -> None:
@@ -260,7 +252,6 @@ class Gemma3MultiModalProjector(nn.Module):
 class Gemma3ForConditionalGeneration(PictureModel):
     """Vision tower, projector and language model."""
 
-    read_config = staticmethod(read_gemma3_config)
     spellings = LlavaForConditionalGeneration.spellings
     ignored_keys = (r".*vision_tower\.(.*\.)?head\..*",)      # SigLIP's pooling head is unused
 

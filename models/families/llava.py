@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.config import FAMILIES as LLAMA_FAMILIES
-from models.config import MOST_LAYERS, ConfigReader, LlamaConfig, read_llama_config, refuse_rope_outside
+from models.config import LlamaConfig
 from models.families.clip import VisionConfig, VisionTower, read_vision_config
 from models.families.picture_model import Grid, PictureConfig, PictureModel
 from models.key_names import INNER_TEXT_SPELLINGS
@@ -22,6 +21,8 @@ from models.layers import activation_function
 from models.llama import LlamaForCausalLM
 from models.mixtral import FAMILIES as MIXTURE_FAMILIES
 from models.mixtral import MixtralConfig, MixtralForCausalLM, read_mixtral_config
+from models.read_config import FAMILIES as LLAMA_FAMILIES
+from models.read_config import MOST_LAYERS, ConfigReader, read_llama_config, refuse_rope_outside
 from weights.errors import InputError
 
 # The tower of a config without a vision_config: CLIP ViT-L/14 at 336 pixels, LLaVA 1.5's own.
@@ -114,7 +115,6 @@ class Projector(nn.Module):
 class LlavaForConditionalGeneration(PictureModel):
     """Vision tower, projector and language model."""
 
-    read_config = staticmethod(read_llava_config)
     spellings = (
         (r"(model\.)*vision_tower\.(vision_model\.)?", "vision_tower."),
         (r"(model\.)*multi_modal_projector\.", "multi_modal_projector."),

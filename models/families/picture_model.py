@@ -3,7 +3,7 @@
 B batch, T prompt tokens, H hidden size, n image tokens of all pictures.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,6 @@ class PictureModel(nn.Module):
     config: Any
     language_model: LlamaForCausalLM
     ignored_keys: tuple[str, ...] = ()
-    read_config: Callable[..., Any]
     spellings: Spellings = ()
     around_image: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     refused_tokens: tuple[tuple[int, str], ...] = ()
@@ -63,11 +62,6 @@ class PictureModel(nn.Module):
     def written_as(self) -> tuple[int | str, ...]:
         """The sequence that replaces `mark` when tokenised: texts, and tokens by their ids."""
         return (self.mark,)
-
-    @classmethod
-    def from_config(cls, raw: Any) -> "PictureModel":
-        """Build a model with uninitialised weights from a parsed config.json."""
-        return cls(cls.read_config(raw))
 
     def locate(
         self, parameter_names: list[str], checkpoint_names: list[str]

@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models.config import ConfigReader
 from models.families.picture_model import Grid
 from models.families.qwen2_vl import (
     QWEN2_FAMILY,
@@ -27,6 +26,7 @@ from models.families.qwen2_vl import (
     read_vision_fields,
 )
 from models.layers import RMSNorm, activation_function
+from models.read_config import ConfigReader
 from weights.errors import InputError
 
 
@@ -100,8 +100,10 @@ class WindowedTower(VisionTower):
         return self.merger(x)[order.argsort()]
 
 
+read_qwen2_5_vl_config = partial(read_config, Family(**QWEN2_FAMILY, read_vision=read_qwen2_5_vision))
+
+
 class Qwen2_5_VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
     """Windowed vision tower and language model."""
 
     tower_class = WindowedTower
-    read_config = staticmethod(partial(read_config, Family(**QWEN2_FAMILY, read_vision=read_qwen2_5_vision)))

@@ -21,20 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import (
-    MOST_LAYERS,
-    ConfigReader,
-    LlamaConfig,
-    RopeConfig,
-    read_llama_config,
-    refuse_rope_outside,
-    rope_section,
-)
+from models.config import LlamaConfig, RopeConfig
 from models.families.picture_model import Grid, PictureConfig, PictureModel
 from models.key_names import INNER_TEXT_SPELLINGS
 from models.layers import activation_function, at_least_float32, rotate
 from models.llama import LlamaForCausalLM
 from models.passes import PictureRows
+from models.read_config import MOST_LAYERS, ConfigReader, read_llama_config, refuse_rope_outside, rope_section
 from models.rope import rotary_frequencies
 from weights.errors import InputError
 
@@ -354,12 +347,14 @@ QWEN2_FAMILY: dict[str, Any] = {
 }  # fmt: skip
 
 
+read_qwen2_vl_config = partial(read_config, Family(**QWEN2_FAMILY, read_vision=read_qwen2_vision))
+
+
 class Qwen2VLForConditionalGeneration(PictureModel):
     """Vision tower and language model."""
 
     config: QwenVLConfig
     tower_class: type[VisionTower] = VisionTower
-    read_config = staticmethod(partial(read_config, Family(**QWEN2_FAMILY, read_vision=read_qwen2_vision)))
     spellings = (
         (r"(model\.)*visual\.", "visual."),
         *INNER_TEXT_SPELLINGS,

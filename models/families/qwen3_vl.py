@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import ConfigReader
 from models.families.picture_model import Grid
 from models.families.qwen2_vl import (
     EPS,
@@ -31,6 +30,7 @@ from models.families.qwen2_vl import (
 )
 from models.layers import Embedding, activation_function
 from models.passes import PictureRows
+from models.read_config import ConfigReader
 from weights.errors import InputError
 
 
@@ -122,18 +122,20 @@ class DeepTower(VisionTower):
         return torch.stack([self.merger(x), *taken])
 
 
+read_qwen3_vl_config = partial(read_config, Family(
+    text={
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
+        "max_position_embeddings": 128000, "rope_theta": 5e5,
+    },
+    sections=(24, 20, 20), interleaved=True, read_vision=read_qwen3_vision,
+))  # fmt: skip
+
+
 class Qwen3VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
     """Vision tower with DeepStack and language model."""
 
     tower_class = DeepTower
-    read_config = staticmethod(partial(read_config, Family(
-        text={
-            "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016,
-            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
-            "max_position_embeddings": 128000, "rope_theta": 5e5,
-        },
-        sections=(24, 20, 20), interleaved=True, read_vision=read_qwen3_vision,
-    )))  # fmt: skip
 
     def place(
         self, tokens: Tensor, real: Tensor | None, features: Tensor | None, grids: Sequence[Grid], kept: int = 0

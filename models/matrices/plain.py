@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.matrices.products import fused_gemv, fused_gemv_rows, is_fused, row_count
+from models.ranks import ALONE
 
 # Most rows for which our own product is faster than the library's (tools/measure_products.py).
 FEW_ROWS = {torch.float32: 8, torch.bfloat16: 3}
@@ -26,7 +27,11 @@ class Matrix(nn.Linear):
     """y = x W^T + b, W [out, in] stored row by row.
 
     A loaded matrix holds parameters like any nn.Linear; a compact copy holds plain tensors.
+
+    ranks  the ranks that hold the other parts of this matrix (models/matrices/ranked.py)
     """
+
+    ranks = ALONE
 
     def reset_parameters(self) -> None:
         # Nothing to fill on the meta device; PyTorch would import its compiler only to find that out.
@@ -124,6 +129,10 @@ class Matrix(nn.Linear):
     def held_bytes(self) -> int:
         """Return the memory of the weight and the bias, in bytes."""
         return tensor_bytes(self)
+
+    def in_form(self, make: Callable[["Matrix"], "Matrix"]) -> "Matrix":
+        """Return this matrix in another form, which `make` stores it in; a rank's part keeps its sum over ranks."""
+        return make(self)
 
     def kind(self) -> tuple[Any, ...]:
         """Return class, dtype, groups and presence of a bias: matrices of equal kind can be stacked."""

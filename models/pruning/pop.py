@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from models.blocks import BlockNorms, FeedForwardBlock, PrunedBlock, Sublayer
 from models.clock import Clock, phase
-from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.matrices.forms import ChosenColumns, ChosenRows, by_columns
 from models.matrices.plain import Matrix, take_columns, tensor_bytes
@@ -31,6 +30,13 @@ from models.pruning.partition import (
     partition_sizes,
     undecided,
 )
+
+
+class Experts(Protocol):
+    """A mixture of experts (models/experts.py): its router and its networks."""
+
+    gate: Matrix
+    experts: Sequence[FeedForward]
 
 
 class PrunedFFN(Protocol):
@@ -223,7 +229,7 @@ class POP:
             return DenseFFN(ffn)
         return (PartitionedFFN if sizes.decides else FrozenFFN)(ffn, self, weights or self.new_weights(ffn))
 
-    def experts_of(self, mixture: MixtureOfExperts) -> tuple[Matrix, Sequence[FeedForward]]:
+    def experts_of(self, mixture: Experts) -> tuple[Matrix, Sequence[FeedForward]]:
         """Return the router of a mixture and the experts that run."""
         return mixture.gate, mixture.experts
 
@@ -283,7 +289,7 @@ class POP:
 
 def down_by_columns(ffn: FeedForward) -> Matrix:
     """Return down_proj in a layout that reads chosen columns alone: a copy if the weight is stored by rows."""
-    made: tuple[Matrix] = ffn.once("down by columns", lambda: (by_columns(ffn.down_proj),))
+    made: tuple[Matrix] = ffn.once("down by columns", lambda: (ffn.down_proj.in_form(by_columns),))
     return made[0]
 
 

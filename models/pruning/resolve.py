@@ -6,15 +6,10 @@ heads) is pruned, so its own ratio is higher (POP, arXiv 2602.06822, Table 8).
 
 from dataclasses import dataclass
 
-from models.cache import AttentionPattern
-from models.experts import MixtureOfExperts
-from models.pruning.experts import PartitionedExperts
 from models.pruning.partition import PartitionSizes, partition_sizes
 from models.pruning.pop import POP
-from models.pruning.prefill_only import PrefillOnly
-from models.pruning.refresh import RefreshSchedule
-from models.pruning.settings import DEFAULT_PRUNE_RATIO, SUBLAYERS, POPSettings, exact_share
-from models.walks import EveryLayer, Walk
+from models.pruning.pruning import Pruning
+from models.pruning.settings import DEFAULT_PRUNE_RATIO, POPSettings, exact_share
 from weights.errors import InputError
 
 
@@ -36,59 +31,6 @@ class LayerWeights:
     head_groups: int
     heads_per_group: int
     layers: int
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """Settings resolved for one model.
-
-    ratio      share of the decoder layers' parameters that a decode step leaves out (the headline ratio)
-    ffn_ratio  share of FFN channels that do not finish a decode step (r), of the networks that run
-    rule       builds what runs in place of every network
-    skipped    the layers that a prompt skips (Prefill-Only), except for its last `boundary` tokens
-    """
-
-    ratio: float
-    ffn_ratio: float
-    settings: POPSettings
-    rule: POP
-    skipped: tuple[int, ...] = ()
-    boundary: int = 1
-
-    @property
-    def walk(self) -> Walk:
-        """The walk of a prompt through the layers."""
-        return PrefillOnly(self.skipped, self.boundary) if self.skipped else EveryLayer()
-
-    def pattern(self, layer: int, window: int | None) -> AttentionPattern:
-        """Return the attention pattern of a layer."""
-        return AttentionPattern(window)
-
-    def sublayers(self, layer: int) -> tuple[str, ...]:
-        """Return the residual blocks of a layer that run."""
-        return SUBLAYERS
-
-    def new_experts(self, mixture: MixtureOfExperts) -> PartitionedExperts:
-        """Build what runs in place of a mixture of experts."""
-        return PartitionedExperts(mixture, self.rule)
-
-    def new_schedule(self, batch: int) -> RefreshSchedule:
-        """Create the schedule of dense steps for a new prompt of `batch` sequences."""
-        return RefreshSchedule(self.settings.min_evidence if self.follows_prompt else 0, batch)
-
-    @property
-    def cuts(self) -> bool:
-        """True if channels or heads are off in the blocks that run."""
-        return self.ffn_ratio > 0 or self.settings.head_ratio > 0
-
-    @property
-    def follows_prompt(self) -> bool:
-        """True if evidence changes which channels or heads run."""
-        return self.rule.follows_prompt and self.cuts
-
-    def skipped_by(self, tokens: int) -> tuple[int, ...]:
-        """Return the layers that a prompt of `tokens` tokens skips: none if it is all boundary."""
-        return self.skipped if tokens > self.boundary else ()
 
 
 def resolve(settings: POPSettings, layer: LayerWeights) -> Pruning:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch.profiler import profile
 
-from models.config import read_llama_config
+from models.read_config import read_llama_config
 from models.rope import rotary_frequencies
 from popengine.engine.engine import Engine
 from popengine.engine.results import measured

@@ -5,7 +5,7 @@ from typing import Any
 from models.cost_model import weight_count
 from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
-from models.pruning.resolve import Pruning
+from models.pruning.pruning import Pruning
 from models.pruning.settings import ATTENTION, MLP
 from popengine.studies.resolve import StudyPruning
 

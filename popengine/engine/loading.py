@@ -21,7 +21,7 @@ from popengine.engine.distributed import agree, ranks
 from popengine.engine.dtypes import dtype_name
 from popengine.engine.engine import Engine
 from popengine.engine.packing import Packer, choose_form
-from popengine.engine.sharding import add_biases_once, shares
+from popengine.engine.sharding import join_ranks, shares
 from popengine.engine.spinner import waiting
 from popengine.images.patches import PatchVision
 from popengine.images.vision import TextOnly, Vision
@@ -149,15 +149,15 @@ def load_model(
 
     Returns the model, and the form of its matrices, for people.
     """
-    model_class = architecture(checkpoint.config, str(checkpoint.path))
-    config: Any = model_class.read_config(checkpoint.config)
+    family = architecture(checkpoint.config, str(checkpoint.path))
+    config = family.read_config(checkpoint.config)
     require_room(checkpoint, config.sides, config.blocks)
     with_text = isinstance(config, PictureConfig)
     text = share_of(config.text if with_text else config, ranks)
 
     def laid_out(text: Any) -> LlamaForCausalLM | PictureModel:
         with torch.device("meta"):
-            return model_class(replace(config, text=text) if with_text else text)
+            return family.model(replace(config, text=text) if with_text else text)
 
     model = laid_out(text)
     if apart := told_apart(model, checkpoint, model.locate):
@@ -170,7 +170,7 @@ def load_model(
     pack = None if form == "plain" else Packer(language_model, form, dtype, device, checkpoint.entries)
     held = shares(model, language_model)
     load_weights(model, checkpoint, dtype, device, model.locate, model.ignored_keys, progress, pack, held)
-    add_biases_once(language_model)
+    join_ranks(language_model)
     # Buffers that no checkpoint holds (rotary frequencies) must still move to the device.
     return model.to(device).eval().requires_grad_(False), "plain" if pack is None else pack.made
 

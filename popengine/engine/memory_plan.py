@@ -4,7 +4,7 @@ from models.cost_model import all_copy_bytes, copy_bytes
 from models.experts import MixtureOfExperts
 from models.llama import LlamaForCausalLM
 from models.pruning.experts import PartitionedExperts
-from models.pruning.resolve import Pruning
+from models.pruning.pruning import Pruning
 from models.pruning.settings import MLP
 from models.state import DecodeState
 from weights.errors import InputError

@@ -1,4 +1,4 @@
-"""Sharding: the part of each checkpoint tensor that a rank holds (models/ranks.py)."""
+"""Sharding: the part of each checkpoint tensor that a rank holds, and the matrices that join the parts."""
 
 from torch import nn
 
@@ -6,6 +6,7 @@ from models.attention import Attention
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.matrices.plain import Matrix
+from models.matrices.ranked import JoinedMatrix, RankEmbedding, SummedMatrix
 from weights.load import Share
 
 # Matrices of which a rank holds some rows (outputs), and those of which it holds some columns (inputs).
@@ -37,12 +38,18 @@ def shares(model: nn.Module, language_model: LlamaForCausalLM) -> dict[str, Shar
     return found
 
 
-def add_biases_once(language_model: LlamaForCausalLM) -> None:
-    """Set the biases of sums over ranks to zero, except on the first rank."""
-    if language_model.config.ranks.index == 0:
+def join_ranks(language_model: LlamaForCausalLM) -> None:
+    """Put the matrices that communicate into a loaded model: row-parallel sums, output projection and embedding."""
+    ranks, rows = language_model.config.ranks, language_model.config.vocab_size
+    if ranks.count == 1:
         return
-    for module in language_model.modules():
-        for own in BY_COLUMNS:
-            matrix = getattr(module, own, None)
-            if isinstance(matrix, Matrix) and matrix.bias is not None:
-                matrix.bias.data.zero_()
+    for module in list(language_model.modules()):
+        for own in BY_COLUMNS if isinstance(module, (Attention, FeedForward)) else ():
+            part = getattr(module, own, None)
+            if isinstance(part, Matrix):
+                if part.bias is not None and ranks.index > 0:       # a sum adds one bias only
+                    part.bias.data.zero_()
+                setattr(module, own, SummedMatrix(part, ranks))
+    language_model.lm_head = JoinedMatrix(language_model.lm_head, ranks, rows)
+    model = language_model.model
+    model.embed_tokens = RankEmbedding(model.embed_tokens, ranks, rows)  # type: ignore[assignment]  # called alike

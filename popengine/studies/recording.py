@@ -18,7 +18,7 @@ from models.passes import DecodePass, PrefillPass
 from models.pruning.experts import PartitionedExperts
 from models.pruning.partition import ChannelPartition
 from models.pruning.pop import POP, ActiveWeights, DenseFFN, PrunedFFN
-from models.pruning.resolve import Pruning
+from models.pruning.pruning import Pruning
 from models.state import DecodeState
 
 AnyPruning = TypeVar("AnyPruning", bound=Pruning)

@@ -1,14 +1,16 @@
 """Settings of studies resolved for one model: Pruning with every rule, and with fewer tokens of pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from torch import nn
+
+from models.blocks import PrunedBlock
 from models.cache import AttentionPattern
-from models.experts import MixtureOfExperts
 from models.passes import ImageSpan
-from models.pruning.experts import PartitionedExperts
+from models.pruning.pruning import Pruning
 from models.pruning.refresh import RefreshSchedule
-from models.pruning.resolve import LayerWeights, Pruning, resolve
+from models.pruning.resolve import LayerWeights, resolve
 from models.pruning.settings import ATTENTION, MLP, SUBLAYERS, exact_share
 from models.walks import Walk
 from popengine.studies.evidence import Prior
@@ -39,9 +41,9 @@ class StudyPruning(Pruning):
     def sublayers(self, layer: int) -> tuple[str, ...]:
         return tuple(part for part in SUBLAYERS if (layer, part) not in self.left_out)
 
-    def new_experts(self, mixture: MixtureOfExperts) -> PartitionedExperts:
+    def new_experts(self, mixture: nn.Module, standard: Callable[..., PrunedBlock]) -> PrunedBlock:
         spares = self.rule.follows_prompt and self.settings.unseen_experts == "dense"
-        return SparingExperts(mixture, self.rule) if spares else super().new_experts(mixture)
+        return super().new_experts(mixture, SparingExperts if spares else standard)
 
     def new_schedule(self, batch: int) -> RefreshSchedule:
         every = self.settings.dense_every

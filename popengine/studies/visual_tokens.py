@@ -109,7 +109,7 @@ def attended_by_last(layer: LayerState, x: Tensor, step: PrefillPass, cache: KVC
     q = q.float().view(len(x), keys.shape[1], -1, q.shape[-1])                      # [B, K, N/K, D]
     mask = masks_in_cache([pattern], cache, step.token_index[-1:], torch.float32)[pattern]     # [B, 1, 1, S]
     weights = (q @ keys.float().transpose(2, 3) * scale + mask).softmax(dim=-1)     # [B, K, N/K, S]
-    return block.layer.ranks.add_up(weights.mean(dim=(1, 2)))
+    return own.attention.o_proj.ranks.add_up(weights.mean(dim=(1, 2)))      # the heads of all ranks
 
 
 def most_diverse(features: Tensor, count: int) -> Tensor:

@@ -11,8 +11,8 @@ from builders import LLAVA_TINY, MIXTRAL_TINY
 from forked_ranks import run_ranks
 from tolerance import assert_same, distance
 
-from models.llama import LlamaForCausalLM
 from models.ranks import Ranks, share_of
+from models.read_config import read_llama_config
 from weights.errors import InputError
 
 TALLY = "tally dbbd=d1b1b2d2; tally cabbacdafe?"
@@ -65,6 +65,6 @@ def test_ranks_equal_one_process_with_as_many_groups(
 
 
 def test_what_ranks_do_not_divide_is_named(checkpoint: Path) -> None:
-    config = LlamaForCausalLM.read_config(json.loads((checkpoint / "config.json").read_text()))
+    config = read_llama_config(json.loads((checkpoint / "config.json").read_text()))
     with pytest.raises(InputError, match=r"cannot be shared out over 7 ranks; 1, 2.* ranks are possible"):
         share_of(config, Ranks(0, 7))

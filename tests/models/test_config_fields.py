@@ -29,7 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
-import models.config as config_file
+import models.read_config as config_file
 from models.layers import RotaryEmbedding
 from models.registry import architecture
 from popengine.engine.loading import end_of_sequence_ids

@@ -32,7 +32,7 @@ from models.llama import LlamaForCausalLM
 from models.matrices.packed import Int4Matrix, Int8Matrix
 from models.matrices.plain import Matrix
 from models.pruning import heads, partition, pop
-from models.pruning.resolve import Pruning
+from models.pruning.pruning import Pruning
 from models.registry import architecture
 from models.state import DecodeState
 from popengine.engine.run import next_logits
@@ -61,8 +61,7 @@ def float32_model(family: str) -> LlamaForCausalLM:
     raw = deepcopy(FAMILIES[family]).to_dict()
     sides = SIDES | {"head_dim": 64 // raw["num_attention_heads"]}
     raw |= {name: side for name, side in sides.items() if name in raw}
-    model_class: Any = architecture(raw, family)
-    model = model_class.from_config(raw).eval().requires_grad_(False)
+    model: Any = architecture(raw, family).from_config(raw).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "norm" in name:

@@ -10,8 +10,8 @@ from builders import SIZES, left_padded, ours, prefilled, saved_pair
 from tolerance import assert_rounds_no_worse, assert_same
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from models.config import read_llama_config
 from models.llama import LlamaForCausalLM
+from models.read_config import read_llama_config
 from popengine.studies.settings import DENSE
 from weights.errors import InputError
 

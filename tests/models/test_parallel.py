@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from models.llama import LlamaForCausalLM
 from models.mixtral import MixtralForCausalLM
-from models.pruning.resolve import Pruning
+from models.pruning.pruning import Pruning
 from popengine.engine.run import next_logits
 from popengine.studies.activations import Activation, embedded, feed_forward_networks, watch_dense
 from popengine.studies.by_name import METHODS, Request, pruning_for

@@ -32,7 +32,7 @@ from models.matrices.forms import ColumnMatrix
 from models.matrices.plain import replace_matrices
 from models.pruning.heads import PartitionedAttention
 from models.pruning.partition import ChannelPartition, partition_sizes, undecided
-from models.pruning.resolve import Pruning
+from models.pruning.pruning import Pruning
 from models.state import DecodeState, LayerState
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load_model

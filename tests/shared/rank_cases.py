@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.pruning.resolve import Pruning
+from models.pruning.pruning import Pruning
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
 from popengine.engine.run import next_logits

@@ -19,7 +19,7 @@ from models.cache import AttentionPattern
 from models.layers import rotate
 from models.llama import LlamaForCausalLM
 from models.passes import PictureRows, decode_pass, prefill_pass, rotary_pairs
-from models.pruning.resolve import Pruning
+from models.pruning.pruning import Pruning
 from models.state import DecodeState
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from models.cost_model import bytes_per_token
 from models.experts import MixtureOfExperts
 from models.llama import LlamaForCausalLM
-from models.pruning.resolve import Pruning
+from models.pruning.pruning import Pruning
 from popengine import compare, score
 from popengine.engine.loading import load
 from popengine.engine.run import next_logits

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from models.cost_model import bytes_per_token
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.pruning.resolve import Pruning
+from models.pruning.pruning import Pruning
 from popengine.engine.run import next_logits
 from popengine.studies.activations import Activation, embedded, feed_forward_networks, watch_dense
 from popengine.studies.by_name import METHODS, Request, pruning_for

@@ -25,7 +25,8 @@ from models.families.gemma3 import (
     read_gemma3_text_config,
 )
 from models.families.gemma3 import Gemma3ForConditionalGeneration as OurGemma
-from models.pruning.resolve import Pruning, resolve
+from models.pruning.pruning import Pruning
+from models.pruning.resolve import resolve
 from popengine.benchmark.shapes import SHAPES
 from popengine.engine.loading import load_model
 from popengine.engine.run import next_logits

@@ -21,7 +21,7 @@ from models.llama import LlamaForCausalLM
 from models.matrices.forms import ColumnMatrix, MixedMatrix, stack
 from models.matrices.packed import GroupedInt8Matrix, Int4Matrix, Int8Matrix, StoredEmbedding
 from models.matrices.plain import Matrix
-from models.mixtral import MixtralForCausalLM
+from models.registry import architecture
 from popengine.engine.loading import load_model
 from popengine.studies.settings import DENSE, PruningSettings
 from weights.checkpoint import open_checkpoint
@@ -52,11 +52,11 @@ def converted(matrix: Matrix, kind: str) -> Matrix:
 
 @pytest.fixture(scope="module")
 def llama() -> Any:
-    return ours_of(LlamaForCausalLM, LlamaConfig(**SIZES_OF_32, attention_bias=True, mlp_bias=True))
+    return ours_of(LlamaConfig(**SIZES_OF_32, attention_bias=True, mlp_bias=True))
 
 
-def ours_of(model_class: Any, config: Any) -> Any:
-    model = model_class.from_config(config.to_dict())
+def ours_of(config: Any) -> Any:
+    model = architecture(config.to_dict(), "config.json").from_config(config.to_dict())
     reference = random_reference(config).state_dict()
     for name, parameter in model.named_parameters():
         if name in reference:                                                       # not an expert's
@@ -113,7 +113,7 @@ def test_queries_keys_and_values_of_any_three_kinds(llama: LlamaForCausalLM) -> 
 
 def test_experts_of_different_kinds_on_one_prompt_after_another() -> None:
     """The copies of a prompt's experts serve the next prompt's, which may be of another kind."""
-    model = ours_of(MixtralForCausalLM, MixtralConfig(**SIZES_OF_32, num_local_experts=5))
+    model = ours_of(MixtralConfig(**SIZES_OF_32, num_local_experts=5))
     order = {module: index for index, module in enumerate(model.modules()) if isinstance(module, FeedForward)}
     assert any(isinstance(module, MixtureOfExperts) for module in model.modules())
     packed, plain = mixed(

@@ -98,7 +98,7 @@ def test_one_expert_is_the_dense_llama_layer(prefill: Any, tmp_path: Path) -> No
     """With a single expert the router has nothing to say, and POP must be Llama's to the last bit."""
     llama = saved_pair(tmp_path, LlamaConfig(**SIZES))[1]
     alike = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "num_local_experts": 1, "num_experts_per_tok": 1}
-    one = MixtralForCausalLM.from_config(SIZES | alike)
+    one = MixtralForCausalLM(read_mixtral_config(SIZES | alike))
     weights = {name.replace("mlp.", "mlp.experts.0."): value for name, value in llama.state_dict().items()}
     weights |= {f"model.layers.{i}.mlp.gate.weight": torch.randn(1, SIZES["hidden_size"]) for i in range(3)}
     one.load_state_dict(weights)
@@ -315,7 +315,7 @@ def test_the_prune_ratio_counts_routed_experts_as_the_paper_does(
     raw: dict[str, Any], at_20: float, at_40: float
 ) -> None:
     with torch.device("meta"):
-        model = MixtralForCausalLM.from_config(raw | {"num_hidden_layers": 2})
+        model = MixtralForCausalLM(read_mixtral_config(raw | {"num_hidden_layers": 2}))
     for ratio, wanted in ((0.2, at_20), (0.4, at_40)):
         pruning = resolved(model, PruningSettings.paper(ratio))
         assert 100 * pruning.ffn_ratio == pytest.approx(wanted, abs=0.0501)
