@@ -10,13 +10,14 @@ B batch, T tokens, S cache slots, H hidden size, N query heads, K key/value head
 import torch
 from torch import Tensor, nn
 
-from models.cache import AttentionPattern, LayerCache
+from models.cache import LayerCache
 from models.config import LlamaConfig
 from models.layers import RMSNorm, rotate
 from models.matrices.forms import stack
 from models.matrices.plain import Matrix
 from models.matrices.products import attend_cache, attend_prompt
 from models.passes import DecodePass, PrefillPass
+from models.slots import AttentionPattern
 
 
 class Attention(nn.Module):

@@ -9,8 +9,10 @@ from typing import Any
 from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.matrices.plain import Matrix
+from models.pruning.active_weights import channel_bytes
 from models.pruning.experts import PartitionedExperts
-from models.pruning.pop import POP, channel_bytes
+from models.pruning.partition import PartitionSizes
+from models.pruning.pop import POP
 from models.pruning.pruning import Pruning
 from models.pruning.resolve import LayerWeights
 from models.pruning.settings import ATTENTION, MLP
@@ -107,3 +109,28 @@ def all_copy_bytes(model: Any, pruning: Pruning) -> int:
         if MLP in pruning.sublayers(index)
         and (isinstance(layer.mlp, MixtureOfExperts) or pruning.rule.copying_saves(layer.mlp))
     )
+
+
+def cache_bytes(model: Any, batch: int, capacity: int, pruning: Pruning | None = None) -> int:
+    """Compute the bytes of a cache, over all layers, or over those whose attention runs under a pruning."""
+    config = model.config
+    one = config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    layers = range(config.num_hidden_layers)
+    attending = len(layers) if pruning is None else sum(ATTENTION in pruning.sublayers(index) for index in layers)
+    return 2 * attending * batch * capacity * one
+
+
+def ffn_sizes(model: Any, pruning: Pruning) -> PartitionSizes:
+    """Return the region sizes of the first network or expert that runs; if none runs, of the first layer's, dense.
+
+    In a model with mixtures the first expert counts, even if a layer before it has none.
+    """
+    layers = model.model.layers
+    running = [layer.mlp for index, layer in enumerate(layers) if MLP in pruning.sublayers(index)]
+    mixture = next((mlp for mlp in running if isinstance(mlp, MixtureOfExperts)), None)
+    if mixture is not None:
+        return pruning.rule.sizes(mixture.experts[0])
+    if running:
+        return pruning.rule.sizes(running[0])
+    first = layers[0].mlp
+    return POP(0.0, 0.0).sizes(first.experts[0] if isinstance(first, MixtureOfExperts) else first)

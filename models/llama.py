@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.attention import Attention, CachedAttention
 from models.blocks import AttentionBlock, PrunedBlock, Sublayer
-from models.cache import AttentionPattern, KVCache
+from models.cache import KVCache
 from models.clock import Clock
 from models.config import LlamaConfig
 from models.feed_forward import FeedForward
@@ -21,10 +21,10 @@ from models.layers import Embedding, RMSNorm, RotaryEmbedding
 from models.matrices.plain import Matrix
 from models.passes import DecodePass, PictureRows, PrefillPass, decode_pass, following_pass, prefill_pass
 from models.pruning.heads import PartitionedAttention
-from models.pruning.partition import PartitionSizes
 from models.pruning.pop import POP
 from models.pruning.pruning import Pruning
 from models.pruning.settings import ATTENTION, MLP
+from models.slots import AttentionPattern
 from models.state import DecodeState, LayerState
 from models.walks import decode_layers, prefill_layers
 from weights.errors import InputError
@@ -174,13 +174,6 @@ class LlamaForCausalLM(nn.Module):
         live = torch.ones(batch, 1, dtype=torch.bool, device=self.device)
         return DecodeState(cache, layers, pruning, live, Clock(self.device), pruning.new_schedule(batch))
 
-    def cache_bytes(self, batch: int, capacity: int, pruning: Pruning | None = None) -> int:
-        """Return the bytes of a cache, over all layers, or over those whose attention runs under a pruning."""
-        one = self.config.num_key_value_heads * self.config.head_dim * self.dtype.itemsize
-        layers = range(self.config.num_hidden_layers)
-        attending = len(layers) if pruning is None else sum(ATTENTION in pruning.sublayers(index) for index in layers)
-        return 2 * attending * batch * capacity * one
-
     def check_ids(self, ids: Iterable[int]) -> None:
         """Raise InputError for a token without an embedding: some checkpoints add tokens but no embeddings for them."""
         if (highest := max(ids, default=0)) >= self.config.vocab_size:
@@ -265,8 +258,3 @@ class LlamaForCausalLM(nn.Module):
         rows = following_pass(self.model.rotary, x, state.cache, PictureRows())
         rows.counted, rows.tokens, rows.partitions, rows.of_prompt = state.live, live, partitions, False
         return x, rows
-
-    def ffn_sizes(self, pruning: Pruning) -> PartitionSizes:
-        """Return the region sizes of the first feed-forward network that runs; if none runs, of the first layer."""
-        running = [layer.mlp for index, layer in enumerate(self.model.layers) if MLP in pruning.sublayers(index)]
-        return pruning.rule.sizes(running[0]) if running else POP(0.0, 0.0).sizes(self.model.layers[0].mlp)

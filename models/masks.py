@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.cache import AttentionPattern, KVCache
+from models.cache import KVCache
+from models.slots import AttentionPattern
 
 Masks = dict[AttentionPattern, Any]
 

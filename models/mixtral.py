@@ -14,9 +14,7 @@ from models.experts import MixtureOfExperts
 from models.key_names import TEXT_SPELLINGS, keys_by_our_names
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from models.pruning.experts import PartitionedExperts
-from models.pruning.partition import PartitionSizes
 from models.pruning.pruning import Pruning
-from models.pruning.settings import MLP
 from models.read_config import ConfigReader, FamilyDefaults, read_decoder_fields
 from weights.errors import InputError
 
@@ -149,12 +147,6 @@ class MixtralForCausalLM(LlamaForCausalLM):
         places = {name: (name, ()) for name in parameter_names}
         places |= locate_experts(parameter_names, list(stored_as), channels)
         return {name: (stored_as.get(key, key), index) for name, (key, index) in places.items()}
-
-    def ffn_sizes(self, pruning: Pruning) -> PartitionSizes:
-        """Return the region sizes of one expert, or of a feed-forward network if no layer has experts."""
-        networks = (layer.mlp for index, layer in enumerate(self.model.layers) if MLP in pruning.sublayers(index))
-        mixture = next((mlp for mlp in networks if isinstance(mlp, MixtureOfExperts)), None)
-        return super().ffn_sizes(pruning) if mixture is None else pruning.rule.sizes(mixture.experts[0])
 
 
 MIXTRAL_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}

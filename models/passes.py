@@ -9,16 +9,17 @@ B batch, T tokens, S visible slots, D head size.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from models.cache import AttentionPattern, KVCache, LayerCache
+from models.cache import KVCache, LayerCache
 from models.clock import Clock, phase
 from models.masks import Masks, masks_in_cache, visible
 from models.matrices.products import attend_cache, attend_prompt
-from models.pruning.partition import Evidence, channel_scores
+from models.pruning.evidence import Evidence, channel_scores
+from models.slots import AttentionPattern
 
 RotaryOf = Callable[..., tuple[Tensor, Tensor]]
 
@@ -58,6 +59,22 @@ class PictureRows:
 
 
 NO_PICTURES = PictureRows()
+
+
+class Partitioned(Protocol):
+    """What has channels to partition (see PrunedFFN in models/pruning/interface.py)."""
+
+    def sort_channels(self) -> None: ...
+
+    def copy_weights(self) -> None: ...
+
+
+def repartition(network: Partitioned, clock: Clock | None = None) -> None:
+    """Partition channels by all evidence so far; copy the weights of the active ones. clock: sums the time of both"""
+    with phase(clock, "sort"):
+        network.sort_channels()
+    with phase(clock, "copy"):
+        network.copy_weights()
 
 
 @dataclass
@@ -100,6 +117,10 @@ class PrefillPass:
         """Add the squared activations of these tokens to the evidence. h [B, T, I]"""
         with phase(self.clock, "scores"):
             evidence.add(h, self.counted, self.tokens)
+
+    def repartition(self, network: Partitioned) -> None:
+        """Partition a network's channels, or an attention's heads, by all evidence so far."""
+        repartition(network, self.clock)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, scale: float) -> Tensor:
         """Attend to the cache if earlier tokens are there, else to each other.

@@ -28,9 +28,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
-from models.cache import AttentionPattern
 from models.families.llava import LlavaForConditionalGeneration, read_llava_config
 from models.passes import PictureRows, prefill_pass
+from models.slots import AttentionPattern
 from popengine.engine import prior
 from popengine.engine.loading import load
 from popengine.evaluation.picture_tasks import (

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.cache import AttentionPattern
 from models.experts import Routing
 from models.mixtral import MIXTRAL_NAMES, MixtralForCausalLM, read_mixtral_config
 from models.passes import prefill_pass
+from models.slots import AttentionPattern
 from popengine.engine import prior
 from popengine.engine.loading import load
 from popengine.evaluation.text_tasks import (

@@ -14,8 +14,10 @@ from models.clock import Clock
 from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.matrices.plain import Matrix
-from models.passes import DecodePass, PrefillPass
-from models.pruning.pop import POP, ActiveWeights, LookedUpWeights, PrunedFFN
+from models.passes import DecodePass, PrefillPass, repartition
+from models.pruning.active_weights import ActiveWeights, LookedUpWeights
+from models.pruning.interface import PrunedFFN
+from models.pruning.pop import POP
 
 
 class PartitionedExperts:
@@ -61,7 +63,7 @@ class PartitionedExperts:
         if rows.partitions:             # experts without tokens here may have evidence from earlier tokens
             for active, reached in zip(self.active, routing.counts, strict=True):
                 if active is not None and not reached:
-                    active.repartition(rows.clock)
+                    rows.repartition(active)
         return y
 
     def decode(self, x: Tensor, step: DecodePass) -> Tensor:
@@ -119,7 +121,7 @@ class PartitionedExperts:
         is_new = self.active[index] is None
         active = self.of(index)
         if is_new:
-            active.repartition(clock)
+            repartition(active, clock)
         return active
 
     def multiplies_whole(self, index: int) -> bool:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from models.attention import Attention, CachedAttention
 from models.cache import LayerCache
-from models.clock import Clock, phase
 from models.layers import rotate
 from models.matrices.plain import tensor_bytes
 from models.matrices.products import attend_cache
 from models.passes import DecodePass, PrefillPass
-from models.pruning.partition import head_scores, partition_channels, undecided
+from models.pruning.evidence import head_scores
+from models.pruning.partition import partition_channels, undecided
 from models.pruning.pop import POP
 
 
@@ -53,30 +53,37 @@ class PartitionedAttention(CachedAttention):
         a = self.in_model(rows.attend(q, k, v, cache, self.attention.scale)).flatten(2)     # [B, T, N D]
         rows.see(self.evidence, a)
         if rows.partitions:
-            self.repartition(cache, rows.clock)
+            rows.repartition(self)
+            self.reorder(cache)
         if rows.finish_dense:
             return self.attention.o_proj(a)
         return self.active_o(a[..., self.coordinates(self.partition.active)])
 
-    def repartition(self, cache: LayerCache, clock: Clock | None = None) -> None:
-        """Partition the heads by all evidence so far; copy the active weights and reorder the cache."""
+    def sort_channels(self) -> None:
+        """Partition the heads by all evidence so far."""
         attention = self.attention
-        with phase(clock, "sort"):
-            scores = head_scores(self.evidence.scores(attention.output_norms()), attention.head_dim)        # [N]
-            self.partition = partition_channels(scores.view(attention.head_groups, -1), self.sizes)
-        with phase(clock, "copy"):
-            active = self.coordinates(self.partition.active)                      # [A D]
-            queries = attention.heads * attention.head_dim
-            keys_values = torch.arange(queries, self.qkv.out_features, device=active.device)
-            self.active_qkv.copy_rows(self.qkv, torch.cat([active, keys_values]))
-            self.active_o.copy_columns(attention.o_proj, active)
-            candidate = self.coordinates(self.partition.candidate)                  # [G C D]
-            torch.index_select(attention.output_norms(), 0, candidate, out=self.candidate_norms)
-            if self.cache_order is not None:
-                moved = self.cache_order.argsort()[self.partition.order[0]]         # [K], current place of each head
-                for buffer in (cache.keys, cache.values):
-                    buffer.copy_(buffer[:, moved])
-                self.cache_order.copy_(self.partition.order[0])
+        scores = head_scores(self.evidence.scores(attention.output_norms()), attention.head_dim)        # [N]
+        self.partition = partition_channels(scores.view(attention.head_groups, -1), self.sizes)
+
+    def copy_weights(self) -> None:
+        """Copy the weights of the active heads."""
+        attention = self.attention
+        active = self.coordinates(self.partition.active)                            # [A D]
+        queries = attention.heads * attention.head_dim
+        keys_values = torch.arange(queries, self.qkv.out_features, device=active.device)
+        self.active_qkv.copy_rows(self.qkv, torch.cat([active, keys_values]))
+        self.active_o.copy_columns(attention.o_proj, active)
+        candidate = self.coordinates(self.partition.candidate)                      # [G C D]
+        torch.index_select(attention.output_norms(), 0, candidate, out=self.candidate_norms)
+
+    def reorder(self, cache: LayerCache) -> None:
+        """Move the active heads to the front of the cache, if every query head has its own keys and values."""
+        if self.cache_order is None:
+            return
+        moved = self.cache_order.argsort()[self.partition.order[0]]                 # [K], current place of each head
+        for buffer in (cache.keys, cache.values):
+            buffer.copy_(buffer[:, moved])
+        self.cache_order.copy_(self.partition.order[0])
 
     def decode(self, x: Tensor, cache: LayerCache, step: DecodePass) -> Tensor:
         q, k, v = self.attention.queries_keys_values(x, self.active_qkv, step, cache.pattern)      # [B, A, T, D], ...

@@ -9,21 +9,19 @@ B batch, T tokens, H hidden size, I FFN channels, R retained, C candidate and P 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import BlockNorms, FeedForwardBlock, PrunedBlock, Sublayer
-from models.clock import Clock, phase
 from models.feed_forward import FeedForward
-from models.matrices.forms import ChosenColumns, ChosenRows, by_columns
 from models.matrices.plain import Matrix, take_columns, tensor_bytes
 from models.passes import DecodePass, PrefillPass
+from models.pruning.active_weights import ActiveWeights, LookedUpWeights, WholeWeights, channel_bytes, down_by_columns
+from models.pruning.evidence import Evidence
+from models.pruning.interface import Experts, PrunedFFN
 from models.pruning.partition import (
-    ChannelPartition,
-    Evidence,
     PartitionSizes,
     channels_of_group,
     partition_channels,
@@ -32,61 +30,17 @@ from models.pruning.partition import (
 )
 
 
-class Experts(Protocol):
-    """A mixture of experts (models/experts.py): its router and its networks."""
-
-    gate: Matrix
-    experts: Sequence[FeedForward]
-
-
-class PrunedFFN(Protocol):
-    """An object that runs in place of a feed-forward network.
-
-    weights    the matrices that a step multiplies with
-    sizes      number of channels in each region; partition: their indices
-    evidence   accumulated squares of the channels' activations
-    """
-
-    ffn: FeedForward
-    rule: "POP"
-    weights: "ActiveWeights"
-    sizes: PartitionSizes
-    partition: ChannelPartition
-    evidence: Evidence
-
-    def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
-        """Run tokens of a prompt. x [B, T, H] -> [B, T, H]"""
-
-    def decode(self, x: Tensor, step: DecodePass) -> Tensor:
-        """Run the tokens of a step. x [B, T, H] -> [B, T, H]"""
-
-    def repartition(self, clock: Clock | None = None) -> None:
-        """Partition the channels again, from all evidence so far."""
-
-    def use(self, weights: "ActiveWeights") -> None:
-        """Multiply with these weights from the next partition on."""
-
-    def restart(self) -> None:
-        """Forget the last prompt."""
-
-    def count(self, tokens: int) -> None:
-        """Add to the token count of the evidence, after a compiled dense step has added the squares."""
-
-    def copied_bytes(self) -> int:
-        """Return the memory of copies of active weights, in bytes."""
-
-
 class PartitionedFFN:
     """One network under POP: the prompt gives a partition, every step chooses among its candidates."""
 
-    def __init__(self, ffn: FeedForward, rule: "POP", weights: "ActiveWeights") -> None:
+    def __init__(self, ffn: FeedForward, rule: "POP", weights: ActiveWeights) -> None:
         self.ffn, self.rule, self.sizes, self.act = ffn, rule, rule.sizes(ffn), ffn.act
         self.use(weights)
         self.partition = undecided(self.sizes, (), ffn.device)
         self.evidence = rule.new_evidence(ffn, ffn.channels, ffn.device)
         self.candidate_norms = ffn.down_norms()[: self.sizes.candidate].clone()     # [C]
 
-    def use(self, weights: "ActiveWeights") -> None:
+    def use(self, weights: ActiveWeights) -> None:
         self.weights = weights
         self.gate, self.up, self.down = weights.gate, weights.up, weights.down      # [R + C, H] twice, [H, R + C]
 
@@ -97,17 +51,17 @@ class PartitionedFFN:
         """Run the rest of a prompt from the activation h: evidence, partition, down_proj. [B, T, I] -> [B, T, H]"""
         rows.see(self.evidence, h)                                                  # the sum of Eq. 2
         if rows.partitions:
-            self.repartition(rows.clock)                                            # Eq. 3 and section 3.2
+            rows.repartition(self)                                                  # Eq. 3 and section 3.2
         if rows.finish_dense:
             return self.ffn.down_proj(h)
         return self.down(take_columns(h, self.partition.active))                    # [B, T, R + C] -> [B, T, H]
 
-    def repartition(self, clock: Clock | None = None) -> None:
-        with phase(clock, "sort"):
-            self.partition = partition_channels(self.rule.scores(self.ffn, self.evidence), self.sizes)
-            torch.index_select(self.ffn.down_norms(), 0, self.partition.candidate, out=self.candidate_norms)
-        with phase(clock, "copy"):
-            self.weights.fill(self.ffn, self.partition.active)
+    def sort_channels(self) -> None:
+        self.partition = partition_channels(self.rule.scores(self.ffn, self.evidence), self.sizes)
+        torch.index_select(self.ffn.down_norms(), 0, self.partition.candidate, out=self.candidate_norms)
+
+    def copy_weights(self) -> None:
+        self.weights.fill(self.ffn, self.partition.active)
 
     def decode(self, x: Tensor, step: DecodePass) -> Tensor:
         h = self.act(self.gate(x)) * self.up(x)                                     # [B, T, R + C]
@@ -147,60 +101,11 @@ class DenseFFN(PartitionedFFN):
     def decode(self, x: Tensor, step: DecodePass) -> Tensor:
         return self.ffn(x)
 
-    def repartition(self, clock: Clock | None = None) -> None:
+    def sort_channels(self) -> None:
         pass
 
-
-# A matrix that a step multiplies with: a compact copy, or a view that selects from the whole.
-AnyMatrix = Any
-
-
-class ActiveWeights:
-    """Compact copies of the active channels' weights, in buffers allocated once and filled at every partition."""
-
-    gate: AnyMatrix
-    up: AnyMatrix
-    down: AnyMatrix
-
-    def __init__(self, ffn: FeedForward, channels: int) -> None:
-        self.gate, self.up = ffn.gate_proj.empty_rows(channels), ffn.up_proj.empty_rows(channels)
-        self.down = ffn.down_proj.empty_columns(channels)
-        self.kinds = kinds_of(ffn)
-
-    def fill(self, ffn: FeedForward, channels: Tensor) -> None:
-        """Copy the weights of these channels, in their order. int64 [R + C]"""
-        self.gate.copy_rows(ffn.gate_proj, channels)
-        self.up.copy_rows(ffn.up_proj, channels)
-        self.down.copy_columns(ffn.down_proj, channels)
-
-    def fits(self, ffn: FeedForward) -> bool:
-        """Return True if these buffers can hold the channels of another network: its matrices are of the same kinds."""
-        return self.kinds == kinds_of(ffn)
-
-    def held_bytes(self) -> int:
-        """Return the memory of the copies, in bytes."""
-        return sum(matrix.held_bytes() for matrix in (self.gate, self.up, self.down))
-
-
-class LookedUpWeights(ActiveWeights):
-    """No copies: a step multiplies with the whole matrices and drops inactive channels."""
-
-    def __init__(self, ffn: FeedForward) -> None:
-        self.gate, self.up = ChosenRows(ffn.gate_proj), ChosenRows(ffn.up_proj)
-        self.down = ChosenColumns(ffn.down_proj)
-
-
-class WholeWeights(ActiveWeights):
-    """The network's own matrices, if every channel is active: there is nothing to copy."""
-
-    def __init__(self, ffn: FeedForward, down: Matrix | None = None) -> None:
-        self.gate, self.up, self.down = ffn.gate_proj, ffn.up_proj, ffn.down_proj if down is None else down
-
-    def fill(self, ffn: FeedForward, channels: Tensor) -> None:
+    def copy_weights(self) -> None:
         pass
-
-    def held_bytes(self) -> int:
-        return 0
 
 
 @dataclass(frozen=True)
@@ -285,20 +190,3 @@ class POP:
         """Count the weights of one network that each prompt token is multiplied with."""
         down = ffn.channels if finish_dense else self.sizes(ffn).active
         return (2 * ffn.channels + down) * ffn.down_proj.out_features
-
-
-def down_by_columns(ffn: FeedForward) -> Matrix:
-    """Return down_proj in a layout that reads chosen columns alone: a copy if the weight is stored by rows."""
-    made: tuple[Matrix] = ffn.once("down by columns", lambda: (ffn.down_proj.in_form(by_columns),))
-    return made[0]
-
-
-def channel_bytes(ffn: FeedForward, rows: int | None = None, columns: int | None = None) -> int:
-    """Compute the bytes of `rows` rows of gate and up and `columns` columns of down; None: the whole matrix."""
-    factors = ffn.gate_proj.read_bytes(rows=rows) + ffn.up_proj.read_bytes(rows=rows)
-    return factors + ffn.down_proj.read_bytes(columns=columns)
-
-
-def kinds_of(ffn: FeedForward) -> list[object]:
-    """Return the storage kinds of the three matrices of a network."""
-    return [matrix.kind() for matrix in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)]

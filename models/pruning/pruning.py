@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from models.blocks import PrunedBlock
-from models.cache import AttentionPattern
 from models.pruning.pop import POP
 from models.pruning.prefill_only import PrefillOnly
 from models.pruning.refresh import RefreshSchedule
 from models.pruning.settings import SUBLAYERS, POPSettings
+from models.slots import AttentionPattern
 from models.walks import EveryLayer, Walk
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from models.cost_model import bytes_per_token
+from models.cost_model import bytes_per_token, cache_bytes
 from models.pruning.settings import exact_share
 from popengine.benchmark.engines import (
     AbsentPeer,
@@ -237,7 +237,7 @@ def make_prompts(flags: argparse.Namespace, engine: Engine) -> list[list[int]]:
         raise InputError(
             f"{flags.prompt_tokens} + {flags.new_tokens} tokens are more than the context of {engine.max_seq_len}"
         )
-    cached, free = engine.model.cache_bytes(flags.batch, flags.prompt_tokens), available_memory(engine.device)
+    cached, free = cache_bytes(engine.model, flags.batch, flags.prompt_tokens), available_memory(engine.device)
     if free is not None and cached > free:
         raise InputError(f"{flags.batch} sequences need a cache of {gigabytes(cached)}, and {gigabytes(free)} is free")
     if flags.pictures:

@@ -1,6 +1,6 @@
 """Cache and weight copies within the free memory: refuse what does not fit, and copy as many experts as possible."""
 
-from models.cost_model import all_copy_bytes, copy_bytes
+from models.cost_model import all_copy_bytes, cache_bytes, copy_bytes
 from models.experts import MixtureOfExperts
 from models.llama import LlamaForCausalLM
 from models.pruning.experts import PartitionedExperts
@@ -19,7 +19,7 @@ def state_within(
     If memory is too small for copies of all experts, each layer copies as many as fit. Raises InputError if even the
     cache and the copies of other networks do not fit.
     """
-    cached, (of_one, of_all) = model.cache_bytes(batch, capacity, pruning), expert_copies(model, pruning)
+    cached, (of_one, of_all) = cache_bytes(model, batch, capacity, pruning), expert_copies(model, pruning)
     copies = all_copy_bytes(model, pruning) - of_all
     if free is not None and cached + copies > free:
         raise InputError(

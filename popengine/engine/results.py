@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from models.cost_model import bytes_per_token
+from models.cost_model import bytes_per_token, ffn_sizes
 from models.pruning.experts import PartitionedExperts
 from models.state import DecodeState
 from popengine.engine.run import Run
@@ -162,7 +162,7 @@ def measured(run: Run) -> Statistics:
 
 def regions(model: Any, pruning: StudyPruning) -> Regions:
     """Return the channels of the first layer's network in each region."""
-    sizes = model.ffn_sizes(pruning)
+    sizes = ffn_sizes(model, pruning)
     return Regions(sizes.channels, sizes.retained, sizes.candidate, sizes.pruned, sizes.pick)
 
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from models.cache import AttentionPattern
 from models.llama import LlamaForCausalLM
 from models.passes import PictureRows, prefill_pass
+from models.slots import AttentionPattern
 from popengine.engine.engine import Engine
 from popengine.engine.sampling import Sampling
 from popengine.evaluation.tasks import Question

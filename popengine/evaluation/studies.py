@@ -11,7 +11,8 @@ from torch import Tensor
 
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.pruning.partition import ChannelPartition, channel_scores
+from models.pruning.evidence import channel_scores
+from models.pruning.partition import ChannelPartition
 from popengine.evaluation.scoring import Window, log_probabilities
 from popengine.studies.activations import Activation, embedded, feed_forward_networks, watch_dense
 from popengine.studies.recording import recorded

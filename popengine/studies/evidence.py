@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.pruning.partition import Evidence
+from models.pruning.evidence import Evidence
 
 
 @dataclass(frozen=True, eq=False)

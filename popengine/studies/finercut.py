@@ -14,11 +14,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from models.cache import AttentionPattern
 from models.cost_model import layer_weights
 from models.llama import LlamaForCausalLM
 from models.passes import PrefillPass, prefill_pass
 from models.pruning.settings import SUBLAYERS
+from models.slots import AttentionPattern
 from popengine.studies.left_out import Half
 from popengine.studies.request import Request
 from popengine.studies.resolve import StudyPruning, share_of_halves

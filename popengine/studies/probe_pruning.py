@@ -16,12 +16,13 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from models.blocks import BlockNorms, FeedForwardBlock, PrunedBlock, Sublayer
-from models.clock import Clock, phase
 from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.passes import PrefillPass
-from models.pruning.partition import Evidence
-from models.pruning.pop import POP, ActiveWeights, FrozenFFN, PrunedFFN
+from models.pruning.active_weights import ActiveWeights
+from models.pruning.evidence import Evidence
+from models.pruning.interface import PrunedFFN
+from models.pruning.pop import POP, FrozenFFN
 from popengine.studies.request import Request
 from popengine.studies.resolve import StudyPruning
 from weights.errors import InputError
@@ -62,11 +63,10 @@ class Probed(POP):
 class ProbedFFN(FrozenFFN):
     """A network whose prompt runs on the channels that its probe chose."""
 
-    def probe(self, x: Tensor, clock: Clock | None) -> None:
+    def probe(self, x: Tensor, rows: PrefillPass) -> None:
         """Partition by the activations of the probe. x [n, H]"""
-        with phase(clock, "scores"):
-            self.evidence.add(self.ffn.activation(x[None]), None, len(x))
-        self.repartition(clock)
+        rows.part(None, len(x)).see(self.evidence, self.ffn.activation(x[None]))
+        rows.repartition(self)
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
         return self.down(self.act(self.gate(x)) * self.up(x))
@@ -78,7 +78,7 @@ class ProbedBlock(FeedForwardBlock):
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
         normed = self.layer.before_mlp(x)                                           # [B, T, H]
         if isinstance(self.ffn, ProbedFFN):
-            self.ffn.probe(normed.flatten(0, 1)[probe_rows(x, rows.counted)], rows.clock)
+            self.ffn.probe(normed.flatten(0, 1)[probe_rows(x, rows.counted)], rows)
         return x + self.layer.after_mlp(self.ffn.prefill(normed, rows))
 
 

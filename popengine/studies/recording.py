@@ -15,9 +15,11 @@ from models.cache import LayerCache
 from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.passes import DecodePass, PrefillPass
+from models.pruning.active_weights import ActiveWeights
 from models.pruning.experts import PartitionedExperts
+from models.pruning.interface import PrunedFFN
 from models.pruning.partition import ChannelPartition
-from models.pruning.pop import POP, ActiveWeights, DenseFFN, PrunedFFN
+from models.pruning.pop import POP, DenseFFN
 from models.pruning.pruning import Pruning
 from models.state import DecodeState
 

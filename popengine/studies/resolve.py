@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from models.blocks import PrunedBlock
-from models.cache import AttentionPattern
 from models.passes import ImageSpan
 from models.pruning.pruning import Pruning
 from models.pruning.refresh import RefreshSchedule
 from models.pruning.resolve import LayerWeights, resolve
 from models.pruning.settings import ATTENTION, MLP, SUBLAYERS, exact_share
+from models.slots import AttentionPattern
 from models.walks import Walk
 from popengine.studies.evidence import Prior
 from popengine.studies.left_out import Half, check_halves, read_halves

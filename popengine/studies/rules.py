@@ -12,18 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from models.clock import Clock
 from models.feed_forward import FeedForward
 from models.matrices.packed import DRAFT_DTYPE, draft_of
 from models.matrices.plain import Matrix
 from models.matrices.products import places, row_count
 from models.passes import DecodePass, PrefillPass
-from models.pruning.partition import (
-    ChannelPartition,
-    Evidence,
-    PartitionSizes,
-)
-from models.pruning.pop import POP, ActiveWeights, PartitionedFFN, PrunedFFN, down_by_columns
+from models.pruning.active_weights import ActiveWeights, down_by_columns
+from models.pruning.evidence import Evidence
+from models.pruning.interface import PrunedFFN
+from models.pruning.partition import ChannelPartition, PartitionSizes
+from models.pruning.pop import POP, PartitionedFFN
 from popengine.studies.evidence import Prior, PriorEvidence
 
 
@@ -92,8 +90,8 @@ class UnweightedFFN(PartitionedFFN):
         super().__init__(ffn, rule, weights)
         self.candidate_norms.fill_(1.0)
 
-    def repartition(self, clock: Clock | None = None) -> None:
-        super().repartition(clock)
+    def sort_channels(self) -> None:
+        super().sort_channels()
         self.candidate_norms.fill_(1.0)
 
 
@@ -151,8 +149,8 @@ class FactorFFN(Chooser):
         rows.see(self.watched, gate if self.other == "gate" else up)
         return self.finish_prompt(gate * up, rows)
 
-    def repartition(self, clock: Clock | None = None) -> None:
-        super().repartition(clock)
+    def sort_channels(self) -> None:
+        super().sort_channels()
         if self.watched.tokens:
             usual = (self.watched.squares / self.watched.tokens).sqrt()             # [I], root mean square
             self.candidate_norms.mul_(usual[self.partition.candidate])
@@ -198,8 +196,8 @@ class CATSFFN(GateFFN):
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
         return PartitionedFFN.prefill(self, x, rows)
 
-    def repartition(self, clock: Clock | None = None) -> None:
-        super().repartition(clock)
+    def sort_channels(self) -> None:
+        super().sort_channels()
         self.candidate_norms.fill_(1.0)
 
 
@@ -215,8 +213,8 @@ class DraftFFN(Chooser):
         gate, up = (draft(x.to(DRAFT_DTYPE)) for draft in self.drafts)              # [B, T, I]
         return (self.act(gate) * up)[..., self.channels]                            # [B, T, A]
 
-    def repartition(self, clock: Clock | None = None) -> None:
-        super().repartition(clock)
+    def sort_channels(self) -> None:
+        super().sort_channels()
         self.channels.copy_(self.partition.active)
 
     def decode_chosen(self, x: Tensor, step: DecodePass) -> Tensor:
@@ -342,7 +340,10 @@ class StaticFFN(PartitionedFFN):
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
         return self.ffn(x) if rows.finish_dense else self.down(self.act(self.gate(x)) * self.up(x))
 
-    def repartition(self, clock: Clock | None = None) -> None:
+    def sort_channels(self) -> None:
+        pass
+
+    def copy_weights(self) -> None:
         pass
 
     def decode(self, x: Tensor, step: DecodePass) -> Tensor:

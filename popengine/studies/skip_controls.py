@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from models.cache import SlotMap
 from models.passes import PrefillPass
 from models.pruning.prefill_only import PrefillOnly
+from models.slots import SlotMap
 from models.walks import RunningState
 
 

@@ -8,8 +8,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from models.passes import PrefillPass
+from models.pruning.active_weights import WholeWeights
 from models.pruning.experts import PartitionedExperts
-from models.pruning.pop import DenseFFN, PrunedFFN, WholeWeights
+from models.pruning.interface import PrunedFFN
+from models.pruning.pop import DenseFFN
 
 
 class SparedFFN(DenseFFN):

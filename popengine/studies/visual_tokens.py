@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.blocks import AttentionBlock
-from models.cache import KVCache, SlotMap
+from models.cache import KVCache
 from models.masks import masks_in_cache, visible
 from models.passes import PrefillPass
 from models.pruning.heads import PartitionedAttention
+from models.slots import SlotMap
 from models.state import LayerState
 from models.walks import RunningLayer, RunningState, Walk
 

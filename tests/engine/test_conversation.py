@@ -25,7 +25,7 @@ from tolerance import assert_same
 
 from models.blocks import FeedForwardBlock
 from models.feed_forward import FeedForward
-from models.pruning.partition import Evidence
+from models.pruning.evidence import Evidence
 from popengine.engine.conversation import Conversation, common_prefix
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load

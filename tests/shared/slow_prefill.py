@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
-from models.cache import AttentionPattern
 from models.layers import rotate
 from models.llama import LlamaForCausalLM
 from models.passes import PictureRows, decode_pass, prefill_pass, rotary_pairs
 from models.pruning.pruning import Pruning
+from models.slots import AttentionPattern
 from models.state import DecodeState
 
 

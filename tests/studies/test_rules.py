@@ -26,13 +26,13 @@ from tolerance import assert_same
 from torch import Tensor
 from transformers import LlamaConfig
 
-from models.cache import AttentionPattern
 from models.cost_model import bytes_per_token
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.matrices import packed
 from models.matrices.packed import Int4Matrix, Int8Matrix, draft_of
-from models.passes import prefill_pass
+from models.passes import prefill_pass, repartition
+from models.slots import AttentionPattern
 from popengine.engine.loading import load
 from popengine.engine.prior import read
 from popengine.engine.run import next_logits
@@ -196,7 +196,7 @@ def test_glass_cuts_by_the_sum_of_two_ranks(model: LlamaForCausalLM, mixture: Ll
         for ffn, held, again in zip(networks, drawn[1], drawn[1000], strict=True):
             if held is None:            # an expert is cut when it is first needed: by the prior alone
                 held = again = pruning.rule.new_ffn(ffn)
-                held.repartition()
+                repartition(held)
             usual = slow_order((of[ffn, "h"].sqrt() * ffn.down_norms()).tolist())
             own = slow_order((held.evidence.squares.sqrt() * ffn.down_norms()).tolist())
             places = [usual.index(channel) + own.index(channel) * (held.evidence.tokens > 0) for channel in usual]

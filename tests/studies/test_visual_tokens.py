@@ -17,9 +17,10 @@ from tiny_llava import IMAGE, VARIANTS, load_ours, padded, pictures, prompt, ref
 from tolerance import assert_same
 from torch import Tensor
 
-from models.cache import AttentionPattern, KVCache
+from models.cache import KVCache
 from models.families.llava import LlavaForConditionalGeneration as OurLlava
 from models.passes import ImageSpan, PictureRows, prefill_pass
+from models.slots import AttentionPattern
 from models.state import DecodeState
 from popengine import generate
 from popengine.engine.engine import Engine

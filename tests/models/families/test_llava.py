@@ -21,11 +21,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from models.cache import AttentionPattern
 from models.families.llava import LlavaForConditionalGeneration as OurLlava
 from models.families.llava import read_llava_config
 from models.passes import prefill_pass
-from models.pruning.partition import channel_scores, partition_channels
+from models.pruning.evidence import channel_scores
+from models.pruning.partition import partition_channels
+from models.slots import AttentionPattern
 from popengine.engine.run import next_logits
 from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError

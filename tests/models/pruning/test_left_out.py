@@ -24,7 +24,7 @@ from builders import (
 from slow_left_out import without
 from tolerance import assert_same
 
-from models.cost_model import bytes_per_token
+from models.cost_model import bytes_per_token, cache_bytes
 from models.llama import LlamaForCausalLM
 from popengine import explain, generate
 from popengine.benchmark.prompt_work import prompt_work
@@ -78,7 +78,7 @@ def test_what_is_left_out_keeps_no_cache_and_no_copies_and_is_not_read(pair: tup
     work, work_whole = (prompt_work(model, one.pruning, 12) for one in (state, whole))
     of_head = model.lm_head.in_features * model.lm_head.out_features
     assert (work[0] - of_head) * 3 == (work_whole[0] - of_head) * 2
-    assert model.cache_bytes(1, 64, state.pruning) * 3 == model.cache_bytes(1, 64) * 2
+    assert cache_bytes(model, 1, 64, state.pruning) * 3 == cache_bytes(model, 1, 64) * 2
     state.grow(100)
     assert [keys.shape[2] for keys in state.cache.keys] == [100, 0, 100]
     assert next_logits(model, torch.tensor([5]), state).isfinite().all()

@@ -26,15 +26,16 @@ from tolerance import SMOLLM2, assert_same
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from models.cache import AttentionPattern
-from models.cost_model import all_copy_bytes, bytes_per_token, copy_bytes
+from models.cost_model import all_copy_bytes, bytes_per_token, cache_bytes, copy_bytes
 from models.llama import LlamaForCausalLM
 from models.matrices.forms import ChosenColumns, ChosenRows
 from models.matrices.plain import Matrix
 from models.mixtral import MixtralConfig as OurConfig
 from models.mixtral import MixtralForCausalLM, read_mixtral_config
 from models.passes import prefill_pass
-from models.pruning.partition import channel_scores, partition_channels, partition_sizes
+from models.pruning.evidence import channel_scores
+from models.pruning.partition import partition_channels, partition_sizes
+from models.slots import AttentionPattern
 from models.state import DecodeState
 from popengine.engine.loading import load
 from popengine.engine.memory_plan import state_within
@@ -344,7 +345,7 @@ def test_scarce_memory_limits_the_copies_and_changes_no_token(
         logits, state = prefilled(mixture, tokens, FFN)
         experts_per_layer = sum(copy_bytes(layer.mlp.experts[0], state.pruning) for layer in mixture.model.layers)
         enough_for_two = all_copy_bytes(mixture, state.pruning) - 3 * experts_per_layer
-        free = enough_for_two + mixture.cache_bytes(1, 64)
+        free = enough_for_two + cache_bytes(mixture, 1, 64)
         scarce = state_within(free, mixture, 1, 64, state.pruning)
         assert {layer.ffn.copy_limit for layer in scarce.layers} == {2}
         assert {layer.ffn.copy_limit for layer in state_within(free - 1, mixture, 1, 64, state.pruning).layers} == {1}

@@ -7,15 +7,8 @@ from hypothesis import strategies as st
 from slow_pop import slow_order, slow_scores, slow_sizes
 from tolerance import assert_same
 
-from models.pruning.partition import (
-    Evidence,
-    channel_scores,
-    head_scores,
-    keep_best,
-    partition_channels,
-    partition_sizes,
-    undecided,
-)
+from models.pruning.evidence import Evidence, channel_scores, head_scores
+from models.pruning.partition import keep_best, partition_channels, partition_sizes, undecided
 from popengine.studies.rules import retained_sizes
 
 pytestmark = pytest.mark.numeric

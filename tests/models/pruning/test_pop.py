@@ -25,7 +25,8 @@ from tolerance import assert_same
 
 from models.cost_model import bytes_per_token
 from models.llama import LlamaForCausalLM
-from models.pruning.partition import channel_scores, keep_best
+from models.pruning.evidence import channel_scores
+from models.pruning.partition import keep_best
 from popengine.studies.settings import DENSE, PruningSettings
 
 

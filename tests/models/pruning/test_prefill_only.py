@@ -30,9 +30,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from models.llama import LlamaForCausalLM
+from models.pruning.evidence import Evidence, channel_scores, head_scores
 from models.pruning.experts import PartitionedExperts
 from models.pruning.heads import PartitionedAttention
-from models.pruning.partition import Evidence, channel_scores, head_scores, partition_channels
+from models.pruning.partition import partition_channels
 from models.pruning.resolve import LayerWeights, resolve
 from models.pruning.settings import exact_share
 from models.state import DecodeState

@@ -1,0 +1,80 @@
+"""The weights that a step multiplies with: copies of the active channels, views of the whole matrices, or these.
+
+H hidden size, R retained and C candidate channels.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from models.feed_forward import FeedForward
+from models.matrices.forms import ChosenColumns, ChosenRows, by_columns
+from models.matrices.plain import Matrix
+
+# A matrix that a step multiplies with: a compact copy, or a view that selects from the whole.
+AnyMatrix = Any
+
+
+class ActiveWeights:
+    """Compact copies of the active channels' weights, in buffers allocated once and filled at every partition."""
+
+    gate: AnyMatrix
+    up: AnyMatrix
+    down: AnyMatrix
+
+    def __init__(self, ffn: FeedForward, channels: int) -> None:
+        self.gate, self.up = ffn.gate_proj.empty_rows(channels), ffn.up_proj.empty_rows(channels)
+        self.down = ffn.down_proj.empty_columns(channels)
+        self.kinds = kinds_of(ffn)
+
+    def fill(self, ffn: FeedForward, channels: Tensor) -> None:
+        """Copy the weights of these channels, in their order. int64 [R + C]"""
+        self.gate.copy_rows(ffn.gate_proj, channels)
+        self.up.copy_rows(ffn.up_proj, channels)
+        self.down.copy_columns(ffn.down_proj, channels)
+
+    def fits(self, ffn: FeedForward) -> bool:
+        """Return True if these buffers can hold the channels of another network: its matrices are of the same kinds."""
+        return self.kinds == kinds_of(ffn)
+
+    def held_bytes(self) -> int:
+        """Return the memory of the copies, in bytes."""
+        return sum(matrix.held_bytes() for matrix in (self.gate, self.up, self.down))
+
+
+class LookedUpWeights(ActiveWeights):
+    """No copies: a step multiplies with the whole matrices and drops inactive channels."""
+
+    def __init__(self, ffn: FeedForward) -> None:
+        self.gate, self.up = ChosenRows(ffn.gate_proj), ChosenRows(ffn.up_proj)
+        self.down = ChosenColumns(ffn.down_proj)
+
+
+class WholeWeights(ActiveWeights):
+    """The network's own matrices, if every channel is active: there is nothing to copy."""
+
+    def __init__(self, ffn: FeedForward, down: Matrix | None = None) -> None:
+        self.gate, self.up, self.down = ffn.gate_proj, ffn.up_proj, ffn.down_proj if down is None else down
+
+    def fill(self, ffn: FeedForward, channels: Tensor) -> None:
+        pass
+
+    def held_bytes(self) -> int:
+        return 0
+
+
+def down_by_columns(ffn: FeedForward) -> Matrix:
+    """Return down_proj in a layout that reads chosen columns alone: a copy if the weight is stored by rows."""
+    made: tuple[Matrix] = ffn.once("down by columns", lambda: (ffn.down_proj.in_form(by_columns),))
+    return made[0]
+
+
+def channel_bytes(ffn: FeedForward, rows: int | None = None, columns: int | None = None) -> int:
+    """Compute the bytes of `rows` rows of gate and up and `columns` columns of down; None: the whole matrix."""
+    factors = ffn.gate_proj.read_bytes(rows=rows) + ffn.up_proj.read_bytes(rows=rows)
+    return factors + ffn.down_proj.read_bytes(columns=columns)
+
+
+def kinds_of(ffn: FeedForward) -> list[object]:
+    """Return the storage kinds of the three matrices of a network."""
+    return [matrix.kind() for matrix in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)]
