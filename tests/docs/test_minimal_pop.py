@@ -138,11 +138,40 @@ def names_in_the_file() -> set[str]:
     return found
 
 
+def sections_of_the_page() -> dict[str, str]:
+    """The sections of docs/how_it_works.md by their titles."""
+    text = (REPOSITORY / "docs" / "how_it_works.md").read_text("utf-8")
+    return {section.partition("\n")[0]: section for section in text.split("\n## ")[1:]}
+
+
+def equations() -> list[list[str]]:
+    """Rows of the page's table: where in the papers, formula, lines, code of the first of them, function."""
+    table = sections_of_the_page()["From equation to line"].splitlines()
+    return [row.split("|")[1:-1] for row in table if row.startswith("|") and "`" in row]
+
+
+def extent(name: str) -> range:
+    """Lines of a function or of Class.method."""
+    body: list[ast.stmt] = ast.parse(SCRIPT.read_text("utf-8")).body
+    for part in name.split("."):
+        (node,) = (one for one in body if isinstance(one, ast.FunctionDef | ast.ClassDef) and one.name == part)
+        body = node.body
+    assert node.end_lineno is not None
+    return range(node.lineno, node.end_lineno + 1)
+
+
+@pytest.mark.parametrize("row", equations(), ids=lambda row: row[2].strip())
+def test_the_lines_that_the_page_names_begin_with_its_code(row: list[str]) -> None:
+    _, _, lines, code, function = (cell.strip().strip("`") for cell in row)
+    first, _, last = lines.partition("-")
+    named = range(int(first), int(last or first) + 1)
+    assert set(named) <= set(extent(function))
+    text = SCRIPT.read_text("utf-8").splitlines()
+    assert code in text[named[0] - 1]
+
+
 def test_the_page_that_walks_through_it_names_what_is_there() -> None:
-    text, names = (REPOSITORY / "docs" / "how_it_works.md").read_text("utf-8"), names_in_the_file()
-    sections = {section.partition("\n")[0]: section for section in text.split("\n## ")[1:]}
-    table = sections["From equation to line"].splitlines()
-    rows = [row.split("|")[1:-1] for row in table if row.startswith("|") and "`" in row]
+    sections, rows, names = sections_of_the_page(), equations(), names_in_the_file()
     assert len(rows) > 5 and {name for *_, place in rows for name in re.findall("`(.+?)`", place)} <= names
     assert {"POP, Table 8", "POP, Eq. 1-3", "Prefill-Only, Eq. 14, 15"} <= {where.strip() for where, *_ in rows}
     for title in [*(one for one in sections if one.startswith(("POP", "Prefill-Only"))), "Both together"]:
