@@ -1,4 +1,4 @@
-"""Check and time the engine on a GPU, and print one table to paste into docs/speed.md (`make gpu-check`).
+"""Check and time the engine on a GPU, and print one table to paste into docs/measurements/speed.md (`make gpu-check`).
 
     python tools/gpu_check.py                       # on the first CUDA device; without one, a rehearsal on the CPU
     python tools/gpu_check.py --shape llama-3.1-8b

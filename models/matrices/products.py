@@ -3,7 +3,7 @@
 A step reads each active weight once, so memory bandwidth limits a product. PyTorch's own product of a single row
 reaches a third of the bandwidth on a CPU. Two products replace it, each with its own layout: one written out for
 torch.compile to fuse (weights stored by rows), and a sum over columns in eager code (stored by columns).
-docs/speed.md has the figures.
+docs/measurements/products.md has the figures.
 
 B batch, T rows, in and out the sides of a weight [out, in], N query heads, K key/value heads, S cache slots, D head
 size, C candidates.
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of a weight that a fused product of one row reads at once, and the least rows for which it does (docs/speed.md):
-# a smaller weight gains nothing, and each stream takes time to compile.
+# Rows of a weight that a fused product of one row reads at once, and the least rows for which it does: a smaller
+# weight gains nothing, and each stream takes time to compile (docs/measurements/products.md).
 STREAMS, STREAMED_ROWS = 8, 512
 # Most scores for which comparing every pair is faster than a selection.
 MOST_COMPARED = 256
@@ -89,7 +89,7 @@ def add_up_columns(columns: Tensor, which: Tensor, factors: Tensor, parts: int) 
     """Compute the sum over k of factors[k] * columns[which[k]]: one row's product that reads the given columns alone.
 
     embedding_bag computes this from a table of the columns. Each thread adds up one stretch of them, which takes half
-    the time of F.linear for one row (figures in docs/speed.md).
+    the time of F.linear for one row (figures in docs/measurements/products.md).
 
     columns [in, out], on the CPU; which int64 [k]; factors [k]; parts: number of stretches -> [out]
     """

@@ -33,11 +33,11 @@ from weights.load import Packing
 
 # Values of `--weights`. auto: packed weights of the checkpoint stay packed, the others plain.
 FORMS = ("auto", "plain", "int8", "int4")
-# Errors of matrices relative to those of the file, as a share of their norm (docs/packed.md describes the measurement).
+# Errors of matrices relative to those of the file, as a share of their norm (measured in docs/measurements/packed.md).
 PACKED_ERRORS = "int4, int8 in groups: the file's own numbers, 0.2 % off by rounded scales; int8: 0.8 to 1.5 % off"
 # Weights per packing step: intermediate results stay in a processor's cache.
 PACKED_AT_ONCE = 1 << 20
-# Group size of weights that are packed here (docs/packed.md compares sizes).
+# Group size of weights that are packed here (docs/measurements/packed.md compares sizes).
 GROUP = 32
 
 

@@ -55,8 +55,8 @@ def written(
     columns: dict[str, Column] = {
         "weights": lambda row: row["weights"],
         "method": lambda row: row["method"],
-        "ratio": lambda row: f"{row['ratio']:.3g}",
-        "r (FFN)": lambda row: f"{row['ffn_ratio']:.3g}",
+        "prune ratio": lambda row: f"{row['ratio']:.3g}",
+        "FFN ratio": lambda row: f"{row['ffn_ratio']:.3g}",
     }
     for one in compared_fields():
         if one.metadata["column"]:
