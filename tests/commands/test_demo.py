@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from builders import exit_status, one_line_error
 
-from popengine import load
+from popengine import demo, load
 from popengine.demo import main
 from popengine.evaluation import side_by_side
 from popengine.evaluation.side_by_side import Screen, answer_in_turns, begun, columns, table
@@ -82,6 +82,15 @@ def test_the_command_prints_both_answers_and_the_table(checkpoint: Path, capsys:
     out = capsys.readouterr().out
     assert out.count("dense: ") == 2 == out.count("pruned: ") and "ms per token" in out
     assert "A larger model" not in out          # said beside the small default model alone
+
+
+def test_the_larger_model_is_taken_if_it_is_there(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "LARGE_FILE", checkpoint)
+    assert status("--prompt", "Hello", "-n", 3, "--min-evidence", 0) == 0
+    out = capsys.readouterr().out
+    assert f"The model is {checkpoint.name}" in out and "A larger model" not in out
 
 
 def test_bad_input_is_one_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
