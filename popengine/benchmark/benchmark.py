@@ -301,13 +301,12 @@ def own_entries(flags: argparse.Namespace, engine: Engine, mode: str, prompts: l
         request = Request(engine.model, settings_of(flags)(prune_ratio=ratio), calibration, resolve=engine.resolve)
         wanted.append((f"{method} {ratio:g}", pruning_for(method, request)))
     images, entries = [PICTURE] * flags.pictures, []
-    of_pictures = [stretch.length for stretch in engine.pictures.given(images, prompts[:1]).stretches]
+    spans = engine.pictures.given(images, prompts[:1]).stretches
     for what_it_is, pruning in wanted:
         read = bytes_per_token(engine.model, pruning, flags.batch)
         own = OwnEngine(f"popengine {mode}, {what_it_is}", engine, pruning, images)
         entry = Entry(own, mode, pruning.settings, read)
-        missing = sum(length - pruning.visual_tokens(length) for length in of_pictures)
-        entry.work = prompt_work(engine.model, pruning, flags.prompt_tokens, missing)
+        entry.work = prompt_work(engine.model, pruning, flags.prompt_tokens, pruning.dropped_tokens(spans))
         entries.append(entry)
     return entries
 
