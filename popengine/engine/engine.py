@@ -3,9 +3,9 @@
 B batch.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from popengine.engine.memory_plan import state_within
 from popengine.engine.prior import prior_for
 from popengine.engine.results import Generation, Piece, measured
 from popengine.engine.run import Run, next_logits
-from popengine.engine.sampling import Sampling, sampling_of
+from popengine.engine.sampling_settings import Sampling, sampling_of
 from popengine.engine.spinner import waiting
 from popengine.images.images import ImageSource
 from popengine.images.vision import TextOnly, Vision
@@ -41,44 +41,41 @@ Given = PruningSettings | StudyPruning | float | None
 CAPACITY_STEP = 128
 
 
+@dataclass(eq=False, repr=False)
 class Engine:
     """A loaded checkpoint, ready to generate.
 
-    model     the language model
-    prompts   converts texts and conversations to token ids; pictures: the vision side, if the checkpoint reads images
-    compiled  the model's decode step through torch.compile, if requested
-    weights   form of its matrices, for people; parameters: their number in the checkpoint
-    name      name of the checkpoint, for people
-    folder    folder of the checkpoint, and its fingerprint; progress: show bars on stderr
+    model                the language model
+    prompts              converts texts and conversations to token ids
+    pictures             the vision side, if the checkpoint reads images
+    compiled             the model's decode step through torch.compile, if requested
+    end_of_sequence_ids  ids that the checkpoint's files declare as the end of a sequence
+    weights              form of its matrices, for people; parameters: their number in the checkpoint
+    name                 name of the checkpoint, for people
+    folder               folder of the checkpoint, and its fingerprint; progress: show bars on stderr
+    idle_state           buffers of the last run, for the next one
     """
 
-    def __init__(
-        self,
-        model: LlamaForCausalLM,
-        prompts: Prompts,
-        pictures: TextOnly | Vision,
-        *,
-        compiled: CompiledDecode | None,
-        stop_ids: frozenset[int],
-        max_seq_len: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        weights: str,
-        load_s: float,
-        parameters: int,
-        name: str,
-        folder: Path,
-        fingerprint: str,
-        progress: bool = False,
-    ) -> None:
-        self.model, self.prompts, self.pictures, self.compiled = model, prompts, pictures, compiled
-        self.tokenizer, self.chat_template = prompts.tokenizer, prompts.chat_template
-        self.max_seq_len, self.dtype, self.device, self.weights = max_seq_len, dtype, device, weights
-        self.load_s, self.parameters, self.name = load_s, parameters, name
-        self.end_of_sequence_ids = stop_ids
-        self.folder, self.fingerprint, self.progress = folder, fingerprint, progress
+    model: LlamaForCausalLM
+    prompts: Prompts
+    pictures: TextOnly | Vision
+    compiled: CompiledDecode | None
+    end_of_sequence_ids: frozenset[int]
+    max_seq_len: int
+    dtype: torch.dtype
+    device: torch.device
+    weights: str
+    load_s: float
+    parameters: int
+    name: str
+    folder: Path
+    fingerprint: str
+    progress: bool = False
+    idle_state: DecodeState | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.tokenizer, self.chat_template = self.prompts.tokenizer, self.prompts.chat_template
         self.priors: dict[int, Prior] = {}
-        self.idle_state: DecodeState | None = None
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -207,17 +204,6 @@ class Engine:
                 run.end(0)
             yield Piece(shown, token, logprob=run.logprobs[0] if run.logprobs else None)
         yield Piece(text.finish(), None, run.finish_reasons[0], run.prompts[0], measured(run))
-
-    def joined(self, pieces: Iterable[Piece]) -> Generation:
-        """Join the pieces of one stream."""
-        *said, last = pieces
-        assert last.prompt_token_ids is not None and last.finish_reason is not None and last.statistics is not None
-        text = "".join(piece.text for piece in (*said, last))
-        ids = [piece.token_id for piece in said if piece.token_id is not None]
-        found = [piece.logprob for piece in said if piece.logprob is not None]
-        return Generation(
-            text, ids, last.prompt_token_ids, last.finish_reason, last.statistics, found if found else None
-        )
 
     def run(
         self,

@@ -23,7 +23,7 @@ from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from popengine.engine.distributed import all_gather
 from popengine.engine.processes import is_first
-from popengine.engine.sampling import Sampling
+from popengine.engine.sampling_settings import Sampling
 from popengine.studies.evidence import Prior
 from popengine.studies.recording import Watch, watched
 from popengine.studies.settings import DENSE

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from popengine.engine.engine import Engine
-from popengine.engine.sampling import Sampling
+from popengine.engine.sampling_settings import Sampling
 from popengine.evaluation.answering import encode, encoded_pair, generate_until, log_likelihoods
 from popengine.evaluation.comparison import Configuration, row_of
 from popengine.evaluation.comparison_table import Column, written
