@@ -11,16 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from popengine.command import (
-    OneLineParser,
-    add_checkpoint_flag,
-    add_machine_flags,
-    add_scoring_flags,
-    add_setting_flags,
-    run_as_command,
-    start_pytorch,
-    take_paper_values,
-)
+from popengine.command_line.flags import add_checkpoint_flag, add_machine_flags, add_scoring_flags
+from popengine.command_line.parser import OneLineParser
+from popengine.command_line.setting_flags import add_setting_flags, take_paper_values
+from popengine.command_line.start import run_as_command, start_pytorch
 from popengine.studies.settings import compared_fields
 from weights.errors import InputError, one_line
 from weights.output_file import make_folder, write_output

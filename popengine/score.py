@@ -11,16 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-from popengine.command import (
-    OneLineParser,
-    add_checkpoint_flag,
-    add_machine_flags,
-    add_scoring_flags,
-    add_setting_flags,
-    pruning_settings,
-    run_as_command,
-    start_pytorch,
-)
+from popengine.command_line.flags import add_checkpoint_flag, add_machine_flags, add_scoring_flags
+from popengine.command_line.parser import OneLineParser
+from popengine.command_line.setting_flags import add_setting_flags, pruning_settings
+from popengine.command_line.start import run_as_command, start_pytorch
 from weights.output_file import check_output
 
 

@@ -10,7 +10,7 @@ from builders import another_setting, another_value
 from models.pruning.resolve import LayerWeights
 from models.pruning.settings import PAPER
 from popengine import compare, generate, score
-from popengine.command import pruning_settings, take_paper_values
+from popengine.command_line.setting_flags import pruning_settings, take_paper_values
 from popengine.engine.results import pruning_report
 from popengine.evaluation.comparison import Configuration
 from popengine.evaluation.comparison_table import markdown
