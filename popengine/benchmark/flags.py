@@ -1,7 +1,6 @@
 """Flags of `popengine bench` for studies, and checks before the first engine is loaded. Imports no PyTorch."""
 
 import argparse
-import os
 from pathlib import Path
 
 from models.pruning.settings import share
@@ -70,9 +69,6 @@ def check(flags: argparse.Namespace) -> None:
         raise InputError("pictures must be a number of at least 0, and are for a checkpoint's own timing alone")
     if flags.visual_tokens and not flags.pictures:
         raise InputError("--visual-tokens leaves out tokens of pictures: give --pictures a number of them")
-    processors = os.cpu_count() or 1
-    if flags.threads is not None and not 1 <= flags.threads <= processors:
-        raise InputError(f"threads must be at least 1, not {flags.threads}, and at most the {processors} processors")
     if flags.shape and flags.ckpt:
         raise InputError("give a checkpoint or a shape, not both")
     for peer in flags.peers:

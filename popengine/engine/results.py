@@ -19,7 +19,6 @@ from popengine.studies.report import (
 )
 from popengine.studies.report import rule_words as rule_words
 from popengine.studies.resolve import StudyPruning
-from popengine.studies.settings import DENSE
 from weights.memory import peak_memory_bytes
 
 
@@ -137,7 +136,7 @@ def measured(run: Run) -> Statistics:
     scores, sort, copy = (clock.milliseconds(phase) for phase in ("scores", "sort", "copy"))
     partition = scores + sort + copy
     per_token = run.decode_s / run.decode_steps if run.decode_steps else math.nan
-    schedule, dense = run.state.schedule, bytes_per_token(engine.model, engine.resolve(DENSE))
+    schedule, dense = run.state.schedule, bytes_per_token(engine.model, engine.dense)
     pruned = bytes_per_token(engine.model, run.pruning, len(run.prompts), run.state)
     return Statistics(
         prompt_tokens=sum(map(len, run.prompts)),

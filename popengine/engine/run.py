@@ -5,41 +5,18 @@ B batch, T prompt tokens, V vocabulary.
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from models.llama import LlamaForCausalLM
 from models.state import DecodeState
+from popengine.engine.loaded import LoadedModel
 from popengine.engine.sampling import Sampling, new_generator, next_tokens, require_finite
-from popengine.images.vision import ImageInputs, TextOnly, Vision
+from popengine.images.vision import ImageInputs
 from popengine.studies.resolve import StudyPruning
-from popengine.studies.settings import PruningSettings
-
-
-class RunningEngine(Protocol):
-    """Interface of the engine for a run (popengine/engine/engine.py)."""
-
-    model: LlamaForCausalLM
-    pictures: TextOnly | Vision
-    device: torch.device
-    dtype: torch.dtype
-    weights: str
-
-    def resolve(self, pruning: PruningSettings | StudyPruning) -> StudyPruning: ...
-
-    def borrowed_state(
-        self, batch: int, tokens: int, pruning: StudyPruning, missing: int = 0
-    ) -> AbstractContextManager[DecodeState]: ...
-
-    def prepare(self, state: DecodeState) -> float: ...
-
-    def stepping(self) -> AbstractContextManager[object]: ...
-
-    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor: ...
 
 
 @dataclass(eq=False, repr=False)
@@ -56,7 +33,7 @@ class Run:
     missing         cache slots saved in layers that leave out rows of pictures
     """
 
-    engine: RunningEngine
+    engine: LoadedModel
     prompts: list[list[int]]
     max_new_tokens: int
     pruning: StudyPruning
@@ -98,7 +75,7 @@ class Run:
             while None in self.finish_reasons:
                 began = time.perf_counter()
                 with torch.inference_mode(), engine.stepping():
-                    logits = engine.decode(chosen, self.state)                      # [B, V]
+                    logits = next_logits(engine.decoder, chosen, self.state)         # [B, V]
                     chosen = self.choose(logits)                                    # [B]
                     new = self.accept(chosen)
                 self.decode_s += time.perf_counter() - began

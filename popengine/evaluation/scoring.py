@@ -181,21 +181,25 @@ def score_window(log_p: Tensor, dense_log_p: Tensor, window: Window) -> WindowSc
 
 def summarise(scores: Sequence[WindowScore]) -> Summary:
     """Average the scores of windows. Raises InputError for a loss that no sound model has."""
-    means = [sum(score.losses) / len(score.losses) for score in scores]
-    mean = sum(means) / len(means)
-    if mean > MOST_LOSS:
-        raise InputError(f"a loss of {mean:.3g} nats per token is no language model's: its weights are damaged")
-    spread = sum((value - mean) ** 2 for value in means)
-    error = math.sqrt(spread / (len(means) - 1) / len(means)) if len(means) > 1 else math.nan
+    loss = mean_and_error([sum(score.losses) / len(score.losses) for score in scores])
+    if loss["mean"] > MOST_LOSS:
+        raise InputError(f"a loss of {loss['mean']:.3g} nats per token is no language model's: its weights are damaged")
     tokens = sum(len(score.losses) for score in scores)
     return Summary(
         windows=len(scores),
-        perplexity=math.exp(mean),
-        mean_loss=mean,
-        standard_error=error,
+        perplexity=math.exp(loss["mean"]),
+        mean_loss=loss["mean"],
+        standard_error=loss["error"],
         agreement=sum(sum(score.agreed) for score in scores) / tokens,
         divergence=sum(sum(score.divergences) for score in scores) / tokens,
     )
+
+
+def mean_and_error(values: Sequence[float]) -> dict[str, float]:
+    """Compute the mean and its standard error; nan for a single value."""
+    mean = sum(values) / len(values)
+    spread = sum((value - mean) ** 2 for value in values)
+    return {"mean": mean, "error": math.sqrt(spread / (len(values) - 1) / len(values)) if len(values) > 1 else math.nan}
 
 
 @torch.inference_mode()
