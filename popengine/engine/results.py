@@ -9,14 +9,7 @@ from models.cost_model import bytes_per_token
 from models.pruning.experts import PartitionedExperts
 from models.state import DecodeState
 from popengine.engine.run import Run
-from popengine.studies.report import (
-    StudyStatistics,
-    evidence_lines,
-    evidence_report,
-    unseen_experts_words,
-    visual_tokens_lines,
-    visual_tokens_report,
-)
+from popengine.studies import report as of_studies
 from popengine.studies.report import rule_words as rule_words
 from popengine.studies.resolve import StudyPruning
 from weights.memory import peak_memory_bytes
@@ -49,7 +42,7 @@ class ExpertUse:
 
 
 @dataclass(frozen=True)
-class Statistics(StudyStatistics):
+class Statistics(of_studies.StudyStatistics):
     """Measurements of one call of generate or stream, for the whole batch.
 
     prompt_tokens        without padding; kept_tokens of them were already cached (earlier turns of a conversation;
@@ -209,9 +202,9 @@ def report(statistics: Statistics) -> dict[str, Any]:
             "decode_tokens_per_s": or_null(statistics.decode_tokens_per_s),
             "compile_s": statistics.compile_s,
         },
-        "visual_tokens": visual_tokens_report(statistics),
+        "visual_tokens": of_studies.visual_tokens_report(statistics),
         "experts": [asdict(layer) for layer in statistics.experts],
-        "evidence": evidence_report(statistics),
+        "evidence": of_studies.evidence_report(statistics),
         "weight_bytes_per_token": statistics.weight_bytes_per_token,
         "dense_weight_bytes_per_token": statistics.dense_weight_bytes_per_token,
         "peak_memory_bytes": statistics.peak_memory_bytes,
@@ -251,10 +244,10 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
     dense = [f"dense     nothing is pruned: {why_dense}", *experts, channels]
     return [
         f"prompt    {prompt} prefill {statistics.prefill_ms:.0f} ms, partition {statistics.partition_ms:.0f} ms",
-        *visual_tokens_lines(statistics),
+        *of_studies.visual_tokens_lines(statistics),
         *skipped_lines(statistics),
         f"decode    {statistics.new_tokens} tokens ({ended}): {'no step to time' if untimed else speed}{compiled}",
-        *(dense if why_dense else [channels, *experts, *evidence_lines(statistics)]),
+        *(dense if why_dense else [channels, *experts, *of_studies.evidence_lines(statistics)]),
         f"weights   {megabytes(statistics.weight_bytes_per_token)} read per token, {share:.1%} of dense{unread} "
         f"({statistics.weights}; {statistics.dtype}, {statistics.device})",
         f"memory    {megabytes(statistics.peak_memory_bytes)} at peak; loaded in {load_s:.1f} s",
@@ -284,7 +277,7 @@ def experts_lines(statistics: Statistics) -> list[str]:
     layers = statistics.experts
     if not layers:
         return []
-    unseen = unseen_experts_words(statistics, [tokens for layer in layers for tokens in layer.prompt_tokens])
+    unseen = of_studies.unseen_experts_words(statistics, [tokens for layer in layers for tokens in layer.prompt_tokens])
     used = sum(picks > 0 for layer in layers for picks in layer.picks)
     count = sum(len(layer.picks) for layer in layers)
     return [f"experts   {count} in {len(layers)} layers: {unseen}, {used} used in decode"]

@@ -41,6 +41,8 @@ from popengine.studies.settings import DENSE, LAYER_METHODS, RULE_NAMES, WIDTH_R
 
 DRIFT_WINDOWS = 4
 TIMED_STEPS = 24
+# Settings that the axes or the widths of the plots show.
+ON_AXES = ("prune_ratio", "ffn_ratio", "candidate_width")
 
 
 @dataclass(frozen=True)
@@ -341,14 +343,13 @@ class Comparison:
         return names
 
     def is_usual(self, one: Configuration) -> bool:
-        """Return True if the plots show this configuration."""
-        usual = one.method == "dense" or usual_of(one.settings) == self.usual_settings()
-        return usual and one.weights == next(iter(self.engines))
-
-    def usual_settings(self) -> tuple[object, ...]:
-        """Return the values of settings that are not on the axes of plots: those of the first configuration."""
-        first = next((one for one in self.prunings if one.method != "dense"), None)
-        return usual_of(DENSE if first is None else first.settings)
+        """Return True if the plots show this configuration: what no axis shows is as in the first configuration."""
+        first = next((other for other in self.prunings if other.method != "dense"), one)
+        alike = all(
+            getattr(one.settings, field.name) == getattr(first.settings, field.name)
+            for field in compared_fields() if field.name not in ON_AXES
+        )
+        return (one.method == "dense" or alike) and one.weights == next(iter(self.engines))
 
     def middle_width(self) -> float:
         """Return the paper's width if it was measured, else the first one."""
@@ -396,12 +397,6 @@ def is_sound(record: dict[str, Any], scored: int | None) -> bool:
 def share_by_position(by_window: Sequence[Sequence[bool]]) -> list[float]:
     """Compute the share of True per position, over windows."""
     return [sum(at) / len(at) for at in zip(*by_window, strict=True)]
-
-
-def usual_of(settings: PruningSettings) -> tuple[object, ...]:
-    """Return the settings that neither the axes nor the widths of the plots show."""
-    shown = ("prune_ratio", "ffn_ratio", "candidate_width")
-    return tuple(getattr(settings, one.name) for one in compared_fields() if one.name not in shown)
 
 
 def task_plot(task_set: str) -> str:
