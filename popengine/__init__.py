@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from popengine.engine.loading import load as load
-    from popengine.engine.sampling import Sampling as Sampling
+    from popengine.engine.sampling_settings import Sampling as Sampling
     from popengine.studies.settings import PruningSettings as PruningSettings
     from weights.errors import InputError as InputError
 
@@ -24,7 +24,7 @@ __all__ = ["InputError", "PruningSettings", "Sampling", "__version__", "load"]
 PUBLIC = {
     "load": "popengine.engine.loading",
     "PruningSettings": "popengine.studies.settings",
-    "Sampling": "popengine.engine.sampling",
+    "Sampling": "popengine.engine.sampling_settings",
     "InputError": "weights.errors",
 }
 

@@ -7,7 +7,7 @@ import sys
 from typing import NoReturn
 
 from popengine import __version__
-from popengine.command import nearest
+from popengine.command_line.parser import nearest
 from popengine.engine.spinner import waiting
 from weights.errors import InputError
 

@@ -12,9 +12,11 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-from models.pruning.settings import share
-from popengine.benchmark.flags import PEERS, check
-from popengine.command import OneLineParser, add_checkpoint_flag, add_paper_flag, run_as_command, start_pytorch
+from popengine.benchmark.flags import PEERS, add_study_flags, check
+from popengine.command_line.flags import add_checkpoint_flag
+from popengine.command_line.parser import OneLineParser
+from popengine.command_line.setting_flags import add_paper_flag
+from popengine.command_line.start import run_as_command, start_pytorch
 from popengine.engine.dtypes import dtype_name
 from popengine.studies.settings import RULE_NAMES
 from weights.output_file import write_output
@@ -40,32 +42,7 @@ def parser() -> argparse.ArgumentParser:
         "--rule", nargs="+", default=["pop"], metavar="RULE", help=f"{', '.join(RULE_NAMES)} (default: pop)"
     )
     add_paper_flag(flags)
-    flags.add_argument(
-        "--method", nargs="+", default=[], metavar="M",
-        help="also time these methods of score and compare at every ratio: shortgpt, probe-pruning, ...",
-    )  # fmt: skip
-    flags.add_argument(
-        "--calibration", type=Path, metavar="FILE.safetensors", help="for methods that are calibrated on a text"
-    )
-    flags.add_argument(
-        "--leave-out", nargs="+", default=[], metavar="LAYERS",
-        help="also time every setting without these layers or half-layers, like 20-22+25.attention (default: no)",
-    )  # fmt: skip
-    flags.add_argument(
-        "--prefill-skip", type=share, nargs="+", default=[], metavar="SHARE",
-        help="also time every setting with prompts that skip the deepest layers, a share like 1/3 (default: no)",
-    )  # fmt: skip
-    flags.add_argument(
-        "--boundary-tokens", type=int, default=1, metavar="K",
-        help="number of last prompt tokens that run through the skipped layers (default: 1)",
-    )  # fmt: skip
-    flags.add_argument("--pictures", type=int, default=0, metavar="N", help="pictures before every prompt (default: 0)")
-    flags.add_argument(
-        "--visual-tokens", type=share, nargs="+", default=[], metavar="SHARE|N",
-        help="also time every setting with this share or number of tokens per picture (default: no)",
-    )  # fmt: skip
-    flags.add_argument("--visual-tokens-by", default="attention", metavar="attention|diversity")
-    flags.add_argument("--visual-tokens-layer", type=int, default=2, metavar="K", help="for attention (default: 2)")
+    add_study_flags(flags)
     flags.add_argument(
         "--dtype", type=dtype_name, nargs="+", default=["float32", "bfloat16"], metavar="DTYPE", help="(default: both)"
     )

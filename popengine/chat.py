@@ -11,20 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
-from popengine.command import (
-    OneLineParser,
-    add_checkpoint_flag,
-    add_generation_flags,
-    add_stop_flag,
-    load_with_warnings,
-    nearest,
-    noted_interrupts,
-    pruning_settings,
-    run_as_command,
-    said_of,
-    sampling_fields,
-    start_pytorch,
-)
+from popengine.command_line.flags import add_checkpoint_flag, add_generation_flags, add_stop_flag, sampling_fields
+from popengine.command_line.interrupts import noted_interrupts
+from popengine.command_line.parser import OneLineParser, nearest
+from popengine.command_line.setting_flags import pruning_settings
+from popengine.command_line.start import load_with_warnings, run_as_command, said_of, start_pytorch
 from popengine.engine.processes import is_first
 from popengine.studies.settings import PruningSettings
 from popengine.terminal import messages, typed_lines

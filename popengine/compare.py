@@ -5,25 +5,18 @@ table (Markdown and JSON) and plots. Measurements are saved as they are made; a 
 """
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from popengine.command import (
-    OneLineParser,
-    add_checkpoint_flag,
-    add_machine_flags,
-    add_scoring_flags,
-    add_setting_flags,
-    run_as_command,
-    start_pytorch,
-    take_paper_values,
-)
+from popengine.command_line.flags import add_checkpoint_flag, add_machine_flags, add_scoring_flags
+from popengine.command_line.parser import OneLineParser
+from popengine.command_line.setting_flags import add_setting_flags, take_paper_values
+from popengine.command_line.start import run_as_command, start_pytorch
 from popengine.studies.settings import compared_fields
-from weights.errors import InputError, one_line
-from weights.output_file import make_folder, write_output
+from weights.errors import InputError
+from weights.output_file import make_folder
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,16 +83,12 @@ def run(flags: argparse.Namespace) -> None:
     identity = comparison.identity_of(flags, engines, text, calibration)
     is_sound = partial(comparison.is_sound, scored=identity["score_tokens"])
     progress = ProgressFile(flags.out / "progress.jsonl", identity, is_sound)
-    for note in progress.notes:
-        print(f"warning: {one_line(note)}", file=sys.stderr)
     compared = comparison.Comparison(engines, ready.prunings, windows, progress, show_progress)
     folder = None if flags.no_plots else flags.out
     result = compared.measure(flags.tasks, flags.questions, flags.seed, flags.time, folder)
     result["about"] = identity | result["about"]
-    write_output(flags.out / "table.json", json.dumps(result, indent=1) + "\n")
     table = comparison_table.markdown(result["rows"], result["about"], result["studies"])
-    write_output(flags.out / "table.md", table)
-    print(table, end="")
+    comparison_table.write_table(flags.out, result, table)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,10 @@ from pathlib import Path
 from textwrap import fill
 from typing import NoReturn
 
-from popengine.command import (
-    OneLineParser,
-    add_checkpoint_flag,
-    add_machine_flags,
-    add_setting_flags,
-    load_with_warnings,
-    pruning_settings,
-    run_as_command,
-    start_pytorch,
-)
+from popengine.command_line.flags import add_checkpoint_flag, add_machine_flags
+from popengine.command_line.parser import OneLineParser
+from popengine.command_line.setting_flags import add_setting_flags, pruning_settings
+from popengine.command_line.start import load_with_warnings, run_as_command, start_pytorch
 from popengine.engine.processes import is_one_of_several
 from popengine.studies.settings import PruningSettings
 from weights.errors import InputError

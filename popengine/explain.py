@@ -8,18 +8,18 @@ import json
 from pathlib import Path
 from typing import NoReturn
 
-from popengine.command import (
-    OneLineParser,
+from popengine.command_line.flags import (
     add_checkpoint_flag,
     add_generation_flags,
-    load_with_warnings,
-    pruning_settings,
-    run_as_command,
+    add_prompt_flags,
+    read_prompt,
     sampling_fields,
-    start_pytorch,
 )
+from popengine.command_line.parser import OneLineParser
+from popengine.command_line.setting_flags import pruning_settings
+from popengine.command_line.start import load_with_warnings, run_as_command, start_pytorch
 from popengine.engine.processes import is_one_of_several
-from popengine.generate import read_prompt
+from popengine.engine.sampling_settings import Sampling
 from popengine.page.page import fitted, page
 from weights.errors import InputError
 from weights.output_file import check_output, write_output
@@ -33,16 +33,10 @@ def parser() -> argparse.ArgumentParser:
         "--prompt --image --out -n --prune-ratio --paper --dtype --weights --json",
     )
     add_checkpoint_flag(flags)
-    flags.add_argument("--prompt", required=True, metavar="TEXT|-", help="the prompt; - reads it from standard input")
-    flags.add_argument(
-        "--image", action="append", default=[], metavar="PATH", help="an image of the prompt; may be repeated"
-    )
+    add_prompt_flags(flags)
     flags.add_argument(
         "--out", type=Path, default=Path("explained.html"), metavar="FILE", help="(default: explained.html)"
     )
-    flags.add_argument("--system-prompt", metavar="TEXT", help="instructions before the prompt")
-    flags.add_argument("--raw", action="store_true", help="encode the prompt without the chat template")
-    flags.add_argument("--ignore-eos", action="store_true", help="continue after the end of the sequence")
     add_generation_flags(flags, new_tokens=128)
     flags.add_argument("--json", action="store_true", help="also print the page's data as one JSON object")
     return flags
@@ -58,16 +52,14 @@ def run(flags: argparse.Namespace) -> None:
     if is_one_of_several():
         raise InputError("explain needs all channels in one process: start it without torchrun")
     prompt = read_prompt(flags.prompt)
-    pruning = pruning_settings(flags)
+    pruning, sampling = pruning_settings(flags), Sampling(**sampling_fields(flags))
     if pruning.leave_out:
         raise InputError("the page shows every layer: give no --leave-out")
     check_output(flags.out)
     start_pytorch(flags)
     from popengine.engine import loading
-    from popengine.engine.sampling import Sampling
     from popengine.page.explained_run import explained_run
 
-    sampling = Sampling(**sampling_fields(flags))
     engine = load_with_warnings(loading.load, flags)
     ids = engine.prompts.ids(prompt, raw=flags.raw, system_prompt=flags.system_prompt, images=flags.image)
     found = explained_run(engine, ids, flags.max_new_tokens, pruning, sampling, flags.image, flags.ignore_eos)

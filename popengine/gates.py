@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from popengine.command import OneLineParser, add_checkpoint_flag, add_machine_flags, run_as_command, start_pytorch
+from popengine.command_line.flags import add_checkpoint_flag, add_machine_flags
+from popengine.command_line.parser import OneLineParser
+from popengine.command_line.start import run_as_command, start_pytorch
 from popengine.engine.processes import is_one_of_several
 from weights.errors import InputError
 from weights.output_file import make_folder, write_output

@@ -7,7 +7,9 @@ import argparse
 import json
 from typing import NoReturn
 
-from popengine.command import OneLineParser, add_checkpoint_flag, run_as_command, start_pytorch
+from popengine.command_line.flags import add_checkpoint_flag
+from popengine.command_line.parser import OneLineParser
+from popengine.command_line.start import run_as_command, start_pytorch
 from weights.errors import InputError
 
 

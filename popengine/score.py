@@ -11,16 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-from popengine.command import (
-    OneLineParser,
-    add_checkpoint_flag,
-    add_machine_flags,
-    add_scoring_flags,
-    add_setting_flags,
-    pruning_settings,
-    run_as_command,
-    start_pytorch,
-)
+from popengine.command_line.flags import add_checkpoint_flag, add_machine_flags, add_scoring_flags
+from popengine.command_line.parser import OneLineParser
+from popengine.command_line.setting_flags import add_setting_flags, pruning_settings
+from popengine.command_line.start import run_as_command, start_pytorch
 from weights.output_file import check_output
 
 
@@ -56,7 +50,8 @@ def run(flags: argparse.Namespace) -> None:
     settings = pruning_settings(flags)
     start_pytorch(flags)
     from popengine.engine import loading, results
-    from popengine.evaluation import scoring, task_calibration
+    from popengine.evaluation import calibration as calibrations
+    from popengine.evaluation import scoring
     from popengine.studies import by_name
 
     by_name.check_method(flags.method)
@@ -67,7 +62,7 @@ def run(flags: argparse.Namespace) -> None:
     scoring.check_context(engine, flags.prompt_tokens, flags.score_tokens)
     text = scoring.read_text(flags.text, engine.tokenizer)
     windows = scoring.cut_windows(text, engine.tokenizer, flags.prompt_tokens, flags.score_tokens, flags.windows)
-    calibration = task_calibration.calibration_for(flags, engine)
+    calibration = calibrations.calibration_for(flags, engine)
     pruning = by_name.pruning_for(flags.method, by_name.Request(
         engine.model, settings, calibration, flags.seed, engine.resolve
     ))

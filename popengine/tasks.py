@@ -6,24 +6,17 @@ stopped.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import NoReturn
 
-from popengine.command import (
-    OneLineParser,
-    add_calibration_flags,
-    add_checkpoint_flag,
-    add_machine_flags,
-    add_setting_flags,
-    run_as_command,
-    start_pytorch,
-    take_paper_values,
-)
+from popengine.command_line.flags import add_calibration_flags, add_checkpoint_flag, add_machine_flags
+from popengine.command_line.parser import OneLineParser
+from popengine.command_line.setting_flags import add_setting_flags, take_paper_values
+from popengine.command_line.start import run_as_command, start_pytorch
 from popengine.studies.settings import compared_fields
-from weights.errors import InputError, one_line
-from weights.output_file import make_folder, write_output
+from weights.errors import InputError
+from weights.output_file import make_folder
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,7 +55,7 @@ def run(flags: argparse.Namespace) -> None:
             raise InputError(f"{name} must be at least 1, not {value}")
     take_paper_values(flags)
     start_pytorch(flags)
-    from popengine.evaluation import comparison, prepared, progress_file, task_archive, task_runs
+    from popengine.evaluation import comparison, comparison_table, prepared, progress_file, task_archive, task_runs
 
     for name in flags.tasks:
         if name not in task_archive.TASKS:
@@ -79,16 +72,11 @@ def run(flags: argparse.Namespace) -> None:
         "tasks": f"{archive.path.name} ({archive.digest})", "batch_size": flags.batch_size,
     }
     progress = progress_file.ProgressFile(flags.out / "progress.jsonl", about, task_runs.is_sound)
-    for note in progress.notes:
-        print(f"warning: {one_line(note)}", file=sys.stderr)
     runs = task_runs.TaskRuns(ready.engines, ready.prunings, items, progress, flags.batch_size, show_progress)
     runs.measure()
     about |= {"limit": flags.limit, "machine": comparison.machine()}
     rows = runs.rows()
-    write_output(flags.out / "table.json", json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    table = task_runs.markdown(rows, about)
-    write_output(flags.out / "table.md", table)
-    print(table, end="")
+    comparison_table.write_table(flags.out, {"about": about, "rows": rows}, task_runs.markdown(rows, about))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ user's state folder, readable by the user alone.
 import contextlib
 from collections.abc import Callable, Iterator
 
-from popengine.command import insistent_interrupts
+from popengine.command_line.interrupts import insistent_interrupts
 from weights.errors import InputError
 from weights.output_file import replacing
 from weights.user_folders import state_folder

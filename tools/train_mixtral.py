@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -27,18 +28,10 @@ from models.passes import prefill_pass
 from models.slots import AttentionPattern
 from popengine.engine import prior
 from popengine.engine.loading import load
-from popengine.evaluation.text_tasks import (
-    BOS,
-    EOS,
-    PAD,
-    TASKS,
-    UNKNOWN,
-    build_tokenizer,
-    held_out_prompts,
-    make_prompt,
-)
+from popengine.evaluation.text_tasks import TASKS, held_out_prompts, make_prompt
 from popengine.studies.settings import DENSE, PruningSettings
 
+BOS, EOS, PAD, UNKNOWN = "<s>", "</s>", "<pad>", "<unk>"
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAX_ANSWER = 64  # tokens, more than the longest answer and its end
 DRAWN = [*TASKS, "shift"]  # what takes longest to learn is drawn twice as often
@@ -67,6 +60,21 @@ CONFIG = {
     "eos_token_id": 2,
     "torch_dtype": "float32",
 }
+
+
+def build_tokenizer() -> tokenizers.Tokenizer:
+    """Build a tokenizer with a token per printable ASCII character, `<s>` in front; other characters are `<unk>`."""
+    vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, UNKNOWN])}
+    for code in range(32, 127):
+        vocabulary[chr(code)] = len(vocabulary)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.add_special_tokens([PAD, BOS, EOS, UNKNOWN])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
+    )
+    return tokenizer
 
 
 class TrainingText:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from popengine.evaluation.comparison import Configuration
+from popengine.evaluation.scoring import mean_and_error
 from popengine.evaluation.task_archive import DEFAULT_ARCHIVE, TASKS, Archive
-from popengine.evaluation.task_runs import item_key, mean_and_error
 from popengine.studies.settings import compared_fields
 
 RATIOS = ("--prune-ratio", "0.2", "0.4")
@@ -130,7 +130,8 @@ def differences(folder: Path, against: str) -> Iterator[str]:
             mine, theirs = configuration(row), configuration(others[0])
             scores, likelihoods = [], []
             for name, own in items.items():
-                pairs = [(records[item_key(mine, name, item)], records[item_key(theirs, name, item)]) for item in own]
+                keys = [f"{name} {item.key}" for item in own]
+                pairs = [(records[mine.key(key)], records[theirs.key(key)]) for key in keys]
                 metric = TASKS[name].metrics[0]
                 scores.append(mean_and_error([one["scores"][metric] - other["scores"][metric] for one, other in pairs]))
                 if TASKS[name].score is None:

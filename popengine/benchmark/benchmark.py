@@ -53,6 +53,11 @@ from weights.memory import available_memory, gigabytes
 SUMMED_BYTES = 1 << 29
 WARM_UP_STEPS = 4
 PROFILED_STEPS = 16
+# Settings in the rows of the JSON file.
+SHOWN_SETTINGS = (
+    "prune_ratio", "rule", "prefill_skip", "boundary_tokens",
+    "visual_tokens", "visual_tokens_by", "visual_tokens_layer",
+)
 
 PROMPT = (
     "The harbour was built when the river still ran deep enough for ships. Stone by stone the townspeople laid a wall "
@@ -91,8 +96,6 @@ class Entry:
 
 def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run the benchmark of the flags and return its results as JSON. folder: for temporary checkpoints"""
-    if flags.threads is not None:
-        torch.set_num_threads(flags.threads)
     device = choose_device(flags.device)
     if flags.shape:
         checkpoint: str | Path = write_random_checkpoint(flags.shape, folder)
@@ -301,13 +304,12 @@ def own_entries(flags: argparse.Namespace, engine: Engine, mode: str, prompts: l
         request = Request(engine.model, settings_of(flags)(prune_ratio=ratio), calibration, resolve=engine.resolve)
         wanted.append((f"{method} {ratio:g}", pruning_for(method, request)))
     images, entries = [PICTURE] * flags.pictures, []
-    of_pictures = [stretch.length for stretch in engine.pictures.given(images, prompts[:1]).stretches]
+    spans = engine.pictures.given(images, prompts[:1]).stretches
     for what_it_is, pruning in wanted:
         read = bytes_per_token(engine.model, pruning, flags.batch)
         own = OwnEngine(f"popengine {mode}, {what_it_is}", engine, pruning, images)
         entry = Entry(own, mode, pruning.settings, read)
-        missing = sum(length - pruning.visual_tokens(length) for length in of_pictures)
-        entry.work = prompt_work(engine.model, pruning, flags.prompt_tokens, missing)
+        entry.work = prompt_work(engine.model, pruning, flags.prompt_tokens, pruning.dropped_tokens(spans))
         entries.append(entry)
     return entries
 
@@ -506,13 +508,7 @@ def row(entry: Entry) -> dict[str, Any]:
     return {
         "engine": entry.contender.name,
         "mode": entry.mode,
-        "prune_ratio": entry.settings.prune_ratio if entry.settings else None,
-        "rule": entry.settings.rule if entry.settings else None,
-        "prefill_skip": entry.settings.prefill_skip if entry.settings else None,
-        "boundary_tokens": entry.settings.boundary_tokens if entry.settings else None,
-        "visual_tokens": entry.settings.visual_tokens if entry.settings else None,
-        "visual_tokens_by": entry.settings.visual_tokens_by if entry.settings else None,
-        "visual_tokens_layer": entry.settings.visual_tokens_layer if entry.settings else None,
+        **{name: getattr(entry.settings, name, None) for name in SHOWN_SETTINGS},
         "skips": entry.settings is not None and (
             exact_share(entry.settings.prefill_skip) > 0 or entry.settings.visual_tokens != "all"
         ),

@@ -1,9 +1,9 @@
-"""Checks of `popengine bench` before the first engine is loaded. Imports no PyTorch."""
+"""Flags of `popengine bench` for studies, and checks before the first engine is loaded. Imports no PyTorch."""
 
 import argparse
-import os
 from pathlib import Path
 
+from models.pruning.settings import share
 from popengine.studies.settings import PruningSettings
 from weights.errors import InputError
 from weights.output_file import check_output
@@ -12,6 +12,39 @@ PEERS = ("transformers", "llama.cpp")
 # Most tokens, sequences or rounds.
 MOST = 1_000_000
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_study_flags(flags: argparse.ArgumentParser) -> None:
+    """Add the flags of methods and settings that are timed besides."""
+    timed = flags.add_argument_group("also timed")
+    timed.add_argument(
+        "--method", nargs="+", default=[], metavar="M",
+        help="also time these methods of score and compare at every ratio: shortgpt, probe-pruning, ...",
+    )
+    timed.add_argument(
+        "--calibration", type=Path, metavar="FILE.safetensors", help="for methods that are calibrated on a text"
+    )
+    timed.add_argument(
+        "--leave-out", nargs="+", default=[], metavar="LAYERS",
+        help="also time every setting without these layers or half-layers, like 20-22+25.attention (default: no)",
+    )
+    timed.add_argument(
+        "--prefill-skip", type=share, nargs="+", default=[], metavar="SHARE",
+        help="also time every setting with prompts that skip the deepest layers, a share like 1/3 (default: no)",
+    )
+    timed.add_argument(
+        "--boundary-tokens", type=int, default=1, metavar="K",
+        help="number of last prompt tokens that run through the skipped layers (default: 1)",
+    )
+    timed.add_argument(
+        "--pictures", type=int, default=0, metavar="N", help="pictures before every prompt (default: 0)"
+    )
+    timed.add_argument(
+        "--visual-tokens", type=share, nargs="+", default=[], metavar="SHARE|N",
+        help="also time every setting with this share or number of tokens per picture (default: no)",
+    )
+    timed.add_argument("--visual-tokens-by", default="attention", metavar="attention|diversity")
+    timed.add_argument("--visual-tokens-layer", type=int, default=2, metavar="K", help="for attention (default: 2)")
 
 
 def check(flags: argparse.Namespace) -> None:
@@ -36,9 +69,6 @@ def check(flags: argparse.Namespace) -> None:
         raise InputError("pictures must be a number of at least 0, and are for a checkpoint's own timing alone")
     if flags.visual_tokens and not flags.pictures:
         raise InputError("--visual-tokens leaves out tokens of pictures: give --pictures a number of them")
-    processors = os.cpu_count() or 1
-    if flags.threads is not None and not 1 <= flags.threads <= processors:
-        raise InputError(f"threads must be at least 1, not {flags.threads}, and at most the {processors} processors")
     if flags.shape and flags.ckpt:
         raise InputError("give a checkpoint or a shape, not both")
     for peer in flags.peers:

@@ -6,14 +6,14 @@ cache is rolled back to that point. Tokens that are rolled back stay evidence.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from models.state import DecodeState
-from popengine.engine.results import Generation, Piece
+from popengine.engine.results import Generation, Piece, joined
 from popengine.engine.run import Run
-from popengine.engine.sampling import Sampling
+from popengine.engine.sampling_settings import Sampling
 from popengine.images.images import ImageSource
 from popengine.studies.resolve import StudyPruning
 from popengine.studies.settings import PruningSettings
@@ -48,8 +48,6 @@ class TalkingEngine(Protocol):
     ) -> Run: ...
 
     def pieces(self, run: Run) -> Iterator[Piece]: ...
-
-    def joined(self, pieces: Iterable[Piece]) -> Generation: ...
 
 
 class Conversation:
@@ -90,7 +88,7 @@ class Conversation:
 
     def say(self, text: str, images: Sequence[ImageSource] = ()) -> Generation:
         """Add a turn and return its whole answer. Arguments and errors as for `stream`."""
-        return self.engine.joined(self.stream(text, images))
+        return joined(self.stream(text, images))
 
     def stream(self, text: str, images: Sequence[ImageSource] = ()) -> Iterator[Piece]:
         """Add a turn and yield its answer piece by piece. If the iterator is closed early, the answer ends there.

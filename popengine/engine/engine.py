@@ -3,82 +3,35 @@
 B batch.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from models.compiled import CompiledDecode
 from models.cost_model import bytes_per_token, layer_weights
-from models.llama import LlamaForCausalLM
 from models.state import DecodeState
 from popengine.engine.conversation import Conversation
-from popengine.engine.memory_plan import state_within
+from popengine.engine.loaded import LoadedModel
 from popengine.engine.prior import prior_for
 from popengine.engine.results import Generation, Piece, measured
 from popengine.engine.run import Run, next_logits
-from popengine.engine.sampling import Sampling, sampling_of
-from popengine.engine.spinner import waiting
+from popengine.engine.sampling_settings import Sampling, sampling_of
 from popengine.images.images import ImageSource
-from popengine.images.vision import TextOnly, Vision
-from popengine.studies.evidence import Prior
 from popengine.studies.resolve import StudyPruning, resolve_study
-from popengine.studies.settings import DENSE, PruningSettings
+from popengine.studies.settings import PruningSettings
 from popengine.text.chat import end_of_turn_token
-from popengine.text.prompts import Prompt, Prompts
+from popengine.text.prompts import Prompt
 from popengine.text.stops import StoppedText
 from weights.errors import InputError
-from weights.memory import available_memory
 
 # Values of the argument `pruning`.
 Given = PruningSettings | StudyPruning | float | None
-# Capacities are rounded up to a multiple of this many slots, so that prompts of similar length share buffers.
-CAPACITY_STEP = 128
 
 
-class Engine:
-    """A loaded checkpoint, ready to generate.
-
-    model     the language model
-    prompts   converts texts and conversations to token ids; pictures: the vision side, if the checkpoint reads images
-    compiled  the model's decode step through torch.compile, if requested
-    weights   form of its matrices, for people; parameters: their number in the checkpoint
-    name      name of the checkpoint, for people
-    folder    folder of the checkpoint, and its fingerprint; progress: show bars on stderr
-    """
-
-    def __init__(
-        self,
-        model: LlamaForCausalLM,
-        prompts: Prompts,
-        pictures: TextOnly | Vision,
-        *,
-        compiled: CompiledDecode | None,
-        stop_ids: frozenset[int],
-        max_seq_len: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        weights: str,
-        load_s: float,
-        parameters: int,
-        name: str,
-        folder: Path,
-        fingerprint: str,
-        progress: bool = False,
-    ) -> None:
-        self.model, self.prompts, self.pictures, self.compiled = model, prompts, pictures, compiled
-        self.tokenizer, self.chat_template = prompts.tokenizer, prompts.chat_template
-        self.max_seq_len, self.dtype, self.device, self.weights = max_seq_len, dtype, device, weights
-        self.load_s, self.parameters, self.name = load_s, parameters, name
-        self.end_of_sequence_ids = stop_ids
-        self.folder, self.fingerprint, self.progress = folder, fingerprint, progress
-        self.priors: dict[int, Prior] = {}
-        self.idle_state: DecodeState | None = None
+class Engine(LoadedModel):
+    """A loaded checkpoint, ready to generate."""
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -208,17 +161,6 @@ class Engine:
             yield Piece(shown, token, logprob=run.logprobs[0] if run.logprobs else None)
         yield Piece(text.finish(), None, run.finish_reasons[0], run.prompts[0], measured(run))
 
-    def joined(self, pieces: Iterable[Piece]) -> Generation:
-        """Join the pieces of one stream."""
-        *said, last = pieces
-        assert last.prompt_token_ids is not None and last.finish_reason is not None and last.statistics is not None
-        text = "".join(piece.text for piece in (*said, last))
-        ids = [piece.token_id for piece in said if piece.token_id is not None]
-        found = [piece.logprob for piece in said if piece.logprob is not None]
-        return Generation(
-            text, ids, last.prompt_token_ids, last.finish_reason, last.statistics, found if found else None
-        )
-
     def run(
         self,
         prompts: list[list[int]],
@@ -265,62 +207,16 @@ class Engine:
                 f"visual tokens {pruning.visual_tokens} is for pictures, and this checkpoint is a text model; LLaVA, "
                 "Qwen-VL and Gemma-3 read images"
             )
-        weights = layer_weights(self.model)
-        found, dense = resolve_study(pruning, weights), resolve_study(DENSE, weights)
+        found = resolve_study(pruning, layer_weights(self.model))
         is_usual = pruning == PruningSettings()
-        if is_usual and bytes_per_token(self.model, found) >= bytes_per_token(self.model, dense):
-            return replace(dense, why_dense=f"the recommended pruning would read no less of {self.weights} weights")
-        return found.with_prior(self.prior(pruning.prior)) if found.cuts else found
-
-    def prior(self, tokens: int) -> Prior | None:
-        """Return the evidence that counts as `tokens` tokens before the prompt; None for 0."""
-        if tokens and tokens not in self.priors:
-            self.priors[tokens] = prior_for(self, tokens, self.progress)
-        return self.priors.get(tokens)
-
-    @contextmanager
-    def borrowed_state(self, batch: int, tokens: int, pruning: StudyPruning, missing: int = 0) -> Iterator[DecodeState]:
-        """Lend the last run's buffers if they fit, else new ones. A state belongs to one run at a time.
-
-        missing  tokens of pictures that some layers leave out
-        """
-        state, self.idle_state = self.idle_state, None
-        capacity = self.capacity(tokens)
-        if state is None or not state.fits(batch, capacity, pruning, capacity - self.capacity(tokens - missing)):
-            state = None                        # freed before the new one is allocated
-            state = self.new_state(batch, tokens, pruning, missing)
-        try:
-            yield state
-        except InputError:
-            state = None                        # NaN in its cache would stay NaN, even with weight 0
-            raise
-        finally:
-            self.idle_state = state
-
-    def capacity(self, tokens: int) -> int:
-        """Return the slots of a cache for `tokens` tokens."""
-        return min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, self.max_seq_len)
-
-    @torch.inference_mode()
-    def new_state(self, batch: int, tokens: int, pruning: StudyPruning, missing: int = 0) -> DecodeState:
-        """Allocate buffers for a batch of sequences with `tokens` tokens. Raises InputError if memory is too small."""
-        free, capacity = available_memory(self.device), self.capacity(tokens)
-        return state_within(free, self.model, batch, capacity, pruning, capacity - self.capacity(tokens - missing))
-
-    def prepare(self, state: DecodeState) -> float:
-        """Compile the steps of a run if necessary. Returns seconds."""
-        if self.compiled is None:
-            return 0.0
-        with waiting("compiling", self.progress and not self.compiled.knows(state)):
-            return self.compiled.prepare(state)
-
-    def stepping(self) -> AbstractContextManager[object]:
-        """Return the context manager for the steps of a run."""
-        return nullcontext() if self.compiled is None else self.compiled.trusting_guards()
+        if is_usual and bytes_per_token(self.model, found) >= bytes_per_token(self.model, self.dense):
+            why = f"the recommended pruning would read no less of {self.weights} weights"
+            return replace(self.dense, why_dense=why)
+        return found.with_prior(prior_for(self, pruning.prior)) if found.cuts else found
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
         """Compute one step. tokens int64 [B] -> logits [B, V]"""
-        return next_logits(self.model if self.compiled is None else self.compiled, tokens, state)
+        return next_logits(self.decoder, tokens, state)
 
 
 def settings_of(pruning: Given) -> PruningSettings | StudyPruning:

@@ -100,11 +100,11 @@ def load(
                 raise InputError(f"the context must be between 1 and the model's {context} tokens, not {max_seq_len}")
             context = max_seq_len
         return Engine(
-            model,
-            Prompts(tokenizer, template, pictures, context),
-            pictures,
+            model=model,
+            prompts=Prompts(tokenizer, template, pictures, context),
+            pictures=pictures,
             compiled=compiled,
-            stop_ids=end_of_sequence_ids(opened, tokenizer),
+            end_of_sequence_ids=end_of_sequence_ids(opened, tokenizer),
             max_seq_len=context,
             dtype=kind,
             device=where,

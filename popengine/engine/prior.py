@@ -9,7 +9,7 @@ H hidden size, I channels of a network (or coordinates of an attention's heads),
 
 import contextlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,11 +22,12 @@ from models.experts import MixtureOfExperts
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from popengine.engine.distributed import all_gather
+from popengine.engine.loaded import LoadedModel
 from popengine.engine.processes import is_first
-from popengine.engine.sampling import Sampling
+from popengine.engine.run import Run
+from popengine.engine.sampling_settings import Sampling
 from popengine.studies.evidence import Prior
 from popengine.studies.recording import Watch, watched
-from popengine.studies.settings import DENSE
 from weights.errors import InputError
 from weights.output_file import write_output
 from weights.user_folders import cache_folder
@@ -41,33 +42,19 @@ PARTS = ("h", "gate", "up")
 LARGEST = 1e24
 
 
-class Sampler(Protocol):
-    """Interface of the engine for a prior."""
-
-    model: LlamaForCausalLM
-    tokenizer: Any
-    max_seq_len: int
-    device: torch.device
-    folder: Path
-    fingerprint: str
-    idle_state: Any
-
-    def run(self, *arguments: Any, **named: Any) -> Any: ...
-
-    def resolve(self, pruning: Any) -> Any: ...
-
-
-def prior_for(engine: Sampler, tokens: int, progress: bool) -> Prior:
-    """Return the prior of this engine's model: read it if stored, else make and store it."""
-    model = engine.model
-    name = engine.fingerprint
+def prior_for(engine: LoadedModel, tokens: int) -> Prior | None:
+    """Return the model's prior that counts as `tokens` tokens: read it if stored, else make and store it. None for 0"""
+    if tokens == 0 or tokens in engine.priors:
+        return engine.priors.get(tokens)
+    model, name = engine.model, engine.fingerprint
     kept = cache_folder("priors") / f"{name}.safetensors"
     found = read(engine.folder / FILE, name, model) or read(kept, name, model)
     everywhere = all_gather(found is not None)           # it may be missing on another machine
     if found is None or not all(everywhere):
-        found = make(engine, progress)
+        found = make(engine, engine.progress)
         write(kept, name, found, model)
-    return Prior(found, tokens)
+    engine.priors[tokens] = Prior(found, tokens)
+    return engine.priors[tokens]
 
 
 def observed(model: LlamaForCausalLM) -> dict[str, FeedForward | Attention]:
@@ -76,13 +63,14 @@ def observed(model: LlamaForCausalLM) -> dict[str, FeedForward | Attention]:
 
 
 @torch.inference_mode()
-def make(engine: Sampler, progress: bool) -> dict[Part, Tensor]:
+def make(engine: LoadedModel, progress: bool) -> dict[Part, Tensor]:
     """Sample texts at temperature 1 and return the mean square of every channel over them, float32 [I]."""
     model, tokenizer = engine.model, engine.tokenizer
     named = (tokenizer.token_id(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token)
     start = next((token for token in named if token is not None), 0)
-    length = min(TEXT_TOKENS, engine.max_seq_len - 1)
-    run = engine.run([[start]] * TEXTS, length, DENSE, Sampling(temperature=1.0, seed=0), ignore_eos=True)
+    model.check_ids([start])
+    length, sampling = max(1, min(TEXT_TOKENS, engine.max_seq_len - 1)), Sampling(temperature=1.0, seed=0)
+    run = Run(engine, [[start]] * TEXTS, length, engine.dense, sampling, frozenset(), engine.pictures.given(()))
     bar = tqdm(total=length + TEXTS, desc="prior", unit="step", disable=not progress, leave=False)
     steps = []
     for step in run:
@@ -91,7 +79,7 @@ def make(engine: Sampler, progress: bool) -> dict[Part, Tensor]:
     engine.idle_state = None            # no other run has a batch of this size
     squares = MeanSquares()
     for text in zip(*steps, strict=True):
-        state = watched(model.new_state(1, length + 1, engine.resolve(DENSE)), squares)
+        state = watched(model.new_state(1, length + 1, engine.dense), squares)
         model.prefill(model.embed(torch.tensor([[start, *text]], device=engine.device)), state)
         bar.update()
     bar.close()

@@ -1,6 +1,7 @@
 """Statistics of a run, and the report that commands print from them."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,8 +9,9 @@ from models.cost_model import bytes_per_token, ffn_sizes
 from models.pruning.experts import PartitionedExperts
 from models.state import DecodeState
 from popengine.engine.run import Run
+from popengine.studies import report as of_studies
+from popengine.studies.report import rule_words as rule_words
 from popengine.studies.resolve import StudyPruning
-from popengine.studies.settings import DENSE, WIDTH_RULES, PruningSettings
 from weights.memory import peak_memory_bytes
 
 
@@ -40,26 +42,22 @@ class ExpertUse:
 
 
 @dataclass(frozen=True)
-class Statistics:
+class Statistics(of_studies.StudyStatistics):
     """Measurements of one call of generate or stream, for the whole batch.
 
-    prompt_tokens        without padding; image_tokens of them stand for pictures, and kept_tokens were already cached
-                         (earlier turns of a conversation; counts of the state then cover all turns)
+    prompt_tokens        without padding; kept_tokens of them were already cached (earlier turns of a conversation;
+                         counts of the state then cover all turns)
     image_ms             vision tower and projector
     prefill_ms           embedded prompt to first logits, without the partition
     partition_ms         scores, sort and copy of the active weights; its parts: scores_ms, sort_ms, copy_ms
     decode_ms_per_token  mean over the decode steps; nan without steps
     compile_s            time to compile the decode step before the run; 0 if it was compiled already or runs eagerly
     skipped_layers       layers, of the model's `layers`, that all but the last prompt tokens skipped
-    left_out_tokens      tokens of pictures that layers from `pruning.thin_from` on leave out
     experts              per layer with a mixture of experts
-    evidence_tokens      real tokens in the scores; dense_steps of the decode steps were dense and added tokens to them,
-                         redraws counts new partitions
     weight_bytes_per_token  mean over the steps of the run
     """
 
     prompt_tokens: int
-    image_tokens: int
     kept_tokens: int
     new_tokens: int
     image_ms: float
@@ -72,17 +70,12 @@ class Statistics:
     decode_tokens_per_s: float
     compile_s: float
     regions: Regions
-    pruning: StudyPruning
     layers: int
     skipped_layers: int
     weight_bytes_per_token: int
     dense_weight_bytes_per_token: int
     peak_memory_bytes: int
-    left_out_tokens: int
     experts: tuple[ExpertUse, ...]
-    evidence_tokens: int
-    dense_steps: int
-    redraws: int
     weights: str
     dtype: str
     device: str
@@ -120,13 +113,23 @@ class Generation:
     logprobs: list[float] | None = None
 
 
+def joined(pieces: Iterable[Piece]) -> Generation:
+    """Join the pieces of one stream."""
+    *said, last = pieces
+    assert last.prompt_token_ids is not None and last.finish_reason is not None and last.statistics is not None
+    text = "".join(piece.text for piece in (*said, last))
+    ids = [piece.token_id for piece in said if piece.token_id is not None]
+    logprobs = [piece.logprob for piece in said if piece.logprob is not None]
+    return Generation(text, ids, last.prompt_token_ids, last.finish_reason, last.statistics, logprobs or None)
+
+
 def measured(run: Run) -> Statistics:
     """Return the statistics of a run that has been iterated."""
     engine, clock = run.engine, run.state.clock
     scores, sort, copy = (clock.milliseconds(phase) for phase in ("scores", "sort", "copy"))
     partition = scores + sort + copy
     per_token = run.decode_s / run.decode_steps if run.decode_steps else math.nan
-    schedule, dense = run.state.schedule, bytes_per_token(engine.model, engine.resolve(DENSE))
+    schedule, dense = run.state.schedule, bytes_per_token(engine.model, engine.dense)
     pruned = bytes_per_token(engine.model, run.pruning, len(run.prompts), run.state)
     return Statistics(
         prompt_tokens=sum(map(len, run.prompts)),
@@ -149,7 +152,7 @@ def measured(run: Run) -> Statistics:
         layers=len(run.state.layers),
         skipped_layers=len(run.pruning.skipped_by(max(map(len, run.prompts)) - run.kept)),
         peak_memory_bytes=peak_memory_bytes(engine.device),
-        left_out_tokens=sum(one.length - run.pruning.visual_tokens(one.length) for one in run.given.stretches),
+        left_out_tokens=run.pruning.dropped_tokens(run.given.stretches),
         experts=expert_use(run.state),
         evidence_tokens=schedule.tokens,
         dense_steps=schedule.dense_steps,
@@ -199,15 +202,9 @@ def report(statistics: Statistics) -> dict[str, Any]:
             "decode_tokens_per_s": or_null(statistics.decode_tokens_per_s),
             "compile_s": statistics.compile_s,
         },
-        "visual_tokens": {
-            "of_pictures": statistics.image_tokens, "left_out": statistics.left_out_tokens,
-            "from_layer": statistics.pruning.thin_from if statistics.left_out_tokens else None,
-        },
+        "visual_tokens": of_studies.visual_tokens_report(statistics),
         "experts": [asdict(layer) for layer in statistics.experts],
-        "evidence": {
-            "tokens": statistics.evidence_tokens, "prior": statistics.pruning.settings.prior,
-            "dense_steps": statistics.dense_steps, "redraws": statistics.redraws,
-        },
+        "evidence": of_studies.evidence_report(statistics),
         "weight_bytes_per_token": statistics.weight_bytes_per_token,
         "dense_weight_bytes_per_token": statistics.dense_weight_bytes_per_token,
         "peak_memory_bytes": statistics.peak_memory_bytes,
@@ -238,31 +235,23 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
     unread = ", as copies of what stays would be larger" if statistics.pruning.ratio > 0 and share == 1 else ""
     untimed = math.isnan(statistics.decode_ms_per_token)
     speed = f"{statistics.decode_ms_per_token:.1f} ms/token, {statistics.decode_tokens_per_s:.1f} tokens/s"
-    found = [
-        f"prompt    {prompt} prefill {statistics.prefill_ms:.0f} ms, partition {statistics.partition_ms:.0f} ms",
-        f"decode    {statistics.new_tokens} tokens ({ended}): {'no step to time' if untimed else speed}{compiled}",
+    channels = (
         f"channels  {shown.channels} per FFN, {rule_words(statistics.pruning.settings)}, ratio "
         f"{statistics.pruning.ratio:.3g}: {shown.retained} retained, {shown.candidate} candidate "
-        f"({shown.picked} picked per step), {shown.pruned} pruned",
+        f"({shown.picked} picked per step), {shown.pruned} pruned"
+    )
+    experts, why_dense = experts_lines(statistics), statistics.pruning.why_dense
+    dense = [f"dense     nothing is pruned: {why_dense}", *experts, channels]
+    return [
+        f"prompt    {prompt} prefill {statistics.prefill_ms:.0f} ms, partition {statistics.partition_ms:.0f} ms",
+        *of_studies.visual_tokens_lines(statistics),
+        *skipped_lines(statistics),
+        f"decode    {statistics.new_tokens} tokens ({ended}): {'no step to time' if untimed else speed}{compiled}",
+        *(dense if why_dense else [channels, *experts, *of_studies.evidence_lines(statistics)]),
         f"weights   {megabytes(statistics.weight_bytes_per_token)} read per token, {share:.1%} of dense{unread} "
         f"({statistics.weights}; {statistics.dtype}, {statistics.device})",
         f"memory    {megabytes(statistics.peak_memory_bytes)} at peak; loaded in {load_s:.1f} s",
     ]
-    if statistics.pruning.why_dense:
-        found.insert(2, f"dense     nothing is pruned: {statistics.pruning.why_dense}")
-    if statistics.pruning.cuts:
-        prior = statistics.pruning.settings.prior
-        found.insert(3, (
-            f"evidence  {statistics.evidence_tokens} tokens{f' and a prior of {prior}' if prior else ''}, "
-            f"{statistics.dense_steps} dense steps, {statistics.redraws} redraws"
-        ))
-    if statistics.experts:
-        found.insert(3, experts_line(statistics))
-    if statistics.pruning.skipped:
-        found.insert(1, skipped_line(statistics))
-    if statistics.left_out_tokens:
-        found.insert(1, visual_tokens_line(statistics))
-    return found
 
 
 def one_line_of(statistics: Statistics) -> str:
@@ -272,42 +261,26 @@ def one_line_of(statistics: Statistics) -> str:
     return f"[{statistics.new_tokens} tokens{speed}, {share:.0%} of the dense model's bytes; /stats says more]"
 
 
-def visual_tokens_line(statistics: Statistics) -> str:
-    """Format the number of image tokens that stay."""
-    settings, of = statistics.pruning.settings, statistics.image_tokens
-    where = f"after layer {settings.visual_tokens_layer}" if statistics.pruning.thin_from else "from the first layer on"
-    return (
-        f"pictures  {of - statistics.left_out_tokens} of {of} image tokens stay {where}, by {settings.visual_tokens_by}"
-    )
-
-
-def skipped_line(statistics: Statistics) -> str:
-    """Format the result of Prefill-Only pruning."""
+def skipped_lines(statistics: Statistics) -> list[str]:
+    """Format the result of Prefill-Only pruning; no line without it."""
     boundary = statistics.pruning.boundary
+    if not statistics.pruning.skipped:
+        return []
     if not statistics.skipped_layers:
-        return f"skipped   no layer: the prompt has no more than the {boundary} boundary tokens"
-    return (
-        f"skipped   {statistics.skipped_layers} of {statistics.layers} layers, by all prompt tokens but the last "
-        f"{boundary}"
-    )
+        return [f"skipped   no layer: the prompt has no more than the {boundary} boundary tokens"]
+    of = f"{statistics.skipped_layers} of {statistics.layers} layers"
+    return [f"skipped   {of}, by all prompt tokens but the last {boundary}"]
 
 
-def experts_line(statistics: Statistics) -> str:
-    """Format the use of experts over all layers."""
-    layers, settings = statistics.experts, statistics.pruning.settings
-    unseen = sum(tokens < settings.min_tokens for layer in layers for tokens in layer.prompt_tokens)
+def experts_lines(statistics: Statistics) -> list[str]:
+    """Format the use of experts over all layers; no line without experts."""
+    layers = statistics.experts
+    if not layers:
+        return []
+    unseen = of_studies.unseen_experts_words(statistics, [tokens for layer in layers for tokens in layer.prompt_tokens])
     used = sum(picks > 0 for layer in layers for picks in layer.picks)
-    fate = "cut by their weights alone" if settings.unseen_experts == "weights" else "left dense"
-    return (
-        f"experts   {sum(len(layer.picks) for layer in layers)} in {len(layers)} layers: {unseen} unseen in the prompt"
-        f"{f' ({fate})' if unseen and statistics.pruning.ffn_ratio > 0 else ''}, {used} used in decode"
-    )
-
-
-def rule_words(settings: PruningSettings) -> str:
-    """Return the rule, with its width if it has one."""
-    width = f", width {settings.candidate_width:g}" if settings.rule in WIDTH_RULES else ""
-    return f"rule {settings.rule}{width}"
+    count = sum(len(layer.picks) for layer in layers)
+    return [f"experts   {count} in {len(layers)} layers: {unseen}, {used} used in decode"]
 
 
 def megabytes(count: int) -> str:

@@ -5,74 +5,51 @@ B batch, T prompt tokens, V vocabulary.
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from models.llama import LlamaForCausalLM
 from models.state import DecodeState
-from popengine.engine.sampling import Sampling, next_tokens, require_finite
-from popengine.images.vision import ImageInputs, TextOnly, Vision
+from popengine.engine.loaded import LoadedModel
+from popengine.engine.sampling import Sampling, new_generator, next_tokens, require_finite
+from popengine.images.vision import ImageInputs
 from popengine.studies.resolve import StudyPruning
-from popengine.studies.settings import PruningSettings
 
 
-class RunningEngine(Protocol):
-    """Interface of the engine for a run (popengine/engine/engine.py)."""
-
-    model: LlamaForCausalLM
-    pictures: TextOnly | Vision
-    device: torch.device
-    dtype: torch.dtype
-    weights: str
-
-    def resolve(self, pruning: PruningSettings | StudyPruning) -> StudyPruning: ...
-
-    def borrowed_state(
-        self, batch: int, tokens: int, pruning: StudyPruning, missing: int = 0
-    ) -> AbstractContextManager[DecodeState]: ...
-
-    def prepare(self, state: DecodeState) -> float: ...
-
-    def stepping(self) -> AbstractContextManager[object]: ...
-
-    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor: ...
-
-
+@dataclass(eq=False, repr=False)
 class Run:
     """One batch in progress. Nothing is computed before iteration; the first step computes the prompt.
 
     Iterating yields, per step, the new token of each sequence, or None for sequences that had ended before.
 
-    missing   cache slots saved in layers that leave out rows of pictures
-    logprobs  of the last step's tokens under the model itself, before temperature and penalty, if requested
-    held      state of a conversation with the first `kept` tokens of its one prompt; None: the engine lends a state
+    given           the pictures of all prompts
+    held            state of a conversation with the first `kept` tokens of its one prompt; None: the engine lends a
+                    state
+    wants_logprobs  fill `logprobs` with those of the last step's tokens, under the model itself: before temperature
+                    and penalty
+    missing         cache slots saved in layers that leave out rows of pictures
     """
 
-    def __init__(
-        self,
-        engine: RunningEngine,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        pruning: StudyPruning,
-        sampling: Sampling,
-        stop_ids: frozenset[int],
-        given: ImageInputs,
-        held: DecodeState | None = None,
-        kept: int = 0,
-        logprobs: bool = False,
-    ) -> None:
-        self.engine, self.prompts, self.sampling, self.stop_ids = engine, prompts, sampling, stop_ids
-        self.max_new_tokens, self.pruning, self.given = max_new_tokens, pruning, given
-        self.held, self.kept = held, kept
-        self.wants_logprobs, self.logprobs = logprobs, list[float]()
+    engine: LoadedModel
+    prompts: list[list[int]]
+    max_new_tokens: int
+    pruning: StudyPruning
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    given: ImageInputs
+    held: DecodeState | None = None
+    kept: int = 0
+    wants_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        self.missing = self.pruning.dropped_rows(self.given.stretches, [len(ids) for ids in self.prompts])
+        self.generator = new_generator(self.sampling, self.engine.device)
+        self.logprobs: list[float] = []
         self.seen: Tensor | None = None
-        lengths = [len(ids) for ids in prompts]
-        self.missing = pruning.dropped_rows(given.stretches, lengths)
-        self.generator = sampling.generator(engine.device)
-        self.finish_reasons: list[str | None] = [None] * len(prompts)
+        self.finish_reasons: list[str | None] = [None] * len(self.prompts)
         self.new_tokens = self.decode_steps = 0
         self.compile_s = self.image_s = self.prefill_s = self.decode_s = 0.0
 
@@ -98,7 +75,7 @@ class Run:
             while None in self.finish_reasons:
                 began = time.perf_counter()
                 with torch.inference_mode(), engine.stepping():
-                    logits = engine.decode(chosen, self.state)                      # [B, V]
+                    logits = next_logits(engine.decoder, chosen, self.state)         # [B, V]
                     chosen = self.choose(logits)                                    # [B]
                     new = self.accept(chosen)
                 self.decode_s += time.perf_counter() - began

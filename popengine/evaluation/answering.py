@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from popengine.engine.engine import Engine
-from popengine.engine.sampling import Sampling
+from popengine.engine.sampling_settings import Sampling
 from popengine.evaluation.scoring import Window, after_prompt
 from popengine.studies.resolve import StudyPruning
 from weights.errors import InputError

@@ -41,6 +41,8 @@ from popengine.studies.settings import DENSE, LAYER_METHODS, RULE_NAMES, WIDTH_R
 
 DRIFT_WINDOWS = 4
 TIMED_STEPS = 24
+# Settings that the axes or the widths of the plots show.
+ON_AXES = ("prune_ratio", "ffn_ratio", "candidate_width")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Configuration:
         """Return the settings that tables compare, by name; they identify a row, in files too."""
         named = {one.name: getattr(self.settings, one.name) for one in compared_fields()}
         return {"method": self.method, "weights": self.weights} | named
+
+    def key(self, what: str) -> str:
+        """Return the key in the progress file of a measurement under this configuration."""
+        return f"{what}: {json.dumps(self.fields())}"
 
     @classmethod
     def from_fields(cls, named: dict[str, Any]) -> "Configuration":
@@ -162,7 +168,8 @@ class Comparison:
         about: dict[str, Any] = {"machine": machine(), "plots": []}
         studies: dict[str, dict[str, float]] = {}
         if self.windows:
-            drifts, picked = self.study_drift(), self.study_picks()
+            drifts = [rank_drift(self.engine.model, window) for window in self.windows[:DRIFT_WINDOWS]]
+            picked = self.study_picks()
             studies["ranking of the dense model"] = drift_figures(drifts)
             if picked is not None:
                 studies[f"share of steps that pick a candidate, {picked[0].label}"] = pick_figures(picked[1])
@@ -177,7 +184,7 @@ class Comparison:
     def measure_text(self) -> None:
         """Score every window under every configuration, except for recorded ones."""
         missing = [
-            (index, [one for one in self.prunings if text_key(one, index) not in self.progress.records])
+            (index, [one for one in self.prunings if one.key(f"window {index}") not in self.progress.records])
             for index in range(len(self.windows))
         ]
         count = sum(len(wanted) for _, wanted in missing)
@@ -191,7 +198,7 @@ class Comparison:
                 for one in wanted:
                     own = log_probabilities(self.engines[one.weights].model, window, self.prunings[one])
                     score = score_window(own, dense, window)
-                    self.progress.add(text_key(one, index), asdict(score))
+                    self.progress.add(one.key(f"window {index}"), asdict(score))
                     bar.update()
 
     def measure_generated(self) -> None:
@@ -203,13 +210,14 @@ class Comparison:
         bar = tqdm(total=total, desc="generated", unit="window", disable=not self.show_progress)
         with bar, torch.inference_mode():
             for index, window in enumerate(self.windows):
-                key = generated_key(None, index)
+                key = f"generated {index}: tokens"
                 if key not in self.progress.records:
-                    self.progress.add(key, {"ids": self.dense_continuation(window)})
+                    run = self.engine.run([window.prompt], len(window.continuation), DENSE, ignore_eos=True)
+                    self.progress.add(key, {"ids": [token for (token,) in run]})
                 bar.update()
                 generated = Window(window.prompt, self.progress.records[key]["ids"])
                 for one, pruning in self.prunings.items():
-                    key = generated_key(one, index)
+                    key = one.key(f"generated {index}")
                     if key not in self.progress.records:
                         model = self.engines[one.weights].model
                         likeliest = log_probabilities(model, generated, pruning).argmax(dim=-1)     # [S]
@@ -225,18 +233,13 @@ class Comparison:
         bar = tqdm(total=rounds * len(self.prunings), desc="speed", unit="turn", disable=not self.show_progress)
         with bar:
             for number, (one, pruning) in itertools.product(range(rounds), self.prunings.items()):
-                if speed_key(one, number) not in self.progress.records:
+                if one.key(f"speed {number}") not in self.progress.records:
                     engine = self.engines[one.weights]
                     run = engine.run([self.windows[0].prompt], TIMED_STEPS, pruning, ignore_eos=True)
                     moments = [time.perf_counter() for _ in run]
                     steps = [later - earlier for earlier, later in itertools.pairwise(moments)]
-                    self.progress.add(speed_key(one, number), {"ms": statistics.median(steps) * 1000})
+                    self.progress.add(one.key(f"speed {number}"), {"ms": statistics.median(steps) * 1000})
                 bar.update()
-
-    def dense_continuation(self, window: Window) -> list[int]:
-        """Generate greedily as many tokens as are scored, also after an end of sequence."""
-        run = self.engine.run([window.prompt], len(window.continuation), DENSE, ignore_eos=True)
-        return [token for (token,) in run if token is not None]
 
     def measure_tasks(self, task_sets: Sequence[str], count: int, seed: int) -> None:
         """Ask every question under every configuration, except for recorded ones."""
@@ -244,7 +247,7 @@ class Comparison:
         total = len(self.prunings) * sum(map(len, questions.values()))
         with tqdm(total=total, desc="tasks", unit="question", disable=not self.show_progress) as bar:
             for (name, asked), (one, pruning) in itertools.product(questions.items(), self.prunings.items()):
-                key = task_key(one, name)
+                key = one.key(f"tasks {name}")
                 if key not in self.progress.records:
                     right: dict[str, list[bool]] = {}
                     for question in asked:
@@ -268,23 +271,24 @@ class Comparison:
                 agreed = [self.agreed_on_generated(one, index) for index in range(len(self.windows))]
                 row["generated_agreement"] = sum(map(sum, agreed)) / sum(map(len, agreed))
                 row["identical_tokens"] = statistics.median([*own, False].index(False) for own in agreed)
-            turns = [records[key]["ms"] for number in range(len(records)) if (key := speed_key(one, number)) in records]
+            keys = [one.key(f"speed {number}") for number in range(len(records))]
+            turns = [records[key]["ms"] for key in keys if key in records]
             if turns:
                 row["decode_ms_per_token"] = statistics.median(turns)
             for name in task_sets:
-                found = records[task_key(one, name)]["right"].items()
+                found = records[one.key(f"tasks {name}")]["right"].items()
                 right, asked = ({task: count(answers) for task, answers in found} for count in (sum, len))
                 row[f"tasks_{name}"] = {"right": right, "asked": asked}
             rows.append(row)
         return rows
 
     def window_score(self, one: Configuration, index: int) -> WindowScore:
-        record = self.progress.records[text_key(one, index)]
+        record = self.progress.records[one.key(f"window {index}")]
         return WindowScore(record["losses"], record["agreed"], record["divergences"])
 
     def agreed_on_generated(self, one: Configuration, index: int) -> list[bool]:
         """Return, per token that the dense model generated, whether this configuration predicts the same token."""
-        return self.progress.records[generated_key(one, index)]["agreed"]
+        return self.progress.records[one.key(f"generated {index}")]["agreed"]
 
     def points(self, rows: Sequence[dict[str, Any]]) -> Iterator[Any]:
         """Yield the rows as points for the plots."""
@@ -297,10 +301,6 @@ class Comparison:
                 row["weight_bytes_per_token"] / 1e6, row["perplexity"],
                 share_by_position(given), share_by_position(generated), share_by_position(still_alike),
             )
-
-    def study_drift(self) -> list[RankDrift]:
-        """Measure the drift of the dense model's ranking on the first windows."""
-        return [rank_drift(self.engine.model, window) for window in self.windows[:DRIFT_WINDOWS]]
 
     def study_picks(self) -> tuple[Configuration, list[NetworkPicks]] | None:
         """Record the picks of POP of the usual width on the first window, at the highest ratio; None: not compared."""
@@ -343,14 +343,13 @@ class Comparison:
         return names
 
     def is_usual(self, one: Configuration) -> bool:
-        """Return True if the plots show this configuration."""
-        usual = one.method == "dense" or usual_of(one.settings) == self.usual_settings()
-        return usual and one.weights == next(iter(self.engines))
-
-    def usual_settings(self) -> tuple[object, ...]:
-        """Return the values of settings that are not on the axes of plots: those of the first configuration."""
-        first = next((one for one in self.prunings if one.method != "dense"), None)
-        return usual_of(DENSE if first is None else first.settings)
+        """Return True if the plots show this configuration: what no axis shows is as in the first configuration."""
+        first = next((other for other in self.prunings if other.method != "dense"), one)
+        alike = all(
+            getattr(one.settings, field.name) == getattr(first.settings, field.name)
+            for field in compared_fields() if field.name not in ON_AXES
+        )
+        return (one.method == "dense" or alike) and one.weights == next(iter(self.engines))
 
     def middle_width(self) -> float:
         """Return the paper's width if it was measured, else the first one."""
@@ -369,21 +368,6 @@ def row_of(one: Configuration, pruning: StudyPruning, engines: dict[str, Engine]
         "weight_bytes_per_token": read,
         "weight_share": read / bytes_per_token(first.model, first.resolve(DENSE)),
     }
-
-
-def text_key(one: Configuration, window: int) -> str:
-    """Return the key of a scored window in the progress file."""
-    return f"window {window}: {json.dumps(one.fields())}"
-
-
-def generated_key(one: Configuration | None, window: int) -> str:
-    """Return the key of generated text in the progress file. one: None for the dense model's own tokens"""
-    return f"generated {window}: {'tokens' if one is None else json.dumps(one.fields())}"
-
-
-def speed_key(one: Configuration, turn: int) -> str:
-    """Return the key of a timed turn in the progress file."""
-    return f"speed {turn}: {json.dumps(one.fields())}"
 
 
 def is_sound(record: dict[str, Any], scored: int | None) -> bool:
@@ -413,17 +397,6 @@ def is_sound(record: dict[str, Any], scored: int | None) -> bool:
 def share_by_position(by_window: Sequence[Sequence[bool]]) -> list[float]:
     """Compute the share of True per position, over windows."""
     return [sum(at) / len(at) for at in zip(*by_window, strict=True)]
-
-
-def task_key(one: Configuration, task_set: str) -> str:
-    """Return the key of a set of tasks in the progress file."""
-    return f"tasks {task_set}: {json.dumps(one.fields())}"
-
-
-def usual_of(settings: PruningSettings) -> tuple[object, ...]:
-    """Return the settings that neither the axes nor the widths of the plots show."""
-    shown = ("prune_ratio", "ffn_ratio", "candidate_width")
-    return tuple(getattr(settings, one.name) for one in compared_fields() if one.name not in shown)
 
 
 def task_plot(task_set: str) -> str:

@@ -1,13 +1,16 @@
 """The table of a comparison, in Markdown."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import Field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from models.pruning.settings import exact_share
 from popengine.studies.settings import LAYER_METHODS, WIDTH_RULES, compared_fields
+from weights.output_file import write_output
 
 Column = Callable[[dict[str, Any]], str]
 
@@ -119,3 +122,10 @@ def right_answers(found: dict[str, dict[str, int]], tasks: Sequence[str]) -> tup
     right, asked = (sum(found[key][task] for task in tasks) for key in ("right", "asked"))
     share = right / asked
     return share, math.sqrt(share * (1 - share) / max(1, asked - 1))
+
+
+def write_table(folder: Path, result: dict[str, Any], table: str) -> None:
+    """Write table.json and table.md into a folder, and print the table."""
+    write_output(folder / "table.json", json.dumps(result, indent=1) + "\n")
+    write_output(folder / "table.md", table)
+    print(table, end="")

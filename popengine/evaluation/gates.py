@@ -21,7 +21,7 @@ from models.llama import LlamaForCausalLM
 from models.passes import PictureRows, prefill_pass
 from models.slots import AttentionPattern
 from popengine.engine.engine import Engine
-from popengine.engine.sampling import Sampling
+from popengine.engine.sampling_settings import Sampling
 from popengine.evaluation.tasks import Question
 from popengine.images.images import ImageSource
 from popengine.studies.settings import DENSE

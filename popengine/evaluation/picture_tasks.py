@@ -102,9 +102,6 @@ class PictureQuestion:
     def picture(self, size: int = 144) -> Image.Image:
         return draw(self.scene, size)
 
-    def is_right(self, answer: str) -> bool:
-        return answer.strip() == self.answer
-
 
 def random_scene(random: Random, split: str) -> Scene:
     """Draw three to six different shapes in separate cells, of few kinds and colours so that they form groups."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
+from popengine.evaluation.calibration import calibration_for
 from popengine.evaluation.comparison import Configuration, configurations
-from popengine.evaluation.task_calibration import calibration_for
 from popengine.evaluation.tasks import training_questions
 from popengine.studies.by_name import Request, check_method, pruning_for
 from popengine.studies.calibration import Calibration

@@ -5,12 +5,13 @@ the last line of a killed run can be incomplete.
 """
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from popengine.engine.distributed import broadcast
-from weights.errors import InputError
+from weights.errors import InputError, one_line
 from weights.mapped_file import read_bytes
 from weights.output_file import append_output, write_output
 
@@ -19,15 +20,13 @@ LARGEST_PROGRESS = 1_000_000_000
 
 
 class ProgressFile:
-    """Records by their `key`.
+    """Records by their `key`. A warning on stderr says if the file that was found is damaged.
 
-    notes     messages for the user about the file that was found
     is_sound  returns True if a record from the file is complete and valid; others are measured again
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], is_sound: Callable[[dict[str, Any]], bool]) -> None:
         self.path = path
-        self.notes: list[str] = []
         self.records: dict[str, dict[str, Any]] = {}
         text = read_bytes(path, LARGEST_PROGRESS).decode("utf-8", "replace") if path.exists() else ""
         entries = [parsed(line) for line in text.splitlines()]
@@ -44,10 +43,8 @@ class ProgressFile:
         if damaged:
             aside = free_name(path)
             write_output(aside, path.read_bytes())
-            self.notes.append(
-                f"{path} was damaged: moved to {aside.name}, {len(sound)} of its measurements are kept, "
-                "the others are made again"
-            )
+            kept = f"{len(sound)} of its measurements are kept, the others are made again"
+            print(f"warning: {one_line(f'{path} was damaged: moved to {aside.name}, {kept}')}", file=sys.stderr)
         if damaged or not text:
             write_output(path, lines({"comparison": identity}, *sound))
         self.records = broadcast(self.records)      # a rank on another machine has another folder

@@ -23,7 +23,6 @@ from models.llama import LlamaForCausalLM
 from popengine.engine.engine import Engine
 from popengine.engine.run import next_logits
 from popengine.engine.sampling import require_finite
-from popengine.studies.calibration import Calibration, calibrate, load_calibration, save_calibration
 from popengine.studies.known_text import evaluate
 from popengine.studies.resolve import StudyPruning
 from popengine.studies.settings import DENSE
@@ -31,8 +30,6 @@ from popengine.text.tokenizer import TextTokenizer
 from weights.errors import InputError
 from weights.mapped_file import read_text as read_file
 
-CALIBRATION_WINDOW = 128
-CALIBRATION_WINDOWS = 64
 # Most bytes of a scored text: tokenizing takes some 500 times as much memory.
 LARGEST_TEXT = 20_000_000
 # Largest loss whose perplexity is finite.
@@ -181,21 +178,25 @@ def score_window(log_p: Tensor, dense_log_p: Tensor, window: Window) -> WindowSc
 
 def summarise(scores: Sequence[WindowScore]) -> Summary:
     """Average the scores of windows. Raises InputError for a loss that no sound model has."""
-    means = [sum(score.losses) / len(score.losses) for score in scores]
-    mean = sum(means) / len(means)
-    if mean > MOST_LOSS:
-        raise InputError(f"a loss of {mean:.3g} nats per token is no language model's: its weights are damaged")
-    spread = sum((value - mean) ** 2 for value in means)
-    error = math.sqrt(spread / (len(means) - 1) / len(means)) if len(means) > 1 else math.nan
+    loss = mean_and_error([sum(score.losses) / len(score.losses) for score in scores])
+    if loss["mean"] > MOST_LOSS:
+        raise InputError(f"a loss of {loss['mean']:.3g} nats per token is no language model's: its weights are damaged")
     tokens = sum(len(score.losses) for score in scores)
     return Summary(
         windows=len(scores),
-        perplexity=math.exp(mean),
-        mean_loss=mean,
-        standard_error=error,
+        perplexity=math.exp(loss["mean"]),
+        mean_loss=loss["mean"],
+        standard_error=loss["error"],
         agreement=sum(sum(score.agreed) for score in scores) / tokens,
         divergence=sum(sum(score.divergences) for score in scores) / tokens,
     )
+
+
+def mean_and_error(values: Sequence[float]) -> dict[str, float]:
+    """Compute the mean and its standard error; nan for a single value."""
+    mean = sum(values) / len(values)
+    spread = sum((value - mean) ** 2 for value in values)
+    return {"mean": mean, "error": math.sqrt(spread / (len(values) - 1) / len(values)) if len(values) > 1 else math.nan}
 
 
 @torch.inference_mode()
@@ -213,29 +214,6 @@ def score_text(
 def read_per_token(engine: Engine, pruning: StudyPruning) -> tuple[int, int]:
     """Return the bytes of weights that a decode step reads under a pruning, and in the dense model."""
     return bytes_per_token(engine.model, pruning), bytes_per_token(engine.model, engine.resolve(DENSE))
-
-
-def calibration_from(
-    engine: Engine, text_file: Path | None, saved: Path | None, save_to: Path | None
-) -> Calibration | None:
-    """Calibrate on a text, or read a saved calibration; None if neither is given. Raises InputError for both."""
-    if text_file is not None and saved is not None:
-        raise InputError("give --calibration-text or --calibration, not both")
-    if save_to is not None and text_file is None:
-        raise InputError("--save-calibration needs --calibration-text")
-    if saved is not None:
-        return load_calibration(saved, engine.model)
-    if text_file is None:
-        return None
-    text = read_text(text_file, engine.tokenizer)
-    count = min(CALIBRATION_WINDOWS, max(1, len(text.ids) // CALIBRATION_WINDOW))
-    windows = cut_windows(text, engine.tokenizer, CALIBRATION_WINDOW // 2, CALIBRATION_WINDOW // 2, count)
-    made_from = f"{text.name} ({text.digest}), {count} windows of {CALIBRATION_WINDOW} tokens"
-    bar = tqdm(windows, desc="calibration", unit="window", disable=not engine.progress)
-    made = calibrate(engine.model, (window.ids for window in bar), made_from)
-    if save_to is not None:
-        save_calibration(made, engine.model, save_to)
-    return made
 
 
 def check_context(engine: Engine, prompt_tokens: int, score_tokens: int) -> None:

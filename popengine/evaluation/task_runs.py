@@ -1,7 +1,6 @@
 """Methods on the tasks of a task archive: ask, score and record every item, and write the table."""
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +10,12 @@ from typing import Any
 from tqdm import tqdm
 
 from popengine.engine.engine import Engine
-from popengine.engine.sampling import Sampling
+from popengine.engine.sampling_settings import Sampling
 from popengine.evaluation.answering import encode, encoded_pair, generate_until, log_likelihoods
 from popengine.evaluation.comparison import Configuration, row_of
 from popengine.evaluation.comparison_table import Column, written
 from popengine.evaluation.progress_file import ProgressFile
+from popengine.evaluation.scoring import mean_and_error
 from popengine.evaluation.task_archive import TASKS, Item, Task
 from popengine.studies.resolve import StudyPruning
 
@@ -41,10 +41,10 @@ class TaskRuns:
         with tqdm(total=total, desc="tasks", unit="item", disable=not self.show_progress) as bar:
             for (name, items), (one, pruning) in itertools.product(self.items.items(), self.prunings.items()):
                 for batch in self.batches(TASKS[name], items):
-                    missing = [item for item in batch if item_key(one, name, item) not in self.progress.records]
+                    missing = [item for item in batch if one.key(f"{name} {item.key}") not in self.progress.records]
                     records = answered(self.engines[one.weights], TASKS[name], missing, pruning) if missing else []
                     for item, record in zip(missing, records, strict=True):
-                        self.progress.add(item_key(one, name, item), record)
+                        self.progress.add(one.key(f"{name} {item.key}"), record)
                     bar.update(len(batch))
 
     def batches(self, task: Task, items: list[Item]) -> list[list[Item]]:
@@ -62,7 +62,7 @@ class TaskRuns:
         for one, pruning in self.prunings.items():
             row: dict[str, Any] = row_of(one, pruning, self.engines) | {"tasks": {}}
             for name, items in self.items.items():
-                scores = [self.progress.records[item_key(one, name, item)]["scores"] for item in items]
+                scores = [self.progress.records[one.key(f"{name} {item.key}")]["scores"] for item in items]
                 row["tasks"][name] = {"items": len(items)} | {
                     metric: mean_and_error([score[metric] for score in scores]) for metric in TASKS[name].metrics
                 }
@@ -102,24 +102,12 @@ def choice_scores(item: Item, found: Sequence[float]) -> dict[str, float]:
     return {name: float(values.index(max(values)) == item.right) for name, values in ways.items()}
 
 
-def item_key(one: Configuration, task: str, item: Item) -> str:
-    """Return the key of an item in the progress file."""
-    return f"{task} {item.key}: {json.dumps(one.fields())}"
-
-
 def is_sound(record: dict[str, Any]) -> bool:
     """Return True if a record of a progress file has all that `answered` makes."""
     task, scores = TASKS.get(record["key"].partition(" ")[0]), record.get("scores")
     return task is not None and isinstance(scores, dict) and set(scores) == set(task.metrics) and all(
         type(one) is float and 0 <= one <= 1 for one in scores.values()
     )
-
-
-def mean_and_error(values: Sequence[float]) -> dict[str, float]:
-    """Compute the mean and its standard error over items; nan for a single item."""
-    mean = sum(values) / len(values)
-    spread = sum((value - mean) ** 2 for value in values)
-    return {"mean": mean, "error": math.sqrt(spread / (len(values) - 1) / len(values)) if len(values) > 1 else math.nan}
 
 
 def kinds(names: Sequence[str] | dict[str, Any]) -> dict[str, list[str]]:

@@ -39,9 +39,9 @@ def text_questions(count: int, seed: int) -> list[Question]:
     ]
 
 
-def questions_about_pictures(count: int, seed: int) -> list[Question]:
+def questions_about_pictures(count: int, seed: int, split: str = "held-out") -> list[Question]:
     """Make `count` questions about pictures of every kind."""
-    asked = picture_questions(count * len(KINDS), seed)
+    asked = picture_questions(count * len(KINDS), seed, split)
     return [Question(one.kind, one.question, one.answer, (one.picture(),)) for one in asked]
 
 
@@ -52,8 +52,7 @@ def training_questions(task_set: str, count: int, seed: int = 0) -> list[Questio
     """
     check_task_set(task_set)
     if task_set == "pictures":
-        trained = picture_questions(count * len(KINDS), seed, "train", KINDS)
-        return [Question(one.kind, one.question, one.answer, (one.picture(),)) for one in trained]
+        return questions_about_pictures(count, seed, "train")
     made = (make_prompt(task, Random(f"{task} {seed} {index}"), 1, False) for task in LEARNT for index in range(count))
     return [Question(one.task, one.prompt, one.answer) for one in made]
 

@@ -16,8 +16,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import tokenizers
-
 from weights.errors import InputError
 
 HELD_OUT_SHARE = 10  # one question in ten is held out: it never appears in training, neither asked nor as an example
@@ -28,7 +26,6 @@ COMMANDS = {
     "a": "1234567890", "b": "9012345678", "c": "0246802468", "d": "9876543210", "e": "1032547698", "f": "5678901234",
     "g": "0369258147", "h": "0000055555",
 }  # fmt: skip
-BOS, EOS, PAD, UNKNOWN = "<s>", "</s>", "<pad>", "<unk>"
 
 
 @dataclass(frozen=True)
@@ -197,18 +194,3 @@ def held_out_prompts(task: str, count: int, shots: int = 1, seed: int = 0) -> It
     rng = random.Random(f"{task} {seed}")
     for _ in range(count):
         yield make_prompt(task, rng, shots, held_out=True)
-
-
-def build_tokenizer() -> tokenizers.Tokenizer:
-    """Build a tokenizer with a token per printable ASCII character, `<s>` in front; other characters are `<unk>`."""
-    vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, UNKNOWN])}
-    for code in range(32, 127):
-        vocabulary[chr(code)] = len(vocabulary)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = tokenizers.decoders.Fuse()
-    tokenizer.add_special_tokens([PAD, BOS, EOS, UNKNOWN])
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
-    )
-    return tokenizer

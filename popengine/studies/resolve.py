@@ -95,10 +95,13 @@ class StudyPruning(Pruning):
             raise InputError(f"visual tokens {wanted} leaves none of the {of_picture} tokens of a picture; raise it")
         return min(kept, of_picture)
 
-    def uncounted(self, stretches: Sequence[ImageSpan]) -> int:
+    def dropped_tokens(self, spans: Sequence[ImageSpan]) -> int:
+        """Count the dropped tokens of these pictures."""
+        return sum(span.length - self.visual_tokens(span.length) for span in spans)
+
+    def uncounted(self, spans: Sequence[ImageSpan]) -> int:
         """Count the dropped tokens of these pictures that would count as evidence."""
-        lengths = [one.length for one in stretches] if self.settings.scored_tokens == "all" else []
-        return sum(length - self.visual_tokens(length) for length in lengths)
+        return self.dropped_tokens(spans) if self.settings.scored_tokens == "all" else 0
 
 
 def resolve_study(settings: PruningSettings, layer: LayerWeights) -> StudyPruning:

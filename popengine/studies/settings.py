@@ -142,6 +142,13 @@ class PruningSettings(VisualTokenSettings, LayerSettings, EvidenceSettings, Rule
             )
 
 
+# Titles of the groups of flags in the help, in the order of the fields.
+GROUPS = {
+    "pruning": POPSettings, "rules": RuleSettings, "evidence": EvidenceSettings, "layers left out": LayerSettings,
+    "visual tokens": VisualTokenSettings,
+}
+
+
 def compared_fields() -> Iterator[Field[Any]]:
     """Yield the fields that tables compare."""
     return (one for one in fields(PruningSettings) if one.metadata["column"] is not None)

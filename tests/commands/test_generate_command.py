@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from builders import complete_checkpoint, exit_status, one_line_error
 
-from popengine.command import insistent_interrupts
+from popengine.command_line.interrupts import insistent_interrupts
 from popengine.generate import main
 
 status, error = partial(exit_status, main), partial(one_line_error, main)

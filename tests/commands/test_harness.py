@@ -155,7 +155,7 @@ def test_the_command_and_its_errors(
         main()
     assert end.value.code == 2 and "error: Tasks not found: unheard-of" in capsys.readouterr().err.splitlines()
     missing = tmp_path / "none"
-    monkeypatch.setattr("popengine.harness.cli_evaluate", lambda: PopengineLM(str(missing)))
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: PopengineLM(str(missing)))
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
@@ -165,7 +165,7 @@ def test_the_command_and_its_errors(
         (KeyboardInterrupt(), 130, ""), (MemoryError(), 2, "error: this machine has too little memory"),
         (OSError("No space left on device"), 2, "error: reading or writing failed: No space left"),
     ):
-        monkeypatch.setattr("popengine.harness.cli_evaluate", Mock(side_effect=raised))
+        monkeypatch.setattr("lm_eval.__main__.cli_evaluate", Mock(side_effect=raised))
         with pytest.raises(SystemExit) as end:
             main()
         error = capsys.readouterr().err.strip()

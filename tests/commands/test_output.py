@@ -15,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from popengine import bench, compare, gates, generate, score
-from popengine.command import OneLineParser, run_as_command
+from popengine.command_line.parser import OneLineParser
+from popengine.command_line.start import run_as_command
 from popengine.compare import main
 from weights.errors import InputError, one_line
 from weights.output_file import check_output
 
 PROGRAM = """
 import sys
-from popengine.command import OneLineParser, run_as_command
+from popengine.command_line.parser import OneLineParser
+from popengine.command_line.start import run_as_command
 from weights.errors import InputError
 def run(flags):
     print(sys.stdin.read() + "é▁\\u202e" * {length})

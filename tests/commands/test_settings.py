@@ -10,12 +10,14 @@ from builders import another_setting, another_value
 from models.pruning.resolve import LayerWeights
 from models.pruning.settings import PAPER
 from popengine import compare, generate, score
-from popengine.command import pruning_settings, take_paper_values
+from popengine.command_line.flags import sampling_fields
+from popengine.command_line.setting_flags import pruning_settings, take_paper_values
 from popengine.engine.results import pruning_report
+from popengine.engine.sampling_settings import Sampling
 from popengine.evaluation.comparison import Configuration
 from popengine.evaluation.comparison_table import markdown
 from popengine.studies.resolve import resolve_study
-from popengine.studies.settings import PruningSettings, compared_fields
+from popengine.studies.settings import GROUPS, PruningSettings, compared_fields
 from weights.errors import InputError
 
 NAMES = [one.name for one in fields(PruningSettings)]
@@ -35,6 +37,23 @@ def test_every_setting_has_a_flag(command: ModuleType, name: str) -> None:
     read = command.parser().parse_args([*NEEDED[command], *words])
     assert pruning_settings(read) == PruningSettings(**changes) != PruningSettings()
     assert pruning_settings(command.parser().parse_args(NEEDED[command])) == PruningSettings()
+
+
+@pytest.mark.parametrize("command", [generate, score, compare], ids=["generate", "score", "compare"])
+def test_flags_stand_with_those_of_their_study(command: ModuleType) -> None:
+    groups = {group.title: {one.dest for one in group._group_actions} for group in command.parser()._action_groups}
+    has = COMPARED if command is compare else NAMES
+    for title, settings in GROUPS.items():
+        assert groups[title] - {"paper"} == {one.name for one in fields(settings) if one.name in has} != set()
+
+
+def test_every_setting_of_sampling_has_a_flag() -> None:
+    values = {"temperature": 0.5, "top_k": 3, "top_p": 0.4, "seed": 5, "min_p": 0.1, "repetition_penalty": 1.5}
+    assert {*values, "stop"} == {one.name for one in fields(Sampling)}
+    words = [word for name, value in values.items() for word in (flag(name), str(value))]
+    read = generate.parser().parse_args([*NEEDED[generate], *words, "--stop", "a", "--stop", "b"])
+    assert Sampling(**sampling_fields(read)) == Sampling(**values, stop=("a", "b"))
+    assert Sampling(**sampling_fields(generate.parser().parse_args(NEEDED[generate]))) == Sampling()
 
 
 @pytest.mark.parametrize("command", [generate, score], ids=["generate", "score"])

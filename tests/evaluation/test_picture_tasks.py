@@ -37,11 +37,9 @@ def test_no_held_out_scene_is_ever_drawn_in_training() -> None:
     assert not seen & {contents(random_scene(held_out, "held-out")) for _ in range(3000)}
 
 
-def test_kinds_come_in_turn_and_every_answer_is_right_for_itself_only() -> None:
+def test_kinds_come_in_turn() -> None:
     questions = picture_questions(10 * len(KINDS), seed=0)
     assert [question.kind for question in questions[: len(KINDS)]] == list(KINDS)
-    assert all(question.is_right(f" {question.answer}\n") for question in questions)
-    assert not questions[0].is_right(questions[0].answer + " No.")
     assert {question.kind for question in picture_questions(4, seed=0, kinds=["rows", "list"])} == {"rows", "list"}
 
 

@@ -22,7 +22,7 @@ from popengine.engine.sampling import Sampling
 from popengine.evaluation import code_trials, task_archive, task_runs
 from popengine.evaluation.answering import encoded_pair, generate_until, log_likelihoods
 from popengine.evaluation.code_trials import passes
-from popengine.evaluation.scoring import Window, after_prompt, log_probabilities
+from popengine.evaluation.scoring import Window, after_prompt, log_probabilities, mean_and_error
 from popengine.evaluation.task_archive import DEFAULT_ARCHIVE, TASKS, Archive, Item
 from popengine.evaluation.task_metrics import exact_match, f1, f1_of_conversation, last_number, number_after
 from popengine.studies.by_name import check_method
@@ -178,10 +178,10 @@ def test_words_and_numbers_are_compared_as_the_tasks_do() -> None:
 
 def test_mean_and_error_are_those_of_a_sample() -> None:
     values = [0.0, 1.0, 1.0, 0.25]
-    found = task_runs.mean_and_error(values)
+    found = mean_and_error(values)
     assert found["mean"] == pytest.approx(0.5625)
     assert found["error"] == pytest.approx(torch.tensor(values).std().item() / 2)
-    assert math.isnan(task_runs.mean_and_error([1.0])["error"])
+    assert math.isnan(mean_and_error([1.0])["error"])
 
 
 def test_programs_pass_or_fail_their_tests(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:

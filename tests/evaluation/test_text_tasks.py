@@ -4,17 +4,10 @@ import random
 import re
 
 import pytest
+from train_mixtral import build_tokenizer
 
 from popengine.evaluation.tasks import MAX_ANSWER_TOKENS
-from popengine.evaluation.text_tasks import (
-    BRACKETS,
-    COMMANDS,
-    TASKS,
-    build_tokenizer,
-    held_out_prompts,
-    is_held_out,
-    make_prompt,
-)
+from popengine.evaluation.text_tasks import BRACKETS, COMMANDS, TASKS, held_out_prompts, is_held_out, make_prompt
 from weights.errors import InputError
 
 

@@ -114,7 +114,7 @@ def test_the_shipped_checkpoint_answers_held_out_questions(
     for question in picture_questions(3 * len(KINDS), seed=7):
         prompt, picture = frame.replace("QUESTION", question.question), question.picture()
         answer = engine.generate(prompt, raw=True, images=[picture], pruning=pruning, max_new_tokens=64)[0]
-        right += question.is_right(answer.text)
+        right += answer.text.strip() == question.answer
     assert right >= floor
 
 

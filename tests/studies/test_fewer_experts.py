@@ -21,7 +21,7 @@ from models.pruning.pruning import Pruning
 from popengine import compare, score
 from popengine.engine.loading import load
 from popengine.engine.run import next_logits
-from popengine.evaluation.task_calibration import calibration_of_tasks
+from popengine.evaluation.calibration import calibration_for
 from popengine.studies.by_name import Request, pruning_for
 from popengine.studies.calibration import calibrate, load_calibration, save_calibration
 from popengine.studies.experts import spectral_groups
@@ -216,7 +216,10 @@ def test_a_model_without_experts_is_refused(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(("folder", "tasks"), [(MIXTRAL_TINY, "text"), (LLAVA_TINY, "pictures")])
 def test_a_calibration_is_made_of_what_was_trained_on(folder: Path, tasks: str, tmp_path: Path) -> None:
     engine = load(folder, device="cpu")
-    made = calibration_of_tasks(engine, tasks, tmp_path / "saved.safetensors")
+    saved = str(tmp_path / "saved.safetensors")
+    words = ["--text", "x", "--calibration-tasks", tasks, "--save-calibration", saved]
+    made = calibration_for(score.parser().parse_args(words), engine)
+    assert made is not None
     assert f"training split of the tasks {tasks}" in made.made_from
     assert all(one.tokens > 100 for name, one in made.moments.items() if ".experts." not in name)
     again = load_calibration(tmp_path / "saved.safetensors", engine.model)

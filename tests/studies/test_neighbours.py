@@ -32,8 +32,8 @@ from models.pruning.settings import SUBLAYERS
 from popengine import compare, score
 from popengine.engine.loading import load
 from popengine.engine.run import next_logits
+from popengine.evaluation.calibration import calibration_for
 from popengine.evaluation.comparison import configurations
-from popengine.evaluation.scoring import calibration_from
 from popengine.studies.by_name import Request, pruning_for
 from popengine.studies.calibration import Calibration, calibrate, load_calibration, save_calibration
 from popengine.studies.cfsp import kept_shares
@@ -360,8 +360,8 @@ def test_score_takes_a_saved_calibration(tmp_path: Path, capsys: pytest.CaptureF
     assert exit_status(score.main, *common, "--method", "shortgpt", "--prune-ratio", 0.34, "--calibration", saved) == 0
     assert capsys.readouterr().out == first and read_halves("0") != ()
     assert "is calibrated on a text" in one_line_error(score.main, capsys, *common[:-1], "--method", "tyr")
-    engine = load(folder)
-    assert calibration_from(engine, None, saved, None) is not None
+    flags = score.parser().parse_args(["--text", "x", "--calibration", str(saved)])
+    assert calibration_for(flags, load(folder)) is not None
 
 
 def test_compare_gives_no_setting_to_layers_alone_that_channels_would_need() -> None:
