@@ -47,6 +47,7 @@ class Run:
     Iterating yields, per step, the new token of each sequence, or None for sequences that had ended before.
 
     missing   cache slots saved in layers that leave out rows of pictures
+    stop_string  set by the reader of the text: it ended at a stop string
     logprobs  of the last step's tokens under the model itself, before temperature and penalty, if requested
     held      state of a conversation with the first `kept` tokens of its one prompt; None: the engine lends a state
     """
@@ -74,6 +75,7 @@ class Run:
         self.generator = sampling.generator(engine.device)
         self.finish_reasons: list[str | None] = [None] * len(prompts)
         self.new_tokens = self.decode_steps = 0
+        self.stop_string = False
         self.compile_s = self.image_s = self.prefill_s = self.decode_s = 0.0
 
     def __iter__(self) -> Iterator[list[int | None]]:
