@@ -88,9 +88,9 @@ def tell_if_missing() -> None:
         print(MISSING, file=sys.stderr, flush=True)
 
 
-def panels(rows: int, columns: int, size: tuple[float, float], **shared: bool) -> tuple[Any, list[Any]]:
+def panels(rows: int, columns: int, size: tuple[float, float], sharey: bool = False) -> tuple[Any, list[Any]]:
     """Return a figure and its panels. Its layout leaves room for a legend outside them."""
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **shared)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, sharey=sharey, squeeze=False, layout="constrained")
     return figure, list(axes.flat)
 
 
