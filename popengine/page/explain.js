@@ -115,15 +115,15 @@ function fillText() {
     dense.append(token);
   });
   if (parting !== null) {
-    answer.children[Math.min(parting, last)].dataset.parts = "";
+    if (parting < frames.length) answer.children[parting].dataset.parts = "";
+    else answer.append(endMark());
     if (parting >= tokens.length) dense.append(endMark());
-    if (parting >= frames.length) answer.append(endMark());
   }
   const both = tokens.map(one => one.text).join("") === "" ? "" : ` The dense answer ended after ${tokens.length} tokens (${ended === "stop" ? "end of sequence" : "as many as asked for"}).`;
   const shown = (list, at) => at < list.length ? `“${said(list[at])}”` : "an end";
   byId("parting").textContent = (parting === null
     ? `Both answers are the same, token for token (${frames.length}).`
-    : `Framed: the first difference, token ${parting + 1}, where this run has ${shown(frames, parting)} and the dense model has ${shown(tokens, parting)}. After it the two go on from different texts.`)
+    : `Framed: the first difference, token ${parting + 1}, where this run has ${shown(frames, parting)} and the dense model has ${shown(tokens, parting)}.` + (parting < Math.min(frames.length, tokens.length) ? " After it the two go on from different texts." : ""))
     + both + (run.greedy ? "" : " This run was sampled and the dense answer is greedy: a difference may come from sampling alone.");
   const most = Math.max(...run.prompt.map(one => one.share), 1e-9);
   let chip = null, images = 0;

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from browser import Browser, find_chromium
-from builders import LLAVA_TINY, MIXTRAL_TINY, exit_status, generated, one_line_error
+from builders import LLAVA_TINY, MIXTRAL_TINY, REPOSITORY, exit_status, generated, one_line_error
 from PIL import Image
 from tiny_gemma import complete_gemma
 from tiny_qwen_vl import complete_qwen, picture
@@ -28,7 +28,7 @@ from popengine.explain import main
 from popengine.images.vision import Vision
 from popengine.page import page as page_file
 from popengine.page.explained_run import embedded, explained_run, first_difference, picture_of
-from popengine.page.page import packed, page
+from popengine.page.page import MOST_BYTES, packed, page
 from popengine.studies.settings import DENSE, PruningSettings
 
 POP = PruningSettings.paper(ffn_ratio=0.5, candidate_width=0.4)
@@ -565,3 +565,12 @@ def test_on_a_phone_in_the_dark_nothing_overflows(
         assert browser.value("document.querySelectorAll('#pictures canvas').length") == len(run["pictures"])
         assert browser.value("show(0), show(frames.length - 1), frame") == 5
         assert browser.problems() == []
+
+
+def test_the_example_of_the_docs_opens_and_fetches_nothing(browser: Browser) -> None:
+    example = REPOSITORY / "docs" / "example.html"
+    assert example.stat().st_size < MOST_BYTES
+    browser.open(example.as_uri())
+    assert text_of(browser, "verdict").startswith("In this run a step read ")
+    assert text_of(browser, "dense-answer").startswith("```python\n")
+    assert browser.problems() == [] and browser.requests() == [example.as_uri()]
