@@ -58,6 +58,8 @@ def run(flags: argparse.Namespace) -> None:
 
     if not flags.no_plots:
         from popengine.evaluation import plots
+
+        plots.tell_if_missing()
     questions = [] if flags.tasks is None else tasks.questions_for(flags.tasks, flags.samples, flags.seed)
     make_folder(flags.out, "gates.json", "gates.md", "gates.png")
     show_progress = sys.stderr.isatty() and not flags.quiet
@@ -84,7 +86,7 @@ def run(flags: argparse.Namespace) -> None:
     write_output(flags.out / "gates.json", json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     table = gates.markdown(found, about)
     write_output(flags.out / "gates.md", table)
-    if not flags.no_plots:
+    if not flags.no_plots and plots.INSTALLED:
         plots.plot_gates(rows, flags.out / "gates.png", about["checkpoint"])
     print(table, end="")
 

@@ -101,6 +101,7 @@ class Browser:
             if time.monotonic() > deadline:
                 raise TimeoutError(address)
             time.sleep(0.05)
+        self.value("typeof ready === 'object' ? ready.then(() => 0) : 0")
 
     def value(self, expression: str) -> Any:
         """What an expression is worth in the page; a promise is waited for."""

@@ -15,10 +15,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("weights", "models", "popengine")
 # Modules that need a package of an extra of pyproject.toml, and that package.
-NEED_EXTRAS = {
-    "popengine.harness": "lm_eval", "popengine.evaluation.harness_model": "lm_eval",
-    "popengine.evaluation.plots": "matplotlib",
-}
+NEED_EXTRAS = {"popengine.harness": "lm_eval", "popengine.evaluation.harness_model": "lm_eval"}
 
 VERSIONS = """
 import importlib.util, platform

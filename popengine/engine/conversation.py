@@ -6,7 +6,7 @@ cache is rolled back to that point. Tokens that are rolled back stay evidence.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,7 +90,7 @@ class Conversation:
         """Add a turn and return its whole answer. Arguments and errors as for `stream`."""
         return joined(self.stream(text, images))
 
-    def stream(self, text: str, images: Sequence[ImageSource] = ()) -> Iterator[Piece]:
+    def stream(self, text: str, images: Sequence[ImageSource] = ()) -> Generator[Piece, None, None]:
         """Add a turn and yield its answer piece by piece. If the iterator is closed early, the answer ends there.
 
         Raises InputError on the call, before the first piece, for bad input or a full context.
@@ -123,7 +123,9 @@ class Conversation:
         )
         return self.answer(run, messages, pictures)
 
-    def answer(self, run: Run, messages: list[dict[str, Any]], pictures: list[ImageSource]) -> Iterator[Piece]:
+    def answer(
+        self, run: Run, messages: list[dict[str, Any]], pictures: list[ImageSource]
+    ) -> Generator[Piece, None, None]:
         """Yield the pieces of a turn's run, and update the conversation with each."""
         state, said, text = self.state, [], ""
         self.state = None                           # until a step is complete

@@ -159,7 +159,9 @@ class Engine(LoadedModel):
             if text.found:
                 run.end(0)
             yield Piece(shown, token, logprob=run.logprobs[0] if run.logprobs else None)
-        yield Piece(text.finish(), None, run.finish_reasons[0], run.prompts[0], measured(run))
+        rest = text.finish()
+        run.stop_string = text.found
+        yield Piece(rest, None, run.finish_reasons[0], run.prompts[0], measured(run))
 
     def run(
         self,

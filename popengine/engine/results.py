@@ -55,6 +55,7 @@ class Statistics(of_studies.StudyStatistics):
     skipped_layers       layers, of the model's `layers`, that all but the last prompt tokens skipped
     experts              per layer with a mixture of experts
     weight_bytes_per_token  mean over the steps of the run
+    stop_string          True if a stop string ended a stream
     """
 
     prompt_tokens: int
@@ -79,6 +80,7 @@ class Statistics(of_studies.StudyStatistics):
     weights: str
     dtype: str
     device: str
+    stop_string: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ def measured(run: Run) -> Statistics:
         weights=engine.weights,
         dtype=str(engine.dtype).removeprefix("torch."),
         device=str(engine.device),
+        stop_string=run.stop_string,
     )
 
 
@@ -222,6 +225,7 @@ def or_null(value: float) -> float | None:
 def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str]:
     """Format statistics for people."""
     ended = {"stop": "end of sequence", "length": "as many as asked for"}[finish_reason]
+    ended = "a stop string" if statistics.stop_string and finish_reason == "stop" else ended
     shown, share = statistics.regions, statistics.weight_bytes_per_token / statistics.dense_weight_bytes_per_token
     of_which = [f"{statistics.kept_tokens} kept"] if statistics.kept_tokens else []
     images = ""

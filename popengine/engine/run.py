@@ -30,6 +30,7 @@ class Run:
                     state
     wants_logprobs  fill `logprobs` with those of the last step's tokens, under the model itself: before temperature
                     and penalty
+    stop_string     set by the reader of the text: it ended at a stop string
     missing         cache slots saved in layers that leave out rows of pictures
     """
 
@@ -51,6 +52,7 @@ class Run:
         self.seen: Tensor | None = None
         self.finish_reasons: list[str | None] = [None] * len(self.prompts)
         self.new_tokens = self.decode_steps = 0
+        self.stop_string = False
         self.compile_s = self.image_s = self.prefill_s = self.decode_s = 0.0
 
     def __iter__(self) -> Iterator[list[int | None]]:

@@ -167,18 +167,20 @@ class Comparison:
         rows = self.rows(tasks)
         about: dict[str, Any] = {"machine": machine(), "plots": []}
         studies: dict[str, dict[str, float]] = {}
+        folder = plots if plots is not None and plots_module().INSTALLED else None
         if self.windows:
             drifts = [rank_drift(self.engine.model, window) for window in self.windows[:DRIFT_WINDOWS]]
             picked = self.study_picks()
             studies["ranking of the dense model"] = drift_figures(drifts)
             if picked is not None:
                 studies[f"share of steps that pick a candidate, {picked[0].label}"] = pick_figures(picked[1])
-            if plots is not None:
-                about["plots"] = self.plot(rows, drifts, picked, plots)
-        if plots is not None:
+            if folder is not None:
+                about["plots"] = self.plot(rows, drifts, picked, folder)
+        if folder is not None:
             for name in tasks:
-                load_plots().plot_tasks([one.label for one in self.prunings], rows, name, plots / task_plot(name))
-                about["plots"].append(task_plot(name))
+                labels = [one.label for one in self.prunings]
+                if plots_module().plot_tasks(labels, rows, name, folder / task_plot(name)):
+                    about["plots"].append(task_plot(name))
         return {"about": about, "rows": rows, "studies": studies}
 
     def measure_text(self) -> None:
@@ -296,9 +298,9 @@ class Comparison:
             given = [self.window_score(one, index).agreed for index in range(len(self.windows))]
             generated = [self.agreed_on_generated(one, index) for index in range(len(self.windows))]
             still_alike = [list(itertools.accumulate(own, operator.and_)) for own in generated]
-            yield load_plots().Point(
+            yield plots_module().Point(
                 one.method, one.label, round(row["ffn_ratio"], 3), one.settings.candidate_width,
-                row["weight_bytes_per_token"] / 1e6, row["perplexity"],
+                row["weight_bytes_per_token"] / 1e6, row["weight_share"], row["perplexity"],
                 share_by_position(given), share_by_position(generated), share_by_position(still_alike),
             )
 
@@ -319,28 +321,24 @@ class Comparison:
         picked: tuple[Configuration, list[NetworkPicks]] | None, folder: Path,
     ) -> list[str]:
         """Draw every plot that there is data for, and return the names of the files."""
-        plots = load_plots()
+        plots = plots_module()
         usual = [
             (one, point) for one, point in zip(self.prunings, self.points(rows), strict=True) if self.is_usual(one)
         ]
-        plots.plot_perplexity([point for _, point in usual], folder / "perplexity.png")
-        plots.plot_agreement(
-            [
-                point for one, point in usual
-                if one.method != "pop" or one.settings.candidate_width == self.middle_width()
-            ],
-            folder / "agreement.png",
-        )
-        plots.plot_rank_drift(drifts, folder / "rank_drift.png")
-        names = ["perplexity.png", "agreement.png", "rank_drift.png"]
+        of_one_width = [
+            point for one, point in usual if one.method != "pop" or one.settings.candidate_width == self.middle_width()
+        ]
+        drawn = {
+            "perplexity.png": plots.plot_perplexity([point for _, point in usual], folder / "perplexity.png"),
+            "agreement.png": plots.plot_agreement(of_one_width, folder / "agreement.png"),
+            "rank_drift.png": plots.plot_rank_drift(drifts, folder / "rank_drift.png"),
+        }
         if "decode_ms_per_token" in rows[0]:
-            plots.plot_frontier(rows, folder / "frontier.png")
-            names.append("frontier.png")
+            drawn["frontier.png"] = plots.plot_frontier(rows, folder / "frontier.png")
         if picked is not None:
             one, networks = picked
-            plots.plot_partition_map(networks, folder / "partition.png", one.label)
-            names.append("partition.png")
-        return names
+            drawn["partition.png"] = plots.plot_partition_map(networks, folder / "partition.png", one.label)
+        return [name for name, was in drawn.items() if was]
 
     def is_usual(self, one: Configuration) -> bool:
         """Return True if the plots show this configuration: what no axis shows is as in the first configuration."""
@@ -404,8 +402,13 @@ def task_plot(task_set: str) -> str:
     return f"tasks_{task_set}.png"
 
 
-def load_plots() -> ModuleType:
-    """Import the plots only if something is drawn. Raises InputError if matplotlib is missing."""
+def load_plots() -> None:
+    """Import the plots. If matplotlib is missing, print one note: the numbers are measured and saved without them."""
+    plots_module().tell_if_missing()
+
+
+def plots_module() -> ModuleType:
+    """Import the plots only if something may be drawn: matplotlib takes a second."""
     return importlib.import_module("popengine.evaluation.plots")
 
 

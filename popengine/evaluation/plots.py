@@ -1,5 +1,10 @@
-"""The plots of a comparison. They need matplotlib, which the extra `plots` installs."""
+"""The plots of a comparison. They need matplotlib, which the extra `plots` installs; without it nothing is drawn.
 
+Every plot shows a price (quality lost) and, where there is one, the gain (bytes or time saved). Legends are outside the
+panels. A function returns False, and writes no file, if it would draw an empty panel.
+"""
+
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +14,6 @@ import torch
 
 from popengine.evaluation.comparison_table import right_answers
 from popengine.evaluation.studies import NetworkPicks, RankDrift
-from weights.errors import InputError
 from weights.output_file import replacing
 
 try:
@@ -19,8 +23,13 @@ try:
     from matplotlib import pyplot
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+    INSTALLED = True
 except ImportError:
-    raise InputError("plots need matplotlib: pip install 'popengine[plots]', or give --no-plots") from None
+    INSTALLED = False
+
+MISSING = "note: no plots are drawn, as matplotlib is missing: pip install 'popengine[plots]'"
 
 STYLES = {
     "dense": ("black", "*"),
@@ -54,6 +63,8 @@ REGION_COLOURS = {"retained": "#1f4e79", "candidate": "#f2b134", "pruned": "#e8e
 class Point:
     """One row of the table, for the plots.
 
+    weight_share      bytes per token over the dense model's
+    perplexity        None if it is not a number
     agreed            share of windows whose likeliest token is the dense model's, per position of the given text
     agreed_generated  this share along the text that the dense model generates
     still_alike       share of windows that agree on every token so far, along that text
@@ -64,77 +75,127 @@ class Point:
     ffn_ratio: float
     candidate_width: float
     megabytes: float
-    perplexity: float
+    weight_share: float
+    perplexity: float | None
     agreed: list[float]
     agreed_generated: list[float]
     still_alike: list[float]
 
 
+def tell_if_missing() -> None:
+    """Print one line on stderr if matplotlib is missing."""
+    if not INSTALLED:
+        print(MISSING, file=sys.stderr, flush=True)
+
+
+def panels(rows: int, columns: int, size: tuple[float, float], sharey: bool = False) -> tuple[Any, list[Any]]:
+    """Return a figure and its panels. Its layout leaves room for a legend outside them."""
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, sharey=sharey, squeeze=False, layout="constrained")
+    return figure, list(axes.flat)
+
+
+def legend(figure: Any, axes: Any, where: str = "outside right upper", **style: Any) -> None:
+    """Add the legend of one panel to the figure, outside all panels, with each label once."""
+    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(named.values(), named.keys(), loc=where, fontsize=8, **style)
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a figure as a PNG file and close it."""
-    figure.tight_layout()
     with replacing(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=130)
     pyplot.close(figure)
 
 
-def plot_perplexity(points: Sequence[Point], path: Path) -> None:
+def against_dense(axes: Any, across: float | None, up: float | None, name: str, price: str) -> None:
+    """Add what is saved to the top of a panel, and the price to its right, with lines at the dense model's values.
+
+    across, up  the dense model's values on both axes; None: it was not measured
+    """
+    if across is not None:
+        axes.axvline(across, color="lightgray", zorder=0)
+        saved = (lambda x: 100 * (1 - x / across)), (lambda share: across * (1 - share / 100))
+        top = axes.secondary_xaxis("top", functions=saved)
+        top.set_xlabel(f"{name} saved against dense, %")
+    if up is not None:
+        axes.axhline(up, color="lightgray", zorder=0)
+        if price:
+            right = axes.secondary_yaxis("right", functions=(lambda y: y / up, lambda share: share * up))
+            even_ticks(right.yaxis, [limit / up for limit in axes.get_ylim()])
+            right.set_ylabel(price)
+
+
+def even_ticks(axis: Any, limits: Sequence[float]) -> None:
+    """Put round ticks on an axis of any scale, between the limits."""
+    ticks = [tick for tick in MaxNLocator(8).tick_values(*limits) if limits[0] <= tick <= limits[1]]
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+
+
+def plot_perplexity(points: Sequence[Point], path: Path) -> bool:
     """Plot perplexity against weight bytes per token; POP's widths at one ratio are joined.
 
     A value above ten times the best is drawn on the upper edge with its number, so that the others remain distinct.
     """
-    figure, axes = pyplot.subplots(figsize=(10, 5.5))
-    best = min(point.perplexity for point in points)
-    top = min(10 * best, 1.25 * max(point.perplexity for point in points))
-    for method in dict.fromkeys(point.method for point in points):
+    measured = [(point, point.perplexity) for point in points if point.perplexity is not None]
+    if not measured:
+        return False
+    figure, (axes,) = panels(1, 1, (10.5, 5.8))
+    best = min(value for _, value in measured)
+    top = min(10 * best, 1.25 * max(value for _, value in measured))
+    for method in dict.fromkeys(point.method for point, _ in measured):
         colour, marker = STYLES.get(method, ("tab:cyan", "o"))
-        own = [point for point in points if point.method == method]
-        for ratio in sorted({point.ffn_ratio for point in own}):
-            line = sorted((p for p in own if p.ffn_ratio == ratio), key=lambda p: p.candidate_width)
-            axes.plot([p.megabytes for p in line], [p.perplexity for p in line], color=colour, linewidth=0.9, alpha=0.6)
+        own = [(point, value) for point, value in measured if point.method == method]
+        for ratio in sorted({point.ffn_ratio for point, _ in own}):
+            line = sorted(((p, v) for p, v in own if p.ffn_ratio == ratio), key=lambda pair: pair[0].candidate_width)
+            axes.plot([p.megabytes for p, _ in line], [v for _, v in line], color=colour, linewidth=0.9, alpha=0.6)
             if method == "pop":
-                for point in line:
+                for point, value in line:
                     axes.annotate(
-                        f"{point.candidate_width:g}", (point.megabytes, point.perplexity), fontsize=8, color=colour,
+                        f"{point.candidate_width:g}", (point.megabytes, value), fontsize=8, color=colour,
                         textcoords="offset points", xytext=(5, 5),
                     )
-        for point in own:
-            if point.perplexity > top:
+        for point, value in own:
+            if value > top:
                 axes.annotate(
-                    f"{point.perplexity:.0f}", (point.megabytes, top), fontsize=7, color=colour, ha="left",
+                    f"{value:.0f}", (point.megabytes, top), fontsize=7, color=colour, ha="left",
                     textcoords="offset points", xytext=(5, -9 if method == "random" else -20), annotation_clip=False,
                 )
         axes.scatter(
-            [p.megabytes for p in own], [min(p.perplexity, top) for p in own], color=colour, marker=marker,
+            [p.megabytes for p, _ in own], [min(v, top) for _, v in own], color=colour, marker=marker,
             s=140 if method == "dense" else 42, label=method, zorder=3, clip_on=False,
         )
     axes.set_yscale("log")
     axes.set_ylim(best * 0.9, top)
-    steps = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 5000)
-    ticks = [tick for tick in steps if best * 0.9 <= tick <= top]
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
+    even_ticks(axes.yaxis, axes.get_ylim())
+    dense = next((value for point, value in measured if point.method == "dense"), None)
+    whole = measured[0][0].megabytes / measured[0][0].weight_share
+    against_dense(axes, whole, dense, "bytes", "perplexity over dense's")
     axes.set_xlabel("weights read per decoded token, MB")
     axes.set_ylabel("perplexity (lower is better)")
-    axes.set_title("What a decode step reads, and what it costs in quality (numbers: candidate width of pop)")
+    figure.suptitle("What a decode step reads, and what it costs in quality (numbers: candidate width of pop)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
+    legend(figure, axes)
     save(figure, path)
+    return True
 
 
-def plot_agreement(points: Sequence[Point], path: Path, bin_size: int = 16) -> None:
-    """Plot agreement with the dense model by position, in bins.
+def plot_agreement(points: Sequence[Point], path: Path, bin_size: int = 16) -> bool:
+    """Plot agreement with the dense model by position, in bins; the legend has the bytes that each method reads.
 
     Three panels: on the given text, along the dense model's generation, and the share of windows that agree on every
     token so far.
     """
-    figure, panels = pyplot.subplots(1, 3, figsize=(15.5, 4.8), sharey=True)
-    lines = ("-", "--", ":", "-.")
     shown = [point for point in points if point.method != "dense"]
+    if not shown:
+        return False
+    figure, three = panels(1, 3, (16, 4.8), sharey=True)
+    lines = ("-", "--", ":", "-.")
     for axes, title, values in (
-        (panels[0], "same top token, given the text", [point.agreed for point in shown]),
-        (panels[1], "same token, along dense generation", [point.agreed_generated for point in shown]),
-        (panels[2], "every token so far the same", [point.still_alike for point in shown]),
+        (three[0], "same top token, given the text", [point.agreed for point in shown]),
+        (three[1], "same token, along dense generation", [point.agreed_generated for point in shown]),
+        (three[2], "every token so far the same", [point.still_alike for point in shown]),
     ):
         used: dict[str, int] = {}
         for point, shares in zip(shown, values, strict=True):
@@ -144,19 +205,23 @@ def plot_agreement(points: Sequence[Point], path: Path, bin_size: int = 16) -> N
             colour = STYLES.get(point.method, ("tab:cyan", "o"))[0]
             line = lines[used.get(point.method, 0) % len(lines)]
             used[point.method] = used.get(point.method, 0) + 1
-            axes.plot(middle, bins.tolist(), line, color=colour, marker=".", label=point.label)
+            label = f"{point.label} ({point.weight_share:.0%} of the bytes)"
+            axes.plot(middle, bins.tolist(), line, color=colour, marker=".", label=label)
         axes.set_ylim(0, 1)
         axes.set_title(title)
         axes.set_xlabel(f"position after the prompt (mean over {bin_size})")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("agreement with the dense model")
-    panels[2].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), handlelength=3.5)
+    three[0].set_ylabel("share that agrees with the dense model")
+    legend(figure, three[2], handlelength=3.5)
     save(figure, path)
+    return True
 
 
-def plot_rank_drift(drifts: Sequence[RankDrift], path: Path) -> None:
+def plot_rank_drift(drifts: Sequence[RankDrift], path: Path) -> bool:
     """Plot mean rank difference and top-50 % overlap per decode step: median and middle 80 % of the networks."""
-    figure, both = pyplot.subplots(1, 2, figsize=(11, 4.3))
+    if not drifts:
+        return False
+    figure, both = panels(1, 2, (11, 4.8))
     for axes, title, chance, values in (
         (both[0], "mean rank difference / channels", 1 / 3, [drift.rank_difference for drift in drifts]),
         (both[1], "overlap of the top 50 %", 0.5, [drift.overlap for drift in drifts]),
@@ -165,18 +230,20 @@ def plot_rank_drift(drifts: Sequence[RankDrift], path: Path) -> None:
         steps = range(1, over_windows.shape[1] + 1)
         low, middle, high = (over_windows.nanquantile(q, dim=0).tolist() for q in (0.1, 0.5, 0.9))
         axes.fill_between(steps, low, high, color="tab:blue", alpha=0.2, label="middle 80 % of the networks")
-        axes.plot(steps, middle, color="tab:blue", label="median network")
+        axes.plot(steps, middle, color="tab:blue", marker="." if len(steps) < 40 else "", label="median network")
         axes.axhline(chance, color="black", linestyle=":", label="by chance")
         axes.set_xlabel("decode step")
+        axes.set_ylabel("share of the channels")
         axes.set_title(title)
         axes.set_ylim(0, 0.5 if chance < 0.5 else 1)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    legend(figure, both[0], "outside lower center", ncols=3)
     figure.suptitle(f"Dense model: a decode step's ranking of channels against the prompt's, {len(drifts)} windows")
     save(figure, path)
+    return True
 
 
-def plot_partition_map(networks: Sequence[NetworkPicks], path: Path, label: str) -> None:
+def plot_partition_map(networks: Sequence[NetworkPicks], path: Path, label: str) -> bool:
     """Plot networks x channels: above the region of every channel, below how often each candidate was picked."""
     channels = networks[0].partition.sizes.channels
     regions = torch.zeros(len(networks), channels)
@@ -186,37 +253,43 @@ def plot_partition_map(networks: Sequence[NetworkPicks], path: Path, label: str)
         regions[row, network.partition.candidate] = 1
         regions[row, network.partition.pruned] = 2
         share[row] = (network.picked / max(network.steps, 1)).sort(descending=True).values.cpu()
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(13, 8.5))
-    above.imshow(
+    figure, drawn = panels(2 if candidates else 1, 1, (13, 9 if candidates else 5))
+    drawn[0].imshow(
         regions.numpy(), aspect="auto", interpolation="nearest", cmap=ListedColormap(list(REGION_COLOURS.values())),
         vmin=0, vmax=2, extent=(0, channels, len(networks), 0),
     )
-    above.set_title(f"Partition of one prompt, {label}")
-    above.set_xlabel("channel, in the model's order")
-    above.set_ylabel(row_name(networks))
-    above.legend(
+    drawn[0].set_title(f"Partition of one prompt, {label}")
+    drawn[0].set_xlabel("channel, in the model's order")
+    drawn[0].set_ylabel(row_name(networks))
+    figure.legend(
         handles=[Patch(color=colour, label=name) for name, colour in REGION_COLOURS.items()],
-        loc="upper right", ncols=3, fontsize=8, framealpha=0.95,
+        loc="outside lower center", ncols=3, fontsize=8,
     )
-    image = below.imshow(share.numpy(), aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1,
-                         extent=(0, candidates, len(networks), 0))
-    below.set_title("How often decode steps picked each candidate (each row sorted; half are picked at every step)")
-    below.set_xlabel("candidate, from the most to the least picked")
-    below.set_ylabel(row_name(networks))
-    figure.colorbar(image, ax=below, label="share of steps", fraction=0.03, pad=0.01)
+    for below in drawn[1:]:
+        image = below.imshow(share.numpy(), aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1,
+                             extent=(0, candidates, len(networks), 0))
+        below.set_title("How often decode steps picked each candidate (each row sorted; half are picked at every step)")
+        below.set_xlabel("candidate, from the most to the least picked")
+        below.set_ylabel(row_name(networks))
+        figure.colorbar(image, ax=below, label="share of steps", fraction=0.03, pad=0.01)
     save(figure, path)
+    return True
 
 
-def plot_frontier(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def plot_frontier(rows: Sequence[dict[str, Any]], path: Path) -> bool:
     """Plot loss against the bytes and against the time of a step; the Pareto frontier is joined.
 
     With one form of weights, colours show methods; with several, colours show forms and markers show methods.
     """
+    rows = [row for row in rows if row["mean_loss"] is not None]
+    if not rows:
+        return False
     forms = list(dict.fromkeys(row["weights"] for row in rows))
-    figure, both = pyplot.subplots(1, 2, figsize=(12.5, 5), sharey=True)
-    for axes, name, title in (
-        (both[0], "weight_bytes_per_token", "weights read per decoded token, MB"),
-        (both[1], "decode_ms_per_token", "time per decoded token, ms"),
+    figure, both = panels(1, 2, (13.5, 5.6), sharey=True)
+    dense = next((row for row in rows if row["method"] == "dense"), None)
+    for axes, name, title, saved in (
+        (both[0], "weight_bytes_per_token", "weights read per decoded token, MB", "bytes"),
+        (both[1], "decode_ms_per_token", "time per decoded token, ms", "time"),
     ):
         scale = 1e-6 if name == "weight_bytes_per_token" else 1.0
         for form, method in dict.fromkeys((row["weights"], row["method"]) for row in rows):
@@ -232,31 +305,42 @@ def plot_frontier(rows: Sequence[dict[str, Any]], path: Path) -> None:
             point for place, point in enumerate(points) if all(point[1] < earlier[1] for earlier in points[:place])
         ]
         axes.plot(*zip(*unbeaten, strict=True), color="black", linewidth=0.8, linestyle=":", zorder=1)
+        if dense is not None:
+            against_dense(axes, dense[name] * scale, dense["mean_loss"], saved, "")
         axes.set_xlabel(title)
         axes.grid(alpha=0.3)
-    both[0].set_ylabel("loss, nats per token")
-    both[1].legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
+    both[0].set_ylabel("loss, nats per token (gray: dense)" if dense else "loss, nats per token")
+    legend(figure, both[1])
     save(figure, path)
+    return True
 
 
-def plot_tasks(labels: Sequence[str], rows: Sequence[dict[str, Any]], task_set: str, path: Path) -> None:
-    """Plot right answers of every row of the table, in order from the top, with standard errors over questions."""
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.26 * len(rows)))
+def plot_tasks(labels: Sequence[str], rows: Sequence[dict[str, Any]], task_set: str, path: Path) -> bool:
+    """Plot right answers of every row of the table, with standard errors over questions, beside the bytes it reads."""
+    if not rows:
+        return False
+    figure, (right, read) = panels(1, 2, (10.5, 1.4 + 0.26 * len(rows)), sharey=True)
     for place, row in enumerate(rows):
         found = row[f"tasks_{task_set}"]
         share, error = right_answers(found, list(found["asked"]))
         colour, marker = STYLES.get(row["method"], ("black", "."))
-        axes.errorbar(100 * share, -place, xerr=100 * error, color=colour, marker=marker, capsize=2)
+        right.errorbar(100 * share, -place, xerr=100 * error, color=colour, marker=marker, capsize=2)
+        read.barh(-place, 100 * row["weight_share"], height=0.6, color=colour)
         if row["method"] == "dense":
-            axes.axvline(100 * share, color="lightgray", zorder=0)
-    axes.set_yticks([-place for place in range(len(rows))], labels, fontsize=8)
-    axes.set_xlabel(f"right answers, % of all questions (tasks: {task_set})")
+            right.axvline(100 * share, color="lightgray", zorder=0)
+            read.axvline(100 * row["weight_share"], color="lightgray", zorder=0)
+    right.set_yticks([-place for place in range(len(rows))], labels, fontsize=8)
+    right.set_xlabel(f"right answers, % of all questions (tasks: {task_set})")
+    read.set_xlabel("weights read per decoded token, % of dense's")
     save(figure, path)
+    return True
 
 
-def plot_gates(rows: Sequence[dict[str, Any]], path: Path, label: str) -> None:
+def plot_gates(rows: Sequence[dict[str, Any]], path: Path, label: str) -> bool:
     """Plot each layer's importance for prompt positions and for output positions, as shares of all layers."""
-    figure, axes = pyplot.subplots(figsize=(9, 4.3))
+    if not any(row[f"{name}_share"] for row in rows for name in ("prompt", "output")):
+        return False
+    figure, (axes,) = panels(1, 1, (9, 4.6))
     layers = [row["layer"] for row in rows]
     for name, colour, marker in (("prompt", "tab:blue", "o"), ("output", "tab:orange", "s")):
         # A gate without influence has importance 0, which a log axis cannot show: the line has a gap.
@@ -267,8 +351,9 @@ def plot_gates(rows: Sequence[dict[str, Any]], path: Path, label: str) -> None:
     axes.set_ylabel("share of the importance of all layers")
     axes.set_title(f"Virtual gates: mean of (dLoss / dg)^2, {label}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9, loc="upper center")
+    legend(figure, axes, "outside lower center", ncols=2)
     save(figure, path)
+    return True
 
 
 def row_name(networks: Sequence[NetworkPicks]) -> str:

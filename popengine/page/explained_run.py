@@ -150,6 +150,7 @@ def explained_run(
         milliseconds.append((run.decode_s - spent) * 1000)
         spent = run.decode_s
     statistics = report(measured(run))
+    alone = dense_answer(engine, prompt, max_new_tokens, images, ignore_eos)
     of_dense, dense_milliseconds = dense_steps(engine, run, new)
     records = networks(engine.model)
     of_pruned, dense_frames, redraws, experts, heads = pruned_steps(engine, run, new, records)
@@ -183,6 +184,14 @@ def explained_run(
             for text, share, token in zip(texts, shares, prompt, strict=False)
         ],
         "frames": frames,
+        "dense_answer": {
+            "tokens": [
+                {"text": text, "token": token, "written": written(token)} for text, token in
+                zip(token_texts(engine.tokenizer, [*prompt, *alone.tokens])[len(prompt):], alone.tokens, strict=True)
+            ],
+            "finish_reason": alone.finish_reason,
+            "first_difference": first_difference(new, alone.tokens),
+        },
         "replayed_alike": sum(likeliest == token for likeliest, token in zip(of_pruned.likeliest, new, strict=True)),
         "greedy": sampling.temperature == 0,
         "finish_reason": run.finish_reasons[0],
@@ -196,6 +205,31 @@ def explained_run(
         "rule": settings.rule,
         "statistics": statistics,
     }
+
+
+@dataclass(frozen=True)
+class DenseAnswer:
+    """Tokens that the dense model generates by itself, and the reason of their end ("stop" or "length")."""
+
+    tokens: list[int]
+    finish_reason: str
+
+
+def dense_answer(
+    engine: Engine, prompt: list[int], max_new_tokens: int, images: Sequence[ImageSource], ignore_eos: bool
+) -> DenseAnswer:
+    """Generate greedily from the same prompt without pruning."""
+    run = engine.run([prompt], max_new_tokens, DENSE, Sampling(), ignore_eos, images)
+    tokens = [token for (token,) in run if token is not None]
+    return DenseAnswer(tokens, run.finish_reasons[0] or "length")
+
+
+def first_difference(one: list[int], other: list[int]) -> int | None:
+    """Return the first place where two answers differ, by a token or by an end; None if they are the same."""
+    for place in range(min(len(one), len(other))):
+        if one[place] != other[place]:
+            return place
+    return None if len(one) == len(other) else min(len(one), len(other))
 
 
 def embedded(engine: Engine, run: Run, new: list[int]) -> Embedded:

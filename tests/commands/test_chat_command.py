@@ -23,7 +23,8 @@ from builders import LLAVA_TINY, REPOSITORY, complete_checkpoint, exit_status
 
 import popengine
 from popengine import __main__ as front_door
-from popengine.chat import COMMANDS, OF_SAMPLING, main
+from popengine.chat import main
+from popengine.dialogue.commands import COMMANDS, OF_SAMPLING
 from popengine.engine.sampling import Sampling
 
 Talk = Callable[..., tuple[int, str, str]]
@@ -93,6 +94,7 @@ def test_every_setting_can_be_said(talk: Talk) -> None:
     ("/load " + 400 * "n", "cannot be read: File name too long"),
     ("/load .", "is not a file, but a directory"),
     ("/image picture.png", "this checkpoint is a text model"),
+    ("/image", "/image takes the path of a picture"),
     ("/load nowhere.json", "nowhere.json cannot be read: No such file"),
     ("/save /nowhere/at/all.json", "cannot be written"),
     ("/stats", "nothing was answered yet"),
@@ -171,8 +173,10 @@ def test_a_picture_goes_with_the_next_turn(talk: Talk, tmp_path: Path) -> None:
     status, out, err = talk(f"/image {LLAVA_TINY / 'example.png'}", "What do you see?", "/stats", flags=flags)
     assert status == 0
     assert "of images" in err
-    status, out, err = talk(f"/image {tmp_path / 'nowhere.png'}", flags=flags)
-    assert (status, out, err.count("\n")) == (2, "", 1)
+    (tmp_path / "words.png").write_text("not a picture")
+    for name, said in (("nowhere.png", "nowhere.png"), ("words.png", "words.png"), (".", "is not a file")):
+        status, out, err = talk(f"/image {tmp_path / name}", "What?", flags=flags)
+        assert (status, out, err.count("\n")) == (2, "", 1) and said in err, err
 
 
 def test_a_terminal_goes_on_after_mistakes_and_interrupts(tmp_path: Path) -> None:

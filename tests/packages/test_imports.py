@@ -22,6 +22,7 @@ LEVELS = [
 FOLDERS = {
     "text": "text, images and studies", "images": "text, images and studies", "studies": "text, images and studies",
     "engine": "engine", "evaluation": "evaluation", "benchmark": "benchmark and page", "page": "benchmark and page",
+    "dialogue": "commands",                 # it takes Ctrl-C and the words of errors from popengine/command_line
 }
 ISOLATED_SCRIPTS = ("popengine.text.sandbox.child", "popengine.evaluation.code_sandbox")
 

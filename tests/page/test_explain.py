@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from browser import Browser, find_chromium
-from builders import LLAVA_TINY, MIXTRAL_TINY, exit_status, generated, one_line_error
+from builders import LLAVA_TINY, MIXTRAL_TINY, REPOSITORY, exit_status, generated, one_line_error
+from PIL import Image
 from tiny_gemma import complete_gemma
 from tiny_qwen_vl import complete_qwen, picture
 from tolerance import assert_same, tolerated
@@ -25,8 +27,8 @@ from popengine.evaluation.studies import picks, rank_drift
 from popengine.explain import main
 from popengine.images.vision import Vision
 from popengine.page import page as page_file
-from popengine.page.explained_run import embedded, explained_run, picture_of
-from popengine.page.page import page
+from popengine.page.explained_run import embedded, explained_run, first_difference, picture_of
+from popengine.page.page import MOST_BYTES, packed, page
 from popengine.studies.settings import DENSE, PruningSettings
 
 POP = PruningSettings.paper(ffn_ratio=0.5, candidate_width=0.4)
@@ -108,6 +110,25 @@ def test_what_dense_wants_is_what_it_ranks_highest(engine: Engine, found: dict[s
         assert list(network["changed"]) == list(network["moved"])[1:]
 
 
+def test_the_dense_model_answers_beside_it(engine: Engine, found: dict[str, Any]) -> None:
+    prompt = engine.prompts.ids("Seven ships", raw=True)
+    alone = [token for (token,) in generated(engine, [prompt], 12, DENSE)]
+    answer, new = found["dense_answer"], [one["token"] for one in found["frames"]]
+    assert [one["token"] for one in answer["tokens"]] == alone and answer["finish_reason"] == "length"
+    assert "".join(one["text"] for one in answer["tokens"]) == engine.tokenizer.decode(alone)
+    place = answer["first_difference"]
+    assert new[:place] == alone[:place] and new[place] != alone[place]
+    assert found["frames"][place]["agrees"] is False and all(one["agrees"] for one in found["frames"][:place])
+    assert recorded(engine, DENSE)["dense_answer"]["first_difference"] is None
+
+
+@pytest.mark.parametrize(("one", "other", "place"), [
+    ([1, 2, 3], [1, 2, 3], None), ([1, 2, 3], [1, 5, 3], 1), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1], 1), ([4], [1], 0),
+])
+def test_the_first_difference_is_a_token_or_an_end(one: list[int], other: list[int], place: int | None) -> None:
+    assert first_difference(one, other) == place
+
+
 def test_dense_steps_and_redraws_are_told(engine: Engine) -> None:
     found = recorded(engine, PruningSettings.paper(ffn_ratio=0.5, dense_every=3, redraw_every=6))
     dense = [index for index, one in enumerate(found["frames"]) if one["dense_step"]]
@@ -187,6 +208,7 @@ def test_layers_beyond_the_room_are_left_out(
     found, out = found | {"model": checkpoint.name}, tmp_path / "page.html"
     bare = len(page(found | {"layers": []}).encode())
     one_layer = len(page(found | {"layers": found["layers"][:1]}).encode()) - bare
+    assert one_layer == pytest.approx(len(page(found | {"layers": found["layers"][2:]}).encode()) - bare, rel=0.05)
     words = ("--ckpt", checkpoint, "--prompt", "Seven ships", "--raw", "--paper", "--ffn-ratio", 0.5,
              "--candidate-width", 0.4, "--ignore-eos", "--out", out)
     room = int(bare + 2.2 * one_layer)
@@ -209,9 +231,13 @@ def test_pictures_beyond_the_room_are_told(
     words = ("--ckpt", LLAVA_TINY, "--prompt", "Red?", "--paper", "-n", 2, "--ignore-eos", "--out", out)
     assert status(*words, *one, "--json") == 0
     run = json.loads(capsys.readouterr().out)
-    room = out.stat().st_size - len(json.dumps(run["layers"][1:])) + 2000        # two pictures are 4,000
+    others, picture = (len(json.dumps([*map(packed, some)])) for some in (run["layers"][1:], run["pictures"]))
+    room = out.stat().st_size - others + picture // 2
     monkeypatch.setattr(page_file, "MOST_BYTES", room)
-    assert "at most 1 of the 2 pictures would fit" in error(capsys, *words, *one * 2)
+    with Image.open(LLAVA_TINY / "example.png") as example:         # the same picture twice would compress to one
+        example.convert("RGB").transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png")
+    two = (*one, "--image", tmp_path / "turned.png")
+    assert "at most 1 of the 2 pictures would fit" in error(capsys, *words, *two)
     assert status(*words, *one) == 0 and out.stat().st_size <= room
 
 
@@ -231,7 +257,9 @@ def test_text_of_prompt_and_model_is_no_markup(found: dict[str, Any]) -> None:
     plain = page(found | {"model": "a"})
     hostile = page(found | {"model": HOSTILE + "%SCRIPT%"})
     assert hostile.count("<") == plain.count("<") and HOSTILE not in hostile
-    assert len(hostile) - len(plain) == len(json.dumps(HOSTILE).replace("<", "\\u003c")) - 3 + len("%SCRIPT%")
+    first, *layers = json.loads(re.search(r'type="application/json">(.*)</script>', hostile)[1])  # type: ignore[index]
+    read = [json.loads(zlib.decompress(base64.b64decode(one))) for one in (first, *layers)]
+    assert read[0]["model"] == HOSTILE + "%SCRIPT%" and read[1:] == json.loads(json.dumps(found["layers"]))
 
 
 # In a browser.
@@ -270,7 +298,7 @@ def test_the_page_shows_the_runs_numbers_and_fetches_nothing(
         "--ffn-ratio", 0.5,
     )
     browser.open(address + "#3")
-    assert json.loads(browser.value("document.getElementById('data').textContent")) == run
+    assert json.loads(browser.value("JSON.stringify(run)")) == run
     seen = {}
     for index in (2, 3, 8):
         browser.value(f"show({index})")
@@ -331,6 +359,123 @@ def test_keys_pointer_and_play(
     light = browser.value(PICTURE)
     browser.value("document.getElementById('theme').click()")
     assert browser.value(PICTURE) != light and browser.problems() == []
+
+
+def pointed(browser: Browser, kind: str, x: float, y: float) -> None:
+    """A finger on a place of the window: down and up again (tap), or along a line (drag)."""
+    if kind == "tap":
+        browser.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        browser.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    else:
+        browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+
+def test_a_finger_pins_tokens_and_channels(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if find_chromium() is None:
+        pytest.skip(NO_BROWSER)
+    address, run = made(
+        tmp_path, capsys, "--ckpt", checkpoint, "--prompt", "Seven", "-n", 8, "--ignore-eos", "--paper",
+        "--ffn-ratio", 0.5,
+    )
+    place = """(() => { const one = document.querySelector('%s'); one.scrollIntoView({block: 'center'});
+                const box = one.getBoundingClientRect(); return [box.x, box.y, box.width, box.height]; })()"""
+    with Browser(360, 740) as browser:
+        browser.call("Emulation.setTouchEmulationEnabled", enabled=True)
+        browser.open(address)
+        at = next(index for index, one in enumerate(run["frames"]) if one["text"].strip() and index > 2)
+        x, y, wide, high = browser.value(place % f'#answer span[data-at="{at}"]')
+        pointed(browser, "tap", x + wide / 2, y + high / 2)
+        assert text_of(browser, "position") == f"{at + 1} / 8"
+        assert text_of(browser, "hovered").startswith(f"Token {at + 1} ")
+        x, y, wide, high = browser.value(place % "#map")
+        top, row = browser.value("[layout.top, layout.high]")
+        pointed(browser, "tap", x + 60, y + top + 1.5 * row)
+        spot = text_of(browser, "spot")
+        assert spot.startswith("Pinned: layer 1, channel ") and browser.value("pinned && selected === 1")
+        pointed(browser, "mouse", x + 120, y + top + 2.5 * row)                 # a pinned channel stays
+        assert text_of(browser, "spot") == spot
+        pointed(browser, "tap", x + 60, y + top + 1.5 * row)                    # and is freed
+        assert browser.value("pinned") is False
+        pointed(browser, "mouse", x + 120, y + top + 2.5 * row)
+        assert text_of(browser, "spot").startswith("layer 2, channel ")
+        assert browser.problems() == []
+
+
+def test_the_page_of_a_run_in_words(
+    browser: Browser, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, run = made(
+        tmp_path, capsys, "--ckpt", checkpoint, "--prompt", "Seven ships", "-n", 12, "--ignore-eos", "--paper",
+        "--ffn-ratio", 0.5,
+    )
+    browser.open(address)
+    order = browser.value("[...document.querySelectorAll('canvas, main p')].map(one => one.id || one.textContent)")
+    before = order[: order.index("map")]
+    assert "verdict" not in before and all(len(words) < 250 for words in before)
+    (network,) = run["layers"][0]["networks"]
+    reads, runs = network["retained"] + network["candidate"], network["retained"] + network["picks"]
+    networks = [layer["networks"][0] for layer in run["layers"]]
+    kept = [1 - ours for one in networks for ours, _ in one["left_out"].values()]
+    changed = [share for one in networks for share in one["changed"].values()]
+    steps = run["frames"][1:]
+    verdict = text_of(browser, "verdict")
+    for words in (
+        f"read {reads} of the {network['channels']} channels of a network and ran {runs} of them",
+        f"changed {100 * sum(changed) / len(changed):.0f} % of its picks from the step before",
+        f"kept {100 * sum(kept) / len(kept):.1f} % of the importance",
+        f"took {100 * sum(one['bytes'] / one['dense_bytes'] for one in steps) / len(steps):.1f} % of the dense model's",
+        f"{sum(one['agrees'] for one in run['frames'])} of 12 tokens",
+    ):
+        assert words in verdict, (words, verdict)
+    answer, place = run["dense_answer"], run["dense_answer"]["first_difference"]
+    assert text_of(browser, "dense-answer") == "".join(one["text"] for one in answer["tokens"])
+    assert f"the first difference, token {place + 1}" in text_of(browser, "parting")
+    framed = browser.value(
+        "[...document.querySelectorAll('.parts')].map(one => [...one.parentElement.children].indexOf(one))"
+    )
+    assert framed == [place, place]
+
+
+def test_blank_lines_of_the_text_are_kept(
+    browser: Browser, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, _ = made(tmp_path, capsys, "--ckpt", checkpoint, "--prompt", "Seven", "-n", 3, "--ignore-eos", "--paper")
+    browser.open(address)
+    high = "document.getElementById('answer').getBoundingClientRect().height"
+    lines = (
+        "['answer', 'dense-answer'].forEach(name => document.getElementById(name).replaceChildren()), "
+        "frames.forEach((one, at) => { one.text = %s[at]; }), fillText(), "
+    )
+    one = browser.value(lines % "['a', 'b', 'c']" + high)
+    assert browser.value(lines % "['a', '\\n\\n\\n', 'c']" + high) == pytest.approx(4 * one, rel=0.01)
+
+
+def test_axes_are_named(
+    browser: Browser, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, _ = made(
+        tmp_path, capsys, "--ckpt", checkpoint, "--prompt", "Seven", "-n", 8, "--ignore-eos", "--paper",
+        "--ffn-ratio", 0.5,
+    )
+    browser.open(address)
+    written = browser.value("""(() => {
+        const found = {}, fill = CanvasRenderingContext2D.prototype.fillText;
+        CanvasRenderingContext2D.prototype.fillText = function (text) {
+            (found[this.canvas.id] ||= []).push(text); fill.apply(this, arguments); };
+        redraw();
+        CanvasRenderingContext2D.prototype.fillText = fill;
+        return found;
+    })()""")
+    for name, across, up in (
+        ("map", "channel, by its place", "layer"), ("curve", "channel, by its place", "score over the prompt (no unit"),
+        ("history", "new token", "share, %"), ("chances", "new token", "probability of the token, %"),
+        ("times", "new token", "time of the step, ms"),
+    ):
+        assert any(text.startswith(across) for text in written[name]), (name, written[name])
+        assert any(text.startswith(up) for text in written[name]), (name, written[name])
+        assert sum(text.replace(",", "").isdigit() for text in written[name]) >= 4, (name, written[name])
 
 
 @pytest.mark.parametrize(("flags", "said"), [
@@ -420,3 +565,12 @@ def test_on_a_phone_in_the_dark_nothing_overflows(
         assert browser.value("document.querySelectorAll('#pictures canvas').length") == len(run["pictures"])
         assert browser.value("show(0), show(frames.length - 1), frame") == 5
         assert browser.problems() == []
+
+
+def test_the_example_of_the_docs_opens_and_fetches_nothing(browser: Browser) -> None:
+    example = REPOSITORY / "docs" / "example.html"
+    assert example.stat().st_size < MOST_BYTES
+    browser.open(example.as_uri())
+    assert text_of(browser, "verdict").startswith("In this run a step read ")
+    assert text_of(browser, "dense-answer").startswith("```python\n")
+    assert browser.problems() == [] and browser.requests() == [example.as_uri()]

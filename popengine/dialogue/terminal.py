@@ -5,6 +5,7 @@ user's state folder, readable by the user alone.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 from popengine.command_line.interrupts import insistent_interrupts
@@ -16,9 +17,39 @@ try:
     import readline  # optional: editing and history of lines
 except ImportError:
     readline = None  # type: ignore[assignment]
+try:
+    import termios  # not on Windows
+
+    NO_TERMINAL: tuple[type[Exception], ...] = (OSError, ValueError, termios.error)
+except ImportError:
+    termios = None  # type: ignore[assignment]
+    NO_TERMINAL = (AttributeError, OSError, ValueError)
 
 BLOCK = '"""'
 MOST_HISTORY = 1000  # lines
+
+
+def tell(words: str) -> None:
+    """Print a line on stderr."""
+    print(words, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def silent_keys() -> Iterator[None]:
+    """Do not echo keys while an answer streams. They wait in the terminal, and the next prompt line shows them."""
+    try:
+        number = sys.stdin.fileno()
+        before = termios.tcgetattr(number)
+    except NO_TERMINAL:
+        yield
+        return
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(number, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(number, termios.TCSADRAIN, before)
 
 
 def typed_lines(names: Callable[[], list[str]], tell: Callable[[str], None]) -> Iterator[str]:
