@@ -35,7 +35,7 @@ def test_ranks_equal_one_process_with_as_many_groups(
         text = "The lighthouse at Orrin Point was built in 1858 from yellow brick, and"
         cases = [
             case(default_gguf, text, settings={"prune_ratio": ratio}) for ratio in (0.0, 0.4)
-        ] + [case(default_gguf, text, dtype="bfloat16", settings={"prune_ratio": 0.0}, tokens=1, ids=None)]
+        ] + [case(default_gguf, text, dtype="bfloat16", settings={"prune_ratio": 0.0}, tokens=1)]
     else:
         more = {"prefill_skip": "1/4", "min_evidence": 20, "dense_every": 8, "redraw_every": 16, "min_tokens": 2}
         picture = {"images": [str(LLAVA_TINY / "example.png")], "raw": False}

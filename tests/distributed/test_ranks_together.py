@@ -56,7 +56,7 @@ def by_forked_ranks(folder: Path, ranks: int, *arguments: object, within: float 
 def test_ranks_compute_what_one_process_does_with_as_many_groups(
     tiny: Path, tmp_path: Path
 ) -> None:
-    status, out, lines = by_forked_ranks(tmp_path, 2, SHARED / "rank_cases.py", tiny, tmp_path, within=120)
+    status, out, lines = by_forked_ranks(tmp_path, 2, SHARED / "rank_cases.py", tiny, tmp_path, within=300)
     assert status == 0, (out, lines)
     alone = compute(tiny, 2)
     for rank in range(2):

@@ -23,25 +23,27 @@ from weights.checkpoint import open_checkpoint
 def answers(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each case greedy tokens, the dense logits after a prompt, and the bytes that a step reads.
 
-    Cases that follow each other share what they load alike: a checkpoint of the default's size takes seconds.
+    Cases that follow each other share what they load alike, and no two models are in memory at once.
     """
     found: list[dict[str, Any]] = []
-    engine, loaded, logits, computed = None, None, None, None
+    engine: Engine | None = None
+    loaded, computed = None, None
     for case in cases:
         how = {name: case[name] for name in ("dtype", "weights", "compile")}
         if loaded != (case["checkpoint"], how):
-            engine = None                                   # freed before the next one is there
-            engine, loaded = load(case["checkpoint"], **how), (case["checkpoint"], how)
-        assert engine is not None
+            engine, loaded = None, (case["checkpoint"], how)
+        if case["dtype"] == "float32" and computed != (case["checkpoint"], case["ids"]):
+            logits, computed = exact_logits(case), (case["checkpoint"], case["ids"])
+        engine = engine or load(case["checkpoint"], **how)
         settings = PruningSettings.paper(**case["settings"])
         made = engine.generate(
             case["prompt"], images=case["images"], max_new_tokens=case["tokens"], pruning=settings, raw=case["raw"],
             ignore_eos=True,
         )[0]
+        if case["dtype"] != "float32":
+            with torch.inference_mode():
+                logits = engine.model(torch.tensor([engine.prompts.ids(case["prompt"], raw=True)]))[0]
         held = sum(tensor.numel() * tensor.element_size() for tensor in engine.model.state_dict().values())
-        ids = case["ids"] or engine.prompts.ids(case["prompt"], raw=True)
-        if computed != (case["checkpoint"], case["dtype"], ids):
-            logits, computed = dense_logits(case, engine, ids), (case["checkpoint"], case["dtype"], ids)
         found.append({
             "tokens": made.token_ids, "logits": logits, "held_bytes": held,
             "bytes": made.statistics.weight_bytes_per_token,
@@ -50,13 +52,11 @@ def answers(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def dense_logits(case: dict[str, Any], engine: Engine, ids: list[int]) -> Tensor:
-    """Those of a prompt, [T, V], of float32 in float64: else sums in another order alone make 2e-5 of the largest."""
-    if case["dtype"] != "float32":
-        return engine.model(torch.tensor([ids]))[0]
+def exact_logits(case: dict[str, Any]) -> Tensor:
+    """Those of token ids, in float64 [T, V]: in float32 sums in another order alone make 2e-5 of SmolLM2's largest."""
     with open_checkpoint(case["checkpoint"]) as opened:
-        model, _ = load_model(opened, torch.float32, engine.device, ranks=ranks())
-    return (model.language_model if isinstance(model, PictureModel) else model).double()(torch.tensor([ids]))[0]
+        model, _ = load_model(opened, torch.float64, torch.device("cpu"), ranks=ranks())
+    return (model.language_model if isinstance(model, PictureModel) else model)(torch.tensor([case["ids"]]))[0]
 
 
 def main() -> None:

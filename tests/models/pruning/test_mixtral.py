@@ -427,7 +427,7 @@ def test_an_independent_slow_implementation_generates_the_same_tokens(
 def smollm2_as_mixtral(default_checkpoint_path: Path) -> tuple[LlamaForCausalLM, MixtralForCausalLM, list[int]]:
     """SmolLM2, and a mixture of four experts that are all its own feed-forward network (shared, not copied).
 
-    One layer in three is a mixture, the others stay as they are: copies of four experts in all 30 take too much memory.
+    One layer in six is a mixture, the others stay as they are: copies of four experts in all 30 take too much memory.
     """
     engine = load(default_checkpoint_path, dtype="float32")
     llama = engine.model
@@ -437,7 +437,7 @@ def smollm2_as_mixtral(default_checkpoint_path: Path) -> tuple[LlamaForCausalLM,
                 **vars(llama.config),
                 num_experts=4,
                 moe_intermediate_size=llama.config.intermediate_size,
-                sparse_layers=tuple(index % 3 == 0 for index in range(llama.config.num_hidden_layers)),
+                sparse_layers=tuple(index % 6 == 0 for index in range(llama.config.num_hidden_layers)),
             )
         )
     torch.manual_seed(0)
