@@ -199,6 +199,7 @@ def test_an_interrupt_ends_all(tiny: Path) -> None:
     assert status != 0 and len(lines) <= 1
 
 
+@pytest.mark.slow
 def test_two_hosts_give_the_text_of_one_process() -> None:
     done = subprocess.run(
         ["tools/two_hosts.sh"], cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=False

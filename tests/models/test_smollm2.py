@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from builders import REPOSITORY, generated
+from builders import REPOSITORY, default_of_transformers, generated
 from safetensors.torch import load_file
 from slow_pop import SlowPOP
 from slow_prefill import SlowPrefillOnly
 from smollm2_text import CHAT_PROMPT, TEXT
+from tiny_gguf import assert_read_as_by_transformers
 from tolerance import SMOLLM2, assert_same
 
 from popengine.engine.engine import Engine
@@ -29,8 +30,14 @@ POP_RUNS = [(ratio, prefill) for ratio in (0.2, 0.4) for prefill in ("pruned", "
 
 
 @pytest.fixture(scope="module")
-def engine(default_checkpoint_path: Path) -> Engine:
+def engine(default_checkpoint_path: Path, default_model_of_transformers: Any) -> Engine:
+    """Loaded after transformers' model, which takes its memory twice while it loads."""
     return load(default_checkpoint_path, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def default_model_of_transformers(default_checkpoint_path: Path) -> Any:
+    return default_of_transformers(default_checkpoint_path)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +79,10 @@ def test_greedy_tokens_equal_those_kept(answer: Any, goldens: dict[str, Any]) ->
 def test_pop_tokens_equal_those_kept(answer: Any, goldens: dict[str, Any], ratio: float, prefill: Any) -> None:
     settings = PruningSettings.paper(ratio, prefill=prefill)
     assert answer(48, settings) == goldens[f"pop_{ratio}_{prefill}"].tolist()
+
+
+def test_values_are_those_transformers_reads(default_gguf: Path, default_model_of_transformers: Any) -> None:
+    assert_read_as_by_transformers(default_gguf, default_model_of_transformers)
 
 
 def test_logits_equal_transformers(engine: Engine, default_model_of_transformers: Any) -> None:

@@ -124,6 +124,7 @@ PROCESSING = parse_image_processing(JsonObject({}, "test"))
 families = st.sampled_from(["llama", "mixtral", "llava"])
 
 
+@pytest.mark.slow
 @cases(700)
 @given(
     family=families, part=st.sampled_from(PARTS), kind=st.none() | st.sampled_from(KINDS),
@@ -170,6 +171,7 @@ QWEN_FIELDS = (
 )
 
 
+@pytest.mark.slow
 @cases(400)
 @given(
     family=st.sampled_from(QWENS), fields=st.dictionaries(st.sampled_from(QWEN_FIELDS), values, min_size=1, max_size=3),
@@ -213,6 +215,7 @@ GEMMA_FIELDS = (
 )
 
 
+@pytest.mark.slow
 @cases(400)
 @given(
     fields=st.dictionaries(st.sampled_from(GEMMA_FIELDS), values | numbers, min_size=1, max_size=3),
@@ -237,6 +240,7 @@ NEIGHBOURS = (
 )
 
 
+@pytest.mark.slow
 @cases(300)
 @given(family=families, name=st.sampled_from(FILES),
        fields=st.dictionaries(st.sampled_from(NEIGHBOURS), values, min_size=1, max_size=3))
