@@ -28,7 +28,6 @@ from transformers import LlamaConfig
 
 from models.cache import AttentionPattern
 from models.cost_model import all_copy_bytes, bytes_per_token, copy_bytes
-from models.experts import MixtureOfExperts
 from models.llama import LlamaForCausalLM
 from models.matrices.forms import ChosenColumns, ChosenRows
 from models.matrices.plain import Matrix
@@ -425,10 +424,7 @@ def test_an_independent_slow_implementation_generates_the_same_tokens(
 
 @pytest.fixture(scope="module")
 def smollm2_as_mixtral(default_checkpoint_path: Path) -> tuple[LlamaForCausalLM, MixtralForCausalLM, list[int]]:
-    """SmolLM2, and a mixture of four experts that are all its own feed-forward network (shared, not copied).
-
-    One layer in six is a mixture, the others stay as they are: copies of four experts in all 30 take too much memory.
-    """
+    """SmolLM2, and a mixture of four experts that are all its own feed-forward network (shared, not copied)."""
     engine = load(default_checkpoint_path, dtype="float32")
     llama = engine.model
     with torch.device("meta"):
@@ -437,18 +433,15 @@ def smollm2_as_mixtral(default_checkpoint_path: Path) -> tuple[LlamaForCausalLM,
                 **vars(llama.config),
                 num_experts=4,
                 moe_intermediate_size=llama.config.intermediate_size,
-                sparse_layers=tuple(index % 6 == 0 for index in range(llama.config.num_hidden_layers)),
+                sparse_layers=(True,) * llama.config.num_hidden_layers,
             )
         )
     torch.manual_seed(0)
     for layer, own in zip(mixture.model.layers, llama.model.layers, strict=True):
         layer.input_layernorm, layer.self_attn = own.input_layernorm, own.self_attn
         layer.post_attention_layernorm = own.post_attention_layernorm
-        if isinstance(layer.mlp, MixtureOfExperts):
-            layer.mlp.experts = nn.ModuleList([own.mlp] * 4)
-            layer.mlp.gate.weight = nn.Parameter(torch.randn(4, llama.config.hidden_size))
-        else:
-            layer.mlp = own.mlp
+        layer.mlp.experts = nn.ModuleList([own.mlp] * 4)
+        layer.mlp.gate.weight = nn.Parameter(torch.randn(4, llama.config.hidden_size))
     mixture.model.embed_tokens, mixture.model.norm = llama.model.embed_tokens, llama.model.norm
     mixture.model.rotary, mixture.lm_head = llama.model.rotary, llama.lm_head
     question = "Explain in three sentences why the sky looks blue at noon and red at sunset."
@@ -469,8 +462,12 @@ def test_smollm2_with_its_network_for_every_expert_is_smollm2(
 def test_smollm2_as_a_mixture_generates_under_pruning(
     smollm2_as_mixtral: tuple[LlamaForCausalLM, MixtralForCausalLM, list[int]],
 ) -> None:
+    """With a copy of one expert in every third layer: copies of all take more memory than the model."""
     _, mixture, prompt = smollm2_as_mixtral
-    logits, state = prefilled(mixture, torch.tensor([prompt]), PruningSettings.paper(prune_ratio=0.2))
+    state = mixture.new_state(1, 64, resolved(mixture, PruningSettings.paper(prune_ratio=0.2)))
+    for index, layer in enumerate(state.layers):
+        layer.ffn.copy_limit = int(index % 3 == 0)
+    logits = mixture.prefill(mixture.embed(torch.tensor([prompt])), state)
     active = state.layers[0].ffn
     assert sum(active.prompt_tokens) == 2 * len(prompt)
     orders = {tuple(one.partition.retained.tolist()) for one in active.active if one is not None}
