@@ -30,8 +30,7 @@ POP_RUNS = [(ratio, prefill) for ratio in (0.2, 0.4) for prefill in ("pruned", "
 
 
 @pytest.fixture(scope="module")
-def engine(default_checkpoint_path: Path, default_model_of_transformers: Any) -> Engine:
-    """Loaded after transformers' model, which takes its memory twice while it loads."""
+def engine(default_checkpoint_path: Path) -> Engine:
     return load(default_checkpoint_path, dtype="float32")
 
 
