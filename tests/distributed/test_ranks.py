@@ -22,12 +22,8 @@ def case(checkpoint: Path, prompt: str, **changes: Any) -> dict[str, Any]:
     settings = {"candidate_width": 0.5} | changes.pop("settings", {})
     return {
         "checkpoint": str(checkpoint), "prompt": prompt, "dtype": "float32", "weights": "auto", "compile": False,
-        "images": [], "tokens": 48, "raw": True, "ids": [1, 5, 9, 2, 30, 7], "settings": settings,
+        "images": [], "tokens": 24, "raw": True, "ids": [1, 5, 9, 2, 30, 7], "settings": settings,
     } | changes
-
-
-def in_one_process(count: int, one: dict[str, Any]) -> dict[str, Any]:
-    return ranks_worker.answers(one | {"settings": one["settings"] | {"groups": count}})
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -39,7 +35,7 @@ def test_ranks_equal_one_process_with_as_many_groups(
         text = "The lighthouse at Orrin Point was built in 1858 from yellow brick, and"
         cases = [
             case(default_gguf, text, settings={"prune_ratio": ratio}) for ratio in (0.0, 0.4)
-        ] + [case(default_gguf, text, dtype="bfloat16", settings={"prune_ratio": 0.0}, tokens=1, ids=None)]
+        ] + [case(default_gguf, text, dtype="bfloat16", settings={"prune_ratio": 0.0}, tokens=1)]
     else:
         more = {"prefill_skip": "1/4", "min_evidence": 20, "dense_every": 8, "redraw_every": 16, "min_tokens": 2}
         picture = {"images": [str(LLAVA_TINY / "example.png")], "raw": False}
@@ -52,8 +48,9 @@ def test_ranks_equal_one_process_with_as_many_groups(
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     said = run_ranks(tmp_path, count, ranks_worker.__file__, tmp_path / "cases.json", tmp_path / "out", within=200)
     assert said.statuses == [0] * count, said.err[-3000:]
-    for one, found in zip(cases, torch.load(tmp_path / "out", weights_only=True), strict=True):
-        alone = in_one_process(count, one)
+    grouped = [one | {"settings": one["settings"] | {"groups": count}} for one in cases]
+    by_ranks = torch.load(tmp_path / "out", weights_only=True)
+    for one, found, alone in zip(cases, by_ranks, ranks_worker.answers(grouped), strict=True):
         packed = one["dtype"] == "bfloat16"
         if packed:      # a rank's scales and bfloat16's rounding are its own: near, as packed is to plain
             assert distance(found["logits"], alone["logits"].float()) < 0.05, one

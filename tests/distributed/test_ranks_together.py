@@ -46,10 +46,17 @@ def said(process: subprocess.Popen[str], within: float = 60) -> tuple[int, str, 
     return process.returncode, out, [line for line in err.splitlines() if line.startswith("error:")]
 
 
+def by_forked_ranks(folder: Path, ranks: int, *arguments: object, within: float = 60) -> tuple[int, str, list[str]]:
+    """What `said` returns, of ranks that no torchrun watches: each of them must end by itself."""
+    found = run_ranks(folder, ranks, *arguments, within=within)
+    assert len(set(found.statuses)) == 1, found
+    return found.statuses[0], found.out, [line for line in found.err.splitlines() if line.startswith("error:")]
+
+
 def test_ranks_compute_what_one_process_does_with_as_many_groups(
     tiny: Path, tmp_path: Path
 ) -> None:
-    status, out, lines = said(started(2, SHARED / "rank_cases.py", tiny, tmp_path), 120)
+    status, out, lines = by_forked_ranks(tmp_path, 2, SHARED / "rank_cases.py", tiny, tmp_path, within=300)
     assert status == 0, (out, lines)
     alone = compute(tiny, 2)
     for rank in range(2):
@@ -59,13 +66,6 @@ def test_ranks_compute_what_one_process_does_with_as_many_groups(
             wanted, wanted_tokens = alone[name]
             assert_same(logits, wanted)                            # sums of other parts round otherwise
             assert tokens == wanted_tokens, name
-
-
-def by_forked_ranks(folder: Path, ranks: int, *arguments: object, within: float = 60) -> tuple[int, str, list[str]]:
-    """What `said` returns, of ranks that no torchrun watches: each of them must end by itself."""
-    found = run_ranks(folder, ranks, *arguments, within=within)
-    assert len(set(found.statuses)) == 1, found
-    return found.statuses[0], found.out, [line for line in found.err.splitlines() if line.startswith("error:")]
 
 
 def test_a_command_speaks_once_and_samples_alike(tiny: Path, tmp_path: Path) -> None:
@@ -157,22 +157,26 @@ runpy.run_module("popengine.generate", run_name="__main__")
 """
 
 
+# Where one rank does not even join, or is killed, torchrun ends the others. Everything else they end by themselves.
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("how", "words", "agent"),
     [
-        ("flags", "rank 1 has another --max-new-tokens than rank 0"), ("bogus", "unrecognized arguments: --bogus"),
-        ("config", "rank 1 has another config or tokenizer than rank 0"), ("dies", "lost each other"),
-        ("memory", "too little memory"),
+        ("flags", "rank 1 has another --max-new-tokens than rank 0", False),
+        ("bogus", "unrecognized arguments: --bogus", True),
+        ("config", "rank 1 has another config or tokenizer than rank 0", False),
+        ("dies", "lost each other", True),
+        ("memory", "too little memory", False),
     ],
 )
-def test_ranks_end_together(tiny: Path, tmp_path: Path, how: str, words: str) -> None:
+def test_ranks_end_together(tiny: Path, tmp_path: Path, how: str, words: str, agent: bool) -> None:
     (tmp_path / "differently.py").write_text(DIFFERENTLY)
     if how == "config":
         how = str(shutil.copytree(tiny, tmp_path / "other"))
         config = json.loads((tiny / "config.json").read_text()) | {"rms_norm_eps": 1e-4}
         (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     began = time.monotonic()
-    status, _, lines = said(started(2, tmp_path / "differently.py", tiny, how))
+    command = (tmp_path / "differently.py", tiny, how)
+    status, _, lines = said(started(2, *command)) if agent else by_forked_ranks(tmp_path, 2, *command)
     assert status != 0 and time.monotonic() - began < 30
     assert len(lines) == 1 and words in lines[0], lines
 
@@ -195,6 +199,7 @@ def test_an_interrupt_ends_all(tiny: Path) -> None:
     assert status != 0 and len(lines) <= 1
 
 
+@pytest.mark.slow
 def test_two_hosts_give_the_text_of_one_process() -> None:
     done = subprocess.run(
         ["tools/two_hosts.sh"], cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=False

@@ -46,7 +46,10 @@ class Asked:
     images: list[Path]
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, "mixtral_tiny", "llava_tiny"])
+TEXT_MODELS = [*FAMILIES, "mixtral_tiny"]
+
+
+@pytest.fixture(scope="module")
 def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Asked:
     name = request.param
     if name in FAMILIES:
@@ -74,10 +77,13 @@ def heard(asked: Asked, settings: PruningSettings, ids: list[int] | None = None)
     return seen
 
 
-@pytest.mark.parametrize("name", [*KEEPS_EVIDENCE, *OF_PICTURES])
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [*((model, name) for model in TEXT_MODELS for name in KEEPS_EVIDENCE),
+     *(("llava_tiny", name) for name in [*KEEPS_EVIDENCE, *OF_PICTURES])],
+    indirect=["asked"],
+)  # fmt: skip
 def test_a_request_gives_the_first_ones_logits_again(asked: Asked, name: str) -> None:
-    if name in OF_PICTURES and not asked.images:
-        pytest.skip("a text model")
     pruning = PruningSettings.paper(**{"ffn_ratio": 0.5, "candidate_width": 0.3} | (KEEPS_EVIDENCE | OF_PICTURES)[name])
     engine, other = asked.engine, [39, 58, 57, 40, 41, 53, 52, 30, 42, 77, 65, 36]
     wanted = heard(asked, pruning)
@@ -99,9 +105,8 @@ def test_a_request_gives_the_first_ones_logits_again(asked: Asked, name: str) ->
     again()
 
 
+@pytest.mark.parametrize("asked", [*FAMILIES, "llava_tiny"], indirect=True)         # mixtral_tiny has no chat template
 def test_a_conversation_begun_anew_says_what_it_said_at_first(asked: Asked) -> None:
-    if asked.engine.chat_template is None:
-        pytest.skip("no chat template")
     pruning = PruningSettings.paper(
         ffn_ratio=0.5, head_ratio=0.5, candidate_width=0.6, rule="up", prior=8, min_evidence=9, dense_every=3,
         redraw_every=3,

@@ -18,6 +18,8 @@ from builders import REPOSITORY
 import popengine
 from weights.default_checkpoint import PACKAGE_MEMBER
 
+pytestmark = pytest.mark.slow
+
 
 def run(*command: Any, cwd: Path, typed: str = "") -> str:
     words = [str(word) for word in command]

@@ -1,4 +1,4 @@
-"""What two ranks and one process compute alike: test_ranks_together.py runs it in both, here under torchrun."""
+"""What two ranks and one process compute alike: test_ranks_together.py runs it in both."""
 
 import sys
 from functools import lru_cache
@@ -67,7 +67,7 @@ def calibration_of(engine: Engine) -> Calibration:
 
 @torch.inference_mode()
 def compute(tiny: Path, groups: int) -> dict[str, tuple[Tensor, list[int]]]:
-    """Of every case: logits of the prompt, and of 48 greedy tokens those and the tokens (of static masks 12)."""
+    """Of every case: logits of the prompt and of the first 8 greedy tokens, and 24 of those (of static masks 12)."""
     found, engine, loaded = {}, None, None
     for name, checkpoint, how, settings in CASES:
         path = tiny if checkpoint is None else checkpoint
@@ -76,7 +76,7 @@ def compute(tiny: Path, groups: int) -> dict[str, tuple[Tensor, list[int]]]:
         assert engine is not None
         images = [LLAVA_TINY / "example.png"] if path == LLAVA_TINY else []
         pruning = pruning_of(engine, groups, **settings)
-        count = 12 if "method" in settings else 48
+        count = 12 if "method" in settings else 24
         pieces = list(engine.stream(
             TALLYING, images=images, max_new_tokens=count, pruning=pruning, sampling=Sampling(), ignore_eos=True
         ))

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
+from weights.checkpoint import GGUFCheckpoint, open_checkpoint
 from weights.gguf_tokenizer import PRE_TOKENIZERS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
@@ -203,3 +204,21 @@ def sentencepiece_metadata(
         "tokenizer.ggml.eos_token_id": model.eos_id(),
         "tokenizer.ggml.unknown_token_id": model.unk_id(),
     }
+
+
+def open_gguf(path: Path) -> GGUFCheckpoint:
+    checkpoint = open_checkpoint(path)
+    assert isinstance(checkpoint, GGUFCheckpoint)
+    return checkpoint
+
+
+def assert_read_as_by_transformers(path: Path, reference: Any) -> None:
+    checkpoint, state = open_gguf(path), reference.state_dict()
+    assert set(checkpoint.entries) | {"lm_head.weight"} == set(state)
+    for name in checkpoint.entries:
+        if "layers" not in name or ".0." in name or ".17." in name:
+            assert torch.equal(checkpoint.read(name).float(), state[name]), name
+    config = reference.config.to_dict()
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):  # fmt: skip
+        assert checkpoint.config[key] == config[key], key

@@ -13,7 +13,9 @@ import torch
 from tiny_gguf import (
     TEXT,
     TinyLlama,
+    assert_read_as_by_transformers,
     byte_level_metadata,
+    open_gguf,
     sentencepiece_metadata,
     sentencepiece_model,
     write_gguf,
@@ -21,7 +23,7 @@ from tiny_gguf import (
 from tokenizers import Tokenizer, pre_tokenizers
 
 from popengine.text.sandbox.process import Sandbox
-from weights.checkpoint import GGUFCheckpoint, checkpoint_dtype, open_checkpoint
+from weights.checkpoint import checkpoint_dtype
 from weights.errors import InputError
 from weights.gguf_tokenizer import PRE_TOKENIZERS
 
@@ -41,12 +43,6 @@ def tiny_file(path: Path, more: dict[str, Any] | None = None, without: tuple[str
     model = TinyLlama()
     metadata = {key: value for key, value in (model.metadata() | TINY_TOKENS).items() if key not in without}
     return write_gguf(path, metadata | (more or {}), model.gguf_tensors(), **options)
-
-
-def open_gguf(path: Path) -> GGUFCheckpoint:
-    checkpoint = open_checkpoint(path)
-    assert isinstance(checkpoint, GGUFCheckpoint)
-    return checkpoint
 
 
 def tokenizer_of(path: Path) -> Tokenizer:
@@ -172,18 +168,6 @@ def test_special_tokens_that_end_a_turn_end_a_text(tmp_path: Path) -> None:
     assert open_gguf(tiny_file(tmp_path / "m.gguf", tokens | types)).generation_config == {"eos_token_id": [1, 0]}
 
 
-def assert_read_as_by_transformers(path: Path, reference: Any) -> None:
-    checkpoint, state = open_gguf(path), reference.state_dict()
-    assert set(checkpoint.entries) | {"lm_head.weight"} == set(state)
-    for name in checkpoint.entries:
-        if "layers" not in name or ".0." in name or ".17." in name:
-            assert torch.equal(checkpoint.read(name).float(), state[name]), name
-    config = reference.config.to_dict()
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                "vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):  # fmt: skip
-        assert checkpoint.config[key] == config[key], key
-
-
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q5_1"])
 def test_values_are_those_transformers_reads(tmp_path: Path, kind: str) -> None:
     model = TinyLlama(tied=False)
@@ -193,12 +177,6 @@ def test_values_are_those_transformers_reads(tmp_path: Path, kind: str) -> None:
     transformers = pytest.importorskip("transformers")
     load = transformers.AutoModelForCausalLM.from_pretrained
     assert_read_as_by_transformers(path, load(path.parent, gguf_file=path.name, dtype=torch.float32))
-
-
-def test_values_of_the_default_checkpoint_are_those_transformers_reads(
-    default_gguf: Path, default_model_of_transformers: Any
-) -> None:
-    assert_read_as_by_transformers(default_gguf, default_model_of_transformers)
 
 
 # Tokenizers

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import default_of_transformers, greedy, ours, resolved
+from builders import greedy, ours, resolved
 from slow_evidence import SlowEvidence, mean_squares
 from smollm2_text import TEXT
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from models.llama import LlamaForCausalLM
 from popengine.engine.loading import open_text_side
@@ -22,16 +23,18 @@ LAYERS = (0, 1, 2, 3, 26, 27, 28, 29)
 
 @pytest.fixture(scope="module")
 def pair(default_checkpoint_path: Path) -> tuple[Any, LlamaForCausalLM]:
-    reference = default_of_transformers(default_checkpoint_path)
-    reference.model.layers = nn.ModuleList([reference.model.layers[index] for index in LAYERS])
-    for place, layer in enumerate(reference.model.layers):
-        layer.self_attn.layer_idx = place
-    reference.config.num_hidden_layers = len(LAYERS)
-    reference.double()
+    """Hugging Face's modules and ours with the same weights, which test_smollm2.py holds to transformers' reading."""
     model = ours(default_checkpoint_path)
     model.model.layers = nn.ModuleList([model.model.layers[index] for index in LAYERS])  # type: ignore[assignment]
     model.config = replace(model.config, num_hidden_layers=len(LAYERS), windows=(None,) * len(LAYERS))
-    return reference, model.double()
+    with open_checkpoint(default_checkpoint_path) as checkpoint:
+        config = LlamaConfig(**checkpoint.config | {"num_hidden_layers": len(LAYERS)})
+    reference: Any = AutoModelForCausalLM.from_config(config).eval()
+    # The tensors themselves: both together take no more memory than one.
+    apart = reference.load_state_dict(model.double().state_dict(), strict=False, assign=True)
+    assert not apart.unexpected_keys and {*apart.missing_keys} <= {"lm_head.weight"}
+    reference.tie_weights()
+    return reference.double(), model
 
 
 @pytest.mark.parametrize("changes", [
