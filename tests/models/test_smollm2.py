@@ -112,11 +112,12 @@ def test_pop_tokens_equal_transformers(
     assert answer(48, settings)[:LIVE] == wanted
 
 
+@pytest.mark.parametrize("tokens", [LIVE, pytest.param(48, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("share", "skipped", "boundary"), [("1/3", 10, 1), ("1/3", 10, 16), ("1/6", 5, 1)])
 def test_tokens_of_prompts_that_skip_layers_equal_the_slow_ones(
-    engine: Engine, default_model_of_transformers: Any, share: str, skipped: int, boundary: int
+    engine: Engine, default_model_of_transformers: Any, share: str, skipped: int, boundary: int, tokens: int
 ) -> None:
     prompt = engine.prompts.ids(CHAT_PROMPT)
     settings = PruningSettings.paper(prune_ratio=0.0, prefill_skip=share, boundary_tokens=boundary)
-    made = [token for (token,) in generated(engine, [prompt], LIVE, settings)]
-    assert made == SlowPrefillOnly(default_model_of_transformers, skipped, boundary).generate(prompt, LIVE)
+    made = [token for (token,) in generated(engine, [prompt], tokens, settings)]
+    assert made == SlowPrefillOnly(default_model_of_transformers, skipped, boundary).generate(prompt, tokens)
