@@ -19,7 +19,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from builders import LLAVA_TINY, REPOSITORY, complete_checkpoint, exit_status
+from builders import ENDLESS, LLAVA_TINY, REPOSITORY, endless_checkpoint, exit_status
 
 import popengine
 from popengine import __main__ as front_door
@@ -180,12 +180,13 @@ def test_a_picture_goes_with_the_next_turn(talk: Talk, tmp_path: Path) -> None:
 
 
 def test_a_terminal_goes_on_after_mistakes_and_interrupts(tmp_path: Path) -> None:
-    folder = complete_checkpoint(tmp_path, max_position_embeddings=100_000)
+    folder = endless_checkpoint(tmp_path)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     environment = os.environ | {"TERM": "dumb"}
+    flags = ["--ckpt", str(folder), "-n", "50000", "--prune-ratio", "0", *ENDLESS]
     process = subprocess.Popen(
-        [sys.executable, "-m", "popengine", "chat", "--ckpt", str(folder), "-n", "50000", "--prune-ratio", "0"],
+        [sys.executable, "-m", "popengine", "chat", *flags],
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=environment, cwd=REPOSITORY,
     )
     os.close(theirs)

@@ -19,7 +19,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from builders import REPOSITORY, complete_checkpoint
+from builders import ENDLESS, REPOSITORY, endless_checkpoint
 
 from popengine.dialogue.answers import Dialogue
 from popengine.dialogue.repetition import LEAST_TOKENS, MOST_TOKENS, TIMES, repeated
@@ -166,10 +166,9 @@ class Terminal:
 
 
 def test_keys_during_an_answer_wait_for_the_next_prompt(tmp_path: Path) -> None:
-    folder, kept = complete_checkpoint(tmp_path, max_position_embeddings=100_000), tmp_path / "kept.json"
-    sampled = ("--temperature", "1", "--top-k", "12", "--seed", "1")       # 874 tokens that do not repeat
+    folder, kept = endless_checkpoint(tmp_path), tmp_path / "kept.json"
     terminal = Terminal(
-        tmp_path, "-m", "popengine", "chat", "--ckpt", str(folder), "--prune-ratio", "0", "-n", "1500", *sampled
+        tmp_path, "-m", "popengine", "chat", "--ckpt", str(folder), "--prune-ratio", "0", "-n", "1500", *ENDLESS
     )
     terminal.until("> ")
     terminal.write("Hello\n")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -147,6 +148,19 @@ def complete_checkpoint(folder: Path, config: Any = None, **changes: Any) -> Pat
     backend.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": "<eos>", "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+# Sampling that neither ends nor repeats itself on the checkpoint below.
+ENDLESS = ("--temperature", "1", "--top-k", "12", "--seed", "1")
+
+
+def endless_checkpoint(folder: Path) -> Path:
+    """A complete checkpoint whose tokens that end a turn are never among the likeliest: their logits are 0."""
+    complete_checkpoint(folder, max_position_embeddings=100_000)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][-2:] = 0                              # <|end|> and <eos>
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
