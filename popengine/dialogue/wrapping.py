@@ -9,6 +9,8 @@ from collections.abc import Callable
 # White space, or text without any.
 PARTS = re.compile(r"\n|[^\S\n]+|\S+")
 TAB = 8
+# Control characters, with which an answer could steer the terminal; a line break and a tab are none.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Joins characters to one emoji.
 JOINER = "\u200d"
 
@@ -25,11 +27,12 @@ class WordWrap:
         self.columns, self.used, self.held = columns, 0, ""
 
     def add(self, text: str) -> str:
-        """Add text and return what can be shown."""
+        """Add text and return what can be shown. On a terminal control characters are left out."""
         width = self.columns()
         if not width:
             held, self.held = self.held, ""
             return held + text
+        text = CONTROLS.sub("", text)
         if self.used > width:                       # the terminal became narrower and broke this line itself
             self.used %= width
         *parts, last = ["", *PARTS.findall(self.held + text)]

@@ -71,6 +71,13 @@ def test_a_terminal_that_changes_its_width_is_followed() -> None:
     assert "".join([*shown, wrap.finish()]) == "one two three\nfour\nfive six seven eight "
 
 
+def test_an_answer_cannot_steer_the_terminal() -> None:
+    wrap = WordWrap(lambda: 40)
+    shown = wrap.add("a\x1b[2Jb\x9b2J\r\x07 and\tc\n") + wrap.finish()
+    assert not set("\x1b\x9b\r\x07") & set(shown) and "a[2Jb2J and" in shown and "c\n" in shown
+    assert WordWrap(lambda: 0).add("\x1b[2J") == "\x1b[2J"       # into a pipe an answer goes as it is
+
+
 def test_words_are_shown_when_the_next_begins() -> None:
     wrap = WordWrap(lambda: 80)
     assert [wrap.add(part) for part in ("Hel", "lo", " wor", "ld", "\n", "\u4f60", "x")] == [
