@@ -67,7 +67,7 @@ def run(flags: argparse.Namespace) -> None:
     for name in flags.tasks:
         tasks.questions_for(name, flags.questions, flags.seed)
     if not flags.no_plots:
-        comparison.load_plots()                         # fails now, not after hours, if matplotlib is missing
+        comparison.load_plots()                         # says now, not after hours, that matplotlib is missing
     plots = ["perplexity.png", "agreement.png", "rank_drift.png", "frontier.png", "partition.png"]
     plots += [comparison.task_plot(name) for name in flags.tasks]
     make_folder(flags.out, "table.json", "table.md", "progress.jsonl", *plots)
