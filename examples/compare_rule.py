@@ -13,7 +13,7 @@ from torch import Tensor
 
 import popengine
 from models.feed_forward import FeedForward
-from models.pruning.partition import Evidence
+from models.pruning.evidence import Evidence
 from models.pruning.pop import POP
 from popengine.evaluation.scoring import cut_windows, read_per_token, read_text, score_text
 

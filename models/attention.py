@@ -65,7 +65,7 @@ class Attention(nn.Module):
     def queries_keys_values(
         self, x: Tensor, qkv: Matrix, rows: PrefillPass | DecodePass, pattern: AttentionPattern
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute all three by one product, and rotate queries and keys together. `qkv` has A of the query heads.
+        """Compute all three by one product, and rotate queries and keys together. `qkv` holds A of the N query heads.
 
         x [B, T, H]; qkv [(A + 2K) D, H] -> q [B, A, T, D], k and v [B, K, T, D]
         """

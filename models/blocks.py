@@ -26,7 +26,7 @@ class BlockNorms(Protocol):
 
 
 class PrunedBlock(Protocol):
-    """A pruned feed-forward network or mixture of experts (methods: see PrunedFFN in models/pruning/pop.py)."""
+    """A pruned feed-forward network or mixture of experts (methods: see PrunedFFN in models/pruning/interface.py)."""
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor: ...
 

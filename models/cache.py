@@ -117,8 +117,8 @@ class KVCache:
         """Raise ValueError if the next `rows` tokens do not fit. Runs on the host, before the step."""
         capacity = min(self.capacity, *(slot_map.most_tokens for slot_map in self.maps.values()))
         if self.filled + rows > capacity:
-            full = f"all {capacity} slots are taken"
-            raise ValueError(f"the cache is full: {full if rows == 1 else f'{rows} more do not fit; {full} or nearly'}")
+            more = "one more token does" if rows == 1 else f"{rows} more tokens do"
+            raise ValueError(f"the cache is full: {more} not fit in {capacity} slots, {self.filled} are taken")
 
     def advance(self, rows: int = 1) -> None:
         """Count the slots of the last `rows` tokens as filled."""

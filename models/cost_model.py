@@ -1,7 +1,8 @@
 """The cost model: weights of a model, and bytes that a step reads.
 
 Every report uses it: bytes of weights per token = attention + lm_head + active channels of feed-forward networks. Of
-down_proj only the picked columns count if its matrix can read them alone.
+down_proj only the picked columns count if its matrix can read them alone. Biases, norms, routers, the embedding's row
+and the cache do not count.
 """
 
 from typing import Any
@@ -51,7 +52,7 @@ def ffn_weights(mlp: FeedForward | MixtureOfExperts) -> int:
 
 
 def bytes_per_token(model: Any, pruning: Pruning, batch: int = 1, state: Any = None) -> int:
-    """Compute the bytes of weights that a decode step of `batch` sequences reads per token of one sequence.
+    """Compute the bytes of weights that one sequence needs at a decode step of `batch` sequences, which share one read.
 
     state  the DecodeState of a run, which knows the experts without a copy of their active weights; None: all have one
     """

@@ -1,6 +1,6 @@
 """The Llama family: Llama 1-3, SmolLM2, Mistral, Qwen2/2.5 and Qwen3, distinguished by their config alone.
 
-B batch, T tokens (of the prompt, or after it), S cache slots, H hidden size, V vocabulary.
+B batch, T tokens (of the prompt, or after it), H hidden size, V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
@@ -162,7 +162,7 @@ class LlamaForCausalLM(nn.Module):
             [ATTENTION in one for one in running],
             batch, config.num_key_value_heads, capacity, dropped, config.head_dim, self.dtype, self.device,
         )
-        whole, layers = replace(pruning, rule=POP(0.0, 0.0)), []        # skipped blocks need no weight copies
+        whole, layers = replace(pruning, rule=POP(0.0, 0.0)), []        # a block that does not run needs no copies
         for index, (layer, sublayers) in enumerate(zip(self.model.layers, running, strict=True)):
             own = cache.layers[index]
             attention = layer.new_attention(pruning if ATTENTION in sublayers else whole)
@@ -250,7 +250,7 @@ class LlamaForCausalLM(nn.Module):
     def begin_dense(
         self, tokens: Tensor, state: DecodeState, partitions: bool, live: int
     ) -> tuple[Tensor, PrefillPass]:
-        """Embed the tokens of a dense step, `live` of which are evidence, and build their pass.
+        """Embed the tokens of a dense step, of which `live` count as evidence, and build their pass.
 
         tokens int64 [B] -> x [B, 1, H]
         """

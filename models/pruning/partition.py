@@ -38,12 +38,12 @@ class PartitionSizes:
 
     @property
     def computed(self) -> int:
-        """Channels that finish a decode step: retained and picked."""
+        """Channels that go through down_proj at a decode step: retained and picked."""
         return self.retained + self.pick
 
     @property
     def active(self) -> int:
-        """Channels whose weights a decode step reads: retained and candidate."""
+        """Channels of which a decode step reads gate and up: retained and candidate. Of down it may read fewer."""
         return self.retained + self.candidate
 
     @property
@@ -138,8 +138,8 @@ def partition_channels(scores: Tensor, sizes: PartitionSizes) -> ChannelPartitio
     by_score = each.sort(dim=-1, descending=True, stable=True).indices
     region = torch.zeros_like(by_score, dtype=torch.int8)                           # 0 retained
     retained, active = sizes.retained // sizes.groups, sizes.active // sizes.groups
-    region.scatter_(-1, by_score[..., retained:active], 1)                        # candidate
-    region.scatter_(-1, by_score[..., active:], 2)                                # pruned
+    region.scatter_(-1, by_score[..., retained:active], 1)                          # candidate
+    region.scatter_(-1, by_score[..., active:], 2)                                  # pruned
     return ChannelPartition(region.flatten(-2).sort(dim=-1, stable=True).indices, sizes)    # [..., I]
 
 

@@ -1,8 +1,9 @@
 """Partition-guided Online Pruning of one feed-forward network (POP, arXiv 2602.06822, section 3): the method itself.
 
-`PartitionedFFN` runs in place of a FeedForward. `prefill` runs the prompt and partitions the channels; `decode` runs
-one step on the retained channels and the candidates that the step keeps. `POP` holds the parameters and builds one
-such object per layer. Another method is another class with the same two methods (popengine/studies).
+`PartitionedFFN` runs in place of a FeedForward. `prefill` runs the prompt and partitions the channels; `decode`
+computes the retained and candidate channels of a step and finishes the retained ones and the picked candidates. `POP`
+holds the parameters and builds one such object per layer. Another method is another class with the same two methods
+(popengine/studies).
 
 B batch, T tokens, H hidden size, I FFN channels, R retained, C candidate and P pruned channels.
 """

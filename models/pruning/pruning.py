@@ -19,7 +19,7 @@ class Pruning:
     """Settings resolved for one model.
 
     ratio      share of the decoder layers' parameters that a decode step leaves out (the headline ratio)
-    ffn_ratio  share of FFN channels that do not finish a decode step (r), of the networks that run
+    ffn_ratio  share of FFN channels that do not go through down_proj at a decode step (r), of the networks that run
     rule       builds what runs in place of every network
     skipped    the layers that a prompt skips (Prefill-Only), except for its last `boundary` tokens
     """

@@ -2,7 +2,7 @@
 
 
 class RefreshSchedule:
-    """Counts tokens and steps on the host; the model never queries it.
+    """Counts tokens and steps on the host. It says which kind a step is; what a step computes does not depend on it.
 
     tokens   real tokens in the scores, as the minimum over layers (a prompt may skip layers)
     live     sequences that have not ended

@@ -30,8 +30,9 @@ class Run:
                     state
     wants_logprobs  fill `logprobs` with those of the last step's tokens, under the model itself: before temperature
                     and penalty
-    stop_string     set by the reader of the text: it ended at a stop string
-    missing         cache slots saved in layers that leave out rows of pictures
+
+    Filled while it runs: `logprobs` of the last step's tokens; `stop_string`, set by the reader of the text if it ended
+    at one; `missing`, the cache slots that layers without the dropped picture tokens save.
     """
 
     engine: LoadedModel
@@ -59,7 +60,8 @@ class Run:
         engine = self.engine
         longest = max(map(len, self.prompts))
         lent = engine.borrowed_state(len(self.prompts), longest + self.max_new_tokens, self.pruning, self.missing)
-        with lent if self.held is None else nullcontext(self.held) as self.state:
+        given_state = lent if self.held is None else nullcontext(self.held)
+        with given_state as self.state:
             self.compile_s = engine.prepare(self.state)
             tokens, real = pad_left(self.prompts, engine.device)
             with torch.inference_mode():

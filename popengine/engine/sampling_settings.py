@@ -33,7 +33,7 @@ class Sampling:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         if not all(isinstance(one, str) and one for one in stop):
-            raise InputError(f"stop must be strings of at least one character, not {self.stop!r}")
+            raise InputError("stop must be strings of at least one character")
         if not 0 <= self.min_p <= 1:
             raise InputError(f"min-p must be between 0 (no token is dropped) and 1, not {self.min_p}")
         if not 0 < self.repetition_penalty < float("inf"):
