@@ -23,6 +23,16 @@ class Experts(Protocol):
     experts: Sequence[FeedForward]
 
 
+class ScoringRule(Protocol):
+    """The part of a method's parameters (POP in models/pruning/pop.py) that says how channels are scored.
+
+    min_tokens  networks that saw fewer tokens are scored by their weights alone
+    """
+
+    @property
+    def min_tokens(self) -> int: ...
+
+
 class PrunedFFN(Protocol):
     """An object that runs in place of a feed-forward network.
 
@@ -36,6 +46,10 @@ class PrunedFFN(Protocol):
     sizes: PartitionSizes
     partition: ChannelPartition
     evidence: Evidence
+
+    @property
+    def rule(self) -> ScoringRule:
+        """The parameters of the method."""
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
         """Run tokens of a prompt. x [B, T, H] -> [B, T, H]"""

@@ -30,7 +30,6 @@ from models.pruning.experts import PartitionedExperts
 from models.pruning.heads import PartitionedAttention
 from models.pruning.interface import PrunedFFN
 from models.pruning.partition import ChannelPartition
-from models.pruning.pop import PartitionedFFN
 from models.state import DecodeState, LayerState
 from popengine.engine.engine import Engine
 from popengine.engine.results import measured, report
@@ -98,7 +97,6 @@ class NetworkRecord:
         """Record the partition if it differs from the last one."""
         if not active.sizes.prunes or (self.drawings and self.drawings[-1].partition is active.partition):
             return
-        assert isinstance(active, PartitionedFFN)
         unseen = active.evidence.tokens < active.rule.min_tokens
         scores = self.ffn.weight_scores() if unseen else active.evidence.scores(self.ffn.down_norms())
         partition = active.partition

@@ -144,7 +144,7 @@ def test_an_interrupt_leaves_nothing_and_ends_the_download(tmp_path: Path) -> No
         silent.settimeout(60)
         connection, _ = silent.accept()
         process.send_signal(signal.SIGINT)                  # to the one process: its child must be ended by it
-        process.wait(timeout=30)
+        process.wait(timeout=120)
         connection.close()
     assert names(tmp_path / "default") == []
     with pytest.raises(ProcessLookupError):
