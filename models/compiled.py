@@ -23,6 +23,13 @@ from models.walks import decode_layers, prefill_layers
 
 # Layers that one call of compiled code runs at most.
 MOST_LAYERS_PER_CALL = 5
+# Inductor's options on a CPU.
+CPU_OPTIONS = {
+    # Guards have checked the shapes of inputs already; checking again takes 4 % of a step.
+    "size_asserts": False,
+    # Chosen channels are always in range; a check in the inner loop would cost more than the sum.
+    "assert_indirect_indexing": False,
+}
 
 
 class CompiledDecode:
@@ -40,8 +47,7 @@ class CompiledDecode:
         self.steps: dict[tuple[int, Pruning, int], float] = {}
         # Every step of the one function counts towards these limits, in every engine of the process.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
-        layers = len(model.model.layers)
-        self.group_size = max(size for size in range(1, MOST_LAYERS_PER_CALL + 1) if layers % size == 0)
+        self.group_size = group_size(len(model.model.layers))
         compile = partial(torch.compile, dynamic=False, fullgraph=True, options=compile_options(model))
         self.begin: Callable[..., tuple[Tensor, DecodePass]] = compile(LlamaForCausalLM.begin)
         self.layers: Callable[..., Tensor] = compile(decode_layers)
@@ -128,15 +134,16 @@ def step_of(state: DecodeState) -> tuple[int, Pruning, int]:
     return len(state.live), state.pruning, len({slot_map.tokens.shape[-1] for slot_map in state.cache.maps.values()})
 
 
+def group_size(layers: int) -> int:
+    """Return the number of layers in one call of compiled code, which divides all layers."""
+    return max(size for size in range(1, MOST_LAYERS_PER_CALL + 1) if layers % size == 0)
+
+
 def compile_options(model: LlamaForCausalLM) -> dict[str, bool]:
     """Return Inductor's options for the steps of a model on its device."""
     if model.device.type == "cuda":
         return {"triton.cudagraphs": True, "coordinate_descent_tuning": True}   # the first is "reduce-overhead"
-    return {
-        # Guards have checked the shapes of inputs already; checking again takes 4 % of a step.
-        "size_asserts": False,
-        # Chosen channels are always in range; a check in the inner loop would cost more than the sum.
-        "assert_indirect_indexing": False,
+    return CPU_OPTIONS | {
         # Compile the wrapper that calls the loops too: in Python it takes 7 % of a step on packed weights. The compiled
         # wrapper cannot call a sum over ranks.
         "cpp_wrapper": model.device.type == "cpu" and model.config.ranks.count == 1,

@@ -1,0 +1,399 @@
+"""Decode steps as packages of native code, which AOTInductor makes once and which load in milliseconds.
+
+A step is three kinds of function: begin (embedding and pass), a group of layers, head. A package computes one of them.
+All tensors that it reads or writes are its inputs, in the order of a walk through the objects of the step: weights,
+copies of active weights, cache. Everything else in these objects shapes the code. The walk describes it, and the
+description is part of the key that a package is kept under. Groups of layers of equal description share a package.
+
+B batch, H hidden size, S cache slots, V vocabulary.
+"""
+
+import functools
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from models.compiled import CPU_OPTIONS, group_size
+from models.llama import LlamaForCausalLM
+from models.matrices.forms import ChosenColumns, ChosenRows
+from models.passes import DecodePass
+from models.state import DecodeState
+from models.walks import decode_layers
+
+# The largest capacity of a cache that a package serves.
+MOST_SLOTS = 1 << 20
+# Attributes that no pruned step reads: they change from prompt to prompt, belong to one layer, or only make partitions.
+UNREAD = {
+    "index", "rule", "evidence", "watched", "derived", "order", "stacked_at", "training",
+    "filled", "capacity", "dropped",
+}
+# Parts of a module that the walk looks into; its other private attributes belong to PyTorch.
+OF_MODULES = ("_parameters", "_buffers", "_modules")
+# Largest difference of a package's logits from the eager ones, relative to their norm. A wrong package differs by about
+# 1; a half-precision step rounds differently in fused code.
+BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+
+
+class NotPackable(Exception):
+    """A step has no package. The message says why."""
+
+
+class Loader(Protocol):
+    """A loaded package."""
+
+    def run(self, inputs: list[Tensor], /) -> list[Tensor]:
+        """Compute the outputs; inputs that the function changes are changed in place."""
+
+
+class Kept(Protocol):
+    """The packages of this machine (popengine/engine/packages.py)."""
+
+    def has(self, function: "Function") -> bool:
+        """Return True if there is a package under the function's key."""
+
+    def load(self, function: "Function") -> Loader | None:
+        """Load the package of a function; None if there is none that can be used."""
+
+    def make(self, function: "Function") -> None:
+        """Compile the package of a function and keep it."""
+
+    def refuse(self, problem: str) -> None:
+        """Say in one line why steps run eagerly although there are packages."""
+
+
+class Walk:
+    """A walk through objects: the tensors in them, each once, and a description of everything else.
+
+    tensors  in the order of the walk; places[i]: the dictionaries and lists that hold tensor i, with its key there
+    lines    one line per tensor, value and object
+    """
+
+    def __init__(self, thing: Any, unread: set[str], dynamic: dict[int, dict[int, str]]) -> None:
+        """unread: names of attributes to leave out; dynamic: by id of a tensor, its dimensions that are capacities"""
+        self.unread, self.dynamic = unread, dynamic
+        self.tensors: list[Tensor] = []
+        self.places: list[list[tuple[Any, Any]]] = []
+        self.lines: list[str] = []
+        self.numbers: dict[int, int] = {}
+        self.visit(thing, "", None, None)
+
+    def visit(self, thing: Any, path: str, holder: Any, key: Any) -> None:
+        if thing is None or isinstance(thing, (bool, int, float, str, torch.dtype, torch.device, type)):
+            self.lines.append(f"{path} {thing!r}")
+        elif id(thing) in self.numbers:
+            self.lines.append(f"{path} is {self.numbers[id(thing)]}")
+            if isinstance(thing, Tensor):
+                self.places[self.tensor_number(thing)].append((holder, key))
+        elif isinstance(thing, Tensor):
+            if not isinstance(holder, (dict, list)):
+                raise NotPackable(f"{path} is a tensor that cannot be replaced")
+            self.number(thing, path, self.described(thing, path))
+            self.tensors.append(thing)
+            self.places.append([(holder, key)])
+        elif isinstance(thing, (types.FunctionType, types.BuiltinFunctionType)):
+            line = getattr(getattr(thing, "__code__", None), "co_firstlineno", 0)       # tells lambdas apart
+            if getattr(thing, "__closure__", None):
+                raise NotPackable(f"{path} is a function with variables of its own")
+            self.lines.append(f"{path} {thing.__module__}.{thing.__qualname__} {line}")
+        else:
+            self.visit_parts(thing, path)
+
+    def visit_parts(self, thing: Any, path: str) -> None:
+        self.number(thing, path, f"{type(thing).__module__}.{type(thing).__qualname__}")
+        if isinstance(thing, (ChosenRows, ChosenColumns)):
+            raise NotPackable("its chosen channels are another tensor after every partition")
+        if isinstance(thing, (list, tuple)):
+            for index, part in enumerate(thing):
+                self.visit(part, f"{path}.{index}", thing, index)
+        elif isinstance(thing, dict):
+            for key, part in thing.items():
+                self.visit(part, f"{path}.{key}", thing, key)
+        elif isinstance(thing, functools.partial):
+            self.visit([thing.func, list(thing.args), thing.keywords], path, None, None)
+        elif hasattr(thing, "__dict__"):
+            self.visit_attributes(thing, path)
+        else:
+            raise NotPackable(f"{path} is a {type(thing).__qualname__}")
+
+    def visit_attributes(self, thing: Any, path: str) -> None:
+        attributes = vars(thing)
+        for name, part in attributes.items():
+            if name in OF_MODULES and isinstance(thing, nn.Module):
+                for inner, one in part.items():
+                    if inner not in self.unread:
+                        self.visit(one, f"{path}.{inner}", part, inner)
+            elif name not in self.unread and not (isinstance(thing, nn.Module) and name.startswith("_")):
+                self.visit(part, f"{path}.{name}", attributes, name)
+
+    def number(self, thing: Any, path: str, words: str) -> None:
+        self.numbers[id(thing)] = len(self.numbers)
+        self.lines.append(f"{path} {words}")
+
+    def tensor_number(self, tensor: Tensor) -> int:
+        return next(number for number, one in enumerate(self.tensors) if one is tensor)
+
+    def described(self, tensor: Tensor, path: str) -> str:
+        """Describe dtype and layout of a tensor; capacities by their names."""
+        names = self.dynamic.get(id(tensor), {})
+        shape = [names.get(dimension, size) for dimension, size in enumerate(tensor.shape)]
+        if names and not tensor.is_contiguous():
+            raise NotPackable(f"{path} is not contiguous")
+        return f"{tensor.dtype} {shape} {'' if names else tensor.stride()} {tensor.device}"
+
+
+class Function:
+    """One function of a step, as a package computes it.
+
+    name         begin, layers or head
+    inputs       its tensors, in order
+    description  everything beside the values of its inputs: equal descriptions have equal code
+    """
+
+    def __init__(
+        self, name: str, compute: Callable[..., list[Tensor]], objects: dict[str, Any],
+        dynamic: dict[int, dict[int, str]], unread: tuple[str, ...] = (),
+    ) -> None:
+        """objects: the arguments of `compute`, which returns the outputs; unread: more attributes to leave out"""
+        self.name, self.compute, self.objects = name, compute, objects
+        walk = Walk(objects, UNREAD | {*unread}, dynamic)
+        self.inputs, self.places = walk.tensors, walk.places
+        self.capacities = [dynamic.get(id(tensor), {}) for tensor in self.inputs]
+        self.description = "\n".join([name, *walk.lines])
+
+    @contextmanager
+    def inputs_replaced(self, inputs: list[Tensor]) -> Iterator[None]:
+        """Put other tensors in the places of the inputs, and the inputs back at the end."""
+        try:
+            self.put(inputs)
+            yield
+        finally:
+            self.put(self.inputs)
+
+    def put(self, tensors: list[Tensor]) -> None:
+        for tensor, places in zip(tensors, self.places, strict=True):
+            for holder, key in places:
+                holder[key] = tensor
+
+    @torch.no_grad()
+    def exported(self) -> torch.export.ExportedProgram:
+        """Trace the function. Raises NotPackable if it reads a tensor that is none of its inputs."""
+        names = sorted({name for capacity in self.capacities for name in capacity.values()})
+        slots = {name: torch.export.Dim(name, min=2, max=MOST_SLOTS) for name in names}
+        shapes = [{at: slots[name] for at, name in capacity.items()} or None for capacity in self.capacities]
+        program = torch.export.export(Flat(self), (self.inputs,), dynamic_shapes=(shapes,), strict=False)
+        read = [name for name, tensor in program.constants.items() if isinstance(tensor, Tensor) and tensor.numel() > 1]
+        if read:
+            raise NotPackable(f"{self.name} reads a tensor that is none of its inputs, of {read[0]}")
+        return program
+
+    def package(self, path: Path, about: dict[str, str]) -> None:
+        """Compile the function into a package. about: metadata"""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # PyTorch's, about its own functions
+            torch._inductor.aoti_compile_and_package(
+                self.exported(), package_path=str(path), inductor_configs=CPU_OPTIONS | {
+                    "aot_inductor.metadata": about, "aot_inductor.enable_line_tables": False,
+                    "aot_inductor.enable_frame_pointer": False,
+                },
+            )
+
+
+class Flat(nn.Module):
+    """A function of a list of tensors, for torch.export."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = (function,)         # in a tuple: none of its parts are submodules
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        (function,) = self.function
+        with function.inputs_replaced(inputs):
+            return function.compute(**function.objects)
+
+
+@dataclass
+class StepFunctions:
+    """The functions of a state's pruned steps: begin, one per group of layers, head."""
+
+    begin: Function
+    layers: list[Function]
+    head: Function
+
+    @property
+    def all(self) -> list[Function]:
+        return [self.begin, *self.layers, self.head]
+
+
+def step_functions(model: LlamaForCausalLM, state: DecodeState) -> StepFunctions:
+    """Return the functions of a state's steps. Raises NotPackable if its steps read what has no fixed place."""
+    dynamic, names = {}, {}
+    for number, (pattern, slot_map) in enumerate(state.cache.maps.items()):
+        names[pattern] = f"S{number}"
+        dynamic[id(slot_map.tokens)] = {slot_map.tokens.dim() - 1: names[pattern]}
+        if not 2 <= slot_map.tokens.shape[-1] <= MOST_SLOTS:
+            raise NotPackable("the capacity of its cache is out of range")
+    for layer in state.cache.layers:
+        for buffer in (layer.keys, layer.values):
+            if buffer.numel():                          # empty: no attention runs on it
+                dynamic[id(buffer)] = {2: names[layer.pattern]}
+    tokens = torch.zeros(len(state.live), dtype=torch.int64, device=state.live.device)
+    part = types.SimpleNamespace(cache=state.cache, live=state.live)                # all that begin reads of a state
+    x, step = model.begin(tokens, part)  # type: ignore[arg-type]
+    for pattern, mask in step.masks.items():
+        dynamic[id(mask)] = {3: names[pattern]}
+    begin = Function(
+        "begin", begun, {"tokens": tokens, "model": model, "state": part}, dynamic, ("layers", "lm_head", "norm")
+    )
+    size, without_live = group_size(len(state.layers)), as_lists(step)
+    layers = [
+        Function(
+            "layers", through_layers,
+            {"x": x, "step": without_live, "live": state.live, "layers": state.layers[first : first + size]}, dynamic,
+        )
+        for first in range(0, len(state.layers), size)
+    ]
+    return StepFunctions(begin, layers, head_function(model, x))
+
+
+def head_function(model: LlamaForCausalLM, x: Tensor) -> Function:
+    """Return the function of final norm and output projection. x [B, 1, H]"""
+    return Function("head", last_logits, {"x": x, "model": model}, {}, ("layers", "embed_tokens", "rotary"))
+
+
+def begun(tokens: Tensor, model: LlamaForCausalLM, state: Any) -> list[Tensor]:
+    """Compute the embedded tokens of a step, and the tensors of its pass in the order of a walk."""
+    x, step = model.begin(tokens, state)
+    return [x, *Walk(as_lists(step), set(), {}).tensors]
+
+
+def through_layers(x: Tensor, step: DecodePass, live: Tensor, layers: list[Any]) -> list[Tensor]:
+    """Run a group of layers. x [B, 1, H] -> [B, 1, H]"""
+    return [decode_layers(layers, x, replace(step, live=live))]
+
+
+def last_logits(x: Tensor, model: LlamaForCausalLM) -> list[Tensor]:
+    """Compute the logits of a step. x [B, 1, H] -> [B, V]"""
+    return [type(model).head(model, x)[:, 0]]
+
+
+def as_lists(step: DecodePass) -> DecodePass:
+    """Return a pass whose rotary embeddings are in lists, so that they can be replaced, without `live`."""
+    assert is_dataclass(step)
+    rotary: dict[Any, Any] = {pattern: [*pair] for pattern, pair in step.rotary.items()}
+    return replace(step, rotary=rotary, live=None)  # type: ignore[arg-type]
+
+
+class Steps:
+    """The packages of one state's steps, with their inputs."""
+
+    def __init__(self, functions: StepFunctions, loaders: dict[str, Loader]) -> None:
+        given = 1 + len(Walk(functions.layers[0].objects["step"], set(), {}).tensors)    # x and the tensors of a pass
+        self.begin, self.fixed = loaders[functions.begin.description], functions.begin.inputs[1:]
+        self.layers = [(loaders[one.description], one.inputs[given:]) for one in functions.layers]
+        self.head, self.weights = loaders[functions.head.description], functions.head.inputs[1:]
+        self.names = frozenset(one.description for one in functions.all)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Compute one step, without counting its slot as filled. tokens int64 [B] -> logits [B, V]"""
+        x, *step = self.begin.run([tokens, *self.fixed])
+        for loader, inputs in self.layers:
+            (x,) = loader.run([x, *step, *inputs])                                  # [B, 1, H]
+        return self.head.run([x, *self.weights])[0]
+
+
+class PackagedDecode:
+    """Decode steps from packages where there are packages, eager steps elsewhere.
+
+    Dense steps run eagerly. Every package is compared with an eager step before its first use in a process.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, kept: Kept) -> None:
+        self.model, self.kept = model, kept
+        self.loaders: dict[str, Loader] = {}
+        self.verified: set[frozenset[str]] = set()      # by the descriptions of their functions
+        self.refused: set[frozenset[str]] = set()
+        self.steps: dict[int, Steps] = {}               # by id of a state
+
+    def has(self, state: DecodeState) -> bool:
+        """Return True if there is a package of every function of a state's steps."""
+        try:
+            return all(self.kept.has(one) for one in step_functions(self.model, state).all)
+        except NotPackable:
+            return False
+
+    def make(self, state: DecodeState) -> int:
+        """Make the packages of a state's steps that are missing; return their number. Raises NotPackable."""
+        missing = {one.description: one for one in step_functions(self.model, state).all if not self.kept.has(one)}
+        for one in missing.values():
+            self.kept.make(one)
+        return len(missing)
+
+    @torch.inference_mode()
+    def prepare(self, state: DecodeState) -> bool:
+        """Load the packages of a state's steps. Returns False if these will run eagerly."""
+        self.steps.pop(id(state), None)
+        try:
+            functions = step_functions(self.model, state)
+        except NotPackable:
+            return False
+        for one in functions.all:
+            if one.description not in self.loaders:
+                loader = self.kept.load(one)
+                if loader is None:
+                    return False
+                self.loaders[one.description] = loader
+        steps = Steps(functions, self.loaders)
+        if steps.names in self.refused:
+            return False
+        self.steps[id(state)] = steps
+        weakref.finalize(state, self.steps.pop, id(state), None)        # the inputs must not outlive the state
+        return True
+
+    def runs(self, state: DecodeState) -> bool:
+        """Return True if the steps of this state run from packages."""
+        return id(state) in self.steps
+
+    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
+        """Compute the model's `decode`. tokens int64 [B] -> logits [B, V]"""
+        if id(state) not in self.steps:
+            return self.model.decode(tokens, state)
+        steps = self.steps[id(state)]
+        state.cache.make_room()
+        logits = steps.logits(tokens) if steps.names in self.verified else self.verify(steps, tokens, state)
+        state.cache.advance()
+        return logits
+
+    def dense_step(self, tokens: Tensor, state: DecodeState, partitions: bool) -> Tensor:
+        """Compute the model's `dense_step`, eagerly."""
+        return self.model.dense_step(tokens, state, partitions)
+
+    def verify(self, steps: Steps, tokens: Tensor, state: DecodeState) -> Tensor:
+        """Run a step from packages and eagerly, and compare. Returns the eager logits [B, V].
+
+        Both write their keys and values into the same slot, the eager step last.
+        """
+        found, problem = None, ""
+        try:
+            found = steps.logits(tokens)
+        except RuntimeError as error:
+            problem = str(error)
+        x, step = self.model.begin(tokens, state)
+        logits = self.model.head(decode_layers(state.layers, x, step))[:, 0]
+        if found is not None:
+            apart = (found - logits).float().norm() / logits.float().norm()
+            if found.shape == logits.shape and apart <= BOUNDS.get(logits.dtype, 1e-3):
+                self.verified.add(steps.names)
+                return logits
+            problem = f"its logits are {float(apart):.2g} of their norm away from the eager ones"
+        self.refused.add(steps.names)
+        del self.steps[id(state)]
+        self.kept.refuse(problem)
+        return logits

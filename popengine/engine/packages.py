@@ -1,0 +1,222 @@
+"""Packages of compiled decode steps in the user's cache (models/packages.py makes them).
+
+A package is native code. It is loaded only from the user's own cache: a folder and a file of this user that no one
+else may write, and whose content has the digest in the file's name. A checkpoint's folder is never searched.
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+import stat
+import sys
+import tempfile
+import time
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import models
+from models.compiled import CompiledDecode, compiler_problem
+from models.llama import LlamaForCausalLM
+from models.matrices.forms import ColumnMatrix
+from models.matrices.plain import Matrix, replace_matrices
+from models.packages import Function, Loader, NotPackable, PackagedDecode, head_function
+from models.state import DecodeState
+from weights.errors import InputError, one_line
+from weights.user_folders import cache_folder
+
+# A change here leaves older packages unused.
+FORMAT = "popengine package 1"
+
+
+class Packages:
+    """The packages of this machine, one file per function, named by its key and the digest of the file.
+
+    folder  where they are kept; may not exist
+    said    lines that were printed, each once
+    """
+
+    def __init__(self) -> None:
+        self.folder = cache_folder("packages")
+        self.said: set[str] = set()
+
+    def key(self, function: Function) -> str:
+        """Return the key of a function's package: a digest of everything that shapes its code."""
+        return digest("\n".join([FORMAT, *machine(), source_digest(), function.description]).encode())
+
+    def files(self, function: Function) -> list[Path]:
+        """Return the files under the function's key: one, or none."""
+        with contextlib.suppress(OSError):
+            return sorted(self.folder.glob(f"{self.key(function)}.*.pt2"))
+        return []
+
+    def has(self, function: Function) -> bool:
+        """Return True if there is a package under the function's key."""
+        return bool(self.files(function))
+
+    def load(self, function: Function) -> Loader | None:
+        """Load a function's package, if there is one. One that may not be used is refused with a line on stderr."""
+        for path in self.files(function):
+            if problem := not_trusted(self.folder) or not_trusted(path):
+                self.refuse(problem)
+                continue
+            try:
+                if path.name.split(".")[1] != digest(path.read_bytes()):
+                    self.refuse(f"{path} is damaged")
+                    continue
+                loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+            except (OSError, RuntimeError) as error:
+                self.refuse(f"{path} cannot be loaded: {error}")
+                continue
+            if loader.get_metadata().get("popengine") == self.key(function):
+                made: Loader = loader
+                return made
+            self.refuse(f"{path} is the package of something else")
+        return None
+
+    def make(self, function: Function) -> None:
+        """Compile the package of a function and keep it. Raises OSError or what the compiler raises."""
+        key = self.key(function)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.folder) as unfinished:
+            path = Path(unfinished) / "package.pt2"
+            function.package(path, {"popengine": key})
+            path.chmod(0o600)
+            for old in self.files(function):
+                old.unlink()
+            path.rename(self.folder / f"{key}.{digest(path.read_bytes())}.pt2")
+
+    def refuse(self, problem: str) -> None:
+        """Say in one line why steps run eagerly although there are packages."""
+        self.say(f"warning: steps run eagerly, not from packages: {problem}")
+
+    def say(self, line: str) -> None:
+        """Print a line on stderr, once."""
+        if line not in self.said:
+            self.said.add(line)
+            print(one_line(line, 400), file=sys.stderr)
+
+
+def not_trusted(path: Path) -> str | None:
+    """Return why native code may not be loaded from this file or folder; None if it may."""
+    try:
+        about = path.lstat()
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    if stat.S_ISLNK(about.st_mode):
+        return f"{path} is a link"
+    if hasattr(os, "geteuid") and about.st_uid != os.geteuid():
+        return f"{path} belongs to another user"
+    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"{path} may be written by other users"
+    return None
+
+
+def digest(content: bytes) -> str:
+    """Return a digest of some bytes."""
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+@lru_cache(maxsize=1)
+def source_digest() -> str:
+    """Return a digest of the Python files of which steps are made."""
+    ours = Path(__file__).resolve().parents[1]
+    roots = [Path(models.__file__).resolve().parent, ours / "studies"]
+    files = [path for root in roots for path in sorted(root.rglob("*.py"))]
+    return digest(b"".join(path.read_bytes() for path in files))
+
+
+def machine() -> list[str]:
+    """Return what shapes compiled code beside the step: the processor, PyTorch, and the number of threads."""
+    instructions = ""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        instructions = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return [
+        torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.machine(), digest(instructions.encode()),
+        str(torch.get_num_threads()), str(torch.are_deterministic_algorithms_enabled()),
+    ]
+
+
+class CachedSteps:
+    """Decode steps of an engine: from packages where there are some, made if that was asked for.
+
+    Where no package can be made, steps are compiled by torch.compile; if that fails, they run eagerly.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, makes: bool) -> None:
+        """makes: make missing packages"""
+        self.model, self.makes, self.packages = model, makes, Packages()
+        self.packaged = PackagedDecode(model, self.packages)
+        self.by_compiler: CompiledDecode | None = None
+
+    @torch.inference_mode()
+    def of_model(self) -> bool:
+        """Return True if there is a package of this model's output projection for one sequence, as it is stored now."""
+        x = self.model.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.model.device))
+        try:
+            return self.packages.has(head_function(self.model, x))
+        except NotPackable:
+            return False
+
+    def knows(self, state: DecodeState) -> bool:
+        """Return True if nothing will be compiled for this state."""
+        if self.by_compiler is not None:
+            return self.by_compiler.knows(state)
+        return not self.makes or self.packaged.has(state)
+
+    def prepare(self, state: DecodeState) -> float:
+        """Load the packages of a state's steps, or make them if that was asked for. Returns the seconds of making."""
+        began = time.perf_counter()
+        if self.by_compiler is None and self.packaged.prepare(state):
+            return 0.0
+        if self.by_compiler is None and self.makes:
+            self.make(state)
+            if self.by_compiler is None:
+                self.packaged.prepare(state)
+        if self.by_compiler is not None:
+            self.by_compiler.prepare(state)
+        return time.perf_counter() - began if self.makes else 0.0
+
+    def make(self, state: DecodeState) -> None:
+        """Make the packages of a state's steps. If that fails, torch.compile takes their place."""
+        began = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                count = self.packaged.make(state)
+        except Exception as error:  # noqa: BLE001  # a compiler may raise anything
+            reason = one_line(str(error) or type(error).__name__, 200)
+            self.packages.say(f"warning: no packages can be made of these steps, torch.compile takes their place: {reason}")
+            if problem := compiler_problem(self.model.device):
+                self.packages.say(f"warning: torch.compile does not work here, so steps run eagerly: {problem}")
+                self.makes = False
+            else:
+                self.by_compiler = CompiledDecode(self.model)
+            return
+        if count:
+            self.packages.say(
+                f"compiled {count} packages of decode steps in {time.perf_counter() - began:.0f} s; "
+                f"they are kept in {self.packages.folder}"
+            )
+
+    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
+        """Compute the model's `decode`. tokens int64 [B] -> logits [B, V]"""
+        return (self.by_compiler or self.packaged).decode(tokens, state)
+
+    def dense_step(self, tokens: Tensor, state: DecodeState, partitions: bool) -> Tensor:
+        """Compute the model's `dense_step`."""
+        return (self.by_compiler or self.packaged).dense_step(tokens, state, partitions)
+
+    def kind(self, state: DecodeState) -> str:
+        """Return how the steps of this state run: "package", "compiled" or "eager"."""
+        if self.by_compiler is not None:
+            return "compiled"
+        return "package" if self.packaged.runs(state) else "eager"
+
+    def trusting_guards(self) -> AbstractContextManager[object]:
+        """Return the context manager for steps (see CompiledDecode)."""
+        return nullcontext() if self.by_compiler is None else self.by_compiler.trusting_guards()
