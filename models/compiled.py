@@ -117,6 +117,10 @@ class CompiledDecode:
         logits = self.head(self.model, x)[:, 0]                                     # [B, V]
         return logits.clone() if self.in_graphs else logits     # a graph's next step overwrites this memory
 
+    def kind(self, state: DecodeState) -> str:
+        """Return how the steps of a state run."""
+        return "compiled"
+
     def trusting_guards(self) -> AbstractContextManager[object]:
         """Return a context manager that skips most guards, for steps that `prepare` has compiled.
 

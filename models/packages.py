@@ -33,7 +33,7 @@ MOST_SLOTS = 1 << 20
 # Attributes that no pruned step reads: they change from prompt to prompt, belong to one layer, or only make partitions.
 UNREAD = {
     "index", "rule", "evidence", "watched", "derived", "order", "stacked_at", "training",
-    "filled", "capacity", "dropped",
+    "filled", "capacity", "dropped", "missing",
 }
 # Parts of a module that the walk looks into; its other private attributes belong to PyTorch.
 OF_MODULES = ("_parameters", "_buffers", "_modules")
@@ -231,6 +231,11 @@ class StepFunctions:
     def all(self) -> list[Function]:
         return [self.begin, *self.layers, self.head]
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The descriptions of all functions: steps of equal names have the same packages."""
+        return frozenset(one.description for one in self.all)
+
 
 def step_functions(model: LlamaForCausalLM, state: DecodeState) -> StepFunctions:
     """Return the functions of a state's steps. Raises NotPackable if its steps read what has no fixed place."""
@@ -299,7 +304,7 @@ class Steps:
         self.begin, self.fixed = loaders[functions.begin.description], functions.begin.inputs[1:]
         self.layers = [(loaders[one.description], one.inputs[given:]) for one in functions.layers]
         self.head, self.weights = loaders[functions.head.description], functions.head.inputs[1:]
-        self.names = frozenset(one.description for one in functions.all)
+        self.names = functions.names
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Compute one step, without counting its slot as filled. tokens int64 [B] -> logits [B, V]"""
@@ -312,50 +317,46 @@ class Steps:
 class PackagedDecode:
     """Decode steps from packages where there are packages, eager steps elsewhere.
 
-    Dense steps run eagerly. Every package is compared with an eager step before its first use in a process.
+    Dense steps run eagerly. Packages are compared with an eager step before their first use in a process.
     """
 
     def __init__(self, model: LlamaForCausalLM, kept: Kept) -> None:
         self.model, self.kept = model, kept
-        self.loaders: dict[str, Loader] = {}
-        self.verified: set[frozenset[str]] = set()      # by the descriptions of their functions
+        self.loaders: dict[str, Loader] = {}            # by the description of their function
+        self.verified: set[frozenset[str]] = set()
         self.refused: set[frozenset[str]] = set()
-        self.steps: dict[int, Steps] = {}               # by id of a state
+        self.steps: dict[int, Steps | None] = {}        # by id of a state; None until its first step
 
-    def has(self, state: DecodeState) -> bool:
-        """Return True if there is a package of every function of a state's steps."""
-        try:
-            return all(self.kept.has(one) for one in step_functions(self.model, state).all)
-        except NotPackable:
-            return False
-
-    def make(self, state: DecodeState) -> int:
-        """Make the packages of a state's steps that are missing; return their number. Raises NotPackable."""
-        missing = {one.description: one for one in step_functions(self.model, state).all if not self.kept.has(one)}
-        for one in missing.values():
-            self.kept.make(one)
-        return len(missing)
+    @torch.inference_mode()
+    def missing(self, state: DecodeState) -> list[Function]:
+        """Return the functions of a state's steps that have no package, each once. Raises NotPackable."""
+        functions = {one.description: one for one in step_functions(self.model, state).all}
+        return [one for one in functions.values() if not self.kept.has(one)]
 
     @torch.inference_mode()
     def prepare(self, state: DecodeState) -> bool:
         """Load the packages of a state's steps. Returns False if these will run eagerly."""
-        self.steps.pop(id(state), None)
         try:
-            functions = step_functions(self.model, state)
+            loaded = self.load(step_functions(self.model, state))
         except NotPackable:
+            loaded = False
+        if not loaded:
+            self.steps.pop(id(state), None)
             return False
+        if id(state) not in self.steps:
+            weakref.finalize(state, self.steps.pop, id(state), None)    # the inputs must not outlive the state
+        self.steps[id(state)] = None
+        return True
+
+    def load(self, functions: StepFunctions) -> bool:
+        """Load the packages of all functions. Returns False if one cannot be used."""
         for one in functions.all:
             if one.description not in self.loaders:
                 loader = self.kept.load(one)
                 if loader is None:
                     return False
                 self.loaders[one.description] = loader
-        steps = Steps(functions, self.loaders)
-        if steps.names in self.refused:
-            return False
-        self.steps[id(state)] = steps
-        weakref.finalize(state, self.steps.pop, id(state), None)        # the inputs must not outlive the state
-        return True
+        return functions.names not in self.refused
 
     def runs(self, state: DecodeState) -> bool:
         """Return True if the steps of this state run from packages."""
@@ -363,13 +364,21 @@ class PackagedDecode:
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
         """Compute the model's `decode`. tokens int64 [B] -> logits [B, V]"""
-        if id(state) not in self.steps:
+        steps = self.steps.get(id(state)) or self.first_step(state)
+        if steps is None:
             return self.model.decode(tokens, state)
-        steps = self.steps[id(state)]
         state.cache.make_room()
         logits = steps.logits(tokens) if steps.names in self.verified else self.verify(steps, tokens, state)
         state.cache.advance()
         return logits
+
+    def first_step(self, state: DecodeState) -> Steps | None:
+        """Collect the inputs of a run's steps after its prompt, which may have replaced some; None: steps run eagerly."""
+        if not self.runs(state) or not self.load(functions := step_functions(self.model, state)):
+            self.steps.pop(id(state), None)
+            return None
+        steps = self.steps[id(state)] = Steps(functions, self.loaders)
+        return steps
 
     def dense_step(self, tokens: Tensor, state: DecodeState, partitions: bool) -> Tensor:
         """Compute the model's `dense_step`, eagerly."""
@@ -389,10 +398,10 @@ class PackagedDecode:
         logits = self.model.head(decode_layers(state.layers, x, step))[:, 0]
         if found is not None:
             apart = (found - logits).float().norm() / logits.float().norm()
-            if found.shape == logits.shape and apart <= BOUNDS.get(logits.dtype, 1e-3):
+            if apart <= BOUNDS.get(logits.dtype, 1e-3):
                 self.verified.add(steps.names)
                 return logits
-            problem = f"its logits are {float(apart):.2g} of their norm away from the eager ones"
+            problem = f"their logits are {float(apart):.2g} of the norm away from the eager ones"
         self.refused.add(steps.names)
         del self.steps[id(state)]
         self.kept.refuse(problem)

@@ -19,6 +19,7 @@ from models.llama import LlamaForCausalLM
 from models.state import DecodeState
 from popengine.engine.conversation import Conversation
 from popengine.engine.memory_plan import state_within
+from popengine.engine.packages import CachedSteps
 from popengine.engine.prior import prior_for
 from popengine.engine.results import Generation, Piece, measured
 from popengine.engine.run import Run, next_logits
@@ -46,7 +47,7 @@ class Engine:
 
     model     the language model
     prompts   converts texts and conversations to token ids; pictures: the vision side, if the checkpoint reads images
-    compiled  the model's decode step through torch.compile, if requested
+    compiled  the model's compiled decode steps, if they were requested or are in the user's cache
     weights   form of its matrices, for people; parameters: their number in the checkpoint
     name      name of the checkpoint, for people
     folder    folder of the checkpoint, and its fingerprint; progress: show bars on stderr
@@ -58,7 +59,7 @@ class Engine:
         prompts: Prompts,
         pictures: TextOnly | Vision,
         *,
-        compiled: CompiledDecode | None,
+        compiled: CachedSteps | CompiledDecode | None,
         stop_ids: frozenset[int],
         max_seq_len: int,
         dtype: torch.dtype,
@@ -305,7 +306,13 @@ class Engine:
     def new_state(self, batch: int, tokens: int, pruning: StudyPruning, missing: int = 0) -> DecodeState:
         """Allocate buffers for a batch of sequences with `tokens` tokens. Raises InputError if memory is too small."""
         free, capacity = available_memory(self.device), self.capacity(tokens)
-        return state_within(free, self.model, batch, capacity, pruning, capacity - self.capacity(tokens - missing))
+        dropped = capacity - self.capacity(tokens - missing)
+        state = state_within(free, self.model, batch, capacity, pruning, dropped)
+        if isinstance(self.compiled, CachedSteps) and self.compiled.by_columns(state):
+            del state                           # freed before the new one is allocated
+            self.compiled = None
+            state = state_within(free, self.model, batch, capacity, pruning, dropped)
+        return state
 
     def prepare(self, state: DecodeState) -> float:
         """Compile the steps of a run if necessary. Returns seconds."""
@@ -313,6 +320,10 @@ class Engine:
             return 0.0
         with waiting("compiling", self.progress and not self.compiled.knows(state)):
             return self.compiled.prepare(state)
+
+    def kind_of_steps(self, state: DecodeState) -> str:
+        """Return how the steps of a state run: "package", "compiled" (through torch.compile) or "eager"."""
+        return "eager" if self.compiled is None else self.compiled.kind(state)
 
     def stepping(self) -> AbstractContextManager[object]:
         """Return the context manager for the steps of a run."""

@@ -12,6 +12,7 @@ import stat
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -149,7 +150,7 @@ class CachedSteps:
     """
 
     def __init__(self, model: LlamaForCausalLM, makes: bool) -> None:
-        """makes: make missing packages"""
+        """makes: make missing packages. Raises InputError if the user has no folder for them"""
         self.model, self.makes, self.packages = model, makes, Packages()
         self.packaged = PackagedDecode(model, self.packages)
         self.by_compiler: CompiledDecode | None = None
@@ -157,51 +158,64 @@ class CachedSteps:
     @torch.inference_mode()
     def of_model(self) -> bool:
         """Return True if there is a package of this model's output projection for one sequence, as it is stored now."""
-        x = self.model.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.model.device))
+        x = self.model.embed(torch.zeros(1, 1, dtype=torch.int64))
         try:
             return self.packages.has(head_function(self.model, x))
         except NotPackable:
             return False
 
+    def missing(self, state: DecodeState) -> list[Function]:
+        """Return the functions of a state's steps without a package. Raises NotPackable if they cannot have any."""
+        return self.packaged.missing(state)
+
     def knows(self, state: DecodeState) -> bool:
         """Return True if nothing will be compiled for this state."""
         if self.by_compiler is not None:
             return self.by_compiler.knows(state)
-        return not self.makes or self.packaged.has(state)
+        try:
+            return not (self.makes and self.missing(state))
+        except NotPackable:
+            return False
 
     def prepare(self, state: DecodeState) -> float:
         """Load the packages of a state's steps, or make them if that was asked for. Returns the seconds of making."""
-        began = time.perf_counter()
-        if self.by_compiler is None and self.packaged.prepare(state):
+        if (self.by_compiler is None and self.packaged.prepare(state)) or not self.makes:
             return 0.0
-        if self.by_compiler is None and self.makes:
-            self.make(state)
-            if self.by_compiler is None:
-                self.packaged.prepare(state)
+        began = time.perf_counter()
+        if self.by_compiler is None and self.made(state):
+            self.packaged.prepare(state)
         if self.by_compiler is not None:
             self.by_compiler.prepare(state)
-        return time.perf_counter() - began if self.makes else 0.0
+        return time.perf_counter() - began
 
-    def make(self, state: DecodeState) -> None:
-        """Make the packages of a state's steps. If that fails, torch.compile takes their place."""
+    def made(self, state: DecodeState) -> bool:
+        """Make the packages of a state's steps, with a line on stderr. If that fails, torch.compile takes over."""
         began = time.perf_counter()
         try:
-            with torch.inference_mode():
-                count = self.packaged.make(state)
-        except Exception as error:  # noqa: BLE001  # a compiler may raise anything
-            reason = one_line(str(error) or type(error).__name__, 200)
-            self.packages.say(f"warning: no packages can be made of these steps, torch.compile takes their place: {reason}")
+            count = self.make(state)
+        except InputError as error:
+            self.packages.say(f"warning: {error}; torch.compile takes over")
             if problem := compiler_problem(self.model.device):
                 self.packages.say(f"warning: torch.compile does not work here, so steps run eagerly: {problem}")
                 self.makes = False
             else:
                 self.by_compiler = CompiledDecode(self.model)
-            return
-        if count:
-            self.packages.say(
-                f"compiled {count} packages of decode steps in {time.perf_counter() - began:.0f} s; "
-                f"they are kept in {self.packages.folder}"
-            )
+            return False
+        seconds = time.perf_counter() - began
+        self.packages.say(f"made {count} packages of compiled steps in {seconds:.0f} s, kept in {self.packages.folder}")
+        return True
+
+    @torch.inference_mode()
+    def make(self, state: DecodeState) -> int:
+        """Make the missing packages of a state's steps, and return their number. Raises InputError if that fails."""
+        try:
+            missing = self.missing(state)
+            for function in missing:
+                self.packages.make(function)
+        except Exception as error:      # a compiler may raise anything
+            reason = one_line(str(error) or type(error).__name__, 200)
+            raise InputError(f"packages of these steps cannot be made ({reason})") from None
+        return len(missing)
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
         """Compute the model's `decode`. tokens int64 [B] -> logits [B, V]"""
@@ -214,9 +228,41 @@ class CachedSteps:
     def kind(self, state: DecodeState) -> str:
         """Return how the steps of this state run: "package", "compiled" or "eager"."""
         if self.by_compiler is not None:
-            return "compiled"
+            return self.by_compiler.kind(state)
         return "package" if self.packaged.runs(state) else "eager"
 
     def trusting_guards(self) -> AbstractContextManager[object]:
         """Return the context manager for steps (see CompiledDecode)."""
         return nullcontext() if self.by_compiler is None else self.by_compiler.trusting_guards()
+
+    def by_columns(self, state: DecodeState) -> bool:
+        """Store plain weights by columns, for eager steps, if there are any and this state has no packages.
+
+        Returns True if that was done: the state must be made anew, and no package fits any more.
+        """
+        plain = any(type(one) is Matrix for one in self.model.modules()) and self.model.dtype != torch.float16
+        if not plain or self.makes or self.packaged.prepare(state):
+            return False
+        replace_matrices(self.model, ColumnMatrix.from_rows)
+        return True
+
+
+def compiled_steps(model: LlamaForCausalLM, asked: bool) -> CachedSteps | CompiledDecode | None:
+    """Return the compiled steps of a model: if they were asked for, or if there are packages of it. None: eager steps.
+
+    If they were asked for and nothing can compile them, a warning says so.
+    """
+    if asked and not model.can_compile:
+        raise InputError("compiling the decode step is not implemented for mixtures of experts; leave --compile off")
+    cached = None
+    if model.can_compile and model.device.type == "cpu" and model.config.ranks.count == 1:
+        with contextlib.suppress(InputError):           # no folder of the user
+            cached = CachedSteps(model, asked)
+    if cached is not None and cached.of_model():
+        return cached
+    if not asked:
+        return None
+    if problem := compiler_problem(model.device):
+        warnings.warn(f"torch.compile does not work here, so steps run eagerly: {problem}", stacklevel=3)
+        return None
+    return cached or CompiledDecode(model)

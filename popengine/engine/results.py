@@ -50,6 +50,8 @@ class Statistics:
     partition_ms         scores, sort and copy of the active weights; its parts: scores_ms, sort_ms, copy_ms
     decode_ms_per_token  mean over the decode steps; nan without steps
     compile_s            time to compile the decode step before the run; 0 if it was compiled already or runs eagerly
+    steps                how decode steps ran: "package" (compiled earlier, in the user's cache), "compiled" (by
+                         torch.compile) or "eager"
     skipped_layers       layers, of the model's `layers`, that all but the last prompt tokens skipped
     left_out_tokens      tokens of pictures that layers from `pruning.thin_from` on leave out
     experts              per layer with a mixture of experts
@@ -71,6 +73,7 @@ class Statistics:
     decode_ms_per_token: float
     decode_tokens_per_s: float
     compile_s: float
+    steps: str
     regions: Regions
     pruning: StudyPruning
     layers: int
@@ -142,6 +145,7 @@ def measured(run: Run) -> Statistics:
         decode_ms_per_token=per_token * 1000,
         decode_tokens_per_s=len(run.prompts) / per_token,
         compile_s=run.compile_s,
+        steps=engine.kind_of_steps(run.state),
         regions=regions(engine.model, run.pruning),
         pruning=run.pruning,
         weight_bytes_per_token=pruned + (dense - pruned) * schedule.dense_steps // max(1, schedule.steps),
@@ -198,6 +202,7 @@ def report(statistics: Statistics) -> dict[str, Any]:
             "decode_ms_per_token": or_null(statistics.decode_ms_per_token),
             "decode_tokens_per_s": or_null(statistics.decode_tokens_per_s),
             "compile_s": statistics.compile_s,
+            "steps": statistics.steps,
         },
         "visual_tokens": {
             "of_pictures": statistics.image_tokens, "left_out": statistics.left_out_tokens,
