@@ -373,7 +373,7 @@ class PackagedDecode:
         return logits
 
     def first_step(self, state: DecodeState) -> Steps | None:
-        """Collect the inputs of a run's steps after its prompt, which may have replaced some; None: steps run eagerly."""
+        """Collect the inputs of steps after the prompt, which may have replaced some. None: steps run eagerly."""
         if not self.runs(state) or not self.load(functions := step_functions(self.model, state)):
             self.steps.pop(id(state), None)
             return None

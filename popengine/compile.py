@@ -58,13 +58,13 @@ def run(flags: argparse.Namespace) -> None:
 
     engine = load_with_warnings(loading.load, flags)
     if not isinstance(engine.compiled, packages.CachedSteps):
-        raise InputError("there are no packages here: they need a compiler, a CPU, one process, and a folder of the user")
+        raise InputError("there can be no packages: they need a compiler, a CPU, one process and a folder of the user")
     state = engine.new_state(flags.batch, 1, engine.resolve(pruning))
     began = time.perf_counter()
     with waiting("compiling", sys.stderr.isatty() and not flags.quiet):
         made = engine.compiled.make(state)
-    kept = f"kept in {engine.compiled.packages.folder}"
-    print(f"{made} packages, made in {time.perf_counter() - began:.0f} s and {kept}" if made else f"nothing to do: {kept}")
+    seconds, folder = time.perf_counter() - began, engine.compiled.packages.folder
+    print(f"made {made} packages in {seconds:.0f} s, kept in {folder}" if made else f"nothing to do: all are in {folder}")
 
 
 if __name__ == "__main__":
