@@ -64,7 +64,7 @@ def run(flags: argparse.Namespace) -> None:
     with waiting("compiling", sys.stderr.isatty() and not flags.quiet):
         made = engine.compiled.make(state)
     seconds, folder = time.perf_counter() - began, engine.compiled.packages.folder
-    print(f"made {made} packages in {seconds:.0f} s, kept in {folder}" if made else f"nothing to do: all are in {folder}")
+    print(f"made {made} packages in {seconds:.0f} s, kept in {folder}" if made else f"all are in {folder} already")
 
 
 if __name__ == "__main__":
