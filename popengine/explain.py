@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--raw", action="store_true", help="encode the prompt without the chat template")
     flags.add_argument("--ignore-eos", action="store_true", help="continue after the end of the sequence")
     add_generation_flags(flags, new_tokens=128)
+    flags.set_defaults(compile=False)       # its dense and pruned times are compared: both compiled, or neither
     flags.add_argument("--json", action="store_true", help="also print the page's data as one JSON object")
     return flags
 

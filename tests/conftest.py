@@ -43,9 +43,10 @@ def no_packages() -> Iterator[None]:
 
 # The files that take longest, the longest first: workers that begin with these end at about the same time.
 LONGEST = (
-    "test_ranks_together", "test_compile", "test_packages", "test_hostile_files", "test_smollm2", "test_ranks", "test_neighbours",
-    "test_packed", "test_prefill_only", "test_bench", "test_visual_tokens", "test_left_out", "test_repeated_requests",
-    "test_qwen_engine", "test_gemma_engine", "test_harness", "test_cuda_without_a_card", "test_weights_gguf",
+    "test_ranks_together", "test_compile", "test_packages", "test_hostile_files", "test_smollm2", "test_ranks",
+    "test_neighbours", "test_packed", "test_prefill_only", "test_bench", "test_visual_tokens", "test_left_out",
+    "test_repeated_requests", "test_qwen_engine", "test_gemma_engine", "test_harness", "test_cuda_without_a_card",
+    "test_weights_gguf",
 )
 # A file to which every file of tests adds a line: the peak of its worker's memory in MB while it ran.
 PEAKS = os.environ.get("POPENGINE_TEST_PEAKS")

@@ -52,7 +52,7 @@ def load(
     device: str = "auto",
     weights: str = "auto",
     max_seq_len: int | None = None,
-    compile: bool = False,
+    compile: bool | None = None,
     progress: bool = False,
 ) -> Engine:
     """Load a checkpoint: a Hugging Face directory, a Hub id or a .gguf file; None: the default checkpoint.
@@ -64,9 +64,9 @@ def load(
     weights      "auto" (on a CPU packed weights of the checkpoint stay packed, unless float32 is requested), "plain",
                  "int8", "int4" (CPU only)
     max_seq_len  a shorter context than the model's own (which includes the extension by YaRN or linear scaling)
-    compile      compile decode steps, which are then 1.3 to 2 times as fast on a CPU. Compiled code is kept in the
-                 user's cache; later engines use it without being asked. If compiling fails, a line gives the reason
-                 and steps run eagerly
+    compile      True: compile decode steps, which are then 1.3 to 2 times as fast on a CPU. The first run waits for
+                 that; the code is kept in the user's cache. If compiling fails, a line gives the reason and steps run
+                 eagerly. False: eager steps. None: compiled ones where the user's cache has them
     progress     progress bars on stderr
     Raises InputError, in one line, for anything wrong with the arguments.
     """
@@ -90,7 +90,7 @@ def load(
             model, pictures = loaded.language_model, vision(loaded, tokenizer, opened.path)
         else:
             model, pictures = loaded, TextOnly(loaded)
-        with waiting("compiling", progress and compile):
+        with waiting("compiling", progress and bool(compile)):
             compiled = compiled_steps(model, compile)
         if compiled is None and where.type == "cpu" and kind != torch.float16:      # float16 is slow in this layout
             replace_matrices(model, ColumnMatrix.from_rows)

@@ -22,10 +22,11 @@ from torch import Tensor
 
 import models
 from models.compiled import CompiledDecode, compiler_problem
+from models.flat_functions import Function, NotPackable
 from models.llama import LlamaForCausalLM
 from models.matrices.forms import ColumnMatrix
 from models.matrices.plain import Matrix, replace_matrices
-from models.packages import Function, Loader, NotPackable, PackagedDecode, head_function
+from models.packages import Loader, PackagedDecode, head_function
 from models.state import DecodeState
 from weights.errors import InputError, one_line
 from weights.user_folders import cache_folder
@@ -51,6 +52,8 @@ class Packages:
 
     def files(self, function: Function) -> list[Path]:
         """Return the files under the function's key: one, or none."""
+        if not self.folder.is_dir():
+            return []
         with contextlib.suppress(OSError):
             return sorted(self.folder.glob(f"{self.key(function)}.*.pt2"))
         return []
@@ -133,14 +136,19 @@ def source_digest() -> str:
 
 def machine() -> list[str]:
     """Return what shapes compiled code beside the step: the processor, PyTorch, and the number of threads."""
-    instructions = ""
+    return [
+        torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.machine(), instructions(),
+        f"{torch.get_num_threads()} threads", str(torch.are_deterministic_algorithms_enabled()),
+    ]
+
+
+@lru_cache(maxsize=1)
+def instructions() -> str:
+    """Return the instructions that the processor has; the compiler makes use of all of them."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        instructions = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return [
-        torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.machine(), digest(instructions.encode()),
-        str(torch.get_num_threads()), str(torch.are_deterministic_algorithms_enabled()),
-    ]
+        return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return ""
 
 
 class CachedSteps:
@@ -247,17 +255,19 @@ class CachedSteps:
         return True
 
 
-def compiled_steps(model: LlamaForCausalLM, asked: bool) -> CachedSteps | CompiledDecode | None:
-    """Return the compiled steps of a model: if they were asked for, or if there are packages of it. None: eager steps.
+def compiled_steps(model: LlamaForCausalLM, asked: bool | None) -> CachedSteps | CompiledDecode | None:
+    """Return the compiled steps of a model, or None for eager ones.
 
-    If they were asked for and nothing can compile them, a warning says so.
+    asked  True: compile them; a warning says if nothing can. False: eager steps. None: compiled if there are packages
     """
+    if asked is False:
+        return None
     if asked and not model.can_compile:
         raise InputError("compiling the decode step is not implemented for mixtures of experts; leave --compile off")
     cached = None
     if model.can_compile and model.device.type == "cpu" and model.config.ranks.count == 1:
         with contextlib.suppress(InputError):           # no folder of the user
-            cached = CachedSteps(model, asked)
+            cached = CachedSteps(model, bool(asked))
     if cached is not None and cached.of_model():
         return cached
     if not asked:

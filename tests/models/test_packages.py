@@ -15,8 +15,13 @@ import torch
 from builders import complete_checkpoint, generated
 from torch import Tensor
 
+from models import flat_functions
+from models.compiled import CPU_OPTIONS, CompiledDecode
+from models.flat_functions import UNREAD, Function, NotPackable
+from models.llama import LlamaForCausalLM
 from models.matrices.forms import ColumnMatrix
-from models.packages import Function, step_functions
+from models.packages import step_functions
+from models.state import DecodeState
 from popengine.engine import packages
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
@@ -50,6 +55,8 @@ def made(folder: Path, eager: Engine, tmp_path_factory: pytest.TempPathFactory) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         patch.setattr(packages, "cache_folder", cache_folder)
+        patch.setenv("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")        # half the time to compile
+        patch.setattr(flat_functions, "CPU_OPTIONS", CPU_OPTIONS | {"aot_inductor.compile_wrapper_opt_level": "O0"})
         command = [sys.executable, "-m", "popengine.compile", str(folder), "--prune-ratio", "0"]
         run = subprocess.run(command, env=os.environ, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
@@ -88,6 +95,15 @@ def decode_logits(engine: Engine, pruning: PruningSettings, capacity: int) -> Te
     return logits
 
 
+def test_compile_makes_what_is_missing_and_says_so_once(
+    folder: Path, eager: Engine, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generated(load(folder, compile=True), [PROMPT], 10, FROZEN) == generated(eager, [PROMPT], 10, FROZEN)
+    said = capsys.readouterr().err
+    assert said.startswith("made 1 packages") and said.count("\n") == 1, said
+    assert steps_of(load(folder), [PROMPT], 10, FROZEN) == "package"
+
+
 @pytest.mark.parametrize("pruning", [DENSE, POP, FROZEN], ids=["dense", "POP", "frozen"])
 def test_packages_give_the_eager_tokens_and_logits(eager: Engine, fast: Engine, pruning: PruningSettings) -> None:
     with_packages_of(fast, pruning)
@@ -116,6 +132,16 @@ def test_a_batch_has_packages_of_its_own(eager: Engine, fast: Engine) -> None:
     fast = with_packages_of(load(fast.folder), DENSE, batch=2)
     assert generated(fast, prompts, 40, DENSE) == generated(eager, prompts, 40, DENSE)
     assert steps_of(fast, prompts, 2, DENSE) == "package"
+
+
+@torch.inference_mode()
+def test_a_step_that_reads_a_tensor_beside_its_inputs_is_refused(
+    eager: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flat_functions, "UNREAD", UNREAD | {"candidate_norms"})
+    state = eager.model.new_state(1, 128, eager.resolve(POP))
+    with pytest.raises(NotPackable, match="layers reads a tensor that is none of its inputs"):
+        step_functions(eager.model, state).layers[0].exported()
 
 
 def test_dense_steps_between_pruned_ones_count(eager: Engine, fast: Engine) -> None:
@@ -243,16 +269,17 @@ def test_verification_finds_a_package_of_another_model(
     assert said.count("\n") == 1, said
 
 
-def test_compile_makes_what_is_missing_and_says_so_once(
-    folder: Path, eager: Engine, made: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    load_and_make = load(folder, compile=True)
-    settings = PruningSettings.paper(ffn_ratio=0.5, candidate_width=0.0)
-    tokens = generated(load_and_make, [PROMPT], 10, settings)
-    assert tokens == generated(eager, [PROMPT], 10, settings)
-    said = capsys.readouterr().err
-    assert said.startswith("made 1 packages") and said.count("\n") == 1, said
-    assert steps_of(load(folder), [PROMPT], 10, settings) == "package"
+class Uncompiled(CompiledDecode):
+    """Takes the place of torch.compile, which test_compile.py tests."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.model = model
+
+    def prepare(self, state: DecodeState) -> float:
+        return 0.0
+
+    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
+        return self.model.decode(tokens, state)
 
 
 def test_where_no_package_can_be_made_a_line_says_so(
@@ -262,6 +289,7 @@ def test_where_no_package_can_be_made_a_line_says_so(
         raise OSError("no space")
 
     monkeypatch.setattr(Function, "package", broken)
+    monkeypatch.setattr(packages, "CompiledDecode", Uncompiled)
     settings = PruningSettings.paper(ffn_ratio=0.45, candidate_width=0.0)
     engine = load(folder, compile=True)
     tokens = generated(eager, [PROMPT], 10, settings)
