@@ -47,7 +47,8 @@ class CompiledDecode:
         self.steps: dict[tuple[int, Pruning, int], float] = {}
         # Every step of the one function counts towards these limits, in every engine of the process.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
-        self.group_size = group_size(len(model.model.layers))
+        layers = len(model.model.layers)
+        self.group_size = max(size for size in range(1, MOST_LAYERS_PER_CALL + 1) if layers % size == 0)
         compile = partial(torch.compile, dynamic=False, fullgraph=True, options=compile_options(model))
         self.begin: Callable[..., tuple[Tensor, DecodePass]] = compile(LlamaForCausalLM.begin)
         self.layers: Callable[..., Tensor] = compile(decode_layers)
@@ -136,11 +137,6 @@ def step_of(state: DecodeState) -> tuple[int, Pruning, int]:
     The compiler treats equal capacities as one number.
     """
     return len(state.live), state.pruning, len({slot_map.tokens.shape[-1] for slot_map in state.cache.maps.values()})
-
-
-def group_size(layers: int) -> int:
-    """Return the number of layers in one call of compiled code, which divides all layers."""
-    return max(size for size in range(1, MOST_LAYERS_PER_CALL + 1) if layers % size == 0)
 
 
 def compile_options(model: LlamaForCausalLM) -> dict[str, bool]:

@@ -79,7 +79,7 @@ class Walk:
                 self.visit(part, f"{path}.{index}", thing, index)
         elif isinstance(thing, dict):
             for key, part in thing.items():
-                self.visit(part, f"{path}.{key}", thing, key)
+                self.visit(part, f"{path}.{key!r}", thing, key)
         elif isinstance(thing, functools.partial):
             self.visit([thing.func, list(thing.args), thing.keywords], path, None, None)
         elif hasattr(thing, "__dict__"):

@@ -1,9 +1,9 @@
 """Decode steps as packages of native code, which AOTInductor makes once and which load in milliseconds.
 
 A step is three kinds of function: begin (embedding and pass), a group of layers, head. A package computes one of them.
-All tensors that it reads or writes are its inputs: weights, copies of active weights, cache. Everything else that shapes
-its code is in the function's description (models/flat_functions.py), which is part of the key that the package is kept
-under. Groups of layers of equal description share a package.
+All tensors that it reads or writes are its inputs: weights, copies of active weights, cache. Everything else that
+shapes its code is in the function's description (models/flat_functions.py), a part of the key of its package. Groups of
+layers of equal description share a package.
 
 B batch, H hidden size, S cache slots, V vocabulary.
 """
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from models.compiled import group_size
+from models.compiled import MOST_LAYERS_PER_CALL
 from models.flat_functions import MOST_SLOTS, Function, NotPackable, Walk
 from models.llama import LlamaForCausalLM
 from models.passes import DecodePass
@@ -86,15 +86,28 @@ def step_functions(model: LlamaForCausalLM, state: DecodeState) -> StepFunctions
     begin = Function(
         "begin", begun, {"tokens": tokens, "model": model, "state": part}, dynamic, ("layers", "lm_head", "norm")
     )
-    size, without_live = group_size(len(state.layers)), as_lists(step)
-    layers = [
-        Function(
-            "layers", through_layers,
-            {"x": x, "step": without_live, "live": state.live, "layers": state.layers[first : first + size]}, dynamic,
-        )
-        for first in range(0, len(state.layers), size)
-    ]
-    return StepFunctions(begin, layers, head_function(model, x))
+    common = {"x": x, "step": as_lists(step), "live": state.live}
+
+    def groups(size: int) -> list[Function]:
+        starts = range(0, len(state.layers), size)
+        parts = (state.layers[first : first + size] for first in starts)
+        return [Function("layers", through_layers, common | {"layers": part}, dynamic) for part in parts]
+
+    layers = groups(1)
+    size = common_group_size([one.description for one in layers])
+    return StepFunctions(begin, layers if size == 1 else groups(size), head_function(model, x))
+
+
+def common_group_size(kinds: list[str]) -> int:
+    """Return the number of layers in one call, for layers of these kinds: calls take time, and so does compiling.
+
+    All groups together have at most MOST_LAYERS_PER_CALL layers to compile, where there are several kinds.
+    """
+    for size in range(MOST_LAYERS_PER_CALL, 1, -1):
+        groups = {tuple(kinds[first : first + size]) for first in range(0, len(kinds), size)}
+        if len(kinds) % size == 0 and len(groups) * size <= MOST_LAYERS_PER_CALL:
+            return size
+    return 1
 
 
 def head_function(model: LlamaForCausalLM, x: Tensor) -> Function:

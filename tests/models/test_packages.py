@@ -20,7 +20,7 @@ from models.compiled import CPU_OPTIONS, CompiledDecode
 from models.flat_functions import UNREAD, Function, NotPackable
 from models.llama import LlamaForCausalLM
 from models.matrices.forms import ColumnMatrix
-from models.packages import step_functions
+from models.packages import common_group_size, step_functions
 from models.state import DecodeState
 from popengine.engine import packages
 from popengine.engine.engine import Engine
@@ -132,6 +132,13 @@ def test_a_batch_has_packages_of_its_own(eager: Engine, fast: Engine) -> None:
     fast = with_packages_of(load(fast.folder), DENSE, batch=2)
     assert generated(fast, prompts, 40, DENSE) == generated(eager, prompts, 40, DENSE)
     assert steps_of(fast, prompts, 2, DENSE) == "package"
+
+
+@pytest.mark.parametrize("kinds, size", [
+    ("a" * 30, 5), ("a" * 28, 4), ("a" * 7, 1), ("ab" * 14, 4), ("aaaaab" * 3, 2), ("aabbabb", 1), ("abcdef", 1),
+])
+def test_groups_of_layers_are_large_where_few_layers_must_be_compiled(kinds: str, size: int) -> None:
+    assert common_group_size([*kinds]) == size
 
 
 @torch.inference_mode()
