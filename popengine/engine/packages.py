@@ -6,6 +6,7 @@ else may write, and whose content has the digest in the file's name. A checkpoin
 
 import contextlib
 import hashlib
+import inspect
 import os
 import platform
 import stat
@@ -20,7 +21,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import models
 from models.compiled import CompiledDecode, compiler_problem
 from models.flat_functions import Function, NotPackable
 from models.llama import LlamaForCausalLM
@@ -28,6 +28,7 @@ from models.matrices.forms import ColumnMatrix
 from models.matrices.plain import Matrix, replace_matrices
 from models.packages import Loader, PackagedDecode, head_function
 from models.state import DecodeState
+from popengine.studies.rules import StudyRule
 from weights.errors import InputError, one_line
 from weights.user_folders import cache_folder
 
@@ -58,10 +59,6 @@ class Packages:
             return sorted(self.folder.glob(f"{self.key(function)}.*.pt2"))
         return []
 
-    def has(self, function: Function) -> bool:
-        """Return True if there is a package under the function's key."""
-        return bool(self.files(function))
-
     def load(self, function: Function) -> Loader | None:
         """Load a function's package, if there is one. One that may not be used is refused with a line on stderr."""
         for path in self.files(function):
@@ -83,9 +80,11 @@ class Packages:
         return None
 
     def make(self, function: Function) -> None:
-        """Compile the package of a function and keep it. Raises OSError or what the compiler raises."""
+        """Compile the package of a function and keep it. Raises InputError, OSError or what the compiler raises."""
         key = self.key(function)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if problem := not_trusted(self.folder):
+            raise InputError(problem)
         with tempfile.TemporaryDirectory(dir=self.folder) as unfinished:
             path = Path(unfinished) / "package.pt2"
             function.package(path, {"popengine": key})
@@ -128,9 +127,9 @@ def digest(content: bytes) -> str:
 @lru_cache(maxsize=1)
 def source_digest() -> str:
     """Return a digest of the Python files of which steps are made."""
-    ours = Path(__file__).resolve().parents[1]
-    roots = [Path(models.__file__).resolve().parent, ours / "studies"]
-    files = [path for root in roots for path in sorted(root.rglob("*.py"))]
+    of_each = (LlamaForCausalLM, StudyRule, InputError)         # the folders models, popengine/studies and weights
+    folders = [Path(inspect.getfile(one)).resolve().parent for one in of_each]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     return digest(b"".join(path.read_bytes() for path in files))
 
 
@@ -168,12 +167,12 @@ class CachedSteps:
         """Return True if there is a package of this model's output projection for one sequence, as it is stored now."""
         x = self.model.embed(torch.zeros(1, 1, dtype=torch.int64))
         try:
-            return self.packages.has(head_function(self.model, x))
+            return bool(self.packages.files(head_function(self.model, x)))
         except NotPackable:
             return False
 
     def missing(self, state: DecodeState) -> list[Function]:
-        """Return the functions of a state's steps without a package. Raises NotPackable if they cannot have any."""
+        """Return the functions of a state's steps without a usable package. Raises NotPackable if none can be made."""
         return self.packaged.missing(state)
 
     def knows(self, state: DecodeState) -> bool:
