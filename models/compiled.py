@@ -23,6 +23,13 @@ from models.walks import decode_layers, prefill_layers
 
 # Layers that one call of compiled code runs at most.
 MOST_LAYERS_PER_CALL = 5
+# Inductor's options on a CPU.
+CPU_OPTIONS = {
+    # Guards have checked the shapes of inputs already; checking again takes 4 % of a step.
+    "size_asserts": False,
+    # Chosen channels are always in range; a check in the inner loop would cost more than the sum.
+    "assert_indirect_indexing": False,
+}
 
 
 class CompiledDecode:
@@ -111,6 +118,10 @@ class CompiledDecode:
         logits = self.head(self.model, x)[:, 0]                                     # [B, V]
         return logits.clone() if self.in_graphs else logits     # a graph's next step overwrites this memory
 
+    def kind(self, state: DecodeState) -> str:
+        """Return how the steps of a state run."""
+        return "compiled"
+
     def trusting_guards(self) -> AbstractContextManager[object]:
         """Return a context manager that skips most guards, for steps that `prepare` has compiled.
 
@@ -132,11 +143,7 @@ def compile_options(model: LlamaForCausalLM) -> dict[str, bool]:
     """Return Inductor's options for the steps of a model on its device."""
     if model.device.type == "cuda":
         return {"triton.cudagraphs": True, "coordinate_descent_tuning": True}   # the first is "reduce-overhead"
-    return {
-        # Guards have checked the shapes of inputs already; checking again takes 4 % of a step.
-        "size_asserts": False,
-        # Chosen channels are always in range; a check in the inner loop would cost more than the sum.
-        "assert_indirect_indexing": False,
+    return CPU_OPTIONS | {
         # Compile the wrapper that calls the loops too: in Python it takes 7 % of a step on packed weights. The compiled
         # wrapper cannot call a sum over ranks.
         "cpp_wrapper": model.device.type == "cpu" and model.config.ranks.count == 1,

@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": "dense and pruned answers side by side, and what pruning saves",
     "generate": "answer one prompt",
     "explain": "one run as a page that explains it",
+    "compile": "compile decode steps once, for every later run",
     "info": "describe a checkpoint without loading it",
     "score": "perplexity of a text",
     "compare": "methods side by side: quality, and bytes read per step",

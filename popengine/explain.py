@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("explained.html"), metavar="FILE", help="(default: explained.html)"
     )
     add_generation_flags(flags, new_tokens=128)
+    flags.set_defaults(compile=False)       # its dense and pruned times are compared: both compiled, or neither
     flags.add_argument("--json", action="store_true", help="also print the page's data as one JSON object")
     return flags
 

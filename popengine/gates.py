@@ -64,7 +64,8 @@ def run(flags: argparse.Namespace) -> None:
     make_folder(flags.out, "gates.json", "gates.md", "gates.png")
     show_progress = sys.stderr.isatty() and not flags.quiet
     engine = loading.load(
-        flags.ckpt, dtype=flags.dtype, device=flags.device, weights=flags.weights, progress=show_progress
+        flags.ckpt, dtype=flags.dtype, device=flags.device, weights=flags.weights, compile=False,
+        progress=show_progress,
     )
     if flags.text is None:
         every = max(1, len(questions) // flags.samples)         # the same number of every kind of question

@@ -58,7 +58,9 @@ def run(flags: argparse.Namespace) -> None:
     if flags.save_calibration is not None:
         check_output(flags.save_calibration)
     progress = sys.stderr.isatty() and not flags.quiet
-    engine = loading.load(flags.ckpt, dtype=flags.dtype, device=flags.device, weights=flags.weights, progress=progress)
+    engine = loading.load(
+        flags.ckpt, dtype=flags.dtype, device=flags.device, weights=flags.weights, compile=False, progress=progress
+    )
     scoring.check_context(engine, flags.prompt_tokens, flags.score_tokens)
     text = scoring.read_text(flags.text, engine.tokenizer)
     windows = scoring.cut_windows(text, engine.tokenizer, flags.prompt_tokens, flags.score_tokens, flags.windows)

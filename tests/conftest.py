@@ -13,8 +13,10 @@ import torch
 
 from models import compiled
 from models.matrices import packed
+from popengine.engine import packages
 from popengine.studies import rules
 from weights.default_checkpoint import DEFAULT_DIRECTORY, found_in
+from weights.errors import InputError
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,9 +28,22 @@ def cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_packages() -> Iterator[None]:
+    """Steps are compiled by torch.compile, as for a user without a folder for packages: test_packages.py has some."""
+
+    def nowhere(name: str) -> Path:
+        raise InputError("there is no folder")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packages, "cache_folder", nowhere)
+        yield
+
+
 # The files that take longest, the longest first: workers that begin with these end at about the same time.
 LONGEST = (
-    "test_compile", "test_smollm2", "test_ranks_together", "test_hostile_files", "test_wheel", "test_repeated_requests",
+    "test_compile", "test_packages", "test_smollm2",
+    "test_ranks_together", "test_hostile_files", "test_wheel", "test_repeated_requests",
     "test_packed", "test_ranks", "test_cuda_without_a_card", "test_weights_gguf", "test_kinds", "test_chat_command",
     "test_tasks", "test_neighbours", "test_conversation", "test_generate_command", "test_harness", "test_qwen_engine",
     "test_examples", "test_output", "test_prefill_only", "test_vision", "test_compare_command", "test_engine",

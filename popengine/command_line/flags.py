@@ -53,7 +53,9 @@ def add_generation_flags(flags: argparse.ArgumentParser, new_tokens: int) -> Non
     add_setting_flags(flags)
     machine = add_machine_flags(flags)
     machine.add_argument("--max-seq-len", type=int, metavar="N", help="a shorter context than the model's")
-    machine.add_argument("--compile", action="store_true", help="compile the decode step (slow to start, fast to run)")
+    machine.add_argument(
+        "--compile", action="store_true", default=None, help="compile the decode step: only the first run waits for it"
+    )
     flags.add_argument("--quiet", action="store_true", help="no statistics, no progress bars")
 
 

@@ -1,5 +1,4 @@
-"""A checkpoint in memory: the model, its text and image sides, and the buffers of its runs.
-"""
+"""A checkpoint in memory: the model, its text and image sides, and the buffers of its runs."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,6 +13,7 @@ from models.cost_model import layer_weights
 from models.llama import LlamaForCausalLM
 from models.state import DecodeState
 from popengine.engine.memory_plan import state_within
+from popengine.engine.packages import CachedSteps
 from popengine.engine.spinner import waiting
 from popengine.images.vision import TextOnly, Vision
 from popengine.studies.evidence import Prior
@@ -34,7 +34,7 @@ class LoadedModel:
     model                the language model
     prompts              converts texts and conversations to token ids
     pictures             the vision side, if the checkpoint reads images
-    compiled             the model's decode step through torch.compile, if requested
+    compiled             the model's compiled decode steps, if they were requested or are in the user's cache
     end_of_sequence_ids  ids that the checkpoint's files declare as the end of a sequence
     weights              form of its matrices, for people; parameters: their number in the checkpoint
     name                 name of the checkpoint, for people
@@ -45,7 +45,7 @@ class LoadedModel:
     model: LlamaForCausalLM
     prompts: Prompts
     pictures: TextOnly | Vision
-    compiled: CompiledDecode | None
+    compiled: CachedSteps | CompiledDecode | None
     end_of_sequence_ids: frozenset[int]
     max_seq_len: int
     dtype: torch.dtype
@@ -69,7 +69,7 @@ class LoadedModel:
         return resolve_study(DENSE, layer_weights(self.model))
 
     @property
-    def decoder(self) -> LlamaForCausalLM | CompiledDecode:
+    def decoder(self) -> LlamaForCausalLM | CachedSteps | CompiledDecode:
         """The compiled decode step if there is one, else the model."""
         return self.model if self.compiled is None else self.compiled
 
@@ -100,7 +100,13 @@ class LoadedModel:
     def new_state(self, batch: int, tokens: int, pruning: StudyPruning, missing: int = 0) -> DecodeState:
         """Allocate buffers for a batch of sequences with `tokens` tokens. Raises InputError if memory is too small."""
         free, capacity = available_memory(self.device), self.capacity(tokens)
-        return state_within(free, self.model, batch, capacity, pruning, capacity - self.capacity(tokens - missing))
+        dropped = capacity - self.capacity(tokens - missing)
+        state = state_within(free, self.model, batch, capacity, pruning, dropped)
+        if isinstance(self.compiled, CachedSteps) and self.compiled.by_columns(state):
+            del state                           # freed before the new one is allocated
+            self.compiled = None
+            state = state_within(free, self.model, batch, capacity, pruning, dropped)
+        return state
 
     def prepare(self, state: DecodeState) -> float:
         """Compile the steps of a run if necessary. Returns seconds."""
@@ -108,6 +114,10 @@ class LoadedModel:
             return 0.0
         with waiting("compiling", self.progress and not self.compiled.knows(state)):
             return self.compiled.prepare(state)
+
+    def kind_of_steps(self, state: DecodeState) -> str:
+        """Return how the steps of a state run: "package", "compiled" (through torch.compile) or "eager"."""
+        return "eager" if self.compiled is None else self.compiled.kind(state)
 
     def stepping(self) -> AbstractContextManager[object]:
         """Return the context manager for the steps of a run."""

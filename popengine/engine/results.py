@@ -52,6 +52,8 @@ class Statistics(of_studies.StudyStatistics):
     partition_ms         scores, sort and copy of the active weights; its parts: scores_ms, sort_ms, copy_ms
     decode_ms_per_token  mean over the decode steps; nan without steps
     compile_s            time to compile the decode step before the run; 0 if it was compiled already or runs eagerly
+    steps                how decode steps ran: "package" (compiled earlier, in the user's cache), "compiled" (by
+                         torch.compile) or "eager"
     skipped_layers       layers, of the model's `layers`, that all but the last prompt tokens skipped
     experts              per layer with a mixture of experts
     weight_bytes_per_token  mean over the steps of the run
@@ -70,6 +72,7 @@ class Statistics(of_studies.StudyStatistics):
     decode_ms_per_token: float
     decode_tokens_per_s: float
     compile_s: float
+    steps: str
     regions: Regions
     layers: int
     skipped_layers: int
@@ -147,6 +150,7 @@ def measured(run: Run) -> Statistics:
         decode_ms_per_token=per_token * 1000,
         decode_tokens_per_s=len(run.prompts) / per_token,
         compile_s=run.compile_s,
+        steps=engine.kind_of_steps(run.state),
         regions=regions(engine.model, run.pruning),
         pruning=run.pruning,
         weight_bytes_per_token=pruned + (dense - pruned) * schedule.dense_steps // max(1, schedule.steps),
@@ -204,6 +208,7 @@ def report(statistics: Statistics) -> dict[str, Any]:
             "decode_ms_per_token": or_null(statistics.decode_ms_per_token),
             "decode_tokens_per_s": or_null(statistics.decode_tokens_per_s),
             "compile_s": statistics.compile_s,
+            "steps": statistics.steps,
         },
         "visual_tokens": of_studies.visual_tokens_report(statistics),
         "experts": [asdict(layer) for layer in statistics.experts],

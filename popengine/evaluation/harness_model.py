@@ -69,7 +69,7 @@ class PopengineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         asked = {"method": method, "seed": seed, "settings": settings, "paper": paper}
         agree(asked | {"calibration": contents(calibration)})
         self.engine = load(
-            ckpt, dtype=dtype, device=device or "auto", weights=weights, max_seq_len=max_length
+            ckpt, dtype=dtype, device=device or "auto", weights=weights, max_seq_len=max_length, compile=False
         )
         model = self.engine.model
         loaded = None if calibration is None else load_calibration(Path(calibration), model)
