@@ -65,9 +65,8 @@ def run(flags: argparse.Namespace) -> None:
     text = scoring.read_text(flags.text, engine.tokenizer)
     windows = scoring.cut_windows(text, engine.tokenizer, flags.prompt_tokens, flags.score_tokens, flags.windows)
     calibration = calibrations.calibration_for(flags, engine)
-    pruning = by_name.pruning_for(flags.method, by_name.Request(
-        engine.model, settings, calibration, flags.seed, engine.resolve
-    ))
+    request = by_name.Request(engine.model, settings, calibration, flags.seed, engine.resolve)
+    pruning = by_name.pruning_for(flags.method, request)
     summary = scoring.score_text(engine.model, windows, pruning, flags.step_by_step, flags.method if progress else None)
     read, dense = scoring.read_per_token(engine, pruning)
     if flags.json:
