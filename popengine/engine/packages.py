@@ -30,6 +30,7 @@ from models.packages import Loader, PackagedDecode, head_function
 from models.state import DecodeState
 from popengine.studies.rules import StudyRule
 from weights.errors import InputError, one_line
+from weights.output_file import write_output
 from weights.user_folders import cache_folder
 
 # A change here leaves older packages unused.
@@ -88,10 +89,12 @@ class Packages:
         with tempfile.TemporaryDirectory(dir=self.folder) as unfinished:
             path = Path(unfinished) / "package.pt2"
             function.package(path, {"popengine": key})
-            path.chmod(0o600)
-            for old in self.files(function):
-                old.unlink()
-            path.rename(self.folder / f"{key}.{digest(path.read_bytes())}.pt2")
+            content = path.read_bytes()
+        for old in self.files(function):
+            old.unlink()
+        kept = self.folder / f"{key}.{digest(content)}.pt2"
+        write_output(kept, content)
+        kept.chmod(0o600)
 
     def refuse(self, problem: str) -> None:
         """Say in one line why steps run eagerly although there are packages."""

@@ -56,7 +56,7 @@ def test_a_pipe_is_answered_line_by_line(talk: Talk, checkpoint: Path) -> None:
 def test_settings_are_shown_and_changed(talk: Talk) -> None:
     status, _, err = talk(
         "/ratio", "/ratio 0.3", "/prune-ratio", "/ffn-ratio 0.5", "/ffn-ratio", "/rule up", "/rule", "/dense-every 4",
-        "/dense-every none", "/dense-every", "/temperature 0.5", "/temperature", "/max-new-tokens 3",
+        "/dense-every none", "/dense-every", "/temperature 0.5", "/temperature", "/seed 1", "/max-new-tokens 3",
         "/max-new-tokens", "Hello", "/stats",
     )
     assert status == 0

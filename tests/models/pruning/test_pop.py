@@ -173,7 +173,7 @@ def test_a_full_cache_is_an_error_not_a_wrong_answer(model: LlamaForCausalLM) ->
     with torch.inference_mode():
         _, state = prefilled(model, tokens, DENSE, capacity=10)
         model.decode(torch.tensor([1]), state)
-        with pytest.raises(ValueError, match="all 10 slots"):
+        with pytest.raises(ValueError, match="does not fit in 10 slots, 10 are taken"):
             model.decode(torch.tensor([1]), state)
 
 
