@@ -1,6 +1,6 @@
 # make run    set up, fetch the default checkpoint, answer two prompts dense and pruned, side by side
 # make run-vlm  the same with a picture: the small LLaVA of weights/llava-tiny looks at its example.png
-# make test   set up, then every test but the slowest: an installed wheel, two hosts, any value in a config
+# make test   set up, then every test but the slowest: most that compile, an installed wheel, two hosts, any value in a config
 # make test-slow  these slowest tests alone; CI runs both
 # make real   fetch two real quantised checkpoints, Gemma-3-270m and Qwen2.5-Coder-1.5B (1.4 GB), into weights/real/
 # make test-real  the tests of these two files: some minutes, 10 GB of memory

@@ -26,7 +26,7 @@ def case(checkpoint: Path, prompt: str, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_equal_one_process_with_as_many_groups(
     count: int, tmp_path: Path, default_gguf: Path, checkpoint: Path
 ) -> None:

@@ -138,6 +138,7 @@ def test_packed_weights_stay_near_plain_ones(engine: Engine, checkpoint: Path, w
 
 
 @pytest.mark.parametrize("pruning", [DENSE, PruningSettings.paper(prune_ratio=0.3)], ids=["dense", "POP"])
+@pytest.mark.slow
 def test_compiled_and_eager_steps_give_the_same_tokens(engine: Engine, checkpoint: Path, pruning: Any) -> None:
     """Layers of both kinds through one compiled function, with a picture in the prompt."""
     compiled = load(checkpoint, compile=True)

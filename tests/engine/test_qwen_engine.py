@@ -144,6 +144,7 @@ def test_gates_see_pictures_where_they_stand(engine: Engine) -> None:
     assert_same(loss, wanted)
 
 
+@pytest.mark.slow
 def test_compiled_steps_go_on_after_pictures(tmp_path: Path, short_calls: None) -> None:
     folder = complete_qwen(tmp_path, "qwen3")
     eager, compiled = load(folder, dtype="float32"), load(folder, dtype="float32", compile=True)

@@ -75,6 +75,7 @@ def decode_logits(engine: Engine, ids: list[int]) -> Tensor:
         return torch.cat([engine.decode(torch.tensor([token]), state) for token in ids[-10:]]).float()
 
 
+@pytest.mark.slow
 def test_compiled_bfloat16_is_as_near_to_float32_as_eager_bfloat16(
     eager: Eager, default_checkpoint_path: Path, short_calls: None
 ) -> None:
@@ -86,6 +87,7 @@ def test_compiled_bfloat16_is_as_near_to_float32_as_eager_bfloat16(
     assert_rounds_no_worse(fast, plain, eager.logits)
 
 
+@pytest.mark.slow
 def test_neither_another_prompt_nor_a_longer_one_compiles_again(tiny_checkpoint: Path) -> None:
     engine = load(tiny_checkpoint, compile=True)
     first = engine.run([[5, 6, 7]], 20, POP, ignore_eos=True)
@@ -126,6 +128,7 @@ def test_one_compiled_function_serves_every_layer(tiny_checkpoint: Path, short_c
     assert len(layers_compiled) == 1 and graphs_compiled() - before <= 3        # the two ends, if they are new, as well
 
 
+@pytest.mark.slow
 def test_a_batch_of_two_compiles_and_gives_the_eager_tokens(tiny_checkpoint: Path) -> None:
     prompts = [list(range(30)), list(range(40, 50))]
     tokens = generated(load(tiny_checkpoint), prompts, 16, POP)
@@ -137,6 +140,7 @@ def test_a_batch_of_two_compiles_and_gives_the_eager_tokens(tiny_checkpoint: Pat
     {"rule": "up", "retained_share": 0.2},
     {"rule": "draft"}, {"rule": "all-channels"},
 ])
+@pytest.mark.slow
 def test_steps_compiled_before_a_partition_is_drawn_serve_it_afterwards(
     tiny_checkpoint: Path, changes: dict[str, Any], exact_drafts: None, short_calls: None
 ) -> None:
@@ -146,6 +150,7 @@ def test_steps_compiled_before_a_partition_is_drawn_serve_it_afterwards(
     assert generated(load(tiny_checkpoint, compile=True), [list(range(30))], 40, settings) == tokens
 
 
+@pytest.mark.slow
 def test_a_compiled_dense_step_counts_its_tokens(tiny_checkpoint: Path, short_calls: None) -> None:
     engine = load(tiny_checkpoint, compile=True)
     settings = PruningSettings.paper(ffn_ratio=0.4, rule="up", dense_every=1)
@@ -158,6 +163,7 @@ def test_a_compiled_dense_step_counts_its_tokens(tiny_checkpoint: Path, short_ca
     assert ffn.evidence.tokens == ffn.watched.tokens == state.schedule.tokens == 22
 
 
+@pytest.mark.slow
 def test_models_batches_and_settings_in_turn_are_not_mixed_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Steps check little beyond what tells the compiled functions apart; here they differ in a constant, too."""
     other = complete_checkpoint(tmp_path, max_position_embeddings=1024, rms_norm_eps=0.5)

@@ -145,6 +145,7 @@ def test_a_conversation_goes_on_and_grows(eager: Engine, fast: Engine) -> None:
     assert answers[1][2].statistics.kept_tokens > 128           # beyond the capacity of the first turn
 
 
+@pytest.mark.slow
 def test_a_batch_has_packages_of_its_own(eager: Engine, fast: Engine) -> None:
     prompts = [PROMPT, OTHER[:12]]
     assert steps_of(fast, prompts, 2, FROZEN) == "eager"

@@ -234,6 +234,7 @@ def table_rows(folder: Path) -> Iterator[list[str]]:
             yield [cell.strip() for cell in line.strip("|").split("|")]
 
 
+@pytest.mark.slow
 def test_compare_knows_experts_and_visual_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--questions", 1, "--no-plots", "--quiet", "--device", "cpu"]
     with pytest.raises(SystemExit) as end:

@@ -303,6 +303,7 @@ def test_padding_is_no_probe(model: LlamaForCausalLM) -> None:
         ("shortgpt", "int8"), ("finercut", "plain"), ("cfsp", "plain"), ("tyr", "int8"),
     )),
 ])
+@pytest.mark.slow
 def test_compiled_and_packed_steps_do_the_same(method: str, weights: str, tmp_path: Path, short_calls: None) -> None:
     folder = complete_checkpoint(tmp_path, hidden_size=64, intermediate_size=128)
     eager, compiled = (load(folder, compile=one, weights=weights, dtype="float32") for one in (False, True))

@@ -273,6 +273,7 @@ def test_left_out_tokens_and_skipped_layers_compose(llava: Engine) -> None:
     assert slow == new
 
 
+@pytest.mark.slow
 def test_compiled_steps_go_on_from_what_stays(short_calls: None) -> None:
     """Capacities that are alike and that are not, a batch, pruned and dense."""
     plain, fast = load(LLAVA_TINY, device="cpu"), load(LLAVA_TINY, device="cpu", compile=True)

@@ -79,6 +79,7 @@ def bounded() -> Iterator[list[Sandbox]]:
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(changes=st.lists(parts, min_size=1, max_size=3), text=st.sampled_from(["a" * 40, "Hi"]))
+@pytest.mark.slow
 def test_any_parts_of_a_tokenizer(sound: dict[str, Any], changes: list[tuple[str, Any]], text: str) -> None:
     with bounded() as made:
         try:

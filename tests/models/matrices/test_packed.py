@@ -281,6 +281,7 @@ def test_copies_that_would_read_more_than_the_whole_are_not_made(folder: Path, f
         assert (read == dense) == whole and read <= dense
 
 
+@pytest.mark.slow
 def test_compiled_steps_without_copies_serve_every_prompt(folder: Path, short_calls: None) -> None:
     engine = load(folder, weights="int4", compile=True)
     prompts = [torch.randint(0, 256, (20,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in (0, 1)]

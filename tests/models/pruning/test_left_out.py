@@ -131,6 +131,7 @@ def test_the_ratio_counts_what_is_left_out(tmp_path: Path) -> None:
     assert less.ratio == pytest.approx(attention + 2 / 3 * whole.ratio) and whole.ratio > 0
 
 
+@pytest.mark.slow
 def test_compiled_steps_leave_out_the_same(tmp_path: Path) -> None:
     folder = complete_checkpoint(tmp_path / "tiny", num_hidden_layers=4)
     eager, compiled = load(folder), load(folder, compile=True)

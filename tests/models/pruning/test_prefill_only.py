@@ -288,6 +288,7 @@ def test_a_slow_implementation_gives_the_same_tokens(tmp_path: Path, family: str
     assert len(set(tokens)) > 3
 
 
+@pytest.mark.slow
 def test_compiled_steps_go_on_from_a_prompt_that_skipped_layers(checkpoint: Path, short_calls: None) -> None:
     prompts = [list(range(30)), list(range(40, 50))]
     settings = skipping("1/3", 4, PruningSettings.paper(prune_ratio=0.4))
