@@ -38,17 +38,18 @@ class Groups:
         return grouped.mul_(self.scale.unsqueeze(-1)).add_(self.minimum.unsqueeze(-1)).flatten(1)
 
 
-def group(weight: Tensor, size: int) -> Groups:
-    """Round to the nearest four-bit numbers, from the minimum of each group to its maximum.
+def group(weight: Tensor, size: int, bits: int = 4) -> Groups:
+    """Round to the nearest numbers of so many bits, from the minimum of each group to its maximum.
 
     weight [out, in], in % size == 0. Scales and minima are rounded to bfloat16 first, as products read them, so that
     the numbers compensate for that rounding.
     """
+    highest, half = 2**bits - 1, 2 ** (bits - 1)
     grouped = weight.float().unflatten(1, (-1, size))                               # [out, G, g]
     # aminmax takes eight times as long as amin and amax together.
     least, most = grouped.amin(dim=-1, keepdim=True), grouped.amax(dim=-1, keepdim=True)            # [out, G, 1]
-    scale = ((most - least) / 15).bfloat16().float()
-    middle = (least + 8 * scale).bfloat16().float()     # the offset that a product adds: its numbers are -8 to 7
-    minimum = middle - 8 * scale
-    numbers = (grouped - minimum).div_(torch.where(scale > 0, scale, 1)).round_().clamp_(0, 15)
+    scale = ((most - least) / highest).bfloat16().float()
+    middle = (least + half * scale).bfloat16().float()    # the offset that a product adds: its numbers are signed
+    minimum = middle - half * scale
+    numbers = (grouped - minimum).div_(torch.where(scale > 0, scale, 1)).round_().clamp_(0, highest)
     return Groups(numbers.to(torch.uint8).flatten(1), scale.squeeze(-1), minimum.squeeze(-1))

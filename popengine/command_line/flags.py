@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from popengine.command_line.setting_flags import add_setting_flag, add_setting_flags
+from popengine.engine.dtypes import FORMS
 from popengine.engine.sampling_settings import Sampling
 from weights.errors import InputError
 
@@ -83,7 +84,7 @@ def add_machine_flags(flags: argparse.ArgumentParser, several_forms: bool = Fals
     machine.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]|mps")
     forms = {"nargs": "+", "default": ["auto"]} if several_forms else {"default": "auto"}
     machine.add_argument(
-        "--weights", metavar="auto|plain|int8|int4", help="format (auto: as stored in the checkpoint)", **forms
+        "--weights", metavar="|".join(FORMS), help="format (auto: as stored in the checkpoint)", **forms
     )
     machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     return machine

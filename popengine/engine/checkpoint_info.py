@@ -11,6 +11,7 @@ from models.experts import MixtureOfExperts
 from models.families.picture_model import PictureModel
 from models.llama import LlamaForCausalLM
 from models.registry import architecture
+from popengine.engine.dtypes import FORMS
 from popengine.engine.loading import DTYPES, choose_dtype, open_text_side
 from popengine.engine.packing import PACKED_ERRORS, Packer, choose_form
 from popengine.text.chat import end_of_turn_token, render_chat
@@ -23,7 +24,7 @@ from weights.load import find_all
 
 CPU = torch.device("cpu")
 # Every form of weights in memory: its name, and the values of --weights and --dtype for it.
-FORMS = [*((name, "plain", name) for name in DTYPES), ("int8", "int8", "bfloat16"), ("int4", "int4", "bfloat16")]
+IN_MEMORY = [*((name, "plain", name) for name in DTYPES), *((form, form, "bfloat16") for form in FORMS[2:])]
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"},
          {"role": "assistant", "content": "Hi"}]
 
@@ -76,7 +77,7 @@ def of_model(checkpoint: Checkpoint) -> dict[str, Any]:
         "query_heads": config.num_attention_heads, "key_value_heads": config.num_key_value_heads,
         "vocabulary": config.vocab_size, "experts": experts, "pictures": pictures,
         "context": config.context, "cache_bytes_per_token": cache * kind.itemsize,
-        "memory_bytes": {name: held(model, language_model, checkpoint, *given)[0] for name, *given in FORMS},
+        "memory_bytes": {name: held(model, language_model, checkpoint, *given)[0] for name, *given in IN_MEMORY},
         "auto_memory_bytes": auto_bytes, "auto_weights": auto_weights,
         "ffn_share_of_layer": layer.ffn / (layer.ffn + layer.attention), "heads_per_group": layer.heads_per_group,
         "can_compile": language_model.can_compile,

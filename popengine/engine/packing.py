@@ -24,6 +24,7 @@ from models.matrices.packed import (
     rows_at_once,
 )
 from models.matrices.plain import Matrix
+from popengine.engine.dtypes import FORMS
 from weights.checkpoint import Checkpoint
 from weights.entries import TensorEntry
 from weights.errors import InputError
@@ -31,8 +32,6 @@ from weights.gguf_blocks import FOUR_BIT_TYPES, READERS, stored_size
 from weights.groups import group
 from weights.load import Packing
 
-# Values of `--weights`. auto: packed weights of the checkpoint stay packed, the others plain.
-FORMS = ("auto", "plain", "int8", "int4")
 # Errors of matrices relative to those of the file, as a share of their norm (measured in docs/measurements/packed.md).
 PACKED_ERRORS = "int4, int8 in groups: the file's own numbers, 0.2 % off by rounded scales; int8: 0.8 to 1.5 % off"
 # Weights per packing step: intermediate results stay in a processor's cache.
