@@ -143,18 +143,23 @@ class ChosenRows(nn.Module):
 
 
 class ChosenColumns(nn.Module):
-    """Columns of another matrix without a copy: multiplies by the whole matrix, with zeros for other inputs."""
+    """Columns of another matrix without a copy: multiplies by the whole matrix, with zeros for other inputs.
+
+    bias  [out], added to that of the whole matrix; None: nothing
+    """
 
     def __init__(self, whole: Matrix) -> None:
         super().__init__()
-        self.whole, self.bias = whole, whole.bias
+        self.whole, self.in_features, self.out_features = whole, whole.in_features, whole.out_features
+        self.bias: Tensor | None = None
 
     def copy_columns(self, source: Matrix, columns: Tensor) -> None:
         self.chosen = columns
 
     def forward(self, x: Tensor) -> Tensor:
-        spread = x.new_zeros(*x.shape[:-1], self.whole.in_features).index_copy_(-1, self.chosen, x)
-        return self.whole(spread)
+        spread = x.new_zeros(*x.shape[:-1], self.in_features).index_copy_(-1, self.chosen, x)
+        y: Tensor = self.whole(spread)
+        return y if self.bias is None else y + self.bias
 
     def multiply_kept(self, x: Tensor, keep: Tensor, count: int) -> Tensor:
         return self(x.masked_fill(~keep, 0))

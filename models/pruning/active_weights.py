@@ -47,7 +47,7 @@ class LookedUpWeights(ActiveWeights):
 
     def __init__(self, ffn: FeedForward) -> None:
         self.gate, self.up = ChosenRows(ffn.gate_proj), ChosenRows(ffn.up_proj)
-        self.down = ChosenColumns(ffn.down_proj)
+        self.down = ffn.down_proj.in_form(ChosenColumns)  # type: ignore[arg-type]  # multiplies alike
 
 
 class WholeWeights(ActiveWeights):

@@ -179,3 +179,14 @@ def test_a_model_takes_another_kind_of_matrix_and_shared_parameters_stay_shared(
     assert replaced.weight is model["embed"].weight
     assert torch.equal(replaced.weight, values)
     assert set(model.state_dict()) == {"embed.weight", "inner.0.weight"}
+
+
+def test_columns_without_a_copy_add_a_bias_that_is_set_later() -> None:
+    """As FLAP sets one in place of pruned channels: in place of a bias of the whole matrix, it would be lost."""
+    whole = Matrix.of(torch.randn(5, 7), torch.randn(5))
+    columns, x = torch.tensor([1, 4, 6]), torch.randn(2, 3)
+    chosen = ChosenColumns(whole)
+    chosen.copy_columns(whole, columns)
+    assert_same(chosen(x), x @ whole.weight[:, columns].t() + whole.bias)
+    chosen.bias = torch.arange(5.0)
+    assert_same(chosen(x), x @ whole.weight[:, columns].t() + whole.bias + torch.arange(5.0))
