@@ -137,7 +137,7 @@ class Steps:
     """The packages of one state's steps, with their inputs."""
 
     def __init__(self, functions: StepFunctions, loaders: dict[str, Loader]) -> None:
-        given = 1 + len(Walk(functions.layers[0].objects["step"], set(), {}).tensors)    # x and the tensors of a pass
+        given = 1 + len(tensors_of_pass(functions.layers[0].objects["step"]))            # x and the tensors of a pass
         self.begin, self.fixed = loaders[functions.begin.description], functions.begin.inputs[1:]
         self.layers = [(loaders[one.description], one.inputs[given:]) for one in functions.layers]
         self.head, self.weights = loaders[functions.head.description], functions.head.inputs[1:]

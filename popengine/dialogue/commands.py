@@ -10,18 +10,18 @@ from popengine.dialogue.answers import Dialogue
 from popengine.dialogue.terminal import tell
 from popengine.engine.processes import is_first
 from popengine.engine.results import lines, pruning_report
+from popengine.engine.sampling_settings import Sampling
 from popengine.studies.settings import PruningSettings
 from weights.errors import InputError
 
-# Converters from a word to each setting's value; those of sampling are fields of popengine.engine.sampling.Sampling.
+# Converters from a word to each setting's value.
 OF_PRUNING: dict[str, Callable[[str], Any]] = {one.name: one.metadata["type"] for one in fields(PruningSettings)}
 OF_SAMPLING: dict[str, Callable[[str], Any]] = {
-    "temperature": float, "top_k": int, "top_p": float, "seed": int, "min_p": float, "repetition_penalty": float,
-    "stop": lambda text: () if text == "none" else (text,),
-}
+    one.name: one.metadata["type"] for one in fields(Sampling) if one.metadata      # all but `stop`
+} | {"stop": lambda text: () if text == "none" else (text,)}
 SETTINGS = OF_PRUNING | OF_SAMPLING | {"max_new_tokens": int}
 # Settings that may be None, typed as `none`.
-OPTIONAL = {one.name for one in fields(PruningSettings) if one.default is None} | {"seed"}
+OPTIONAL = {one.name for one in (*fields(PruningSettings), *fields(Sampling)) if one.default is None}
 # Alternative settings of the prune ratio: one of them, not both.
 EITHER = {"prune_ratio": "ffn_ratio", "ffn_ratio": "prune_ratio"}
 
