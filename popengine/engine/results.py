@@ -241,14 +241,21 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
     listed = f" ({', '.join(of_which)})" if of_which else ""
     prompt = f"{statistics.prompt_tokens} tokens{listed}:{images}"
     compiled = f"; compiled before that in {statistics.compile_s:.1f} s" if statistics.compile_s else ""
-    unread = ", as copies of what stays would be larger" if statistics.pruning.ratio > 0 and share == 1 else ""
+    unread = ""
+    if statistics.pruning.ratio > 0 and share == 1:
+        all_dense = 0 < statistics.dense_steps == statistics.new_tokens - 1
+        why = "every step gathered evidence" if all_dense else "copies of what stays would be larger"
+        unread = f", as {why}"
     untimed = math.isnan(statistics.decode_ms_per_token)
     speed = f"{statistics.decode_ms_per_token:.1f} ms/token, {statistics.decode_tokens_per_s:.1f} tokens/s"
-    channels = (
-        f"channels  {shown.channels} per FFN, {rule_words(statistics.pruning.settings)}, ratio "
-        f"{statistics.pruning.ratio:.3g}: {shown.retained} retained, {shown.candidate} candidate "
-        f"({shown.picked} picked per step), {shown.pruned} pruned"
-    )
+    channels = f"channels  {shown.channels} per FFN, "
+    if statistics.pruning.ratio > 0:
+        channels += (
+            f"{rule_words(statistics.pruning.settings)}, ratio {statistics.pruning.ratio:.3g}: {shown.retained} "
+            f"retained, {shown.candidate} candidate ({shown.picked} picked per step), {shown.pruned} pruned"
+        )
+    else:
+        channels += "all of which run"
     experts, why_dense = experts_lines(statistics), statistics.pruning.why_dense
     dense = [f"dense     nothing is pruned: {why_dense}", *experts, channels]
     return [

@@ -50,6 +50,21 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(checkpoint: Path, capsys: 
         assert word in err, word
 
 
+def test_statistics_give_the_true_reason_for_reading_everything(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--ckpt", checkpoint, "--prompt", "Hello", "-n", 8, "--ignore-eos")
+    for flags, said in (
+        (("--min-evidence", 1000, "--paper", "--ffn-ratio", 0.5), "100.0% of dense, as every step gathered evidence"),
+        (("--min-evidence", 0, "--ffn-ratio", 0.2, "--candidate-width", 1, "--weights", "int8", "--dtype", "bfloat16"),
+         "100.0% of dense, as copies"),
+        (("--prune-ratio", 0), "per FFN, all of which run"),
+    ):
+        assert status(*asked, *flags) == 0
+        err = capsys.readouterr().err
+        assert said in err and ("rule pop" in err) is ("all of which" not in said), err
+
+
 def test_quiet_prints_the_text_alone(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status("--ckpt", checkpoint, "--prompt", "Hello", "-n", 8, "--quiet") == 0
     out, err = capsys.readouterr()
