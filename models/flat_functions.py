@@ -20,9 +20,9 @@ from models.matrices.forms import ChosenColumns, ChosenRows
 
 # The largest capacity of a cache that a package serves.
 MOST_SLOTS = 1 << 20
-# Attributes that no pruned step reads: they change from prompt to prompt, belong to one layer, or only make partitions.
+# Attributes that no step reads: they change from prompt to prompt, belong to one layer, or only make partitions.
 UNREAD = {
-    "index", "rule", "evidence", "watched", "derived", "order", "stacked_at", "training",
+    "index", "rule", "derived", "order", "stacked_at", "training",
     "filled", "capacity", "dropped", "missing",
 }
 # Parts of a module that the walk looks into; its other private attributes belong to PyTorch.
@@ -131,6 +131,10 @@ class Function:
         self.inputs, self.places = walk.tensors, walk.places
         self.capacities = [dynamic.get(id(tensor), {}) for tensor in self.inputs]
         self.description = "\n".join([name, *walk.lines])
+
+    def inputs_named(self, name: str) -> list[int]:
+        """Return the places of the inputs that are attributes of this name."""
+        return [place for place, holders in enumerate(self.places) if any(key == name for _, key in holders)]
 
     @contextmanager
     def inputs_replaced(self, inputs: list[Tensor]) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Decode steps as packages of native code, which AOTInductor makes once and which load in milliseconds.
 
-A step is three kinds of function: begin (embedding and pass), a group of layers, head. A package computes one of them.
+A step, pruned or dense, is three kinds of function: begin (embedding and pass), a group of layers, head. A package
+computes one of them.
 All tensors that it reads or writes are its inputs: weights, copies of active weights, cache. Everything else that
 shapes its code is in the function's description (models/flat_functions.py), a part of the key of its package. Groups of
 layers of equal description share a package.
@@ -19,10 +20,15 @@ from torch import Tensor
 from models.compiled import MOST_LAYERS_PER_CALL
 from models.flat_functions import MOST_SLOTS, Function, NotPackable, Walk
 from models.llama import LlamaForCausalLM
-from models.passes import DecodePass
+from models.passes import DecodePass, PrefillPass
 from models.state import DecodeState
-from models.walks import decode_layers
+from models.walks import decode_layers, prefill_layers
 
+Pass = DecodePass | PrefillPass
+
+# Attributes that steps of one kind do not read. A dense step counts its tokens outside, and needs no active weights.
+UNREAD_BY_PRUNED = ("evidence", "watched")
+UNREAD_BY_DENSE = ("tokens", "weights", "gate", "up", "down", "candidate_norms", "partition", "sizes")
 # Largest difference of what a package adds to its input, relative to what eager layers add, in norm.
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
@@ -46,7 +52,7 @@ class Kept(Protocol):
 
 @dataclass
 class StepFunctions:
-    """The functions of a state's pruned steps: begin, one per group of layers, head."""
+    """The functions of a state's pruned or dense steps: begin, one per group of layers, head."""
 
     begin: Function
     layers: list[Function]
@@ -62,8 +68,11 @@ class StepFunctions:
         return frozenset(one.description for one in self.all)
 
 
-def step_functions(model: LlamaForCausalLM, state: DecodeState) -> StepFunctions:
-    """Return the functions of a state's steps. Raises NotPackable if its steps read what has no fixed place."""
+def step_functions(model: LlamaForCausalLM, state: DecodeState, dense: bool) -> StepFunctions:
+    """Return the functions of a state's pruned or dense steps.
+
+    Raises NotPackable if these steps read what has no fixed place.
+    """
     dynamic, names = {}, {}
     for number, (pattern, slot_map) in enumerate(state.cache.maps.items()):
         names[pattern] = f"S{number}"
@@ -76,18 +85,18 @@ def step_functions(model: LlamaForCausalLM, state: DecodeState) -> StepFunctions
                 dynamic[id(buffer)] = {2: names[layer.pattern]}
     tokens = torch.zeros(len(state.live), dtype=torch.int64, device=state.live.device)
     part = types.SimpleNamespace(cache=state.cache, live=state.live)                # all that begin reads of a state
-    x, step = model.begin(tokens, part)  # type: ignore[arg-type]
+    x, step = begin_step(model, tokens, part, dense)
     for pattern, mask in step.masks.items():
         dynamic[id(mask)] = {3: names[pattern]}
-    begin = Function(
-        "begin", begun, {"tokens": tokens, "model": model, "state": part}, dynamic, ("layers", "lm_head", "norm")
-    )
+    objects = {"tokens": tokens, "model": model, "state": part, "dense": dense}
+    begin = Function("begin", begun, objects, dynamic, ("layers", "lm_head", "norm"))
     common = {"x": x, "step": as_lists(step), "live": state.live}
+    unread = UNREAD_BY_DENSE if dense else UNREAD_BY_PRUNED
 
     def groups(size: int) -> list[Function]:
         starts = range(0, len(state.layers), size)
         parts = (state.layers[first : first + size] for first in starts)
-        return [Function("layers", through_layers, common | {"layers": part}, dynamic) for part in parts]
+        return [Function("layers", through_layers, common | {"layers": part}, dynamic, unread) for part in parts]
 
     layers = groups(1)
     size = common_group_size([one.description for one in layers])
@@ -111,15 +120,27 @@ def head_function(model: LlamaForCausalLM, x: Tensor) -> Function:
     return Function("head", last_logits, {"x": x, "model": model}, {}, ("layers", "embed_tokens", "rotary"))
 
 
-def begun(tokens: Tensor, model: LlamaForCausalLM, state: Any) -> list[Tensor]:
+def begin_step(model: LlamaForCausalLM, tokens: Tensor, state: Any, dense: bool) -> tuple[Tensor, Pass]:
+    """Embed the tokens of a pruned or dense step and build its pass. The pass of a dense step counts no tokens."""
+    return model.begin_dense(tokens, state, False, 0) if dense else model.begin(tokens, state)
+
+
+def begun(tokens: Tensor, model: LlamaForCausalLM, state: Any, dense: bool) -> list[Tensor]:
     """Compute the embedded tokens of a step, and the tensors of its pass in the order of a walk."""
-    x, step = model.begin(tokens, state)
+    x, step = begin_step(model, tokens, state, dense)
     return [x, *tensors_of_pass(step)]
 
 
-def through_layers(x: Tensor, step: DecodePass, live: Tensor, layers: list[Any]) -> list[Tensor]:
+def through_layers(x: Tensor, step: Pass, live: Tensor, layers: list[Any]) -> list[Tensor]:
     """Run a group of layers. x [B, 1, H] -> [B, 1, H]"""
-    return [decode_layers(layers, x, replace(step, live=live))]
+    if isinstance(step, PrefillPass):
+        return [run_layers(layers, x, replace(step, counted=live))]
+    return [run_layers(layers, x, replace(step, live=live))]
+
+
+def run_layers(layers: list[Any], x: Tensor, step: Pass) -> Tensor:
+    """Run layers with the pass of a dense or a pruned step. x [B, 1, H] -> [B, 1, H]"""
+    return prefill_layers(layers, x, step) if isinstance(step, PrefillPass) else decode_layers(layers, x, step)
 
 
 def last_logits(x: Tensor, model: LlamaForCausalLM) -> list[Tensor]:
@@ -127,20 +148,28 @@ def last_logits(x: Tensor, model: LlamaForCausalLM) -> list[Tensor]:
     return [type(model).head(model, x)[:, 0]]
 
 
-def as_lists(step: DecodePass) -> DecodePass:
-    """Return a pass whose rotary embeddings are in lists, so that they can be replaced, without `live`."""
+def as_lists(step: Pass) -> Pass:
+    """Return a pass whose rotary embeddings are in lists, so that they can be replaced, without the state's `live`."""
     rotary: dict[Any, Any] = {pattern: [*pair] for pattern, pair in step.rotary.items()}
+    if isinstance(step, PrefillPass):
+        return replace(step, rotary=rotary, counted=None)
     return replace(step, rotary=rotary, live=None)  # type: ignore[arg-type]
 
 
 class Steps:
-    """The packages of one state's steps, with their inputs."""
+    """The packages of one state's pruned or dense steps, with their inputs.
+
+    evidence  per group of layers, the places of its evidence among its inputs, to which a dense step adds
+    """
 
     def __init__(self, functions: StepFunctions, loaders: dict[str, Loader]) -> None:
-        given = 1 + len(tensors_of_pass(functions.layers[0].objects["step"]))            # x and the tensors of a pass
+        step = functions.layers[0].objects["step"]
+        self.dense = isinstance(step, PrefillPass)
+        given = 1 + len(tensors_of_pass(step))                                      # x and the tensors of a pass
         self.begin, self.fixed = loaders[functions.begin.description], functions.begin.inputs[1:]
         self.layers = [(loaders[one.description], one.inputs[given:]) for one in functions.layers]
         self.head, self.weights = loaders[functions.head.description], functions.head.inputs[1:]
+        self.evidence = [[place - given for place in one.inputs_named("squares")] for one in functions.layers]
         self.names = functions.names
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -154,7 +183,8 @@ class Steps:
 class PackagedDecode:
     """Decode steps from packages where there are packages, eager steps elsewhere.
 
-    Dense steps run eagerly. Packages are compared with an eager step before their first use in a process.
+    A dense step that partitions is rare and runs eagerly. Packages are compared with an eager step before their first
+    use in a process.
     """
 
     def __init__(self, model: LlamaForCausalLM, kept: Kept) -> None:
@@ -162,27 +192,33 @@ class PackagedDecode:
         self.loaders: dict[str, Loader] = {}            # by the description of their function
         self.verified: set[frozenset[str]] = set()
         self.refused: set[frozenset[str]] = set()
-        self.steps: dict[int, Steps | None] = {}        # by id of a state; None until its first step
+        self.steps: dict[int, dict[bool, Steps | None]] = {}    # by id of a state and `dense`; None until a first step
 
     @torch.inference_mode()
     def missing(self, state: DecodeState) -> list[Function]:
         """Return the functions of a state's steps without a usable package, each once. Raises NotPackable."""
-        functions = {one.description: one for one in step_functions(self.model, state).all}
+        functions = {
+            one.description: one for dense in kinds_of_steps(state)
+            for one in step_functions(self.model, state, dense).all
+        }
         return [one for one in functions.values() if not self.load(one)]
 
     @torch.inference_mode()
     def prepare(self, state: DecodeState) -> bool:
-        """Load the packages of a state's steps. Returns False if these will run eagerly."""
-        try:
-            loaded = self.load_all(step_functions(self.model, state))
-        except NotPackable:
-            loaded = False
-        if not loaded:
+        """Load the packages of a state's steps. Returns False if pruned steps will run eagerly."""
+        found: dict[bool, Steps | None] = {}
+        for dense in kinds_of_steps(state):
+            try:
+                if self.load_all(step_functions(self.model, state, dense)):
+                    found[dense] = None
+            except NotPackable:
+                pass
+        if False not in found:
             self.steps.pop(id(state), None)
             return False
         if id(state) not in self.steps:
             weakref.finalize(state, self.steps.pop, id(state), None)    # the inputs must not outlive the state
-        self.steps[id(state)] = None
+        self.steps[id(state)] = found
         return True
 
     def load_all(self, functions: StepFunctions) -> bool:
@@ -199,63 +235,99 @@ class PackagedDecode:
         return True
 
     def runs(self, state: DecodeState) -> bool:
-        """Return True if the steps of this state run from packages."""
+        """Return True if the pruned steps of this state run from packages."""
         return id(state) in self.steps
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
         """Compute the model's `decode`. tokens int64 [B] -> logits [B, V]"""
-        steps = self.steps.get(id(state)) or self.first_step(state)
+        steps = self.steps_of(state, dense=False)
+        return self.model.decode(tokens, state) if steps is None else self.step(steps, tokens, state)
+
+    def dense_step(self, tokens: Tensor, state: DecodeState, partitions: bool) -> Tensor:
+        """Compute the model's `dense_step`. tokens int64 [B] -> logits [B, V]"""
+        steps = None if partitions else self.steps_of(state, dense=True)
         if steps is None:
-            return self.model.decode(tokens, state)
+            return self.model.dense_step(tokens, state, partitions)
+        logits = self.step(steps, tokens, state)
+        for layer in state.layers:
+            layer.ffn.count(state.schedule.live)
+        return logits
+
+    def step(self, steps: Steps, tokens: Tensor, state: DecodeState) -> Tensor:
+        """Run one step from packages, verified the first time. tokens int64 [B] -> logits [B, V]"""
         state.cache.make_room()
         logits = steps.logits(tokens) if steps.names in self.verified else self.verify(steps, tokens, state)
         state.cache.advance()
         return logits
 
-    def first_step(self, state: DecodeState) -> Steps | None:
-        """Collect the inputs of steps after the prompt, which may have replaced some. None: steps run eagerly."""
-        if not self.runs(state) or not self.load_all(functions := step_functions(self.model, state)):
-            self.steps.pop(id(state), None)
-            return None
-        steps = self.steps[id(state)] = Steps(functions, self.loaders)
-        return steps
+    def steps_of(self, state: DecodeState, dense: bool) -> Steps | None:
+        """Return the packages of a state's steps; None: they run eagerly.
 
-    def dense_step(self, tokens: Tensor, state: DecodeState, partitions: bool) -> Tensor:
-        """Compute the model's `dense_step`, eagerly."""
-        return self.model.dense_step(tokens, state, partitions)
+        Inputs are collected after the prompt, which may have replaced some.
+        """
+        found = self.steps.get(id(state), {})
+        if dense in found and found[dense] is None:
+            functions = step_functions(self.model, state, dense)
+            if self.load_all(functions):
+                found[dense] = Steps(functions, self.loaders)
+            else:
+                self.forget(state, dense)
+        return found.get(dense)
+
+    def forget(self, state: DecodeState, dense: bool) -> None:
+        """Run the steps of this kind eagerly from now on, and without pruned ones all steps."""
+        self.steps[id(state)].pop(dense)
+        if not dense:
+            self.steps.pop(id(state))
 
     def verify(self, steps: Steps, tokens: Tensor, state: DecodeState) -> Tensor:
-        """Run a step eagerly, and every package on the inputs of its eager function. Returns the eager logits [B, V].
-
-        Both write their keys and values into the same slot, the eager functions last.
-        """
+        """Compare every package of a step with its eager function. Returns the eager logits [B, V]."""
+        layers = zip(steps.layers, steps.evidence, strict=True)
+        evidence = [inputs[place] for (_, inputs), places in layers for place in places]
+        before = [one.clone() for one in evidence]
         try:
-            found, x, step = steps.begin.run([tokens, *steps.fixed]), *self.model.begin(tokens, state)
-            close = all(map(equal_but_for_rounding, found, [x, *tensors_of_pass(step)]))
-            size = len(state.layers) // len(steps.layers)
-            for index, (loader, inputs) in enumerate(steps.layers):
-                (found_y,) = loader.run([x, *tensors_of_pass(step), *inputs])
-                y = decode_layers(state.layers[index * size : (index + 1) * size], x, step)         # [B, 1, H]
-                close, x = close and adds_the_same(found_y, y, x), y
-            found_logits, logits = steps.head.run([x, *steps.weights])[0], self.model.head(x)[:, 0]
-            close = close and adds_the_same(found_logits, logits, torch.zeros_like(logits))
+            close, logits = self.compared(steps, tokens, state)
         except RuntimeError:
-            close, logits = False, self.eager_logits(tokens, state)
+            for one, was in zip(evidence, before, strict=True):
+                one.copy_(was)
+            x, step = begin_step(self.model, tokens, state, steps.dense)
+            close, logits = False, self.model.head(run_layers(state.layers, x, step))[:, 0]
         if close:
             self.verified.add(steps.names)
         else:
             self.refused.add(steps.names)
-            del self.steps[id(state)]
+            self.forget(state, steps.dense)
             self.kept.refuse("their first step differs from the eager one")
         return logits
 
-    def eager_logits(self, tokens: Tensor, state: DecodeState) -> Tensor:
-        """Compute one step, without counting its slot as filled. tokens int64 [B] -> logits [B, V]"""
-        x, step = self.model.begin(tokens, state)
-        return self.model.head(decode_layers(state.layers, x, step))[:, 0]
+    def compared(self, steps: Steps, tokens: Tensor, state: DecodeState) -> tuple[bool, Tensor]:
+        """Run a step eagerly, and every package on the inputs of its eager function.
+
+        Both write their keys and values into the same slot, the eager functions last. Packages add to copies of the
+        evidence. Returns True if they agree, and the eager logits [B, V].
+        """
+        x, step = begin_step(self.model, tokens, state, steps.dense)
+        given = [x, *tensors_of_pass(step)]
+        close = all(map(equal_but_for_rounding, steps.begin.run([tokens, *steps.fixed]), given))
+        size = len(state.layers) // len(steps.layers)
+        for index, ((loader, inputs), places) in enumerate(zip(steps.layers, steps.evidence, strict=True)):
+            before = {place: inputs[place].clone() for place in places}
+            copied = [before[place].clone() if place in before else one for place, one in enumerate(inputs)]
+            (found,) = loader.run([x, *given[1:], *copied])
+            y = run_layers(state.layers[index * size : (index + 1) * size], x, step)            # [B, 1, H]
+            close = close and adds_the_same(found, y, x)
+            close = close and all(adds_the_same(copied[place], inputs[place], was) for place, was in before.items())
+            x = y
+        found_logits, logits = steps.head.run([x, *steps.weights])[0], self.model.head(x)[:, 0]
+        return close and adds_the_same(found_logits, logits, torch.zeros_like(logits)), logits
 
 
-def tensors_of_pass(step: DecodePass) -> list[Tensor]:
+def kinds_of_steps(state: DecodeState) -> list[bool]:
+    """Return the kinds of steps of a state, by `dense`: pruned ones, and dense ones if any gather evidence."""
+    return [False, True] if state.schedule.ever_dense else [False]
+
+
+def tensors_of_pass(step: Pass) -> list[Tensor]:
     """Return the tensors of a pass, without `live`, in the order in which packages hand them on."""
     return Walk(as_lists(step), set(), {}).tensors
 

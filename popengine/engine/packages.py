@@ -35,6 +35,8 @@ from weights.user_folders import cache_folder
 
 # A change here leaves older packages unused.
 FORMAT = "popengine package 1"
+# Days without use after which a package is deleted: another version of the engine or of PyTorch cannot use it.
+UNUSED_DAYS = 60
 
 
 class Packages:
@@ -75,6 +77,8 @@ class Packages:
                 self.refuse(f"{path} cannot be loaded: {error}")
                 continue
             if loader.get_metadata().get("popengine") == self.key(function):
+                with contextlib.suppress(OSError):
+                    os.utime(path)
                 made: Loader = loader
                 return made
             self.refuse(f"{path} is the package of something else")
@@ -95,6 +99,15 @@ class Packages:
         kept = self.folder / f"{key}.{digest(content)}.pt2"
         write_output(kept, content)
         kept.chmod(0o600)
+        self.delete_unused()
+
+    def delete_unused(self) -> None:
+        """Delete packages that were neither made nor loaded for UNUSED_DAYS."""
+        oldest = time.time() - UNUSED_DAYS * 86400
+        for path in self.folder.glob("*.pt2"):
+            with contextlib.suppress(OSError):
+                if path.lstat().st_mtime < oldest:
+                    path.unlink()
 
     def refuse(self, problem: str) -> None:
         """Say in one line why steps run eagerly although there are packages."""
@@ -265,7 +278,7 @@ def compiled_steps(model: LlamaForCausalLM, asked: bool | None) -> CachedSteps |
     if asked is False:
         return None
     if asked and not model.can_compile:
-        raise InputError("compiling the decode step is not implemented for mixtures of experts; leave --compile off")
+        raise InputError("compiled steps are not implemented for mixtures of experts; their steps run eagerly")
     cached = None
     if model.can_compile and model.device.type == "cpu" and model.config.ranks.count == 1:
         with contextlib.suppress(InputError):           # no folder of the user

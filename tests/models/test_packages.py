@@ -5,11 +5,14 @@ The model has seven layers, a prime number: groups of one layer, which share a p
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from models.compiled import CPU_OPTIONS, CompiledDecode
 from models.flat_functions import UNREAD, Function, NotPackable
 from models.llama import LlamaForCausalLM
 from models.matrices.forms import ColumnMatrix
-from models.packages import common_group_size, step_functions
+from models.packages import Loader, common_group_size, step_functions
 from models.state import DecodeState
 from popengine.compile import main as compile_command
 from popengine.engine import packages
@@ -171,14 +174,82 @@ def test_a_step_that_reads_a_tensor_beside_its_inputs_is_refused(
     monkeypatch.setattr(flat_functions, "UNREAD", UNREAD | {"candidate_norms"})
     state = eager.model.new_state(1, 128, eager.resolve(POP))
     with pytest.raises(NotPackable, match="layers reads a tensor that is none of its inputs"):
-        step_functions(eager.model, state).layers[0].exported()
+        step_functions(eager.model, state, dense=False).layers[0].exported()
 
 
-def test_dense_steps_between_pruned_ones_count(eager: Engine, fast: Engine) -> None:
-    settings = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3, dense_every=3, redraw_every=6)
-    with_packages_of(fast, settings)
-    assert generated(fast, [PROMPT], 30, settings) == generated(eager, [PROMPT], 30, settings)
-    assert steps_of(fast, [PROMPT], 30, settings) == "package"
+GATHERING = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3, dense_every=3, redraw_every=6)
+
+
+def test_dense_steps_between_pruned_ones_count(eager: Engine, fast: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_packages_of(fast, GATHERING)
+    wanted = generated(eager, [PROMPT], 30, GATHERING)
+    eager_steps = []
+    dense_step = LlamaForCausalLM.dense_step
+
+    def counted(*given: Any) -> Tensor:
+        eager_steps.append(given)
+        return dense_step(*given)
+
+    monkeypatch.setattr(LlamaForCausalLM, "dense_step", counted)
+    assert generated(fast, [PROMPT], 30, GATHERING) == wanted
+    assert steps_of(fast, [PROMPT], 30, GATHERING) == "package"
+    assert len(eager_steps) == 2 * 4 and all(given[-1] for given in eager_steps)        # those that partition alone
+
+
+@torch.inference_mode()
+def test_dense_steps_add_the_eager_evidence(eager: Engine, fast: Engine) -> None:
+    """In the first step, which verifies, as in later ones."""
+    with_packages_of(fast, GATHERING)
+    found = []
+    for engine in (eager, fast):
+        state = engine.new_state(1, 128, engine.resolve(GATHERING))
+        engine.prepare(state)
+        engine.model.prefill(engine.model.embed(torch.tensor([PROMPT])), state)
+        for token in (100, 101, 102):
+            engine.decoder.dense_step(torch.tensor([token]), state, False)
+        found.append([layer.ffn.evidence for layer in state.layers])  # type: ignore[attr-defined]
+    for wanted, own in zip(*found, strict=True):
+        torch.testing.assert_close(own.squares, wanted.squares, rtol=1e-5, atol=1e-5)
+        assert own.tokens == wanted.tokens == len(PROMPT) + 3
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("harm", [lambda out: [out[0] + 1], lambda out: 1 / 0], ids=["wrong", "failing"])
+def test_a_refused_dense_package_leaves_the_evidence_right(
+    eager: Engine, fast: Engine, harm: Callable[[list[Tensor]], list[Tensor]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_packages_of(fast, GATHERING)
+    assert fast.compiled is not None
+    packaged = fast.compiled.packaged  # type: ignore[union-attr]
+    squares = []
+    for engine in (eager, fast):
+        state = engine.new_state(1, 128, engine.resolve(GATHERING))
+        engine.prepare(state)
+        engine.model.prefill(engine.model.embed(torch.tensor([PROMPT])), state)
+        if engine is fast:
+            steps = packaged.steps_of(state, dense=True)
+            assert steps is not None
+            loader, inputs = steps.layers[3]
+            steps.layers[3] = Harmful(loader, harm), inputs
+        for token in (100, 101):
+            engine.decoder.dense_step(torch.tensor([token]), state, False)
+        squares.append([layer.ffn.evidence.squares for layer in state.layers])  # type: ignore[attr-defined]
+    torch.testing.assert_close(squares[1], squares[0], rtol=1e-5, atol=1e-5)
+    assert "their first step differs" in capsys.readouterr().err
+    assert packaged.runs(state) and packaged.steps_of(state, dense=True) is None        # pruned steps go on
+
+
+class Harmful:
+    """A package that computes something else, or fails."""
+
+    def __init__(self, loader: Loader, harm: Callable[[list[Tensor]], list[Tensor]]) -> None:
+        self.loader, self.harm = loader, harm
+
+    def run(self, inputs: list[Tensor], /) -> list[Tensor]:
+        try:
+            return self.harm(self.loader.run(inputs))
+        except ZeroDivisionError:
+            raise RuntimeError("failed") from None
 
 
 def test_settings_without_a_package_run_eagerly_by_columns(
@@ -200,6 +271,24 @@ def test_a_package_of_other_sources_or_another_machine_is_not_used(
     other = packages.source_digest()[::-1] if name == "source_digest" else ["another", *packages.machine()]
     monkeypatch.setattr(packages, name, lambda: other)
     assert load(folder).compiled is None
+
+
+def test_packages_without_use_are_deleted_when_others_are_made(
+    folder: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "popengine" / "packages"
+    shutil.copytree(made, own)
+    own.chmod(0o700)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    long_ago = time.time() - 61 * 86400
+    for path in own.iterdir():
+        path.chmod(0o600)
+        os.utime(path, (long_ago, long_ago))
+    assert load(folder).compiled is not None                        # looks for the head's package, and loads none
+    engine = load(folder)
+    generated(engine, [PROMPT], 2, DENSE)
+    engine.compiled.packages.delete_unused()  # type: ignore[union-attr]
+    assert {path.name for path in own.iterdir()} == dense_files(folder)
 
 
 def damaged(path: Path, patch: pytest.MonkeyPatch) -> None:
@@ -279,7 +368,8 @@ def dense_files(folder: Path) -> set[str]:
     engine = load(folder)
     assert isinstance(engine.compiled, CachedSteps)
     with torch.inference_mode():
-        functions = step_functions(engine.model, engine.model.new_state(1, 128, engine.resolve(DENSE))).all
+        state = engine.model.new_state(1, 128, engine.resolve(DENSE))
+        functions = step_functions(engine.model, state, dense=False).all
     return {path.name for one in functions for path in engine.compiled.packages.files(one)}
 
 
