@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     flags = OneLineParser(
         "compare", "Pruning methods side by side: quality on a text and on tasks, and bytes read per decode step.",
         "compare --text FILE --out DIR --methods dense pop frozen --prune-ratio 0.2 0.4",
-        "--out --text --tasks --methods --prune-ratio --candidate-width --time --windows --dtype --weights",
+        "--out --text --tasks --methods --prune-ratio --candidate-width --by-position --windows --dtype --weights",
     )
     add_checkpoint_flag(flags)
     flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the table and the plots")
@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
         "--time", type=int, default=0, metavar="ROUNDS", help="also time decode steps, this many times per method"
     )
     flags.add_argument("--compile", action="store_true", help="time compiled steps")
+    flags.add_argument(
+        "--by-position", action="store_true", help="also loss by position after the prompt: tables and positions.png"
+    )
     flags.add_argument("--no-plots", action="store_true", help="only the table")
     flags.add_argument("--quiet", action="store_true", help="no progress bars")
     add_scoring_flags(flags)
@@ -58,9 +61,11 @@ def run(flags: argparse.Namespace) -> None:
         raise InputError("give a text to score (--text), tasks (--tasks), or both")
     if flags.time < 0 or (flags.time and flags.text is None):
         raise InputError("--time takes a number of rounds of at least 1, and a text whose first window is decoded")
+    if flags.by_position and flags.text is None:
+        raise InputError("--by-position scores a text: give one with --text")
     take_paper_values(flags)
     start_pytorch(flags)
-    from popengine.evaluation import comparison, comparison_table, prepared, scoring, tasks
+    from popengine.evaluation import by_position, comparison, comparison_table, prepared, scoring, tasks
     from popengine.evaluation.progress_file import ProgressFile
 
     prepared.check_methods(flags)
@@ -68,7 +73,7 @@ def run(flags: argparse.Namespace) -> None:
         tasks.questions_for(name, flags.questions, flags.seed)
     if not flags.no_plots:
         comparison.load_plots()                         # says now, not after hours, that matplotlib is missing
-    plots = ["perplexity.png", "agreement.png", "rank_drift.png", "frontier.png", "partition.png"]
+    plots = ["perplexity.png", "agreement.png", "rank_drift.png", "frontier.png", "partition.png", "positions.png"]
     plots += [comparison.task_plot(name) for name in flags.tasks]
     make_folder(flags.out, "table.json", "table.md", "progress.jsonl", *plots)
     show_progress = sys.stderr.isatty() and not flags.quiet
@@ -85,9 +90,12 @@ def run(flags: argparse.Namespace) -> None:
     progress = ProgressFile(flags.out / "progress.jsonl", identity, is_sound)
     compared = comparison.Comparison(engines, ready.prunings, windows, progress, show_progress)
     folder = None if flags.no_plots else flags.out
-    result = compared.measure(flags.tasks, flags.questions, flags.seed, flags.time, folder)
+    result = compared.measure(flags.tasks, flags.questions, flags.seed, flags.time, folder, flags.by_position)
     result["about"] = identity | result["about"]
     table = comparison_table.markdown(result["rows"], result["about"], result["studies"])
+    if flags.by_position:
+        found = [row["by_position"] for row in result["rows"]]
+        table += "\n".join([*by_position.tables([one.label for one in ready.prunings], found), ""])
     comparison_table.write_table(flags.out, result, table)
 
 

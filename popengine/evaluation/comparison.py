@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 from models.cost_model import bytes_per_token
-from models.pruning.settings import exact_share
 from popengine import __version__
 from popengine.engine.engine import Engine
+from popengine.evaluation.by_position import by_position
 from popengine.evaluation.progress_file import ProgressFile
 from popengine.evaluation.scoring import (
     Text,
@@ -33,11 +33,20 @@ from popengine.evaluation.scoring import (
     score_window,
     summarise,
 )
-from popengine.evaluation.studies import NetworkPicks, RankDrift, drift_figures, pick_figures, picks, rank_drift
+from popengine.evaluation.studies import (
+    NetworkPicks,
+    RankDrift,
+    drift_figures,
+    drift_of_networks,
+    pick_figures,
+    picks,
+    rank_drift,
+)
 from popengine.evaluation.tasks import is_answered, questions_for
 from popengine.studies.calibration import Calibration, fingerprint
 from popengine.studies.resolve import StudyPruning
 from popengine.studies.settings import DENSE, LAYER_METHODS, RULE_NAMES, WIDTH_RULES, PruningSettings, compared_fields
+from popengine.studies.skipped_layers import skips_layers
 
 DRIFT_WINDOWS = 4
 TIMED_STEPS = 24
@@ -125,7 +134,7 @@ def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> 
                 unused = (one for one in others if one.metadata["matters"] in ("to widths", "to prompts"))
                 chosen |= {one.name: getattr(usual, one.name) for one in unused}
             settings = PruningSettings(**ratio, **chosen)
-            if exact_share(settings.prefill_skip) == 0:
+            if not skips_layers(settings.prefill_skip):
                 if method in SKIPPING and method != "visual-tokens" and len(flags.prefill_skip) > 1:
                     continue                        # 0 was meant for the others
                 settings = replace(settings, boundary_tokens=PruningSettings.boundary_tokens)
@@ -157,23 +166,40 @@ class Comparison:
         return next(iter(self.engines.values()))
 
     def measure(
-        self, tasks: Sequence[str], questions: int, seed: int, rounds: int, plots: Path | None
+        self, tasks: Sequence[str], questions: int, seed: int, rounds: int, plots: Path | None, positions: bool = False
     ) -> dict[str, Any]:
-        """Measure everything that is not recorded yet and return the table. plots: folder for drawings, None: none"""
+        """Measure everything that is not recorded yet and return the table.
+
+        plots      folder for drawings, None: none
+        positions  also give every row its quality by position
+        """
         self.measure_text()
         self.measure_generated()
         self.measure_tasks(tasks, questions, seed)
         self.measure_speed(rounds)
         rows = self.rows(tasks)
+        if positions:
+            for one, row in zip(self.prunings, rows, strict=True):
+                row["by_position"] = self.by_position(one)
         about: dict[str, Any] = {"machine": machine(), "plots": []}
         studies: dict[str, dict[str, float]] = {}
+        networks: dict[str, Any] = {}
         folder = plots if plots is not None and plots_module().INSTALLED else None
         if self.windows:
-            drifts = [rank_drift(self.engine.model, window) for window in self.windows[:DRIFT_WINDOWS]]
+            measured = min(DRIFT_WINDOWS, len(self.windows))
+            drifts = [rank_drift(self.engine.model, window) for window in self.windows[:measured]]
+            own = [rank_drift(self.engine.model, self.generated_window(index)) for index in range(measured)]
             picked = self.study_picks()
             studies["ranking of the dense model"] = drift_figures(drifts)
+            studies["ranking of the dense model along its own generation"] = drift_figures(own)
+            networks["drift on the text"] = drift_of_networks(drifts)
+            networks["drift along generation"] = drift_of_networks(own)
             if picked is not None:
                 studies[f"share of steps that pick a candidate, {picked[0].label}"] = pick_figures(picked[1])
+                networks["new picks at a step"] = [
+                    {"network": network.name, "mean": sum(network.changed) / max(1, len(network.changed))}
+                    for network in picked[1]
+                ]
             if folder is not None:
                 about["plots"] = self.plot(rows, drifts, picked, folder)
         if folder is not None:
@@ -181,7 +207,11 @@ class Comparison:
                 labels = [one.label for one in self.prunings]
                 if plots_module().plot_tasks(labels, rows, name, folder / task_plot(name)):
                     about["plots"].append(task_plot(name))
-        return {"about": about, "rows": rows, "studies": studies}
+        if positions and folder is not None and plots_module().plot_by_position(
+            [one.label for one in self.prunings], rows, folder / "positions.png"
+        ):
+            about["plots"].append("positions.png")
+        return {"about": about, "rows": rows, "studies": studies, "networks": networks}
 
     def measure_text(self) -> None:
         """Score every window under every configuration, except for recorded ones."""
@@ -206,7 +236,8 @@ class Comparison:
     def measure_generated(self) -> None:
         """Generate from every window's prompt with the dense model, and predict each token under every configuration.
 
-        Up to the first disagreement, a configuration would generate the same tokens itself.
+        Up to the first disagreement, a configuration would generate the same tokens itself. Scores are recorded as of
+        a text, but `agreed` says whether the configuration's likeliest token is the generated one.
         """
         total = len(self.windows) * (1 + len(self.prunings))
         bar = tqdm(total=total, desc="generated", unit="window", disable=not self.show_progress)
@@ -217,14 +248,18 @@ class Comparison:
                     run = self.engine.run([window.prompt], len(window.continuation), DENSE, ignore_eos=True)
                     self.progress.add(key, {"ids": [token for (token,) in run]})
                 bar.update()
-                generated = Window(window.prompt, self.progress.records[key]["ids"])
-                for one, pruning in self.prunings.items():
-                    key = one.key(f"generated {index}")
-                    if key not in self.progress.records:
-                        model = self.engines[one.weights].model
-                        likeliest = log_probabilities(model, generated, pruning).argmax(dim=-1)     # [S]
-                        said = likeliest.new_tensor(generated.continuation)
-                        self.progress.add(key, {"agreed": (likeliest == said).tolist()})
+                generated = self.generated_window(index)
+                missing = [one for one in self.prunings if one.key(f"generated {index}") not in self.progress.records]
+                bar.update(len(self.prunings) - len(missing))
+                if not missing:
+                    continue
+                dense = dense_log_probabilities(self.engine.model, generated)       # [S, V]
+                said = torch.tensor(generated.continuation, device=dense.device)    # [S]
+                for one in missing:
+                    own = log_probabilities(self.engines[one.weights].model, generated, self.prunings[one])
+                    agreed = (own.argmax(dim=-1) == said).tolist()
+                    score = replace(score_window(own, dense, generated), agreed=agreed)
+                    self.progress.add(one.key(f"generated {index}"), asdict(score))
                     bar.update()
 
     def measure_speed(self, rounds: int) -> None:
@@ -268,9 +303,9 @@ class Comparison:
         for one, pruning in self.prunings.items():
             row = row_of(one, pruning, self.engines)
             if self.windows:
-                summary = summarise([self.window_score(one, index) for index in range(len(self.windows))])
+                summary = summarise(self.scores(one, "window"))
                 row |= {name: value if value == value else None for name, value in asdict(summary).items()}
-                agreed = [self.agreed_on_generated(one, index) for index in range(len(self.windows))]
+                agreed = [score.agreed for score in self.scores(one, "generated")]
                 row["generated_agreement"] = sum(map(sum, agreed)) / sum(map(len, agreed))
                 row["identical_tokens"] = statistics.median([*own, False].index(False) for own in agreed)
             keys = [one.key(f"speed {number}") for number in range(len(records))]
@@ -284,19 +319,45 @@ class Comparison:
             rows.append(row)
         return rows
 
-    def window_score(self, one: Configuration, index: int) -> WindowScore:
-        record = self.progress.records[one.key(f"window {index}")]
-        return WindowScore(record["losses"], record["agreed"], record["divergences"])
+    def scores(self, one: Configuration, source: str) -> list[WindowScore]:
+        """Return the recorded score of every window. source: "window", the text, or "generated", by the dense model"""
+        records = [self.progress.records[one.key(f"{source} {index}")] for index in range(len(self.windows))]
+        return [WindowScore(record["losses"], record["agreed"], record["divergences"]) for record in records]
 
-    def agreed_on_generated(self, one: Configuration, index: int) -> list[bool]:
-        """Return, per token that the dense model generated, whether this configuration predicts the same token."""
-        return self.progress.records[one.key(f"generated {index}")]["agreed"]
+    def generated_window(self, index: int) -> Window:
+        """Return what the dense model generated from a window's prompt, once it is recorded."""
+        return Window(self.windows[index].prompt, self.progress.records[f"generated {index}: tokens"]["ids"])
+
+    def by_position(self, one: Configuration) -> dict[str, Any]:
+        """Compute quality by position on the text and on what the dense model generates, against dense and POP.
+
+        POP is that of the same ratio, and of the paper's width if it was measured.
+        """
+        def first(method: str, **settings: Any) -> Configuration | None:
+            """Return the first other configuration of a method and settings."""
+            return next((
+                other for other in self.prunings if other.method == method and other != one and all(
+                    getattr(other.settings, name) == value for name, value in settings.items()
+                )
+            ), None)
+
+        ratios = {name: getattr(one.settings, name) for name in ("prune_ratio", "ffn_ratio")}
+        references = {"dense": first("dense")}
+        if one.method != "dense":
+            references["pop"] = first("pop", candidate_width=self.middle_width(), **ratios)
+        return {
+            name: by_position(
+                self.scores(one, source),
+                {of: None if other is None else self.scores(other, source) for of, other in references.items()},
+            )
+            for name, source in (("text", "window"), ("generated", "generated"))
+        }
 
     def points(self, rows: Sequence[dict[str, Any]]) -> Iterator[Any]:
         """Yield the rows as points for the plots."""
         for one, row in zip(self.prunings, rows, strict=True):
-            given = [self.window_score(one, index).agreed for index in range(len(self.windows))]
-            generated = [self.agreed_on_generated(one, index) for index in range(len(self.windows))]
+            given = [score.agreed for score in self.scores(one, "window")]
+            generated = [score.agreed for score in self.scores(one, "generated")]
             still_alike = [list(itertools.accumulate(own, operator.and_)) for own in generated]
             yield plots_module().Point(
                 one.method, one.label, round(row["ffn_ratio"], 3), one.settings.candidate_width,
@@ -379,10 +440,10 @@ def is_sound(record: dict[str, Any], scored: int | None) -> bool:
         )
 
     least = -1e-3                               # a divergence of 0 may round below 0
-    if of == "window":
+    if record["key"].endswith(": tokens"):
+        return listed("ids", int)
+    if of in ("window", "generated"):
         return listed("losses", float) and listed("agreed", bool) and listed("divergences", float)
-    if of == "generated":
-        return listed("ids", int) if record["key"].endswith(": tokens") else listed("agreed", bool)
     if of == "speed":
         return type(record.get("ms")) is float and 0 < record["ms"] < math.inf
     right = record.get("right")

@@ -217,6 +217,46 @@ def plot_agreement(points: Sequence[Point], path: Path, bin_size: int = 16) -> b
     return True
 
 
+def plot_by_position(labels: Sequence[str], rows: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Plot loss less dense's, KL divergence and agreement by position, on the text and along dense generation.
+
+    Error bars are standard errors over windows, of the losses in pairs with dense.
+    """
+    shown = [
+        (label, row) for label, row in zip(labels, rows, strict=True)
+        if "less_dense" in row["by_position"]["text"]["groups"][0]
+    ]
+    if not shown:
+        return False
+    figure, axes = panels(2, 3, (16, 8.2))
+    titles = {"less_dense": "loss less dense's, nats per token", "divergence": "KL divergence from dense, nats",
+              "agreement": "same top token as dense"}
+    lines = ("-", "--", ":", "-.")
+    for row_of_panels, (source, words) in enumerate((("text", "the text"), ("generated", "dense generation"))):
+        for panel, (figure_name, title) in zip(axes[3 * row_of_panels :], titles.items(), strict=False):
+            used: dict[str, int] = {}
+            for label, row in shown:
+                groups = row["by_position"][source]["groups"]
+                middle = [(group["first"] + group["last"]) / 2 for group in groups]
+                figures = [group[figure_name] for group in groups]
+                colour, marker = STYLES.get(row["method"], ("tab:cyan", "o"))
+                line = lines[used.get(row["method"], 0) % len(lines)]
+                used[row["method"]] = used.get(row["method"], 0) + 1
+                panel.errorbar(
+                    middle, [one["mean"] for one in figures], [one["error"] or 0.0 for one in figures], color=colour,
+                    marker=marker, linestyle=line, capsize=2, label=label,
+                )
+            panel.set_xscale("log", base=2)
+            ends = [group["last"] for group in shown[0][1]["by_position"][source]["groups"]]
+            panel.set_xticks(ends, [f"{end}" for end in ends])
+            panel.set_title(f"{title}; {words}", fontsize=10)
+            panel.set_xlabel("position after the prompt")
+            panel.grid(alpha=0.3)
+    legend(figure, axes[0], "outside lower center", ncols=3)
+    save(figure, path)
+    return True
+
+
 def plot_rank_drift(drifts: Sequence[RankDrift], path: Path) -> bool:
     """Plot mean rank difference and top-50 % overlap per decode step: median and middle 80 % of the networks."""
     if not drifts:

@@ -5,6 +5,7 @@ T prompt tokens, S decode steps, I FFN channels, C candidates.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.pruning.evidence import channel_scores
 from models.pruning.partition import ChannelPartition
+from popengine.evaluation.by_position import position_groups
 from popengine.evaluation.scoring import Window, log_probabilities
 from popengine.studies.activations import Activation, embedded, feed_forward_networks, watch_dense
 from popengine.studies.recording import recorded
@@ -67,6 +69,31 @@ def drift_figures(drifts: Sequence[RankDrift]) -> dict[str, float]:
     return figures
 
 
+def drift_of_networks(drifts: Sequence[RankDrift]) -> list[dict[str, Any]]:
+    """Average the drift over windows, per network: over all steps, and over groups of positions.
+
+    A figure is None where no step reached an expert.
+    """
+    found = []
+    for row, name in enumerate(drifts[0].names):
+        figures: dict[str, Any] = {"network": name}
+        for of in ("rank_difference", "overlap"):
+            values = torch.stack([getattr(drift, of)[row] for drift in drifts])     # [windows, S]
+            figures[of] = mean_of_known(values)
+            figures[f"{of}_by_position"] = [
+                {"first": first, "last": last, "mean": mean_of_known(values[:, first - 1 : last])}
+                for first, last in position_groups(values.shape[1])
+            ]
+        found.append(figures)
+    return found
+
+
+def mean_of_known(values: Tensor) -> float | None:
+    """Average the values that are not nan; None if all are."""
+    mean = float(values.nanmean())
+    return mean if mean == mean else None
+
+
 def ranks(scores: Tensor) -> Tensor:
     """Rank each channel by falling score, 0 for the best; ties: lower channel first. [..., I] -> int64"""
     return scores.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
@@ -76,13 +103,15 @@ def ranks(scores: Tensor) -> Tensor:
 class NetworkPicks:
     """One network's partition, and how often the steps that reached it picked each candidate.
 
-    picked  int64 [C]; steps  number of steps
+    picked   int64 [C]; steps  number of steps
+    changed  for every step but the first, the share of its picks that the step before it had not picked
     """
 
     name: str
     partition: ChannelPartition
     picked: Tensor
     steps: int
+    changed: Sequence[float] = ()
 
 
 @torch.inference_mode()
@@ -93,14 +122,19 @@ def picks(model: LlamaForCausalLM, window: Window, pruning: StudyPruning) -> lis
 
     def observe(ffn: FeedForward, partition: ChannelPartition, keep: Tensor) -> None:
         keep = keep.flatten(0, -2)                                                  # [n, C]
-        seen.append(NetworkPicks(names[ffn], partition, keep.sum(dim=0), len(keep)))
+        new = (keep[1:] & ~keep[:-1]).sum(dim=1) / keep[1:].sum(dim=1).clamp(min=1)     # [n - 1]
+        seen.append(NetworkPicks(names[ffn], partition, keep.sum(dim=0), len(keep), new.tolist()))
 
     log_probabilities(model, window, recorded(pruning, observe))
     return seen
 
 
 def pick_figures(networks: Sequence[NetworkPicks]) -> dict[str, float]:
-    """Compute quantiles of the share of steps that pick a candidate, and how many are picked always or never."""
+    """Compute quantiles of the share of steps that pick a candidate, and how many are picked always or never.
+
+    new_at_a_step is the share of a step's picks that the step before it had not picked; nan for a single step.
+    """
+    changed = [share for network in networks for share in network.changed]
     shares = torch.cat([network.picked / network.steps for network in networks if network.steps])
     low, middle, high = shares.quantile(shares.new_tensor([0.05, 0.5, 0.95])).tolist()
     return {
@@ -109,4 +143,5 @@ def pick_figures(networks: Sequence[NetworkPicks]) -> dict[str, float]:
         "quantile_95": high,
         "always": float((shares == 1).float().mean()),
         "never": float((shares == 0).float().mean()),
+        "new_at_a_step": sum(changed) / len(changed) if changed else float("nan"),
     }
