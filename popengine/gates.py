@@ -7,8 +7,9 @@ pruning (arXiv 2602.03295, Eq. 5-13). This tests for a given model that deep lay
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from popengine.command_line.flags import add_checkpoint_flag, add_machine_flags
 from popengine.command_line.parser import OneLineParser
@@ -53,6 +54,7 @@ def run(flags: argparse.Namespace) -> None:
     if is_one_of_several():
         raise InputError("derivatives do not go through sums over ranks: start gates without torchrun")
     start_pytorch(flags)
+    from models.cost_model import layer_weights
     from popengine.engine import loading
     from popengine.evaluation import gates, scoring, tasks
 
@@ -76,7 +78,7 @@ def run(flags: argparse.Namespace) -> None:
         prompts = [(window.prompt, ()) for window in windows]
     samples = gates.answered(engine, prompts, flags.answer_tokens, flags.seed)
     found = gates.study(engine, samples, show_progress)
-    about = {
+    about: dict[str, Any] = {
         "checkpoint": "default" if flags.ckpt is None else Path(flags.ckpt).name,
         "prompts": flags.tasks or f"{flags.text.name}, {flags.prompt_tokens} tokens each",
         "answer_tokens": sum(len(sample.answer) for sample in samples),
@@ -84,7 +86,8 @@ def run(flags: argparse.Namespace) -> None:
         "dtype": str(engine.dtype).removeprefix("torch."),
     }
     rows = found.rows()
-    write_output(flags.out / "gates.json", json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    sizes = {"layer_weights": asdict(layer_weights(engine.model))}     # by which --prefill-skip auto knows the model
+    write_output(flags.out / "gates.json", json.dumps({"about": about | sizes, "rows": rows}, indent=1) + "\n")
     table = gates.markdown(found, about)
     write_output(flags.out / "gates.md", table)
     if not flags.no_plots and plots.INSTALLED:

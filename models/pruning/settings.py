@@ -101,8 +101,8 @@ class POPSettings:
         least=0, column="min evidence", matters="to prompts",
     )
     prefill_skip: float | str = setting(
-        0.0, "share of the layers, the deepest, that the prompt skips, like 1/3 (default: 0, none)", share,
-        metavar="SHARE", least=0, below=1, column="prompt skips",
+        0.0, "share of the layers, the deepest, that the prompt skips, like 1/3 (default: 0, none); or layers:3,7,9, "
+        "or auto:1/4, by `popengine gates`", share, metavar="SHARE", least=0, below=1, column="prompt skips",
     )
     boundary_tokens: int = setting(
         1, "the last K prompt tokens run through skipped layers too (default: 1)", int, metavar="K", least=1,
@@ -118,7 +118,11 @@ class POPSettings:
         if self.prune_ratio is not None and self.ffn_ratio is not None:
             raise InputError("give a prune ratio or an FFN ratio, not both")
         for one in fields(self):
-            check(one, getattr(self, one.name))
+            self.check_field(one)
+
+    def check_field(self, one: Field[Any]) -> None:
+        """Raise InputError for a value that a field does not allow. A study may allow more."""
+        check(one, getattr(self, one.name))
 
 
 def check(one: Field[Any], value: Any) -> None:

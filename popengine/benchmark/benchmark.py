@@ -26,7 +26,6 @@ import torch
 from PIL import Image
 
 from models.cost_model import bytes_per_token, cache_bytes
-from models.pruning.settings import exact_share
 from popengine.benchmark.engines import (
     AbsentPeer,
     Contender,
@@ -44,6 +43,7 @@ from popengine.engine.loading import DTYPES, choose_device, load
 from popengine.studies.by_name import Request, pruning_for
 from popengine.studies.calibration import load_calibration
 from popengine.studies.settings import DENSE, PruningSettings
+from popengine.studies.skipped_layers import skips_layers
 from weights.checkpoint import open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
@@ -510,7 +510,7 @@ def row(entry: Entry) -> dict[str, Any]:
         "mode": entry.mode,
         **{name: getattr(entry.settings, name, None) for name in SHOWN_SETTINGS},
         "skips": entry.settings is not None and (
-            exact_share(entry.settings.prefill_skip) > 0 or entry.settings.visual_tokens != "all"
+            skips_layers(entry.settings.prefill_skip) or entry.settings.visual_tokens != "all"
         ),
         "prompt_work": entry.work,
         "prompt": None,

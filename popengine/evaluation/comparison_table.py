@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from models.pruning.settings import exact_share
 from popengine.studies.settings import LAYER_METHODS, WIDTH_RULES, compared_fields
+from popengine.studies.skipped_layers import skips_layers
 from weights.output_file import write_output
 
 Column = Callable[[dict[str, Any]], str]
@@ -102,7 +102,7 @@ def setting_cell(one: Field[Any], row: dict[str, Any]) -> str:
     value, matters = row[one.name], one.metadata["matters"]
     if row["method"] == "dense" or (matters == "to widths" and row["method"] not in WIDTH_RULES):
         return ""
-    if matters == "to skipping" and (exact_share(row["prefill_skip"]) == 0 or row["method"] == "skip-no-boundary"):
+    if matters == "to skipping" and (not skips_layers(row["prefill_skip"]) or row["method"] == "skip-no-boundary"):
         return ""
     if matters == "to thinning" and (
         row["visual_tokens"] == "all" or (one.name == "visual_tokens_layer" and row["visual_tokens_by"] != "attention")

@@ -1,7 +1,7 @@
 """The methods of a comparison, prepared for a checkpoint."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
@@ -11,6 +11,7 @@ from popengine.evaluation.tasks import training_questions
 from popengine.studies.by_name import Request, check_method, pruning_for
 from popengine.studies.calibration import Calibration
 from popengine.studies.resolve import StudyPruning
+from popengine.studies.skipped_layers import names_layers
 from weights.errors import InputError
 from weights.output_file import check_output
 
@@ -51,5 +52,9 @@ def prepare(flags: argparse.Namespace, compile: bool, show_progress: bool) -> Pr
     for one in configurations(flags, hasattr(first.model.config, "num_experts"), first.pictures.reads):
         own = engines[one.weights]
         request = Request(own.model, one.settings, calibrations[one.weights], flags.seed, own.resolve)
-        prunings[one] = pruning_for(one.method, request)
+        pruning = pruning_for(one.method, request)
+        if names_layers(one.settings.prefill_skip):     # a row names its layers, whatever file chose them
+            skip = pruning.settings.prefill_skip
+            one = replace(one, settings=replace(one.settings, prefill_skip=skip))
+        prunings[one] = pruning
     return Prepared(engines, calibrations, prunings)

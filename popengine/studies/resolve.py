@@ -19,6 +19,7 @@ from popengine.studies.refresh import RegularRefresh
 from popengine.studies.rules import RULES
 from popengine.studies.settings import WIDTH_RULES, PruningSettings
 from popengine.studies.skip_controls import ForgetSkipped, ForgottenPrompt
+from popengine.studies.skipped_layers import names_layers, skipped_layers, written_layers
 from popengine.studies.unseen_experts import SparingExperts
 from popengine.studies.visual_tokens import DroppedTokens, DropVisualTokens
 from weights.errors import InputError
@@ -105,8 +106,16 @@ class StudyPruning(Pruning):
 
 
 def resolve_study(settings: PruningSettings, layer: LayerWeights) -> StudyPruning:
-    """Resolve settings with those of every study. Raises InputError as `resolve` does, and for unfit study settings."""
-    found = resolve(settings, layer)
+    """Resolve settings with those of every study. Raises InputError as `resolve` does, and for unfit study settings.
+
+    Layers that a gate study chose for the prompt to skip are named in the settings of the result.
+    """
+    if names_layers(settings.prefill_skip):
+        skipped = skipped_layers(str(settings.prefill_skip), layer)
+        settings = replace(settings, prefill_skip=written_layers(skipped))
+        found = replace(resolve(replace(settings, prefill_skip=0.0), layer), skipped=tuple(sorted(skipped)))
+    else:
+        found = resolve(settings, layer)
     check_retained_share(settings, found.ffn_ratio)
     left_out = check_halves(read_halves(str(settings.leave_out)), layer.layers)
     check_visual_tokens(settings, left_out, layer.layers)

@@ -10,6 +10,7 @@ from typing import Any
 
 from models.pruning.settings import POPSettings, exact_share, setting, share
 from popengine.studies.left_out import read_halves
+from popengine.studies.skipped_layers import check_skip, names_layers
 from weights.errors import InputError
 
 # Names of popengine/studies/rules.py, which is not imported here because it imports PyTorch.
@@ -125,8 +126,15 @@ class VisualTokenSettings:
 class PruningSettings(VisualTokenSettings, LayerSettings, EvidenceSettings, RuleSettings, POPSettings):
     """All settings: of the two papers' methods, and of every study. Raises InputError for a value out of bounds.
 
+    prefill_skip may also name or choose layers (popengine/studies/skipped_layers.py).
     PruningSettings() is what is recommended, PruningSettings.paper() what POP's paper does to the letter.
     """
+
+    def check_field(self, one: Field[Any]) -> None:
+        if one.name == "prefill_skip" and names_layers(self.prefill_skip):
+            check_skip(self.prefill_skip)
+        else:
+            super().check_field(one)
 
     def __post_init__(self) -> None:
         super().__post_init__()
