@@ -30,6 +30,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the table")
     flags.add_argument("--tasks", nargs="+", required=True, metavar="T", help="names; an unknown one lists all")
     flags.add_argument("--methods", nargs="+", default=["dense", "pop"], metavar="M")
+    flags.add_argument(
+        "--against", metavar="M", help="subtract this method's answers, item by item (default: the first method)"
+    )
     flags.add_argument("--limit", type=int, default=100, metavar="N", help="items of each task (default: 100)")
     flags.add_argument("--seed", type=int, default=0, metavar="N", help="for the items, and the method `random`")
     flags.add_argument("--batch-size", type=int, default=1, metavar="N", help="answers generated at once (default: 1)")
@@ -53,6 +56,9 @@ def run(flags: argparse.Namespace) -> None:
     for name, value in (("limit", flags.limit), ("batch size", flags.batch_size)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
+    against = flags.against or flags.methods[0]
+    if against not in flags.methods:
+        raise InputError(f"--against {against} is none of the methods of this run: {', '.join(flags.methods)}")
     take_paper_values(flags)
     start_pytorch(flags)
     from popengine.evaluation import comparison, comparison_table, prepared, progress_file, task_archive, task_runs
@@ -72,11 +78,14 @@ def run(flags: argparse.Namespace) -> None:
         "tasks": f"{archive.path.name} ({archive.digest})", "batch_size": flags.batch_size,
     }
     progress = progress_file.ProgressFile(flags.out / "progress.jsonl", about, task_runs.is_sound)
-    runs = task_runs.TaskRuns(ready.engines, ready.prunings, items, progress, flags.batch_size, show_progress)
+    runs = task_runs.TaskRuns(
+        ready.engines, ready.prunings, items, progress, flags.batch_size, show_progress, against
+    )
     runs.measure()
     about |= {"limit": flags.limit, "machine": comparison.machine()}
     rows = runs.rows()
-    comparison_table.write_table(flags.out, {"about": about, "rows": rows}, task_runs.markdown(rows, about))
+    table = task_runs.markdown([one.label for one in ready.prunings], rows, about, against)
+    comparison_table.write_table(flags.out, {"about": about, "rows": rows}, table)
 
 
 if __name__ == "__main__":

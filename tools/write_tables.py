@@ -1,25 +1,18 @@
 """Write the tables of the two POP papers for this project's models: python tools/write_tables.py NAME
 
 A table runs one or more commands of popengine, with their folders in --out; results saved there are not measured again.
-Tables of public tasks are followed by paired differences to one method on the same items, which have a much smaller
-standard error: of the scores, and of the log-likelihood of the right answer, which also changes if no score does.
+Tables of public tasks have paired differences to one method on the same items.
 """
 
 import argparse
 import importlib
-import json
-import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from popengine.evaluation.comparison import Configuration
-from popengine.evaluation.scoring import mean_and_error
-from popengine.evaluation.task_archive import DEFAULT_ARCHIVE, TASKS, Archive
-from popengine.studies.settings import compared_fields
+from popengine.evaluation.task_archive import TASKS
 
 RATIOS = ("--prune-ratio", "0.2", "0.4")
 POP = ("--methods", "dense", "all-channels", "pop", "frozen", "flap", "wanda-sp", *RATIOS)
@@ -94,13 +87,12 @@ def main(arguments: list[str] | None = None) -> int:
         first, *words = [word.format(**filled) for word in table.command]
         command = [first, "--paper", *words]
         command += ["--ckpt", given.ckpt] if given.ckpt else []
+        command += ["--against", table.against] if table.against else []
         command += ["--tasks", *given.tasks] if given.tasks else []
         command += [] if command[0] == "bench" else ["--out", str(folder)]
         print(f"## {table.title}\n\n    popengine {' '.join(command)}\n", flush=True)
         if status := status_of(command):
             return status
-        if table.against:
-            print(*differences(folder, table.against), sep="\n")
         print(f"{(time.perf_counter() - began) / 60:.1f} minutes\n", flush=True)
     return 0
 
@@ -110,54 +102,6 @@ def status_of(command: Sequence[str]) -> int:
         importlib.import_module(f"popengine.{command[0]}").main([*command[1:]])
     except SystemExit as end:
         return int(end.code or 0)
-
-
-def differences(folder: Path, against: str) -> Iterator[str]:
-    """A Markdown table of every row less the row of the method `against`: the dense one, or POP's at the same ratio.
-
-    A task's differences are averaged first, then the tasks; a standard error is over items, drawn in pairs.
-    """
-    result = json.loads((folder / "table.json").read_text())
-    records = {record.get("key"): record for record in map(json.loads, (folder / "progress.jsonl").open())}
-    archive, about = Archive(DEFAULT_ARCHIVE), result["about"]
-    items = {name: archive.items(name, about["limit"], about["seed"]) for name in result["rows"][0]["tasks"]}
-    yield f"| less {against} | score, points | log-likelihood of the right answer, nats |"
-    yield "|---|---|---|"
-    for row in result["rows"]:
-        of_method = [one for one in result["rows"] if one["method"] == against]
-        others = [one for one in of_method if against == "dense" or one["ratio"] == row["ratio"]]
-        if others and row is not others[0]:
-            mine, theirs = configuration(row), configuration(others[0])
-            scores, likelihoods = [], []
-            for name, own in items.items():
-                keys = [f"{name} {item.key}" for item in own]
-                pairs = [(records[mine.key(key)], records[theirs.key(key)]) for key in keys]
-                metric = TASKS[name].metrics[0]
-                scores.append(mean_and_error([one["scores"][metric] - other["scores"][metric] for one, other in pairs]))
-                if TASKS[name].score is None:
-                    likelihoods.append(mean_and_error([
-                        one["answer"][item.right] - other["answer"][item.right]
-                        for item, (one, other) in zip(own, pairs, strict=True)
-                    ]))
-            yield f"| {mine.label} | {averaged(scores, 100)} | {averaged(likelihoods, 1)} |"
-    yield ""
-
-
-def configuration(row: dict[str, Any]) -> Configuration:
-    names = ["method", "weights", *(one.name for one in compared_fields())]
-    asked = {name: row[name] for name in names}
-    if asked["prune_ratio"] is not None:
-        asked["ffn_ratio"] = None               # a row has what that ratio came to in its place
-    return Configuration.from_fields(asked)
-
-
-def averaged(figures: Sequence[dict[str, float]], scale: float) -> str:
-    """Over tasks; empty where there is none."""
-    if not figures:
-        return ""
-    mean = sum(one["mean"] for one in figures) / len(figures)
-    error = math.sqrt(sum(one["error"] ** 2 for one in figures)) / len(figures)
-    return f"{scale * mean:+.2f} ± {scale * error:.2f}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,9 @@ from popengine.evaluation.scoring import mean_and_error
 from popengine.evaluation.task_archive import TASKS, Item, Task
 from popengine.studies.resolve import StudyPruning
 
+# The figure of the right answer's log-likelihood, in nats.
+LIKELIHOOD = "right_log_likelihood"
+
 
 @dataclass
 class TaskRuns:
@@ -26,6 +29,7 @@ class TaskRuns:
 
     engines  the checkpoint in each form of weights that is compared
     items    items of every task, the same for all configurations
+    against  the method that the others are subtracted from, item by item: dense, or one at the same ratio
     """
 
     engines: dict[str, Engine]
@@ -34,6 +38,7 @@ class TaskRuns:
     progress: ProgressFile
     batch_size: int
     show_progress: bool
+    against: str = "dense"
 
     def measure(self) -> None:
         """Ask every item that is not recorded yet."""
@@ -56,24 +61,69 @@ class TaskRuns:
     def rows(self) -> list[dict[str, Any]]:
         """Compute, per configuration and task, the mean and the standard error of every metric.
 
-        For all tasks of a kind together, the first metric of each task is averaged.
+        For all tasks of a kind together, the first metric of each task is averaged. `less` has paired differences.
         """
         rows = []
         for one, pruning in self.prunings.items():
             row: dict[str, Any] = row_of(one, pruning, self.engines) | {"tasks": {}}
             for name, items in self.items.items():
-                scores = [self.progress.records[one.key(f"{name} {item.key}")]["scores"] for item in items]
+                records = self.records(one, name)
                 row["tasks"][name] = {"items": len(items)} | {
-                    metric: mean_and_error([score[metric] for score in scores]) for metric in TASKS[name].metrics
+                    metric: mean_and_error([record["scores"][metric] for record in records])
+                    for metric in TASKS[name].metrics
                 }
+                if TASKS[name].score is None:
+                    right = [record["answer"][item.right] for item, record in zip(items, records, strict=True)]
+                    row["tasks"][name][LIKELIHOOD] = mean_and_error(right)
+                elif all("tokens" in record for record in records):
+                    row["tasks"][name]["tokens"] = mean_and_error([record["tokens"] for record in records])
             for kind, names in kinds(self.items).items():
-                figures = [row["tasks"][name][TASKS[name].metrics[0]] for name in names]
-                row[kind] = {
-                    "mean": sum(one["mean"] for one in figures) / len(figures),
-                    "error": math.sqrt(sum(one["error"] ** 2 for one in figures)) / len(figures),
-                }
+                row[kind] = averaged([row["tasks"][name][TASKS[name].metrics[0]] for name in names])
+            other = self.reference(one)
+            if other is not None:
+                row["less"] = self.less(one, other)
             rows.append(row)
         return rows
+
+    def records(self, one: Configuration, name: str) -> list[dict[str, Any]]:
+        """Return the record of every item of a task."""
+        return [self.progress.records[one.key(f"{name} {item.key}")] for item in self.items[name]]
+
+    def reference(self, one: Configuration) -> Configuration | None:
+        """Return the configuration that is subtracted from this one; None for itself, or if there is none."""
+        asked = (one.settings.prune_ratio, one.settings.ffn_ratio)
+        found = next((
+            other for other in self.prunings if other.method == self.against
+            and (self.against == "dense" or (other.settings.prune_ratio, other.settings.ffn_ratio) == asked)
+        ), None)
+        return None if found == one else found
+
+    def less(self, one: Configuration, other: Configuration) -> dict[str, Any]:
+        """Compute mean differences of two configurations, with standard errors over items, which are taken in pairs.
+
+        Of scores, and of the log-likelihood of right answers, which changes even if no score does.
+        """
+        tasks: dict[str, dict[str, Any]] = {}
+        for name, items in self.items.items():
+            pairs = list(zip(self.records(one, name), self.records(other, name), strict=True))
+            metric = TASKS[name].metrics[0]
+            tasks[name] = {"score": mean_and_error([a["scores"][metric] - b["scores"][metric] for a, b in pairs])}
+            if TASKS[name].score is None:
+                tasks[name][LIKELIHOOD] = mean_and_error([
+                    a["answer"][item.right] - b["answer"][item.right] for item, (a, b) in zip(items, pairs, strict=True)
+                ])
+        return {"of": other.label, "tasks": tasks} | {
+            kind: {of: averaged([tasks[name][of] for name in names]) for of in tasks[names[0]]}
+            for kind, names in kinds(self.items).items()
+        }
+
+
+def averaged(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Average means over tasks, with the standard error of that average over items."""
+    return {
+        "mean": sum(one["mean"] for one in figures) / len(figures),
+        "error": math.sqrt(sum(one["error"] ** 2 for one in figures)) / len(figures),
+    }
 
 
 def answered(engine: Engine, task: Task, items: Sequence[Item], pruning: StudyPruning) -> list[dict[str, Any]]:
@@ -82,7 +132,10 @@ def answered(engine: Engine, task: Task, items: Sequence[Item], pruning: StudyPr
         return [chosen(engine, item, pruning) for item in items]
     prompts = [encode(engine, item.prompt) for item in items]
     texts = generate_until(engine, prompts, task.new_tokens, pruning, Sampling(), task.stops)
-    return [{"answer": text, "scores": task.score(item, text)} for item, text in zip(items, texts, strict=True)]
+    return [
+        {"answer": text, "scores": task.score(item, text), "tokens": len(engine.tokenizer.encode(text, False))}
+        for item, text in zip(items, texts, strict=True)
+    ]
 
 
 def chosen(engine: Engine, item: Item, pruning: StudyPruning) -> dict[str, Any]:
@@ -117,8 +170,8 @@ def kinds(names: Sequence[str] | dict[str, Any]) -> dict[str, list[str]]:
     return {kind: own for kind, own in found.items() if own}
 
 
-def markdown(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
-    """Write the table of every task's first metric, in percent, in Markdown."""
+def markdown(labels: Sequence[str], rows: Sequence[dict[str, Any]], about: dict[str, Any], against: str) -> str:
+    """Write the table of every task's first metric, in percent, and tables of right answers and of differences."""
     columns: dict[str, Column] = {}
     for name in rows[0]["tasks"]:
         metric = TASKS[name].metrics[0]
@@ -126,7 +179,40 @@ def markdown(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
     for kind, names in kinds(rows[0]["tasks"]).items():
         if len(names) > 1:
             columns[f"all {kind}"] = partial(cell, (kind,))
-    return written(rows, columns, about)
+    return written(rows, columns, about) + "\n".join([*more_tables(labels, rows, against), ""])
+
+
+def more_tables(labels: Sequence[str], rows: Sequence[dict[str, Any]], against: str) -> Iterator[str]:
+    """Yield the lines of tables of the log-likelihood of right answers, and of what every row has more than another."""
+    of = "dense" if against == "dense" else f"{against} at the same ratio"
+    pairs, names = list(zip(labels, rows, strict=True)), list(rows[0]["tasks"])
+    chosen = kinds(names).get("chosen", [])
+    found = [(label, row["tasks"]) for label, row in pairs]
+    yield from figures_table("Log-likelihood of the right answer, nats", found, chosen, LIKELIHOOD, 1, "")
+    several = [kind for kind, own in kinds(names).items() if len(own) > 1]
+    differences = [
+        (label, row["less"]["tasks"] | {f"all {kind}": row["less"][kind] for kind in several})
+        for label, row in pairs if "less" in row
+    ]
+    if differences:
+        first = differences[0][1]
+        title = f"Score less that of {of} on the same items, points"
+        yield from figures_table(title, differences, list(first), "score", 100, "+")
+        of_right = [name for name in first if LIKELIHOOD in first[name]]
+        title = f"Log-likelihood of the right answer less that of {of} on the same items, nats"
+        yield from figures_table(title, differences, of_right, LIKELIHOOD, 1, "+")
+
+
+def figures_table(
+    title: str, rows: Sequence[tuple[str, dict[str, Any]]], names: Sequence[str], of: str, scale: float, sign: str
+) -> Iterator[str]:
+    """Yield the lines of a table of one figure by label and task; nothing without tasks."""
+    if not names:
+        return
+    yield from ("", f"{title}:", "", f"| | {' | '.join(names)} |", "|" + "---|" * (len(names) + 1))
+    for label, own in rows:
+        cells = (f"{scale * own[name][of]['mean']:{sign}.2f} ± {scale * own[name][of]['error']:.2f}" for name in names)
+        yield f"| {label} | {' | '.join(cells)} |"
 
 
 def cell(path: tuple[str, ...], row: dict[str, Any]) -> str:

@@ -354,21 +354,28 @@ def test_dense_answers_are_those_of_the_harness_own_model(
 
 @pytest.mark.parametrize("ratio, label", [("--ffn-ratio", "frozen r 0.4"), ("--prune-ratio", "frozen 40 %")])
 def test_differences_are_taken_item_by_item(
-    ratio: str, label: str, flags: list[Any], archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ratio: str, label: str, flags: list[Any], archive: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(write_tables, "DEFAULT_ARCHIVE", archive)
     asked = ["--tasks", "arc_easy", "coqa", "--methods", "dense", "pop", "frozen", ratio, 0.4, "--limit", 5]
-    assert status(*flags, *asked, "--out", tmp_path) == 0
-    head, rule, line, *rest = write_tables.differences(tmp_path, "pop")
-    assert line.startswith(f"| {label} | ") and rest == [""]
+    assert status(*flags, *asked, "--against", "pop", "--out", tmp_path) == 0
+    lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith(f"| {label} |")]
+    of_right, points, nats = lines                          # dense has no ratio, and pop is not less itself
     records = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()[1:]]
     of = {method: {record["key"].partition(":")[0]: record for record in records if f'"{method}"' in record["key"]}
           for method in ("pop", "frozen")}
     items = {f"arc_easy {item.key}": item.right for item in Archive(archive).items("arc_easy", 5, 3)}
     likelihoods = torch.tensor([of["frozen"][key]["answer"][right] - of["pop"][key]["answer"][right]
                                 for key, right in items.items()])
-    assert f"| {likelihoods.mean():+.2f} ± {likelihoods.std() / 5 ** 0.5:.2f} |" in line
-    assert "less pop" in head and rule.count("|") == 4
+    assert nats.endswith(f"| {likelihoods.mean():+.2f} ± {likelihoods.std() / 5 ** 0.5:.2f} |")
+    own = torch.tensor([of["frozen"][key]["answer"][right] for key, right in items.items()])
+    assert of_right.endswith(f"| {own.mean():.2f} ± {own.std() / 5 ** 0.5:.2f} |")
+    f1s = torch.tensor([one["scores"]["f1"] - of["pop"][key]["scores"]["f1"]
+                        for key, one in of["frozen"].items() if key.startswith("coqa")])
+    assert points.endswith(f"| {100 * f1s.mean():+.2f} ± {100 * f1s.std() / 5 ** 0.5:.2f} |")
+    frozen = next(row for row in table(tmp_path) if row["method"] == "frozen")
+    lengths = [record["tokens"] for key, record in of["frozen"].items() if key.startswith("coqa")]
+    assert frozen["tasks"]["coqa"]["tokens"]["mean"] == sum(lengths) / 5 > 0
+    assert [("less" in row) for row in table(tmp_path)] == [False, False, True]
 
 
 def test_every_table_s_command_is_one(tmp_path: Path) -> None:

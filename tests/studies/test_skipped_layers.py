@@ -77,7 +77,8 @@ def test_gates_choose_the_layers_that_matter_least(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [
     "", "[]", "{}", '{"about": [], "rows": []}', '{"about": {}, "rows": [1]}',
-    '{"about": {}, "rows": [{"prompt": "a"}]}', '{"about": {}, "rows": [{"prompt": -1}]}', '{"about": {}, "rows": [{"prompt": NaN}]}', "[" * 100_000,
+    '{"about": {}, "rows": [{"prompt": "a"}]}', '{"about": {}, "rows": [{"prompt": -1}]}',
+    '{"about": {}, "rows": [{"prompt": NaN}]}', "[" * 100_000,
 ])
 def test_damaged_gates_are_refused(damage: str, tmp_path: Path) -> None:
     (tmp_path / "gates.json").write_text(damage)
