@@ -118,9 +118,9 @@ class POPSettings:
         if self.prune_ratio is not None and self.ffn_ratio is not None:
             raise InputError("give a prune ratio or an FFN ratio, not both")
         for one in fields(self):
-            self.check_field(one)
+            self._check_field(one)
 
-    def check_field(self, one: Field[Any]) -> None:
+    def _check_field(self, one: Field[Any]) -> None:
         """Raise InputError for a value that a field does not allow. A study may allow more."""
         check(one, getattr(self, one.name))
 

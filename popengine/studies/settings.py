@@ -130,11 +130,11 @@ class PruningSettings(VisualTokenSettings, LayerSettings, EvidenceSettings, Rule
     PruningSettings() is what is recommended, PruningSettings.paper() what POP's paper does to the letter.
     """
 
-    def check_field(self, one: Field[Any]) -> None:
+    def _check_field(self, one: Field[Any]) -> None:
         if one.name == "prefill_skip" and names_layers(self.prefill_skip):
             check_skip(self.prefill_skip)
         else:
-            super().check_field(one)
+            super()._check_field(one)
 
     def __post_init__(self) -> None:
         super().__post_init__()

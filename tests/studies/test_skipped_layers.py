@@ -159,3 +159,8 @@ def test_the_greedy_search_adds_the_layer_that_costs_least(
     assert "a number of layers or a share" in error("--layers", "some")
     assert "boundary tokens must be" in error("--boundary-tokens", 16)
     assert "minutes must be above 0" in error("--minutes", 0)
+
+
+def test_packed_weights_have_the_sizes_by_which_gates_know_a_model(checkpoint: Path) -> None:
+    plain, packed = (layer_weights(load(checkpoint, device="cpu", weights=form).model) for form in ("plain", "int8"))
+    assert plain == packed
