@@ -13,13 +13,14 @@ from models.pruning.resolve import LayerWeights, resolve
 from models.pruning.settings import ATTENTION, MLP, SUBLAYERS, exact_share
 from models.slots import AttentionPattern
 from models.walks import Walk
+from popengine.studies.chosen_layers import skipped_layers
 from popengine.studies.evidence import Prior
 from popengine.studies.left_out import Half, check_halves, read_halves
 from popengine.studies.refresh import RegularRefresh
 from popengine.studies.rules import RULES
 from popengine.studies.settings import WIDTH_RULES, PruningSettings
 from popengine.studies.skip_controls import ForgetSkipped, ForgottenPrompt
-from popengine.studies.skipped_layers import names_layers, skipped_layers, written_layers
+from popengine.studies.skipped_layers import names_layers, written_layers
 from popengine.studies.unseen_experts import SparingExperts
 from popengine.studies.visual_tokens import DroppedTokens, DropVisualTokens
 from weights.errors import InputError

@@ -28,7 +28,7 @@ def test_steps_run_in_order_and_go_on(
 ) -> None:
     small = ("--windows", "1", "--prompt-tokens", "16", "--score-tokens", "4")
     monkeypatch.setattr(papers, "STEPS", {
-        "one": papers.Step("first claim", 3, ("skip_greedy", "--text", "{calibration}", "--layers", "1", *small)),
+        "greedy": papers.Step("first claim", 3, ("skip_greedy", "--text", "{calibration}", "--layers", "1", *small)),
         "two": papers.Step("second claim", 4, (
             "compare", "--paper", "--text", "{text}", "--methods", "dense", "prefill-only", *small, "--no-plots",
             "--prefill-skip", "{greedy}",
@@ -38,13 +38,14 @@ def test_steps_run_in_order_and_go_on(
     assert papers.filled(["{greedy}"], papers_flags(tmp_path)) == [papers.LAYERS]
     assert papers.main(given) == 0
     said = capsys.readouterr().out
-    shown = ("## one (1 of 2): first claim", "About 3 of 7 minutes", "## two (2 of 2): second", "About 4 of 4 minutes")
+    shown = ("## greedy (1 of 2): first claim", "About 3 of 7 minutes", "## two (2 of 2)", "About 4 of 4 minutes")
     assert sorted(shown, key=said.index) == [*shown]
-    assert json.loads((tmp_path / "two" / "table.json").read_text())["rows"][1]["prefill_skip"] == "layers:2"
+    found = json.loads((tmp_path / "greedy" / "skipped.json").read_text())["rounds"][0]["layers"]
+    assert json.loads((tmp_path / "two" / "table.json").read_text())["rows"][1]["prefill_skip"] == found
     before = (tmp_path / "two" / "progress.jsonl").read_text()
     assert papers.main([*given, "--only", "two"]) == 0
     assert (tmp_path / "two" / "progress.jsonl").read_text() == before
-    assert "## one" not in capsys.readouterr().out.partition("layers:2")[0]
+    assert "## greedy" not in capsys.readouterr().out
     assert papers.main([*given[:2], "--text", str(tmp_path / "none.txt"), "--out", str(tmp_path / "new")]) == 2
     assert "none.txt" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:

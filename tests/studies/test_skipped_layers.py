@@ -21,9 +21,10 @@ from popengine.engine.loading import load
 from popengine.evaluation.scoring import cut_windows, dense_log_probabilities, log_probabilities, read_text
 from popengine.evaluation.skip_search import SkipSearch
 from popengine.studies.by_name import Request, pruning_for
+from popengine.studies.chosen_layers import least_important
 from popengine.studies.resolve import resolve_study
 from popengine.studies.settings import DENSE, PruningSettings
-from popengine.studies.skipped_layers import least_important, named_layers, written_layers
+from popengine.studies.skipped_layers import named_layers, written_layers
 from weights.errors import InputError
 
 
