@@ -6,10 +6,12 @@ A second run finds the files and does nothing. weights/default_checkpoint.py nam
 import sys
 from pathlib import Path
 
+from popengine.command_line.interrupts import insistent_interrupts
 from weights.default_checkpoint import DEFAULT_DIRECTORY, fetch_default, found_in
 from weights.errors import InputError
 
 
+@insistent_interrupts()
 def main(directory: Path = DEFAULT_DIRECTORY) -> int:
     """Fetch what is missing into `directory`; 0 when the checkpoint is there afterwards, 1 when no source had it."""
     if found := found_in(directory):

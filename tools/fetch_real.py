@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from popengine.command_line.interrupts import insistent_interrupts
 from weights.errors import InputError
 from weights.fetch import NotFetched, append_member, fetch_from_first, require_hub, require_sha256
 from weights.hub import first_line
@@ -57,6 +58,7 @@ REAL_FILES = (
 )
 
 
+@insistent_interrupts()
 def main(directory: Path = REAL_DIRECTORY) -> int:
     """Fetch what is missing into `directory`; 0 when every file is there afterwards, 1 when no source had one."""
     directory.mkdir(parents=True, exist_ok=True)

