@@ -10,13 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_sandboxes import start_forked
 
 from models import compiled
 from models.matrices import packed
 from popengine.engine import packages
 from popengine.studies import rules
+from popengine.text.sandbox.process import Sandbox
 from weights.default_checkpoint import DEFAULT_DIRECTORY, found_in
 from weights.errors import InputError
+
+START = Sandbox.start
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,6 +41,22 @@ def no_packages() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packages, "cache_folder", nowhere)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_sandboxes() -> Iterator[None]:
+    """The process of a tokenizer is forked, which takes a fiftieth of the time that starting it takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sandbox, "start", start_forked)
+        yield
+
+
+@pytest.fixture(scope="module")
+def started_sandboxes(forked_sandboxes: None) -> Iterator[None]:
+    """The process of a tokenizer is started as for a user: for the tests of that process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sandbox, "start", START)
         yield
 
 

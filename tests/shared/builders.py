@@ -106,14 +106,6 @@ def saved_pair(folder: Path, config: Any, **save_options: Any) -> tuple[PreTrain
     return reference, ours(folder)
 
 
-def default_of_transformers(path: Path) -> PreTrainedModel:
-    """The default checkpoint as transformers loads it, in float32 and eval mode; it takes a while to read a .gguf."""
-    where: dict[str, Any] = {"pretrained_model_name_or_path": path}
-    if path.suffix == ".gguf":
-        where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
-
-
 def left_padded(lengths: list[int], vocabulary: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Random tokens int64 [B, T] and real bool [B, T], padding on the left."""
     generator = torch.Generator().manual_seed(seed)

@@ -20,6 +20,8 @@ from popengine.text.sandbox.process import Sandbox
 from popengine.text.tokenizer import FastTokenizer, open_tokenizer
 from weights.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("started_sandboxes")
+
 # Written here in the manner of the well-known formats.
 CHATML = """\
 {%- for message in messages %}

@@ -17,6 +17,8 @@ from popengine.text.sandbox.process import Sandbox
 from popengine.text.tokenizer import FastTokenizer, SentencePieceTokenizer, open_tokenizer
 from weights.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("started_sandboxes")
+
 
 @pytest.fixture(scope="module")
 def sound(checkpoint: Path) -> dict[str, Any]:
