@@ -26,6 +26,9 @@ run: $(VENV)/run-is-installed checkpoint
 run-vlm: $(VENV)/run-is-installed
 	$(BIN)/python -m popengine.generate --ckpt weights/llava-tiny --image weights/llava-tiny/example.png --prompt "What is in the picture?"
 
+# Tests start a hundred processes, and pytest rewrites every file of tests: what Python compiles is kept.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Two processes of one thread: on tiny models threads only wait for each other. The longest files come first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 

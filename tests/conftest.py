@@ -60,14 +60,19 @@ def started_sandboxes(forked_sandboxes: None) -> Iterator[None]:
         yield
 
 
-# The files that take longest, the longest first: workers that begin with these end at about the same time.
+# First the files that load the default checkpoint, before others have left modules and holes in their worker's memory.
+# Then those that take longest, the longest first: workers that begin with these end at about the same time.
+LARGEST = (
+    "test_smollm2", "test_compile", "test_smollm2_evidence", "test_minimal_pop", "test_packed", "test_score_command",
+    "test_conversation", "test_mixtral",
+)
 LONGEST = (
-    "test_compile", "test_packages", "test_smollm2",
-    "test_ranks_together", "test_hostile_files", "test_wheel", "test_repeated_requests",
-    "test_packed", "test_ranks", "test_cuda_without_a_card", "test_weights_gguf", "test_kinds", "test_chat_command",
-    "test_tasks", "test_neighbours", "test_conversation", "test_generate_command", "test_harness", "test_qwen_engine",
-    "test_examples", "test_output", "test_prefill_only", "test_vision", "test_compare_command", "test_engine",
-    "test_qwen_vl", "test_gemma_engine", "test_visual_tokens", "test_bench", "test_left_out",
+    *LARGEST, "test_packages", "test_ranks_together", "test_wheel", "test_explain", "test_repeated_requests",
+    "test_cuda_without_a_card", "test_hostile_files", "test_ranks", "test_tasks", "test_isolated",
+    "test_generate_command", "test_weights_gguf", "test_chat_command", "test_vision", "test_output", "test_tokenizer",
+    "test_compare_command", "test_kinds", "test_qwen_vl", "test_gemma", "test_harness", "test_qwen_engine",
+    "test_examples", "test_chat", "test_prefill_only", "test_rules", "test_engine", "test_gemma_engine",
+    "test_visual_tokens", "test_bench",
 )
 # A file to which every file of tests adds a line: the peak of its worker's memory in MB while it ran.
 PEAKS = os.environ.get("POPENGINE_TEST_PEAKS")

@@ -2,8 +2,10 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,8 +20,17 @@ from popengine.studies.calibration import calibrate, load_calibration, save_cali
 from popengine.studies.settings import PruningSettings
 from weights.errors import InputError
 
-lm_eval = pytest.importorskip("lm_eval")
-lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
+# Imported by these tests alone: it takes a second and 100 MB of whoever collects them.
+pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_description_of_the_machine() -> Iterator[None]:
+    """Of each evaluation lm_eval asks ten programs what it runs on, which takes longer than the evaluation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+        yield
+
 
 CHOICE = """
 task: local_choice
@@ -76,10 +87,13 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
 
 
 def evaluate(model: str, model_args: dict[str, Any], tasks: Path, batch_size: int = 1) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
     import popengine.harness  # noqa: F401  # makes the name known
 
-    manager = lm_eval_tasks.TaskManager(include_path=str(tasks), include_defaults=False)
-    return lm_eval.simple_evaluate(
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    return simple_evaluate(
         model=model, model_args=model_args, tasks=TASKS, task_manager=manager, batch_size=batch_size, device="cpu",
         log_samples=True, bootstrap_iters=0,
     )
@@ -142,6 +156,8 @@ def test_methods_that_leave_out_layers_are_arguments(checkpoint: Path, tasks: Pa
 def test_the_command_and_its_errors(
     checkpoint: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from lm_eval import tasks as lm_eval_tasks
+
     from popengine.harness import PopengineLM, main
 
     # To look through the tasks that come with lm_eval takes seconds each time, and is not asked for here.

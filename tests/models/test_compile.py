@@ -60,7 +60,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return complete_checkpoint(tmp_path_factory.mktemp("tiny"), max_position_embeddings=1024)
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["dense", "POP"])
+@pytest.mark.parametrize("which", [pytest.param(0, marks=pytest.mark.slow, id="dense"), pytest.param(1, id="POP")])
 def test_compiled_and_eager_give_the_same_32_tokens(eager: Eager, compiled: Engine, which: int) -> None:
     assert compiled.compiled is not None
     assert generated(compiled, [eager.ids], 32, PRUNINGS[which]) == eager.tokens[which]

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
 from popengine.text.chat import render_chat
+from popengine.text.sandbox.process import Sandbox
 from weights.errors import InputError
 
 SPECIAL = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<eos>"]
@@ -128,8 +128,8 @@ def test_tokenizer_and_template_of_a_checkpoint_share_one_process(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[Any] = []
-    start = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *words, **named: started.append(1) or start(*words, **named))
+    start = Sandbox.start
+    monkeypatch.setattr(Sandbox, "start", lambda sandbox: started.append(1) or start(sandbox))
     engine = load(checkpoint)
     alone = [engine.prompts.ids(f"Number {n}") for n in (0, 499)]
     together = engine.prompts.batch([f"Number {n}" for n in range(500)], [()] * 500)

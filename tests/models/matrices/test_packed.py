@@ -69,6 +69,7 @@ def test_products_are_those_of_the_values(kind: str, out: int, columns: int, dty
             assert_product(matrix(x), x, matrix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_products_are_those_of_the_values(kind: str) -> None:
     matrix = made(kind)

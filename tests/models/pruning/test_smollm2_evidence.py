@@ -1,6 +1,8 @@
 """Evidence after the prompt, a prior and the rule `up` on layers of SmolLM2, against the slow way."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +39,34 @@ def pair(default_checkpoint_path: Path) -> tuple[Any, LlamaForCausalLM]:
     return reference.double(), model
 
 
+@pytest.fixture(scope="module")
+def encode(default_checkpoint_path: Path) -> Callable[[str], list[int]]:
+    with open_checkpoint(default_checkpoint_path) as checkpoint:
+        tokenizer, _ = open_text_side(checkpoint)
+    return partial(tokenizer.encode, add_special_tokens=False)
+
+
+@pytest.fixture(scope="module")
+def usual(pair: tuple[Any, LlamaForCausalLM], encode: Callable[[str], list[int]]) -> list[Any]:
+    """The prior: what the text shows Hugging Face's modules."""
+    return mean_squares(pair[0], encode(TEXT)[:256])
+
+
 @pytest.mark.parametrize("changes", [
     {"min_evidence": 24, "dense_every": 4, "redraw_every": 8}, {"rule": "up"},
     {"rule": "up", "retained_share": 0.2, "min_evidence": 24, "dense_every": 4, "redraw_every": 8},
 ], ids=["evidence", "up", "up_retained_evidence"])
 def test_evidence_and_cheap_scores_give_the_tokens_of_the_slow_way(
-    default_checkpoint_path: Path, pair: tuple[Any, LlamaForCausalLM], changes: dict[str, Any]
+    pair: tuple[Any, LlamaForCausalLM], encode: Callable[[str], list[int]], usual: list[Any], changes: dict[str, Any]
 ) -> None:
-    """A prior of 32 tokens throughout, made of the text by Hugging Face's modules; a prompt of few tokens.
+    """A prior of 32 tokens throughout; a prompt of few tokens.
 
     In float64: among 1,536 candidates of many layers some two always come within float32's rounding of each other.
     """
     reference, model = pair
-    with open_checkpoint(default_checkpoint_path) as checkpoint:
-        tokenizer, _ = open_text_side(checkpoint)
     settings = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3, **changes)
-    prompt = tokenizer.encode("The harbour master kept two books. In the", add_special_tokens=False)
+    prompt = encode("The harbour master kept two books. In the")
     assert len(prompt) < 16
-    usual = mean_squares(reference, tokenizer.encode(TEXT, add_special_tokens=False)[:256])
     slow = SlowEvidence(reference, settings, [one.clone() for one in usual], 32)
     wanted = slow.generate(prompt, 48)
     assert len(set(wanted)) > 5         # a sequence that repeats one token would prove little
