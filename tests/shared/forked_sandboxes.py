@@ -53,7 +53,7 @@ class ForkServer:
     """The process that forks them, started for the first one."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()   # a Sandbox may be collected, and its process ended, amid a request
         self.control: socket.socket | None = None
 
     def send(self, number: int, *descriptors: int) -> int:
