@@ -337,7 +337,7 @@ def test_a_mark_of_pictures_that_the_model_spells_is_no_place_of_one(family: str
 
 def test_smollm2_answers_a_second_turn_as_a_fresh_run_does(default_checkpoint_path: Path) -> None:
     engine = load(default_checkpoint_path, dtype="float32")
-    conversation = engine.chat(pruning=DENSE, max_new_tokens=24)
+    conversation = engine.chat(pruning=DENSE, max_new_tokens=12)
     for text in ("Name three trees.", "Which of them grows tallest?"):
         said = conversation.say(text)
         assert said.token_ids == asked_afresh(conversation).token_ids

@@ -105,7 +105,10 @@ def test_a_projection_of_another_kind_than_the_others(llama: LlamaForCausalLM, p
 
 
 def test_queries_keys_and_values_of_any_three_kinds(llama: LlamaForCausalLM) -> None:
-    for kinds in product(KINDS, repeat=3):
+    # Any two kinds in any places, and each kind in each place beside two others.
+    triples = [kinds for kinds in product(KINDS, repeat=3) if len(set(kinds)) < 3]
+    triples += [(KINDS[place - 2], KINDS[place - 1], KINDS[place]) for place in range(len(KINDS))]
+    for kinds in triples:
         of = dict(zip(("q_proj", "k_proj", "v_proj"), kinds, strict=True))
         pair = mixed(llama, lambda _, name, of=of: of.get(name, "int8"))
         assert_alike(*pair, SETTINGS["both"], True, kinds)
