@@ -8,7 +8,6 @@ choice is the default.
 
 import contextlib
 import json
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from models.compiled import CPU_OPTIONS
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.matrices.candidates import (
+    CLOCK,
     COMPILED,
     PLAIN,
     compiled_calls,
@@ -128,7 +128,7 @@ def measured_on(places: list[tuple[nn.Module, str]]) -> list[Tensor]:
     return [one for one in weights if one.shape == weights[0].shape]
 
 
-def lay_out(model: LlamaForCausalLM, choices: Choices, clock: Clock = time.perf_counter) -> None:
+def lay_out(model: LlamaForCausalLM, choices: Choices, clock: Clock = CLOCK) -> None:
     """Store every plain matrix of a model on a CPU as its eager product reads it fastest.
 
     Several ranks on one machine would disturb each other's measurement: they take kept choices, or the default.
