@@ -43,6 +43,8 @@ FORMAT = "popengine products 1"
 EAGER_SECONDS, COMPILED_SECONDS = 0.06, 0.5
 # Smaller weights stay in a cache, and their products take little of a step: they have the default.
 LEAST_BYTES = 1 << 18
+# A matrix by its parent and attribute.
+Place = tuple[nn.Module, str]
 # Seconds of every call, by candidate.
 Times = dict[str, list[float]]
 Measure = Callable[[], Times]
@@ -101,7 +103,7 @@ def read(path: Path) -> dict[str, str]:
     return {}
 
 
-def alike(model: nn.Module) -> dict[tuple[str, int, int], list[tuple[nn.Module, str]]]:
+def alike(model: nn.Module) -> dict[tuple[str, int, int], list[Place]]:
     """Group the matrices of a model by format and shape [out, in] of their product: (parent, attribute) of each.
 
     q_proj, k_proj and v_proj become one matrix, and therefore count as one.
@@ -110,7 +112,7 @@ def alike(model: nn.Module) -> dict[tuple[str, int, int], list[tuple[nn.Module, 
         id(one): attention for attention in model.modules() if isinstance(attention, Attention)
         for one in (attention.q_proj, attention.k_proj, attention.v_proj)
     }
-    groups: dict[tuple[str, int, int], list[tuple[nn.Module, str]]] = {}
+    groups: dict[tuple[str, int, int], list[Place]] = {}
     for parent in model.modules():
         for name, matrix in parent.named_children():
             if not isinstance(matrix, Matrix) or isinstance(matrix, RankMatrix) or (kind := format_of(matrix)) is None:
@@ -122,7 +124,7 @@ def alike(model: nn.Module) -> dict[tuple[str, int, int], list[tuple[nn.Module, 
     return groups
 
 
-def measured_on(places: list[tuple[nn.Module, str]]) -> list[Tensor]:
+def measured_on(places: list[Place]) -> list[Tensor]:
     """Return weights of one shape to time products on: those of the given matrices, or stretches of large ones."""
     weights = [part for parent, name in places for part in stretches_of(getattr(parent, name).weight)]
     return [one for one in weights if one.shape == weights[0].shape]
@@ -154,6 +156,8 @@ def set_streams(model: LlamaForCausalLM, choices: Choices, measures: bool) -> No
     networks = {id(one) for one in model.modules() if isinstance(one, FeedForward)}
     for kind in dict.fromkeys(kind for kind, *_ in groups):
         own = {key: places for key, places in groups.items() if key[0] == kind}
+        if len(COMPILED[kind]) == 1:
+            continue
         # The largest weight of a network; if it has none of this format, the largest weight.
         places = max(own.items(), key=lambda item: (id(item[1][0][0]) in networks, item[0][1] * item[0][2]))[1]
         measure = partial(measure_compiled, kind, measured_on(places)) if measures else None
