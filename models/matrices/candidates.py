@@ -57,8 +57,10 @@ def format_of(matrix: Matrix) -> str | None:
         return "int4"
     if isinstance(matrix, Int8Matrix):
         return "int8"
+    if type(matrix) not in (Matrix, *PLAIN.values()):
+        return None
     name = str(matrix.weight.dtype).removeprefix("torch.")
-    return name if name in EAGER and type(matrix) in (Matrix, ColumnMatrix, RowMatrix) else None
+    return name if name in EAGER else None
 
 
 def stretches_of(weight: Tensor) -> Sequence[Tensor]:

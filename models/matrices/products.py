@@ -1,8 +1,9 @@
 """The products of a decode step. Every choice between two ways to compute the same product is in this package.
 
 A step reads each active weight once, so memory bandwidth limits a product. PyTorch's own product of a single row
-reaches a third of the bandwidth on a CPU. Two products replace it, each with its own layout: one written out for
-torch.compile to fuse (weights stored by rows), and a sum over columns in eager code (stored by columns).
+(F.linear) reaches a third to two thirds of the bandwidth on a CPU. Other products replace it, each with its own layout:
+one written out for torch.compile to fuse (weights stored by rows), and in eager code a sum over columns (stored by
+columns) or torch.mv (by rows), whichever this machine computes faster (models/matrices/candidates.py).
 docs/measurements/products.md has the figures.
 
 B batch, T rows, in and out the sides of a weight [out, in], N query heads, K key/value heads, S cache slots, D head

@@ -69,14 +69,17 @@ class Choices:
     def choose(self, key: str, table: Mapping[str, object], measure: Measure | None) -> str:
         """Return the kept choice among the names of a table, or measure it and remember it.
 
-        measure  returns the seconds of each name; None: the default, unless a choice is kept
+        measure  returns the seconds of each name, or nothing if that fails; None: the default, unless a choice is kept
         """
         default = next(iter(table))
         if self.known.get(key) in table:
             return self.known[key]
         if len(table) == 1 or self.path is None or measure is None:
             return default
-        self.known[key] = fastest(measure())
+        times = measure()
+        if not times:
+            return default
+        self.known[key] = fastest(times)
         return self.known[key]
 
     def keep(self) -> None:
@@ -170,8 +173,8 @@ def set_streams(model: LlamaForCausalLM, choices: Choices, measures: bool) -> No
 
 
 def measure_compiled(kind: str, weights: list[Tensor]) -> Times:
-    """Compile the candidates of a format and time them. Where nothing compiles, only the default has a time."""
+    """Compile the candidates of a format and time them. Returns nothing if that fails."""
     try:
         return in_turns(compiled_calls(kind, weights, CPU_OPTIONS), COMPILED_SECONDS)
     except Exception:       # a missing or broken compiler may raise anything; compiled steps will say so
-        return {next(iter(COMPILED[kind])): [0.0]}
+        return {}

@@ -322,6 +322,7 @@ def test_a_broken_compiler_leaves_the_default(monkeypatch: pytest.MonkeyPatch) -
     model = tiny()
     set_streams(model, Choices(), measures=True)
     assert {one.streams for one in model.modules() if isinstance(one, Matrix)} == {Matrix.streams}
+    assert not Choices().known              # measured again when there is a compiler
 
 
 @torch.inference_mode()
