@@ -38,7 +38,7 @@ WRITTEN_OUT = {"8 streams": 8, "4 streams": 4, "2 streams": 2, "1 stream": 1}
 COMPILED: dict[str, dict[str, int]] = {
     "float32": WRITTEN_OUT,
     "bfloat16": WRITTEN_OUT,
-    "int8": WRITTEN_OUT | {"packed": 0},
+    "int8": {"8 streams": 8, "packed": 0} | WRITTEN_OUT,
     "int4": {"packed": 0},
 }
 # A candidate replaces the default if its time is below this share of the default's: noise must change no choice.

@@ -8,6 +8,7 @@ choice is the default.
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,8 @@ from weights.user_folders import cache_folder
 FORMAT = "popengine products 1"
 # Seconds for the candidates of one shape, and for those of one format compiled, without the compiler's time.
 EAGER_SECONDS, COMPILED_SECONDS = 0.06, 0.5
+# Seconds after which no further candidate of a format is compiled.
+COMPILER_SECONDS = 15.0
 # Smaller weights stay in a cache, and their products take little of a step: they have the default.
 LEAST_BYTES = 1 << 18
 # A matrix by its parent and attribute.
@@ -173,8 +176,13 @@ def set_streams(model: LlamaForCausalLM, choices: Choices, measures: bool) -> No
 
 
 def measure_compiled(kind: str, weights: list[Tensor]) -> Times:
-    """Compile the candidates of a format and time them. Returns nothing if that fails."""
+    """Compile the candidates of a format, as many as time allows, and time them. Returns nothing if that fails."""
+    began, ready = time.perf_counter(), {}
     try:
-        return in_turns(compiled_calls(kind, weights, CPU_OPTIONS), COMPILED_SECONDS)
+        for name, call in compiled_calls(kind, weights, CPU_OPTIONS).items():
+            if time.perf_counter() - began < COMPILER_SECONDS:
+                call(0)
+                ready[name] = call
+        return in_turns(ready, COMPILED_SECONDS)
     except Exception:       # a missing or broken compiler may raise anything; compiled steps will say so
         return {}

@@ -314,6 +314,16 @@ def test_compiled_products_are_measured_on_the_largest_weight_of_a_network(
     assert len(seen) == 1
 
 
+def test_a_slow_compiler_compiles_no_further_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    calls = {name: (lambda number, name=name: seen.append(name)) for name in COMPILED["int8"]}
+    monkeypatch.setattr(choices, "compiled_calls", lambda *_: calls)
+    assert list(choices.measure_compiled("int8", [])) == list(COMPILED["int8"]) == list(dict.fromkeys(seen))
+    ticks = iter([0.0, 1.0, 14.0, *[16.0] * 9])
+    monkeypatch.setattr(choices.time, "perf_counter", lambda: next(ticks))
+    assert list(choices.measure_compiled("int8", [])) == ["8 streams", "packed"]
+
+
 def test_a_broken_compiler_leaves_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("no compiler")
