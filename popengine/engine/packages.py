@@ -6,6 +6,7 @@ else may write, and whose content has the digest in the file's name. A checkpoin
 
 import contextlib
 import inspect
+import os
 import sys
 import tempfile
 import time
