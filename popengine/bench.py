@@ -26,7 +26,8 @@ def parser() -> argparse.ArgumentParser:
     """Make the command's parser."""
     flags = OneLineParser(
         "bench", __doc__.splitlines()[0],
-        "bench --compile --against transformers,llama.cpp\nbench --shape llama-3.2-1b --dtype bfloat16",
+        "bench --compile --against transformers,llama.cpp\nbench --shape llama-3.2-1b --dtype bfloat16\n"
+        "bench --products --dtype bfloat16",
         "--shape -p -n --prune-ratio --dtype --weights --compile --against --rounds --json",
     )
     add_checkpoint_flag(flags)
@@ -55,6 +56,10 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--compile-only", action="store_true", help="compiled decode steps alone: half the memory")
     flags.add_argument("--against", default="", metavar="PEER,PEER", help=f"other engines: {', '.join(PEERS)}")
     flags.add_argument("--threads", type=int, metavar="N", help="threads of every engine (default: PyTorch's choice)")
+    flags.add_argument(
+        "--products", action="store_true",
+        help="time the ways to compute each product of one row instead, with --compile also compiled ones",
+    )
     flags.add_argument("--rounds", type=int, default=5, metavar="N", help="(default: 5)")
     flags.add_argument("--json", metavar="FILE", help="write every figure to FILE as well")
     return flags
@@ -71,14 +76,14 @@ def run(flags: argparse.Namespace) -> None:
     """Measure all settings, and print the table."""
     check(flags)
     start_pytorch(flags)
-    from popengine.benchmark import benchmark
+    from popengine.benchmark import benchmark, products
     from popengine.benchmark import table as bench_table
 
     with tempfile.TemporaryDirectory(prefix="popengine-bench-") as folder:
-        result = benchmark.measure(flags, Path(folder))
+        result = (products if flags.products else benchmark).measure(flags, Path(folder))
     if flags.json:
         write_output(Path(flags.json), json.dumps(result, indent=1) + "\n")
-    print(bench_table.describe(result, benchmark.SUMMED_BYTES))
+    print(products.describe(result) if flags.products else bench_table.describe(result, benchmark.SUMMED_BYTES))
 
 
 if __name__ == "__main__":

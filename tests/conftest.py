@@ -14,7 +14,7 @@ from forked_sandboxes import start_forked
 
 from models import compiled
 from models.matrices import packed
-from popengine.engine import packages
+from popengine.engine import choices, packages
 from popengine.studies import rules
 from popengine.text.sandbox.process import Sandbox
 from weights.default_checkpoint import DEFAULT_DIRECTORY, found_in
@@ -34,13 +34,15 @@ def cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture(scope="session", autouse=True)
 def no_packages() -> Iterator[None]:
-    """Steps are compiled by torch.compile, as for a user without a folder for packages: test_packages.py has some."""
+    """Steps are compiled by torch.compile and products are the defaults, as for a user without a folder of caches:
+    test_packages.py and test_choices.py have some."""
 
     def nowhere(name: str) -> Path:
         raise InputError("there is no folder")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packages, "cache_folder", nowhere)
+        patch.setattr(choices, "cache_folder", nowhere)
         yield
 
 

@@ -72,9 +72,28 @@ class ColumnMatrix(Matrix):
             self.bias.copy_(source.bias)
 
 
+class RowMatrix(Matrix):
+    """A Matrix stored row by row, for eager products of one row by torch.mv on a CPU. float32 and bfloat16 only."""
+
+    @classmethod
+    def from_rows(cls, matrix: Matrix) -> "Matrix":
+        """Return a matrix of the same, possibly shared, parameter."""
+        return cls.of(matrix.weight, matrix.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if row_count(x) > 1 or torch.compiler.is_compiling():
+            return super().forward(x)
+        y = torch.mv(self.weight, x.flatten())                                      # [out]
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+    def reads_chosen_rows(self, rows: int) -> bool:
+        return False            # an eager product copies chosen rows first
+
+
 def by_columns(matrix: Matrix) -> Matrix:
     """Return a copy stored by columns if a CPU can then read chosen columns alone, else the matrix itself."""
-    if type(matrix) is not Matrix or matrix.weight.device.type != "cpu" or matrix.weight.dtype not in FEW_ROWS:
+    by_rows = type(matrix) in (Matrix, RowMatrix)
+    if not by_rows or matrix.weight.device.type != "cpu" or matrix.weight.dtype not in FEW_ROWS:
         return matrix
     return ColumnMatrix.of(matrix.weight.t().contiguous().t(), matrix.bias)
 

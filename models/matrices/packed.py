@@ -86,8 +86,8 @@ class Int8Matrix(Matrix):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by the packed numbers, or by unpacked stretches if there are many rows. x [..., in] -> [..., out]"""
         rows = row_count(x)
-        if rows <= FEW_ROWS_WRITTEN_OUT and is_fused(x):
-            y = fused_gemv(x, self.numbers()) * self.scale
+        if rows <= FEW_ROWS_WRITTEN_OUT and is_fused(x) and self.streams:
+            y = fused_gemv(x, self.numbers(), self.streams) * self.scale
         elif rows <= FEW_ROWS_INT8 and has_packed_products(x):
             padded = F.pad(x, (0, self.weight.shape[1] - self.in_features)).flatten(0, -2)
             y = torch.ops.aten._weight_int8pack_mm(padded, self.weight, self.scale).view(*x.shape[:-1], -1)
@@ -99,11 +99,10 @@ class Int8Matrix(Matrix):
     def reads_chosen_rows(self, rows: int) -> bool:
         return False            # gathering a quarter of the bytes takes as long as reading all
 
-    def empty_rows(self, rows: int) -> "Int8Matrix":
-        return Int8Matrix.with_room(rows, self.in_features, self.scale, room_for_bias(self, rows))
-
-    def empty_columns(self, columns: int) -> "Int8Matrix":
-        return Int8Matrix.with_room(self.out_features, columns, self.scale, room_for_bias(self, self.out_features))
+    def empty(self, rows: int, columns: int) -> Matrix:
+        made = Int8Matrix.with_room(rows, columns, self.scale, room_for_bias(self, rows))
+        made.set_streams(self.streams)
+        return made
 
     def copy_rows(self, source: Matrix, rows: Tensor) -> None:
         assert isinstance(source, Int8Matrix)
@@ -141,7 +140,8 @@ class Int8Matrix(Matrix):
 class Int4Matrix(Matrix):
     """Integers from 0 to 15 in groups along a row, each group with a scale and the value of the integer 8.
 
-    Chosen rows stay packed. Chosen columns break the groups, so a copy of columns is an Int8Matrix.
+    Chosen rows stay packed. Chosen columns break the groups, so a copy of columns is an Int8Matrix, with the `streams`
+    of this matrix. The product of this matrix is PyTorch's.
 
     weight  uint8 [blocks, in, block / 2], in this machine's layout (see `layout`); rows are padded to blocks
     groups  [G, out, 2], in the dtype of the activations: value = (number - 8) * groups[..., 0] + groups[..., 1]
@@ -234,7 +234,9 @@ class Int4Matrix(Matrix):
         return Int4Matrix.with_room(rows, self.in_features, self.in_features // len(self.groups), self.groups, bias)
 
     def empty_columns(self, columns: int) -> Int8Matrix:
-        return Int8Matrix.with_room(self.out_features, columns, self.groups, room_for_bias(self, self.out_features))
+        made = Int8Matrix.with_room(self.out_features, columns, self.groups, room_for_bias(self, self.out_features))
+        made.set_streams(self.streams)
+        return made
 
     def copy_rows(self, source: Matrix, rows: Tensor) -> None:
         assert isinstance(source, Int4Matrix)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.matrices.products import fused_gemv, fused_gemv_rows, is_fused, row_count
+from models.matrices.products import STREAMS, fused_gemv, fused_gemv_rows, is_fused, row_count
 from models.ranks import ALONE
 
 # Most rows for which our own product is faster than the library's (tools/measure_products.py).
@@ -28,10 +28,12 @@ class Matrix(nn.Linear):
 
     A loaded matrix holds parameters like any nn.Linear; a compact copy holds plain tensors.
 
-    ranks  the ranks that hold the other parts of this matrix (models/matrices/ranked.py)
+    ranks    the ranks that hold the other parts of this matrix (models/matrices/ranked.py)
+    streams  rows that compiled products of one row read at once; 0: PyTorch's packed product, if there is one
     """
 
     ranks = ALONE
+    streams = STREAMS
 
     def reset_parameters(self) -> None:
         # Nothing to fill on the meta device; PyTorch would import its compiler only to find that out.
@@ -53,7 +55,7 @@ class Matrix(nn.Linear):
         if rows > WEIGHT_FIRST_ROWS or not is_fused(x):
             return F.linear(x, self.weight, self.bias)
         if rows <= FEW_ROWS.get(x.dtype, 1):
-            y = fused_gemv(x, self.weight)
+            y = fused_gemv(x, self.weight, self.streams)
         elif x.dtype == torch.float32:
             y = (self.weight @ x.flatten(0, -2).t()).t().reshape(*x.shape[:-1], -1)
         else:
@@ -82,7 +84,7 @@ class Matrix(nn.Linear):
 
     def multiply_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """Compute the outputs of the given rows alone. x [..., in]; rows int64 [k] -> [..., k]"""
-        y = fused_gemv_rows(x, self.values(), rows) if is_fused(x) else F.linear(x, self.values()[rows])
+        y = fused_gemv_rows(x, self.values(), rows, self.streams) if is_fused(x) else F.linear(x, self.values()[rows])
         return y if self.bias is None else y + self.bias[rows]
 
     def empty_rows(self, rows: int) -> "Matrix":
@@ -95,7 +97,14 @@ class Matrix(nn.Linear):
 
     def empty(self, rows: int, columns: int) -> "Matrix":
         bias = None if self.bias is None else self.bias.new_empty(rows)
-        return type(self).of(self.weight.new_empty(rows, columns), bias)
+        made = type(self).of(self.weight.new_empty(rows, columns), bias)
+        made.set_streams(self.streams)
+        return made
+
+    def set_streams(self, streams: int) -> None:
+        """Set the rows that compiled products of one row read at once (see `streams`)."""
+        if streams != self.streams:         # an attribute of its own is part of the name of a package
+            self.streams = streams
 
     def copy_rows(self, source: "Matrix", rows: Tensor) -> None:
         """Copy the given rows of `source`, which allocated this matrix, and their biases. rows int64 [out]"""
@@ -142,10 +151,12 @@ class Matrix(nn.Linear):
     def stack(cls, matrices: Sequence["Matrix"]) -> "Matrix":
         """Stack matrices of one kind into one. They become parts of it and keep their values."""
         bias = matrices[0].bias
-        return cls.of(
+        made = cls.of(
             share_storage([matrix.weight for matrix in matrices]),
             None if bias is None else share_storage([matrix.bias for matrix in matrices]),
         )
+        made.set_streams(matrices[0].streams)
+        return made
 
 
 def replace_matrices(model: nn.Module, make: Callable[[Matrix], Matrix]) -> None:

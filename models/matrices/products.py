@@ -1,8 +1,9 @@
 """The products of a decode step. Every choice between two ways to compute the same product is in this package.
 
 A step reads each active weight once, so memory bandwidth limits a product. PyTorch's own product of a single row
-reaches a third of the bandwidth on a CPU. Two products replace it, each with its own layout: one written out for
-torch.compile to fuse (weights stored by rows), and a sum over columns in eager code (stored by columns).
+(F.linear) reaches a third to two thirds of the bandwidth on a CPU. Other products replace it, each with its own layout:
+one written out for torch.compile to fuse (weights stored by rows), and in eager code a sum over columns (stored by
+columns) or torch.mv (by rows), whichever this machine computes faster (models/matrices/candidates.py).
 docs/measurements/products.md has the figures.
 
 B batch, T rows, in and out the sides of a weight [out, in], N query heads, K key/value heads, S cache slots, D head
@@ -16,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of a weight that a fused product of one row reads at once, and the least rows for which it does: a smaller
-# weight gains nothing, and each stream takes time to compile (docs/measurements/products.md).
+# Rows of a weight that a fused product of one row reads at once, unless another number was measured to be faster
+# (models/matrices/candidates.py), and the least rows for which it does: a smaller weight gains nothing, and each stream
+# takes time to compile (docs/measurements/products.md).
 STREAMS, STREAMED_ROWS = 8, 512
 # Most scores for which comparing every pair is faster than a selection.
 MOST_COMPARED = 256
@@ -33,10 +35,10 @@ def row_count(x: Tensor) -> int:
     return x.shape[:-1].numel()
 
 
-def fused_gemv(x: Tensor, weight: Tensor) -> Tensor:
+def fused_gemv(x: Tensor, weight: Tensor, streams: int = STREAMS) -> Tensor:
     """Multiply a few rows by a weight as multiply and sum, for a compiler to fuse. x [..., in], weight [out, in]"""
     if row_count(x) == 1:
-        return sum_in_streams(x, [weight[part] for part in row_streams(weight.shape[0])])
+        return sum_in_streams(x, [weight[part] for part in row_streams(weight.shape[0], streams)])
     rows = x.reshape(-1, x.shape[-1]).float()                                       # [T, in]
     wide = weight.float()
     # as_strided makes Inductor store a row instead of recomputing it (a norm, say) for every row of the weight.
@@ -46,10 +48,10 @@ def fused_gemv(x: Tensor, weight: Tensor) -> Tensor:
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def fused_gemv_rows(x: Tensor, weight: Tensor, which: Tensor) -> Tensor:
+def fused_gemv_rows(x: Tensor, weight: Tensor, which: Tensor, streams: int = STREAMS) -> Tensor:
     """Multiply one row by chosen rows of a weight, fused. x [..., in], weight [out, in], which int64 [k] -> [..., k]"""
     # Split the indices before they gather: splitting afterwards would store the gathered rows first.
-    return sum_in_streams(x, [weight[which[part]] for part in row_streams(len(which))])
+    return sum_in_streams(x, [weight[which[part]] for part in row_streams(len(which), streams)])
 
 
 def sum_in_streams(x: Tensor, parts: list[Tensor]) -> Tensor:
@@ -65,10 +67,11 @@ def sum_in_streams(x: Tensor, parts: list[Tensor]) -> Tensor:
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def row_streams(rows: int) -> list[slice]:
-    """Split rows into STREAMS parts of equal length, or into the next smaller power of two that divides them."""
-    counts = (STREAMS, STREAMS // 2, STREAMS // 4, 1) if rows >= STREAMED_ROWS else (1,)
-    count = next(count for count in counts if rows % count == 0)
+def row_streams(rows: int, streams: int = STREAMS) -> list[slice]:
+    """Split rows into `streams` parts of equal length, or into the next smaller power of two that divides them."""
+    count = streams if rows >= STREAMED_ROWS else 1
+    while rows % count:
+        count //= 2
     return [slice(begin, begin + rows // count) for begin in range(0, rows, rows // count)]
 
 

@@ -69,6 +69,8 @@ def check(flags: argparse.Namespace) -> None:
         raise InputError("pictures must be a number of at least 0, and are for a checkpoint's own timing alone")
     if flags.visual_tokens and not flags.pictures:
         raise InputError("--visual-tokens leaves out tokens of pictures: give --pictures a number of them")
+    if flags.products and flags.device != "cpu":
+        raise InputError(f"--products times products of a CPU, not of {flags.device}")
     if flags.shape and flags.ckpt:
         raise InputError("give a checkpoint or a shape, not both")
     for peer in flags.peers:

@@ -5,17 +5,12 @@ from typing import Any
 
 def describe(result: dict[str, Any], summed_bytes: int) -> str:
     """Write the tables of all dtypes as text."""
-    machine = result["machine"]
-    versions = ", ".join(f"{name} {number or 'absent'}" for name, number in result["versions"].items())
-    where = machine["card"] or f"{machine['processor']}, {machine['cores']} cores"
     what = "random weights of the shape " if result["random_weights"] else ""
     shared = f", over {result['ranks']} ranks: bytes and memory are the first one's" if result["ranks"] > 1 else ""
     least = result["pruning"]["min_evidence"]
     waits = f"; steps run dense until {least} tokens were seen" if least else ""
     lines = [
-        f"machine   {where}; {machine['system']}",
-        f"versions  {versions}",
-        f"command   {' '.join(result['command'])}",
+        *heading(result),
         f"model     {what}{result['model']} on {result['device']}{shared}, batch {result['batch']}, "
         f"{result['prompt_tokens']} prompt tokens and {result['new_tokens']} new ones",
         f"pruning   width {result['pruning']['candidate_width']:g} under rules that have one" + waits,
@@ -25,6 +20,18 @@ def describe(result: dict[str, Any], summed_bytes: int) -> str:
     for group in result["dtypes"]:
         lines += ["", *describe_dtype(group, result["threads"], summed_bytes)]
     return "\n".join(lines)
+
+
+def heading(result: dict[str, Any]) -> list[str]:
+    """Write machine, versions and command, as lines."""
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {number or 'absent'}" for name, number in result["versions"].items())
+    where = machine["card"] or f"{machine['processor']}, {machine['cores']} cores"
+    return [
+        f"machine   {where}; {machine['system']}",
+        f"versions  {versions}",
+        f"command   {' '.join(result['command'])}",
+    ]
 
 
 def describe_dtype(group: dict[str, Any], threads: int, summed_bytes: int) -> list[str]:

@@ -102,7 +102,7 @@ class LoadedModel:
         free, capacity = available_memory(self.device), self.capacity(tokens)
         dropped = capacity - self.capacity(tokens - missing)
         state = state_within(free, self.model, batch, capacity, pruning, dropped)
-        if isinstance(self.compiled, CachedSteps) and self.compiled.by_columns(state):
+        if isinstance(self.compiled, CachedSteps) and self.compiled.made_eager(state):
             del state                           # freed before the new one is allocated
             self.compiled = None
             state = state_within(free, self.model, batch, capacity, pruning, dropped)

@@ -12,10 +12,9 @@ import torch
 from models.families.picture_model import PictureConfig, PictureModel
 from models.families.qwen2_vl import Qwen2VLForConditionalGeneration
 from models.llama import LlamaForCausalLM
-from models.matrices.forms import ColumnMatrix
-from models.matrices.plain import replace_matrices
 from models.ranks import ALONE, Ranks, share_of
 from models.registry import architecture
+from popengine.engine.choices import Choices, lay_out
 from popengine.engine.distributed import agree, ranks
 from popengine.engine.dtypes import dtype_name
 from popengine.engine.engine import Engine
@@ -93,7 +92,7 @@ def load(
         with waiting("compiling", progress and bool(compile)):
             compiled = compiled_steps(model, compile)
         if compiled is None and where.type == "cpu" and kind != torch.float16:      # float16 is slow in this layout
-            replace_matrices(model, ColumnMatrix.from_rows)
+            lay_out(model, Choices())
         warn_of_tokens_without_embedding(tokenizer, model, loaded)
         context = model.config.context
         if max_seq_len is not None:

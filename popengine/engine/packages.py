@@ -5,11 +5,8 @@ else may write, and whose content has the digest in the file's name. A checkpoin
 """
 
 import contextlib
-import hashlib
 import inspect
 import os
-import platform
-import stat
 import sys
 import tempfile
 import time
@@ -24,10 +21,11 @@ from torch import Tensor
 from models.compiled import CompiledDecode, compiler_problem
 from models.flat_functions import Function, NotPackable
 from models.llama import LlamaForCausalLM
-from models.matrices.forms import ColumnMatrix
-from models.matrices.plain import Matrix, replace_matrices
+from models.matrices.plain import Matrix
 from models.packages import Loader, PackagedDecode, head_function
 from models.state import DecodeState
+from popengine.engine.choices import Choices, lay_out, set_streams
+from popengine.engine.machine import digest, machine, not_trusted
 from popengine.studies.rules import StudyRule
 from weights.errors import InputError, one_line
 from weights.output_file import write_output
@@ -120,26 +118,6 @@ class Packages:
             print(one_line(line, 400), file=sys.stderr)
 
 
-def not_trusted(path: Path) -> str | None:
-    """Return why native code may not be loaded from this file or folder; None if it may."""
-    try:
-        about = path.lstat()
-    except OSError as error:
-        return f"{path} cannot be read: {error.strerror}"
-    if stat.S_ISLNK(about.st_mode):
-        return f"{path} is a link"
-    if hasattr(os, "geteuid") and about.st_uid != os.geteuid():
-        return f"{path} belongs to another user"
-    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"{path} may be written by other users"
-    return None
-
-
-def digest(content: bytes) -> str:
-    """Return a digest of some bytes."""
-    return hashlib.sha256(content).hexdigest()[:32]
-
-
 @lru_cache(maxsize=1)
 def source_digest() -> str:
     """Return a digest of the Python files of which steps are made."""
@@ -147,23 +125,6 @@ def source_digest() -> str:
     folders = [Path(inspect.getfile(one)).resolve().parent for one in of_each]
     files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     return digest(b"".join(path.read_bytes() for path in files))
-
-
-def machine() -> list[str]:
-    """Return what shapes compiled code beside the step: the processor, PyTorch, and the number of threads."""
-    return [
-        torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.machine(), instructions(),
-        f"{torch.get_num_threads()} threads", str(torch.are_deterministic_algorithms_enabled()),
-    ]
-
-
-@lru_cache(maxsize=1)
-def instructions() -> str:
-    """Return the instructions that the processor has; the compiler makes use of all of them."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return ""
 
 
 class CachedSteps:
@@ -258,15 +219,15 @@ class CachedSteps:
         """Return the context manager for steps (see CompiledDecode)."""
         return nullcontext() if self.by_compiler is None else self.by_compiler.trusting_guards()
 
-    def by_columns(self, state: DecodeState) -> bool:
-        """Store plain weights by columns, for eager steps, if there are any and this state has no packages.
+    def made_eager(self, state: DecodeState) -> bool:
+        """Store plain weights as eager steps read them, if there are any and this state has no packages.
 
         Returns True if that was done: the state must be made anew, and no package fits any more.
         """
         plain = any(type(one) is Matrix for one in self.model.modules()) and self.model.dtype != torch.float16
         if not plain or self.makes or self.packaged.prepare(state):
             return False
-        replace_matrices(self.model, ColumnMatrix.from_rows)
+        lay_out(self.model, Choices())
         return True
 
 
@@ -280,6 +241,8 @@ def compiled_steps(model: LlamaForCausalLM, asked: bool | None) -> CachedSteps |
     if asked and not model.can_compile:
         raise InputError("compiled steps are not implemented for mixtures of experts; their steps run eagerly")
     cached = None
+    if model.can_compile and model.device.type == "cpu":
+        set_streams(model, Choices(), measures=bool(asked))
     if model.can_compile and model.device.type == "cpu" and model.config.ranks.count == 1:
         with contextlib.suppress(InputError):           # no folder of the user
             cached = CachedSteps(model, bool(asked))

@@ -25,6 +25,7 @@ from models.pruning.resolve import resolve
 from models.registry import architecture
 from popengine.bench import main
 from popengine.benchmark import benchmark
+from popengine.benchmark import products as bench_products
 from popengine.benchmark import shapes as bench_shapes
 from popengine.benchmark.benchmark import Entry, rows
 from popengine.benchmark.engines import Generated, LlamaCppEngine, gguf_bytes_per_token, write_gguf
@@ -335,3 +336,39 @@ def test_bad_input_ends_in_one_line(
 def test_an_unknown_shape_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     error = one_line_error(main, capsys, "--shape", "llama-9000")
     assert "there is no shape named 'llama-9000'; shapes are" in error
+
+
+def test_the_table_of_products(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_products, "SUMMED_BYTES", 1 << 22)
+    arguments = ["--ckpt", checkpoint, "--dtype", "float32", "bfloat16", "--weights", "plain", "int8", "--products"]
+    assert status(*arguments, "--json", tmp_path / "products.json") == 0
+    found, text = json.loads((tmp_path / "products.json").read_text()), capsys.readouterr().out
+    assert f"{found['bandwidth_gb_per_s']:.1f} GB/s" in text and torch.__version__ in text
+    hidden, channels = SIZES["hidden_size"], SIZES["intermediate_size"]
+    for kind, size in (("float32", 4), ("bfloat16", 2)):
+        rows = found["products"][f"{kind} {channels} x {hidden}"]
+        assert [row["product"] for row in rows] == ["columns added up", "torch.mv"]
+        assert [row["chosen"] for row in rows] == [True, False]             # without a folder of the user
+        for row in rows:
+            assert row["gb_per_s"] == pytest.approx(channels * hidden * size / row["microseconds"] / 1e3)
+    (packed,) = found["products"][f"int8 {channels} x {hidden}"]
+    assert packed["product"] == "packed" and packed["chosen"]
+    assert packed["gb_per_s"] == pytest.approx(channels * (hidden + 2) / packed["microseconds"] / 1e3)
+
+
+@pytest.mark.slow
+def test_the_table_of_compiled_products(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_products, "SUMMED_BYTES", 1 << 22)
+    arguments = ["--ckpt", checkpoint, "--dtype", "bfloat16", "--weights", "int8", "--products", "--compile"]
+    assert status(*arguments, "--json", tmp_path / "products.json") == 0
+    rows = json.loads((tmp_path / "products.json").read_text())["products"]["int8 80 x 48"]
+    assert [row["product"] for row in rows] == ["packed", "8 streams", "packed", "4 streams", "2 streams", "1 stream"]
+    assert [row["product"] for row in rows if row["chosen"]] == ["packed", "8 streams"]
+
+
+def test_products_are_timed_on_a_cpu_only(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--products" in one_line_error(main, capsys, "--ckpt", checkpoint, "--products", "--device", "cuda")
