@@ -97,6 +97,10 @@ class Matrix(nn.Linear):
         bias = None if self.bias is None else self.bias.new_empty(rows)
         return type(self).of(self.weight.new_empty(rows, columns), bias)
 
+    def copying_pays(self, columns: int) -> bool:
+        """Return True if a compact copy of so many columns saves enough at each step to be worth its time."""
+        return True
+
     def copy_rows(self, source: "Matrix", rows: Tensor) -> None:
         """Copy the given rows of `source`, which allocated this matrix, and their biases. rows int64 [out]"""
         torch.index_select(bits(source.weight), 0, rows, out=bits(self.weight))
