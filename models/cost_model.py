@@ -99,8 +99,11 @@ def copy_bytes(mlp: FeedForward | MixtureOfExperts, pruning: Pruning) -> int:
         networks = [*mlp.experts] if mlp.shared_expert is None else [*mlp.experts, mlp.shared_expert]
         return sum(copy_bytes(ffn, pruning) for ffn in networks)
     sizes = pruning.rule.sizes(mlp)
+    if not sizes.copied:
+        return 0
     rows = mlp.gate_proj.read_bytes(rows=sizes.active) + mlp.up_proj.read_bytes(rows=sizes.active)
-    return rows + mlp.down_proj.read_bytes(columns=sizes.active) if sizes.copied else 0
+    pays = mlp.down_proj.copying_pays(sizes.active)
+    return rows + (mlp.down_proj.read_bytes(columns=sizes.active) if pays else 0)
 
 
 def all_copy_bytes(model: Any, pruning: Pruning) -> int:

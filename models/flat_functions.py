@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from models.compiled import CPU_OPTIONS
-from models.matrices.forms import ChosenColumns, ChosenRows
 
 # The largest capacity of a cache that a package serves.
 MOST_SLOTS = 1 << 20
@@ -72,8 +71,6 @@ class Walk:
 
     def visit_parts(self, thing: Any, path: str) -> None:
         self.number(thing, path, f"{type(thing).__module__}.{type(thing).__qualname__}")
-        if isinstance(thing, (ChosenRows, ChosenColumns)):
-            raise NotPackable("its chosen channels are another tensor after every partition")
         if isinstance(thing, (list, tuple)):
             for index, part in enumerate(thing):
                 self.visit(part, f"{path}.{index}", thing, index)

@@ -142,14 +142,17 @@ def stack(matrices: Sequence[Matrix]) -> Matrix:
 
 
 class ChosenRows(nn.Module):
-    """Rows of another matrix without a copy: multiplies by the whole matrix and drops the other outputs."""
+    """Rows of another matrix without a copy: multiplies by the whole matrix and drops the other outputs.
 
-    def __init__(self, whole: Matrix) -> None:
+    chosen  int64 [rows], at a fixed address
+    """
+
+    def __init__(self, whole: Matrix, rows: int) -> None:
         super().__init__()
-        self.whole = whole
+        self.whole, self.chosen = whole, torch.arange(rows, device=whole.weight.device)
 
     def copy_rows(self, source: Matrix, rows: Tensor) -> None:
-        self.chosen = rows
+        self.chosen.copy_(rows)
 
     def forward(self, x: Tensor) -> Tensor:
         return take_columns(self.whole(x), self.chosen)
@@ -164,16 +167,18 @@ class ChosenRows(nn.Module):
 class ChosenColumns(nn.Module):
     """Columns of another matrix without a copy: multiplies by the whole matrix, with zeros for other inputs.
 
-    bias  [out], added to that of the whole matrix; None: nothing
+    chosen  int64 [columns], at a fixed address
+    bias    [out], added to that of the whole matrix; None: nothing
     """
 
-    def __init__(self, whole: Matrix) -> None:
+    def __init__(self, whole: Matrix, columns: int) -> None:
         super().__init__()
         self.whole, self.in_features, self.out_features = whole, whole.in_features, whole.out_features
+        self.chosen = torch.arange(columns, device=whole.weight.device)
         self.bias: Tensor | None = None
 
     def copy_columns(self, source: Matrix, columns: Tensor) -> None:
-        self.chosen = columns
+        self.chosen.copy_(columns)
 
     def forward(self, x: Tensor) -> Tensor:
         spread = x.new_zeros(*x.shape[:-1], self.in_features).index_copy_(-1, self.chosen, x)

@@ -36,6 +36,13 @@ HALVES = 16
 DRAFT_DTYPE, DRAFT_GROUP = torch.bfloat16, 32
 # Number of weights that are unpacked at once (a stretch).
 STRETCH = 1 << 21
+# Number of columns of an Int4Matrix whose chosen rows are copied at once: they fit into a processor's cache.
+COPIED_AT_ONCE = 128
+# Bytes that a step must save per byte of a copy of columns in int8. To compute such a byte takes as long as to read 30
+# in a step, and an answer has some 128 steps: 30 / 128 (docs/measurements/packed.md).
+LEAST_SAVED_AS_INT8 = 1 / 4
+# The four lower bits of each of the eight bytes of a word.
+LOW_HALVES = 0x0F0F0F0F0F0F0F0F
 
 
 class Int8Matrix(Matrix):
@@ -114,7 +121,7 @@ class Int8Matrix(Matrix):
             source.write_as_int8(columns, self.numbers(), self.scale)
         else:
             assert isinstance(source, Int8Matrix)
-            self.numbers().copy_(source.weight.gather(1, columns.expand(source.out_features, -1)))
+            torch.gather(source.weight, 1, columns.expand(source.out_features, -1), out=self.numbers())
             self.scale.copy_(source.scale)
         if source.bias is not None:
             self.bias.copy_(source.bias)
@@ -238,17 +245,29 @@ class Int4Matrix(Matrix):
         made.set_streams(self.streams)
         return made
 
+    def copying_pays(self, columns: int) -> bool:
+        copied = self.read_bytes(columns=columns)
+        return self.read_bytes() - copied >= LEAST_SAVED_AS_INT8 * copied
+
     def copy_rows(self, source: Matrix, rows: Tensor) -> None:
         assert isinstance(source, Int4Matrix)
-        place, above = places_of_rows(F.pad(rows, (0, self.groups.shape[1] - len(rows))))   # padding is dropped again
-        step = max(1, STRETCH // source.groups.shape[1])
-        for first in range(0, self.weight.shape[1], step):
-            columns = slice(first, first + step)
-            packed = source.weight[:, columns].transpose(1, 2).flatten(0, 1)        # [blocks * half, in]
-            numbers = packed.index_select(0, place) >> above.unsqueeze(1) & 15      # [rows, in]
-            self.weight[:, columns] = pack(numbers.t(), *layout())
-        scales = pairs(source.groups)[:, rows]                                      # [G, rows]
-        pairs(self.groups)[:, : self.out_features] = scales
+        block, halves = layout()
+        shape = (-1, 2, block // 2) if halves else (-1, block // 2, 2)
+        # Rows for the lower and for the upper half of each byte: their bytes in `source`, and their halves of these.
+        padded = F.pad(rows, (0, self.groups.shape[1] - len(rows)))
+        low, high = padded.view(shape).unbind(1 if halves else 2)                   # [blocks, block / 2]
+        (low_place, low_above), (high_place, high_above) = places_of_rows(low), places_of_rows(high)
+        for first in range(0, self.weight.shape[1], COPIED_AT_ONCE):
+            columns = slice(first, first + COPIED_AT_ONCE)
+            packed = source.weight[:, columns].transpose(1, 2).flatten(0, 1)        # [blocks * half, columns]
+            # Words of eight bytes are shifted in a fifth of the time of bytes. Bits of a neighbour are masked out.
+            lower = words(packed, low_place).bitwise_right_shift_(low_above).bitwise_and_(LOW_HALVES)
+            upper = words(packed, high_place).bitwise_left_shift_(4 - high_above).bitwise_and_(~LOW_HALVES)
+            both = upper.bitwise_or_(lower).view(torch.uint8)                       # [blocks * half, columns]
+            self.weight[:, columns] = both.unflatten(0, low.shape).transpose(1, 2)
+        torch.gather(
+            pairs(source.groups), 1, rows.expand(len(self.groups), -1), out=pairs(self.groups)[:, : self.out_features]
+        )
         if source.bias is not None:
             torch.index_select(source.bias, 0, rows, out=self.bias)
 
@@ -344,7 +363,7 @@ class GroupedInt8Matrix(Int4Matrix):
         """Dequantise the given rows. int64 [n] -> [n, in]"""
         place, above = places_of_rows(rows)
         half = self.weight.shape[2]
-        numbers = self.weight[place // half, :, place % half] >> above.unsqueeze(1) & 15            # [n, 2 in]
+        numbers = self.weight[place // half, :, place % half] >> above.to(torch.uint8) & 15         # [n, 2 in]
         return joined_values(numbers.t(), self.groups[:, rows]).t()
 
     def empty_rows(self, rows: int) -> "GroupedInt8Matrix":
@@ -373,14 +392,20 @@ def joined_values(numbers: Tensor, groups: Tensor) -> Tensor:
 
 
 def places_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Locate rows of an Int4Matrix, two of which share each byte: byte and bit shift of each row, int64, uint8 [n]
+    """Locate rows of an Int4Matrix, two of which share each byte. int64 [...] -> int64 [n], int64 [n, 1]
 
-    Bytes are counted over all blocks.
+    Returns the byte of each row, counted over all blocks, and the bits by which the row is shifted in it: 0 or 4.
     """
+    rows = rows.flatten()
     block, halves = layout()
     half, within = block // 2, rows % block
     place = rows // block * half + (within % half if halves else within // 2)
-    return place, 4 * (within // half if halves else within % 2).to(torch.uint8)
+    return place, 4 * (within // half if halves else within % 2).unsqueeze(1)
+
+
+def words(packed: Tensor, rows: Tensor) -> Tensor:
+    """Copy rows of bytes and view them as words of eight bytes. uint8 [all, n], int64 [rows] -> int64 [rows, n / 8]"""
+    return packed.index_select(0, rows).view(torch.int64)
 
 
 def in_halves(given: Groups) -> Groups:

@@ -106,6 +106,10 @@ class Matrix(nn.Linear):
         if streams != self.streams:         # an attribute of its own is part of the name of a package
             self.streams = streams
 
+    def copying_pays(self, columns: int) -> bool:
+        """Return True if a compact copy of so many columns saves enough at each step to be worth its time."""
+        return True
+
     def copy_rows(self, source: "Matrix", rows: Tensor) -> None:
         """Copy the given rows of `source`, which allocated this matrix, and their biases. rows int64 [out]"""
         torch.index_select(bits(source.weight), 0, rows, out=bits(self.weight))

@@ -75,6 +75,9 @@ class SummedMatrix(RankMatrix):
     def empty_columns(self, columns: int) -> "SummedMatrix":
         return SummedMatrix(self.part.empty_columns(columns), self.ranks)
 
+    def copying_pays(self, columns: int) -> bool:
+        return self.part.copying_pays(columns)
+
     def copy_columns(self, source: Matrix, columns: Tensor) -> None:
         assert isinstance(source, SummedMatrix)
         self.part.copy_columns(source.part, columns)

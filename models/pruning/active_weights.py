@@ -3,6 +3,7 @@
 H hidden size, R retained and C candidate channels.
 """
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,10 +14,16 @@ from models.matrices.plain import Matrix
 
 # A matrix that a step multiplies with: a compact copy, or a view that selects from the whole.
 AnyMatrix = Any
+# Bytes that a step must save per byte that it still reads, or else nothing is copied. To copy a byte takes as long as
+# to read up to 9 in a step, and an answer has some 128 steps: 8 / 128 (docs/measurements/packed.md).
+LEAST_SAVED = 1 / 16
 
 
 class ActiveWeights:
-    """Compact copies of the active channels' weights, in buffers allocated once and filled at every partition."""
+    """Compact copies of the active channels' weights, in buffers allocated once and filled at every partition.
+
+    Where a copy of down_proj's columns would save too little, a step multiplies with the whole down_proj.
+    """
 
     gate: AnyMatrix
     up: AnyMatrix
@@ -24,7 +31,8 @@ class ActiveWeights:
 
     def __init__(self, ffn: FeedForward, channels: int) -> None:
         self.gate, self.up = ffn.gate_proj.empty_rows(channels), ffn.up_proj.empty_rows(channels)
-        self.down = ffn.down_proj.empty_columns(channels)
+        pays = ffn.down_proj.copying_pays(channels)
+        self.down = ffn.down_proj.empty_columns(channels) if pays else view_of_columns(ffn.down_proj, channels)
         self.kinds = kinds_of(ffn)
 
     def fill(self, ffn: FeedForward, channels: Tensor) -> None:
@@ -45,9 +53,9 @@ class ActiveWeights:
 class LookedUpWeights(ActiveWeights):
     """No copies: a step multiplies with the whole matrices and drops inactive channels."""
 
-    def __init__(self, ffn: FeedForward) -> None:
-        self.gate, self.up = ChosenRows(ffn.gate_proj), ChosenRows(ffn.up_proj)
-        self.down = ffn.down_proj.in_form(ChosenColumns)  # type: ignore[arg-type]  # multiplies alike
+    def __init__(self, ffn: FeedForward, channels: int) -> None:
+        self.gate, self.up = ChosenRows(ffn.gate_proj, channels), ChosenRows(ffn.up_proj, channels)
+        self.down = view_of_columns(ffn.down_proj, channels)
 
 
 class WholeWeights(ActiveWeights):
@@ -63,6 +71,11 @@ class WholeWeights(ActiveWeights):
         return 0
 
 
+def view_of_columns(matrix: Matrix, columns: int) -> AnyMatrix:
+    """Make what multiplies with chosen columns of a matrix without a copy."""
+    return matrix.in_form(partial(ChosenColumns, columns=columns))  # type: ignore[arg-type]  # multiplies alike
+
+
 def down_by_columns(ffn: FeedForward) -> Matrix:
     """Return down_proj in a layout that reads chosen columns alone: a copy if the weight is stored by rows."""
     made: tuple[Matrix] = ffn.once("down by columns", lambda: (ffn.down_proj.in_form(by_columns),))
@@ -70,9 +83,14 @@ def down_by_columns(ffn: FeedForward) -> Matrix:
 
 
 def channel_bytes(ffn: FeedForward, rows: int | None = None, columns: int | None = None) -> int:
-    """Compute the bytes of `rows` rows of gate and up and `columns` columns of down; None: the whole matrix."""
-    factors = ffn.gate_proj.read_bytes(rows=rows) + ffn.up_proj.read_bytes(rows=rows)
-    return factors + ffn.down_proj.read_bytes(columns=columns)
+    """Compute the bytes that a step reads of `rows` rows of gate and up and `columns` columns of down; None: all."""
+    return ffn.gate_proj.read_bytes(rows=rows) + ffn.up_proj.read_bytes(rows=rows) + down_bytes(ffn, columns)
+
+
+def down_bytes(ffn: FeedForward, columns: int | None) -> int:
+    """Compute the bytes that a step reads of `columns` columns of down: the whole matrix if copying does not pay."""
+    pays = columns is not None and ffn.down_proj.copying_pays(columns)
+    return ffn.down_proj.read_bytes(columns=columns if pays else None)
 
 
 def kinds_of(ffn: FeedForward) -> list[object]:

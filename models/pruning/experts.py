@@ -112,7 +112,7 @@ class PartitionedExperts:
         """Return weights for one expert: no copies if it may have none, else buffers of the last prompt; None: new."""
         ffn = self.experts[index]
         if index not in self.may_copy:
-            return LookedUpWeights(ffn)
+            return LookedUpWeights(ffn, self.rule.sizes(ffn).active)
         number = next((number for number, one in enumerate(self.spare) if one.fits(ffn)), None)
         return None if number is None else self.spare.pop(number)
 

@@ -19,7 +19,14 @@ from models.blocks import BlockNorms, FeedForwardBlock, PrunedBlock, Sublayer
 from models.feed_forward import FeedForward
 from models.matrices.plain import Matrix, take_columns, tensor_bytes
 from models.passes import DecodePass, PrefillPass
-from models.pruning.active_weights import ActiveWeights, LookedUpWeights, WholeWeights, channel_bytes, down_by_columns
+from models.pruning.active_weights import (
+    LEAST_SAVED,
+    ActiveWeights,
+    LookedUpWeights,
+    WholeWeights,
+    channel_bytes,
+    down_by_columns,
+)
 from models.pruning.evidence import Evidence
 from models.pruning.interface import Experts, PrunedFFN
 from models.pruning.partition import (
@@ -144,11 +151,11 @@ class POP:
         return FeedForwardBlock(layer, ffn)
 
     def new_weights(self, ffn: FeedForward) -> ActiveWeights:
-        """Allocate weights for the active channels of a network: copies, or views if copies save nothing."""
+        """Allocate weights for the active channels of a network: copies, or views if copies save too little."""
         sizes = self.sizes(ffn)
         if not sizes.copied:
             return WholeWeights(ffn, down_by_columns(ffn))
-        return ActiveWeights(ffn, sizes.active) if self.copying_saves(ffn) else LookedUpWeights(ffn)
+        return (ActiveWeights if self.copying_saves(ffn) else LookedUpWeights)(ffn, sizes.active)
 
     def new_evidence(self, network: nn.Module, channels: int, device: torch.device) -> Evidence:
         """Create empty evidence for a network, or for the heads of an attention."""
@@ -171,12 +178,11 @@ class POP:
         return partition_sizes(heads, self.head_ratio, self.width)
 
     def copying_saves(self, ffn: FeedForward) -> bool:
-        """Return True if copies of the active channels take no more bytes than the whole network.
-
-        They take more if nearly all channels are active and the copy of an int4 down_proj is int8.
-        """
+        """Return True if a step on copies of the active channels reads so much less that copying them pays."""
         sizes = self.sizes(ffn)
-        return not sizes.copied or channel_bytes(ffn, sizes.active, sizes.active) <= channel_bytes(ffn)
+        columns = sizes.computed if ffn.down_proj.reads_chosen_columns(1) else sizes.active
+        read = channel_bytes(ffn, sizes.active, columns)
+        return not sizes.copied or channel_bytes(ffn) - read >= LEAST_SAVED * read
 
     def step_bytes(self, ffn: FeedForward, rows: int) -> int:
         """Compute the bytes of weights of one network that a step of `rows` tokens reads."""
@@ -189,5 +195,6 @@ class POP:
 
     def prompt_weights(self, ffn: FeedForward, finish_dense: bool) -> int:
         """Count the weights of one network that each prompt token is multiplied with."""
-        down = ffn.channels if finish_dense else self.sizes(ffn).active
+        active = self.sizes(ffn).active
+        down = active if not finish_dense and ffn.down_proj.copying_pays(active) else ffn.channels
         return (2 * ffn.channels + down) * ffn.down_proj.out_features

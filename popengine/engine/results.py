@@ -244,7 +244,7 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
     unread = ""
     if statistics.pruning.ratio > 0 and share == 1:
         all_dense = 0 < statistics.dense_steps == statistics.new_tokens - 1
-        why = "every step gathered evidence" if all_dense else "copies of what stays would be larger"
+        why = "every step gathered evidence" if all_dense else "copies of what stays would save too little"
         unread = f", as {why}"
     untimed = math.isnan(statistics.decode_ms_per_token)
     speed = f"{statistics.decode_ms_per_token:.1f} ms/token, {statistics.decode_tokens_per_s:.1f} tokens/s"

@@ -17,7 +17,7 @@ from models.matrices.packed import DRAFT_DTYPE, draft_of
 from models.matrices.plain import Matrix
 from models.matrices.products import places, row_count
 from models.passes import DecodePass, PrefillPass
-from models.pruning.active_weights import ActiveWeights, down_by_columns
+from models.pruning.active_weights import ActiveWeights, down_by_columns, down_bytes
 from models.pruning.evidence import Evidence
 from models.pruning.interface import PrunedFFN
 from models.pruning.partition import ChannelPartition, PartitionSizes
@@ -250,7 +250,7 @@ class ChooseFirst(AllChannels):
         columns = sizes.computed if down.reads_chosen_columns(rows) else sizes.active
         factors = ffn.gate_proj.read_bytes(rows=first) + ffn.up_proj.read_bytes(rows=second)
         whole = columns == ffn.channels and not sizes.copied
-        return factors + ffn.down_proj.read_bytes(columns=None if whole else columns)
+        return factors + down_bytes(ffn, None if whole else columns)
 
     def rows_read(self, sizes: PartitionSizes) -> tuple[int, int]:
         """Return how many rows a step reads of the factor that scores, and of the other factor."""

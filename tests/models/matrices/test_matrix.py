@@ -146,8 +146,8 @@ def test_bytes_are_those_of_the_weight(kind: type[Matrix], dtype: torch.dtype, s
 def test_chosen_rows_and_columns_equal_compact_copies(kind: type[Matrix], rows: int, bias: bool) -> None:
     matrix, chosen = made(kind, bias=bias), torch.tensor([7, 3, 39, 0, 12])
     pairs = [
-        (ChosenRows(matrix), matrix.empty_rows(len(chosen)), "copy_rows", IN),
-        (ChosenColumns(matrix), matrix.empty_columns(len(chosen)), "copy_columns", len(chosen)),
+        (ChosenRows(matrix, len(chosen)), matrix.empty_rows(len(chosen)), "copy_rows", IN),
+        (ChosenColumns(matrix, len(chosen)), matrix.empty_columns(len(chosen)), "copy_columns", len(chosen)),
     ]
     for looked_up, copy, become, width in pairs:
         x = rows_of(rows, torch.float32, width)
@@ -187,7 +187,7 @@ def test_columns_without_a_copy_add_a_bias_that_is_set_later() -> None:
     """As FLAP sets one in place of pruned channels: in place of a bias of the whole matrix, it would be lost."""
     whole = Matrix.of(torch.randn(5, 7), torch.randn(5))
     columns, x = torch.tensor([1, 4, 6]), torch.randn(2, 3)
-    chosen = ChosenColumns(whole)
+    chosen = ChosenColumns(whole, len(columns))
     chosen.copy_columns(whole, columns)
     assert_same(chosen(x), x @ whole.weight[:, columns].t() + whole.bias)
     chosen.bias = torch.arange(5.0)

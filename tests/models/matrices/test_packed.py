@@ -17,8 +17,9 @@ from tiny_qwen_vl import complete_qwen, picture
 from tolerance import assert_rounds_no_worse, assert_same, distance, rounding
 from torch import Tensor
 
-from models.cost_model import bytes_per_token
+from models.cost_model import all_copy_bytes, bytes_per_token
 from models.matrices import packed
+from models.matrices.forms import ChosenColumns, ChosenRows
 from models.matrices.packed import GroupedInt8Embedding, GroupedInt8Matrix, Int4Matrix, Int8Embedding, Int8Matrix
 from models.matrices.plain import Matrix
 from popengine.engine.engine import Engine
@@ -137,6 +138,21 @@ def test_numbers_come_back_from_every_layout(block: int, halves: bool, monkeypat
     assert_same(matrix.values(), given.values())
 
 
+@pytest.mark.numeric
+@pytest.mark.parametrize("block", [64, 32])
+@pytest.mark.parametrize("halves", [True, False])
+def test_rows_are_copied_in_every_layout(block: int, halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any order, as POP puts candidates after retained rows, and in more than one stretch of columns."""
+    monkeypatch.setattr(packed, "layout", lambda: (block, halves))
+    monkeypatch.setattr(packed, "COPIED_AT_ONCE", 40)
+    given, rows = group(torch.randn(176, 96), 32), torch.randperm(176)[:83]
+    matrix = Int4Matrix.of_groups(given, torch.bfloat16, torch.randn(176))
+    copy = matrix.empty_rows(len(rows))
+    copy.copy_rows(matrix, rows)
+    assert torch.equal(copy.numbers()[:, :83].t(), given.numbers[rows])
+    assert torch.equal(copy.groups[:, :83], matrix.groups[:, rows]) and torch.equal(copy.bias, matrix.bias[rows])
+
+
 def test_nearest_numbers_are_half_a_step_off_at_most() -> None:
     weight = torch.randn(40, 128)
     weight[3], weight[4, :32] = 0, 0.25
@@ -230,6 +246,7 @@ def test_blocks_of_gguf_files_are_read_as_gguf_dequantises_them(kind: str) -> No
 # Models
 
 
+STRONG, USUAL = PruningSettings.paper(ffn_ratio=0.7), PruningSettings.paper(ffn_ratio=0.4)
 WIDE = PruningSettings.paper(ffn_ratio=0.26, candidate_width=0.5)
 
 
@@ -271,15 +288,26 @@ def test_a_model_of_int8_is_the_plain_one_on_its_values(folder: Path, checkpoint
 
 
 @pytest.mark.parametrize("form", KINDS)
-def test_copies_that_would_read_more_than_the_whole_are_not_made(folder: Path, form: str) -> None:
-    """In four bits a copy of nearly all channels reads more, because down_proj's has eight."""
-    engine = load(folder, weights=form)
-    for settings, whole in ((PruningSettings.paper(ffn_ratio=0.4), False), (WIDE, form == "int4")):
+def test_copies_are_made_where_they_save_enough_and_bytes_are_those_that_a_step_reads(folder: Path, form: str) -> None:
+    """A copy of most columns of four bits saves little, because it has eight, and one of nearly all channels too."""
+    engine, packed_down = load(folder, weights=form), (Int8Matrix, ChosenColumns)[form == "int4"]
+    dense = bytes_per_token(engine.model, engine.resolve(DENSE))
+    kinds = (STRONG, form, Int8Matrix), (USUAL, form, packed_down), (WIDE, "whole", ChosenColumns)
+    for settings, rows, down in kinds:
         pruning = engine.resolve(settings)
         state = engine.model.new_state(1, 40, pruning)
-        assert (state.layers[0].ffn.copied_bytes() == 0) == whole
-        read, dense = (bytes_per_token(engine.model, one, 1, state) for one in (pruning, engine.resolve(DENSE)))
-        assert (read == dense) == whole and read <= dense
+        saved = 0
+        for layer, one in zip(engine.model.model.layers, state.layers, strict=True):
+            assert isinstance(one.ffn.gate, ChosenRows) == (rows == "whole") and type(one.ffn.down) is down
+            for name in ("gate", "up", "down"):
+                whole, used = getattr(layer.mlp, f"{name}_proj"), getattr(one.ffn, name)
+                saved += whole.read_bytes() - getattr(used, "whole", used).read_bytes()
+            assert (one.ffn.copied_bytes() == 0) == (rows == "whole")
+        read = bytes_per_token(engine.model, pruning, 1, state)
+        assert dense - read == saved and (saved == 0) == (rows == "whole")
+        copied = all_copy_bytes(engine.model, pruning)
+        held = sum(one.ffn.weights.held_bytes() for one in state.layers)
+        assert copied <= held <= copied + len(state.layers) * 64 * 100 * 2      # rows and columns are padded
 
 
 @pytest.mark.slow
@@ -297,8 +325,7 @@ def test_a_packed_model_is_as_exact_as_a_plain_one_in_bfloat16(folder: Path, for
     engine = load(folder, weights=form)
     assert engine.dtype == torch.bfloat16
     others = [made_plain(load(folder, weights="plain", dtype=dtype), engine) for dtype in ("float32", "bfloat16")]
-    usual = (PruningSettings.paper(ffn_ratio=0.4, prefill="dense"), PruningSettings.paper(ffn_ratio=0.4))
-    for settings in (DENSE, *usual, WIDE):
+    for settings in (DENSE, PruningSettings.paper(ffn_ratio=0.4, prefill="dense"), USUAL, STRONG, WIDE):
         together: list[list[Tensor]] = [[], [], []]         # over prompts: of one, either may come out the better
         for seed in range(12):
             tokens = torch.randint(0, 256, (1, 30), generator=torch.Generator().manual_seed(seed))

@@ -13,6 +13,7 @@ from models.matrices.forms import ChosenColumns, ColumnMatrix, by_columns
 from models.matrices.packed import Int4Matrix, Int8Matrix, draft_of
 from models.matrices.plain import Matrix
 from models.matrices.ranked import JoinedMatrix, RankEmbedding, SummedMatrix
+from models.pruning.active_weights import view_of_columns
 from models.ranks import Ranks
 
 COLUMNS = torch.tensor([1, 4, 6, 33])
@@ -51,7 +52,7 @@ def test_products_copies_and_views_sum_over_ranks(kind: str) -> None:
     copy.copy_columns(whole, COLUMNS)
     of_part.copy_columns(own, COLUMNS)
     assert_same(copy(few), 2 * of_part(few))
-    view, of_part_view = whole.in_form(ChosenColumns), ChosenColumns(own)  # type: ignore[arg-type]
+    view, of_part_view = view_of_columns(whole, 4), ChosenColumns(own, 4)
     view.copy_columns(whole, COLUMNS)
     of_part_view.copy_columns(own, COLUMNS)
     assert_same(view(few), 2 * of_part_view(few))
