@@ -7,6 +7,8 @@ names.
 B batch, T tokens, S cache slots, H hidden size, N query heads, K key/value heads, D head size.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +65,7 @@ class Attention(nn.Module):
         return self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def queries_keys_values(
-        self, x: Tensor, qkv: Matrix, rows: PrefillPass | DecodePass, pattern: AttentionPattern
+        self, x: Tensor, qkv: Callable[[Tensor], Tensor], rows: PrefillPass | DecodePass, pattern: AttentionPattern
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute all three by one product, and rotate queries and keys together. `qkv` holds A of the N query heads.
 

@@ -61,19 +61,10 @@ def bytes_per_token(model: Any, pruning: Pruning, batch: int = 1, state: Any = N
         running = pruning.sublayers(index)
         active = None if state is None else state.layers[index].ffn
         if ATTENTION in running:
-            read += attention_bytes(layer.self_attn, pruning.rule)
+            read += pruning.rule.attention_bytes(layer.self_attn, batch)
         if MLP in running:
             read += mlp_bytes(layer.mlp, pruning.rule, batch, active)
     return read
-
-
-def attention_bytes(attention: Any, rule: POP) -> int:
-    """Compute the bytes of weights that a step reads of one attention."""
-    heads = rule.head_sizes(attention.heads // attention.head_groups)
-    queries = heads.active * attention.head_groups * attention.head_dim
-    keys_and_values = attention.k_proj.read_bytes() + attention.v_proj.read_bytes()
-    outputs = attention.o_proj.read_bytes(columns=queries if heads.prunes else None)
-    return keys_and_values + attention.q_proj.read_bytes(rows=queries) + outputs
 
 
 def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: POP, batch: int, active: PartitionedExperts | None) -> int:
@@ -85,7 +76,7 @@ def mlp_bytes(mlp: FeedForward | MixtureOfExperts, rule: POP, batch: int, active
     meeting = float(batch > 1) if active is None or not any(active.picks) else active.met / sum(active.picks)
     each = 0.0
     for index, expert in enumerate(networks):
-        if active is not None and active.multiplies_whole(index):
+        if active is not None and rule.sizes(expert).prunes and active.multiplies_whole(index):
             each += channel_bytes(expert)
         else:
             each += (1 - meeting) * rule.step_bytes(expert, 1) + meeting * rule.step_bytes(expert, batch)

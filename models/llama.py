@@ -72,7 +72,9 @@ class LlamaDecoderLayer(nn.Module):
     def new_attention(self, pruning: Pruning) -> CachedAttention:
         """Build what runs in place of the attention under a pruning."""
         heads = pruning.rule.head_sizes(self.self_attn.heads // self.self_attn.head_groups)
-        return PartitionedAttention(self.self_attn, pruning.rule) if heads.prunes else CachedAttention(self.self_attn)
+        if heads.prunes:
+            return PartitionedAttention(self.self_attn, pruning.rule)
+        return pruning.rule.new_attention(self.self_attn)
 
 
 class LlamaModel(nn.Module):

@@ -52,7 +52,7 @@ def run(flags: argparse.Namespace) -> None:
     from popengine.engine import loading, results
     from popengine.evaluation import calibration as calibrations
     from popengine.evaluation import scoring
-    from popengine.studies import by_name
+    from popengine.studies import by_name, report
 
     by_name.check_method(flags.method)
     if flags.save_calibration is not None:
@@ -89,6 +89,8 @@ def run(flags: argparse.Namespace) -> None:
     by_rule = flags.method == "pop" or flags.method == settings.rule
     rule = results.rule_words(pruning.settings) if by_rule else f"method {flags.method}"
     print(f"pruning     {rule}, ratio {pruning.ratio:.3g}{f': {pruning.why_dense}' if pruning.why_dense else ''}")
+    if words := report.input_words(pruning.settings):
+        print(f"inputs      {words}")
     print(f"perplexity  {summary.perplexity:.3f}")
     loss = f"{summary.mean_loss:.4f} +- {summary.standard_error:.4f}"
     print(f"loss        {loss} nats per token, {summary.windows} windows")

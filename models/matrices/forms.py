@@ -115,6 +115,9 @@ class MixedMatrix(Matrix):
         """Multiply by every part. x [..., in] -> [..., out]"""
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
+    def multiply_kept(self, x: Tensor, keep: Tensor, count: int) -> Tensor:
+        return torch.cat([part.multiply_kept(x, keep, count) for part in self.parts], dim=-1)
+
     def empty_rows(self, rows: int) -> "MixedMatrix":
         first, *others = self.parts
         return MixedMatrix([first.empty_rows(rows - sum(part.out_features for part in others))], others)
@@ -156,6 +159,9 @@ class ChosenRows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return take_columns(self.whole(x), self.chosen)
+
+    def multiply_kept(self, x: Tensor, keep: Tensor, count: int) -> Tensor:
+        return take_columns(self.whole.multiply_kept(x, keep, count), self.chosen)
 
     def reads_chosen_rows(self, rows: int) -> bool:
         return False

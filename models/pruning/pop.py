@@ -10,11 +10,13 @@ B batch, T tokens, H hidden size, I FFN channels, R retained, C candidate and P 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import Attention, CachedAttention
 from models.blocks import BlockNorms, FeedForwardBlock, PrunedBlock, Sublayer
 from models.feed_forward import FeedForward
 from models.matrices.plain import Matrix, take_columns, tensor_bytes
@@ -73,9 +75,12 @@ class PartitionedFFN:
 
     def decode(self, x: Tensor, step: DecodePass) -> Tensor:
         h = self.act(self.gate(x)) * self.up(x)                                     # [B, T, R + C]
+        return self.down.multiply_kept(h, self.kept(h, step), self.sizes.computed)  # [B, T, H]
+
+    def kept(self, h: Tensor, step: DecodePass) -> Tensor:
+        """Choose the active channels that a step keeps. h [B, T, R + C] -> bool [R + C] or [B, T, R + C]"""
         scores = step.scores(h[..., self.sizes.retained :], self.candidate_norms)   # Eq. 3: [C] or [B, T, C]
-        keep = F.pad(self.partition.pick(scores), (self.sizes.retained, 0), value=True)         # [..., R + C]
-        return self.down.multiply_kept(h, keep, self.sizes.computed)                # [B, T, H]
+        return F.pad(self.partition.pick(scores), (self.sizes.retained, 0), value=True)         # [..., R + C]
 
     def restart(self) -> None:
         self.evidence.restart()
@@ -150,6 +155,10 @@ class POP:
         """Build the residual block around what runs in place of a layer's network."""
         return FeedForwardBlock(layer, ffn)
 
+    def new_attention(self, attention: Attention) -> CachedAttention:
+        """Build what runs in place of an attention all of whose heads run."""
+        return CachedAttention(attention)
+
     def new_weights(self, ffn: FeedForward) -> ActiveWeights:
         """Allocate weights for the active channels of a network: copies, or views if copies save too little."""
         sizes = self.sizes(ffn)
@@ -192,6 +201,14 @@ class POP:
         down = ffn.down_proj if sizes.copied else down_by_columns(ffn)
         columns = sizes.computed if down.reads_chosen_columns(rows) else sizes.active
         return channel_bytes(ffn, sizes.active, None if columns == ffn.channels and not sizes.copied else columns)
+
+    def attention_bytes(self, attention: Any, rows: int) -> int:
+        """Compute the bytes of weights of one attention that a step of `rows` tokens reads."""
+        heads = self.head_sizes(attention.heads // attention.head_groups)
+        queries = heads.active * attention.head_groups * attention.head_dim
+        keys_and_values: int = attention.k_proj.read_bytes() + attention.v_proj.read_bytes()
+        outputs: int = attention.o_proj.read_bytes(columns=queries if heads.prunes else None)
+        return keys_and_values + attention.q_proj.read_bytes(rows=queries) + outputs
 
     def prompt_weights(self, ffn: FeedForward, finish_dense: bool) -> int:
         """Count the weights of one network that each prompt token is multiplied with."""

@@ -35,8 +35,9 @@ def setting(
     column            heading in tables that compare settings; None: no table compares it
     matters           methods of a comparison that the field changes: "to all", "to widths" (rules that choose within
                       the width), "to rules", "to prompts" (methods that follow the prompt), "to experts" (the same, in
-                      a mixture of experts), "to skipping" (prompts that skip layers), "to layers" (methods that leave
-                      out layers), "to pictures" (models that read them) or "to thinning" (pictures that lose tokens)
+                      a mixture of experts), "to inputs" (methods that may leave out inputs), "to skipping" (prompts
+                      that skip layers), "to layers" (methods that leave out layers), "to pictures" (models that read
+                      them) or "to thinning" (pictures that lose tokens)
     """
     bounds = {"least": least, "below": below, "most": most, "choices": choices}
     metavar = metavar or "|".join(choices)

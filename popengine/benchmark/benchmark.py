@@ -56,7 +56,7 @@ PROFILED_STEPS = 16
 # Settings in the rows of the JSON file.
 SHOWN_SETTINGS = (
     "prune_ratio", "rule", "prefill_skip", "boundary_tokens",
-    "visual_tokens", "visual_tokens_by", "visual_tokens_layer",
+    "visual_tokens", "visual_tokens_by", "visual_tokens_layer", "input_sparsity", "input_score",
 )
 
 PROMPT = (
@@ -279,13 +279,14 @@ def own_entries(flags: argparse.Namespace, engine: Engine, mode: str, prompts: l
         settings_of(flags)(
             prune_ratio=ratio, rule=rule, prefill_skip=skip, boundary_tokens=flags.boundary_tokens, leave_out=left_out,
             visual_tokens=tokens, visual_tokens_by=flags.visual_tokens_by,
-            visual_tokens_layer=flags.visual_tokens_layer,
+            visual_tokens_layer=flags.visual_tokens_layer, input_sparsity=inputs, input_score=flags.input_score,
         )
         for left_out in dict.fromkeys(["", *flags.leave_out])
         for tokens in dict.fromkeys(["all", *flags.visual_tokens])
         for skip in dict.fromkeys([0.0, *flags.prefill_skip])
         for ratio in dict.fromkeys([0.0, *flags.prune_ratio])
         for rule in dict.fromkeys(flags.rule if ratio else ["pop"])
+        for inputs in dict.fromkeys(["", *flags.input_sparsity] if rule == "pop" else [""])
     ]
     wanted = []
     for one in settings:
@@ -294,6 +295,8 @@ def own_entries(flags: argparse.Namespace, engine: Engine, mode: str, prompts: l
         what = [f"{name} {one.prune_ratio:g}" if one.prune_ratio else "dense"]
         if pruning.skipped:
             what.append(f"{len(pruning.skipped)} layers skipped")
+        if one.input_sparsity:
+            what.append(f"inputs {one.input_sparsity} off by {one.input_score}")
         if one.leave_out:
             what.append(f"without {one.leave_out}")
         if pruning.thin_from is not None:

@@ -29,6 +29,11 @@ def add_study_flags(flags: argparse.ArgumentParser) -> None:
         help="also time every setting without these layers or half-layers, like 20-22+25.attention (default: no)",
     )
     timed.add_argument(
+        "--input-sparsity", nargs="+", default=[], metavar="SHARES",
+        help="also time dense steps and rule pop with products that leave out inputs, a share like 0.3 (default: no)",
+    )
+    timed.add_argument("--input-score", default="wina", metavar="wina|teal", help="(default: wina)")
+    timed.add_argument(
         "--prefill-skip", type=share, nargs="+", default=[], metavar="SHARE",
         help="also time every setting with prompts that skip the deepest layers, a share like 1/3 (default: no)",
     )
@@ -59,6 +64,8 @@ def check(flags: argparse.Namespace) -> None:
         PruningSettings(rule=rule)
     for one in flags.leave_out:
         PruningSettings(leave_out=one)
+    for one in flags.input_sparsity:
+        PruningSettings(input_sparsity=one, input_score=flags.input_score)
     for one in flags.prefill_skip:
         PruningSettings(prefill_skip=one, boundary_tokens=flags.boundary_tokens)
     for one in flags.visual_tokens:

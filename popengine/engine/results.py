@@ -244,12 +244,12 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
     unread = ""
     if statistics.pruning.ratio > 0 and share == 1:
         all_dense = 0 < statistics.dense_steps == statistics.new_tokens - 1
-        why = "every step gathered evidence" if all_dense else "copies of what stays would save too little"
+        why = "every step gathered evidence" if all_dense else of_studies.why_all_is_read(statistics.pruning)
         unread = f", as {why}"
     untimed = math.isnan(statistics.decode_ms_per_token)
     speed = f"{statistics.decode_ms_per_token:.1f} ms/token, {statistics.decode_tokens_per_s:.1f} tokens/s"
     channels = f"channels  {shown.channels} per FFN, "
-    if statistics.pruning.ratio > 0:
+    if statistics.pruning.cuts:
         channels += (
             f"{rule_words(statistics.pruning.settings)}, ratio {statistics.pruning.ratio:.3g}: {shown.retained} "
             f"retained, {shown.candidate} candidate ({shown.picked} picked per step), {shown.pruned} pruned"
@@ -264,6 +264,7 @@ def lines(statistics: Statistics, finish_reason: str, load_s: float) -> list[str
         *skipped_lines(statistics),
         f"decode    {statistics.new_tokens} tokens ({ended}): {'no step to time' if untimed else speed}{compiled}",
         *(dense if why_dense else [channels, *experts, *of_studies.evidence_lines(statistics)]),
+        *of_studies.input_lines(statistics),
         f"weights   {megabytes(statistics.weight_bytes_per_token)} read per token, {share:.1%} of dense{unread} "
         f"({statistics.weights}; {statistics.dtype}, {statistics.device})",
         f"memory    {megabytes(statistics.peak_memory_bytes)} at peak; loaded in {load_s:.1f} s",

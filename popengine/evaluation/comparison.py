@@ -44,8 +44,17 @@ from popengine.evaluation.studies import (
 )
 from popengine.evaluation.tasks import is_answered, questions_for
 from popengine.studies.calibration import Calibration, fingerprint
+from popengine.studies.input_shares import USUAL_INPUTS
 from popengine.studies.resolve import StudyPruning
-from popengine.studies.settings import DENSE, LAYER_METHODS, RULE_NAMES, WIDTH_RULES, PruningSettings, compared_fields
+from popengine.studies.settings import (
+    DENSE,
+    INPUT_METHODS,
+    LAYER_METHODS,
+    RULE_NAMES,
+    WIDTH_RULES,
+    PruningSettings,
+    compared_fields,
+)
 from popengine.studies.skipped_layers import skips_layers
 
 DRIFT_WINDOWS = 4
@@ -87,7 +96,7 @@ class Configuration:
         ratio = f"{100 * (settings.prune_ratio or 0):g} %"
         if settings.ffn_ratio is not None:
             ratio = f"r {settings.ffn_ratio:g}"
-        words = [self.method if self.method in SKIPPING else f"{self.method} {ratio}"]
+        words = [self.method if self.method in NO_RATIO else f"{self.method} {ratio}"]
         for one in compared_fields():
             value, column = getattr(settings, one.name), one.metadata["column"]
             if column and (value != one.default or (column == "width" and self.method in WIDTH_RULES)):
@@ -98,6 +107,8 @@ class Configuration:
 FOLLOW_THE_PROMPT = (*RULE_NAMES, "frozen")
 # Methods that change prefill only.
 SKIPPING = ("prefill-only", "skip-first", "skip-evenly", "skip-no-boundary", "skip-no-keys", "visual-tokens")
+# Methods that a prune ratio does not change.
+NO_RATIO = (*SKIPPING, *INPUT_METHODS)
 
 
 def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> list[Configuration]:
@@ -119,6 +130,7 @@ def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> 
         matter = {
             "to all": True, "to widths": method in WIDTH_RULES or leaves_out, "to rules": method in RULE_NAMES,
             "to prompts": follows, "to experts": follows and mixture,
+            "to inputs": method in ("pop", "frozen", *INPUT_METHODS),
             "to skipping": method != "skip-no-boundary", "to layers": leaves_out, "to pictures": pictures,
             "to thinning": pictures,
         }
@@ -127,7 +139,7 @@ def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> 
             (matter[one.metadata["matters"]] and getattr(flags, one.name)) or [getattr(usual, one.name)]
             for one in others
         ]
-        of_method = [{"prune_ratio": 0.0}] if method in SKIPPING else ratios
+        of_method = [{"prune_ratio": 0.0}] if method in NO_RATIO else ratios
         for ratio, *values in itertools.product(of_method, *choices):
             chosen = dict(zip((one.name for one in others), values, strict=True))
             if leaves_out and chosen["layer_share"] == 1:
@@ -144,6 +156,10 @@ def configurations(flags: argparse.Namespace, mixture: bool, pictures: bool) -> 
                 settings = replace(settings, visual_tokens_by=PruningSettings.visual_tokens_by)
             if settings.visual_tokens == "all" or settings.visual_tokens_by != "attention":
                 settings = replace(settings, visual_tokens_layer=PruningSettings.visual_tokens_layer)
+            if method in INPUT_METHODS and settings.input_shares is None:
+                if len(flags.input_sparsity) > 1:
+                    continue                        # none was meant for the others
+                settings = replace(settings, input_sparsity=settings.input_sparsity or USUAL_INPUTS)
             made[Configuration(method, settings, form)] = None
     return list(made)
 

@@ -40,6 +40,7 @@ STYLES = {
     "gate": ("tab:olive", "v"),
     "cats": ("tab:pink", "<"),
     "teal": ("darkgreen", ">"),
+    "wina": ("darkgreen", "<"),
     "glass": ("tab:purple", "d"),
     "draft": ("navy", "h"),
     "random": ("tab:brown", "x"),

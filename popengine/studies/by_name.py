@@ -21,10 +21,12 @@ import torch
 from popengine.studies.cfsp import cfsp
 from popengine.studies.experts import router_statistics, uncurl
 from popengine.studies.finercut import finercut
+from popengine.studies.input_shares import USUAL_INPUTS
+from popengine.studies.input_sparsity import InputSparsity
 from popengine.studies.probe_pruning import probe_pruning
 from popengine.studies.request import Request as Request
 from popengine.studies.resolve import StudyPruning
-from popengine.studies.settings import RULE_NAMES
+from popengine.studies.settings import INPUT_METHODS, RULE_NAMES
 from popengine.studies.shortgpt import shortgpt
 from popengine.studies.tyr import tyr
 from weights.errors import InputError
@@ -32,7 +34,7 @@ from weights.errors import InputError
 
 def dense(request: Request) -> StudyPruning:
     """Prune nothing."""
-    return request.pruning(prune_ratio=0.0, ffn_ratio=None, head_ratio=0.0)
+    return request.pruning(prune_ratio=0.0, ffn_ratio=None, head_ratio=0.0, input_sparsity="")
 
 
 def pop(request: Request) -> StudyPruning:
@@ -48,6 +50,21 @@ def frozen(request: Request) -> StudyPruning:
 def by_rule(rule: str) -> Callable[[Request], StudyPruning]:
     """Return the method of a rule in popengine/studies/rules.py."""
     return lambda request: request.pruning(rule=rule)
+
+
+def by_inputs(score: str) -> Callable[[Request], StudyPruning]:
+    """Return the method that leaves out inputs by this score (TEAL's or WINA's), and prunes nothing else."""
+
+    def method(request: Request) -> StudyPruning:
+        pruning = request.pruning(
+            prune_ratio=0.0, ffn_ratio=None, head_ratio=0.0, rule="pop", retained_share=None,
+            input_sparsity=request.settings.input_sparsity or USUAL_INPUTS, input_score=score,
+        )
+        if pruning.settings.input_shares is None:
+            raise InputError("this method leaves out inputs: give --input-sparsity a share above 0")
+        return pruning
+
+    return method
 
 
 def random(request: Request) -> StudyPruning:
@@ -156,6 +173,7 @@ METHODS: dict[str, Callable[[Request], StudyPruning]] = {
     "pop": pop,
     "frozen": frozen,
     **{rule: by_rule(rule) for rule in RULE_NAMES if rule != "pop"},
+    **{score: by_inputs(score) for score in INPUT_METHODS},
     "random": random,
     "magnitude": magnitude,
     "wanda-sp": wanda_sp,
@@ -177,9 +195,12 @@ METHODS: dict[str, Callable[[Request], StudyPruning]] = {
 
 
 def pruning_for(method: str, request: Request) -> StudyPruning:
-    """Apply `method` to the request. Raises InputError for an unknown method."""
+    """Apply `method` to the request. Raises InputError for an unknown method, and for one that keeps all inputs."""
     check_method(method)
-    return METHODS[method](request)
+    pruning = METHODS[method](request)
+    if pruning.settings.input_shares is not None and not isinstance(pruning.rule, InputSparsity):
+        raise InputError(f"method {method} leaves out no inputs: give no --input-sparsity")
+    return pruning
 
 
 def check_method(method: str) -> None:

@@ -69,6 +69,26 @@ def unseen_experts_words(ran: StudyStatistics, prompt_tokens: Iterable[int]) -> 
     return f"{unseen} unseen in the prompt{f' ({fate})' if unseen and ran.pruning.ffn_ratio > 0 else ''}"
 
 
+def input_lines(ran: StudyStatistics) -> list[str]:
+    """Format the inputs that steps leave out; no line if they read all."""
+    words = input_words(ran.pruning.settings)
+    return [f"inputs    {words}"] if words else []
+
+
+def input_words(settings: PruningSettings) -> str:
+    """Return the shares of the inputs that steps leave out, and the score; "" if they read all."""
+    if settings.input_shares is None:
+        return ""
+    return f"every step leaves out {settings.input_shares}, by {settings.input_score}"
+
+
+def why_all_is_read(pruning: StudyPruning) -> str:
+    """Return why steps that leave something out read as much as dense steps, evidence aside."""
+    if pruning.settings.input_shares is not None and not pruning.cuts:
+        return "only plain weights stored by columns, multiplied by one token, are read in part"
+    return "copies of what stays would save too little"
+
+
 def rule_words(settings: PruningSettings) -> str:
     """Return the rule, with its width if it has one."""
     width = f", width {settings.candidate_width:g}" if settings.rule in WIDTH_RULES else ""

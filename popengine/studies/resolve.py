@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import nn
 
@@ -15,6 +16,8 @@ from models.slots import AttentionPattern
 from models.walks import Walk
 from popengine.studies.chosen_layers import skipped_layers
 from popengine.studies.evidence import Prior
+from popengine.studies.input_shares import InputShares
+from popengine.studies.input_sparsity import InputChoice, InputSparsity
 from popengine.studies.left_out import Half, check_halves, read_halves
 from popengine.studies.refresh import RegularRefresh
 from popengine.studies.rules import RULES
@@ -120,15 +123,21 @@ def resolve_study(settings: PruningSettings, layer: LayerWeights) -> StudyPrunin
     check_retained_share(settings, found.ffn_ratio)
     left_out = check_halves(read_halves(str(settings.leave_out)), layer.layers)
     check_visual_tokens(settings, left_out, layer.layers)
-    rule = RULES[settings.rule](
+    inputs = settings.input_shares
+    kind = RULES[settings.rule] if inputs is None else with_inputs(inputs, settings)
+    rule = kind(
         found.ffn_ratio, settings.candidate_width, settings.head_ratio, settings.min_tokens, settings.groups,
         retained_share=settings.retained_share,
     )
     # Channels and heads are a share of what runs; left out halves count in full.
     networks_left = 1 - sum(half.part == MLP for half in left_out) / layer.layers
     attentions_left = 1 - sum(half.part == ATTENTION for half in left_out) / layer.layers
-    channels = found.ffn_ratio * layer.ffn / (layer.attention + layer.ffn)
-    ratio = share_of_halves(left_out, layer) + networks_left * channels + attentions_left * (found.ratio - channels)
+    total = layer.attention + layer.ffn
+    channels = found.ffn_ratio * layer.ffn / total
+    heads = found.ratio - channels
+    if inputs is not None:
+        channels, heads = inputs.of_network(found.ffn_ratio) * layer.ffn / total, input_weights(inputs, layer) / total
+    ratio = share_of_halves(left_out, layer) + networks_left * channels + attentions_left * heads
     return StudyPruning(ratio, found.ffn_ratio, settings, rule, found.skipped, found.boundary, left_out)
 
 
@@ -136,6 +145,17 @@ def share_of_halves(halves: Sequence[Half], layer: LayerWeights) -> float:
     """Compute the share of all layers' parameters in these halves; layers count as equal."""
     weights = sum(layer.ffn if half.part == MLP else layer.attention for half in halves)
     return weights / (layer.layers * (layer.attention + layer.ffn))
+
+
+def with_inputs(shares: InputShares, settings: PruningSettings) -> Callable[..., InputSparsity]:
+    """Return the rule of input sparsity with these shares and the score of the settings."""
+    return partial(InputSparsity, inputs=InputChoice(shares, weighted=settings.input_score == "wina"))
+
+
+def input_weights(shares: InputShares, layer: LayerWeights) -> float:
+    """Compute the number of an attention's weights that these shares of its inputs leave out."""
+    of_outputs = layer.head * layer.head_groups * layer.heads_per_group / 2         # o_proj is as large as q_proj
+    return shares.o * of_outputs + shares.qkv * (layer.attention - of_outputs)
 
 
 def check_retained_share(settings: PruningSettings, ffn_ratio: float) -> None:

@@ -74,27 +74,6 @@ class AllChannels(StudyRule):
         return retained_sizes(channels, self.ffn_ratio, self.retained_share or 0.0)
 
 
-class TEAL(AllChannels):
-    """Scored by |h| alone, the input of down_proj (arXiv 2408.14690); gate and up are computed in full, as in POP."""
-
-    def new_ffn(self, ffn: FeedForward, weights: ActiveWeights | None = None) -> PrunedFFN:
-        if not self.sizes(ffn).decides:
-            return super().new_ffn(ffn, weights)
-        return UnweightedFFN(ffn, self, weights or self.new_weights(ffn))
-
-
-class UnweightedFFN(PartitionedFFN):
-    """A network whose candidates are scored by |h| alone."""
-
-    def __init__(self, ffn: FeedForward, rule: POP, weights: ActiveWeights) -> None:
-        super().__init__(ffn, rule, weights)
-        self.candidate_norms.fill_(1.0)
-
-    def sort_channels(self) -> None:
-        super().sort_channels()
-        self.candidate_norms.fill_(1.0)
-
-
 class Chooser(PartitionedFFN):
     """A network whose steps score candidates before computing all of h, so that they read only rows of kept channels.
 
@@ -115,11 +94,6 @@ class Chooser(PartitionedFFN):
             return self.decode_chosen(x, step)
         h = self.act(self.gate(x)) * self.up(x)                                     # [B, T, A]
         return self.down.multiply_kept(h, self.kept(self.look(x), step), self.sizes.computed)
-
-    def kept(self, look: Tensor, step: DecodePass) -> Tensor:
-        """Choose the active channels that a step keeps. look [B, T, A] -> bool [A] or [B, T, A]"""
-        keep = self.partition.pick(step.scores(look[..., self.sizes.retained :], self.candidate_norms))
-        return torch.nn.functional.pad(keep, (self.sizes.retained, 0), value=True)
 
     def kept_places(self, look: Tensor, step: DecodePass) -> Tensor:
         """Choose the channels that one token keeps, as indices into the active ones. look [1, 1, A] -> int64 [R + K]"""
@@ -371,6 +345,6 @@ class StaticRule(POP):
 
 
 RULES: dict[str, type[StudyRule]] = {
-    "pop": StudyRule, "all-channels": AllChannels, "up": Up, "gate": Gate, "cats": CATS, "teal": TEAL,
-    "glass": GLASS, "draft": Draft,
+    "pop": StudyRule, "all-channels": AllChannels, "up": Up, "gate": Gate, "cats": CATS, "glass": GLASS,
+    "draft": Draft,
 }

@@ -9,16 +9,19 @@ from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from models.pruning.settings import POPSettings, exact_share, setting, share
+from popengine.studies.input_shares import InputShares, read_input_shares
 from popengine.studies.left_out import read_halves
 from popengine.studies.skipped_layers import check_skip, names_layers
 from weights.errors import InputError
 
 # Names of popengine/studies/rules.py, which is not imported here because it imports PyTorch.
-RULE_NAMES = ("pop", "all-channels", "up", "gate", "cats", "teal", "glass", "draft")
+RULE_NAMES = ("pop", "all-channels", "up", "gate", "cats", "glass", "draft")
 # Rules with candidates by the width; under the others every channel that is not retained is a candidate.
 WIDTH_RULES = ("pop", "glass")
 # Methods that leave out layers or halves of them.
 LAYER_METHODS = ("shortgpt", "finercut")
+# Methods that leave out inputs and nothing else, by the names of their scores.
+INPUT_METHODS = ("teal", "wina")
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,28 @@ class LayerSettings:
 
 
 @dataclass(frozen=True)
+class InputSettings:
+    """Inputs that the products of decode steps leave out (popengine/studies/input_sparsity.py), beside what is pruned.
+
+    input_sparsity  "0.3", a share of the inputs of every product, or "0.2,o=0.3,down=0.6" with shares of products
+    input_score     "wina" scores an input by its size times the norm of its column, "teal" by its size alone
+    """
+
+    input_sparsity: str = setting(
+        "", "share of the inputs that every product of a step leaves out, like 0.3 or 0.2,o=0.3,down=0.6", str,
+        metavar="SHARES", column="inputs off", matters="to inputs",
+    )
+    input_score: str = setting(
+        "wina", "score of an input: its size times the norm of its column, or its size", str, choices=INPUT_METHODS,
+    )
+
+    @property
+    def input_shares(self) -> InputShares | None:
+        """The share of its inputs that each product leaves out; None: nothing is left out."""
+        return read_input_shares(str(self.input_sparsity))
+
+
+@dataclass(frozen=True)
 class VisualTokenSettings:
     """Tokens of pictures that a prompt drops (popengine/studies/visual_tokens.py).
 
@@ -123,7 +148,9 @@ class VisualTokenSettings:
 
 
 @dataclass(frozen=True)
-class PruningSettings(VisualTokenSettings, LayerSettings, EvidenceSettings, RuleSettings, POPSettings):
+class PruningSettings(
+    VisualTokenSettings, InputSettings, LayerSettings, EvidenceSettings, RuleSettings, POPSettings
+):
     """All settings: of the two papers' methods, and of every study. Raises InputError for a value out of bounds.
 
     prefill_skip may also name or choose layers (popengine/studies/skipped_layers.py).
@@ -143,6 +170,8 @@ class PruningSettings(VisualTokenSettings, LayerSettings, EvidenceSettings, Rule
         if self.rule == "glass" and self.prior == 0:
             raise InputError("rule glass needs a prior of 1 or more, whose ranks it joins with the prompt's")
         read_halves(str(self.leave_out))
+        if self.input_shares is not None:
+            check_beside_inputs(self)
         left = 1 if self.visual_tokens == "all" else exact_share(self.visual_tokens)
         if left == 0 or (left > 1 and left.denominator > 1):
             raise InputError(
@@ -150,9 +179,20 @@ class PruningSettings(VisualTokenSettings, LayerSettings, EvidenceSettings, Rule
             )
 
 
+def check_beside_inputs(settings: PruningSettings) -> None:
+    """Raise InputError for settings that do not combine with input sparsity."""
+    if settings.rule != "pop":
+        raise InputError(f"input sparsity combines with rule pop, not with rule {settings.rule}")
+    if settings.head_ratio > 0:
+        raise InputError("input sparsity prunes no heads: leave the head ratio at 0")
+    if settings.unseen_experts == "dense":
+        raise InputError("input sparsity leaves no expert whole: leave unseen experts at weights")
+
+
 # Titles of the groups of flags in the help, in the order of the fields.
 GROUPS = {
     "pruning": POPSettings, "rules": RuleSettings, "evidence": EvidenceSettings, "layers left out": LayerSettings,
+    "inputs left out": InputSettings,
     "visual tokens": VisualTokenSettings,
 }
 

@@ -230,7 +230,7 @@ def another_value(name: str) -> Any:
     if one.metadata["choices"]:
         return next(choice for choice in one.metadata["choices"] if choice != one.default)
     if one.metadata["type"] is str:
-        return "1.mlp"
+        return {"leave_out": "1.mlp", "input_sparsity": "0.5"}[name]
     if name == "groups":
         return 2                        # the channels of the small models are not a multiple of 3
     value = one.metadata["least"] + (2 if one.metadata["type"] is int else 0.5)

@@ -44,7 +44,7 @@ from popengine.studies.settings import DENSE, RULE_NAMES, PruningSettings
 from weights.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("exact_drafts")
-CHEAP = ("up", "gate", "cats", "teal", "all-channels", "draft")
+CHEAP = ("up", "gate", "cats", "all-channels", "draft")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,6 @@ def slow_step(ffn: FeedForward, x: Tensor, prompt: Tensor, rule: str, active: in
         "up": up.abs() * usual_gate * norms,
         "gate": gate.abs() * usual_up * norms,
         "cats": gate.abs(),
-        "teal": (gate * up).abs(),
         "all-channels": (gate * up).abs() * norms,
         "draft": (ffn.act(x.float() @ draft_gate.T) * (x.float() @ draft_up.T)).abs() * norms,
     }[rule]
