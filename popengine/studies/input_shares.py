@@ -45,18 +45,18 @@ def read_input_shares(words: str) -> InputShares | None:
     """
     others, named = 0.0, dict[str, float]()
     for number, word in enumerate(words.split(",") if words else ()):
-        kind, _, value = word.rpartition("=")
+        kind, is_named, value = word.rpartition("=")
         try:
             left_out = float(exact_share(share(value.strip())))
         except ValueError:
             left_out = -1.0
-        known = kind.strip() in KINDS if kind else number == 0
+        known = kind.strip() in KINDS if is_named else number == 0
         if not known or kind.strip() in named or not 0 <= left_out < 1:
             raise InputError(
                 "input sparsity must be a share below 1 like 0.3, or one with shares of products like "
                 f"{USUAL_INPUTS} (products: {', '.join(KINDS)}), not {words!r}"
             )
-        if kind:
+        if is_named:
             named[kind.strip()] = left_out
         else:
             others = left_out

@@ -36,10 +36,10 @@ from models.pruning.pruning import Pruning
 from models.registry import architecture
 from models.state import DecodeState
 from popengine.engine.run import next_logits
-from popengine.studies import rules
+from popengine.studies import input_sparsity, rules
 from popengine.studies.evidence import Prior
 from popengine.studies.known_text import evaluate
-from popengine.studies.settings import RULE_NAMES, PruningSettings
+from popengine.studies.settings import INPUT_METHODS, RULE_NAMES, PruningSettings
 from weights.errors import InputError
 from weights.groups import group
 
@@ -176,7 +176,8 @@ def watched_choices() -> Iterator[Choices]:
         return routing
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partition, "keep_best", watched_keep)
+        for module in (partition, input_sparsity):
+            patch.setattr(module, "keep_best", watched_keep)
         for module in (pop, heads):
             patch.setattr(module, "partition_channels", watched_cut)
         patch.setattr(rules, "rank_by_score", watched_rank)
@@ -219,6 +220,7 @@ class Case:
             "min_tokens": (1, 3), "unseen_experts": ("weights", "dense"), "groups": (1, 1, 2, 4),
             "prefill_skip": (0.0, 0.0, "1/3", "2/3"), "boundary_tokens": (1, 3),
             "leave_out": ("", "", "1", "0.mlp", "2.attention", "1.attention+2.mlp"),
+            "input_sparsity": ("", "", "0.3", "0.2,o=0.3,down=0.6"), "input_score": INPUT_METHODS,
         }
         while True:
             drawn = {name: self.random.choice(values) for name, values in maybe.items()} | fixed
@@ -269,7 +271,9 @@ def ratio_zero_is_dense(case: Case) -> None:
     half = case.of("half", False, False, True)      # whose routers would often be near a tie
     forms, dtypes, families = (FORMS, HALF, UNROUTED) if half else (FORMS[:2], FLOATS, tuple(FAMILIES))
     model = case.model(forms, dtypes, families)
-    pruning = case.pruning(model, ffn_ratio=0.0, head_ratio=0.0, prefill_skip=0.0, leave_out="")
+    pruning = case.pruning(
+        model, ffn_ratio=0.0, head_ratio=0.0, prefill_skip=0.0, leave_out="", input_sparsity=""
+    )
     prompt, real, text = padded(case)
     state = model.new_state(len(prompt), CAPACITY, pruning)
     with watched_choices() as choices:
