@@ -18,10 +18,11 @@ from torch import Tensor
 from models.attention import Attention, CachedAttention
 from models.cache import LayerCache
 from models.feed_forward import FeedForward
+from models.matrices.forms import RowMatrix, by_columns
 from models.matrices.plain import Matrix
 from models.matrices.products import attend_cache, keep_best
 from models.passes import DecodePass
-from models.pruning.active_weights import ActiveWeights, AnyMatrix, down_by_columns
+from models.pruning.active_weights import ActiveWeights, AnyMatrix, WholeWeights
 from models.pruning.interface import PrunedFFN
 from models.pruning.pop import DenseFFN, PartitionedFFN
 from popengine.studies.input_shares import InputShares
@@ -84,13 +85,28 @@ class InputChoice:
         )
 
 
+class WholeByColumns(WholeWeights):
+    """The whole matrices of a network, those that eager steps multiply by rows in a copy by columns."""
+
+    def __init__(self, ffn: FeedForward) -> None:
+        self.gate, self.up, self.down = (self.in_columns(ffn, name) for name in ("gate_proj", "up_proj", "down_proj"))
+
+    def in_columns(self, ffn: FeedForward, name: str) -> Matrix:
+        matrix: Matrix = getattr(ffn, name)
+        if type(matrix) is not RowMatrix:
+            return matrix
+        made: tuple[Matrix] = ffn.once(f"{name} by columns", lambda: (by_columns(matrix),))
+        return made[0]
+
+
 class SparseDenseFFN(DenseFFN):
     """A network with nothing pruned, whose steps choose the inputs of its three products."""
 
     def __init__(self, ffn: FeedForward, choice: InputChoice) -> None:
         super().__init__(ffn)
-        self.step_gate, self.step_up = choice.of_factors(ffn, self.weights)
-        self.step_down = choice.of("down", self.down, ffn.channels, ffn.channels, ffn.down_norms)
+        whole = WholeByColumns(ffn)
+        self.step_gate, self.step_up = choice.of_factors(ffn, whole)
+        self.step_down = choice.of("down", whole.down, ffn.channels, ffn.channels, ffn.down_norms)
 
     def decode(self, x: Tensor, step: DecodePass) -> Tensor:
         return self.step_down(self.ffn.act(self.step_gate(x)) * self.step_up(x))
@@ -128,8 +144,11 @@ class SparseAttention(CachedAttention):
     def __init__(self, attention: Attention, choice: InputChoice) -> None:
         super().__init__(attention)
         hidden, heads = self.qkv.in_features, attention.o_proj.in_features
-        self.step_qkv = choice.of("qkv", self.qkv, hidden, hidden, self.qkv.column_norms)
-        self.step_o = choice.of("o", attention.o_proj, heads, heads, attention.output_norms)
+        qkv, o_proj = (
+            by_columns(one) if type(one) is RowMatrix else one for one in (self.qkv, attention.o_proj)
+        )
+        self.step_qkv = choice.of("qkv", qkv, hidden, hidden, self.qkv.column_norms)
+        self.step_o = choice.of("o", o_proj, heads, heads, attention.output_norms)
 
     def decode(self, x: Tensor, cache: LayerCache, step: DecodePass) -> Tensor:
         q, k, v = self.attention.queries_keys_values(x, self.step_qkv, step, cache.pattern)
@@ -150,6 +169,14 @@ class InputSparsity(StudyRule):
             return SparseDenseFFN(ffn, self.inputs)
         return SparseFFN(ffn, self, weights or self.new_weights(ffn))
 
+    def new_weights(self, ffn: FeedForward) -> ActiveWeights:
+        weights = super().new_weights(ffn)
+        for name in ("gate", "up", "down"):
+            copy = getattr(weights, name)
+            if type(copy) is RowMatrix and weights.held_bytes():        # still empty
+                setattr(weights, name, by_columns(copy))
+        return weights
+
     def new_attention(self, attention: Attention) -> CachedAttention:
         return SparseAttention(attention, self.inputs)
 
@@ -159,8 +186,8 @@ class InputSparsity(StudyRule):
         active = sizes.active if copies else None
         read = self.read_bytes(ffn.gate_proj, self.inputs.kept("gate", hidden), rows, active)
         read += self.read_bytes(ffn.up_proj, self.inputs.kept("up", hidden), rows, active)
-        down = down_by_columns(ffn) if copies and not sizes.copied else ffn.down_proj
-        if down.reads_chosen_columns(rows):
+        down = ffn.down_proj
+        if reads_columns(down, rows):
             return read + down.read_bytes(columns=min(sizes.computed, self.inputs.kept("down", ffn.channels)))
         return read + down.read_bytes(columns=sizes.active if copies and sizes.copied else None)
 
@@ -173,5 +200,10 @@ class InputSparsity(StudyRule):
 
     def read_bytes(self, matrix: Matrix, columns: int, rows: int, active: int | None = None) -> int:
         """Compute the bytes that a step of `rows` tokens reads of `active` rows of a matrix (None: all)."""
-        read = columns if columns < matrix.in_features and matrix.reads_chosen_columns(rows) else None
+        read = columns if columns < matrix.in_features and reads_columns(matrix, rows) else None
         return matrix.read_bytes(rows=active, columns=read)
+
+
+def reads_columns(matrix: Matrix, rows: int) -> bool:
+    """Return True if a matrix, or its copy by columns, reads chosen columns alone for `rows` rows of x."""
+    return matrix.reads_chosen_columns(rows) or (rows == 1 and type(matrix) is RowMatrix)

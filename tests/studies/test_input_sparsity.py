@@ -34,9 +34,9 @@ from transformers import LlamaConfig
 from models.cost_model import bytes_per_token
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
-from models.matrices.forms import ChosenRows, ColumnMatrix, MixedMatrix
+from models.matrices.forms import ChosenRows, ColumnMatrix, MixedMatrix, RowMatrix
 from models.matrices.packed import Int4Matrix, Int8Matrix
-from models.matrices.plain import Matrix
+from models.matrices.plain import Matrix, replace_matrices
 from popengine import compare, generate, score
 from popengine.engine.loading import load
 from popengine.evaluation.comparison import configurations
@@ -287,6 +287,24 @@ def test_bytes_are_those_of_the_columns_that_one_token_reads(model: LlamaForCaus
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("ratio", [None, 0.4])
+def test_where_eager_steps_multiply_by_rows_chosen_inputs_have_copies_by_columns(
+    model: LlamaForCausalLM, ratio: float | None
+) -> None:
+    settings = PruningSettings.paper(ffn_ratio=ratio or 0.0, candidate_width=0.3, input_sparsity="0.3")
+    columns, rows = stored_by_columns(model), deepcopy(model).float()
+    replace_matrices(rows, RowMatrix.from_rows)
+    tokens, logits, read = torch.tensor([[5, 6, 7, 8, 9, 10]]), [], []
+    for own in (columns, rows):
+        pruning = resolved(own, settings)
+        _, state = prefilled(own, tokens, pruning)
+        logits.append(own.decode(torch.tensor([11]), state))
+        read.append(bytes_per_token(own, pruning))
+        assert type(state.layers[0].ffn.step_gate.matrix) is ColumnMatrix  # type: ignore[attr-defined]
+    assert_same(logits[1], logits[0])
+    assert read[0] == read[1]
+
+
 def test_bytes_of_experts_count_what_is_read_of_those_that_run_whole(mixture: LlamaForCausalLM) -> None:
     model, tokens = stored_by_columns(mixture), left_padded([14], SIZES["vocab_size"])[0]
     pruning = resolved(model, settings_of("teal", "gate=0.5,up=0.5"))
