@@ -187,11 +187,15 @@ class POP:
         return partition_sizes(heads, self.head_ratio, self.width)
 
     def copying_saves(self, ffn: FeedForward) -> bool:
-        """Return True if a step on copies of the active channels reads so much less that copying them pays."""
+        """Return True if a step on copies of the active channels reads so much less that copying them pays.
+
+        A mask that does not follow the prompt is copied once, so that any saving pays.
+        """
         sizes = self.sizes(ffn)
         columns = sizes.computed if ffn.down_proj.reads_chosen_columns(1) else sizes.active
         read = channel_bytes(ffn, sizes.active, columns)
-        return not sizes.copied or channel_bytes(ffn) - read >= LEAST_SAVED * read
+        least = LEAST_SAVED * read if self.follows_prompt else 0
+        return not sizes.copied or channel_bytes(ffn) - read >= least
 
     def step_bytes(self, ffn: FeedForward, rows: int) -> int:
         """Compute the bytes of weights of one network that a step of `rows` tokens reads."""

@@ -344,7 +344,7 @@ def test_packages_of_another_choice_have_another_key(tmp_path: Path, monkeypatch
         for one in model.modules():
             if isinstance(one, Matrix):
                 one.set_streams(streams)
-        functions = step_functions(model, model.new_state(1, 128, resolved(model, DENSE))).all
+        functions = step_functions(model, model.new_state(1, 128, resolved(model, DENSE)), dense=False).all
         return [Packages().key(one) for one in functions]
 
     default, other = keys(Matrix.streams), keys(4)

@@ -136,7 +136,7 @@ def matrices(bias: Tensor | None) -> Iterator[tuple[Any, Tensor]]:
         yield packed, packed.values()
     halves = [ColumnMatrix.of(half.t().contiguous().t(), None) for half in weight.split(16)]
     yield MixedMatrix(halves), weight
-    rows = ChosenRows(ColumnMatrix.of(weight.t().contiguous().t(), bias))
+    rows = ChosenRows(ColumnMatrix.of(weight.t().contiguous().t(), bias), 32)
     rows.copy_rows(rows.whole, torch.arange(32))
     yield rows, weight
 
