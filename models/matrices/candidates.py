@@ -38,9 +38,11 @@ WRITTEN_OUT = {"8 streams": 8, "4 streams": 4, "2 streams": 2, "1 stream": 1}
 COMPILED: dict[str, dict[str, int]] = {
     "float32": WRITTEN_OUT,
     "bfloat16": WRITTEN_OUT,
-    "int8": {"8 streams": 8, "packed": 0} | WRITTEN_OUT,
+    "int8": {"8 streams": 8, "packed": 0},
     "int4": {"packed": 0},
 }
+# Formats whose compiled product is chosen for each shape: of their candidates only one needs the compiler.
+PER_SHAPE = {"int8"}
 # A candidate replaces the default if its time is below this share of the default's: noise must change no choice.
 CLEARLY = 0.9
 # The time of this thread on a processor, which other programs do not lengthen; elsewhere this clock is too coarse.

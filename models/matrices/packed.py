@@ -147,8 +147,8 @@ class Int8Matrix(Matrix):
 class Int4Matrix(Matrix):
     """Integers from 0 to 15 in groups along a row, each group with a scale and the value of the integer 8.
 
-    Chosen rows stay packed. Chosen columns break the groups, so a copy of columns is an Int8Matrix, with the `streams`
-    of this matrix. The product of this matrix is PyTorch's.
+    Chosen rows stay packed. Chosen columns break the groups, so a copy of columns is an Int8Matrix. The product of this
+    matrix is PyTorch's.
 
     weight  uint8 [blocks, in, block / 2], in this machine's layout (see `layout`); rows are padded to blocks
     groups  [G, out, 2], in the dtype of the activations: value = (number - 8) * groups[..., 0] + groups[..., 1]
@@ -241,9 +241,7 @@ class Int4Matrix(Matrix):
         return Int4Matrix.with_room(rows, self.in_features, self.in_features // len(self.groups), self.groups, bias)
 
     def empty_columns(self, columns: int) -> Int8Matrix:
-        made = Int8Matrix.with_room(self.out_features, columns, self.groups, room_for_bias(self, self.out_features))
-        made.set_streams(self.streams)
-        return made
+        return Int8Matrix.with_room(self.out_features, columns, self.groups, room_for_bias(self, self.out_features))
 
     def copying_pays(self, columns: int) -> bool:
         copied = self.read_bytes(columns=columns)

@@ -14,6 +14,7 @@ from models.compiled import CPU_OPTIONS
 from models.matrices.candidates import (
     COMPILED,
     MOST_ROUNDS,
+    PER_SHAPE,
     PLAIN,
     compiled_calls,
     eager_calls,
@@ -67,7 +68,8 @@ def products_of(
     if compiles and kind != "int4":                 # whose compiled product is the eager one
         weights = measured_on(places)
         found = in_turns(compiled_calls(kind, weights, CPU_OPTIONS), SECONDS)
-        chosen = choices.choose(f"compiled {kind}", COMPILED[kind], None)
+        key = f"compiled {name}" if kind in PER_SHAPE else f"compiled {kind}"
+        chosen = choices.choose(key, COMPILED[kind], None)
         rows += [row("compiled", one, times, weights[0].nbytes, one == chosen) for one, times in found.items()]
     return rows
 

@@ -1,9 +1,9 @@
 """The fastest product of one row for each weight on this machine, measured once and kept in the user's cache.
 
 models/matrices/candidates.py names the candidates. Eager products are measured when a model is loaded, one choice for
-each weight format and shape, on the model's own weights. Compiled products are measured when steps are first compiled,
-one choice for each format, on its largest FFN weight. Without a folder of the user nothing is measured, and every
-choice is the default.
+each weight format and shape, on the model's own weights. Compiled products are measured when steps are first compiled:
+one choice for each shape of int8, and one for each plain format, on its largest FFN weight. Without a folder of the
+user nothing is measured, and every choice is the default.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from models.llama import LlamaForCausalLM
 from models.matrices.candidates import (
     CLOCK,
     COMPILED,
+    PER_SHAPE,
     PLAIN,
     compiled_calls,
     eager_calls,
@@ -31,7 +32,6 @@ from models.matrices.candidates import (
     stretches_of,
 )
 from models.matrices.plain import Matrix
-from models.matrices.products import STREAMS
 from models.matrices.ranked import RankMatrix
 from popengine.engine.machine import digest, machine, not_trusted, processor
 from weights.errors import InputError
@@ -157,22 +157,29 @@ def lay_out(model: LlamaForCausalLM, choices: Choices, clock: Clock = CLOCK) -> 
 
 def set_streams(model: LlamaForCausalLM, choices: Choices, measures: bool) -> None:
     """Set the rows that compiled products of a model read at once. measures: measure what no choice is kept of"""
-    streams: dict[str, int] = {}
     groups = alike(model)
-    networks = {id(one) for one in model.modules() if isinstance(one, FeedForward)}
-    for kind in dict.fromkeys(kind for kind, *_ in groups):
-        own = {key: places for key, places in groups.items() if key[0] == kind}
+    for (kind, out, columns), places in groups.items():
         if len(COMPILED[kind]) == 1:
             continue
-        # The largest weight of a network; if it has none of this format, the largest weight.
-        places = max(own.items(), key=lambda item: (id(item[1][0][0]) in networks, item[0][1] * item[0][2]))[1]
-        measure = partial(measure_compiled, kind, measured_on(places)) if measures else None
-        streams[kind] = COMPILED[kind][choices.choose(f"compiled {kind}", COMPILED[kind], measure)]
-    streams["int4"] = streams.get("int8", STREAMS)          # of their copies of chosen columns, which are int8
-    for matrix in model.modules():
-        if isinstance(matrix, Matrix) and (of := format_of(matrix)) is not None:
-            matrix.set_streams(streams[of])
+        key, measured = f"compiled {kind} {out} x {columns}", places
+        if kind not in PER_SHAPE:
+            key, measured = f"compiled {kind}", largest_of_format(kind, groups)
+        weights = measured_on(measured)
+        worth = measures and weights[0].nbytes >= LEAST_BYTES
+        measure = partial(measure_compiled, kind, weights) if worth else None
+        streams = COMPILED[kind][choices.choose(key, COMPILED[kind], measure)]
+        for parent, name in places:
+            getattr(parent, name).set_streams(streams)
     choices.keep()
+
+
+def largest_of_format(kind: str, groups: dict[tuple[str, int, int], list[Place]]) -> list[Place]:
+    """Return the matrices of a format with the largest shape in a network; if it has none there, of the largest."""
+
+    def size(shape: tuple[str, int, int]) -> tuple[bool, int]:
+        return isinstance(groups[shape][0][0], FeedForward), shape[1] * shape[2]
+
+    return groups[max((shape for shape in groups if shape[0] == kind), key=size)]
 
 
 def measure_compiled(kind: str, weights: list[Tensor]) -> Times:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders import complete_checkpoint, random_reference, resolved
 from tolerance import assert_same, distance, rounding
+from torch import Tensor
 from transformers import LlamaConfig
 
 from models.llama import LlamaForCausalLM
@@ -17,7 +18,7 @@ from models.matrices import candidates
 from models.matrices.candidates import COMPILED, PLAIN, fastest, in_turns
 from models.matrices.forms import ColumnMatrix, RowMatrix
 from models.matrices.packed import Int4Matrix, Int8Matrix
-from models.matrices.plain import Matrix
+from models.matrices.plain import Matrix, replace_matrices
 from models.packages import step_functions
 from models.registry import architecture
 from popengine.engine import choices, packages
@@ -284,20 +285,20 @@ def test_chosen_columns_of_a_matrix_stored_by_rows_are_read_from_a_copy_by_colum
     assert torch.equal(down.weight, model.model.layers[0].mlp.down_proj.weight)
 
 
-def test_streams_are_chosen_per_format_and_reach_copies_and_stacks(measured: list[Any], folder: Path) -> None:
+def test_streams_are_chosen_per_format_or_shape_and_reach_copies_and_stacks(measured: list[Any], folder: Path) -> None:
     model = tiny()
     layer = model.model.layers[0]
     layer.mlp.down_proj = Int4Matrix.of_groups(group(layer.mlp.down_proj.weight, 32), torch.float32)
     model.lm_head = Int8Matrix.nearest(model.lm_head.weight, torch.float32)
     kept = Choices()
-    kept.known |= {"compiled float32": "4 streams", "compiled int8": "packed"}
+    kept.known |= {"compiled float32": "4 streams", "compiled int8 96 x 64": "packed"}
     kept.keep()
     set_streams(model, Choices(), measures=False)
     assert not measured
     assert layer.mlp.gate_proj.streams == layer.mlp.gate_proj.empty_rows(5).streams == 4
     assert layer.self_attn.together().streams == layer.self_attn.o_proj.empty_columns(4).streams == 4
     assert model.lm_head.streams == model.lm_head.empty_rows(5).streams == 0
-    assert layer.mlp.down_proj.empty_columns(32).streams == 0       # int8, of an int4 matrix
+    assert layer.mlp.down_proj.empty_columns(32).streams == Matrix.streams       # int8, of an int4 matrix
 
 
 def test_compiled_products_are_measured_on_the_largest_weight_of_a_network(
@@ -316,12 +317,31 @@ def test_compiled_products_are_measured_on_the_largest_weight_of_a_network(
 
 def test_a_slow_compiler_compiles_no_further_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    calls = {name: (lambda number, name=name: seen.append(name)) for name in COMPILED["int8"]}
+    calls = {name: (lambda number, name=name: seen.append(name)) for name in COMPILED["float32"]}
     monkeypatch.setattr(choices, "compiled_calls", lambda *_: calls)
-    assert list(choices.measure_compiled("int8", [])) == list(COMPILED["int8"]) == list(dict.fromkeys(seen))
+    assert list(choices.measure_compiled("float32", [])) == list(COMPILED["float32"]) == list(dict.fromkeys(seen))
     ticks = iter([0.0, 1.0, 14.0, *[16.0] * 9])
     monkeypatch.setattr(choices.time, "perf_counter", lambda: next(ticks))
-    assert list(choices.measure_compiled("int8", [])) == ["8 streams", "packed"]
+    assert list(choices.measure_compiled("float32", [])) == ["8 streams", "4 streams"]
+
+
+def test_compiled_int8_is_measured_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of gate and up the packed product wins, of the other shapes the written-out one."""
+    seen = []
+
+    def times(kind: str, weights: list[Tensor]) -> Times:
+        seen.append(tuple(weights[0].shape))
+        packed = 0.1 if len(weights[0]) == 1024 else 10.0
+        return {"8 streams": [1.0], "packed": [packed]}
+
+    monkeypatch.setattr(choices, "measure_compiled", times)
+    model = tiny()
+    replace_matrices(model, lambda matrix: Int8Matrix.nearest(matrix.weight, torch.float32))
+    set_streams(model, Choices(), measures=True)
+    assert len(seen) == 5                                                   # qkv, o, gate and up, down, head
+    network, attention = model.model.layers[0].mlp, model.model.layers[0].self_attn
+    assert network.gate_proj.streams == network.up_proj.streams == 0
+    assert {one.streams for one in (network.down_proj, attention.q_proj, attention.o_proj, model.lm_head)} == {8}
 
 
 def test_a_broken_compiler_leaves_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
