@@ -160,7 +160,6 @@ def measure_dtype(
     note = Progress(f"{dtype}: ")
     prompts: list[list[int]] = []
     weights = 0
-    counters = compile_counters()
     modes = ([] if flags.compile_only else [False]) + ([True] if flags.compile or flags.compile_only else [])
     # Packed products need half precision.
     forms = [form for form in flags.weights if form in ("auto", "plain") or dtype != "float32"]
@@ -190,7 +189,6 @@ def measure_dtype(
             first_turns([entry], prompts, flags.new_tokens, before, device, note)
             entries.append(entry)
 
-    after_warm_up = compile_counters()
     array = torch.ones(SUMMED_BYTES // 4, device=device)
     bandwidths = []
     for number in range(flags.rounds):
@@ -207,13 +205,10 @@ def measure_dtype(
                 entry.between_ranks = entry.contender.share_between_ranks(prompts, flags.new_tokens, steps)
     note("")
     reads = spread(bandwidths)
-    compiles = {name: after_warm_up[name] - counters[name] for name in counters}
-    compiles["graphs_after_warm_up"] = compile_counters()["graphs"] - after_warm_up["graphs"]
     return {
         "dtype": dtype,
         "bandwidth_gb_per_s": reads,
         "absent": absent,
-        "compile": compiles,
         "rows": rows(entries, reads["median"]),
     }
 
@@ -388,19 +383,6 @@ def bandwidth(array: torch.Tensor) -> float:
         array.sum().item()
         best = min(best, time.perf_counter() - began)
     return array.numel() * array.element_size() / best / 1e9
-
-
-def compile_counters() -> dict[str, int]:
-    """Count the graphs that torch.compile captured in this process, and its hits and misses of the cache on disk."""
-    counters = sys.modules.get("torch._dynamo.utils")
-    if counters is None:
-        return {"graphs": 0, "from_cache": 0, "not_from_cache": 0}
-    counts = counters.counters
-    return {
-        "graphs": counts["stats"]["unique_graphs"],
-        "from_cache": counts["inductor"]["fxgraph_cache_hit"],
-        "not_from_cache": counts["inductor"]["fxgraph_cache_miss"],
-    }
 
 
 # Memory of one setting in a process with several: the rise of the resident set (on CUDA: of the allocator). Linux keeps

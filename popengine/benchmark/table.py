@@ -36,7 +36,7 @@ def heading(result: dict[str, Any]) -> list[str]:
 
 def describe_dtype(group: dict[str, Any], threads: int, summed_bytes: int) -> list[str]:
     """Write the tables of one dtype, as lines."""
-    reads, compiles = group["bandwidth_gb_per_s"], group["compile"]
+    reads = group["bandwidth_gb_per_s"]
     others = [line["engine"] for line in group["rows"] if line["mode"] is None]
     shared_out = any(line["between_ranks"] is not None for line in group["rows"])
     times, costs = [], []
@@ -87,11 +87,6 @@ def describe_dtype(group: dict[str, Any], threads: int, summed_bytes: int) -> li
         lines += ["", *align(prompt_table(group["rows"]))]
     if len(ratios) > 1:
         lines += ["", *align(ratios)]
-    if compiles["graphs"]:
-        lines.append(
-            f"compiled {compiles['graphs']} graphs, {compiles['from_cache']} of them from the cache on disk; "
-            f"{compiles['graphs_after_warm_up']} more after the first use of each setting"
-        )
     return lines + [f"absent: {name}: {reason}" for name, reason in group["absent"].items()]
 
 
