@@ -55,10 +55,10 @@ def fused_gemv_rows(x: Tensor, weight: Tensor, which: Tensor, streams: int = STR
 
 
 def sum_in_streams(x: Tensor, parts: list[Tensor]) -> Tensor:
-    """Multiply one row by parts of equal length of a weight. x [..., in], parts [n, in] each -> [..., sum of n]
+    """Multiply one row by parts of a weight. x [..., in], parts [n, in], all but a short last one of equal length
 
     A loop over one row of a weight at a time does not use the full bandwidth. Sums over parts of equal length become
-    one loop, which reads a row of each part at once and converts x once.
+    one loop, which reads a row of each part at once and converts x once. Returns [..., sum of n].
     """
     row = x.flatten().float()                                                       # [in]
     # as_strided makes Inductor store a row instead of recomputing it (a norm, say) for every row of the weight.
@@ -68,11 +68,11 @@ def sum_in_streams(x: Tensor, parts: list[Tensor]) -> Tensor:
 
 
 def row_streams(rows: int, streams: int = STREAMS) -> list[slice]:
-    """Split rows into `streams` parts of equal length, or into the next smaller power of two that divides them."""
+    """Split rows into `streams` parts of equal length, and the rest, fewer than `streams` rows, if they do not divide."""
     count = streams if rows >= STREAMED_ROWS else 1
-    while rows % count:
-        count //= 2
-    return [slice(begin, begin + rows // count) for begin in range(0, rows, rows // count)]
+    ends = range(0, rows + 1, rows // count)[: count + 1]
+    parts = [slice(begin, end) for begin, end in zip(ends, ends[1:], strict=False)]
+    return parts if ends[-1] == rows else [*parts, slice(ends[-1], rows)]
 
 
 @lru_cache(maxsize=1024)
