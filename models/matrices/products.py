@@ -68,11 +68,11 @@ def sum_in_streams(x: Tensor, parts: list[Tensor]) -> Tensor:
 
 
 def row_streams(rows: int, streams: int = STREAMS) -> list[slice]:
-    """Split rows into `streams` parts of equal length, and the rest, fewer than `streams` rows, if they do not divide."""
+    """Split rows into `streams` parts of equal length and, if they do not divide, a rest of fewer than `streams` rows."""
     count = streams if rows >= STREAMED_ROWS else 1
-    ends = range(0, rows + 1, rows // count)[: count + 1]
-    parts = [slice(begin, end) for begin, end in zip(ends, ends[1:], strict=False)]
-    return parts if ends[-1] == rows else [*parts, slice(ends[-1], rows)]
+    each = rows // count
+    parts = [slice(number * each, (number + 1) * each) for number in range(count)]
+    return parts if rows == count * each else [*parts, slice(count * each, rows)]
 
 
 @lru_cache(maxsize=1024)
