@@ -68,7 +68,7 @@ def sum_in_streams(x: Tensor, parts: list[Tensor]) -> Tensor:
 
 
 def row_streams(rows: int, streams: int = STREAMS) -> list[slice]:
-    """Split rows into `streams` parts of equal length and, if they do not divide, a rest of fewer than `streams` rows."""
+    """Split rows into `streams` parts of equal length, and a rest of fewer rows than parts if they do not divide."""
     count = streams if rows >= STREAMED_ROWS else 1
     each = rows // count
     parts = [slice(number * each, (number + 1) * each) for number in range(count)]
