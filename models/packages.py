@@ -315,11 +315,13 @@ class PackagedDecode:
             copied = [before[place].clone() if place in before else one for place, one in enumerate(inputs)]
             (found,) = loader.run([x, *given[1:], *copied])
             y = run_layers(state.layers[index * size : (index + 1) * size], x, step)            # [B, 1, H]
-            close = close and adds_the_same(found, y, x)
-            close = close and all(adds_the_same(copied[place], inputs[place], was) for place, was in before.items())
+            close = close and adds_the_same(found, y, x, x.dtype)
+            close = close and all(
+                adds_the_same(copied[place], inputs[place], was, x.dtype) for place, was in before.items()
+            )
             x = y
         found_logits, logits = steps.head.run([x, *steps.weights])[0], self.model.head(x)[:, 0]
-        return close and adds_the_same(found_logits, logits, torch.zeros_like(logits)), logits
+        return close and adds_the_same(found_logits, logits, torch.zeros_like(logits), logits.dtype), logits
 
 
 def kinds_of_steps(state: DecodeState) -> list[bool]:
@@ -340,12 +342,12 @@ def equal_but_for_rounding(found: Tensor, wanted: Tensor) -> bool:
     return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=bound, atol=bound)
 
 
-def adds_the_same(found: Tensor, wanted: Tensor, x: Tensor) -> bool:
-    """Return True if layers add the same to their input x, but for roundings of both.
+def adds_the_same(found: Tensor, wanted: Tensor, x: Tensor, dtype: torch.dtype) -> bool:
+    """Return True if layers add the same to x, their input or their evidence, but for roundings of both in `dtype`.
 
     A wrong package adds something else: it differs by about as much as is added. A rounded score may choose another
     candidate, which changes a few per cent.
     """
-    share, roundings = CLOSE[wanted.dtype], 4 * torch.finfo(wanted.dtype).eps
+    share, roundings = CLOSE[dtype], 4 * torch.finfo(dtype).eps
     found, wanted, x = found.float(), wanted.float(), x.float()
     return bool((found - wanted).norm() <= share * (wanted - x).norm() + roundings * x.norm())

@@ -213,6 +213,18 @@ def test_dense_steps_add_the_eager_evidence(eager: Engine, fast: Engine) -> None
         assert own.tokens == wanted.tokens == len(PROMPT) + 3
 
 
+@pytest.mark.slow
+def test_dense_steps_in_half_precision_run_from_packages_too(
+    folder: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their evidence is float32, but of activations that both round to bfloat16 in different places."""
+    engine = load(folder, dtype="bfloat16", compile=True)
+    list(engine.run([PROMPT], 12, GATHERING, ignore_eos=True))
+    assert "differs" not in capsys.readouterr().err
+    (kinds,) = engine.compiled.packaged.steps.values()  # type: ignore[union-attr]
+    assert set(kinds) == {False, True} and None not in kinds.values()
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("harm", [lambda out: [out[0] + 1], lambda out: 1 / 0], ids=["wrong", "failing"])
 def test_a_refused_dense_package_leaves_the_evidence_right(
