@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from models.pruning.settings import exact_share
 from popengine.command_line.flags import add_checkpoint_flag, add_machine_flags
 from popengine.command_line.parser import OneLineParser
 from popengine.command_line.start import run_as_command, start_pytorch
+from popengine.studies.skipped_layers import layer_count, share_or_number
 from weights.errors import InputError
 from weights.output_file import make_folder, write_output
 
@@ -46,11 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(flags: argparse.Namespace) -> None:
-    try:
-        share = exact_share(flags.layers)
-    except ValueError:
-        share = exact_share(0.0)
-    if share <= 0 or (share >= 1 and share.denominator > 1):
+    if (wanted := share_or_number(flags.layers)) is None:
         raise InputError(f"layers must be a number of layers or a share like 1/4, not {flags.layers}")
     if not 1 <= flags.boundary_tokens < flags.prompt_tokens:
         raise InputError(f"boundary tokens must be at least 1 and below {flags.prompt_tokens}, the prompt's tokens")
@@ -71,7 +67,7 @@ def run(flags: argparse.Namespace) -> None:
         progress=show_progress,
     )
     layers = len(engine.model.model.layers)
-    count = int(share * layers) if share < 1 else int(share)
+    count = layer_count(wanted, layers)
     if not 1 <= count < layers:
         raise InputError(f"layers {flags.layers} is {count} of the model's {layers} layers: give 1 to {layers - 1}")
     scoring.check_context(engine, flags.prompt_tokens, flags.score_tokens)

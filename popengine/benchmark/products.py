@@ -27,6 +27,7 @@ from popengine.benchmark.table import align, heading
 from popengine.engine.choices import Choices, Place, alike, measured_on
 from popengine.engine.loading import choose_device, load
 from weights.default_checkpoint import default_checkpoint
+from weights.errors import InputError
 
 # Seconds for the candidates of one weight.
 SECONDS = 1.0
@@ -49,6 +50,8 @@ def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 name = f"{kind} {out} x {columns}"
                 if name not in result["products"]:
                     result["products"][name] = products_of(kind, name, places, choices, flags.compile)
+    if not result["products"]:
+        raise InputError("no product to time: packed weights need --dtype bfloat16 or float16")
     return result
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models.pruning.resolve import LayerWeights
-from models.pruning.settings import exact_share
-from popengine.studies.skipped_layers import NAMED, named_layers, require_file, share_and_file
+from popengine.studies.skipped_layers import NAMED, layer_count, named_layers, require_file, share_and_file
 from weights.errors import InputError
 from weights.mapped_file import read_text
 
@@ -23,9 +22,8 @@ def skipped_layers(skip: str, layer: LayerWeights) -> tuple[int, ...]:
             most = layer.layers - 1
             raise InputError(f"prefill skip names layer {found[-1]}, and the model's layers are 0 to {most}")
         return found
-    share, file = share_and_file(skip)
-    wanted = exact_share(share)
-    count = int(wanted * layer.layers) if wanted < 1 else int(wanted)
+    wanted, file = share_and_file(skip)
+    count = layer_count(wanted, layer.layers)
     if not 0 < count <= layer.layers:
         raise InputError(f"prefill skip {skip} skips {count} of {layer.layers} layers: give 1 to {layer.layers}")
     return least_important(file, layer)[:count]

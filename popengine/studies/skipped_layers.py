@@ -9,6 +9,7 @@ Nothing here imports PyTorch: a wrong flag is reported without waiting for it.
 
 import re
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
 from models.pruning.settings import exact_share
@@ -54,16 +55,26 @@ def written_layers(layers: Iterable[int]) -> str:
     return NAMED + "+".join(map(str, sorted(layers)))
 
 
-def share_and_file(words: str) -> tuple[float | str, Path]:
+def share_and_file(words: str) -> tuple[Fraction, Path]:
     """Read "auto:1/4" or "auto:7:FILE". Raises InputError for anything else."""
     share, _, file = words.removeprefix(CHOSEN).partition(":")
-    try:
-        wanted = exact_share(share)
-    except ValueError:
-        wanted = exact_share(0.0)
-    if wanted <= 0 or (wanted >= 1 and wanted.denominator > 1):
+    if (wanted := share_or_number(share)) is None:
         raise InputError(f"prefill skip auto takes a share or a number of layers, like auto:1/4 or auto:7, not {words}")
-    return share, Path(file or GATES)
+    return wanted, Path(file or GATES)
+
+
+def share_or_number(words: str) -> Fraction | None:
+    """Read a share of layers below 1, like 1/4, or a number of layers, like 7. Returns None for anything else."""
+    try:
+        wanted = exact_share(words)
+    except ValueError:
+        return None
+    return wanted if 0 < wanted < 1 or (wanted >= 1 and wanted.denominator == 1) else None
+
+
+def layer_count(wanted: Fraction, layers: int) -> int:
+    """Return how many of `layers` layers a share or number is: of a share the floor."""
+    return int(wanted * layers) if wanted < 1 else int(wanted)
 
 
 def require_file(file: Path) -> None:

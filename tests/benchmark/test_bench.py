@@ -370,5 +370,10 @@ def test_the_table_of_compiled_products(
     assert [row["product"] for row in rows if row["chosen"]] == ["packed", "8 streams"]
 
 
+def test_products_of_packed_weights_need_half_precision(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--ckpt", checkpoint, "--products", "--weights", "int4", "--dtype", "float32")
+    assert "no product to time" in one_line_error(main, capsys, *arguments)
+
+
 def test_products_are_timed_on_a_cpu_only(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--products" in one_line_error(main, capsys, "--ckpt", checkpoint, "--products", "--device", "cuda")
