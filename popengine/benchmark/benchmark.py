@@ -78,6 +78,7 @@ class Entry:
 
     held_bytes  memory that remains after loading and the first turn, without buffers
     turn_bytes  the most memory that one turn held beyond that
+    process     the one that holds the contender, a number or "self"
     between_ranks  share of a step spent in communication between ranks; None with one process
     work        multiplications of one prompt: with weights, in attention (see prompt_work)
     """
@@ -87,6 +88,7 @@ class Entry:
     settings: PruningSettings | None
     weight_bytes_per_token: int | None = None
     work: tuple[int, int] | None = None
+    process: str = "self"
     held_bytes: int | None = None
     turn_bytes: int | None = None
     between_ranks: float | None = None
@@ -147,8 +149,7 @@ def version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        module = sys.modules.get(package.removesuffix("_python"))
-        return getattr(module, "__version__", None)
+        return None
 
 
 def measure_dtype(
@@ -184,9 +185,12 @@ def measure_dtype(
             continue                            # it has only plain weights
         note(f"loading {peer}")
         before = held_bytes(device)
-        entry = peer_entry(peer, flags, checkpoint, dtype, form, device, folder, absent, weights)
-        if entry is not None:
+        try:
+            entry = peer_entry(peer, flags, checkpoint, dtype, form, device, folder, weights)
             first_turns([entry], prompts, flags.new_tokens, before, device, note)
+        except AbsentPeer as error:
+            absent[peer] = str(error)
+        else:
             entries.append(entry)
 
     array = torch.ones(SUMMED_BYTES // 4, device=device)
@@ -313,36 +317,28 @@ def own_entries(flags: argparse.Namespace, engine: Engine, mode: str, prompts: l
 
 
 def peer_entry(
-    peer: str,
+    name: str,
     flags: argparse.Namespace,
     checkpoint: str | Path,
     dtype: str,
     form: str,
     device: torch.device,
     folder: Path,
-    absent: dict[str, str],
     weights: int,
-) -> Entry | None:
-    """Load another engine; None and a reason in `absent` if it cannot run. weights: number that a token multiplies"""
+) -> Entry:
+    """Load another engine. weights: number that a token multiplies. Raises AbsentPeer if it cannot run."""
     with open_checkpoint(checkpoint) as opened:
         path = opened.path                      # the folder of a Hub id
-    try:
-        if peer == "transformers":
-            contender: Contender = TransformersEngine(path, DTYPES[dtype], device)
-            read = weights * DTYPES[dtype].itemsize                 # its weights are always plain
-        elif device.type != "cpu":
-            raise AbsentPeer("it is compared on the CPU only")
-        elif flags.batch > 1:
-            raise AbsentPeer("it is compared on one sequence only")
-        else:
-            context = flags.prompt_tokens + flags.new_tokens
-            kind = llama_cpp_type(path, form, dtype)
-            contender = LlamaCppEngine(path, kind, context, torch.get_num_threads(), folder)
-            read = contender.bytes_per_token
-    except AbsentPeer as error:
-        absent[peer] = str(error)
-        return None
-    return Entry(contender, None, None, weight_bytes_per_token=read)
+    if name == "transformers":
+        plain = weights * DTYPES[dtype].itemsize                    # its weights are always plain
+        return Entry(TransformersEngine(path, DTYPES[dtype], device), None, None, weight_bytes_per_token=plain)
+    if device.type != "cpu":
+        raise AbsentPeer("it is compared on the CPU only")
+    if flags.batch > 1:
+        raise AbsentPeer("it is compared on one sequence only")
+    context, kind = flags.prompt_tokens + flags.new_tokens, llama_cpp_type(path, form, dtype)
+    peer = LlamaCppEngine(path, kind, context, torch.get_num_threads(), folder)
+    return Entry(peer, None, None, weight_bytes_per_token=peer.bytes_per_token, process=str(peer.process.pid))
 
 
 def first_turns(
@@ -358,17 +354,18 @@ def first_turns(
         note(f"starting {entry.contender.name}")
         entry.first_use_s = entry.contender.generate(prompts, new_tokens, WARM_UP_STEPS).compile_s
         entry.contender.drop_buffers()
-    after = held_bytes(device)
     for entry in entries:
-        entry.held_bytes = None if before is None or after is None else after - before
+        after = held_bytes(device, entry.process)
+        start = before if entry.process == "self" else 0
+        entry.held_bytes = None if start is None or after is None else after - start
 
 
 def turn(entry: Entry, prompts: list[list[int]], new_tokens: int, device: torch.device) -> Generated:
     """Run one turn of an entry: an untimed start, then one timed generation."""
-    before = start_of_peak(device)
+    before = start_of_peak(device, entry.process)
     entry.contender.generate(prompts, new_tokens, WARM_UP_STEPS)
     generated = entry.contender.generate(prompts, new_tokens)
-    peak = peak_bytes(device)
+    peak = peak_bytes(device, entry.process)
     entry.contender.drop_buffers()
     if before is not None and peak is not None:
         entry.turn_bytes = max(entry.turn_bytes or 0, peak - before)
@@ -389,38 +386,40 @@ def bandwidth(array: torch.Tensor) -> float:
 # a high-water mark that can be reset; on other systems the table has no figure.
 
 
-def held_bytes(device: torch.device) -> int | None:
-    """Return the memory held now, in bytes; None if the system does not report it."""
+def held_bytes(device: torch.device, process: str = "self") -> int | None:
+    """Return the memory that a process holds now, in bytes; None if the system does not report it."""
+    if process != "self":
+        return resident("VmRSS", process)
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)             # freed memory of an earlier engine would hide this one's
-    return resident("VmRSS")
+    return resident("VmRSS", process)
 
 
-def start_of_peak(device: torch.device) -> int | None:
+def start_of_peak(device: torch.device, process: str = "self") -> int | None:
     """Reset the peak for the next `peak_bytes`, and return the memory held now; None if it cannot be reset."""
-    before = held_bytes(device)
+    before = held_bytes(device, process)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return before
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path(f"/proc/{process}/clear_refs").write_text("5")
     except OSError:
         return None
     return before
 
 
-def peak_bytes(device: torch.device) -> int | None:
+def peak_bytes(device: torch.device, process: str = "self") -> int | None:
     """Return the peak memory since `start_of_peak`, in bytes; None if the system does not report it."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM", process)
 
 
-def resident(what: str) -> int | None:
-    """Read a field of /proc/self/status in bytes; None if there is no such file or field."""
+def resident(what: str, process: str) -> int | None:
+    """Read a field of a process' status in bytes; None if there is no such file or field."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(what + ":")), None)
@@ -458,6 +457,7 @@ def rows(entries: list[Entry], bandwidth_gb_per_s: float) -> list[dict[str, Any]
                 name: (line["prefill_ms"]["median"] + line["partition_ms"]) / other["prefill_ms"]["median"]
                 for name, other in others.items()
             }
+            line["answer_time_over"] = {name: line["answer_s"] / other["answer_s"] for name, other in others.items()}
         line["gb_per_s"] = line["weight_bytes_per_token"] / step_ms / 1e6
         line["bandwidth_share"] = line["gb_per_s"] / bandwidth_gb_per_s
         if not line["prune_ratio"]:
@@ -503,6 +503,7 @@ def row(entry: Entry) -> dict[str, Any]:
         "between_ranks": entry.between_ranks,
         **(parts if own else dict.fromkeys(parts)),
         "decode_ms_per_token": spread([step for generated in entry.turns for step in generated.step_ms]),
+        "answer_s": statistics.median(generated.answer_s for generated in entry.turns),
         "weight_bytes_per_token": entry.weight_bytes_per_token,
         "gb_per_s": None,
         "bandwidth_share": None,
@@ -510,6 +511,7 @@ def row(entry: Entry) -> dict[str, Any]:
         "ideal_speedup": None,
         "step_time_over": {},
         "prefill_time_over": {},
+        "answer_time_over": {},
         "peak_memory_bytes": peak,
         "break_even_tokens": None,
         "load_s": entry.contender.load_s,

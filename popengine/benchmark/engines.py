@@ -1,12 +1,16 @@
 """The engines that a benchmark compares, each with the same method: generate greedily and report times.
 
-Peers are optional: transformers and llama-cpp-python are imported only here and only if asked for. They run on the same
-weights in the same dtype.
+Peers are optional: transformers and llama-cpp-python are imported only if asked for. They run on the same weights in
+the same dtype.
 """
 
 import importlib
+import json
 import math
+import subprocess
+import sys
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +27,7 @@ from popengine.engine.results import measured
 from popengine.images.images import ImageSource
 from popengine.studies.resolve import StudyPruning
 from weights.checkpoint import Checkpoint, open_checkpoint
+from weights.errors import InputError
 from weights.gguf_families import LAYER_NAMES, NAMES, ROPE_FACTORS
 from weights.gguf_file import open_parts
 from weights.gguf_header import read_header
@@ -51,6 +56,11 @@ class Generated:
     def partition_ms(self) -> float:
         return self.scores_ms + self.sort_ms + self.copy_ms
 
+    @property
+    def answer_s(self) -> float:
+        """Seconds of the whole answer: prompt, partition and steps, without compiling."""
+        return (self.prefill_ms + self.partition_ms + sum(self.step_ms)) / 1000
+
 
 class Contender(Protocol):
     """An engine in the benchmark. name: in the table; load_s: seconds from files to weights, without imports"""
@@ -69,7 +79,7 @@ class Contender(Protocol):
         """Free the buffers that generations keep for reuse."""
 
 
-class AbsentPeer(Exception):
+class AbsentPeer(InputError):
     """Raised with the reason if a peer cannot run."""
 
 
@@ -196,42 +206,46 @@ def llama_cpp_type(path: Path, form: str, dtype: str) -> str | None:
 class LlamaCppEngine:
     """llama.cpp through llama-cpp-python, on a .gguf written with the same weights, or on the checkpoint itself.
 
+    It runs in a process of its own (see llama_cpp.py), which ends with this object.
+
     kind  the type of its matrices; None: the checkpoint is a .gguf and is used as it is
     """
 
     def __init__(self, path: Path, kind: str | None, context: int, threads: int, folder: Path) -> None:
-        self.library = import_peer("llama_cpp", "llama-cpp-python")
-        self.numpy = import_peer("numpy", "numpy")
-        self.name = f"llama.cpp, {kind or 'the same file'}"
         if kind is None:
             files = [part.path for part in open_parts(path)]
         else:
             with open_checkpoint(path) as checkpoint:
                 files = [write_gguf(checkpoint, kind, folder / f"{kind}.gguf")]
-        began = time.perf_counter()
-        try:
-            self.model = self.library.Llama(
-                str(files[0]), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
-            )
-        except (ValueError, RuntimeError) as error:
-            raise AbsentPeer(f"it does not load a .gguf of these weights ({error})") from None
-        self.load_s = time.perf_counter() - began
-        self.vocabulary = self.model.n_vocab()
+        self.name = f"llama.cpp, {kind or 'the same file'}"
         self.bytes_per_token = gguf_bytes_per_token(files)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "popengine.benchmark.llama_cpp", files[0], str(context), str(threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8",
+        )
+        weakref.finalize(self, self.process.kill)
+        loaded = self.answer()
+        if "absent" in loaded:
+            raise AbsentPeer(loaded["absent"])
+        self.load_s = loaded["load_s"]
+
+    def answer(self) -> dict[str, Any]:
+        """Read one answer. Raises AbsentPeer if the process has ended."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise AbsentPeer(f"llama.cpp's process ended with status {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def generate(self, prompts: list[list[int]], new_tokens: int, steps: int | None = None) -> Generated:
-        self.model.reset()
-        tokens: list[int] = []
-        times = []
-        (ids,) = prompts
-        for _ in range(new_tokens if steps is None else min(new_tokens, 1 + steps)):
-            began = time.perf_counter()
-            self.model.eval(ids)
-            logits = self.library.llama_get_logits_ith(self.model.ctx, -1)
-            tokens.append(int(self.numpy.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax()))
-            times.append((time.perf_counter() - began) * 1000)
-            ids = tokens[-1:]
-        return Generated(tokens, times[0], times[1:])
+        (prompt,) = prompts
+        assert self.process.stdin is not None
+        count = new_tokens if steps is None else min(new_tokens, 1 + steps)
+        self.process.stdin.write(json.dumps({"prompt": prompt, "tokens": count}) + "\n")
+        self.process.stdin.flush()
+        found = self.answer()
+        return Generated(found["tokens"], found["milliseconds"][0], found["milliseconds"][1:])
 
     def drop_buffers(self) -> None:
         """Do nothing: its cache belongs to the loaded model."""

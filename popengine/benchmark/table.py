@@ -40,7 +40,8 @@ def describe_dtype(group: dict[str, Any], threads: int, summed_bytes: int) -> li
     others = [line["engine"] for line in group["rows"] if line["mode"] is None]
     shared_out = any(line["between_ranks"] is not None for line in group["rows"])
     times, costs = [], []
-    ratios = [["time over that of", *(f"{other}: step" for other in others), *(f"{other}: prompt" for other in others)]]
+    compared = (("step", "step_time_over"), ("prompt", "prefill_time_over"), ("answer", "answer_time_over"))
+    ratios = [["time over that of", *(f"{other}: {what}" for what, _ in compared for other in others)]]
     for line in group["rows"]:
         decode = line["decode_ms_per_token"]
         times.append([
@@ -49,13 +50,13 @@ def describe_dtype(group: dict[str, Any], threads: int, summed_bytes: int) -> li
             number(line["partition_ms"], 1),
             *(number(line[part], 1) for part in ("scores_ms", "sort_ms", "copy_ms")),
             with_spread(decode, 1),
+            number(line["answer_s"], 2),
             *(["-" if line["between_ranks"] is None else f"{line['between_ranks']:.0%}"] if shared_out else []),
         ])
         if others and line["mode"] is not None:
             ratios.append([
                 line["engine"],
-                *(number(line["step_time_over"][other], 2) for other in others),
-                *(number(line["prefill_time_over"][other], 2) for other in others),
+                *(number(line[figure][other], 2) for _, figure in compared for other in others),
             ])
         costs.append([
             line["engine"],
@@ -70,7 +71,7 @@ def describe_dtype(group: dict[str, Any], threads: int, summed_bytes: int) -> li
             number(line["first_use_s"] or None, 1),
             number(line["tokens_as_first_row"], 0),
         ])
-    time_heads = ["", "prefill ms", "partition ms", "scores", "sort", "copy", "decode ms/token"]
+    time_heads = ["", "prefill ms", "partition ms", "scores", "sort", "copy", "decode ms/token", "answer s"]
     time_heads += ["of it between ranks"] if shared_out else []
     cost_heads = [
         "", "MB/token", "GB/s", "of memory", "speed-up", "ideal", "break-even", "peak MB", "load s", "compile s",

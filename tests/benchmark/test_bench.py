@@ -2,11 +2,9 @@
 
 import json
 import math
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -28,7 +26,7 @@ from popengine.benchmark import benchmark
 from popengine.benchmark import products as bench_products
 from popengine.benchmark import shapes as bench_shapes
 from popengine.benchmark.benchmark import Entry, rows
-from popengine.benchmark.engines import Generated, LlamaCppEngine, gguf_bytes_per_token, write_gguf
+from popengine.benchmark.engines import AbsentPeer, Generated, LlamaCppEngine, gguf_bytes_per_token, write_gguf
 from popengine.benchmark.table import describe
 from popengine.engine.loading import load
 from popengine.engine.results import regions
@@ -51,11 +49,35 @@ def result(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """One run against a peer that is installed and one that is not."""
     file = tmp_path_factory.mktemp("report") / "bench.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "llama_cpp", None)
+        patch.setenv("PYTHONPATH", str(library(file.parent, "raise ImportError('it is not here')")))
         arguments = ["--ckpt", checkpoint, "-p", 20, "-n", 8, "--prune-ratio", 0.4, "--dtype", "float32"]
         arguments += ["--rounds", 3, "--against", "transformers,llama.cpp", "--json", file]
         assert status(*arguments) == 0
     return json.loads(file.read_text())
+
+
+def library(folder: Path, source: str) -> Path:
+    """Write a module named llama_cpp, which the process of this peer imports, and return its folder."""
+    (folder / "llama_cpp.py").write_text(source)
+    return folder
+
+
+# A model that says 3, 4, 5 ... after any prompt, and prints, as the library does.
+COUNTING = """
+import ctypes
+class Llama:
+    ctx, said = None, 3
+    def __init__(self, *_, **__): print("loading")
+    def n_vocab(self): return 16
+    def reset(self): Llama.said = 3
+    def eval(self, ids):
+        print("eval", ids)
+        self.logits = (ctypes.c_float * 16)()
+        self.logits[Llama.said] = 1
+        Llama.logits = ctypes.cast(self.logits, ctypes.POINTER(ctypes.c_float))
+        Llama.said += 1
+def llama_get_logits_ith(ctx, place): return Llama.logits
+"""
 
 
 def test_every_setting_and_peer_has_a_row_and_an_absent_peer_is_named(result: dict[str, Any]) -> None:
@@ -292,8 +314,7 @@ def test_a_peer_reads_the_bytes_of_its_own_weights(
         file = write_tiny(tmp_path / "experts.gguf", metadata, source.gguf_tensors() | experts, name)
         assert gguf_bytes_per_token([file]) == (260 * 64 + layers + 2 * 96 * 64) * bits / 8
 
-    silent = SimpleNamespace(Llama=lambda *_, **__: SimpleNamespace(n_vocab=lambda: 260))
-    monkeypatch.setitem(sys.modules, "llama_cpp", silent)
+    monkeypatch.setenv("PYTHONPATH", str(library(tmp_path, COUNTING)))
     assert LlamaCppEngine(file, None, 8, 1, tmp_path).bytes_per_token == gguf_bytes_per_token([file])
 
     out = tmp_path / "bench.json"
@@ -303,6 +324,30 @@ def test_a_peer_reads_the_bytes_of_its_own_weights(
     hidden, layers = SIZES["hidden_size"], SIZES["num_hidden_layers"]
     whole = layers * hidden * 3 * (hidden + SIZES["intermediate_size"]) + 261 * hidden
     assert ours["weight_bytes_per_token"] < theirs["weight_bytes_per_token"] == 2 * whole
+
+
+def test_llama_cpp_generates_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = TinyLlama(tied=True)
+    file = write_tiny(tmp_path / "tiny.gguf", source.metadata(), source.gguf_tensors(), gguf.GGMLQuantizationType.F16)
+    monkeypatch.setenv("PYTHONPATH", str(library(tmp_path, COUNTING)))
+    peer = LlamaCppEngine(file, None, 8, 1, tmp_path)
+    for _ in range(2):
+        found = peer.generate([[1, 2]], 4)
+        assert found.tokens == [3, 4, 5, 6]
+        assert len(found.step_ms) == 3
+        assert found.answer_s == pytest.approx((found.prefill_ms + sum(found.step_ms)) / 1000)
+    assert peer.generate([[1, 2]], 8, steps=1).tokens == [3, 4]
+    process = peer.process
+    del peer
+    process.wait(timeout=60)
+
+    library(tmp_path, COUNTING.replace('print("eval", ids)', "import os; os._exit(4)"))
+    peer = LlamaCppEngine(file, None, 8, 1, tmp_path)
+    with pytest.raises(AbsentPeer, match="ended with status 4"):
+        peer.generate([[1, 2]], 4)
+    library(tmp_path, COUNTING.replace('print("loading")', "raise ValueError('no such type')"))
+    with pytest.raises(AbsentPeer, match=r"does not load a .gguf of these weights \(no such type\)"):
+        LlamaCppEngine(file, None, 8, 1, tmp_path)
 
 
 @pytest.mark.parametrize(
