@@ -22,7 +22,7 @@ from tqdm import tqdm
 from models.cost_model import bytes_per_token
 from popengine import __version__
 from popengine.engine.engine import Engine
-from popengine.evaluation.by_position import by_position
+from popengine.evaluation.by_position import by_position, of_windows
 from popengine.evaluation.progress_file import ProgressFile
 from popengine.evaluation.scoring import (
     Text,
@@ -59,6 +59,7 @@ from popengine.studies.skipped_layers import skips_layers
 
 DRIFT_WINDOWS = 4
 TIMED_STEPS = 24
+WARM_UP_STEPS = 4
 # Settings that the axes or the widths of the plots show.
 ON_AXES = ("prune_ratio", "ffn_ratio", "candidate_width")
 
@@ -281,18 +282,23 @@ class Comparison:
     def measure_speed(self, rounds: int) -> None:
         """Time decode steps of every configuration on the first window's prompt.
 
-        Configurations take turns, so that a slow minute of the machine affects all of them.
+        Configurations take turns, in an order that alternates, so that a slow minute of the machine affects all of
+        them. A turn is an untimed start, which warms caches, and then the timed steps.
         """
         bar = tqdm(total=rounds * len(self.prunings), desc="speed", unit="turn", disable=not self.show_progress)
         with bar:
-            for number, (one, pruning) in itertools.product(range(rounds), self.prunings.items()):
-                if one.key(f"speed {number}") not in self.progress.records:
-                    engine = self.engines[one.weights]
-                    run = engine.run([self.windows[0].prompt], TIMED_STEPS, pruning, ignore_eos=True)
-                    moments = [time.perf_counter() for _ in run]
-                    steps = [later - earlier for earlier, later in itertools.pairwise(moments)]
-                    self.progress.add(one.key(f"speed {number}"), {"ms": statistics.median(steps) * 1000})
-                bar.update()
+            for number in range(rounds):
+                for one in list(self.prunings) if number % 2 == 0 else reversed(self.prunings):
+                    if one.key(f"speed {number}") not in self.progress.records:
+                        self.step_ms(one, WARM_UP_STEPS)
+                        self.progress.add(one.key(f"speed {number}"), {"ms": self.step_ms(one, TIMED_STEPS)})
+                    bar.update()
+
+    def step_ms(self, one: Configuration, tokens: int) -> float:
+        """Measure the median time of a decode step, in ms, over the generation of so many tokens."""
+        run = self.engines[one.weights].run([self.windows[0].prompt], tokens, self.prunings[one], ignore_eos=True)
+        moments = [time.perf_counter() for _ in run]
+        return statistics.median(later - earlier for earlier, later in itertools.pairwise(moments)) * 1000
 
     def measure_tasks(self, task_sets: Sequence[str], count: int, seed: int) -> None:
         """Ask every question under every configuration, except for recorded ones."""
@@ -324,16 +330,48 @@ class Comparison:
                 agreed = [score.agreed for score in self.scores(one, "generated")]
                 row["generated_agreement"] = sum(map(sum, agreed)) / sum(map(len, agreed))
                 row["identical_tokens"] = statistics.median([*own, False].index(False) for own in agreed)
-            keys = [one.key(f"speed {number}") for number in range(len(records))]
-            turns = [records[key]["ms"] for key in keys if key in records]
+            turns = self.turns(one)
             if turns:
                 row["decode_ms_per_token"] = statistics.median(turns)
+            row["over_dense"] = self.over_dense(one, row)
             for name in task_sets:
                 found = records[one.key(f"tasks {name}")]["right"].items()
                 right, asked = ({task: count(answers) for task, answers in found} for count in (sum, len))
                 row[f"tasks_{name}"] = {"right": right, "asked": asked}
             rows.append(row)
         return rows
+
+    def turns(self, one: Configuration) -> list[float]:
+        """Return the recorded times of a step, one of each round, in ms."""
+        records, turns = self.progress.records, list[float]()
+        while (key := one.key(f"speed {len(turns)}")) in records:
+            turns.append(records[key]["ms"])
+        return turns
+
+    def over_dense(self, one: Configuration, row: dict[str, Any]) -> dict[str, Any] | None:
+        """Compare a row with the dense one in the same form of weights; None if that is not among the rows.
+
+        bytes       of a step
+        perplexity  the quotient, and error: its standard error over windows, taken in pairs
+        time        the median over rounds of the quotient of two turns of one round
+        """
+        of_form = (other for other in self.prunings if other.method == "dense" and other.weights == one.weights)
+        dense = next(of_form, None)
+        if dense is None:
+            return None
+        read = bytes_per_token(self.engines[one.weights].model, self.prunings[dense])
+        found: dict[str, Any] = {"bytes": row["weight_bytes_per_token"] / read}
+        if self.windows:
+            own, its = ([sum(score.losses) / len(score.losses) for score in self.scores(which, "window")]
+                        for which in (one, dense))
+            lost = of_windows([mine - theirs for mine, theirs in zip(own, its, strict=True)])
+            quotient = None if lost["mean"] is None else math.exp(min(lost["mean"], 700.0))
+            found["perplexity"] = quotient
+            found["error"] = None if quotient is None or lost["error"] is None else quotient * lost["error"]
+        turns = [mine / theirs for mine, theirs in zip(self.turns(one), self.turns(dense), strict=False)]
+        if turns:
+            found["time"] = statistics.median(turns)
+        return found
 
     def scores(self, one: Configuration, source: str) -> list[WindowScore]:
         """Return the recorded score of every window. source: "window", the text, or "generated", by the dense model"""

@@ -33,11 +33,11 @@ def markdown(
             "tokens alike (median)": lambda row: f"{row['identical_tokens']:.1f}",
         }
     if "decode_ms_per_token" in rows[0]:
-        first: dict[str, float] = {}                    # of each form of weights: dense, or the first row
-        for row in sorted(rows, key=lambda row: row["method"] != "dense"):
-            first.setdefault(row["weights"], row["decode_ms_per_token"])
         always["ms per token"] = lambda row: f"{row['decode_ms_per_token']:.1f}"
-        always["time over dense of the form"] = lambda row: f"{row['decode_ms_per_token'] / first[row['weights']]:.2f}"
+    if rows[0]["over_dense"] is not None:
+        for figure in rows[0]["over_dense"]:
+            if figure != "error":
+                always[f"{figure} over dense's"] = partial(over_dense, figure)
     for name in rows[0]:
         if name.startswith("tasks_"):
             for task in rows[0][name]["asked"]:
@@ -48,6 +48,19 @@ def markdown(
         figures = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in found.items())
         studied.append(f"{name[0].upper()}{name[1:]}: {figures}.")
     return written(rows, always, about, studied)
+
+
+def over_dense(figure: str, row: dict[str, Any]) -> str:
+    """Return the cell of a quotient to the dense row in the same form of weights; empty if there is none.
+
+    figure  bytes, perplexity or time
+    """
+    found = row["over_dense"]
+    if found is None or found.get(figure) is None:
+        return ""
+    if figure == "perplexity":
+        return f"{found[figure]:.3f} ± {math.nan if found['error'] is None else found['error']:.3f}"
+    return f"{found[figure]:.2f}"
 
 
 def written(

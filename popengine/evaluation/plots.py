@@ -318,39 +318,46 @@ def plot_partition_map(networks: Sequence[NetworkPicks], path: Path, label: str)
 
 
 def plot_frontier(rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Plot loss against the bytes and against the time of a step; the Pareto frontier is joined.
+    """Plot perplexity against bytes and time of a step, all over the dense model's in the same form of weights.
 
+    The Pareto frontier is joined, error bars are standard errors over windows, and numbers beside points are widths.
     With one form of weights, colours show methods; with several, colours show forms and markers show methods.
     """
-    rows = [row for row in rows if row["mean_loss"] is not None]
+    rows = [row for row in rows if row["over_dense"] is not None and row["over_dense"]["perplexity"] is not None]
     if not rows:
         return False
     forms = list(dict.fromkeys(row["weights"] for row in rows))
-    figure, both = panels(1, 2, (13.5, 5.6), sharey=True)
-    dense = next((row for row in rows if row["method"] == "dense"), None)
-    for axes, name, title, saved in (
-        (both[0], "weight_bytes_per_token", "weights read per decoded token, MB", "bytes"),
-        (both[1], "decode_ms_per_token", "time per decoded token, ms", "time"),
+    figure, both = panels(1, 2, (13.5, 6.2), sharey=True)
+    for axes, name, title in (
+        (both[0], "bytes", "weights read per decoded token"), (both[1], "time", "time per decoded token"),
     ):
-        scale = 1e-6 if name == "weight_bytes_per_token" else 1.0
-        for form, method in dict.fromkeys((row["weights"], row["method"]) for row in rows):
-            own = [row for row in rows if (row["weights"], row["method"]) == (form, method)]
+        shown = [(row, row["over_dense"]) for row in rows if name in row["over_dense"]]
+        for form, method in dict.fromkeys((row["weights"], row["method"]) for row, _ in shown):
+            own = [(row, found) for row, found in shown if (row["weights"], row["method"]) == (form, method)]
             colour, marker = STYLES.get(method, ("tab:cyan", "o"))
-            axes.scatter(
-                [row[name] * scale for row in own], [row["mean_loss"] for row in own],
-                color=colour if len(forms) == 1 else f"C{forms.index(form)}", marker=marker,
-                s=120 if method == "dense" else 42, label=method if len(forms) == 1 else f"{form}, {method}", zorder=3,
+            colour = colour if len(forms) == 1 else f"C{forms.index(form)}"
+            axes.errorbar(
+                [found[name] for _, found in own], [found["perplexity"] for _, found in own],
+                [found["error"] or 0.0 for _, found in own], color=colour, marker=marker, linestyle="", capsize=2,
+                elinewidth=0.8, markersize=11 if method == "dense" else 6, zorder=3,
+                label=method if len(forms) == 1 else f"{form}, {method}",
             )
-        points = sorted((row[name] * scale, row["mean_loss"]) for row in rows)
+            for row, found in own if method == "pop" else ():
+                axes.annotate(
+                    f"{row['candidate_width']:g}", (found[name], found["perplexity"]), fontsize=7, color=colour,
+                    textcoords="offset points", xytext=(5, 4),
+                )
+        points = sorted((found[name], found["perplexity"]) for _, found in shown)
         unbeaten = [
             point for place, point in enumerate(points) if all(point[1] < earlier[1] for earlier in points[:place])
         ]
-        axes.plot(*zip(*unbeaten, strict=True), color="black", linewidth=0.8, linestyle=":", zorder=1)
-        if dense is not None:
-            against_dense(axes, dense[name] * scale, dense["mean_loss"], saved, "")
-        axes.set_xlabel(title)
+        if unbeaten:
+            axes.plot(*zip(*unbeaten, strict=True), color="black", linewidth=0.8, linestyle=":", zorder=1)
+        for line in (axes.axvline, axes.axhline):
+            line(1, color="lightgray", zorder=0)
+        axes.set_xlabel(f"{title}, over dense's")
         axes.grid(alpha=0.3)
-    both[0].set_ylabel("loss, nats per token (gray: dense)" if dense else "loss, nats per token")
+    both[0].set_ylabel("perplexity over dense's (numbers: candidate width of pop)")
     legend(figure, both[1])
     save(figure, path)
     return True

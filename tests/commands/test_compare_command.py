@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from builders import MIXTRAL_TINY, REPOSITORY, SIZES, exit_status, generated, one_line_error, saved_pair
@@ -252,6 +253,14 @@ def test_agreement_along_dense_generation_is_what_the_method_would_generate(
     assert rows(tmp_path)[0]["identical_tokens"] == 16
 
 
+def recorded(lines: list[Any], row: dict[str, Any], what: str, figure: str) -> list[Any]:
+    """Return a figure of a row's records in a progress file, in the order of windows or rounds."""
+    own = [line for line in lines if line["key"].startswith(f"{what} ") and all(
+        value in (None, row[name]) for name, value in json.loads(line["key"].partition(": ")[2]).items()
+    )]
+    return [line[figure] for line in sorted(own, key=lambda line: line["key"])]
+
+
 def test_forms_of_the_weights_are_compared_with_the_first_ones_dense_model(
     flags: list[Any], checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,6 +282,15 @@ def test_forms_of_the_weights_are_compared_with_the_first_ones_dense_model(
         assert row["mean_loss"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-6)
     assert table[0]["weight_share"] == 1 and table[3]["weight_share"] < 0.6
     assert "| int8 | draft |" in (tmp_path / "table.md").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()[1:]]
+    for row, dense_row in zip(table, [table[0]] * 3 + [table[3]] * 3, strict=True):
+        over = row["over_dense"]
+        losses, its = (np.mean(recorded(lines, one, "window", "losses"), axis=1) for one in (row, dense_row))
+        quotient, spread = np.exp(np.mean(losses - its)), np.std(losses - its, ddof=1) / 2**0.5
+        assert over["bytes"] == row["weight_bytes_per_token"] / dense_row["weight_bytes_per_token"]
+        assert (over["perplexity"], over["error"]) == pytest.approx((quotient, quotient * spread))
+        turns, dense_turns = (recorded(lines, one, "speed", "ms") for one in (row, dense_row))
+        assert over["time"] == pytest.approx(np.median(np.divide(turns, dense_turns)))
     saved = ["--save-calibration", tmp_path / "c.safetensors", "--calibration-text", text]
     assert "one --weights" in error(capsys, *flags, *forms, *saved, "--out", tmp_path)
 
