@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """One of the twelve tasks.
+    """One of the twelve tasks, or one that asks for the likelihood of the right answer alone (its name ends in -gold).
 
     read     reads its items from the archive
     metrics  names of metrics; the first is the task's own, used in averages
-    score    scores a generated text, by metric; None: answers are chosen
+    score    scores a generated text, by metric; None: answers are chosen, or one is given
     stops    strings that end a generated text, which has at most new_tokens tokens
     """
 
@@ -190,6 +190,30 @@ def generated(folder: str, **of_doc: Callable[[Any], Any]) -> Callable[[Archive]
     return read
 
 
+def humaneval(archive: Archive) -> Iterator[Item]:
+    """Read HumanEval as its authors pose it (Chen et al. 2021): the model continues a function after its docstring."""
+    for item in generated(HUMANEVAL, prompt=words, test=words, entry_point=words)(archive):
+        yield replace(item, prompt=item.doc["prompt"])
+
+
+def humaneval_gold(archive: Archive) -> Iterator[Item]:
+    """Read HumanEval's functions, with their authors' own body as the one answer."""
+    for one in archive.requests(HUMANEVAL):
+        option = words(one["doc"]["prompt"]), words(one["doc"]["canonical_solution"])
+        yield Item(str(int(one["doc_id"])), (option,), right=0)
+
+
+def gold(folder: str) -> Callable[[Archive], Iterator[Item]]:
+    """Return a reader of questions with the right answer as the one answer."""
+
+    def read(archive: Archive) -> Iterator[Item]:
+        for one in archive.requests(folder):
+            option = words(one["request"]["context"]), words(one["request"]["continuation"])
+            yield Item(str(int(one["doc_id"])), (option,), right=0)
+
+    return read
+
+
 def score_coqa(item: Item, said: str) -> dict[str, float]:
     """Score the first line of an answer by CoQA's F1."""
     return {"f1": f1_of_conversation(item.doc["answers"], said.strip().partition("\n")[0])}
@@ -208,7 +232,7 @@ def score_gsm8k(item: Item, said: str) -> dict[str, float]:
 
 
 def score_humaneval(item: Item, said: str) -> dict[str, float]:
-    """Run the tests on an answer, which may continue the function or define it again: the last definition counts."""
+    """Run the tests on an answer, which continues the function."""
     program = f"{item.doc['prompt']}{said}\n{item.doc['test']}\ncheck({item.doc['entry_point']})\n"
     return {"pass@1": float(passes(program))}
 
@@ -219,6 +243,7 @@ def score_mbpp(item: Item, said: str) -> dict[str, float]:
     return {"pass@1": float(passes(f"{item.doc['test_setup_code']}\n{said}\n{tests}\n"))}
 
 
+HUMANEVAL = "codex_humaneval/gold_bpb_0shot"
 CHOSEN, CHOSEN_BY_LENGTH = ("acc", "acc_norm"), ("acc_norm", "acc")
 TASKS = {
     "boolq": Task(choices("boolq/rc_0shot"), CHOSEN),
@@ -237,12 +262,14 @@ TASKS = {
         generated("naturalqs_open/bpb_5shot", answers=texts), ("exact",), score_nq, ("Question:", "Q:", "\n\n"), 50
     ),
     "humaneval": Task(
-        generated("codex_humaneval/gold_bpb_0shot", prompt=words, test=words, entry_point=words), ("pass@1",),
-        score_humaneval,
-        ("\nclass", "\nif", "\nprint", "\n#", "\n```", "\n```\n\n", "<|eot_id|>"), 256, runs_code=True,
+        humaneval, ("pass@1",), score_humaneval, ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), 256, runs_code=True,
     ),
     "gsm8k": Task(
         generated("gsm8k/gold_bpb_5shot", short_answer=number), ("flexible", "strict"), score_gsm8k,
         ("Question:", "</s>", "<|im_end|>", "\n\n"), 256,
     ),
+    "coqa-gold": Task(gold("coqa/bpb_0shot"), ("exact",)),
+    "gsm8k-gold": Task(gold("gsm8k/gold_bpb_5shot"), ("exact",)),
+    "humaneval-gold": Task(humaneval_gold, ("exact",)),
+    "mbpp-gold": Task(gold("codex_mbpp/gold_bpb_0shot"), ("exact",)),
 }

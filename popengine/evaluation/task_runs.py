@@ -77,7 +77,7 @@ class TaskRuns:
                     row["tasks"][name][LIKELIHOOD] = mean_and_error(right)
                 elif all("tokens" in record for record in records):
                     row["tasks"][name]["tokens"] = mean_and_error([record["tokens"] for record in records])
-            for kind, names in kinds(self.items).items():
+            for kind, names in kinds([*self.items]).items():
                 row[kind] = averaged([row["tasks"][name][TASKS[name].metrics[0]] for name in names])
             other = self.reference(one)
             if other is not None:
@@ -114,7 +114,7 @@ class TaskRuns:
                 ])
         return {"of": other.label, "tasks": tasks} | {
             kind: {of: averaged([tasks[name][of] for name in names]) for of in tasks[names[0]]}
-            for kind, names in kinds(self.items).items()
+            for kind, names in kinds([*self.items]).items()
         }
 
 
@@ -139,10 +139,14 @@ def answered(engine: Engine, task: Task, items: Sequence[Item], pruning: StudyPr
 
 
 def chosen(engine: Engine, item: Item, pruning: StudyPruning) -> dict[str, Any]:
-    """Compute the log-likelihood of each option of an item, and score the choice."""
+    """Compute the log-likelihood of each option of an item, and score the choice.
+
+    One option alone is no choice. It is exact if greedy decoding gives it.
+    """
     windows = [encoded_pair(engine, *option) for option in item.options]
-    found = [likelihood for likelihood, _ in log_likelihoods(engine, windows, pruning)]
-    return {"answer": found, "scores": choice_scores(item, found)}
+    found, greedy = zip(*log_likelihoods(engine, windows, pruning), strict=True)
+    scores = choice_scores(item, found) if len(windows) > 1 else {"exact": float(greedy[0])}
+    return {"answer": [*found], "scores": scores, "tokens": len(windows[item.right or 0].continuation)}
 
 
 def choice_scores(item: Item, found: Sequence[float]) -> dict[str, float]:
@@ -163,10 +167,11 @@ def is_sound(record: dict[str, Any]) -> bool:
     )
 
 
-def kinds(names: Sequence[str] | dict[str, Any]) -> dict[str, list[str]]:
-    """Group tasks into those with chosen answers and those with generated answers; empty groups are left out."""
-    found = {"chosen": [name for name in names if TASKS[name].score is None],
-             "generated": [name for name in names if TASKS[name].score is not None]}
+def kinds(names: Sequence[str]) -> dict[str, list[str]]:
+    """Group tasks into those with chosen, given and generated answers; empty groups are left out."""
+    found: dict[str, list[str]] = {"chosen": [], "given": [], "generated": []}
+    for name in names:
+        found["generated" if TASKS[name].score else "given" if name.endswith("-gold") else "chosen"].append(name)
     return {kind: own for kind, own in found.items() if own}
 
 
@@ -176,7 +181,7 @@ def markdown(labels: Sequence[str], rows: Sequence[dict[str, Any]], about: dict[
     for name in rows[0]["tasks"]:
         metric = TASKS[name].metrics[0]
         columns[f"{name} {metric}"] = partial(cell, ("tasks", name, metric))
-    for kind, names in kinds(rows[0]["tasks"]).items():
+    for kind, names in kinds([*rows[0]["tasks"]]).items():
         if len(names) > 1:
             columns[f"all {kind}"] = partial(cell, (kind,))
     return written(rows, columns, about) + "\n".join([*more_tables(labels, rows, against), ""])
@@ -186,9 +191,9 @@ def more_tables(labels: Sequence[str], rows: Sequence[dict[str, Any]], against: 
     """Yield the lines of tables of the log-likelihood of right answers, and of what every row has more than another."""
     of = "dense" if against == "dense" else f"{against} at the same ratio"
     pairs, names = list(zip(labels, rows, strict=True)), list(rows[0]["tasks"])
-    chosen = kinds(names).get("chosen", [])
     found = [(label, row["tasks"]) for label, row in pairs]
-    yield from figures_table("Log-likelihood of the right answer, nats", found, chosen, LIKELIHOOD, 1, "")
+    unscored = [name for name in names if TASKS[name].score is None]
+    yield from figures_table("Log-likelihood of the right answer, nats", found, unscored, LIKELIHOOD, 1, "")
     several = [kind for kind, own in kinds(names).items() if len(own) > 1]
     differences = [
         (label, row["less"]["tasks"] | {f"all {kind}": row["less"][kind] for kind in several})

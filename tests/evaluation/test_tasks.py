@@ -35,6 +35,7 @@ status, error = partial(exit_status, main), partial(one_line_error, main)
 COUNTS = {
     "boolq": 3270, "rte": 277, "hellaswag": 10042, "winogrande": 1267, "arc_easy": 570, "arc_challenge": 299,
     "openbookqa": 500, "coqa": 7983, "mbpp": 500, "nq_open": 1000, "humaneval": 164, "gsm8k": 1319,
+    "coqa-gold": 7983, "gsm8k-gold": 1319, "humaneval-gold": 164, "mbpp-gold": 500,
 }
 
 
@@ -191,6 +192,34 @@ def test_programs_pass_or_fail_their_tests(archive: Path, monkeypatch: pytest.Mo
     assert TASKS["humaneval"].score(human, "    return x + x\n") == {"pass@1": 0.0}
     assert TASKS["mbpp"].score(basic, "def square(x):\n    return x ** 2") == {"pass@1": 1.0}
     assert TASKS["mbpp"].score(basic, "def square(x:") == {"pass@1": 0.0}
+
+
+def test_humaneval_is_asked_as_its_authors_do_and_given_their_answer(archive: Path) -> None:
+    (asked, *_), (given, *_) = (Archive(archive).items(name, 2, 0) for name in ("humaneval", "humaneval-gold"))
+    assert asked.prompt == "def square(x):\n"
+    assert given.options == (("def square(x):\n", "    return x * x\n"),) and given.right == 0
+    assert TASKS["humaneval"].score(asked, given.options[0][1]) == {"pass@1": 1.0}
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name.endswith("-gold")])
+def test_a_given_answer_has_its_likelihood(
+    name: str, checkpoint: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is exact if greedy decoding gives it."""
+    engine, item = load(checkpoint, device="cpu"), Archive(archive).items(name, 1, 0)[0]
+    ((context, answer),) = item.options
+    pruning = engine.resolve(PruningSettings.paper(prune_ratio=0.3))
+    window = encoded_pair(engine, context, answer)
+    log_p = log_probabilities(engine.model, window, pruning)
+    expected = sum(float(row[token]) for row, token in zip(log_p, window.continuation, strict=True))
+    found = task_runs.answered(engine, TASKS[name], [item], pruning)[0]
+    assert found["answer"] == [pytest.approx(expected, abs=1e-4)]
+    assert found["tokens"] == len(window.continuation)
+    said = [int(row.argmax()) for row in log_p]
+    assert found["scores"] == {"exact": float(said == window.continuation)}
+    monkeypatch.setattr(task_runs, "log_likelihoods", lambda *_: [(-1.5, True)])
+    found = task_runs.answered(engine, TASKS[name], [item], pruning)[0]
+    assert (found["answer"], found["scores"]) == ([-1.5], {"exact": 1.0})
 
 
 @pytest.mark.parametrize("program", [

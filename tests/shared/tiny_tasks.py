@@ -19,10 +19,13 @@ def chosen(number: int, options: list[str], label: int) -> list[dict[str, Any]]:
 
 
 def generated(number: int, doc: dict[str, Any], prompt: str) -> dict[str, Any]:
-    return {"doc_id": number, "doc": doc, "request": {"context": prompt, "continuation": " never read"}}
+    return {"doc_id": number, "doc": doc, "request": {"context": prompt, "continuation": " gold"}}
 
 
-SQUARE = {"prompt": "def square(x):\n", "test": "def check(f):\n    assert f(3) == 9\n", "entry_point": "square"}
+SQUARE = {
+    "prompt": "def square(x):\n", "test": "def check(f):\n    assert f(3) == 9\n", "entry_point": "square",
+    "canonical_solution": "    return x * x\n",
+}
 TESTS = {"test_setup_code": "", "test_list": ["assert square(3) == 9"]}
 REQUESTS: dict[str, list[Any]] = {
     "arc_easy/rc_0shot": [
