@@ -100,7 +100,10 @@ class Configuration:
         words = [self.method if self.method in NO_RATIO else f"{self.method} {ratio}"]
         for one in compared_fields():
             value, column = getattr(settings, one.name), one.metadata["column"]
-            if column and (value != one.default or (column == "width" and self.method in WIDTH_RULES)):
+            differs = value != one.default
+            if column == "width":
+                differs = self.method in WIDTH_RULES or (differs and self.method in LAYER_METHODS)
+            if column and differs:
                 words.append(f"{column} {value}")
         return ", ".join(words) + form
 

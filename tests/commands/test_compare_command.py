@@ -161,7 +161,7 @@ def test_two_rows_are_compared_question_by_question(tmp_path: Path) -> None:
     lines = [json.dumps(one) + "\n" for one in ({"comparison": {"questions": 4, "seed": 0}}, *records)]
     (tmp_path / "progress.jsonl").write_text("".join(lines))
     tool = REPOSITORY / "tools" / "paired_difference.py"
-    named = "pop 40 %, width 0.1, min evidence 0", tmp_path, "frozen 40 %, width 0.1, min evidence 0"
+    named = "pop 40 %, width 0.1, min evidence 0", tmp_path, "frozen 40 %, min evidence 0"
     command = [sys.executable, tool, tmp_path, *named]
     made = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
     # Of the differences 0, 100, 0, 100: their mean, and the square root of 10,000 / 3 / 4.
