@@ -4,8 +4,8 @@
     python tools/papers.py --ckpt model.gguf --text wikitext.txt --out papers --only positions perplexity
 
 Every measurement is a command of popengine with a folder of its own in --out, and prints the command and its table. A
-run that was killed goes on where it was. The minutes are estimates for Qwen2.5-Coder-1.5B on two cores with nothing
-else running.
+run that was killed goes on where it was; only timings start anew. The minutes are for Qwen2.5-Coder-1.5B on two cores
+with nothing else running, most of them estimates.
 """
 
 import argparse
@@ -17,10 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# A prompt on packed weights takes two to three times as long, and quality is the same within the noise.
+PLAIN = ("--paper", "--weights", "plain", "--dtype", "bfloat16")
 ONLINE = ("--methods", "dense", "all-channels", "pop", "frozen", "--prune-ratio", "0.2", "0.4")
+STATIC = ("wanda-sp", "flap", "cfsp", "tyr", "probe-pruning", "shortgpt")
 CHOSEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-TEXT = ("--paper", "--text", "{text}")
-TASKS = ("tasks", "--paper", "--archive", "{archive}", "--tasks")
+TEXT = ("compare", *PLAIN, "--text", "{text}")
+TASKS = ("tasks", *PLAIN, "--archive", "{archive}", "--tasks")
+# Steps one after the other, which are many: from packages, on packed weights.
+ANSWERS = ("tasks", "--paper", "--weights", "int8", "--compile", "--archive", "{archive}", "--tasks")
+BENCH = ("bench", "--paper", "--compile-only", "--dtype", "bfloat16", "--weights", "auto", "int8",
+         "--against", "llama.cpp", "--prune-ratio", "0", "0.2", "0.4")
 LAYERS = "1/4"
 
 
@@ -34,17 +41,24 @@ class Step:
 
 
 STEPS = {
-    "positions": Step("POP: a frozen mask falls behind the longer the answer is; rankings drift", 75, (
-        "compare", *TEXT, *ONLINE, "--score-tokens", "512", "--windows", "8", "--by-position",
-    )),
     "perplexity": Step("POP: wider candidates are better; frozen, POP, all-channels in this order", 35, (
-        "compare", *TEXT, *ONLINE, "--candidate-width", "0.05", "0.1", "0.2", "0.3", "0.4", "0.5", "--windows", "12",
+        *TEXT, *ONLINE, "--candidate-width", "0.05", "0.1", "0.2", "0.3", "0.4", "0.5", "--windows", "24",
     )),
-    "choices": Step("POP: tasks with answers to choose", 170, (
-        *TASKS, *CHOSEN, *ONLINE, "--limit", "100", "--against", "pop",
+    "gold": Step("POP: right answers of tasks that generate, token by token", 60, (
+        *TASKS, "humaneval-gold", "mbpp-gold", *ONLINE, "--limit", "164", "--against", "pop",
     )),
-    "humaneval": Step("POP: tasks with long answers to generate", 150, (
-        *TASKS, "humaneval", "--run-code", *ONLINE, "--limit", "20", "--against", "pop",
+    "positions": Step("POP: a frozen mask falls behind the longer the answer is; rankings drift", 60, (
+        *TEXT, *ONLINE, "--score-tokens", "512", "--windows", "8", "--by-position",
+    )),
+    "static": Step("POP: better than masks calibrated on other text", 20, (
+        *TEXT, "--methods", "dense", "pop", *STATIC, "--prune-ratio", "0.2", "0.4", "--calibration-text",
+        "{calibration}", "--windows", "24",
+    )),
+    "latency": Step("POP: a step is 1.14 and 1.38 times as fast; a whole answer beside llama.cpp", 10, (
+        *BENCH, "-p", "512", "-n", "128", "--rounds", "3",
+    )),
+    "latency-long": Step("The same for a short prompt and a long answer", 20, (
+        *BENCH, "-p", "128", "-n", "512", "--rounds", "3",
     )),
     "gates": Step("Prefill-Only: deep layers matter little to the prompt", 15, (
         "gates", "--text", "{text}", "--samples", "32", "--dtype", "bfloat16", "--weights", "plain",
@@ -53,13 +67,26 @@ STEPS = {
         "skip_greedy", "--text", "{calibration}", "--layers", LAYERS, "--windows", "4",
     )),
     "skipped": Step("Prefill-Only: the deepest layers, those of the gates, and the controls", 20, (
-        "compare", *TEXT, "--methods", "dense", "prefill-only", "skip-first", "skip-evenly", "skip-no-boundary",
+        *TEXT, "--methods", "dense", "prefill-only", "skip-first", "skip-evenly", "skip-no-boundary",
         "skip-no-keys", "--prefill-skip", "1/6", LAYERS, "1/3", "auto:" + LAYERS + ":{out}/gates/gates.json",
         "{greedy}", "--windows", "12",
     )),
-    "skipped-choices": Step("Prefill-Only: tasks with answers to choose", 90, (
+    "together": Step("Both methods at once", 10, (
+        *TEXT, "--methods", "dense", "pop", "--prune-ratio", "0.2", "0.4", "--prefill-skip", "0", "{greedy}",
+        "--windows", "12",
+    )),
+    "humaneval": Step("POP: programs that pass their tests, the longest answers", 150, (
+        *ANSWERS, "humaneval", "--run-code", *ONLINE, "--limit", "164", "--against", "pop",
+    )),
+    "choices": Step("POP: tasks with answers to choose", 90, (
+        *TASKS, *CHOSEN, *ONLINE, "--limit", "100", "--against", "pop",
+    )),
+    "skipped-choices": Step("Prefill-Only: tasks with answers to choose", 60, (
         *TASKS, *CHOSEN, "--methods", "dense", "prefill-only", "--prefill-skip", LAYERS, "1/3",
         "auto:" + LAYERS + ":{out}/gates/gates.json", "{greedy}", "--limit", "100",
+    )),
+    "answers": Step("POP: other tasks with answers to generate", 200, (
+        *ANSWERS, "mbpp", "gsm8k", "coqa", "--run-code", *ONLINE, "--limit", "50", "--against", "pop",
     )),
 }
 
@@ -68,16 +95,17 @@ def main(arguments: list[str] | None = None) -> int:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--ckpt", help="the model (default: SmolLM2-135M-Instruct)")
     flags.add_argument("--text", default="wikitext.txt", help="WikiText-2, validation; see docs/results.md")
-    flags.add_argument("--calibration-text", help="for the greedy search (default: --text)")
+    flags.add_argument("--calibration-text", help="for static masks and the greedy search (default: --text)")
     flags.add_argument("--archive", help="the tasks (default: what `make tasks` fetched)")
     flags.add_argument("--out", type=Path, default=Path("papers"))
     flags.add_argument("--only", nargs="+", choices=STEPS, metavar="NAME", help=", ".join(STEPS))
     given = flags.parse_args(arguments)
+    given.out.mkdir(parents=True, exist_ok=True)
     names = given.only or list(STEPS)
     left = sum(STEPS[name].minutes for name in names)
     for number, name in enumerate(names, 1):
         step, began = STEPS[name], time.perf_counter()
-        command = [*filled(step.command, given), "--out", str(given.out / name)]
+        command = [*filled(step.command, given), *written_to(step.command[0], given.out, name)]
         command += ["--ckpt", given.ckpt] if given.ckpt else []
         print(f"## {name} ({number} of {len(names)}): {step.claim}\n\nAbout {step.minutes} of {left} minutes.\n")
         print(f"    popengine {' '.join(command)}\n", flush=True)
@@ -101,6 +129,11 @@ def filled(command: Sequence[str], given: argparse.Namespace) -> list[str]:
         place = found.index("--archive")
         del found[place : place + 2]
     return found
+
+
+def written_to(command: str, out: Path, name: str) -> list[str]:
+    """Return the words that say where a command writes: bench a file, the others a folder."""
+    return ["--json", str(out / f"{name}.json")] if command == "bench" else ["--out", str(out / name)]
 
 
 def status_of(command: Sequence[str]) -> int:
