@@ -208,7 +208,7 @@ class Comparison:
         networks: dict[str, Any] = {}
         folder = plots if plots is not None and plots_module().INSTALLED else None
         if self.windows:
-            measured = min(DRIFT_WINDOWS, len(self.windows))
+            measured = min(DRIFT_WINDOWS, GENERATED_WINDOWS, len(self.windows))
             drifts = [rank_drift(self.engine.model, window) for window in self.windows[:measured]]
             own = [rank_drift(self.engine.model, self.generated_window(index)) for index in range(measured)]
             picked = self.study_picks()
