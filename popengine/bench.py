@@ -1,4 +1,4 @@
-"""Time POP, the dense network and optionally other engines, all in one process and in turns.
+"""Time POP, the dense network and optionally other engines, in turns.
 
     python -m popengine.bench -p 128 -n 64 --prune-ratio 0 0.2 0.4 --compile --against transformers,llama.cpp
 
