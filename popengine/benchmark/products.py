@@ -15,7 +15,6 @@ from models.matrices.candidates import (
     COMPILED,
     MOST_ROUNDS,
     PER_SHAPE,
-    PLAIN,
     compiled_calls,
     eager_calls,
     in_turns,
@@ -24,7 +23,7 @@ from models.matrices.candidates import (
 from popengine.benchmark.benchmark import SUMMED_BYTES, header
 from popengine.benchmark.shapes import write_random_checkpoint
 from popengine.benchmark.table import align, heading
-from popengine.engine.choices import Choices, Place, alike, measured_on
+from popengine.engine.choices import Choices, Place, alike, layouts, measured_on
 from popengine.engine.loading import choose_device, load
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
@@ -66,7 +65,8 @@ def products_of(
         eager, read, chosen = packed_calls(matrices), first.read_bytes(), "packed"
     else:
         weights = measured_on(places)
-        eager, read, chosen = eager_calls(weights), weights[0].nbytes, choices.choose(f"eager {name}", PLAIN, None)
+        eager, read = eager_calls(weights), weights[0].nbytes
+        chosen = choices.choose(f"eager {name}", layouts(places), None)
     rows = [row("eager", one, times, read, one == chosen) for one, times in in_turns(eager, SECONDS).items()]
     if compiles and kind != "int4":                 # whose compiled product is the eager one
         weights = measured_on(places)
