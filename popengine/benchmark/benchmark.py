@@ -6,7 +6,6 @@ measured in the same rounds. Compare figures of one run with each other, never w
 """
 
 import argparse
-import ctypes
 import gc
 import itertools
 import math
@@ -47,7 +46,7 @@ from popengine.studies.skipped_layers import skips_layers
 from weights.checkpoint import open_checkpoint
 from weights.default_checkpoint import default_checkpoint
 from weights.errors import InputError
-from weights.memory import available_memory, gigabytes
+from weights.memory import available_memory, gigabytes, give_back
 
 # Size in bytes of the array whose sum measures the memory bandwidth, far larger than any cache.
 SUMMED_BYTES = 1 << 29
@@ -393,8 +392,7 @@ def held_bytes(device: torch.device, process: str = "self") -> int | None:
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)             # freed memory of an earlier engine would hide this one's
+    give_back()                         # freed memory of an earlier engine would hide this one's
     return resident("VmRSS", process)
 
 

@@ -56,6 +56,7 @@ from popengine.studies.settings import (
     compared_fields,
 )
 from popengine.studies.skipped_layers import skips_layers
+from weights.memory import give_back
 
 DRIFT_WINDOWS = 4
 # Of so many windows the dense model generates an answer, one token after the other, which takes most of the time.
@@ -253,6 +254,7 @@ class Comparison:
                     own = log_probabilities(self.engines[one.weights].model, window, self.prunings[one])
                     score = score_window(own, dense, window)
                     self.progress.add(one.key(f"window {index}"), asdict(score))
+                    give_back()
                     bar.update()
 
     def measure_generated(self) -> None:
@@ -283,6 +285,7 @@ class Comparison:
                     agreed = (own.argmax(dim=-1) == said).tolist()
                     score = replace(score_window(own, dense, generated), agreed=agreed)
                     self.progress.add(one.key(f"generated {index}"), asdict(score))
+                    give_back()
                     bar.update()
 
     def measure_speed(self, rounds: int) -> None:

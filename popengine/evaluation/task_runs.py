@@ -18,6 +18,7 @@ from popengine.evaluation.progress_file import ProgressFile
 from popengine.evaluation.scoring import mean_and_error
 from popengine.evaluation.task_archive import TASKS, Item, Task
 from popengine.studies.resolve import StudyPruning
+from weights.memory import give_back
 
 # The figure of the right answer's log-likelihood, in nats.
 LIKELIHOOD = "right_log_likelihood"
@@ -50,6 +51,7 @@ class TaskRuns:
                     records = answered(self.engines[one.weights], TASKS[name], missing, pruning) if missing else []
                     for item, record in zip(missing, records, strict=True):
                         self.progress.add(one.key(f"{name} {item.key}"), record)
+                    give_back()
                     bar.update(len(batch))
 
     def batches(self, task: Task, items: list[Item]) -> list[list[Item]]:

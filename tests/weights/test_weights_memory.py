@@ -1,5 +1,7 @@
 """What is taken for free memory: the least of what the machine and each enclosing control group leave."""
 
+import ctypes
+import mmap
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,22 @@ def test_this_machine_says_what_it_has() -> None:
     available = memory.available_memory(torch.device("cpu"))
     assert available is None or 0 < available < 2**50
     assert memory.available_memory(torch.device("meta")) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"),
+                    reason="only glibc keeps freed memory, and only Linux tells how much a process holds")
+def test_freed_memory_is_given_back() -> None:
+    """Between small tensors that stay; glibc keeps it after a size was freed once."""
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    kept = []
+    for _ in range(2):
+        freed = []
+        for _ in range(32):
+            freed.append(torch.ones(1 << 20))
+            kept.append(torch.ones(2000))
+        del freed
+        held = resident()
+        memory.give_back()
+    assert held - resident() > 64 << 20
