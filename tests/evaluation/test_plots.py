@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import draw_frontier
 import pytest
 import torch
 from builders import exit_status
@@ -98,6 +99,26 @@ def test_a_single_point_is_drawn_with_ticks(method: str, perplexity: float, draw
         sound(figure)
     ticks = [label for label in drawn[0].axes[0].get_yticklabels() if label.get_text()]
     assert len(ticks) >= 2
+
+
+def test_the_frontier_of_several_comparisons_is_one_plot(
+    drawn: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for form in ("plain", "int8"):
+        (tmp_path / form).mkdir()
+        of_form = [row(method, size, loss, ms) | {"weights": form} for method, size, loss, ms in
+                   (("dense", 100, 3, 10), ("pop", 90, 3.1, 8))]
+        (tmp_path / form / "table.json").write_text(json.dumps({"rows": of_form}))
+    given = [str(tmp_path / "plain"), str(tmp_path / "int8"), "--out", str(tmp_path / "a.png")]
+    assert draw_frontier.main(given) == 0
+    assert {"plain, pop", "int8, dense"} < {text.get_text() for text in drawn[-1].legends[0].get_texts()}
+    sound(drawn[-1])
+    untimed = row("pop", 90, 3.1, 8) | {"over_dense": None}
+    (tmp_path / "int8" / "table.json").write_text(json.dumps({"rows": [untimed]}))
+    for folder, said in ((tmp_path / "int8", "timed nothing"), (tmp_path, "cannot be read")):
+        with pytest.raises(SystemExit) as end:
+            draw_frontier.main([str(folder), *given[2:]])
+        assert end.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_nothing_is_drawn_of_nothing(drawn: list[Any], tmp_path: Path) -> None:
