@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.matrices.plain import Matrix, share_storage
-from models.matrices.products import fused_gemv, is_fused, row_count
+from models.matrices.products import fused_gemv, is_fused, product_dtype, row_count
 from weights.errors import InputError
 from weights.groups import Groups, group
 
 # Most rows for which a fused product is faster than a packed one, and a packed one (int8, int4) faster than unpacking
 # (tools/measure_packed.py).
-FEW_ROWS_WRITTEN_OUT, FEW_ROWS_INT8, FEW_ROWS_INT4 = 3, 8, 16
+FEW_ROWS_WRITTEN_OUT, FEW_ROWS_INT8, FEW_ROWS_INT4 = 3, 12, 32
 # PyTorch's int8 product reads this many numbers of a row at a time, possibly past the end of the row.
 PADDING = 16
 # Group sizes that the int4 product supports.
@@ -41,8 +41,8 @@ COPIED_AT_ONCE = 128
 # Bytes that a step must save per byte of a copy of columns in int8. To compute such a byte takes as long as to read 30
 # in a step, and an answer has some 128 steps: 30 / 128 (docs/measurements/packed.md).
 LEAST_SAVED_AS_INT8 = 1 / 4
-# The four lower bits of each of the eight bytes of a word.
-LOW_HALVES = 0x0F0F0F0F0F0F0F0F
+# The four lower bits of each of the eight bytes of a word, and the highest bit of each.
+LOW_HALVES, SIGNS = 0x0F0F0F0F0F0F0F0F, ~0x7F7F7F7F7F7F7F7F
 
 
 class Int8Matrix(Matrix):
@@ -99,8 +99,10 @@ class Int8Matrix(Matrix):
             padded = F.pad(x, (0, self.weight.shape[1] - self.in_features)).flatten(0, -2)
             y = torch.ops.aten._weight_int8pack_mm(padded, self.weight, self.scale).view(*x.shape[:-1], -1)
         else:
-            parts = self.numbers().split(rows_at_once(self.in_features))
-            y = torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], dim=-1) * self.scale
+            parts, wide = self.numbers().split(rows_at_once(self.in_features)), x.to(product_dtype(x))
+            room = wide.new_empty(parts[0].shape)
+            y = torch.cat([F.linear(wide, room[: len(part)].copy_(part)) for part in parts], dim=-1)
+            y = (y * self.scale).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
     def reads_chosen_rows(self, rows: int) -> bool:
@@ -199,25 +201,64 @@ class Int4Matrix(Matrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by the packed numbers, or by unpacked stretches if there are many rows. x [..., in] -> [..., out]"""
-        if row_count(x) <= FEW_ROWS_INT4 and has_packed_products(x):
+        if self.multiplies_packed(x):
             width = self.weight.shape[1]
             packed, size = self.weight.view(-1, width // 2), width // len(self.groups)
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.flatten(0, -2), packed, size, self.groups)
             y = y.view(*x.shape[:-1], -1)
         else:
-            y = torch.cat([x @ self.transposed(blocks) for blocks, _ in self.stretches()], dim=-1)
+            y = self.multiply_unpacked(x)
         y = y[..., : self.out_features]
         return y if self.bias is None else y + self.bias
 
-    def transposed(self, blocks: slice = slice(None)) -> Tensor:
-        """Dequantise some blocks, transposed: [in, rows] in the dtype of the activations."""
-        numbers = self.numbers(blocks)                                              # [in, rows]
-        rows = numbers.shape[1]
-        first = (blocks.start or 0) * layout()[0]
-        scale, middle = self.groups[:, first : first + rows].unbind(-1)             # [G, rows]
-        least = torch.addcmul(middle, scale, torch.tensor(-8.0, dtype=scale.dtype)) # the value of 0
-        grouped = numbers.to(scale.dtype).unflatten(0, (len(scale), -1))            # [G, g, rows]
-        return torch.addcmul(least.unsqueeze(1), grouped, scale.contiguous().unsqueeze(1)).flatten(0, 1)
+    def multiplies_packed(self, x: Tensor) -> bool:
+        """Return True if the packed product is faster for x; its time grows with the rows. A compiler knows no other"""
+        few = FEW_ROWS_INT4 * self.in_features // self.weight.shape[1]
+        return has_packed_products(x) and (row_count(x) <= few or torch.compiler.is_compiling())
+
+    def multiply_unpacked(self, x: Tensor) -> Tensor:
+        """Multiply by a stretch of unpacked rows after the other. x [..., in] -> [..., rows], those of padding too"""
+        wide = x.flatten(0, -2).to(product_dtype(x))                                # [T, in]
+        y = x.new_empty(len(wide), self.groups.shape[1])
+        room: Tensor | None = None
+        for blocks, rows in self.stretches():
+            room = self.transposed(blocks, wide.dtype, room)
+            y[:, rows] = wide @ room
+        return y.view(*x.shape[:-1], -1)
+
+    def transposed(
+        self, blocks: slice = slice(None), dtype: torch.dtype | None = None, room: Tensor | None = None
+    ) -> Tensor:
+        """Dequantise some blocks, transposed: [in, rows].
+
+        dtype  to compute in; None: that of the activations
+        room   a result for as many blocks or more, which is overwritten; None: new memory
+        """
+        block, halves = layout()
+        low, high = self.split(self.weight[blocks])                                 # [blocks, in, block / 2]
+        count, first = len(low) * block, (blocks.start or 0) * block
+        scale, least = self.scales(self.groups[:, first : first + count].to(dtype or self.groups.dtype))   # [G, rows]
+        if room is None:
+            room = scale.new_empty(self.in_features, count)
+        values = room.flatten()[: self.in_features * count].view(self.in_features, count)
+        numbers = values.unflatten(1, (-1, 2, block // 2) if halves else (-1, block // 2, 2))
+        for part, into in zip((low, high), numbers.unbind(2 if halves else 3), strict=True):
+            into.copy_(part.transpose(0, 1))                                        # [in, blocks, block / 2]
+        grouped = values.unflatten(0, (len(scale), -1))                             # [G, g, rows]
+        torch.addcmul(least.unsqueeze(1), grouped, scale.unsqueeze(1), out=grouped)
+        return values
+
+    @staticmethod
+    def split(packed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the numbers in the lower and in the upper halves of bytes, each [blocks, in, block / 2]."""
+        return (packed.view(torch.int64) & LOW_HALVES).view(torch.uint8), packed >> 4
+
+    @staticmethod
+    def scales(groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scale of a number of `split`, and the value of 0. [G, rows, 2] -> [G, rows], [G, rows]"""
+        scale, middle = groups.unbind(-1)
+        scale = scale.contiguous()
+        return scale, torch.sub(middle, scale, alpha=8)
 
     def stretches(self) -> Iterator[tuple[slice, slice]]:
         """Yield stretches to unpack at once: a slice of blocks, and the slice of rows in them."""
@@ -347,22 +388,34 @@ class GroupedInt8Matrix(Int4Matrix):
         return made.fill(in_halves(part) for part in stretches)  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        if row_count(x) <= FEW_ROWS_INT4 and has_packed_products(x):
+        if self.multiplies_packed(x):
             parts = x.unflatten(-1, (-1, 1, HALVES))                                # [..., in / 16, 1, 16]
             x = torch.cat([parts, parts / 16], dim=-2).flatten(-3)                  # [..., 2 in]
         return super().forward(x)
 
-    def transposed(self, blocks: slice = slice(None)) -> Tensor:
-        numbers = self.numbers(blocks)                                              # [2 in, rows]
-        first = (blocks.start or 0) * layout()[0]
-        return joined_values(numbers, self.groups[:, first : first + numbers.shape[1]])
+    @staticmethod
+    def split(packed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the numbers less 128, int8, of which 16 h + l is in lower and in upper halves of bytes."""
+        high, low = packed.view(torch.int64).unflatten(1, (-1, 2, HALVES)).unbind(2)    # [blocks, in / 16, 16, words]
+        lower = (high & LOW_HALVES) << 4 | low & LOW_HALVES
+        upper = high & ~LOW_HALVES | low >> 4 & LOW_HALVES
+        return tuple((part ^ SIGNS).flatten(1, 2).view(torch.int8) for part in (lower, upper))  # type: ignore[return-value]
+
+    @staticmethod
+    def scales(groups: Tensor) -> tuple[Tensor, Tensor]:
+        wide, z = groups.unbind(-1)                                                 # [in / 16, rows]
+        scale = wide / 16
+        return scale, (z.float() * 17 / 16 - 8 * scale.float()).to(scale.dtype)     # and m
 
     def rows(self, rows: Tensor) -> Tensor:
         """Dequantise the given rows. int64 [n] -> [n, in]"""
         place, above = places_of_rows(rows)
         half = self.weight.shape[2]
         numbers = self.weight[place // half, :, place % half] >> above.to(torch.uint8) & 15         # [n, 2 in]
-        return joined_values(numbers.t(), self.groups[:, rows]).t()
+        high, low = numbers.unflatten(1, (-1, 2, HALVES)).unbind(2)                 # [n, in / 16, 16]
+        scale, middle = (one.t().unsqueeze(-1) for one in self.scales(self.groups[:, rows]))    # [n, in / 16, 1]
+        signed = (high << 4 | low).to(scale.dtype) - 128                            # exact in bfloat16
+        return torch.addcmul(middle, signed, scale).flatten(1)
 
     def empty_rows(self, rows: int) -> "GroupedInt8Matrix":
         bias = room_for_bias(self, rows)
@@ -377,16 +430,6 @@ class GroupedInt8Matrix(Int4Matrix):
     def stack(cls, matrices: Sequence[Matrix]) -> "GroupedInt8Matrix":
         whole = Int4Matrix.stack(matrices)
         return cls.packed(whole.weight, whole.groups, whole.out_features, whole.bias)
-
-
-def joined_values(numbers: Tensor, groups: Tensor) -> Tensor:
-    """Dequantise numbers of a GroupedInt8Matrix. uint8 [2 in, rows], groups [in / 16, rows, 2] -> [in, rows]"""
-    high, low = numbers.unflatten(0, (-1, 2, HALVES)).unbind(1)                     # [in / 16, 16, rows]
-    wide, z = groups.unbind(-1)                                                     # [in / 16, rows]
-    scale = wide / 16
-    rest = (z.float() * 17 / 16 - 8 * scale.float()).to(scale.dtype)                # m
-    signed = (high << 4 | low).to(scale.dtype) - 128                                # exact in bfloat16
-    return torch.addcmul(rest.unsqueeze(1), signed, scale.unsqueeze(1)).flatten(0, 1)
 
 
 def places_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ B batch, T rows, in and out the sides of a weight [out, in], N query heads, K ke
 size, C candidates.
 """
 
+import time
 from functools import lru_cache
 from typing import Any
 
@@ -33,6 +34,30 @@ def is_fused(x: Tensor) -> bool:
 def row_count(x: Tensor) -> int:
     """Return the number of rows of x, over all leading dimensions."""
     return x.shape[:-1].numel()
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which many rows x are multiplied fastest by values that are unpacked for them."""
+    half = x.dtype != torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return fast_dtype(x.dtype) if half else x.dtype
+
+
+@lru_cache(maxsize=2)
+def fast_dtype(half: torch.dtype) -> torch.dtype:
+    """Return float32 if this processor takes more than twice as long for products in half precision, else `half`.
+
+    Without instructions for it, PyTorch takes 3 to 200 times as long (docs/measurements/packed.md).
+    """
+    seconds = {}
+    for dtype in (half, torch.float32):
+        rows, weight = torch.ones(64, 256, dtype=dtype), torch.ones(256, 128, dtype=dtype)
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            torch.mm(rows, weight)
+            times.append(time.perf_counter() - began)
+        seconds[dtype] = min(times)
+    return half if seconds[half] <= 2 * seconds[torch.float32] else torch.float32
 
 
 def fused_gemv(x: Tensor, weight: Tensor, streams: int = STREAMS) -> Tensor:
