@@ -25,7 +25,7 @@ from weights.groups import Groups, group
 
 # Most rows for which a fused product is faster than a packed one, and a packed one (int8, int4) faster than unpacking
 # (tools/measure_packed.py).
-FEW_ROWS_WRITTEN_OUT, FEW_ROWS_INT8, FEW_ROWS_INT4 = 3, 12, 32
+FEW_ROWS_WRITTEN_OUT, FEW_ROWS_INT8, FEW_ROWS_INT4 = 3, 16, 40
 # PyTorch's int8 product reads this many numbers of a row at a time, possibly past the end of the row.
 PADDING = 16
 # Group sizes that the int4 product supports.
@@ -219,12 +219,12 @@ class Int4Matrix(Matrix):
     def multiply_unpacked(self, x: Tensor) -> Tensor:
         """Multiply by a stretch of unpacked rows after the other. x [..., in] -> [..., rows], those of padding too"""
         wide = x.flatten(0, -2).to(product_dtype(x))                                # [T, in]
-        y = x.new_empty(len(wide), self.groups.shape[1])
+        y = wide.new_empty(len(wide), self.groups.shape[1])
         room: Tensor | None = None
         for blocks, rows in self.stretches():
             room = self.transposed(blocks, wide.dtype, room)
-            y[:, rows] = wide @ room
-        return y.view(*x.shape[:-1], -1)
+            torch.mm(wide, room, out=y[:, rows])
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def transposed(
         self, blocks: slice = slice(None), dtype: torch.dtype | None = None, room: Tensor | None = None
@@ -235,29 +235,31 @@ class Int4Matrix(Matrix):
         room   a result for as many blocks or more, which is overwritten; None: new memory
         """
         block, halves = layout()
-        low, high = self.split(self.weight[blocks])                                 # [blocks, in, block / 2]
-        count, first = len(low) * block, (blocks.start or 0) * block
+        packed = self.weight[blocks].view(torch.int64)
+        count, first = len(packed) * block, (blocks.start or 0) * block
         scale, least = self.scales(self.groups[:, first : first + count].to(dtype or self.groups.dtype))   # [G, rows]
         if room is None:
             room = scale.new_empty(self.in_features, count)
         values = room.flatten()[: self.in_features * count].view(self.in_features, count)
         numbers = values.unflatten(1, (-1, 2, block // 2) if halves else (-1, block // 2, 2))
-        for part, into in zip((low, high), numbers.unbind(2 if halves else 3), strict=True):
-            into.copy_(part.transpose(0, 1))                                        # [in, blocks, block / 2]
+        parts = self.split(packed.transpose(0, 1).flatten(1))       # words change places faster than numbers
+        for part, into in zip(parts, numbers.unbind(2 if halves else 3), strict=True):
+            into.copy_(part.view_as(into))                                          # [in, blocks, block / 2]
         grouped = values.unflatten(0, (len(scale), -1))                             # [G, g, rows]
         torch.addcmul(least.unsqueeze(1), grouped, scale.unsqueeze(1), out=grouped)
         return values
 
     @staticmethod
     def split(packed: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the numbers in the lower and in the upper halves of bytes, each [blocks, in, block / 2]."""
-        return (packed.view(torch.int64) & LOW_HALVES).view(torch.uint8), packed >> 4
+        """Return the numbers in lower and in upper halves of bytes. int64 [in, words] -> 2 times uint8 [in, 8 words]"""
+        return (packed & LOW_HALVES).view(torch.uint8), packed.view(torch.uint8) >> 4
 
     @staticmethod
     def scales(groups: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scale of a number of `split`, and the value of 0. [G, rows, 2] -> [G, rows], [G, rows]"""
-        scale, middle = groups.unbind(-1)
-        scale = scale.contiguous()
+        both, bits = pairs(groups), 8 * groups.element_size()
+        one = torch.int16 if bits == 16 else torch.int32
+        scale, middle = both.to(one).view(groups.dtype), (both >> bits).to(one).view(groups.dtype)  # faster than unbind
         return scale, torch.sub(middle, scale, alpha=8)
 
     def stretches(self) -> Iterator[tuple[slice, slice]]:
@@ -395,11 +397,11 @@ class GroupedInt8Matrix(Int4Matrix):
 
     @staticmethod
     def split(packed: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the numbers less 128, int8, of which 16 h + l is in lower and in upper halves of bytes."""
-        high, low = packed.view(torch.int64).unflatten(1, (-1, 2, HALVES)).unbind(2)    # [blocks, in / 16, 16, words]
-        lower = (high & LOW_HALVES) << 4 | low & LOW_HALVES
-        upper = high & ~LOW_HALVES | low >> 4 & LOW_HALVES
-        return tuple((part ^ SIGNS).flatten(1, 2).view(torch.int8) for part in (lower, upper))  # type: ignore[return-value]
+        """Return the numbers less 128 alike. int64 [2 in, words] -> 2 times int8 [in, 8 words]"""
+        high, low = packed.unflatten(0, (-1, 2, HALVES)).unbind(1)                  # [in / 16, 16, words]
+        lower = ((high & LOW_HALVES) << 4).bitwise_or_(low & LOW_HALVES).bitwise_xor_(SIGNS)
+        upper = (high & ~LOW_HALVES).bitwise_or_(low >> 4 & LOW_HALVES).bitwise_xor_(SIGNS)
+        return lower.flatten(0, 1).view(torch.int8), upper.flatten(0, 1).view(torch.int8)
 
     @staticmethod
     def scales(groups: Tensor) -> tuple[Tensor, Tensor]:

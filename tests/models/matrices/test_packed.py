@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tolerance import assert_rounds_no_worse, assert_same, distance, rounding
 from torch import Tensor
 
 from models.cost_model import all_copy_bytes, bytes_per_token
-from models.matrices import packed
+from models.matrices import packed, products
 from models.matrices.forms import ChosenColumns, ChosenRows
 from models.matrices.packed import GroupedInt8Embedding, GroupedInt8Matrix, Int4Matrix, Int8Embedding, Int8Matrix
 from models.matrices.plain import Matrix
@@ -33,7 +34,8 @@ from weights.groups import Groups, group
 
 ROOT = Path(__file__).resolve().parents[3]
 
-ROWS = (1, 2, 3, 5, 9, 17, 40)
+# With packed products, and the last with unpacked values.
+ROWS = (1, 2, 3, 9, 17, 40, 41)
 KINDS = ("int8", "int4")
 SHAPES = ((64, 64), (80, 96), (192, 128))
 # Of eight bits: any.
@@ -84,7 +86,7 @@ def test_compiled_products_are_those_of_the_values(kind: str) -> None:
 @pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 def test_unpacking_in_stretches_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    matrix, x = made(kind, 192, 128), torch.randn(1, 40, 128).bfloat16()
+    matrix, x = made(kind, 192, 128), torch.randn(1, 41, 128).bfloat16()
     whole = matrix(x)
     monkeypatch.setattr(packed, "STRETCH", 1)
     assert_same(matrix(x), whole, roundings=4)              # each rounds its sum, and what a scale makes of it
@@ -136,6 +138,56 @@ def test_numbers_come_back_from_every_layout(block: int, halves: bool, monkeypat
     matrix = Int4Matrix.of_groups(given, torch.float32)
     assert torch.equal(matrix.numbers()[:, :80].t(), given.numbers)
     assert_same(matrix.values(), given.values())
+
+
+def slow_values(matrix: Int4Matrix) -> Tensor:
+    """The values of a matrix from its integers and groups, in float64 [out, in]."""
+    groups = matrix.groups[:, : matrix.out_features].double()                       # [G, out, 2]
+    numbers = matrix.numbers()[:, : matrix.out_features].double().unflatten(0, (len(groups), -1))   # [G, g, out]
+    values = (numbers - 8) * groups[:, None, :, 0] + groups[:, None, :, 1]
+    if isinstance(matrix, GroupedInt8Matrix):
+        values = values[:, :16] + values[:, 16:] / 16
+    return values.flatten(0, 1).t()
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("block", [64, 32])
+@pytest.mark.parametrize("halves", [True, False])
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_many_rows_multiply_by_the_values_in_every_layout(
+    block: int, halves: bool, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one stretch and in several, in the dtype of the activations and in float32."""
+    monkeypatch.setattr(packed, "layout", lambda: (block, halves))
+    for out in (5, 80, 200):
+        for dtype in (torch.float32, torch.bfloat16):
+            offset, x = torch.randn(out).to(dtype), torch.randn(1, 41, 256).to(dtype)
+            matrix: Any = eight_bits(out, 256, size, dtype)[0] if size == 16 else Int4Matrix.of_groups(
+                group(torch.randn(out, 256), size), dtype, offset
+            )
+            wanted = F.linear(x.double(), slow_values(matrix), None if matrix.bias is None else offset.double())
+            for stretch in (1, 1 << 14, 1 << 20):
+                for computed in (dtype, torch.float32):
+                    monkeypatch.setattr(packed, "STRETCH", stretch)
+                    monkeypatch.setattr(packed, "product_dtype", lambda x, computed=computed: computed)
+                    y = matrix(x)
+                    assert y.dtype == dtype and y.shape == (1, 41, out)
+                    assert distance(y, wanted) <= (1e-5 if dtype == torch.float32 else 2.02 * rounding(dtype))
+
+
+@pytest.mark.parametrize(("slow", "chosen"), [("bfloat16", torch.float32), ("float32", torch.bfloat16)])
+def test_float32_multiplies_where_half_precision_is_slow(
+    slow: str, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    multiply = torch.mm
+
+    def delayed(x: Tensor, weight: Tensor) -> Tensor:
+        time.sleep(0.02 * (x.dtype == getattr(torch, slow)))
+        return multiply(x, weight)
+
+    monkeypatch.setattr(torch, "mm", delayed)
+    assert products.fast_dtype.__wrapped__(torch.bfloat16) == chosen
+    assert products.product_dtype(torch.ones(1)) == torch.float32
 
 
 @pytest.mark.numeric
