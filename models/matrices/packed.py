@@ -2,7 +2,8 @@
 
 A step multiplies by the packed integers through PyTorch's own packed products. These are slow for many rows (a prompt).
 A prompt therefore multiplies by the dequantised values, unpacked one stretch of rows at a time, so that the stretch is
-still in the processor's cache when it is read. docs/measurements/packed.md has the figures.
+still in the processor's cache when it is read, in the dtype that the processor multiplies fast.
+docs/measurements/packed.md has the figures.
 
 Activations are bfloat16 (float16 works too). Packed products of float32 activations are ten times as slow, so with
 float32 every product unpacks.

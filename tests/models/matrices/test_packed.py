@@ -179,13 +179,7 @@ def test_many_rows_multiply_by_the_values_in_every_layout(
 def test_float32_multiplies_where_half_precision_is_slow(
     slow: str, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    multiply = torch.mm
-
-    def delayed(x: Tensor, weight: Tensor) -> Tensor:
-        time.sleep(0.02 * (x.dtype == getattr(torch, slow)))
-        return multiply(x, weight)
-
-    monkeypatch.setattr(torch, "mm", delayed)
+    monkeypatch.setattr(torch, "mm", lambda x, weight: time.sleep(0.02 * (x.dtype == getattr(torch, slow))))
     assert products.fast_dtype.__wrapped__(torch.bfloat16) == chosen
     assert products.product_dtype(torch.ones(1)) == torch.float32
 
