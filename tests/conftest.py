@@ -6,7 +6,9 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +91,38 @@ def pytest_collection_finish() -> None:
     """Objects that imports have made stay to the end: half a million that no collection of garbage need look at."""
     gc.collect()
     gc.freeze()
+
+
+# Of each process that ran tests, a worker of pytest-xdist or the only one: the peak of its memory in bytes.
+PEAK_OF = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[PEAK_OF] = {}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker hands its peak to the process that reports."""
+    config = session.config
+    if find_spec("resource") is None or config.getoption("numprocesses", None):      # not on Windows
+        return
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    config.stash[PEAK_OF]["this process"] = peak
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["peak"] = peak
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    if peak := getattr(node, "workeroutput", {}).get("peak"):          # a worker that crashed has none
+        node.config.stash[PEAK_OF][f"worker {node.gateway.id}"] = peak
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for name, peak in sorted(config.stash[PEAK_OF].items()):
+        terminalreporter.write_line(f"peak memory of {name}: {peak / 1e9:.2f} GB")
 
 
 @pytest.fixture(scope="module", autouse=True)
