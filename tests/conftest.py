@@ -71,12 +71,13 @@ LARGEST = (
     "test_conversation", "test_mixtral",
 )
 LONGEST = (
-    *LARGEST, "test_packages", "test_ranks_together", "test_wheel", "test_explain", "test_repeated_requests",
-    "test_cuda_without_a_card", "test_hostile_files", "test_ranks", "test_tasks", "test_isolated",
-    "test_generate_command", "test_weights_gguf", "test_chat_command", "test_vision", "test_output", "test_tokenizer",
-    "test_compare_command", "test_kinds", "test_qwen_vl", "test_gemma", "test_harness", "test_qwen_engine",
-    "test_examples", "test_chat", "test_prefill_only", "test_rules", "test_engine", "test_gemma_engine",
-    "test_visual_tokens", "test_bench",
+    *LARGEST, "test_packages", "test_hostile_files", "test_ranks_together", "test_wheel", "test_neighbours",
+    "test_gpu_check", "test_explain", "test_repeated_requests", "test_cuda_without_a_card", "test_input_sparsity",
+    "test_ranks", "test_tasks", "test_isolated", "test_generate_command", "test_weights_gguf", "test_chat_command",
+    "test_vision", "test_output", "test_tokenizer", "test_compare_command", "test_fewer_experts", "test_left_out",
+    "test_matrix", "test_kinds", "test_qwen_vl", "test_gemma", "test_harness", "test_qwen_engine", "test_examples",
+    "test_chat", "test_prefill_only", "test_rules", "test_engine", "test_gemma_engine", "test_visual_tokens",
+    "test_bench",
 )
 # A file to which every file of tests adds a line: the peak of its worker's memory in MB while it ran.
 PEAKS = os.environ.get("POPENGINE_TEST_PEAKS")
