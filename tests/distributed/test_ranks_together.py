@@ -105,6 +105,7 @@ def test_what_ranks_keep_is_of_the_whole_model_and_says_how_many_they_were(tiny:
     assert json.loads(first)["comparison"]["ranks"] == 2            # so that one process does not go on with it
 
 
+@pytest.mark.slow
 def test_bench_tells_what_goes_between_ranks(tiny: Path, tmp_path: Path) -> None:
     flags = ("--ckpt", tiny, "--dtype", "float32", "-p", 8, "-n", 6, "--prune-ratio", 0.2, "--rounds", 1)
     command = ("-m", "popengine.bench", *flags, "--json", tmp_path / "bench.json")
@@ -185,6 +186,7 @@ def test_files_are_compared_by_what_they_hold(tmp_path: Path) -> None:
     assert contents(tmp_path / "none") == str(tmp_path / "none") and contents(None) == "None"
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_all(tiny: Path) -> None:
     flags = ("--ckpt", tiny, "--prompt", "a", "-n", 200, "--ignore-eos", "--paper", "--prune-ratio", 0)
     process = started(2, "-m", "popengine.generate", *flags)

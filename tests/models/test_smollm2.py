@@ -144,8 +144,10 @@ def test_pop_tokens_equal_transformers(
 
 
 @pytest.mark.parametrize(("share", "skipped", "boundary", "tokens"), [
-    ("1/3", 10, 1, LIVE), ("1/3", 10, 16, LIVE), ("1/6", 5, 1, LIVE),
-    pytest.param("1/3", 10, 16, 48, marks=pytest.mark.slow),
+    ("1/3", 10, 16, LIVE),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in (
+        ("1/3", 10, 1, LIVE), ("1/6", 5, 1, LIVE), ("1/3", 10, 16, 48),
+    )),
 ])
 def test_tokens_of_prompts_that_skip_layers_equal_the_slow_ones(
     engine: Engine, default_model_of_transformers: Any, share: str, skipped: int, boundary: int, tokens: int
