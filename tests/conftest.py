@@ -6,7 +6,9 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,12 +71,13 @@ LARGEST = (
     "test_conversation", "test_mixtral",
 )
 LONGEST = (
-    *LARGEST, "test_packages", "test_ranks_together", "test_wheel", "test_explain", "test_repeated_requests",
-    "test_cuda_without_a_card", "test_hostile_files", "test_ranks", "test_tasks", "test_isolated",
-    "test_generate_command", "test_weights_gguf", "test_chat_command", "test_vision", "test_output", "test_tokenizer",
-    "test_compare_command", "test_kinds", "test_qwen_vl", "test_gemma", "test_harness", "test_qwen_engine",
-    "test_examples", "test_chat", "test_prefill_only", "test_rules", "test_engine", "test_gemma_engine",
-    "test_visual_tokens", "test_bench",
+    *LARGEST, "test_packages", "test_hostile_files", "test_ranks_together", "test_wheel", "test_neighbours",
+    "test_gpu_check", "test_explain", "test_repeated_requests", "test_cuda_without_a_card", "test_input_sparsity",
+    "test_ranks", "test_tasks", "test_isolated", "test_generate_command", "test_weights_gguf", "test_chat_command",
+    "test_vision", "test_output", "test_tokenizer", "test_compare_command", "test_fewer_experts", "test_left_out",
+    "test_matrix", "test_kinds", "test_qwen_vl", "test_gemma", "test_harness", "test_qwen_engine", "test_examples",
+    "test_chat", "test_prefill_only", "test_rules", "test_engine", "test_gemma_engine", "test_visual_tokens",
+    "test_bench",
 )
 # A file to which every file of tests adds a line: the peak of its worker's memory in MB while it ran.
 PEAKS = os.environ.get("POPENGINE_TEST_PEAKS")
@@ -89,6 +92,38 @@ def pytest_collection_finish() -> None:
     """Objects that imports have made stay to the end: half a million that no collection of garbage need look at."""
     gc.collect()
     gc.freeze()
+
+
+# Of each process that ran tests, a worker of pytest-xdist or the only one: the peak of its memory in bytes.
+PEAK_OF = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[PEAK_OF] = {}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker hands its peak to the process that reports."""
+    config = session.config
+    if find_spec("resource") is None or config.getoption("numprocesses", None):      # not on Windows
+        return
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    config.stash[PEAK_OF]["this process"] = peak
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["peak"] = peak
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    if peak := getattr(node, "workeroutput", {}).get("peak"):          # a worker that crashed has none
+        node.config.stash[PEAK_OF][f"worker {node.gateway.id}"] = peak
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for name, peak in sorted(config.stash[PEAK_OF].items()):
+        terminalreporter.write_line(f"peak memory of {name}: {peak / 1e9:.2f} GB")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -46,7 +46,7 @@ def test_ranks_equal_one_process_with_as_many_groups(
             case(checkpoint, "Hello there", settings={"prune_ratio": 0.3}, compile=True),
         ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    said = run_ranks(tmp_path, count, ranks_worker.__file__, tmp_path / "cases.json", tmp_path / "out", within=200)
+    said = run_ranks(tmp_path, count, ranks_worker.__file__, tmp_path / "cases.json", tmp_path / "out")
     assert said.statuses == [0] * count, said.err[-3000:]
     grouped = [one | {"settings": one["settings"] | {"groups": count}} for one in cases]
     by_ranks = torch.load(tmp_path / "out", weights_only=True)

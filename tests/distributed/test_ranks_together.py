@@ -6,13 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from builders import REPOSITORY, complete_checkpoint
-from forked_ranks import run_ranks
+from forked_ranks import ENDED_WITHIN, run_ranks
 from rank_cases import compute
 from safetensors.torch import load_file
 from tolerance import assert_same, tolerated
@@ -40,15 +39,15 @@ def started(ranks: int, *arguments: object, **changes: str) -> subprocess.Popen[
     )
 
 
-def said(process: subprocess.Popen[str], within: float = 60) -> tuple[int, str, list[str]]:
+def said(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
     """Status, standard output, and the lines that ranks (not torchrun) say on stderr."""
-    out, err = process.communicate(timeout=within)
+    out, err = process.communicate(timeout=ENDED_WITHIN)
     return process.returncode, out, [line for line in err.splitlines() if line.startswith("error:")]
 
 
-def by_forked_ranks(folder: Path, ranks: int, *arguments: object, within: float = 60) -> tuple[int, str, list[str]]:
+def by_forked_ranks(folder: Path, ranks: int, *arguments: object) -> tuple[int, str, list[str]]:
     """What `said` returns, of ranks that no torchrun watches: each of them must end by itself."""
-    found = run_ranks(folder, ranks, *arguments, within=within)
+    found = run_ranks(folder, ranks, *arguments)
     assert len(set(found.statuses)) == 1, found
     return found.statuses[0], found.out, [line for line in found.err.splitlines() if line.startswith("error:")]
 
@@ -56,7 +55,7 @@ def by_forked_ranks(folder: Path, ranks: int, *arguments: object, within: float 
 def test_ranks_compute_what_one_process_does_with_as_many_groups(
     tiny: Path, tmp_path: Path
 ) -> None:
-    status, out, lines = by_forked_ranks(tmp_path, 2, SHARED / "rank_cases.py", tiny, tmp_path, within=300)
+    status, out, lines = by_forked_ranks(tmp_path, 2, SHARED / "rank_cases.py", tiny, tmp_path)
     assert status == 0, (out, lines)
     alone = compute(tiny, 2)
     for rank in range(2):
@@ -106,6 +105,7 @@ def test_what_ranks_keep_is_of_the_whole_model_and_says_how_many_they_were(tiny:
     assert json.loads(first)["comparison"]["ranks"] == 2            # so that one process does not go on with it
 
 
+@pytest.mark.slow
 def test_bench_tells_what_goes_between_ranks(tiny: Path, tmp_path: Path) -> None:
     flags = ("--ckpt", tiny, "--dtype", "float32", "-p", 8, "-n", 6, "--prune-ratio", 0.2, "--rounds", 1)
     command = ("-m", "popengine.bench", *flags, "--json", tmp_path / "bench.json")
@@ -116,21 +116,19 @@ def test_bench_tells_what_goes_between_ranks(tiny: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("flags", "ranks", "words", "agent"),
+    ("flags", "ranks", "words"),
     [
-        (("--prune-ratio", "2"), 2, "prune ratio must be", True),
-        (("--prune-ratio", "2"), 2, "prune ratio must be", False),
-        ((), 3, "cannot be shared out over 3 ranks", False),
-        (("--image", "nowhere.png"), 2, "this checkpoint is a text model", False),
+        (("--prune-ratio", "2"), 2, "prune ratio must be"),
+        ((), 3, "cannot be shared out over 3 ranks"),
+        (("--image", "nowhere.png"), 2, "this checkpoint is a text model"),
     ],
 )
 def test_what_is_wrong_is_said_once_and_all_end(
-    tiny: Path, tmp_path: Path, flags: tuple[str, ...], ranks: int, words: str, agent: bool
+    tiny: Path, tmp_path: Path, flags: tuple[str, ...], ranks: int, words: str
 ) -> None:
     command = ("-m", "popengine.generate", "--ckpt", tiny, "--prompt", "a", *flags)
-    began = time.monotonic()
-    status, out, lines = said(started(ranks, *command)) if agent else by_forked_ranks(tmp_path, ranks, *command)
-    assert status != 0 and out == "" and time.monotonic() - began < 30
+    status, out, lines = by_forked_ranks(tmp_path, ranks, *command)
+    assert status != 0 and out == ""
     assert len(lines) == 1 and words in lines[0]
 
 
@@ -174,10 +172,9 @@ def test_ranks_end_together(tiny: Path, tmp_path: Path, how: str, words: str, ag
         how = str(shutil.copytree(tiny, tmp_path / "other"))
         config = json.loads((tiny / "config.json").read_text()) | {"rms_norm_eps": 1e-4}
         (tmp_path / "other" / "config.json").write_text(json.dumps(config))
-    began = time.monotonic()
     command = (tmp_path / "differently.py", tiny, how)
     status, _, lines = said(started(2, *command)) if agent else by_forked_ranks(tmp_path, 2, *command)
-    assert status != 0 and time.monotonic() - began < 30
+    assert status != 0
     assert len(lines) == 1 and words in lines[0], lines
 
 
@@ -189,13 +186,14 @@ def test_files_are_compared_by_what_they_hold(tmp_path: Path) -> None:
     assert contents(tmp_path / "none") == str(tmp_path / "none") and contents(None) == "None"
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_all(tiny: Path) -> None:
     flags = ("--ckpt", tiny, "--prompt", "a", "-n", 200, "--ignore-eos", "--paper", "--prune-ratio", 0)
     process = started(2, "-m", "popengine.generate", *flags)
     assert process.stdout is not None
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    status, _, lines = said(process, 20)
+    status, _, lines = said(process)
     assert status != 0 and len(lines) <= 1
 
 

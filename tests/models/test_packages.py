@@ -180,6 +180,7 @@ def test_a_step_that_reads_a_tensor_beside_its_inputs_is_refused(
 GATHERING = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3, dense_every=3, redraw_every=6)
 
 
+@pytest.mark.slow
 def test_dense_steps_between_pruned_ones_count(eager: Engine, fast: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with_packages_of(fast, GATHERING)
     wanted = generated(eager, [PROMPT], 30, GATHERING)
@@ -196,6 +197,7 @@ def test_dense_steps_between_pruned_ones_count(eager: Engine, fast: Engine, monk
     assert len(eager_steps) == 2 * 4 and all(given[-1] for given in eager_steps)        # those that partition alone
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_dense_steps_add_the_eager_evidence(eager: Engine, fast: Engine) -> None:
     """In the first step, which verifies, as in later ones."""
@@ -225,6 +227,7 @@ def test_dense_steps_in_half_precision_run_from_packages_too(
     assert set(kinds) == {False, True} and None not in kinds.values()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("harm", [lambda out: [out[0] + 1], lambda out: 1 / 0], ids=["wrong", "failing"])
 def test_a_refused_dense_package_leaves_the_evidence_right(

@@ -143,8 +143,12 @@ def test_pop_tokens_equal_transformers(
     assert answer(48, settings)[:LIVE] == wanted
 
 
-@pytest.mark.parametrize("tokens", [LIVE, pytest.param(48, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("share", "skipped", "boundary"), [("1/3", 10, 1), ("1/3", 10, 16), ("1/6", 5, 1)])
+@pytest.mark.parametrize(("share", "skipped", "boundary", "tokens"), [
+    ("1/3", 10, 16, LIVE),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in (
+        ("1/3", 10, 1, LIVE), ("1/6", 5, 1, LIVE), ("1/3", 10, 16, 48),
+    )),
+])
 def test_tokens_of_prompts_that_skip_layers_equal_the_slow_ones(
     engine: Engine, default_model_of_transformers: Any, share: str, skipped: int, boundary: int, tokens: int
 ) -> None:

@@ -14,6 +14,11 @@ from typing import NamedTuple
 
 from torch.distributed import TCPStore
 
+from popengine.engine.distributed import PATIENCE
+
+# Seconds after which a process that has not ended will not end: half of what a rank waits for one that is gone. A bound
+# on how fast ranks end would fail on a busy machine.
+ENDED_WITHIN = PATIENCE.total_seconds() / 2
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload([
     "torch.distributed", "popengine.engine.distributed", "popengine.engine.loading", "popengine.engine.results",
@@ -43,9 +48,9 @@ def rank(environment: dict[str, str], words: list[str], out: str, err: str) -> N
         runpy.run_path(words[0], run_name="__main__")
 
 
-def run_ranks(folder: Path, count: int, *words: object, within: float = 60) -> Said:
+def run_ranks(folder: Path, count: int, *words: object) -> Said:
     """Run a command on so many ranks, which write to files of an existing folder. TimeoutError if one of them stays."""
-    store, ended_by = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), time.monotonic() + within
+    store, ended_by = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), time.monotonic() + ENDED_WITHIN
     out, err = folder / f"{store.port}.out", folder / f"{store.port}.err"
     processes = [
         CONTEXT.Process(target=rank, args=(
@@ -65,5 +70,5 @@ def run_ranks(folder: Path, count: int, *words: object, within: float = 60) -> S
         process.join()
     if late:
         said = err.read_text()[-3000:] if err.exists() else ""
-        raise TimeoutError(f"{len(late)} of {count} ranks had not ended after {within:.0f} s: {said}")
+        raise TimeoutError(f"{len(late)} of {count} ranks had not ended after {ENDED_WITHIN:.0f} s: {said}")
     return Said([process.exitcode or 0 for process in processes], out.read_text(), err.read_text())

@@ -409,7 +409,7 @@ def test_commands_take_it_and_say_what_it_did(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.slow
-def test_compiled_steps_are_the_eager_ones_and_read_everything(tmp_path: Path) -> None:
+def test_compiled_steps_are_the_eager_ones_and_read_everything(tmp_path: Path, short_calls: None) -> None:
     """Steps that are compiled multiply by whole matrices stored by rows."""
     folder = complete_checkpoint(tmp_path)
     eager, compiled = load(folder, compile=False), load(folder, compile=True)

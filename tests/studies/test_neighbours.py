@@ -294,14 +294,9 @@ def test_padding_is_no_probe(model: LlamaForCausalLM) -> None:
     assert set(probe_rows(x, None).tolist()) <= set(range(12, 17))
 
 
-# Of methods that leave out layers, and of those that choose channels in advance, one is compiled on either weights by
-# `make test`, and the other by `make test-slow`.
+# Of each way in which a method prunes one: whole layers, halves of layers, channels in advance, channels of the prompt.
 @pytest.mark.parametrize(("method", "weights"), [
-    ("shortgpt", "plain"), ("finercut", "int8"), ("cfsp", "int8"), ("tyr", "plain"),
-    ("probe-pruning", "plain"), ("probe-pruning", "int8"),
-    *(pytest.param(*one, marks=pytest.mark.slow) for one in (
-        ("shortgpt", "int8"), ("finercut", "plain"), ("cfsp", "plain"), ("tyr", "int8"),
-    )),
+    ("shortgpt", "int8"), ("finercut", "plain"), ("cfsp", "int8"), ("probe-pruning", "plain"),
 ])
 @pytest.mark.slow
 def test_compiled_and_packed_steps_do_the_same(method: str, weights: str, tmp_path: Path, short_calls: None) -> None:

@@ -101,6 +101,7 @@ def sound_pieces() -> bytes:
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(places=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=8), cut=st.integers(0, 10**6),
        whole=st.booleans())
+@pytest.mark.slow
 def test_any_bytes_of_a_sentencepiece_model(
     sound_pieces: bytes, places: list[tuple[int, int]], cut: int, whole: bool
 ) -> None:

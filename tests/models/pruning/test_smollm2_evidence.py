@@ -54,7 +54,10 @@ def usual(pair: tuple[Any, LlamaForCausalLM], encode: Callable[[str], list[int]]
 
 @pytest.mark.parametrize("changes", [
     {"min_evidence": 24, "dense_every": 4, "redraw_every": 8}, {"rule": "up"},
-    {"rule": "up", "retained_share": 0.2, "min_evidence": 24, "dense_every": 4, "redraw_every": 8},
+    pytest.param(
+        {"rule": "up", "retained_share": 0.2, "min_evidence": 24, "dense_every": 4, "redraw_every": 8},
+        marks=pytest.mark.slow,
+    ),
 ], ids=["evidence", "up", "up_retained_evidence"])
 def test_evidence_and_cheap_scores_give_the_tokens_of_the_slow_way(
     pair: tuple[Any, LlamaForCausalLM], encode: Callable[[str], list[int]], usual: list[Any], changes: dict[str, Any]
