@@ -268,8 +268,8 @@ TASKS = {
         generated("gsm8k/gold_bpb_5shot", short_answer=number), ("flexible", "strict"), score_gsm8k,
         ("Question:", "</s>", "<|im_end|>", "\n\n"), 256,
     ),
-    "coqa-gold": Task(gold("coqa/bpb_0shot"), ("exact",)),
-    "gsm8k-gold": Task(gold("gsm8k/gold_bpb_5shot"), ("exact",)),
-    "humaneval-gold": Task(humaneval_gold, ("exact",)),
-    "mbpp-gold": Task(gold("codex_mbpp/gold_bpb_0shot"), ("exact",)),
+    "coqa-gold": Task(gold("coqa/bpb_0shot"), ("per_token",)),
+    "gsm8k-gold": Task(gold("gsm8k/gold_bpb_5shot"), ("per_token",)),
+    "humaneval-gold": Task(humaneval_gold, ("per_token",)),
+    "mbpp-gold": Task(gold("codex_mbpp/gold_bpb_0shot"), ("per_token",)),
 }

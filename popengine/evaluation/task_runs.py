@@ -143,12 +143,13 @@ def answered(engine: Engine, task: Task, items: Sequence[Item], pruning: StudyPr
 def chosen(engine: Engine, item: Item, pruning: StudyPruning) -> dict[str, Any]:
     """Compute the log-likelihood of each option of an item, and score the choice.
 
-    One option alone is no choice. It is exact if greedy decoding gives it.
+    One option alone is no choice: its score is the geometric mean of the probabilities of its tokens.
     """
     windows = [encoded_pair(engine, *option) for option in item.options]
-    found, greedy = zip(*log_likelihoods(engine, windows, pruning), strict=True)
-    scores = choice_scores(item, found) if len(windows) > 1 else {"exact": float(greedy[0])}
-    return {"answer": [*found], "scores": scores, "tokens": len(windows[item.right or 0].continuation)}
+    found = [likelihood for likelihood, _ in log_likelihoods(engine, windows, pruning)]
+    tokens = len(windows[item.right or 0].continuation)
+    scores = choice_scores(item, found) if len(windows) > 1 else {"per_token": math.exp(found[0] / tokens)}
+    return {"answer": found, "scores": scores, "tokens": tokens}
 
 
 def choice_scores(item: Item, found: Sequence[float]) -> dict[str, float]:
