@@ -106,7 +106,7 @@ def test_a_compared_setting_that_differs_is_a_column(name: str) -> None:
         (one.metadata["column"], one.metadata["matters"]) for one in compared_fields() if one.name == name
     )
     method = "shortgpt" if matters == "to layers" else "pop"
-    measured = {"ratio": 0.2, "ffn_ratio": 0.3, "weight_bytes_per_token": 10, "weight_share": 0.5}
+    measured = {"ratio": 0.2, "ffn_ratio": 0.3, "weight_bytes_per_token": 10, "weight_share": 0.5, "over_dense": None}
     changed = another_setting(name)
     plain = {other: value for other, value in changed.items() if other != name}     # what the setting asks for besides
     rows = [Configuration(method, PruningSettings(**changes)).fields() | measured for changes in (plain, changed)]

@@ -31,7 +31,7 @@ TALLYING = "tally dbbd=d1b1b2d2; tally cabbacdafe?"
 CASES: list[tuple[str, Path | None, dict[str, Any], dict[str, Any]]] = [
     ("dense", None, {}, {"prune_ratio": 0.0}),
     ("pop", None, {}, POP),
-    ("heads", None, {}, POP | {"head_ratio": 0.5, "candidate_width": 0.6}),
+    ("heads", None, {}, POP | {"head_ratio": 0.5, "candidate_width": 0.5}),
     ("evidence", None, {}, POP | EVIDENCE),
     ("draft", None, {}, POP | {"rule": "draft", "candidate_width": 1.0}),
     ("glass", None, {}, POP | {"rule": "glass", "prior": 16}),
