@@ -30,8 +30,8 @@ LARGE_FILE = Path(__file__).resolve().parent.parent / "weights" / "real" / "qwen
 # Beside the small default model only. The figures are those of docs/speed.md and docs/results.md.
 LARGER = (
     "A larger model gains time, and pays for it: on the Q4_K_M file of Qwen2.5-Coder-1.5B the paper's setting at ratio "
-    "0.4 reads 0.76 of the bytes and takes 0.78 of a compiled dense step's time, at 1.45 times dense's perplexity. In "
-    "a clone, `make real` makes this demo run on that file."
+    "0.4 reads 0.76 of the bytes and takes 0.77 to 0.91 of a compiled dense step's time, at 1.45 times dense's "
+    "perplexity. In a clone, `make real` makes this demo run on that file."
 )
 
 
