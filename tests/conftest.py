@@ -1,6 +1,5 @@
 """Fixtures that several test files share."""
 
-import ctypes
 import gc
 import os
 import re
@@ -21,6 +20,7 @@ from popengine.studies import rules
 from popengine.text.sandbox.process import Sandbox
 from weights.default_checkpoint import DEFAULT_DIRECTORY, found_in
 from weights.errors import InputError
+from weights.memory import give_back
 
 START = Sandbox.start
 
@@ -139,8 +139,7 @@ def memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()
-    if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "malloc_trim"):      # musl has none
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from popengine.evaluation.task_archive import TASKS
+from popengine.evaluation.task_archive import GIVEN, TASKS
 
 RATIOS = ("--prune-ratio", "0.2", "0.4")
-TWELVE = [name for name in TASKS if not name.endswith("-gold")]
+TWELVE = [name for name, task in TASKS.items() if task.metrics != GIVEN]
 POP = ("--methods", "dense", "all-channels", "pop", "frozen", "flap", "wanda-sp", *RATIOS)
 CALIBRATED = ("--calibration-text", "{calibration}")
 PLAIN, LIMIT = ("--dtype", "bfloat16", "--weights", "plain"), ("--limit", "{limit}")

@@ -4,6 +4,7 @@ Peers are optional: transformers and llama-cpp-python are imported only if asked
 the same dtype.
 """
 
+import contextlib
 import importlib
 import json
 import math
@@ -242,8 +243,9 @@ class LlamaCppEngine:
         (prompt,) = prompts
         assert self.process.stdin is not None
         count = new_tokens if steps is None else min(new_tokens, 1 + steps)
-        self.process.stdin.write(json.dumps({"prompt": prompt, "tokens": count}) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):      # it has ended: `answer` says so
+            self.process.stdin.write(json.dumps({"prompt": prompt, "tokens": count}) + "\n")
+            self.process.stdin.flush()
         found = self.answer()
         return Generated(found["tokens"], found["milliseconds"][0], found["milliseconds"][1:])
 

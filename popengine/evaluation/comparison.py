@@ -188,6 +188,10 @@ class Comparison:
     def engine(self) -> Engine:
         return next(iter(self.engines.values()))
 
+    @property
+    def generated_from(self) -> list[Window]:
+        return self.windows[:GENERATED_WINDOWS]
+
     def measure(
         self, tasks: Sequence[str], questions: int, seed: int, rounds: int, plots: Path | None, positions: bool = False
     ) -> dict[str, Any]:
@@ -209,7 +213,7 @@ class Comparison:
         networks: dict[str, Any] = {}
         folder = plots if plots is not None and plots_module().INSTALLED else None
         if self.windows:
-            measured = min(DRIFT_WINDOWS, GENERATED_WINDOWS, len(self.windows))
+            measured = min(DRIFT_WINDOWS, len(self.generated_from))
             drifts = [rank_drift(self.engine.model, window) for window in self.windows[:measured]]
             own = [rank_drift(self.engine.model, self.generated_window(index)) for index in range(measured)]
             picked = self.study_picks()
@@ -263,7 +267,7 @@ class Comparison:
         Up to the first disagreement, a configuration would generate the same tokens itself. Scores are recorded as of
         a text, but `agreed` says whether the configuration's likeliest token is the generated one.
         """
-        windows = self.windows[:GENERATED_WINDOWS]
+        windows = self.generated_from
         total = len(windows) * (1 + len(self.prunings))
         bar = tqdm(total=total, desc="generated", unit="window", disable=not self.show_progress)
         with bar, torch.inference_mode():
@@ -374,7 +378,7 @@ class Comparison:
             own, its = ([sum(score.losses) / len(score.losses) for score in self.scores(which, "window")]
                         for which in (one, dense))
             lost = of_windows([mine - theirs for mine, theirs in zip(own, its, strict=True)])
-            quotient = None if lost["mean"] is None else math.exp(min(lost["mean"], 700.0))
+            quotient = None if lost["mean"] is None else math.exp(lost["mean"])        # `summarise` bounds the loss
             found["perplexity"] = quotient
             found["error"] = None if quotient is None or lost["error"] is None else quotient * lost["error"]
         turns = [mine / theirs for mine, theirs in zip(self.turns(one), self.turns(dense), strict=False)]
@@ -384,8 +388,8 @@ class Comparison:
 
     def scores(self, one: Configuration, source: str) -> list[WindowScore]:
         """Return the recorded score of every window. source: "window", the text, or "generated", by the dense model"""
-        count = min(len(self.windows), len(self.windows) if source == "window" else GENERATED_WINDOWS)
-        records = [self.progress.records[one.key(f"{source} {index}")] for index in range(count)]
+        windows = self.windows if source == "window" else self.generated_from
+        records = [self.progress.records[one.key(f"{source} {index}")] for index in range(len(windows))]
         return [WindowScore(record["losses"], record["agreed"], record["divergences"]) for record in records]
 
     def generated_window(self, index: int) -> Window:

@@ -108,22 +108,19 @@ def save(figure: Any, path: Path) -> None:
     pyplot.close(figure)
 
 
-def against_dense(axes: Any, across: float | None, up: float | None, name: str, price: str) -> None:
-    """Add what is saved to the top of a panel, and the price to its right, with lines at the dense model's values.
+def against_dense(axes: Any, megabytes: float, perplexity: float | None) -> None:
+    """Add the share of bytes saved to the top of a panel, and perplexity over dense's to its right.
 
-    across, up  the dense model's values on both axes; None: it was not measured
+    megabytes, perplexity  the dense model's values on both axes, where lines are drawn; None: it was not measured
     """
-    if across is not None:
-        axes.axvline(across, color="lightgray", zorder=0)
-        saved = (lambda x: 100 * (1 - x / across)), (lambda share: across * (1 - share / 100))
-        top = axes.secondary_xaxis("top", functions=saved)
-        top.set_xlabel(f"{name} saved against dense, %")
-    if up is not None:
-        axes.axhline(up, color="lightgray", zorder=0)
-        if price:
-            right = axes.secondary_yaxis("right", functions=(lambda y: y / up, lambda share: share * up))
-            even_ticks(right.yaxis, [limit / up for limit in axes.get_ylim()])
-            right.set_ylabel(price)
+    axes.axvline(megabytes, color="lightgray", zorder=0)
+    saved = (lambda x: 100 * (1 - x / megabytes)), (lambda share: megabytes * (1 - share / 100))
+    axes.secondary_xaxis("top", functions=saved).set_xlabel("bytes saved against dense, %")
+    if perplexity is not None:
+        axes.axhline(perplexity, color="lightgray", zorder=0)
+        right = axes.secondary_yaxis("right", functions=(lambda y: y / perplexity, lambda share: share * perplexity))
+        even_ticks(right.yaxis, [limit / perplexity for limit in axes.get_ylim()])
+        right.set_ylabel("perplexity over dense's")
 
 
 def even_ticks(axis: Any, limits: Sequence[float]) -> None:
@@ -172,7 +169,7 @@ def plot_perplexity(points: Sequence[Point], path: Path) -> bool:
     even_ticks(axes.yaxis, axes.get_ylim())
     dense = next((value for point, value in measured if point.method == "dense"), None)
     whole = measured[0][0].megabytes / measured[0][0].weight_share
-    against_dense(axes, whole, dense, "bytes", "perplexity over dense's")
+    against_dense(axes, whole, dense)
     axes.set_xlabel("weights read per decoded token, MB")
     axes.set_ylabel("perplexity (lower is better)")
     figure.suptitle("What a decode step reads, and what it costs in quality (numbers: candidate width of pop)")

@@ -244,7 +244,7 @@ def score_mbpp(item: Item, said: str) -> dict[str, float]:
 
 
 HUMANEVAL = "codex_humaneval/gold_bpb_0shot"
-CHOSEN, CHOSEN_BY_LENGTH = ("acc", "acc_norm"), ("acc_norm", "acc")
+CHOSEN, CHOSEN_BY_LENGTH, GIVEN = ("acc", "acc_norm"), ("acc_norm", "acc"), ("per_token",)
 TASKS = {
     "boolq": Task(choices("boolq/rc_0shot"), CHOSEN),
     "rte": Task(rte, CHOSEN),
@@ -268,8 +268,8 @@ TASKS = {
         generated("gsm8k/gold_bpb_5shot", short_answer=number), ("flexible", "strict"), score_gsm8k,
         ("Question:", "</s>", "<|im_end|>", "\n\n"), 256,
     ),
-    "coqa-gold": Task(gold("coqa/bpb_0shot"), ("per_token",)),
-    "gsm8k-gold": Task(gold("gsm8k/gold_bpb_5shot"), ("per_token",)),
-    "humaneval-gold": Task(humaneval_gold, ("per_token",)),
-    "mbpp-gold": Task(gold("codex_mbpp/gold_bpb_0shot"), ("per_token",)),
+    "coqa-gold": Task(gold("coqa/bpb_0shot"), GIVEN),
+    "gsm8k-gold": Task(gold("gsm8k/gold_bpb_5shot"), GIVEN),
+    "humaneval-gold": Task(humaneval_gold, GIVEN),
+    "mbpp-gold": Task(gold("codex_mbpp/gold_bpb_0shot"), GIVEN),
 }

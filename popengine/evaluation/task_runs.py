@@ -16,7 +16,7 @@ from popengine.evaluation.comparison import Configuration, row_of
 from popengine.evaluation.comparison_table import Column, written
 from popengine.evaluation.progress_file import ProgressFile
 from popengine.evaluation.scoring import mean_and_error
-from popengine.evaluation.task_archive import TASKS, Item, Task
+from popengine.evaluation.task_archive import GIVEN, TASKS, Item, Task
 from popengine.studies.resolve import StudyPruning
 from weights.memory import give_back
 
@@ -174,7 +174,8 @@ def kinds(names: Sequence[str]) -> dict[str, list[str]]:
     """Group tasks into those with chosen, given and generated answers; empty groups are left out."""
     found: dict[str, list[str]] = {"chosen": [], "given": [], "generated": []}
     for name in names:
-        found["generated" if TASKS[name].score else "given" if name.endswith("-gold") else "chosen"].append(name)
+        task = TASKS[name]
+        found["generated" if task.score else "given" if task.metrics == GIVEN else "chosen"].append(name)
     return {kind: own for kind, own in found.items() if own}
 
 

@@ -345,6 +345,8 @@ def test_llama_cpp_generates_in_a_process_of_its_own(tmp_path: Path, monkeypatch
     peer = LlamaCppEngine(file, None, 8, 1, tmp_path)
     with pytest.raises(AbsentPeer, match="ended with status 4"):
         peer.generate([[1, 2]], 4)
+    with pytest.raises(AbsentPeer, match="ended with status 4"):        # a later turn
+        peer.generate([[1, 2]], 4)
     library(tmp_path, COUNTING.replace('print("loading")', "raise ValueError('no such type')"))
     with pytest.raises(AbsentPeer, match=r"does not load a .gguf of these weights \(no such type\)"):
         LlamaCppEngine(file, None, 8, 1, tmp_path)
