@@ -26,7 +26,7 @@ from weights.groups import Groups, group
 
 # Most rows for which a fused product is faster than a packed one, and a packed one (int8, int4) faster than unpacking
 # (tools/measure_packed.py).
-FEW_ROWS_WRITTEN_OUT, FEW_ROWS_INT8, FEW_ROWS_INT4 = 3, 16, 40
+FEW_ROWS_WRITTEN_OUT, FEW_ROWS_INT8, FEW_ROWS_INT4 = 3, 12, 40
 # PyTorch's int8 product reads this many numbers of a row at a time, possibly past the end of the row.
 PADDING = 16
 # Group sizes that the int4 product supports.
