@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         rows = [row for folder in given.folders for row in rows_of(folder)]
     except InputError as error:
-        flags.error(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     plots.tell_if_missing()
     return 0 if plots.INSTALLED and plots.plot_frontier(rows, given.out) else 1
 
