@@ -31,7 +31,7 @@ pop = engine.resolve(popengine.PruningSettings.paper(prune_ratio=0.2))
 own = replace(pop, rule=ActivationsAlone(pop.rule.ffn_ratio, pop.rule.width))
 dense = engine.resolve(popengine.PruningSettings(prune_ratio=0))
 for name, pruning in {"dense": dense, "pop": pop, "own": own}.items():
-    found = score_text(engine.model, windows, pruning, step_by_step=False, bar=None)
+    found = score_text(engine, windows, pruning, step_by_step=False, bar=None)
     read, of_dense = read_per_token(engine, pruning)
     share = f"{read / of_dense:.1%} of the bytes"
     print(f"{name:6} perplexity {found.perplexity:8.2f}   KL {found.divergence:.4f}   {share}")

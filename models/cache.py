@@ -42,19 +42,26 @@ class KVCache:
         dropped: int, head_dim: int, dtype: torch.dtype, device: torch.device,
     ) -> None:
         """patterns, attends: per layer; a layer whose attention does not run has no slots. dropped: see SlotMap"""
-        self.capacity, self.dropped, self.filled = capacity, dropped, 0
         # Layers of equal patterns have one object: by its identity the compiler tells layers apart.
-        one_of_each = {pattern: pattern for pattern in patterns}
-        self.maps = {pattern: pattern.slots(batch, capacity, dropped, device) for pattern in one_of_each.values()}
-        self.layers = []
-        for pattern, runs in zip(map(one_of_each.__getitem__, patterns), attends, strict=True):
-            shape = batch, heads, self.maps[pattern].tokens.shape[-1] if runs else 0, head_dim
-            # Zeros, not empty: attention gives unfilled slots weight 0, and 0 * NaN would still be NaN.
-            keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-            self.layers.append(LayerCache(keys, values, pattern))
+        self.patterns = {pattern: pattern for pattern in patterns}
+        self.attends = attends
+        none = torch.zeros(batch, heads, 0, head_dim, dtype=dtype, device=device)
+        self.layers = [LayerCache(none, none, self.patterns[pattern]) for pattern in patterns]
         self.length = torch.zeros(1, dtype=torch.int64, device=device)              # [1]
         self.padding = torch.zeros(batch, 1, dtype=torch.int64, device=device)      # [B, 1] slots on the left
         self.rope_delta = torch.zeros(batch, 1, dtype=torch.int64, device=device)   # [B, 1] see PictureRows
+        self.allocate(capacity, dropped)
+
+    def allocate(self, capacity: int, dropped: int) -> None:
+        """Make empty slots for `capacity` tokens. Arguments as for `__init__`"""
+        self.capacity, self.dropped, self.filled = capacity, dropped, 0
+        device = self.length.device
+        self.maps = {one: one.slots(len(self.padding), capacity, dropped, device) for one in self.patterns.values()}
+        for layer, runs in zip(self.layers, self.attends, strict=True):
+            batch, heads, _, head_dim = layer.keys.shape
+            shape = batch, heads, self.maps[layer.pattern].tokens.shape[-1] if runs else 0, head_dim
+            # Zeros, not empty: attention gives unfilled slots weight 0, and 0 * NaN would still be NaN.
+            layer.keys, layer.values = layer.keys.new_zeros(shape), layer.values.new_zeros(shape)
 
     @property
     def keys(self) -> list[Tensor]:

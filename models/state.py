@@ -82,10 +82,14 @@ class DecodeState:
         """Enlarge the cache to `capacity` slots."""
         self.cache.grow(capacity)
 
-    def fits(self, batch: int, capacity: int, pruning: Pruning, dropped: int) -> bool:
-        """Return True if the state was made for exactly these: a cache of another capacity is slower or too small."""
-        made_for = len(self.live), self.cache.capacity, self.pruning, self.cache.dropped
-        return made_for == (batch, capacity, pruning, dropped)
+    def fits(self, batch: int, pruning: Pruning) -> bool:
+        """Return True if the state was made for this batch size and pruning. Its cache may have another capacity."""
+        return (len(self.live), self.pruning) == (batch, pruning)
+
+    @torch.inference_mode()
+    def resize(self, capacity: int, dropped: int) -> None:
+        """Give the cache exactly this capacity, since a larger one is slower. The next prompt must be a new one."""
+        self.cache.allocate(capacity, dropped)
 
     def end(self, index: int) -> None:
         """Mark one sequence as ended."""

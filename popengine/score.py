@@ -67,7 +67,7 @@ def run(flags: argparse.Namespace) -> None:
     calibration = calibrations.calibration_for(flags, engine)
     request = by_name.Request(engine.model, settings, calibration, flags.seed, engine.resolve)
     pruning = by_name.pruning_for(flags.method, request)
-    summary = scoring.score_text(engine.model, windows, pruning, flags.step_by_step, flags.method if progress else None)
+    summary = scoring.score_text(engine, windows, pruning, flags.step_by_step, flags.method if progress else None)
     read, dense = scoring.read_per_token(engine, pruning)
     if flags.json:
         print(json.dumps({

@@ -93,7 +93,7 @@ def groups(text: Path) -> None:
             if size is not None and isinstance(matrix, Matrix) and matrix.in_features % size == 0:
                 matrix.weight.copy_(group(matrix.weight, size).values())
         windows = cut_windows(read_text(text, engine.tokenizer), engine.tokenizer, 128, 128, 24)
-        summary = score_text(engine.model, windows, engine.resolve(DENSE), False, None)
+        summary = score_text(engine, windows, engine.resolve(DENSE), False, None)
         print(f"groups of {size}: perplexity {summary.perplexity:.3f}")
 
 

@@ -81,7 +81,7 @@ def run(flags: argparse.Namespace) -> None:
     }
     is_sound = partial(skip_search.is_sound, windows=flags.windows)
     search = skip_search.SkipSearch(
-        engine.model, engine.resolve(DENSE), windows, flags.boundary_tokens,
+        engine, engine.resolve(DENSE), windows, flags.boundary_tokens,
         ProgressFile(flags.out / "progress.jsonl", about, is_sound), until, show_progress,
     )
     rounds = search.rounds(count)

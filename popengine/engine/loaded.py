@@ -12,7 +12,7 @@ from models.compiled import CompiledDecode
 from models.cost_model import layer_weights
 from models.llama import LlamaForCausalLM
 from models.state import DecodeState
-from popengine.engine.memory_plan import state_within
+from popengine.engine.memory_plan import resized, state_within
 from popengine.engine.packages import CachedSteps
 from popengine.engine.spinner import waiting
 from popengine.images.vision import TextOnly, Vision
@@ -80,8 +80,7 @@ class LoadedModel:
         missing  tokens of pictures that some layers leave out
         """
         state, self.idle_state = self.idle_state, None
-        capacity = self.capacity(tokens)
-        if state is None or not state.fits(batch, capacity, pruning, capacity - self.capacity(tokens - missing)):
+        if state is None or not self.fitted(state, batch, tokens, pruning, missing):
             state = None                        # freed before the new one is allocated
             state = self.new_state(batch, tokens, pruning, missing)
         try:
@@ -91,6 +90,16 @@ class LoadedModel:
             raise
         finally:
             self.idle_state = state
+
+    def fitted(self, state: DecodeState, batch: int, tokens: int, pruning: StudyPruning, missing: int) -> bool:
+        """Make the state of an ended run fit another one. Returns False if it cannot. Arguments as `borrowed_state`"""
+        capacity = self.capacity(tokens)
+        dropped = capacity - self.capacity(tokens - missing)
+        if not state.fits(batch, pruning):
+            return False
+        if (state.cache.capacity, state.cache.dropped) == (capacity, dropped):
+            return True
+        return resized(available_memory(self.device), self.model, state, capacity, dropped)
 
     def capacity(self, tokens: int) -> int:
         """Return the slots of a cache for `tokens` tokens."""

@@ -35,6 +35,21 @@ def state_within(
     return state
 
 
+def resized(
+    free: int | None, model: LlamaForCausalLM, state: DecodeState, capacity: int, dropped: int
+) -> bool:
+    """Give the state of an ended run another capacity and keep its copies; arguments as for `state_within`.
+
+    Returns False, and changes nothing, if memory is too small, or if the experts' copies were limited by what the cache
+    left over.
+    """
+    cached = cache_bytes(model, len(state.live), capacity, state.pruning)
+    if any(isinstance(layer.ffn, PartitionedExperts) for layer in state.layers) or (free is not None and cached > free):
+        return False
+    state.resize(capacity, dropped)
+    return True
+
+
 def expert_copies(model: LlamaForCausalLM, pruning: Pruning) -> tuple[int, int]:
     """Return the bytes of a copy of one expert in every layer, and of all experts, where these copies are optional."""
     if not pruning.rule.follows_prompt:

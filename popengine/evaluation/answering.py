@@ -49,7 +49,7 @@ def log_likelihoods(engine: Engine, windows: Sequence[Window], pruning: StudyPru
     for prompt in prompts.values():
         own = [number for number, window in enumerate(windows) if window.prompt == prompt]
         continuations = [windows[number].continuation for number in own]
-        for number, log_p in zip(own, after_prompt(engine.model, prompt, continuations, pruning), strict=True):
+        for number, log_p in zip(own, after_prompt(engine, prompt, continuations, pruning), strict=True):
             said = torch.tensor(windows[number].continuation, device=log_p.device)  # [S]
             greedy = bool((log_p.argmax(dim=-1) == said).all())                     # log_p [S, V]
             found[number] = float(log_p.gather(1, said[:, None]).sum()), greedy

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from models.cost_model import bytes_per_token
@@ -59,6 +60,8 @@ from popengine.studies.skipped_layers import skips_layers
 from weights.memory import give_back
 
 DRIFT_WINDOWS = 4
+# A configuration scores so many windows before the next one: its buffers are new memory, and slow, at the first.
+WINDOWS_AT_ONCE = 4
 # Of so many windows the dense model generates an answer, one token after the other, which takes most of the time.
 GENERATED_WINDOWS = 8
 TIMED_STEPS = 24
@@ -242,22 +245,21 @@ class Comparison:
 
     def measure_text(self) -> None:
         """Score every window under every configuration, except for recorded ones."""
-        missing = [
-            (index, [one for one in self.prunings if one.key(f"window {index}") not in self.progress.records])
-            for index in range(len(self.windows))
-        ]
-        count = sum(len(wanted) for _, wanted in missing)
+        places = [(one, index) for one in self.prunings for index in range(len(self.windows))]
+        count = sum(one.key(f"window {index}") not in self.progress.records for one, index in places)
         bar = tqdm(total=count, desc="text", unit="window", disable=not self.show_progress)
         with bar, torch.inference_mode():
-            for index, wanted in missing:
-                if not wanted:
-                    continue
-                window = self.windows[index]
-                dense = dense_log_probabilities(self.engine.model, window)
-                for one in wanted:
-                    own = log_probabilities(self.engines[one.weights].model, window, self.prunings[one])
-                    score = score_window(own, dense, window)
-                    self.progress.add(one.key(f"window {index}"), asdict(score))
+            for first in range(0, len(self.windows), WINDOWS_AT_ONCE):
+                near = range(first, min(first + WINDOWS_AT_ONCE, len(self.windows)))
+                dense: dict[int, Tensor] = {}                                       # [S, V] each
+                for one, index in itertools.product(self.prunings, near):
+                    key, window = one.key(f"window {index}"), self.windows[index]
+                    if key in self.progress.records:
+                        continue
+                    if index not in dense:
+                        dense[index] = dense_log_probabilities(self.engine.model, window)
+                    own = log_probabilities(self.engines[one.weights], window, self.prunings[one])
+                    self.progress.add(key, asdict(score_window(own, dense[index], window)))
                     give_back()
                     bar.update()
 
@@ -285,7 +287,7 @@ class Comparison:
                 dense = dense_log_probabilities(self.engine.model, generated)       # [S, V]
                 said = torch.tensor(generated.continuation, device=dense.device)    # [S]
                 for one in missing:
-                    own = log_probabilities(self.engines[one.weights].model, generated, self.prunings[one])
+                    own = log_probabilities(self.engines[one.weights], generated, self.prunings[one])
                     agreed = (own.argmax(dim=-1) == said).tolist()
                     score = replace(score_window(own, dense, generated), agreed=agreed)
                     self.progress.add(one.key(f"generated {index}"), asdict(score))
@@ -442,7 +444,7 @@ class Comparison:
         ]
         if not popped:
             return None
-        found = picks(self.engine.model, self.windows[0], self.prunings[popped[-1]])
+        found = picks(self.engine, self.windows[0], self.prunings[popped[-1]])
         return (popped[-1], found) if any(network.steps for network in found) else None     # every step ran dense
 
     def plot(

@@ -133,7 +133,7 @@ class PopengineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         first, rest = window.ids[len(window.prompt) : middle], window.ids[middle:]
         pieces = [dense_log_probabilities(self.engine.model, window)[: len(first)]]
         if rest:
-            pieces.append(log_probabilities(self.engine.model, Window(window.ids[:middle], rest), self.pruning))
+            pieces.append(log_probabilities(self.engine, Window(window.ids[:middle], rest), self.pruning))
         log_p = torch.cat(pieces)                                                   # [S, V]
         said = torch.tensor(window.continuation, device=log_p.device)               # [S]
         return float(log_p.gather(1, said[:, None]).sum())

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from models.cost_model import bytes_per_token
 from models.llama import LlamaForCausalLM
 from popengine.engine.engine import Engine
+from popengine.engine.loaded import LoadedModel
 from popengine.engine.run import next_logits
 from popengine.engine.sampling import require_finite
 from popengine.studies.known_text import evaluate
@@ -128,41 +129,43 @@ def dense_log_probabilities(model: LlamaForCausalLM, window: Window) -> Tensor:
 
 
 def log_probabilities(
-    model: LlamaForCausalLM,
+    engine: LoadedModel,
     window: Window,
     pruning: StudyPruning,
     step_by_step: bool = False,
 ) -> Tensor:
     """Compute the pruned model's log-probabilities: the first from prefill, the others from decode. float32 [S, V]"""
-    return next(after_prompt(model, window.prompt, [window.continuation], pruning, step_by_step))
+    (found,) = after_prompt(engine, window.prompt, [window.continuation], pruning, step_by_step)
+    return found
 
 
+@torch.inference_mode()
 def after_prompt(
-    model: LlamaForCausalLM,
+    engine: LoadedModel,
     prompt: list[int],
     continuations: Sequence[list[int]],
     pruning: StudyPruning,
     step_by_step: bool = False,
 ) -> Iterator[Tensor]:
     """Yield `log_probabilities` of several continuations of one prompt, which is prefilled once: float32 [S, V] each"""
+    model = engine.model
     model.check_ids([*prompt, *itertools.chain(*continuations)])
-    device = model.device
-    x = model.embed(torch.tensor([prompt], device=device))                          # [1, T, H]
-    state = model.new_state(1, len(prompt) + max(map(len, continuations)), pruning)
-    first = model.prefill(x, state)                                                 # [1, V]
-    for number, continuation in enumerate(continuations):
-        if number and state.schedule.ever_dense:       # dense steps of the last continuation added evidence
-            model.prefill(x, state)
-        state.cache.go_back(len(prompt))
-        given = torch.tensor(continuation[:-1], device=device)                      # [S - 1]
-        logits = [first]                                                            # S times [1, V], or two pieces
-        if step_by_step:
-            logits += [next_logits(model, token[None], state) for token in given]
-        elif len(given):
-            logits.append(evaluate(model, given, state))
-        together = torch.cat(logits)                                                # [S, V]
-        require_finite(together, "scored token", 1)
-        yield together.float().log_softmax(dim=-1)
+    x = model.embed(torch.tensor([prompt], device=model.device))                    # [1, T, H]
+    with engine.borrowed_state(1, len(prompt) + max(map(len, continuations)), pruning) as state:
+        first = model.prefill(x, state)                                             # [1, V]
+        for number, continuation in enumerate(continuations):
+            if number and state.schedule.ever_dense:   # dense steps of the last continuation added evidence
+                model.prefill(x, state)
+            state.cache.go_back(len(prompt))
+            given = torch.tensor(continuation[:-1], device=model.device)            # [S - 1]
+            logits = [first]                                                        # S times [1, V], or two pieces
+            if step_by_step:
+                logits += [next_logits(model, token[None], state) for token in given]
+            elif len(given):
+                logits.append(evaluate(model, given, state))
+            together = torch.cat(logits)                                            # [S, V]
+            require_finite(together, "scored token", 1)
+            yield together.float().log_softmax(dim=-1)
 
 
 def score_window(log_p: Tensor, dense_log_p: Tensor, window: Window) -> WindowScore:
@@ -201,13 +204,13 @@ def mean_and_error(values: Sequence[float]) -> dict[str, float]:
 
 @torch.inference_mode()
 def score_text(
-    model: LlamaForCausalLM, windows: Sequence[Window], pruning: StudyPruning, step_by_step: bool, bar: str | None
+    engine: LoadedModel, windows: Sequence[Window], pruning: StudyPruning, step_by_step: bool, bar: str | None
 ) -> Summary:
     """Score every window under one pruning. bar: label of the progress bar, None: no bar"""
     scores = []
     for window in tqdm(windows, desc=bar, unit="window", disable=bar is None):
-        log_p = log_probabilities(model, window, pruning, step_by_step)
-        scores.append(score_window(log_p, dense_log_probabilities(model, window), window))
+        log_p = log_probabilities(engine, window, pruning, step_by_step)
+        scores.append(score_window(log_p, dense_log_probabilities(engine.model, window), window))
     return summarise(scores)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from models.llama import LlamaForCausalLM
+from popengine.engine.loaded import LoadedModel
 from popengine.evaluation.by_position import cell, of_windows
 from popengine.evaluation.progress_file import ProgressFile
 from popengine.evaluation.scoring import Window, log_probabilities
@@ -29,7 +29,7 @@ class SkipSearch:
     until   the time (time.monotonic) after which no set is measured any more
     """
 
-    model: LlamaForCausalLM
+    engine: LoadedModel
     dense: StudyPruning
     windows: Sequence[Window]
     boundary: int
@@ -42,7 +42,7 @@ class SkipSearch:
 
         Fewer sets if the time is over. Measured sets are recorded, so a later call goes on where this one stopped.
         """
-        layers = len(self.model.model.layers)
+        layers = len(self.engine.model.model.layers)
         found: list[dict[str, Any]] = []
         chosen: tuple[int, ...] = ()
         total = sum(layers - number + 1 for number in range(count)) + 1             # and the dense model
@@ -80,7 +80,7 @@ class SkipSearch:
 
     def loss(self, window: Window, pruning: StudyPruning) -> float:
         """Return the mean negative log-probability of a window's continuation, in nats per token."""
-        log_p = log_probabilities(self.model, window, pruning)                      # [S, V]
+        log_p = log_probabilities(self.engine, window, pruning)                      # [S, V]
         said = torch.tensor(window.continuation, device=log_p.device)               # [S]
         return float(-log_p.gather(1, said[:, None]).mean())
 

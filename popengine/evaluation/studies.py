@@ -14,6 +14,7 @@ from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.pruning.evidence import channel_scores
 from models.pruning.partition import ChannelPartition
+from popengine.engine.loaded import LoadedModel
 from popengine.evaluation.by_position import position_groups
 from popengine.evaluation.scoring import Window, log_probabilities
 from popengine.studies.activations import Activation, embedded, feed_forward_networks, watch_dense
@@ -115,9 +116,9 @@ class NetworkPicks:
 
 
 @torch.inference_mode()
-def picks(model: LlamaForCausalLM, window: Window, pruning: StudyPruning) -> list[NetworkPicks]:
+def picks(engine: LoadedModel, window: Window, pruning: StudyPruning) -> list[NetworkPicks]:
     """Record POP's picks on one window. Networks that no step reached are left out."""
-    names = {ffn: name for name, ffn in feed_forward_networks(model).items()}
+    names = {ffn: name for name, ffn in feed_forward_networks(engine.model).items()}
     seen: list[NetworkPicks] = []
 
     def observe(ffn: FeedForward, partition: ChannelPartition, keep: Tensor) -> None:
@@ -125,7 +126,7 @@ def picks(model: LlamaForCausalLM, window: Window, pruning: StudyPruning) -> lis
         new = (keep[1:] & ~keep[:-1]).sum(dim=1) / keep[1:].sum(dim=1).clamp(min=1)     # [n - 1]
         seen.append(NetworkPicks(names[ffn], partition, keep.sum(dim=0), len(keep), new.tolist()))
 
-    log_probabilities(model, window, recorded(pruning, observe))
+    log_probabilities(engine, window, recorded(pruning, observe))
     return seen
 
 

@@ -279,7 +279,7 @@ def test_forms_of_the_weights_are_compared_with_the_first_ones_dense_model(
         engine = load(checkpoint, device="cpu", dtype="bfloat16", weights=row["weights"])
         assert row["weight_bytes_per_token"] == bytes_per_token(engine.model, engine.resolve(DENSE))
         losses = [
-            -log_probabilities(engine.model, window, engine.resolve(DENSE))[torch.arange(16), window.continuation]
+            -log_probabilities(engine, window, engine.resolve(DENSE))[torch.arange(16), window.continuation]
             for window in cut_windows(whole, engine.tokenizer, 24, 16, 2)
         ]
         assert row["mean_loss"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-6)
@@ -301,7 +301,7 @@ def test_forms_of_the_weights_are_compared_with_the_first_ones_dense_model(
 def test_picks_count_what_every_step_kept(checkpoint: Path) -> None:
     engine = load(checkpoint, device="cpu")
     pruning = engine.resolve(PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3))
-    seen = picks(engine.model, Window(list(range(20)), list(range(20, 31))), pruning)
+    seen = picks(engine, Window(list(range(20)), list(range(20, 31))), pruning)
     assert [network.name for network in seen] == [f"model.layers.{index}.mlp" for index in range(3)]
     for network in seen:
         assert network.steps == 10

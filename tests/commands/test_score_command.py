@@ -51,7 +51,7 @@ def test_dense_scores_are_those_of_one_forward_pass(engine: Engine) -> None:
     with torch.inference_mode():
         wanted = engine.model(torch.tensor([ids]))[0].log_softmax(-1)
         for step_by_step in (True, False):
-            log_p = log_probabilities(engine.model, window, engine.resolve(DENSE), step_by_step)
+            log_p = log_probabilities(engine, window, engine.resolve(DENSE), step_by_step)
             score = score_window(log_p, dense_log_probabilities(engine.model, window), window)
             losses = [-float(wanted[23 + place, token]) for place, token in enumerate(window.continuation)]
             assert score.losses == pytest.approx(losses, abs=tolerated(float(wanted.abs().max())))
@@ -86,7 +86,7 @@ def test_the_default_checkpoint_step_by_step_and_in_parallel(default_checkpoint_
     with torch.inference_mode():
         dense = dense_log_probabilities(engine.model, window)
         means = [
-            summarise([score_window(log_probabilities(engine.model, window, pruning, steps), dense, window)]).mean_loss
+            summarise([score_window(log_probabilities(engine, window, pruning, steps), dense, window)]).mean_loss
             for steps in (True, False)
         ]
     assert means[0] == pytest.approx(means[1], abs=tolerated(means[1], SMOLLM2))

@@ -125,7 +125,7 @@ def test_packed_weights_read_pictures(folder: Path, engine: Engine) -> None:
 def test_a_text_is_scored_as_the_dense_model_does(engine: Engine) -> None:
     ids = engine.prompts.ids("Some words to be scored, and no picture.", raw=True)
     window = Window(ids[:20], ids[20:])
-    found = log_probabilities(engine.model, window, engine.resolve(DENSE))
+    found = log_probabilities(engine, window, engine.resolve(DENSE))
     assert_same(found, dense_log_probabilities(engine.model, window))
 
 

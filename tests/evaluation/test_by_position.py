@@ -116,7 +116,7 @@ def of_windows(engine: Any, windows: list[Window], row: dict[str, Any]) -> torch
         else:
             width = 0.0 if row["method"] == "frozen" else 0.1
             settings = PruningSettings.paper(ffn_ratio=row["ffn_ratio"], candidate_width=width)
-            log_p = log_probabilities(engine.model, window, engine.resolve(settings), step_by_step=True)
+            log_p = log_probabilities(engine, window, engine.resolve(settings), step_by_step=True)
         found.append(-log_p.gather(1, torch.tensor(window.continuation)[:, None])[:, 0])
     return torch.stack(found)
 
@@ -140,13 +140,13 @@ def test_new_picks_are_counted_step_by_step(checkpoint: Path) -> None:
     engine = load(checkpoint, device="cpu", dtype="float32")
     pruning = engine.resolve(PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3))
     window = Window(list(range(20)), list(range(20, 31)))
-    networks = picks(engine.model, window, pruning)
+    networks = picks(engine, window, pruning)
     steps: dict[Any, list[set[int]]] = {}
 
     def observe(ffn: Any, partition: Any, keep: torch.Tensor) -> None:
         steps.setdefault(ffn, []).append({*keep.flatten().nonzero()[:, 0].tolist()})
 
-    log_probabilities(engine.model, window, recorded(pruning, observe), step_by_step=True)
+    log_probabilities(engine, window, recorded(pruning, observe), step_by_step=True)
     for layer, network in zip(engine.model.model.layers, networks, strict=True):
         own = steps[layer.mlp]
         wanted = [len(now - before) / len(now) for before, now in itertools.pairwise(own)]

@@ -135,11 +135,11 @@ def test_a_prompt_prefilled_once_serves_all_continuations(settings: PruningSetti
     engine = load(checkpoint, device="cpu")
     pruning, prompt, said = engine.resolve(settings), [5, 9, 2, 7, 11, 3, 8, 30, 31, 32], [[4, 6, 1, 9], [8], [3, 3, 5]]
     with torch.inference_mode():
-        together = list(after_prompt(engine.model, prompt, said, pruning))
+        together = list(after_prompt(engine, prompt, said, pruning))
         for log_p, continuation in zip(together, said, strict=True):
-            alone = log_probabilities(engine.model, Window(prompt, continuation), pruning)
+            alone = log_probabilities(engine, Window(prompt, continuation), pruning)
             assert_same(log_p, alone)
-            stepped = log_probabilities(engine.model, Window(prompt, continuation), pruning, step_by_step=True)
+            stepped = log_probabilities(engine, Window(prompt, continuation), pruning, step_by_step=True)
             assert_same(log_p, stepped)
     windows = [Window(prompt, said[0]), Window(prompt[1:], said[0]), Window(prompt, said[1])]
     found = log_likelihoods(engine, windows, pruning)
@@ -207,7 +207,7 @@ def test_a_given_answer_has_its_likelihood(name: str, checkpoint: Path, archive:
     ((context, answer),) = item.options
     pruning = engine.resolve(PruningSettings.paper(prune_ratio=0.3))
     window = encoded_pair(engine, context, answer)
-    log_p = log_probabilities(engine.model, window, pruning)
+    log_p = log_probabilities(engine, window, pruning)
     expected = sum(float(row[token]) for row, token in zip(log_p, window.continuation, strict=True))
     found = task_runs.answered(engine, TASKS[name], [item], pruning)[0]
     assert found["answer"] == [pytest.approx(expected, abs=1e-4)]

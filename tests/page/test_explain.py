@@ -85,7 +85,7 @@ def test_picks_and_ranks_are_those_of_the_studies(engine: Engine, found: dict[st
     again, window = recorded(engine, dense_prefill), Window(prompt, new)
     drift = rank_drift(engine.model, Window(prompt, [one["token"] for one in again["frames"]]))
     for index, (seen, layer, dense) in enumerate(
-        zip(picks(engine.model, window, engine.resolve(POP)), found["layers"], again["layers"], strict=True)
+        zip(picks(engine, window, engine.resolve(POP)), found["layers"], again["layers"], strict=True)
     ):
         (network,) = layer["networks"]
         order = order_of(network)

@@ -125,7 +125,7 @@ def test_the_greedy_search_adds_the_layer_that_costs_least(
         said = [torch.tensor(window.continuation)[:, None] for window in windows]
         of_each = [
             (dense_log_probabilities(engine.model, window) if skip == 0 else
-             log_probabilities(engine.model, window, pruning)).gather(1, own).mean()
+             log_probabilities(engine, window, pruning)).gather(1, own).mean()
             for window, own in zip(windows, said, strict=True)
         ]
         return -float(torch.stack(of_each).mean())
