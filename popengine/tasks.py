@@ -35,7 +35,10 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--limit", type=int, default=100, metavar="N", help="items of each task (default: 100)")
     flags.add_argument("--seed", type=int, default=0, metavar="N", help="for the items, and the method `random`")
-    flags.add_argument("--batch-size", type=int, default=1, metavar="N", help="answers generated at once (default: 1)")
+    flags.add_argument(
+        "--batch-size", type=int, default=1, metavar="N",
+        help="answers generated at once, each pruned as if it were alone (default: 1)",
+    )
     flags.add_argument("--run-code", action="store_true", help="run programs that the model writes, to test them")
     flags.add_argument("--archive", type=Path, metavar="FILE.whl", help="the package (default: from `make tasks`)")
     flags.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -56,6 +59,8 @@ def run(flags: argparse.Namespace) -> None:
     for name, value in (("limit", flags.limit), ("batch size", flags.batch_size)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
+    if flags.compile and flags.batch_size > 1:
+        raise InputError("answers generated together run eager steps: leave out --compile, or give --batch-size 1")
     against = flags.against or flags.methods[0]
     if against not in flags.methods:
         raise InputError(f"--against {against} is none of the methods of this run: {', '.join(flags.methods)}")

@@ -24,8 +24,10 @@ STATIC = ("wanda-sp", "flap", "cfsp", "tyr", "probe-pruning", "shortgpt")
 CHOSEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 TEXT = ("compare", *PLAIN, "--text", "{text}")
 TASKS = ("tasks", *PLAIN, "--archive", "{archive}", "--tasks")
-# Steps one after the other, which are many: from packages, on packed weights.
-ANSWERS = ("tasks", "--paper", "--weights", "int8", "--compile", "--archive", "{archive}", "--tasks")
+# Many answers at once, each with a partition of its own.
+ANSWERS = ("tasks", *PLAIN, "--batch-size", "32", "--run-code", "--archive", "{archive}", "--tasks")
+CALIBRATED = ("--methods", "pop", "wanda-sp", "flap", "--prune-ratio", "0.2", "0.4", "--calibration-text",
+              "{calibration}", "--against", "pop")
 BENCH = ("bench", "--paper", "--compile-only", "--dtype", "bfloat16", "--weights", "auto", "int8",
          "--against", "llama.cpp", "--prune-ratio", "0", "0.2", "0.4")
 LAYERS = "1/4"
@@ -76,7 +78,7 @@ STEPS = {
         "--windows", "12",
     )),
     "humaneval": Step("POP: programs that pass their tests, the longest answers", 150, (
-        *ANSWERS, "humaneval", "--run-code", *ONLINE, "--limit", "164", "--against", "pop",
+        *ANSWERS, "humaneval", *ONLINE, "--limit", "164", "--against", "pop",
     )),
     "choices": Step("POP: tasks with answers to choose", 90, (
         *TASKS, *CHOSEN, *ONLINE, "--limit", "100", "--against", "pop",
@@ -86,7 +88,10 @@ STEPS = {
         "auto:" + LAYERS + ":{out}/gates/gates.json", "{greedy}", "--limit", "100",
     )),
     "answers": Step("POP: other tasks with answers to generate", 200, (
-        *ANSWERS, "mbpp", "gsm8k", "coqa", "--run-code", *ONLINE, "--limit", "50", "--against", "pop",
+        *ANSWERS, "coqa", "mbpp", "gsm8k", *ONLINE, "--limit", "100", "--against", "pop",
+    )),
+    "answers-static": Step("POP: masks calibrated on other text, where answers are generated", 60, (
+        *ANSWERS, "humaneval", "coqa", *CALIBRATED, "--limit", "100",
     )),
 }
 

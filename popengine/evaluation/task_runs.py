@@ -18,6 +18,7 @@ from popengine.evaluation.progress_file import ProgressFile
 from popengine.evaluation.scoring import mean_and_error
 from popengine.evaluation.task_archive import GIVEN, TASKS, Item, Task
 from popengine.studies.resolve import StudyPruning
+from popengine.studies.separate import separate
 from weights.memory import give_back
 
 # The figure of the right answer's log-likelihood, in nats.
@@ -30,6 +31,7 @@ class TaskRuns:
 
     engines  the checkpoint in each form of weights that is compared
     items    items of every task, the same for all configurations
+    together the prunings of answers that are generated at once, each as if it were alone
     against  the method that the others are subtracted from, item by item: dense, or one at the same ratio
     """
 
@@ -41,11 +43,17 @@ class TaskRuns:
     show_progress: bool
     against: str = "dense"
 
+    def __post_init__(self) -> None:
+        self.together = self.prunings if self.batch_size == 1 else {
+            one: separate(pruning, self.engines[one.weights].model) for one, pruning in self.prunings.items()
+        }
+
     def measure(self) -> None:
         """Ask every item that is not recorded yet."""
         total = len(self.prunings) * sum(map(len, self.items.values()))
         with tqdm(total=total, desc="tasks", unit="item", disable=not self.show_progress) as bar:
-            for (name, items), (one, pruning) in itertools.product(self.items.items(), self.prunings.items()):
+            for (name, items), one in itertools.product(self.items.items(), self.prunings):
+                pruning = self.together[one] if TASKS[name].score else self.prunings[one]
                 for batch in self.batches(TASKS[name], items):
                     missing = [item for item in batch if one.key(f"{name} {item.key}") not in self.progress.records]
                     records = answered(self.engines[one.weights], TASKS[name], missing, pruning) if missing else []

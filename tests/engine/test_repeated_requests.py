@@ -111,6 +111,22 @@ def test_a_request_gives_the_first_ones_logits_again(asked: Asked, name: str) ->
     again()
 
 
+def test_prompts_of_other_lengths_share_the_copies_and_change_nothing(tmp_path: Path) -> None:
+    folder = complete_checkpoint(tmp_path, MODELS["grouped_query"], max_position_embeddings=512)
+    engine, pruning = load(folder, dtype="float32"), PruningSettings.paper(ffn_ratio=0.5, candidate_width=0.3)
+    prompts = [list(range(40, 40 + length)) for length in (10, 60)]
+    prompts.append(prompts[1] * 3)                                  # 180 tokens: another capacity
+    buffers = set()
+    for prompt in (prompts[0], prompts[2], prompts[1], prompts[2], prompts[0]):
+        found = heard(Asked(engine, prompt, []), pruning)
+        for new, old in zip(found, heard(Asked(load(folder, dtype="float32"), prompt, []), pruning), strict=True):
+            assert torch.equal(new, old)
+        state = engine.idle_state
+        assert state is not None and state.cache.capacity == engine.capacity(len(prompt) + len(found))
+        buffers.add(tuple(layer.ffn.weights.gate.weight.data_ptr() for layer in state.layers))
+    assert len(buffers) == 1
+
+
 @pytest.mark.parametrize("asked", [*FAMILIES, "llava_tiny"], indirect=True)         # mixtral_tiny has no chat template
 def test_a_conversation_begun_anew_says_what_it_said_at_first(asked: Asked) -> None:
     pruning = PruningSettings.paper(

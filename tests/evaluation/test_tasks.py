@@ -77,7 +77,7 @@ def test_every_kind_of_task_under_every_kind_of_method(
 def test_a_killed_run_goes_on_and_more_items_are_added(
     flags: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = [*flags, "--tasks", "arc_easy", "coqa", "--methods", "dense", "pop", "--batch-size", 2]
+    asked = [*flags, "--tasks", "arc_easy", "coqa", "--methods", "dense", "pop", "--paper", "--batch-size", 2]
     assert status(*asked, "--out", tmp_path / "whole") == 0
     answered, left = task_runs.answered, iter(range(6))
 
@@ -102,6 +102,24 @@ def test_a_killed_run_goes_on_and_more_items_are_added(
     (tmp_path / "whole" / "progress.jsonl").write_text(edited)
     assert status(*asked, "--out", tmp_path / "whole") == 0
     assert table(tmp_path / "whole") == table(tmp_path / "killed")
+
+
+def test_answers_generated_together_are_those_generated_alone(
+    flags: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*flags, "--tasks", "coqa", "--methods", "dense", "pop", "frozen", "--ffn-ratio", 0.5, "--dtype", "float32"]
+    answers = []
+    for size in (1, 3):
+        assert status(*asked, "--paper", "--batch-size", size, "--out", tmp_path / str(size)) == 0
+        lines = (tmp_path / str(size) / "progress.jsonl").read_text().splitlines()
+        answers.append({one["key"]: one["answer"] for one in map(json.loads, lines) if "answer" in one})
+    assert answers[0] == answers[1] and len(answers[0]) == 12
+    assert len(set(answers[0].values())) > 4, "answers that are all alike show nothing"
+    capsys.readouterr()
+    assert status(*asked, "--batch-size", 3, "--out", tmp_path / "evidence") == 2
+    assert "give --batch-size 1" in capsys.readouterr().err
+    assert status(*asked, "--paper", "--batch-size", 3, "--compile", "--out", tmp_path / "compiled") == 2
+    assert "leave out --compile" in capsys.readouterr().err
 
 
 def test_the_seed_draws_and_a_larger_limit_adds(archive: Path) -> None:

@@ -1,0 +1,110 @@
+"""A batch whose sequences each have a partition of their own, so that together they answer as each would alone.
+
+A batch of the engine shares one partition and one choice at a step, because it reads each weight only once. A task's
+answers must not depend on what else is asked. Here every sequence masks the whole matrices with its own partition: no
+weight stays unread, so this is for measuring quality, and many answers at once take little longer than one.
+
+B batch, T tokens, H hidden size, I FFN channels, C candidate channels.
+"""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.experts import MixtureOfExperts
+from models.feed_forward import FeedForward
+from models.llama import LlamaForCausalLM
+from models.passes import DecodePass, PrefillPass
+from models.pruning.active_weights import ActiveWeights, WholeWeights
+from models.pruning.interface import PrunedFFN
+from models.pruning.partition import partition_channels
+from models.pruning.pop import DenseFFN, PartitionedFFN
+from popengine.studies.resolve import StudyPruning
+from popengine.studies.rules import AllChannels, StudyRule
+from weights.errors import InputError
+
+
+class SeparateFFN(PartitionedFFN):
+    """One network under POP, where every sequence of a batch has its own evidence and its own partition.
+
+    squares  float32 [B, I] (at first [1, I]), the sum of Eq. 2 for each sequence
+    kept     bool [B, 1, I], the retained channels of each sequence
+    """
+
+    def __init__(self, ffn: FeedForward, rule: StudyRule) -> None:
+        super().__init__(ffn, rule, WholeWeights(ffn))
+        self.restart()
+
+    def restart(self) -> None:
+        super().restart()
+        self.squares = self.evidence.squares[None]
+
+    def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
+        h = self.ffn.activation(x)                                                  # [B, T, I]
+        counted = h if rows.counted is None else h.masked_fill(~rows.counted.unsqueeze(-1), 0)
+        self.squares = self.squares + counted.float().square().sum(dim=1)           # [B, I]
+        if rows.partitions:
+            rows.repartition(self)
+        if not rows.finish_dense:
+            h = h.masked_fill(~self.mask(self.partition.active), 0)
+        return self.ffn.down_proj(h)
+
+    def sort_channels(self) -> None:
+        norms = self.ffn.down_norms()                                               # [I]
+        self.partition = partition_channels(self.squares.sqrt() * norms, self.sizes)
+        self.candidate_norms = norms[self.partition.candidate][:, None]             # [B, 1, C]
+        self.retained = self.mask(self.partition.retained)
+
+    def copy_weights(self) -> None:
+        pass
+
+    def mask(self, channels: Tensor) -> Tensor:
+        """Return True for these channels of each sequence. int64 [B, n] -> bool [B, 1, I]"""
+        whole = torch.zeros(len(channels), self.sizes.channels, dtype=torch.bool, device=channels.device)
+        return whole.scatter(-1, channels, True)[:, None]
+
+    def decode(self, x: Tensor, step: DecodePass) -> Tensor:
+        h = self.ffn.activation(x)                                                  # [B, T, I]
+        candidates = self.partition.candidate[:, None].expand(-1, h.shape[1], -1)   # [B, T, C]
+        scores = h.gather(-1, candidates).float().abs() * self.candidate_norms      # Eq. 3 for one token
+        kept = self.retained.expand(h.shape).scatter(-1, candidates, self.partition.pick(scores))
+        return self.ffn.down_proj(h.masked_fill(~kept, 0))
+
+
+class Separate(StudyRule):
+    """A rule whose networks partition every sequence of a batch by itself."""
+
+    def new_ffn(self, ffn: FeedForward, weights: ActiveWeights | None = None) -> PrunedFFN:
+        return SeparateFFN(ffn, self) if self.sizes(ffn).prunes else DenseFFN(ffn)
+
+    def copying_saves(self, ffn: FeedForward) -> bool:
+        return False
+
+
+class SeparateAllChannels(Separate, AllChannels):
+    """Every step of every sequence chooses among all channels."""
+
+
+KINDS: dict[type, type[Separate]] = {StudyRule: Separate, AllChannels: SeparateAllChannels}
+
+
+def separate(pruning: StudyPruning, model: LlamaForCausalLM) -> StudyPruning:
+    """Return a pruning under which each sequence of a batch is pruned as if it were alone.
+
+    The dense model, and masks that do not follow the prompt, are returned unchanged. Raises InputError for what has no
+    such form.
+    """
+    rule: Any = pruning.rule
+    if not rule.follows_prompt or (rule.ffn_ratio == 0 and rule.head_ratio == 0):
+        return pruning
+    settings = pruning.settings
+    kind = KINDS.get(type(rule))
+    mixture = any(isinstance(layer.mlp, MixtureOfExperts) for layer in model.model.layers)
+    if kind is None or rule.head_ratio > 0 or settings.min_evidence > 0 or settings.dense_every is not None or mixture:
+        raise InputError(
+            "answers generated together share one partition unless the rule is pop or all-channels, without pruned "
+            "heads, evidence from steps (--paper) or experts: give --batch-size 1"
+        )
+    return replace(pruning, rule=kind(**{one.name: getattr(rule, one.name) for one in fields(rule)}))
