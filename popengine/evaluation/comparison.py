@@ -62,7 +62,7 @@ from weights.memory import give_back
 DRIFT_WINDOWS = 4
 # A configuration scores so many windows before the next one: its buffers are new memory, and slow, at the first.
 WINDOWS_AT_ONCE = 4
-# Of so many windows the dense model generates an answer, one token after the other, which takes most of the time.
+# Of so many windows the dense model generates a text, one token after the other.
 GENERATED_WINDOWS = 8
 TIMED_STEPS = 24
 WARM_UP_STEPS = 4
@@ -245,23 +245,7 @@ class Comparison:
 
     def measure_text(self) -> None:
         """Score every window under every configuration, except for recorded ones."""
-        places = [(one, index) for one in self.prunings for index in range(len(self.windows))]
-        count = sum(one.key(f"window {index}") not in self.progress.records for one, index in places)
-        bar = tqdm(total=count, desc="text", unit="window", disable=not self.show_progress)
-        with bar, torch.inference_mode():
-            for first in range(0, len(self.windows), WINDOWS_AT_ONCE):
-                near = range(first, min(first + WINDOWS_AT_ONCE, len(self.windows)))
-                dense: dict[int, Tensor] = {}                                       # [S, V] each
-                for one, index in itertools.product(self.prunings, near):
-                    key, window = one.key(f"window {index}"), self.windows[index]
-                    if key in self.progress.records:
-                        continue
-                    if index not in dense:
-                        dense[index] = dense_log_probabilities(self.engine.model, window)
-                    own = log_probabilities(self.engines[one.weights], window, self.prunings[one])
-                    self.progress.add(key, asdict(score_window(own, dense[index], window)))
-                    give_back()
-                    bar.update()
+        self.score("window", self.windows)
 
     def measure_generated(self) -> None:
         """Generate from prompts of windows with the dense model, and predict each token under every configuration.
@@ -269,28 +253,37 @@ class Comparison:
         Up to the first disagreement, a configuration would generate the same tokens itself. Scores are recorded as of
         a text, but `agreed` says whether the configuration's likeliest token is the generated one.
         """
-        windows = self.generated_from
-        total = len(windows) * (1 + len(self.prunings))
-        bar = tqdm(total=total, desc="generated", unit="window", disable=not self.show_progress)
+        keys = {index: f"generated {index}: tokens" for index in range(len(self.generated_from))}
+        missing = [index for index, key in keys.items() if key not in self.progress.records]
+        if missing:         # all of them together: a step of a batch takes little longer than one of a single sequence
+            prompts, length = [self.windows[index].prompt for index in missing], len(self.windows[0].continuation)
+            run = self.engine.run(prompts, length, DENSE, ignore_eos=True)
+            steps = tqdm(run, total=length, desc="generating", unit="token", disable=not self.show_progress)
+            for index, ids in zip(missing, zip(*steps, strict=True), strict=True):
+                self.progress.add(keys[index], {"ids": list(ids)})
+        self.score("generated", [self.generated_window(index) for index in keys])
+
+    def score(self, source: str, windows: Sequence[Window]) -> None:
+        """Score windows under every configuration, except for recorded ones. source: "window" or "generated" """
+        places = [(one, index) for one in self.prunings for index in range(len(windows))]
+        count = sum(one.key(f"{source} {index}") not in self.progress.records for one, index in places)
+        bar = tqdm(total=count, desc=source, unit="window", disable=not self.show_progress)
         with bar, torch.inference_mode():
-            for index, window in enumerate(windows):
-                key = f"generated {index}: tokens"
-                if key not in self.progress.records:
-                    run = self.engine.run([window.prompt], len(window.continuation), DENSE, ignore_eos=True)
-                    self.progress.add(key, {"ids": [token for (token,) in run]})
-                bar.update()
-                generated = self.generated_window(index)
-                missing = [one for one in self.prunings if one.key(f"generated {index}") not in self.progress.records]
-                bar.update(len(self.prunings) - len(missing))
-                if not missing:
-                    continue
-                dense = dense_log_probabilities(self.engine.model, generated)       # [S, V]
-                said = torch.tensor(generated.continuation, device=dense.device)    # [S]
-                for one in missing:
-                    own = log_probabilities(self.engines[one.weights], generated, self.prunings[one])
-                    agreed = (own.argmax(dim=-1) == said).tolist()
-                    score = replace(score_window(own, dense, generated), agreed=agreed)
-                    self.progress.add(one.key(f"generated {index}"), asdict(score))
+            for first in range(0, len(windows), WINDOWS_AT_ONCE):
+                near = range(first, min(first + WINDOWS_AT_ONCE, len(windows)))
+                dense: dict[int, Tensor] = {}                                       # [S, V] each
+                for one, index in itertools.product(self.prunings, near):
+                    key, window = one.key(f"{source} {index}"), windows[index]
+                    if key in self.progress.records:
+                        continue
+                    if index not in dense:
+                        dense[index] = dense_log_probabilities(self.engine.model, window)
+                    own = log_probabilities(self.engines[one.weights], window, self.prunings[one])
+                    found = score_window(own, dense[index], window)
+                    if source == "generated":
+                        said = torch.tensor(window.continuation, device=own.device)         # [S]
+                        found = replace(found, agreed=(own.argmax(dim=-1) == said).tolist())
+                    self.progress.add(key, asdict(found))
                     give_back()
                     bar.update()
 
