@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from models.cost_model import bytes_per_token
 from models.llama import LlamaForCausalLM
+from models.state import DecodeState
 from popengine.engine.engine import Engine
 from popengine.engine.loaded import LoadedModel
 from popengine.engine.run import next_logits
 from popengine.engine.sampling import require_finite
-from popengine.studies.known_text import evaluate
+from popengine.studies.known_text import evaluate, evaluate_branches
 from popengine.studies.resolve import StudyPruning
 from popengine.studies.settings import DENSE
 from popengine.text.tokenizer import TextTokenizer
@@ -148,24 +149,39 @@ def after_prompt(
     step_by_step: bool = False,
 ) -> Iterator[Tensor]:
     """Yield `log_probabilities` of several continuations of one prompt, which is prefilled once: float32 [S, V] each"""
-    model = engine.model
+    model, room = engine.model, len(prompt) + sum(map(len, continuations))
     model.check_ids([*prompt, *itertools.chain(*continuations)])
     x = model.embed(torch.tensor([prompt], device=model.device))                    # [1, T, H]
-    with engine.borrowed_state(1, len(prompt) + max(map(len, continuations)), pruning) as state:
+    given = [torch.tensor(one[:-1], dtype=torch.int64, device=model.device) for one in continuations]    # [S - 1] each
+    with engine.borrowed_state(1, min(room, engine.max_seq_len), pruning) as state:
         first = model.prefill(x, state)                                             # [1, V]
-        for number, continuation in enumerate(continuations):
-            if number and state.schedule.ever_dense:   # dense steps of the last continuation added evidence
-                model.prefill(x, state)
-            state.cache.go_back(len(prompt))
-            given = torch.tensor(continuation[:-1], device=model.device)            # [S - 1]
-            logits = [first]                                                        # S times [1, V], or two pieces
-            if step_by_step:
-                logits += [next_logits(model, token[None], state) for token in given]
-            elif len(given):
-                logits.append(evaluate(model, given, state))
-            together = torch.cat(logits)                                            # [S, V]
+        if step_by_step or state.schedule.ever_dense or room > engine.max_seq_len or len(given) == 1:
+            found = one_by_one(model, x, given, state, step_by_step)
+        else:
+            found = iter(evaluate_branches(model, given, state) if any(map(len, given)) else [first[:0]] * len(given))
+        for logits in found:
+            together = torch.cat([first, logits])                                   # [S, V]
             require_finite(together, "scored token", 1)
             yield together.float().log_softmax(dim=-1)
+
+
+def one_by_one(
+    model: LlamaForCausalLM, x: Tensor, texts: Sequence[Tensor], state: DecodeState, step_by_step: bool
+) -> Iterator[Tensor]:
+    """Yield the logits of each text after the prompt x, which was prefilled.
+
+    x [1, T, H]; texts int64 [S - 1] each -> [S - 1, V] each
+    """
+    for number, text in enumerate(texts):
+        if number and state.schedule.ever_dense:        # dense steps of the last text added evidence
+            model.prefill(x, state)
+        state.cache.go_back(x.shape[1])
+        if not len(text):
+            yield x.new_empty(0, model.config.vocab_size)
+        elif step_by_step:
+            yield torch.cat([next_logits(model, token[None], state) for token in text])
+        else:
+            yield evaluate(model, text, state)
 
 
 def score_window(log_p: Tensor, dense_log_p: Tensor, window: Window) -> WindowScore:

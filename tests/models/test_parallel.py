@@ -16,7 +16,7 @@ from popengine.engine.run import next_logits
 from popengine.studies.activations import Activation, embedded, feed_forward_networks, watch_dense
 from popengine.studies.by_name import METHODS, Request, pruning_for
 from popengine.studies.calibration import Calibration, calibrate
-from popengine.studies.known_text import evaluate
+from popengine.studies.known_text import evaluate, evaluate_branches
 from popengine.studies.recording import recorded
 from popengine.studies.settings import PruningSettings
 from weights.errors import InputError
@@ -77,8 +77,17 @@ def test_parallel_and_steps_agree_for_every_method(
         with pytest.raises(InputError, match=r"this model has (experts|none)"):
             pruning_for(method, request)
         return
-    steps, parallel = both_ways(model, pruning_for(method, request))
+    pruning = pruning_for(method, request)
+    steps, parallel = both_ways(model, pruning)
     assert_same(parallel, steps)
+    # Two texts after one prompt, one of them the same: neither sees the other, and an empty one has no logits.
+    tokens = torch.randint(SIZES["vocab_size"], (44,), generator=torch.Generator().manual_seed(5))
+    _, state = prefilled(model, tokens[None, :20], pruning, capacity=64)
+    first, none, second = evaluate_branches(model, [tokens[30:44], tokens[:0], tokens[20:44]], state)
+    assert_same(second, steps)
+    state.cache.go_back(20)
+    assert_same(first, evaluate(model, tokens[30:44], state))
+    assert len(none) == 0
 
 
 @torch.inference_mode()
