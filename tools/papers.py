@@ -25,7 +25,7 @@ CHOSEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge"
 TEXT = ("compare", *PLAIN, "--text", "{text}")
 TASKS = ("tasks", *PLAIN, "--archive", "{archive}", "--tasks")
 # Many answers at once, each with a partition of its own.
-ANSWERS = ("tasks", *PLAIN, "--batch-size", "32", "--run-code", "--archive", "{archive}", "--tasks")
+ANSWERS = ("tasks", *PLAIN, "--batch-size", "50", "--run-code", "--archive", "{archive}", "--tasks")
 CALIBRATED = ("--methods", "pop", "wanda-sp", "flap", "--prune-ratio", "0.2", "0.4", "--calibration-text",
               "{calibration}", "--against", "pop")
 BENCH = ("bench", "--paper", "--compile-only", "--dtype", "bfloat16", "--weights", "auto", "int8",
@@ -78,7 +78,7 @@ STEPS = {
         "--windows", "12",
     )),
     "humaneval": Step("POP: programs that pass their tests, the longest answers", 150, (
-        *ANSWERS, "humaneval", *ONLINE, "--limit", "164", "--against", "pop",
+        *ANSWERS, "humaneval", *ONLINE, "--limit", "100", "--against", "pop",
     )),
     "choices": Step("POP: tasks with answers to choose", 90, (
         *TASKS, *CHOSEN, *ONLINE, "--limit", "100", "--against", "pop",

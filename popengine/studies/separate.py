@@ -18,6 +18,7 @@ from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.passes import DecodePass, PrefillPass
 from models.pruning.active_weights import ActiveWeights, WholeWeights
+from models.pruning.evidence import sum_of_squares
 from models.pruning.interface import PrunedFFN
 from models.pruning.partition import partition_channels
 from models.pruning.pop import DenseFFN, PartitionedFFN
@@ -43,8 +44,9 @@ class SeparateFFN(PartitionedFFN):
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
         h = self.ffn.activation(x)                                                  # [B, T, I]
-        counted = h if rows.counted is None else h.masked_fill(~rows.counted.unsqueeze(-1), 0)
-        self.squares = self.squares + counted.float().square().sum(dim=1)           # [B, I]
+        counted = [None] * len(h) if rows.counted is None else rows.counted[:, None]
+        each = [sum_of_squares(own[None], real) for own, real in zip(h, counted, strict=True)]      # B times [I]
+        self.squares = self.squares + torch.stack(each)                             # [B, I]
         if rows.partitions:
             rows.repartition(self)
         if not rows.finish_dense:
