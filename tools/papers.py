@@ -28,9 +28,9 @@ TASKS = ("tasks", *PLAIN, "--archive", "{archive}", "--tasks")
 ANSWERS = ("tasks", *PLAIN, "--batch-size", "50", "--run-code", "--archive", "{archive}", "--tasks")
 CALIBRATED = ("--methods", "pop", "wanda-sp", "flap", "--prune-ratio", "0.2", "0.4", "--calibration-text",
               "{calibration}", "--against", "pop")
-BENCH = ("bench", "--paper", "--compile-only", "--dtype", "bfloat16", "--weights", "auto", "int8",
-         "--against", "llama.cpp", "--prune-ratio", "0", "0.2", "0.4")
-LAYERS = "1/4"
+BENCH = ("bench", "--paper", "--dtype", "bfloat16", "--weights")
+ANSWER = (*BENCH, "auto", "int8", "--compile-only", "--against", "llama.cpp", "--prune-ratio", "0", "0.2", "0.4")
+LAYERS, LAYERS_AS_RATIO = "1/4", "0.25"
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,32 @@ STEPS = {
         "{calibration}", "--windows", "24",
     )),
     "latency": Step("POP: a step is 1.14 and 1.38 times as fast; a whole answer beside llama.cpp", 10, (
-        *BENCH, "-p", "512", "-n", "128", "--rounds", "3",
+        *ANSWER, "-p", "512", "-n", "128", "--rounds", "3",
     )),
     "latency-long": Step("The same for a short prompt and a long answer", 20, (
-        *BENCH, "-p", "128", "-n", "512", "--rounds", "3",
+        *ANSWER, "-p", "128", "-n", "512", "--rounds", "3",
     )),
+    **{f"first-token-{prompt}": Step("Prefill-Only: the first token comes earlier", minutes, (
+        *BENCH, "auto", "plain", "--against", "transformers,llama.cpp", "--prune-ratio", "0", "--prefill-skip", LAYERS,
+        "1/3", "-p", prompt, "-n", "2", "--rounds", "2",
+    )) for prompt, minutes in (("512", 3), ("2048", 6), ("4096", 12))},
     "gates": Step("Prefill-Only: deep layers matter little to the prompt", 15, (
         "gates", "--text", "{text}", "--samples", "32", "--dtype", "bfloat16", "--weights", "plain",
     )),
     "greedy": Step("Prefill-Only: which layers a prompt can skip", 30, (
         "skip_greedy", "--text", "{calibration}", "--layers", LAYERS, "--windows", "4",
     )),
-    "skipped": Step("Prefill-Only: the deepest layers, those of the gates, and the controls", 20, (
-        *TEXT, "--methods", "dense", "prefill-only", "skip-first", "skip-evenly", "skip-no-boundary",
-        "skip-no-keys", "--prefill-skip", "1/6", LAYERS, "1/3", "auto:" + LAYERS + ":{out}/gates/gates.json",
-        "{greedy}", "--windows", "12",
+    "skipped": Step("Prefill-Only: how many layers, and which: the deepest, those of the gates, the best found", 10, (
+        *TEXT, "--methods", "dense", "prefill-only", "--prefill-skip", "1/6", LAYERS, "1/3", "1/2",
+        "auto:" + LAYERS + ":{out}/gates/gates.json", "{greedy}", "--boundary-tokens", "1", "16", "--windows", "24",
+    )),
+    "controls": Step("Prefill-Only: its design choices; removed layers cost more than skipped ones", 8, (
+        *TEXT, "--methods", "dense", "prefill-only", "skip-first", "skip-evenly", "skip-no-boundary", "skip-no-keys",
+        "shortgpt", "--prefill-skip", LAYERS, "--prune-ratio", LAYERS_AS_RATIO, "--calibration-text", "{calibration}",
+        "--windows", "24",
+    )),
+    "inputs": Step("Input sparsity at POP's prune ratios", 8, (
+        *TEXT, "--methods", "dense", "wina", "teal", "--input-sparsity", "0.2", "0.4", "--windows", "24",
     )),
     "together": Step("Both methods at once", 10, (
         *TEXT, "--methods", "dense", "pop", "--prune-ratio", "0.2", "0.4", "--prefill-skip", "0", "{greedy}",
