@@ -20,7 +20,7 @@ from models.passes import DecodePass, PrefillPass
 from models.pruning.active_weights import ActiveWeights, WholeWeights
 from models.pruning.evidence import sum_of_squares
 from models.pruning.interface import PrunedFFN
-from models.pruning.partition import partition_channels
+from models.pruning.partition import ChannelPartition, partition_channels
 from models.pruning.pop import DenseFFN, PartitionedFFN
 from popengine.studies.resolve import StudyPruning
 from popengine.studies.rules import AllChannels, StudyRule
@@ -30,12 +30,13 @@ from weights.errors import InputError
 class SeparateFFN(PartitionedFFN):
     """One network under POP, where every sequence of a batch has its own evidence and its own partition.
 
-    squares  float32 [B, I] (at first [1, I]), the sum of Eq. 2 for each sequence
-    kept     bool [B, 1, I], the retained channels of each sequence
+    squares   float32 [B, I] (at first [1, I]), the sum of Eq. 2 for each sequence
+    retained  bool [B, 1, I], the retained channels of each sequence
     """
 
     def __init__(self, ffn: FeedForward, rule: StudyRule) -> None:
         super().__init__(ffn, rule, WholeWeights(ffn))
+        self.norms = ffn.down_norms()                                               # [I]
         self.restart()
 
     def restart(self) -> None:
@@ -43,29 +44,27 @@ class SeparateFFN(PartitionedFFN):
         self.squares = self.evidence.squares[None]
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
-        h = self.ffn.activation(x)                                                  # [B, T, I]
-        counted = [None] * len(h) if rows.counted is None else rows.counted[:, None]
-        each = [sum_of_squares(own[None], real) for own, real in zip(h, counted, strict=True)]      # B times [I]
-        self.squares = self.squares + torch.stack(each)                             # [B, I]
+        # One prompt after the other: the activations of a whole batch would be too large for the processor's caches.
+        counted = [None] * len(x) if rows.counted is None else rows.counted.split(1)
+        outputs, squares, orders = [], [], []
+        for own, real, earlier in zip(x.split(1), counted, self.squares.expand(len(x), -1), strict=True):
+            h = self.ffn.activation(own)                                            # [1, T, I]
+            squares.append(earlier + sum_of_squares(h, real))
+            if rows.partitions:
+                orders.append(partition_channels(squares[-1].sqrt() * self.norms, self.sizes).order)
+            if not rows.finish_dense:
+                h = h.masked_fill(~mask(orders[-1][None, : self.sizes.active], self.sizes.channels), 0)
+            outputs.append(self.ffn.down_proj(h))
+        self.squares = torch.stack(squares)                                         # [B, I]
         if rows.partitions:
-            rows.repartition(self)
-        if not rows.finish_dense:
-            h = h.masked_fill(~self.mask(self.partition.active), 0)
-        return self.ffn.down_proj(h)
+            self.use_partition(ChannelPartition(torch.stack(orders), self.sizes))
+        return torch.cat(outputs)                                                   # [B, T, H]
 
-    def sort_channels(self) -> None:
-        norms = self.ffn.down_norms()                                               # [I]
-        self.partition = partition_channels(self.squares.sqrt() * norms, self.sizes)
-        self.candidate_norms = norms[self.partition.candidate][:, None]             # [B, 1, C]
-        self.retained = self.mask(self.partition.retained)
-
-    def copy_weights(self) -> None:
-        pass
-
-    def mask(self, channels: Tensor) -> Tensor:
-        """Return True for these channels of each sequence. int64 [B, n] -> bool [B, 1, I]"""
-        whole = torch.zeros(len(channels), self.sizes.channels, dtype=torch.bool, device=channels.device)
-        return whole.scatter(-1, channels, True)[:, None]
+    def use_partition(self, partition: ChannelPartition) -> None:
+        """Run the next steps with this partition of every sequence, whose order is int64 [B, I]."""
+        self.partition = partition
+        self.candidate_norms = self.norms[partition.candidate][:, None]             # [B, 1, C]
+        self.retained = mask(partition.retained, self.sizes.channels)
 
     def decode(self, x: Tensor, step: DecodePass) -> Tensor:
         h = self.ffn.activation(x)                                                  # [B, T, I]
@@ -73,6 +72,12 @@ class SeparateFFN(PartitionedFFN):
         scores = h.gather(-1, candidates).float().abs() * self.candidate_norms      # Eq. 3 for one token
         kept = self.retained.expand(h.shape).scatter(-1, candidates, self.partition.pick(scores))
         return self.ffn.down_proj(h.masked_fill(~kept, 0))
+
+
+def mask(chosen: Tensor, channels: int) -> Tensor:
+    """Return True for the chosen ones of so many channels, for each sequence. int64 [B, n] -> bool [B, 1, I]"""
+    whole = torch.zeros(len(chosen), channels, dtype=torch.bool, device=chosen.device)
+    return whole.scatter(-1, chosen, True)[:, None]
 
 
 class Separate(StudyRule):
