@@ -17,12 +17,12 @@ from models.matrices.products import add_up_columns, add_up_for_each, kept, plac
 class ColumnMatrix(Matrix):
     """A Matrix stored column by column, for eager products of a few rows on a CPU. float32 and bfloat16 only."""
 
-    parts: int
+    threads: int
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> "ColumnMatrix":
         made: ColumnMatrix = super().of(weight, bias)  # type: ignore[assignment]
-        made.parts = torch.get_num_threads()        # compiled code cannot call this
+        made.threads = torch.get_num_threads()        # compiled code cannot call this
         return made
 
     @classmethod
@@ -36,7 +36,7 @@ class ColumnMatrix(Matrix):
         if rows > FEW_ROWS[self.weight.dtype]:
             return F.linear(x, self.weight, self.bias)
         if rows == 1:
-            y = add_up_columns(self.weight.t(), kept(stretches, self.in_features, 1)[0], x.flatten(), self.parts)
+            y = add_up_columns(self.weight.t(), kept(stretches, self.in_features, 1)[0], x.flatten(), self.threads)
         else:
             y = add_up_for_each(self.weight.t(), x.flatten(0, -2))                  # [T, out]
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
@@ -45,7 +45,7 @@ class ColumnMatrix(Matrix):
         return rows == 1
 
     def multiply_columns(self, x: Tensor, columns: Tensor) -> Tensor:
-        y = add_up_columns(self.weight.t(), columns, x.flatten(), self.parts)       # [out]
+        y = add_up_columns(self.weight.t(), columns, x.flatten(), self.threads)     # [out]
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
     def multiply_kept(self, x: Tensor, keep: Tensor, count: int) -> Tensor:

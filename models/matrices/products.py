@@ -10,6 +10,7 @@ B batch, T rows, in and out the sides of a weight [out, in], N query heads, K ke
 size, C candidates.
 """
 
+import math
 import time
 from functools import lru_cache
 from typing import Any
@@ -24,6 +25,9 @@ from torch import Tensor
 STREAMS, STREAMED_ROWS = 8, 512
 # Most scores for which comparing every pair is faster than a selection.
 MOST_COMPARED = 256
+# Most columns that one thread adds up at a time. A sum goes through its columns several times, a stretch of rows each
+# time, and the addresses of the memory pages of more columns do not stay cached (docs/measurements/products.md).
+COLUMNS_AT_ONCE = 384
 
 
 def is_fused(x: Tensor) -> bool:
@@ -113,14 +117,15 @@ def kept(make: Any, *sizes: int) -> tuple[Tensor, Tensor]:
     return made
 
 
-def add_up_columns(columns: Tensor, which: Tensor, factors: Tensor, parts: int) -> Tensor:
+def add_up_columns(columns: Tensor, which: Tensor, factors: Tensor, threads: int) -> Tensor:
     """Compute the sum over k of factors[k] * columns[which[k]]: one row's product that reads the given columns alone.
 
-    embedding_bag computes this from a table of the columns. Each thread adds up one stretch of them, which takes half
+    embedding_bag computes this from a table of the columns. Each thread adds up its stretches of them, which takes half
     the time of F.linear for one row (figures in docs/measurements/products.md).
 
-    columns [in, out], on the CPU; which int64 [k]; factors [k]; parts: number of stretches -> [out]
+    columns [in, out], on the CPU; which int64 [k]; factors [k] -> [out]
     """
+    parts = threads * max(1, math.ceil(len(which) / (threads * COLUMNS_AT_ONCE)))
     _, begins = kept(stretches, len(which), parts)
     sums = F.embedding_bag(which, columns, offsets=begins, per_sample_weights=factors, mode="sum")
     return sums.sum(dim=0)

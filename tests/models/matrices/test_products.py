@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from models.matrices.products import STREAMS, fused_gemv, fused_gemv_rows, row_streams
+from models.matrices.products import (
+    COLUMNS_AT_ONCE,
+    STREAMS,
+    add_up_columns,
+    fused_gemv,
+    fused_gemv_rows,
+    row_streams,
+)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 511, 512, 516, 1026, 1536, 5347])
@@ -31,3 +38,16 @@ def test_a_written_out_product_is_the_product(rows: int, columns: int, dtype: to
     which = torch.randperm(rows, generator=generator)[: rows // 2].sort().values
     chosen = fused_gemv_rows(x, weight, which).flatten().double()
     assert (chosen - exact[which]).abs().le(bound[which]).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 3, COLUMNS_AT_ONCE, COLUMNS_AT_ONCE + 1, 5 * COLUMNS_AT_ONCE + 7])
+@torch.inference_mode()
+def test_columns_added_up_in_stretches_are_the_product(count: int, threads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    columns, factors = torch.randn(2000, 24, generator=generator), torch.randn(count, generator=generator)
+    which = torch.randperm(2000, generator=generator)[:count]
+    found = add_up_columns(columns, which, factors, threads).double()
+    exact = factors.double() @ columns.double()[which]
+    bound = count * torch.finfo(torch.float32).eps * (factors.double().abs() @ columns.double()[which].abs())
+    assert (found - exact).abs().le(bound).all()
