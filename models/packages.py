@@ -314,9 +314,13 @@ class PackagedDecode:
             before = {place: inputs[place].clone() for place in places}
             copied = [before[place].clone() if place in before else one for place, one in enumerate(inputs)]
             (found,) = loader.run([x, *given[1:], *copied])
-            y = run_layers(state.layers[index * size : (index + 1) * size], x, step)            # [B, 1, H]
-            close = close and adds_the_same(found, y, x, x.dtype)
-            close = close and all(
+            layers = state.layers[index * size : (index + 1) * size]
+            y = run_layers(layers, x, step)                                         # [B, 1, H]
+            same = adds_the_same(found, y, x, x.dtype)
+            if not same and not steps.dense:
+                nudged = run_layers(layers, last_bits_changed(x), step)
+                same = differs_as_little(found, nudged, run_layers(layers, x, step), x)
+            close = close and same and all(
                 adds_the_same(copied[place], inputs[place], was, x.dtype) for place, was in before.items()
             )
             x = y
@@ -340,6 +344,23 @@ def equal_but_for_rounding(found: Tensor, wanted: Tensor) -> bool:
         return torch.equal(found, wanted)
     bound = 8 * torch.finfo(wanted.dtype).eps
     return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=bound, atol=bound)
+
+
+def last_bits_changed(x: Tensor) -> Tensor:
+    """Change the last bit of two thirds of the numbers, up or down."""
+    change = torch.arange(x.shape[-1], device=x.device) % 3 - 1
+    return x * (1 + change * torch.finfo(x.dtype).eps).to(x.dtype)
+
+
+def differs_as_little(found: Tensor, nudged: Tensor, wanted: Tensor, x: Tensor) -> bool:
+    """Return True if a package differs no more from eager layers than they do where the last bits of x change.
+
+    Layers that choose inputs or channels at every step are that sensitive: of scores near each other, rounding decides.
+    A wrong package differs by about as much as is added, so half of that is the limit.
+    """
+    found, nudged, wanted, x = found.float(), nudged.float(), wanted.float(), x.float()
+    difference = (found - wanted).norm()
+    return bool(difference <= 2 * (nudged - wanted).norm() and difference <= (wanted - x).norm() / 2)
 
 
 def adds_the_same(found: Tensor, wanted: Tensor, x: Tensor, dtype: torch.dtype) -> bool:

@@ -24,7 +24,7 @@ from models.compiled import CPU_OPTIONS, CompiledDecode
 from models.flat_functions import UNREAD, Function, NotPackable
 from models.llama import LlamaForCausalLM
 from models.matrices.forms import ColumnMatrix
-from models.packages import Loader, common_group_size, step_functions
+from models.packages import Loader, common_group_size, differs_as_little, last_bits_changed, step_functions
 from models.state import DecodeState
 from popengine.compile import main as compile_command
 from popengine.engine import packages
@@ -37,6 +37,7 @@ from weights.user_folders import cache_folder
 
 POP = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3)
 FROZEN = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.0)
+WINA = PruningSettings.paper(prune_ratio=0.0, input_sparsity="0.5")
 SIZES = {"num_hidden_layers": 7, "hidden_size": 64, "max_position_embeddings": 1024}
 PROMPT, OTHER = list(range(5, 40)), list(range(90, 50, -1))
 
@@ -126,7 +127,7 @@ def test_the_flag_makes_what_is_missing_and_says_so_once(
     assert steps_of(load(folder), [PROMPT], 10, POP) == "package"
 
 
-@pytest.mark.parametrize("pruning", [DENSE, POP], ids=["dense", "POP"])
+@pytest.mark.parametrize("pruning", [DENSE, POP, WINA], ids=["dense", "POP", "WINA"])
 def test_packages_give_the_eager_tokens_and_logits(eager: Engine, fast: Engine, pruning: PruningSettings) -> None:
     with_packages_of(fast, pruning)
     for prompt, count in ((PROMPT, 40), (OTHER, 200), (PROMPT, 5)):         # capacities 128, 256, 128
@@ -225,6 +226,31 @@ def test_dense_steps_in_half_precision_run_from_packages_too(
     assert "differs" not in capsys.readouterr().err
     (kinds,) = engine.compiled.packaged.steps.values()  # type: ignore[union-attr]
     assert set(kinds) == {False, True} and None not in kinds.values()
+
+
+@pytest.mark.slow
+def test_steps_that_choose_by_rounded_scores_run_from_packages(
+    folder: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of 64 inputs: a score that rounding moves past another changes a product by more than roundings do."""
+    engine = load(folder, dtype="bfloat16", compile=True)
+    run = engine.run([PROMPT], 12, WINA, ignore_eos=True)
+    list(run)
+    assert "differs" not in capsys.readouterr().err
+    assert measured(run).steps == "package"
+
+
+def test_a_package_may_differ_as_much_as_a_changed_last_bit_but_never_by_most_of_what_is_added() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, added, noise, other = (torch.randn(256, generator=generator) for _ in range(4))
+    wanted, nudged = x + added, x + added + 0.2 * noise
+    assert differs_as_little(wanted + 0.3 * other, nudged, wanted, x)
+    assert not differs_as_little(wanted + 0.5 * other, nudged, wanted, x)
+    assert not differs_as_little(wanted + 0.6 * other, x + added + noise, wanted, x)
+    assert not differs_as_little(x, nudged, wanted, x)
+    half = x.bfloat16()
+    changed = last_bits_changed(half) != half
+    assert 160 < changed.sum() < 180 and torch.allclose(last_bits_changed(half), half, rtol=2**-6, atol=0)
 
 
 @pytest.mark.slow
