@@ -8,6 +8,7 @@ B batch, T tokens, S cache slots, H hidden size, N query heads, K key/value head
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.query_key_norm else None
         # Heads are partitioned within the group that shares a key/value head; without sharing, over all heads.
         self.head_groups = self.kv_heads if self.kv_heads < self.heads else 1
-        self.norms: Tensor | None = None
+        self.derived: dict[str, Any] = {}
         self.qkv: list[Matrix] = []         # in a list, so that it is no submodule: its weights are named already
         self.stacked_at = -1                # no tensor's address (0 is that of a tensor without storage)
 
@@ -85,14 +86,20 @@ class Attention(nn.Module):
         """Return q_proj, k_proj and v_proj as one matrix [(N + 2K) D, H], which they become parts of."""
         if self.stacked_at != self.q_proj.weight.data_ptr():                        # not stacked yet, or moved since
             self.qkv = [stack([self.q_proj, self.k_proj, self.v_proj])]
+            self.derived.clear()
             self.stacked_at = self.q_proj.weight.data_ptr()
         return self.qkv[0]
 
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return a constant of the weights by its name; `make` computes it at first use."""
+        if name not in self.derived:
+            self.derived[name] = make()
+        return self.derived[name]
+
     def output_norms(self) -> Tensor:
         """Return the l2 norm of each column of o_proj, float32 [N D], computed at first use."""
-        if self.norms is None:
-            self.norms = self.o_proj.column_norms()
-        return self.norms
+        norms: Tensor = self.once("output norms", self.o_proj.column_norms)
+        return norms
 
 
 class CachedAttention:

@@ -90,10 +90,15 @@ class RowMatrix(Matrix):
         return False            # an eager product copies chosen rows first
 
 
+def has_columns(matrix: Matrix) -> bool:
+    """Return True if `by_columns` makes a copy, of which a CPU can read chosen columns alone."""
+    by_rows = type(matrix) in (Matrix, RowMatrix)
+    return by_rows and matrix.weight.device.type == "cpu" and matrix.weight.dtype in FEW_ROWS
+
+
 def by_columns(matrix: Matrix) -> Matrix:
     """Return a copy stored by columns if a CPU can then read chosen columns alone, else the matrix itself."""
-    by_rows = type(matrix) in (Matrix, RowMatrix)
-    if not by_rows or matrix.weight.device.type != "cpu" or matrix.weight.dtype not in FEW_ROWS:
+    if not has_columns(matrix):
         return matrix
     return ColumnMatrix.of(matrix.weight.t().contiguous().t(), matrix.bias)
 
@@ -159,6 +164,12 @@ class ChosenRows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return take_columns(self.whole(x), self.chosen)
+
+    def reads_chosen_columns(self, rows: int) -> bool:
+        return self.whole.reads_chosen_columns(rows)
+
+    def multiply_columns(self, x: Tensor, columns: Tensor) -> Tensor:
+        return take_columns(self.whole.multiply_columns(x, columns), self.chosen)
 
     def multiply_kept(self, x: Tensor, keep: Tensor, count: int) -> Tensor:
         return take_columns(self.whole.multiply_kept(x, keep, count), self.chosen)

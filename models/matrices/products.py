@@ -201,3 +201,14 @@ def keep_best(scores: Tensor, count: int) -> Tensor:
 def places(keep: Tensor, count: int) -> Tensor:
     """Return the indices of the `count` True entries, ascending for fast memory access. bool [C] -> int64 [count]"""
     return torch.nonzero_static(keep, size=count).squeeze(-1)
+
+
+def best_places(scores: Tensor, count: int) -> Tensor:
+    """Return the indices of the `count` highest scores, in no order (ties: the earlier). float32 >= 0 [C] -> int64
+
+    The bits of such numbers, as integers, have the order of the numbers. With the place below them all keys differ.
+    """
+    last = scores.shape[-1] - 1
+    places_backwards = torch.arange(last, -1, -1, device=scores.device)
+    keys = (scores.view(torch.int32).long() << 32) | places_backwards
+    return last - (keys.topk(count, sorted=False).values & 0xFFFFFFFF)

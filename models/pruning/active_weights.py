@@ -78,8 +78,8 @@ def view_of_columns(matrix: Matrix, columns: int) -> AnyMatrix:
 
 def down_by_columns(ffn: FeedForward) -> Matrix:
     """Return down_proj in a layout that reads chosen columns alone: a copy if the weight is stored by rows."""
-    made: tuple[Matrix] = ffn.once("down by columns", lambda: (ffn.down_proj.in_form(by_columns),))
-    return made[0]
+    made: Matrix = ffn.once("down by columns", lambda: ffn.down_proj.in_form(by_columns))
+    return made
 
 
 def channel_bytes(ffn: FeedForward, rows: int | None = None, columns: int | None = None) -> int:

@@ -10,6 +10,7 @@ B batch, T tokens, H hidden size, R retained and C candidate channels, N query h
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from torch import Tensor
 from models.attention import Attention, CachedAttention
 from models.cache import LayerCache
 from models.feed_forward import FeedForward
-from models.matrices.forms import RowMatrix, by_columns
-from models.matrices.plain import Matrix
-from models.matrices.products import attend_cache, keep_best
+from models.matrices.forms import by_columns, has_columns
+from models.matrices.plain import Matrix, take_columns
+from models.matrices.products import attend_cache, best_places, keep_best, row_count
 from models.passes import DecodePass
-from models.pruning.active_weights import ActiveWeights, AnyMatrix, WholeWeights
+from models.pruning.active_weights import ActiveWeights, AnyMatrix
 from models.pruning.interface import PrunedFFN
 from models.pruning.pop import DenseFFN, PartitionedFFN
 from popengine.studies.input_shares import InputShares
@@ -43,7 +44,12 @@ class ChosenInputs:
     def __call__(self, x: Tensor) -> Tensor:
         """Compute x W^T + b with the kept inputs. x [..., in] -> [..., out]"""
         scores = x.float().abs() if self.norms is None else x.float().abs() * self.norms        # [..., in]
-        y: Tensor = self.matrix.multiply_kept(x, keep_best(scores, self.count), self.count)
+        y: Tensor
+        if self.matrix.reads_chosen_columns(row_count(x)):
+            columns = best_places(scores.flatten(), self.count)                     # [count]
+            y = self.matrix.multiply_columns(take_columns(x, columns), columns)
+        else:
+            y = self.matrix.multiply_kept(x, keep_best(scores, self.count), self.count)
         return y
 
     def multiply_kept(self, x: Tensor, keep: Tensor, count: int) -> Tensor:
@@ -67,36 +73,32 @@ class InputChoice:
         left_out: float = getattr(self.shares, kind)
         return max(1, round((1 - left_out) * inputs))
 
-    def of(self, kind: str, matrix: AnyMatrix, inputs: int, most: int, norms: Callable[[], Tensor]) -> AnyMatrix:
+    def of(
+        self, kind: str, matrix: AnyMatrix, inputs: int, most: int, norms: Callable[[], Tensor],
+        once: Callable[[str, Callable[[], Any]], Any],
+    ) -> AnyMatrix:
         """Return a matrix that chooses among its inputs; the matrix itself if it keeps all `most` that reach it.
 
         inputs  of the whole matrix: the share is of these
         norms   computes the norms of the columns
+        once    keeps what is made of a whole matrix: a copy stored by columns, if it is stored by rows
         """
         count = self.kept(kind, inputs)
-        return matrix if count >= most else ChosenInputs(matrix, count, norms() if self.weighted else None)
+        if count >= most:
+            return matrix
+        if has_columns(matrix):
+            matrix = once(f"{kind} by columns", lambda: by_columns(matrix))
+        return ChosenInputs(matrix, count, norms() if self.weighted else None)
 
     def of_factors(self, ffn: FeedForward, weights: ActiveWeights) -> tuple[AnyMatrix, AnyMatrix]:
         """Return gate and up, or copies of some of their rows, with chosen inputs. Norms are of all rows."""
-        hidden = ffn.down_proj.out_features
+        hidden, once = ffn.down_proj.out_features, ffn.once
+        gate_norms = partial(once, "gate norms", ffn.gate_proj.column_norms)
+        up_norms = partial(once, "up norms", ffn.up_proj.column_norms)
         return (
-            self.of("gate", weights.gate, hidden, hidden, lambda: ffn.once("gate norms", ffn.gate_proj.column_norms)),
-            self.of("up", weights.up, hidden, hidden, lambda: ffn.once("up norms", ffn.up_proj.column_norms)),
+            self.of("gate", weights.gate, hidden, hidden, gate_norms, once),
+            self.of("up", weights.up, hidden, hidden, up_norms, once),
         )
-
-
-class WholeByColumns(WholeWeights):
-    """The whole matrices of a network, those that eager steps multiply by rows in a copy by columns."""
-
-    def __init__(self, ffn: FeedForward) -> None:
-        self.gate, self.up, self.down = (self.in_columns(ffn, name) for name in ("gate_proj", "up_proj", "down_proj"))
-
-    def in_columns(self, ffn: FeedForward, name: str) -> Matrix:
-        matrix: Matrix = getattr(ffn, name)
-        if type(matrix) is not RowMatrix:
-            return matrix
-        made: tuple[Matrix] = ffn.once(f"{name} by columns", lambda: (by_columns(matrix),))
-        return made[0]
 
 
 class SparseDenseFFN(DenseFFN):
@@ -104,9 +106,8 @@ class SparseDenseFFN(DenseFFN):
 
     def __init__(self, ffn: FeedForward, choice: InputChoice) -> None:
         super().__init__(ffn)
-        whole = WholeByColumns(ffn)
-        self.step_gate, self.step_up = choice.of_factors(ffn, whole)
-        self.step_down = choice.of("down", whole.down, ffn.channels, ffn.channels, ffn.down_norms)
+        self.step_gate, self.step_up = choice.of_factors(ffn, self.weights)
+        self.step_down = choice.of("down", self.down, ffn.channels, ffn.channels, ffn.down_norms, ffn.once)
 
     def decode(self, x: Tensor, step: DecodePass) -> Tensor:
         return self.step_down(self.ffn.act(self.step_gate(x)) * self.step_up(x))
@@ -125,7 +126,9 @@ class SparseFFN(PartitionedFFN):
         ffn, choice = self.ffn, self.rule.inputs
         self.step_gate, self.step_up = choice.of_factors(ffn, weights)
         self.active_norms = ffn.down_norms()[: self.sizes.active].clone()           # [R + C]
-        self.step_down = choice.of("down", self.down, ffn.channels, self.sizes.computed, lambda: self.active_norms)
+        self.step_down = choice.of(
+            "down", self.down, ffn.channels, self.sizes.computed, lambda: self.active_norms, ffn.once
+        )
 
     def copy_weights(self) -> None:
         super().copy_weights()
@@ -144,11 +147,9 @@ class SparseAttention(CachedAttention):
     def __init__(self, attention: Attention, choice: InputChoice) -> None:
         super().__init__(attention)
         hidden, heads = self.qkv.in_features, attention.o_proj.in_features
-        qkv, o_proj = (
-            by_columns(one) if type(one) is RowMatrix else one for one in (self.qkv, attention.o_proj)
-        )
-        self.step_qkv = choice.of("qkv", qkv, hidden, hidden, self.qkv.column_norms)
-        self.step_o = choice.of("o", o_proj, heads, heads, attention.output_norms)
+        once, norms = attention.once, partial(attention.once, "qkv norms", self.qkv.column_norms)
+        self.step_qkv = choice.of("qkv", self.qkv, hidden, hidden, norms, once)
+        self.step_o = choice.of("o", attention.o_proj, heads, heads, attention.output_norms, once)
 
     def decode(self, x: Tensor, cache: LayerCache, step: DecodePass) -> Tensor:
         q, k, v = self.attention.queries_keys_values(x, self.step_qkv, step, cache.pattern)
@@ -171,10 +172,11 @@ class InputSparsity(StudyRule):
 
     def new_weights(self, ffn: FeedForward) -> ActiveWeights:
         weights = super().new_weights(ffn)
+        if not weights.held_bytes():
+            return weights
         for name in ("gate", "up", "down"):
-            copy = getattr(weights, name)
-            if type(copy) is RowMatrix and weights.held_bytes():        # still empty
-                setattr(weights, name, by_columns(copy))
+            if getattr(self.inputs.shares, name):
+                setattr(weights, name, by_columns(getattr(weights, name)))          # still empty
         return weights
 
     def new_attention(self, attention: Attention) -> CachedAttention:
@@ -206,4 +208,4 @@ class InputSparsity(StudyRule):
 
 def reads_columns(matrix: Matrix, rows: int) -> bool:
     """Return True if a matrix, or its copy by columns, reads chosen columns alone for `rows` rows of x."""
-    return matrix.reads_chosen_columns(rows) or (rows == 1 and type(matrix) is RowMatrix)
+    return matrix.reads_chosen_columns(rows) or (rows == 1 and has_columns(matrix))

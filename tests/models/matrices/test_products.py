@@ -7,8 +7,11 @@ from models.matrices.products import (
     COLUMNS_AT_ONCE,
     STREAMS,
     add_up_columns,
+    best_places,
     fused_gemv,
     fused_gemv_rows,
+    keep_best,
+    places,
     row_streams,
 )
 
@@ -51,3 +54,19 @@ def test_columns_added_up_in_stretches_are_the_product(count: int, threads: int)
     exact = factors.double() @ columns.double()[which]
     bound = count * torch.finfo(torch.float32).eps * (factors.double().abs() @ columns.double()[which].abs())
     assert (found - exact).abs().le(bound).all()
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@torch.inference_mode()
+def test_the_best_places_are_those_of_the_highest_scores_and_of_equal_ones_the_earlier(compiled: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randint(0, 4, (300,), generator=generator).float()                  # most scores are equal
+    close = 1 + torch.randint(0, 40, (300,), generator=generator) * torch.finfo(torch.float32).eps
+    far = torch.randn(300, generator=generator).abs() * 10.0 ** torch.arange(-30, 30).repeat(5)
+    far[7], far[9] = torch.inf, 1e-45
+    of = torch.compile(best_places, dynamic=False) if compiled else best_places
+    for scores in (few, close, far, torch.zeros(300)):
+        for count in (1, 150, 299, 300):
+            wanted = scores.double().sort(descending=True, stable=True).indices[:count].sort().values
+            assert torch.equal(of(scores, count).sort().values, wanted)
+            assert torch.equal(places(keep_best(scores, count), count), wanted)
