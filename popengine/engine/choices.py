@@ -40,7 +40,7 @@ from weights.output_file import write_output
 from weights.user_folders import cache_folder
 
 # A change here leaves older choices unused.
-FORMAT = "popengine products 2"
+FORMAT = "popengine products 3"
 # Seconds for the candidates of one shape, and for those of one format compiled, without the compiler's time.
 EAGER_SECONDS, COMPILED_SECONDS = 0.06, 0.5
 # Seconds after which no further candidate of a format is compiled.
