@@ -34,8 +34,8 @@ from weights.load import Packing
 
 # Errors of matrices relative to those of the file, as a share of their norm (measured in docs/measurements/packed.md).
 PACKED_ERRORS = "int4, int8 in groups: the file's own numbers, 0.2 % off by rounded scales; int8: 0.8 to 1.5 % off"
-# Weights per packing step: intermediate results stay in a processor's cache.
-PACKED_AT_ONCE = 1 << 20
+# Weights per packing step, and of those that stay four-bit: intermediate results stay in a processor's cache.
+PACKED_AT_ONCE, FOUR_BITS_AT_ONCE = 1 << 20, 1 << 21
 # Group size of weights that are packed here (docs/measurements/packed.md compares sizes).
 GROUP = 32
 
@@ -122,6 +122,7 @@ class Packer:
         four = partial(Int4Matrix.with_room, rows, columns, size, like, None)
         held = rows * columns // 2 + rows * columns // size * 4
         if entry.groups:
+            step = rows_at_once(columns, FOUR_BITS_AT_ONCE)
             return Packing(lambda groups: four().fill(groups), put, "groups", step, held)
         return Packing(lambda values: four().fill(group(part, GROUP) for part in values), put, "values", step, held)
 
