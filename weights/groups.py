@@ -39,9 +39,13 @@ class Groups:
 
     def values(self) -> Tensor:
         """Return the weights, float32 [out, in], stored by rows."""
-        grouped = by_rows(self.numbers).unflatten(1, (-1, self.size)).float()       # [out, G, g]
-        scale, minimum = by_rows(self.scale).unsqueeze(-1), by_rows(self.minimum).unsqueeze(-1)     # [out, G, 1]
-        return grouped.mul_(scale).add_(minimum).flatten(1)
+        own = self.by_rows()
+        grouped = own.numbers.unflatten(1, (-1, self.size)).float()                 # [out, G, g]
+        return grouped.mul_(own.scale.unsqueeze(-1)).add_(own.minimum.unsqueeze(-1)).flatten(1)
+
+    def by_rows(self) -> "Groups":
+        """Return the same matrix, stored by rows."""
+        return Groups(by_rows(self.numbers), by_rows(self.scale), by_rows(self.minimum))
 
 
 def by_rows(matrix: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ HALVES = 16
 DRAFT_DTYPE, DRAFT_GROUP = torch.bfloat16, 32
 # Number of weights that are unpacked at once (a stretch).
 STRETCH = 1 << 21
+# Number of weights that become float32 at once, to be quantised.
+QUANTISED_AT_ONCE = 1 << 18
 # Number of columns of an Int4Matrix whose chosen rows are copied at once: they fit into a processor's cache.
 COPIED_AT_ONCE = 128
 # Bytes that a step must save per byte of a copy of columns in int8. To compute such a byte takes as long as to read 30
@@ -76,15 +78,21 @@ class Int8Matrix(Matrix):
         return made.fill(values.split(rows_at_once(columns)))
 
     def fill(self, stretches: Iterable[Tensor | Groups]) -> "Int8Matrix":
-        """Quantise plain values or groups, given as stretches of rows [n, in] that together are all rows."""
-        begin = 0
+        """Quantise plain values or groups, given as stretches of rows [n, in] that together are all rows.
+
+        A few rows at a time become float32, so that they stay in a processor's cache.
+        """
+        begin, step = 0, max(1, QUANTISED_AT_ONCE // self.in_features)
         for part in stretches:
-            values = part.values() if isinstance(part, Groups) else part
-            own = values.to(self.scale.device, torch.float32, copy=values is part)
-            rows = slice(begin, begin + len(own))
-            nearest_int8(own, self.numbers()[rows], self.scale[rows])
-            begin = rows.stop
-            del part, values, own       # before the next stretch is read: else both are in memory
+            given = part.by_rows() if isinstance(part, Groups) else part
+            for first in range(0, len(part), step):
+                own = slice(first, first + step)
+                values = given.part(0, own).values() if isinstance(given, Groups) else given[own]
+                values = values.to(self.scale.device, torch.float32, copy=given is part)
+                rows = slice(begin + first, begin + first + len(values))
+                nearest_int8(values, self.numbers()[rows], self.scale[rows])
+            begin += len(part)
+            del part, given, values     # before the next stretch is read: else both are in memory
         return self
 
     def numbers(self) -> Tensor:

@@ -97,7 +97,7 @@ class Packer:
         rows, columns = target.shape
         put = partial(self.put, parent, attribute)
         if attribute == "embed_tokens":     # quantised rows stay as they are stored
-            if self.form != "auto" or entry.stored not in READERS:
+            if entry.stored not in READERS or self.device.type != "cpu":
                 return None
             read, held = READERS[entry.stored], stored_size(entry.stored, rows * columns)
             return Packing(lambda all: StoredEmbedding(next(all).clone(), read, self.dtype), put, "stored", rows, held)
