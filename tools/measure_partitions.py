@@ -13,6 +13,7 @@ from itertools import combinations, pairwise
 import torch
 
 from models.pruning.partition import ChannelPartition
+from models.state import DecodeState
 from popengine.engine.engine import Engine
 from popengine.engine.loading import load
 from popengine.studies.settings import PruningSettings
@@ -51,24 +52,25 @@ def main() -> None:
 Pairs = Iterator[tuple[ChannelPartition, ChannelPartition]]
 
 
-def partitions(layers: list[object]) -> list[ChannelPartition]:
-    return [layer.ffn.partition for layer in layers]  # type: ignore[attr-defined]
+def partitions(state: DecodeState | None) -> list[ChannelPartition]:
+    assert state is not None
+    return [layer.ffn.partition for layer in state.layers]  # type: ignore[attr-defined]
 
 
 def turns(engine: Engine, settings: PruningSettings) -> Pairs:
     for first, second in TURNS:
         conversation = engine.chat(pruning=settings, max_new_tokens=TOKENS)
         conversation.say(first)
-        before = partitions(conversation.state.layers)  # type: ignore[union-attr]
+        before = partitions(conversation.state)
         conversation.say(second)
-        yield from zip(before, partitions(conversation.state.layers), strict=True)  # type: ignore[union-attr]
+        yield from zip(before, partitions(conversation.state), strict=True)
 
 
 def unrelated(engine: Engine, settings: PruningSettings, prompts: list[str]) -> Pairs:
     found = []
     for prompt in prompts:
         engine.generate(prompt, pruning=settings, max_new_tokens=1, raw=True)
-        found.append(partitions(engine.idle_state.layers))  # type: ignore[union-attr]
+        found.append(partitions(engine.idle_state))
     for before, after in combinations(found, 2):
         yield from zip(before, after, strict=True)
 
@@ -77,7 +79,7 @@ def later(engine: Engine, settings: PruningSettings, prompt: str) -> Pairs:
     found = []
     for tokens in (20, 36, 52):
         engine.generate(prompt, pruning=settings, max_new_tokens=tokens, raw=True)
-        found.append(partitions(engine.idle_state.layers))  # type: ignore[union-attr]
+        found.append(partitions(engine.idle_state))
     for before, after in pairwise(found):
         yield from zip(before, after, strict=True)
 
