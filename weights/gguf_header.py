@@ -141,12 +141,30 @@ class Cursor:
         return struct.unpack_from(f"<{code}", self.data, self.advance(struct.calcsize(f"<{code}")))[0]
 
     def string(self) -> str:
-        (length,) = LENGTH.unpack_from(self.data, self.advance(LENGTH.size))    # vocabularies have 300,000 of them
+        (length,) = LENGTH.unpack_from(self.data, self.advance(LENGTH.size))
         begin = self.advance(length)
         try:
             return self.data[begin : begin + length].decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{self.path} is corrupt: the text at byte {begin} is not UTF-8") from error
+
+    def strings(self, count: int) -> list[str]:
+        """Read many strings, in a loop without calls: vocabularies and merges have 300,000."""
+        texts, data, size, position, unpack = [], self.data, self.size, self.position, LENGTH.unpack_from
+        try:
+            for _ in range(count):
+                begin = position + LENGTH.size
+                end = begin + unpack(data, position)[0]
+                if end > size:
+                    raise struct.error
+                texts.append(str(data[begin:end], "utf-8"))
+                position = end
+        except (struct.error, UnicodeDecodeError):
+            self.position = position
+            self.string()       # says what is wrong
+            raise
+        self.position = position
+        return texts
 
     def value(self, kind: int) -> Any:
         """Read a metadata value; an array of numbers as a memoryview, an array of strings as a list."""
@@ -165,7 +183,7 @@ class Cursor:
         if item_kind == STRING:
             if count > min(MOST_STRINGS, (self.size - self.position) // 8):  # each has a length of 8 bytes
                 raise InputError(f"{self.path} is truncated or corrupt: an array of {count} strings at {self.position}")
-            return [self.string() for _ in range(count)]
+            return self.strings(count)
         raise InputError(f"{self.path}: an array of type {item_kind} in the metadata at byte {self.position}")
 
 

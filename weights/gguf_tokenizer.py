@@ -91,10 +91,10 @@ def tokenizer_json(metadata: Metadata) -> str:
     kind = metadata.text("tokenizer.ggml.model")
     # As in llama.cpp, because several tokens of a padded vocabulary may have no text.
     tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(metadata.strings("tokenizer.ggml.tokens"))]
-    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    vocabulary = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(vocabulary) != len(tokens):
         raise InputError(f"{metadata.path} is corrupt: a token is twice in its vocabulary")
-    types = metadata.numbers("tokenizer.ggml.token_type") if "tokenizer.ggml.token_type" in metadata else []
+    types = token_types(metadata)
     if len(types) not in (0, len(tokens)):
         raise InputError(f"{metadata.path} is corrupt: {len(tokens)} tokens, but {len(types)} token types")
 
@@ -120,7 +120,7 @@ def tokenizer_json(metadata: Metadata) -> str:
         **parts,
     })
     # Written separately: json.dumps first turns a dict into a list of tuples, which the garbage collector traverses.
-    quoted = map(json.JSONEncoder().encode, tokens)
+    quoted = json.dumps(tokens, separators=("\n", ":"))[1:-1].split("\n")            # a quoted text has no line break
     written = ", ".join([f"{token}: {token_id}" for token_id, token in enumerate(quoted)])
     return text.replace('"vocab": null', f'"vocab": {{{written}}}', 1)     # a text's own quotes have a backslash before
 
@@ -147,7 +147,7 @@ def byte_level_parts(metadata: Metadata) -> tuple[dict[str, Any], bool]:
 
 
 def sentencepiece_parts(
-    metadata: Metadata, tokens: list[str], vocabulary: dict[str, int], types: Any
+    metadata: Metadata, tokens: list[str], vocabulary: dict[str, int], types: list[int]
 ) -> dict[str, Any]:
     """Return BPE over characters, with ▁ for a space and bytes <0x..> for characters without a token."""
     scores = metadata.numbers("tokenizer.ggml.scores")
@@ -203,6 +203,11 @@ def between(bos: int | None, eos: int | None, tokens: list[str]) -> dict[str, An
     }
 
 
+def token_types(metadata: Metadata) -> list[int]:
+    """Return the type of each token, or [] if the file has none."""
+    return metadata.numbers("tokenizer.ggml.token_type").tolist() if "tokenizer.ggml.token_type" in metadata else []
+
+
 def special_id(metadata: Metadata, which: str) -> int | None:
     """Return the id of the "bos", "eos", "eot", "eom" or "unknown" token, or None.
 
@@ -223,7 +228,7 @@ def ends_of_turns(metadata: Metadata) -> list[int]:
     """Return every id that ends a text or a turn: those named in the file, and special tokens that always do."""
     named = [special_id(metadata, which) for which in ("eos", "eot", "eom")]
     tokens = metadata.strings("tokenizer.ggml.tokens")
-    types = metadata.numbers("tokenizer.ggml.token_type") if "tokenizer.ggml.token_type" in metadata else []
+    types = token_types(metadata)
     special = [
         token_id for token_id, (token, number) in enumerate(zip(tokens, types, strict=False))
         if number == CONTROL and token in ENDS_OF_TURNS

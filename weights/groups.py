@@ -14,6 +14,8 @@ class Groups:
     """A matrix w = scale * number + minimum, with one scale and minimum per group.
 
     numbers  uint8 [out, in], 0 to 15 if four-bit; scale, minimum  float32 [out, G]
+
+    All three may be stored by rows or by columns.
     """
 
     numbers: Tensor
@@ -25,6 +27,9 @@ class Groups:
         """Group size."""
         return self.numbers.shape[1] // self.scale.shape[1]
 
+    def __len__(self) -> int:
+        return len(self.numbers)
+
     def part(self, dim: int, own: slice) -> "Groups":
         """Return some rows (dim 0), or some columns (dim 1) that begin and end at group boundaries."""
         if dim == 0:
@@ -33,9 +38,33 @@ class Groups:
         return Groups(self.numbers[:, own], self.scale[:, groups], self.minimum[:, groups])
 
     def values(self) -> Tensor:
-        """Return the weights, float32 [out, in]."""
-        grouped = self.numbers.unflatten(1, (-1, self.size)).float()                # [out, G, g]
-        return grouped.mul_(self.scale.unsqueeze(-1)).add_(self.minimum.unsqueeze(-1)).flatten(1)
+        """Return the weights, float32 [out, in], stored by rows."""
+        own = self.by_rows()
+        grouped = own.numbers.unflatten(1, (-1, self.size)).float()                 # [out, G, g]
+        return grouped.mul_(own.scale.unsqueeze(-1)).add_(own.minimum.unsqueeze(-1)).flatten(1)
+
+    def by_rows(self) -> "Groups":
+        """Return the same matrix, stored by rows."""
+        return Groups(by_rows(self.numbers), by_rows(self.scale), by_rows(self.minimum))
+
+
+def by_rows(matrix: Tensor) -> Tensor:
+    """Return a matrix that is stored by columns stored by rows, and any other as it is. [n, m] -> [n, m]"""
+    return matrix if matrix.is_contiguous() else transposed(matrix.t())
+
+
+def transposed(matrices: Tensor) -> Tensor:
+    """Transpose the last two dimensions in memory. [..., n, m] -> [..., m, n]
+
+    PyTorch copies a transposed matrix number by number. To shuffle the channels of a picture, one pixel for each
+    matrix, moves the same numbers, for uint8 and float32 with vector instructions: bytes in a third to a tenth of the
+    time.
+    """
+    *others, rows, columns = matrices.shape
+    if 1 in (rows, columns) or torch.compiler.is_compiling():
+        return matrices.transpose(-2, -1).contiguous()
+    pixels = matrices.reshape(1, 1, -1, rows * columns).permute(0, 3, 1, 2)         # channels last in memory
+    return torch.native_channel_shuffle(pixels, rows).permute(0, 2, 3, 1).view(*others, columns, rows)
 
 
 def group(weight: Tensor, size: int, bits: int = 4) -> Groups:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from weights.checkpoint import Checkpoint
 from weights.entries import TensorEntry
 from weights.errors import InputError
-from weights.memory import require_memory
+from weights.memory import keep_freed, require_memory
 
 # For each parameter, the checkpoint key that holds it and an index into that tensor (() is the whole tensor).
 Locate = Callable[[list[str], list[str]], dict[str, tuple[str, tuple[Any, ...]]]]
@@ -148,6 +148,7 @@ def load_weights(
     keys = [key for key in checkpoint.entries if key in by_key]
     largest = max(keys, key=lambda key: checkpoint.entries[key].elements, default="")
     keys.sort(key=lambda key: key != largest)
+    keep_freed()
     try:
         with (
             tqdm(total=needed, desc="loading", unit="B", unit_scale=True, disable=not progress, leave=False) as bar,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from models.matrices.plain import Matrix, share_storage
 from models.matrices.products import fused_gemv, is_fused, product_dtype, row_count
 from weights.errors import InputError
-from weights.groups import Groups, group
+from weights.groups import Groups, by_rows, group, transposed
 
 # Most rows for which a fused product is faster than a packed one, and a packed one (int8, int4) faster than unpacking
 # (tools/measure_packed.py).
@@ -37,6 +37,8 @@ HALVES = 16
 DRAFT_DTYPE, DRAFT_GROUP = torch.bfloat16, 32
 # Number of weights that are unpacked at once (a stretch).
 STRETCH = 1 << 21
+# Number of weights that become float32 at once, to be quantised.
+QUANTISED_AT_ONCE = 1 << 18
 # Number of columns of an Int4Matrix whose chosen rows are copied at once: they fit into a processor's cache.
 COPIED_AT_ONCE = 128
 # Bytes that a step must save per byte of a copy of columns in int8. To compute such a byte takes as long as to read 30
@@ -76,15 +78,21 @@ class Int8Matrix(Matrix):
         return made.fill(values.split(rows_at_once(columns)))
 
     def fill(self, stretches: Iterable[Tensor | Groups]) -> "Int8Matrix":
-        """Quantise plain values or groups, given as stretches of rows [n, in] that together are all rows."""
-        begin = 0
+        """Quantise plain values or groups, given as stretches of rows [n, in] that together are all rows.
+
+        A few rows at a time become float32, so that they stay in a processor's cache.
+        """
+        begin, step = 0, max(1, QUANTISED_AT_ONCE // self.in_features)
         for part in stretches:
-            values = part.values() if isinstance(part, Groups) else part
-            own = values.to(self.scale.device, torch.float32, copy=values is part)
-            rows = slice(begin, begin + len(own))
-            nearest_int8(own, self.numbers()[rows], self.scale[rows])
-            begin = rows.stop
-            del part, values, own       # before the next stretch is read: else both are in memory
+            given = part.by_rows() if isinstance(part, Groups) else part
+            for first in range(0, len(part), step):
+                own = slice(first, first + step)
+                values = given.part(0, own).values() if isinstance(given, Groups) else given[own]
+                values = values.to(self.scale.device, torch.float32, copy=given is part)
+                rows = slice(begin + first, begin + first + len(values))
+                nearest_int8(values, self.numbers()[rows], self.scale[rows])
+            begin += len(part)
+            del part, given, values     # before the next stretch is read: else both are in memory
         return self
 
     def numbers(self) -> Tensor:
@@ -189,14 +197,16 @@ class Int4Matrix(Matrix):
         block, halves = layout()
         begin = 0
         for part in stretches:
-            rows = slice(begin, begin + len(part.numbers))
-            missing = -len(part.numbers) % block                                    # only in the last
-            numbers = F.pad(part.numbers, (0, 0, 0, missing)) if missing else part.numbers              # [rows, in]
+            rows = slice(begin, begin + len(part))
+            missing = -len(part) % block                                            # only in the last
+            numbers = by_rows(part.numbers.t())                                     # [in, rows]
+            numbers = F.pad(numbers, (0, missing)) if missing else numbers
             first = begin // block
-            self.weight[first : first + len(numbers) // block] = pack(numbers.t(), block, halves)
+            pack(numbers, block, halves, self.weight[first : first + numbers.shape[1] // block])
             scale, middle = part.scale.t(), torch.add(part.minimum, part.scale, alpha=8).t()            # [G, rows]
-            into = self.groups[:, rows].unflatten(0, (len(scale), -1))              # [G, times, rows, 2]
-            into.copy_(torch.stack([scale, middle], dim=-1).unsqueeze(1))
+            both = torch.view_as_real(torch.complex(scale, middle))         # [G, rows, 2]; a stack takes thrice as long
+            into = self.groups[:, rows].unflatten(0, (len(scale), -1))      # [G, times, rows, 2]
+            into.copy_(both.unsqueeze(1))
             begin = rows.stop
         return self
 
@@ -301,12 +311,12 @@ class Int4Matrix(Matrix):
         (low_place, low_above), (high_place, high_above) = places_of_rows(low), places_of_rows(high)
         for first in range(0, self.weight.shape[1], COPIED_AT_ONCE):
             columns = slice(first, first + COPIED_AT_ONCE)
-            packed = source.weight[:, columns].transpose(1, 2).flatten(0, 1)        # [blocks * half, columns]
+            packed = transposed(source.weight[:, columns]).flatten(0, 1)            # [blocks * half, columns]
             # Words of eight bytes are shifted in a fifth of the time of bytes. Bits of a neighbour are masked out.
             lower = words(packed, low_place).bitwise_right_shift_(low_above).bitwise_and_(LOW_HALVES)
             upper = words(packed, high_place).bitwise_left_shift_(4 - high_above).bitwise_and_(~LOW_HALVES)
             both = upper.bitwise_or_(lower).view(torch.uint8)                       # [blocks * half, columns]
-            self.weight[:, columns] = both.unflatten(0, low.shape).transpose(1, 2)
+            self.weight[:, columns] = transposed(both.unflatten(0, low.shape))
         torch.gather(
             pairs(source.groups), 1, rows.expand(len(self.groups), -1), out=pairs(self.groups)[:, : self.out_features]
         )
@@ -459,8 +469,8 @@ def in_halves(given: Groups) -> Groups:
     zero = torch.where(given.scale == 0, 128, -given.minimum / given.scale).round().clamp(-64, 128)   # [out, G]
     rest = given.minimum + zero * given.scale                                       # [out, G]
     moved = given.numbers.unflatten(1, (-1, size)) + (128 - zero).to(torch.uint8).unsqueeze(-1)     # [out, G, g]
-    parts = moved.view(len(moved), -1, 1, HALVES)                                   # [out, in / 16, 1, 16]
-    numbers = torch.cat([parts >> 4, parts & 15], dim=2).flatten(1)                 # [out, 2 in]
+    parts = moved.flatten(1).t().unflatten(0, (-1, HALVES))                         # [in / 16, 16, out]
+    numbers = torch.stack([parts >> 4, parts & 15], dim=1).flatten(0, 2).t()        # [out, 2 in]
     wide = 16 * given.scale
     minimum = (8 * given.scale + rest) * 16 / 17 - 8 * wide
     return Groups(numbers, *(one.repeat_interleave(size // HALVES, dim=1) for one in (wide, minimum)))
@@ -542,20 +552,23 @@ def room_for_bias(matrix: Matrix, rows: int) -> Tensor | None:
 def nearest_int8(values: Tensor, numbers: Tensor, scale: Tensor) -> None:
     """Fill int8 numbers [out, in] and scales [out] with the nearest to float32 values [out, in], which are overwritten.
 
-    Numbers are computed from the rounded scale, so that they compensate for its rounding.
+    Numbers are computed from the rounded scale, so that they compensate for its rounding. A scale rounded to bfloat16
+    is off by at most 1 / 256, so that no quotient rounds to more than 127. In float16 a small scale can be too small.
     """
     scale.copy_(torch.maximum(values.amax(dim=1), -values.amin(dim=1)) / 127)
-    numbers.copy_(values.div_(scale.float().clamp(min=1e-30).unsqueeze(1)).round_().clamp_(-127, 127))
+    values.div_(scale.float().clamp(min=1e-30).unsqueeze(1)).round_()
+    numbers.copy_(values.clamp_(-127, 127) if scale.dtype == torch.float16 else values)
 
 
-def pack(numbers: Tensor, block: int, halves: bool) -> Tensor:
+def pack(numbers: Tensor, block: int, halves: bool, into: Tensor | None = None) -> Tensor:
     """Pack two numbers into each byte, per block of rows. uint8 [in, rows] -> [blocks, in, block / 2]
 
     halves  True: a byte holds the same place of a block's two halves; False: two neighbouring rows
+    into    the result, which is overwritten; None: new memory
     """
     blocks = numbers.unflatten(1, (-1, block)).transpose(0, 1)                      # [blocks, in, block]
     low, high = blocks.chunk(2, dim=-1) if halves else blocks.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.add(low, high, alpha=16)
+    return torch.add(low, high, alpha=16, out=into)
 
 
 @lru_cache(maxsize=1)

@@ -34,8 +34,8 @@ from weights.load import Packing
 
 # Errors of matrices relative to those of the file, as a share of their norm (measured in docs/measurements/packed.md).
 PACKED_ERRORS = "int4, int8 in groups: the file's own numbers, 0.2 % off by rounded scales; int8: 0.8 to 1.5 % off"
-# Weights per packing step: intermediate results stay in a processor's cache.
-PACKED_AT_ONCE = 1 << 20
+# Weights per packing step, of plain numbers and of quantised blocks: intermediate results stay in a processor's cache.
+PACKED_AT_ONCE, BLOCKS_AT_ONCE = 1 << 20, 1 << 21
 # Group size of weights that are packed here (docs/measurements/packed.md compares sizes).
 GROUP = 32
 
@@ -97,12 +97,12 @@ class Packer:
         rows, columns = target.shape
         put = partial(self.put, parent, attribute)
         if attribute == "embed_tokens":     # quantised rows stay as they are stored
-            if self.form != "auto" or entry.stored not in READERS:
+            if entry.stored not in READERS or self.device.type != "cpu":
                 return None
             read, held = READERS[entry.stored], stored_size(entry.stored, rows * columns)
             return Packing(lambda all: StoredEmbedding(next(all).clone(), read, self.dtype), put, "stored", rows, held)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        step = rows_at_once(columns, PACKED_AT_ONCE)
+        step, rows_of_blocks = rows_at_once(columns, PACKED_AT_ONCE), rows_at_once(columns, BLOCKS_AT_ONCE)
         four_bits = entry.groups if self.form == "auto" else self.form == "int4"
         as_int8 = parent is self.model or not four_bits
         in_groups = entry.stored in self.in_groups and columns % GROUP == 0
@@ -114,7 +114,7 @@ class Packer:
         if as_int8:
             eight, held = partial(Int8Matrix.with_room, rows, columns, like, None), rows * (columns + 2)
             if entry.stored in READERS:
-                return Packing(lambda groups: eight().fill(groups), put, "groups", step, held)
+                return Packing(lambda groups: eight().fill(groups), put, "groups", rows_of_blocks, held)
             return Packing(lambda values: eight().fill(values), put, "values", step, held)
         size = entry.groups or GROUP
         if columns % size or size % GROUP:
@@ -122,7 +122,7 @@ class Packer:
         four = partial(Int4Matrix.with_room, rows, columns, size, like, None)
         held = rows * columns // 2 + rows * columns // size * 4
         if entry.groups:
-            return Packing(lambda groups: four().fill(groups), put, "groups", step, held)
+            return Packing(lambda groups: four().fill(groups), put, "groups", rows_of_blocks, held)
         return Packing(lambda values: four().fill(group(part, GROUP) for part in values), put, "values", step, held)
 
     @property

@@ -172,9 +172,9 @@ def readable_kinds() -> list[gguf.GGMLQuantizationType]:
     return found
 
 
-def every_kind(path: Path, four_bits: int) -> list[str]:
+def every_kind(path: Path, four_bits: int, embedding: str | None = None) -> list[str]:
     """A Llama with a layer for each kind: its v_proj, gate_proj and down_proj are of that kind, the others of the next.
-    Then so many layers of Q4_0.
+    Then so many layers of Q4_0. The embedding is of the first kind, if no other is named.
 
     Random blocks, as the gguf package cannot quantise to all kinds. Returns the kinds by layer.
     """
@@ -188,7 +188,8 @@ def every_kind(path: Path, four_bits: int) -> list[str]:
 
     kinds = [kind for kind in readable_kinds() if kind.name not in ("F32", "F16", "BF16")]
     kinds += [gguf.GGMLQuantizationType.Q4_0] * four_bits
-    tensors: dict[str, Any] = {"token_embd.weight": blocks(260, kinds[0]), "output_norm.weight": torch.ones(256)}
+    of_embedding = kinds[0] if embedding is None else gguf.GGMLQuantizationType[embedding]
+    tensors: dict[str, Any] = {"token_embd.weight": blocks(260, of_embedding), "output_norm.weight": torch.ones(256)}
     tensors["output.weight"] = blocks(260, kinds[1])
     for layer, (own, other) in enumerate(zip(kinds, kinds[1:] + kinds[:1], strict=True)):
         rows = {"attn_q": 256, "attn_k": 64, "attn_v": 64, "attn_output": 256} | dict.fromkeys(
@@ -249,6 +250,17 @@ def test_every_kind_of_gguf_files_becomes_what_the_docs_say(tmp_path: Path, four
             assert isinstance(model.model.embed_tokens, StoredEmbedding)
         assert torch.equal(model.embed(tokens), wanted)
         assert torch.isfinite(logits(model, DENSE)).all() and torch.isfinite(logits(model, FROZEN)).all()
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@torch.inference_mode()
+def test_an_embedding_stays_as_stored_in_every_packed_form(tmp_path: Path, form: str) -> None:
+    every_kind(tmp_path / "m.gguf", 0, embedding="Q4_K")
+    with open_checkpoint(tmp_path / "m.gguf") as checkpoint:
+        model, _ = load_model(checkpoint, torch.bfloat16, torch.device("cpu"), form)
+        assert isinstance(model, LlamaForCausalLM) and isinstance(model.model.embed_tokens, StoredEmbedding)
+        tokens = torch.tensor([[3, 0, 259, 3]])
+        assert torch.equal(model.embed(tokens), checkpoint.read("model.embed_tokens.weight").bfloat16()[tokens])
 
 
 @pytest.mark.parametrize("kind", sorted(READERS))

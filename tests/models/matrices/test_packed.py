@@ -30,7 +30,7 @@ from popengine.studies.settings import DENSE, PruningSettings
 from weights.checkpoint import open_checkpoint
 from weights.four_bit_layouts import Layout, borrow_evidence
 from weights.gguf_blocks import BLOCKS, FOUR_BIT_TYPES, READERS
-from weights.groups import Groups, group
+from weights.groups import Groups, group, transposed
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -211,6 +211,53 @@ def test_nearest_numbers_are_half_a_step_off_at_most() -> None:
         # Products read scales in bfloat16, which must not lose anything more.
         rounded, exact = (Int4Matrix.of_groups(four, dtype).groups.float() for dtype in (torch.bfloat16, torch.float32))
         assert torch.equal(rounded, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_number_of_a_row_exceeds_127(dtype: torch.dtype) -> None:
+    """Whatever a scale is rounded to: every mantissa of a row's largest value to 12 bits, and float16's smallest."""
+    largest = torch.arange(1, 2, 1 / 4096).unsqueeze(1) * torch.tensor([127.0, 1.0, 1e-6])          # [4096, 3]
+    weight = torch.stack([largest.flatten(), -largest.flatten(), largest.flatten() / 3], dim=1)
+    made = Int8Matrix.nearest(weight, dtype)
+    assert torch.equal(made.scale, (weight[:, 0] / 127).to(dtype))
+    step = made.scale.double().clamp(min=1e-30).unsqueeze(1)
+    wanted = (weight.double() / step).round().clamp(-127, 127)
+    assert torch.equal(made.numbers().double(), wanted)
+
+
+def test_rows_that_are_rounded_together_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(100, 96)
+    given = group(weight, 32)
+    by_columns = Groups(*(one.t().contiguous().t() for one in (given.numbers, given.scale, given.minimum)))
+    for part, values in ((weight, weight), (given, given.values()), (by_columns, given.values())):
+        for at_once in (1, 7 * 96, 1 << 18):
+            monkeypatch.setattr(packed, "QUANTISED_AT_ONCE", at_once)
+            made = Int8Matrix.with_room(100, 96, torch.empty(0, dtype=torch.bfloat16), None)
+            cuts = slice(0, 64), slice(64, 100)
+            made.fill(part[cut] if isinstance(part, Tensor) else part.part(0, cut) for cut in cuts)
+            scale = (values.abs().amax(dim=1) / 127).bfloat16()
+            assert torch.equal(made.scale, scale)
+            assert torch.equal(made.numbers().float(), (values / scale.float().unsqueeze(1)).round())
+
+
+def test_groups_are_the_same_by_rows_and_by_columns() -> None:
+    torch.manual_seed(0)
+    given = group(torch.randn(83, 96), 32)
+    by_columns = Groups(*(one.t().contiguous().t() for one in (given.numbers, given.scale, given.minimum)))
+    assert not by_columns.numbers.is_contiguous() and by_columns.by_rows().numbers.is_contiguous()
+    assert torch.equal(by_columns.values(), given.values()) and by_columns.values().is_contiguous()
+    assert torch.equal(by_columns.part(0, slice(5, 20)).values(), given.values()[5:20])
+    one, other = (Int4Matrix.of_groups(groups, torch.bfloat16) for groups in (given, by_columns))
+    assert torch.equal(one.weight, other.weight) and torch.equal(one.groups, other.groups)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float32, torch.bfloat16])
+def test_matrices_are_transposed_in_memory(dtype: torch.dtype) -> None:
+    for shape in ((1, 1), (1, 9), (9, 1), (7, 13), (64, 100), (3, 32, 40), (1, 130, 48), (2, 3, 17, 33)):
+        given = torch.randint(0, 100, shape).to(dtype)
+        for x in (given, given.flip(-1), given.transpose(-1, -2).contiguous().transpose(-1, -2)):
+            assert torch.equal(transposed(x), x.transpose(-1, -2)) and transposed(x).is_contiguous()
 
 
 def test_packing_leaves_the_values_that_it_is_given_as_they_are() -> None:
