@@ -63,7 +63,9 @@ def turns(engine: Engine, settings: PruningSettings) -> Pairs:
         conversation.say(first)
         before = partitions(conversation.state)
         conversation.say(second)
-        yield from zip(before, partitions(conversation.state), strict=True)
+        for one, other in zip(before, partitions(conversation.state), strict=True):
+            if not torch.equal(one.order, torch.arange(one.sizes.channels)):    # too little evidence: not made yet
+                yield one, other
 
 
 def unrelated(engine: Engine, settings: PruningSettings, prompts: list[str]) -> Pairs:
