@@ -5,7 +5,7 @@
 
 Every measurement is a command of popengine with a folder of its own in --out, and prints the command and its table. A
 run that was killed goes on where it was; only timings start anew. The minutes are for Qwen2.5-Coder-1.5B on two cores
-with nothing else running, most of them estimates.
+with nothing else running, most of them estimates: eight hours together.
 """
 
 import argparse
@@ -46,10 +46,13 @@ STEPS = {
     "perplexity": Step("POP: wider candidates are better; frozen, POP, all-channels in this order", 35, (
         *TEXT, *ONLINE, "--candidate-width", "0.05", "0.1", "0.2", "0.3", "0.4", "0.5", "--windows", "24",
     )),
-    "gold": Step("POP: right answers of tasks that generate, token by token", 60, (
+    "gold": Step("POP: right answers of tasks that generate, token by token", 35, (
         *TASKS, "humaneval-gold", "mbpp-gold", *ONLINE, "--limit", "164", "--against", "pop",
     )),
-    "positions": Step("POP: a frozen mask falls behind the longer the answer is; rankings drift", 60, (
+    "humaneval": Step("POP: programs that pass their tests, the longest answers", 45, (
+        *ANSWERS, "humaneval", *ONLINE, "--limit", "100", "--against", "pop",
+    )),
+    "positions": Step("POP: a frozen mask falls behind the longer the answer is; rankings drift", 30, (
         *TEXT, *ONLINE, "--score-tokens", "512", "--windows", "8", "--by-position",
     )),
     "static": Step("POP: better than masks calibrated on other text", 20, (
@@ -66,10 +69,10 @@ STEPS = {
         *BENCH, "auto", "plain", "--against", "transformers,llama.cpp", "--prune-ratio", "0", "--prefill-skip", LAYERS,
         "1/3", "-p", prompt, "-n", "2", "--rounds", "2",
     )) for prompt, minutes in (("512", 3), ("2048", 6), ("4096", 12))},
-    "gates": Step("Prefill-Only: deep layers matter little to the prompt", 15, (
+    "gates": Step("Prefill-Only: deep layers matter little to the prompt", 8, (
         "gates", "--text", "{text}", "--samples", "32", "--dtype", "bfloat16", "--weights", "plain",
     )),
-    "greedy": Step("Prefill-Only: which layers a prompt can skip", 30, (
+    "greedy": Step("Prefill-Only: which layers a prompt can skip", 12, (
         "skip_greedy", "--text", "{calibration}", "--layers", LAYERS, "--windows", "4",
     )),
     "skipped": Step("Prefill-Only: how many layers, and which: the deepest, those of the gates, the best found", 10, (
@@ -88,20 +91,17 @@ STEPS = {
         *TEXT, "--methods", "dense", "pop", "--prune-ratio", "0.2", "0.4", "--prefill-skip", "0", "{greedy}",
         "--windows", "12",
     )),
-    "humaneval": Step("POP: programs that pass their tests, the longest answers", 150, (
-        *ANSWERS, "humaneval", *ONLINE, "--limit", "100", "--against", "pop",
-    )),
-    "choices": Step("POP: tasks with answers to choose", 90, (
+    "choices": Step("POP: tasks with answers to choose", 60, (
         *TASKS, *CHOSEN, *ONLINE, "--limit", "100", "--against", "pop",
     )),
-    "skipped-choices": Step("Prefill-Only: tasks with answers to choose", 60, (
+    "skipped-choices": Step("Prefill-Only: tasks with answers to choose", 50, (
         *TASKS, *CHOSEN, "--methods", "dense", "prefill-only", "--prefill-skip", LAYERS, "1/3",
         "auto:" + LAYERS + ":{out}/gates/gates.json", "{greedy}", "--limit", "100",
     )),
-    "answers": Step("POP: other tasks with answers to generate", 200, (
-        *ANSWERS, "coqa", "mbpp", "gsm8k", *ONLINE, "--limit", "100", "--against", "pop",
+    "answers": Step("POP: other tasks with answers to generate", 60, (
+        *ANSWERS, "coqa", "mbpp", "gsm8k", *ONLINE, "--limit", "50", "--against", "pop",
     )),
-    "answers-static": Step("POP: masks calibrated on other text, where answers are generated", 60, (
+    "answers-static": Step("POP: masks calibrated on other text, where answers are generated", 25, (
         *ANSWERS, "humaneval", "coqa", *CALIBRATED, "--limit", "100",
     )),
 }
