@@ -8,14 +8,13 @@ B batch, T tokens, S cache slots, H hidden size, N query heads, K key/value head
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.cache import LayerCache
 from models.config import LlamaConfig
-from models.layers import RMSNorm, rotate
+from models.layers import DerivedConstants, RMSNorm, rotate
 from models.matrices.forms import stack
 from models.matrices.plain import Matrix
 from models.matrices.products import attend_cache, attend_prompt
@@ -23,7 +22,7 @@ from models.passes import DecodePass, PrefillPass
 from models.slots import AttentionPattern
 
 
-class Attention(nn.Module):
+class Attention(DerivedConstants):
     """Grouped-query attention with rotary positions; optional biases, q/k norms (Qwen3) and a sliding window."""
 
     def __init__(self, config: LlamaConfig, window: int | None) -> None:
@@ -39,7 +38,6 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.query_key_norm else None
         # Heads are partitioned within the group that shares a key/value head; without sharing, over all heads.
         self.head_groups = self.kv_heads if self.kv_heads < self.heads else 1
-        self.derived: dict[str, Any] = {}
         self.qkv: list[Matrix] = []         # in a list, so that it is no submodule: its weights are named already
         self.stacked_at = -1                # no tensor's address (0 is that of a tensor without storage)
 
@@ -89,12 +87,6 @@ class Attention(nn.Module):
             self.derived.clear()
             self.stacked_at = self.q_proj.weight.data_ptr()
         return self.qkv[0]
-
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return a constant of the weights by its name; `make` computes it at first use."""
-        if name not in self.derived:
-            self.derived[name] = make()
-        return self.derived[name]
 
     def output_norms(self) -> Tensor:
         """Return the l2 norm of each column of o_proj, float32 [N D], computed at first use."""

@@ -7,17 +7,14 @@ Hugging Face's names.
 B batch, T tokens, H hidden size, I FFN channels.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.layers import activation_function
+from models.layers import DerivedConstants, activation_function
 from models.matrices.plain import Matrix
 
 
-class FeedForward(nn.Module):
+class FeedForward(DerivedConstants):
     """down_proj(act(gate_proj x) * up_proj x); channel i is row i of gate and up and column i of down."""
 
     def __init__(self, hidden_size: int, channels: int, act: str, bias: bool) -> None:
@@ -27,7 +24,6 @@ class FeedForward(nn.Module):
         self.up_proj = Matrix(hidden_size, channels, bias=bias)
         self.down_proj = Matrix(channels, hidden_size, bias=bias)
         self.act = activation_function(act)
-        self.derived: dict[str, Any] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the dense network. x [..., H] -> [..., H]"""
@@ -40,12 +36,6 @@ class FeedForward(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.down_proj.weight.device
-
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return a constant of the weights by its name; `make` computes it at first use."""
-        if name not in self.derived:
-            self.derived[name] = make()
-        return self.derived[name]
 
     def down_norms(self) -> Tensor:
         """Return the l2 norm of each column of down_proj, float32 [I]."""

@@ -4,6 +4,7 @@ B batch, T tokens, D head size.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,20 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
         known = ", ".join(ACTIVATIONS)
         raise InputError(f"config.json: hidden_act {name!r} is not implemented; implemented are {known}")
     return ACTIVATIONS[name]
+
+
+class DerivedConstants(nn.Module):
+    """A module with constants that derive from its weights, such as norms of columns: each computed at first use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.derived: dict[str, Any] = {}
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return a constant of the weights by its name; `make` computes it at first use."""
+        if name not in self.derived:
+            self.derived[name] = make()
+        return self.derived[name]
 
 
 class Embedding(nn.Embedding):

@@ -73,6 +73,11 @@ class LoadedModel:
         """The compiled decode step if there is one, else the model."""
         return self.model if self.compiled is None else self.compiled
 
+    @property
+    def compiles(self) -> bool:
+        """True if steps of settings that are new to this machine are compiled before a run."""
+        return isinstance(self.compiled, CompiledDecode) or (self.compiled is not None and self.compiled.makes)
+
     @contextmanager
     def borrowed_state(self, batch: int, tokens: int, pruning: StudyPruning, missing: int = 0) -> Iterator[DecodeState]:
         """Lend the last run's buffers if they fit, else new ones. A state belongs to one run at a time.

@@ -245,7 +245,7 @@ class Comparison:
 
     def measure_text(self) -> None:
         """Score every window under every configuration, except for recorded ones."""
-        self.score("window", self.windows)
+        self.score_windows("window", self.windows)
 
     def measure_generated(self) -> None:
         """Generate from prompts of windows with the dense model, and predict each token under every configuration.
@@ -255,15 +255,18 @@ class Comparison:
         """
         keys = {index: f"generated {index}: tokens" for index in range(len(self.generated_from))}
         missing = [index for index, key in keys.items() if key not in self.progress.records]
-        if missing:         # all of them together: a step of a batch takes little longer than one of a single sequence
-            prompts, length = [self.windows[index].prompt for index in missing], len(self.windows[0].continuation)
+        # A step of a batch takes little longer than one of a single sequence, but has to be compiled for itself.
+        at_once = 1 if self.engine.compiles else max(1, len(missing))
+        for first in range(0, len(missing), at_once):
+            together, length = missing[first : first + at_once], len(self.windows[0].continuation)
+            prompts = [self.windows[index].prompt for index in together]
             run = self.engine.run(prompts, length, DENSE, ignore_eos=True)
             steps = tqdm(run, total=length, desc="generating", unit="token", disable=not self.show_progress)
-            for index, ids in zip(missing, zip(*steps, strict=True), strict=True):
+            for index, ids in zip(together, zip(*steps, strict=True), strict=True):
                 self.progress.add(keys[index], {"ids": list(ids)})
-        self.score("generated", [self.generated_window(index) for index in keys])
+        self.score_windows("generated", [self.generated_window(index) for index in keys])
 
-    def score(self, source: str, windows: Sequence[Window]) -> None:
+    def score_windows(self, source: str, windows: Sequence[Window]) -> None:
         """Score windows under every configuration, except for recorded ones. source: "window" or "generated" """
         places = [(one, index) for one in self.prunings for index in range(len(windows))]
         count = sum(one.key(f"{source} {index}") not in self.progress.records for one, index in places)

@@ -106,12 +106,14 @@ def separate(pruning: StudyPruning, model: LlamaForCausalLM) -> StudyPruning:
     rule: Any = pruning.rule
     if not rule.follows_prompt or (rule.ffn_ratio == 0 and rule.head_ratio == 0):
         return pruning
-    settings = pruning.settings
-    kind = KINDS.get(type(rule))
+    settings, kind = pruning.settings, KINDS.get(type(rule))
     mixture = any(isinstance(layer.mlp, MixtureOfExperts) for layer in model.model.layers)
-    if kind is None or rule.head_ratio > 0 or settings.min_evidence > 0 or settings.dense_every is not None or mixture:
-        raise InputError(
-            "answers generated together share one partition unless the rule is pop or all-channels, without pruned "
-            "heads, evidence from steps (--paper) or experts: give --batch-size 1"
-        )
+    problems = {
+        "this rule": kind is None, "pruned heads": rule.head_ratio > 0, "experts": mixture,
+        "dense steps after short prompts (--min-evidence 0 has none)": settings.min_evidence > 0,
+        "dense steps": settings.dense_every is not None,
+    }
+    found = [name for name, there in problems.items() if there]
+    if kind is None or found:
+        raise InputError(f"answers cannot be generated together with {' and '.join(found)}: give --batch-size 1")
     return replace(pruning, rule=kind(**{one.name: getattr(rule, one.name) for one in fields(rule)}))
