@@ -23,9 +23,9 @@ ONLINE = ("--methods", "dense", "all-channels", "pop", "frozen", "--prune-ratio"
 STATIC = ("wanda-sp", "flap", "cfsp", "tyr", "probe-pruning", "shortgpt")
 CHOSEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 TEXT = ("compare", *PLAIN, "--text", "{text}")
-TASKS = ("tasks", *PLAIN, "--archive", "{archive}", "--tasks")
-# Many answers at once, each with a partition of its own.
-ANSWERS = ("tasks", *PLAIN, "--batch-size", "50", "--run-code", "--archive", "{archive}", "--tasks")
+# Many answers at once, each with a partition of its own, for which no weights are copied.
+TASKS = ("tasks", *PLAIN, "--batch-size", "50", "--archive", "{archive}", "--tasks")
+ANSWERS = (*TASKS[:-1], "--run-code", "--tasks")
 CALIBRATED = ("--methods", "pop", "wanda-sp", "flap", "--prune-ratio", "0.2", "0.4", "--calibration-text",
               "{calibration}", "--against", "pop")
 BENCH = ("bench", "--paper", "--dtype", "bfloat16", "--weights")

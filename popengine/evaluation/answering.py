@@ -9,10 +9,16 @@ from collections.abc import Sequence
 import torch
 
 from popengine.engine.engine import Engine
+from popengine.engine.run import next_logits, pad_left
+from popengine.engine.sampling import require_finite
 from popengine.engine.sampling_settings import Sampling
 from popengine.evaluation.scoring import Window, after_prompt
 from popengine.studies.resolve import StudyPruning
+from popengine.studies.separate import keep_sequences
 from weights.errors import InputError
+
+# Largest share of a batch still going at which those that ended leave it: that copies the others' keys and values.
+KEPT_WHOLE = 0.9
 
 
 def encode(engine: Engine, text: str) -> list[int]:
@@ -77,6 +83,43 @@ def generate_until(
             if first_stop(engine.tokenizer.decode(token_ids[index]), stops) is not None:
                 run.end(index)
     texts = [engine.tokenizer.decode(ids) for ids in token_ids]
+    return [text[: first_stop(text, stops)] for text in texts]
+
+
+@torch.inference_mode()
+def generate_together(
+    engine: Engine, prompts: Sequence[list[int]], new_tokens: int, pruning: StudyPruning, stops: Sequence[str]
+) -> list[str]:
+    """Generate the likeliest text of each prompt as `generate_until` does for it alone, many at once.
+
+    A sequence that ended leaves the batch. pruning: one of popengine/studies/separate.py. Errors as `generate_until`
+    """
+    room, model = engine.max_seq_len - new_tokens, engine.model
+    if room < 1:
+        raise InputError(f"generating {new_tokens} tokens leaves no room in the context of {engine.max_seq_len}")
+    tokens, real = pad_left([ids[-room:] for ids in prompts], engine.device)
+    said: list[list[int]] = [[] for _ in prompts]
+    running, ended = list(range(len(prompts))), set[int]()      # the prompt of each row of the batch
+    with engine.borrowed_state(len(prompts), tokens.shape[1] + new_tokens, pruning) as state:
+        logits = model.prefill(model.embed(tokens), state, real)                    # [B, V]
+        for number in range(1, new_tokens + 1):
+            require_finite(logits, f"new token {number} of prompt", 1)
+            chosen = logits.argmax(dim=-1)                                          # [B]
+            for index, token in zip(running, chosen.tolist(), strict=True):
+                if index not in ended:
+                    said[index].append(token)
+                    stopped = first_stop(engine.tokenizer.decode(said[index]), stops) is not None
+                    if stopped or token in engine.stop_ids:
+                        ended.add(index)
+            going = [row for row, index in enumerate(running) if index not in ended]
+            if not going or number == new_tokens:
+                break
+            if len(going) <= KEPT_WHOLE * len(running):
+                rows = torch.tensor(going, device=engine.device)
+                keep_sequences(state, rows)
+                running, chosen = [running[row] for row in going], chosen[rows]
+            logits = next_logits(model, chosen, state)                              # [B, V]
+    texts = [engine.tokenizer.decode(ids) for ids in said]
     return [text[: first_stop(text, stops)] for text in texts]
 
 

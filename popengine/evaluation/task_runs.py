@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from popengine.engine.engine import Engine
 from popengine.engine.sampling_settings import Sampling
-from popengine.evaluation.answering import encode, encoded_pair, generate_until, log_likelihoods
+from popengine.evaluation.answering import encode, encoded_pair, generate_together, generate_until, log_likelihoods
 from popengine.evaluation.comparison import Configuration, row_of
 from popengine.evaluation.comparison_table import Column, written
 from popengine.evaluation.progress_file import ProgressFile
@@ -31,7 +31,7 @@ class TaskRuns:
 
     engines  the checkpoint in each form of weights that is compared
     items    items of every task, the same for all configurations
-    together the prunings of answers that are generated at once, each as if it were alone
+    together the prunings of answers that run together, each as if it were alone, and without copies of weights
     against  the method that the others are subtracted from, item by item: dense, or one at the same ratio
     """
 
@@ -53,7 +53,7 @@ class TaskRuns:
         total = len(self.prunings) * sum(map(len, self.items.values()))
         with tqdm(total=total, desc="tasks", unit="item", disable=not self.show_progress) as bar:
             for (name, items), one in itertools.product(self.items.items(), self.prunings):
-                pruning = self.together[one] if TASKS[name].score else self.prunings[one]
+                pruning = self.together[one]
                 for batch in self.batches(TASKS[name], items):
                     missing = [item for item in batch if one.key(f"{name} {item.key}") not in self.progress.records]
                     records = answered(self.engines[one.weights], TASKS[name], missing, pruning) if missing else []
@@ -141,7 +141,10 @@ def answered(engine: Engine, task: Task, items: Sequence[Item], pruning: StudyPr
     if task.score is None:
         return [chosen(engine, item, pruning) for item in items]
     prompts = [encode(engine, item.prompt) for item in items]
-    texts = generate_until(engine, prompts, task.new_tokens, pruning, Sampling(), task.stops)
+    if len(items) > 1:
+        texts = generate_together(engine, prompts, task.new_tokens, pruning, task.stops)
+    else:
+        texts = generate_until(engine, prompts, task.new_tokens, pruning, Sampling(), task.stops)
     return [
         {"answer": text, "scores": task.score(item, text), "tokens": len(engine.tokenizer.encode(text, False))}
         for item, text in zip(items, texts, strict=True)

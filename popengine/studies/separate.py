@@ -22,6 +22,7 @@ from models.pruning.evidence import sum_of_squares
 from models.pruning.interface import PrunedFFN
 from models.pruning.partition import ChannelPartition, partition_channels
 from models.pruning.pop import DenseFFN, PartitionedFFN
+from models.state import DecodeState
 from popengine.studies.resolve import StudyPruning
 from popengine.studies.rules import AllChannels, StudyRule
 from weights.errors import InputError
@@ -66,6 +67,11 @@ class SeparateFFN(PartitionedFFN):
         self.candidate_norms = self.norms[partition.candidate][:, None]             # [B, 1, C]
         self.retained = mask(partition.retained, self.sizes.channels)
 
+    def keep(self, rows: Tensor) -> None:
+        """Keep these sequences of the batch alone. int64 [n]"""
+        self.squares = self.squares[rows]
+        self.use_partition(ChannelPartition(self.partition.order[rows], self.sizes))
+
     def decode(self, x: Tensor, step: DecodePass) -> Tensor:
         h = self.ffn.activation(x)                                                  # [B, T, I]
         candidates = self.partition.candidate[:, None].expand(-1, h.shape[1], -1)   # [B, T, C]
@@ -78,6 +84,17 @@ def mask(chosen: Tensor, channels: int) -> Tensor:
     """Return True for the chosen ones of so many channels, for each sequence. int64 [B, n] -> bool [B, 1, I]"""
     whole = torch.zeros(len(chosen), channels, dtype=torch.bool, device=chosen.device)
     return whole.scatter(-1, chosen, True)[:, None]
+
+
+def keep_sequences(state: DecodeState, rows: Tensor) -> None:
+    """Keep these sequences of a prefilled batch of texts alone: the others no longer run. int64 [n]"""
+    cache = state.cache
+    cache.padding, cache.rope_delta, state.live = cache.padding[rows], cache.rope_delta[rows], state.live[rows]
+    state.schedule.live = len(rows)
+    for layer in state.layers:
+        layer.cache.keys, layer.cache.values = layer.cache.keys[rows], layer.cache.values[rows]
+        if isinstance(layer.ffn, SeparateFFN):
+            layer.ffn.keep(rows)
 
 
 class Separate(StudyRule):

@@ -13,10 +13,10 @@ from transformers import LlamaConfig
 from models.llama import LlamaForCausalLM
 from popengine.engine.loading import load
 from popengine.engine.sampling_settings import Sampling
-from popengine.evaluation.answering import encode, generate_until
+from popengine.evaluation.answering import encode, generate_together, generate_until
 from popengine.studies.evidence import Prior
 from popengine.studies.resolve import StudyPruning
-from popengine.studies.separate import Separate, separate
+from popengine.studies.separate import Separate, keep_sequences, separate
 from popengine.studies.settings import DENSE, PruningSettings
 from weights.errors import InputError
 
@@ -74,12 +74,32 @@ def test_a_prior_is_evidence_of_every_sequence(model: LlamaForCausalLM) -> None:
         assert_same(answer, logits_of(model, own[is_real][None], None, after[None], alone)[0])
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["pop", "all-channels", "skip"])
+def test_a_sequence_that_leaves_the_batch_changes_no_other(model: LlamaForCausalLM, name: str) -> None:
+    tokens, real = left_padded(LENGTHS, model.config.vocab_size)
+    said = left_padded([STEPS] * len(LENGTHS), model.config.vocab_size, seed=2)[0]
+    together = separate(resolved(model, PruningSettings.paper(ffn_ratio=0.4, **SETTINGS[name])), model)
+    whole = logits_of(model, tokens, real, said, together)                          # [B, S + 1, V]
+    state = model.new_state(len(tokens), tokens.shape[1] + STEPS, together)
+    model.prefill(model.embed(tokens), state, real)
+    model.decode(said[:, 0], state)
+    for number, rows in ((1, [1, 2]), (2, [2])):
+        left = torch.tensor(rows)
+        keep_sequences(state, left if number == 1 else torch.tensor([1]))
+        assert_same(model.decode(said[left, number], state), whole[left, number + 1])
+
+
 def test_the_answers_of_a_batch_are_those_of_single_prompts(tmp_path: Path) -> None:
     engine = load(complete_checkpoint(tmp_path), dtype="float32")
     prompts = [encode(engine, text) for text in ("one two three four", "five", "six seven")]
     alone = engine.resolve(PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3))
-    texts = generate_until(engine, prompts, 12, separate(alone, engine.model), Sampling(), [])
-    assert texts == [generate_until(engine, [prompt], 12, alone, Sampling(), [])[0] for prompt in prompts]
+    whole = [generate_until(engine, [prompt], 12, alone, Sampling(), [])[0] for prompt in prompts]
+    stops = [whole[1][3:5], whole[2][6:8]]          # two answers end before the third
+    for given in ([], stops):
+        texts = generate_together(engine, prompts, 12, separate(alone, engine.model), given)
+        assert texts == [generate_until(engine, [prompt], 12, alone, Sampling(), given)[0] for prompt in prompts]
+    assert len({len(text) for text in texts}) == 3, "no answer left the batch"
 
 
 def test_what_has_no_separate_form_is_refused_or_unchanged(model: LlamaForCausalLM) -> None:
