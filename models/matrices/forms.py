@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.matrices.plain import FEW_ROWS, Matrix, bits, take_columns
+from models.matrices.plain import FEW_ROWS, Matrix, put_columns, put_rows, take_columns
 from models.matrices.products import add_up_columns, add_up_for_each, kept, places, row_count, stretches
 
 
@@ -61,13 +61,13 @@ class ColumnMatrix(Matrix):
         bias = None if self.bias is None else self.bias.new_empty(rows)
         return type(self).of(self.weight.new_empty(columns, rows).t(), bias)
 
-    def copy_rows(self, source: Matrix, rows: Tensor) -> None:
-        torch.gather(bits(source.weight.t()), 1, rows.expand(source.in_features, -1), out=bits(self.weight.t()))
+    def copy_rows(self, source: Matrix, rows: Tensor, changed: Tensor | None = None) -> None:
+        put_columns(self.weight.t(), source.weight.t(), rows, changed)
         if source.bias is not None:
             torch.index_select(source.bias, 0, rows, out=self.bias)
 
-    def copy_columns(self, source: Matrix, columns: Tensor) -> None:
-        torch.index_select(bits(source.weight.t()), 0, columns, out=bits(self.weight.t()))
+    def copy_columns(self, source: Matrix, columns: Tensor, changed: Tensor | None = None) -> None:
+        put_rows(self.weight.t(), source.weight.t(), columns, changed)
         if source.bias is not None:
             self.bias.copy_(source.bias)
 
@@ -127,7 +127,7 @@ class MixedMatrix(Matrix):
         first, *others = self.parts
         return MixedMatrix([first.empty_rows(rows - sum(part.out_features for part in others))], others)
 
-    def copy_rows(self, source: Matrix, rows: Tensor) -> None:
+    def copy_rows(self, source: Matrix, rows: Tensor, changed: Tensor | None = None) -> None:
         """Copy the given rows of `source`, which end with every row of all parts but the first. int64 [out]"""
         assert isinstance(source, MixedMatrix)
         self.parts[0].copy_rows(source.parts[0], rows[: self.parts[0].out_features])
@@ -159,7 +159,7 @@ class ChosenRows(nn.Module):
         super().__init__()
         self.whole, self.chosen = whole, torch.arange(rows, device=whole.weight.device)
 
-    def copy_rows(self, source: Matrix, rows: Tensor) -> None:
+    def copy_rows(self, source: Matrix, rows: Tensor, changed: Tensor | None = None) -> None:
         self.chosen.copy_(rows)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class ChosenColumns(nn.Module):
         self.chosen = torch.arange(columns, device=whole.weight.device)
         self.bias: Tensor | None = None
 
-    def copy_columns(self, source: Matrix, columns: Tensor) -> None:
+    def copy_columns(self, source: Matrix, columns: Tensor, changed: Tensor | None = None) -> None:
         self.chosen.copy_(columns)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.matrices.plain import Matrix, share_storage
+from models.matrices.plain import Matrix, put_columns, share_storage
 from models.matrices.products import fused_gemv, is_fused, product_dtype, row_count
 from weights.errors import InputError
 from weights.groups import Groups, by_rows, group, transposed
@@ -122,17 +122,17 @@ class Int8Matrix(Matrix):
         made.set_streams(self.streams)
         return made
 
-    def copy_rows(self, source: Matrix, rows: Tensor) -> None:
+    def copy_rows(self, source: Matrix, rows: Tensor, changed: Tensor | None = None) -> None:
         assert isinstance(source, Int8Matrix)
-        super().copy_rows(source, rows)
+        super().copy_rows(source, rows, changed)
         torch.index_select(source.scale, 0, rows, out=self.scale)
 
-    def copy_columns(self, source: Matrix, columns: Tensor) -> None:
+    def copy_columns(self, source: Matrix, columns: Tensor, changed: Tensor | None = None) -> None:
         if isinstance(source, Int4Matrix):
             source.write_as_int8(columns, self.numbers(), self.scale)
         else:
             assert isinstance(source, Int8Matrix)
-            torch.gather(source.weight, 1, columns.expand(source.out_features, -1), out=self.numbers())
+            put_columns(self.numbers(), source.weight, columns, changed)
             self.scale.copy_(source.scale)
         if source.bias is not None:
             self.bias.copy_(source.bias)
@@ -301,8 +301,9 @@ class Int4Matrix(Matrix):
         copied = self.read_bytes(columns=columns)
         return self.read_bytes() - copied >= LEAST_SAVED_AS_INT8 * copied
 
-    def copy_rows(self, source: Matrix, rows: Tensor) -> None:
+    def copy_rows(self, source: Matrix, rows: Tensor, changed: Tensor | None = None) -> None:
         assert isinstance(source, Int4Matrix)
+        # All of them: two rows share each byte, and to replace a tenth takes as long as to copy all.
         block, halves = layout()
         shape = (-1, 2, block // 2) if halves else (-1, block // 2, 2)
         # Rows for the lower and for the upper half of each byte: their bytes in `source`, and their halves of these.

@@ -110,15 +110,23 @@ class Matrix(nn.Linear):
         """Return True if a compact copy of so many columns saves enough at each step to be worth its time."""
         return True
 
-    def copy_rows(self, source: "Matrix", rows: Tensor) -> None:
-        """Copy the given rows of `source`, which allocated this matrix, and their biases. rows int64 [out]"""
-        torch.index_select(bits(source.weight), 0, rows, out=bits(self.weight))
+    def copy_rows(self, source: "Matrix", rows: Tensor, changed: Tensor | None = None) -> None:
+        """Copy the given rows of `source`, which allocated this matrix, and their biases.
+
+        rows     int64 [out]
+        changed  int64 [n], places in `rows` that differ from those of the last copy: the others need not be copied.
+                 None: all
+        """
+        put_rows(self.weight, source.weight, rows, changed)
         if source.bias is not None:
             torch.index_select(source.bias, 0, rows, out=self.bias)
 
-    def copy_columns(self, source: "Matrix", columns: Tensor) -> None:
-        """Copy the given columns of `source`, which allocated this matrix, and its bias. columns int64 [in]"""
-        torch.gather(bits(source.weight), 1, columns.expand(source.out_features, -1), out=bits(self.weight))
+    def copy_columns(self, source: "Matrix", columns: Tensor, changed: Tensor | None = None) -> None:
+        """Copy the given columns of `source`, which allocated this matrix, and its bias.
+
+        columns int64 [in]; changed as for `copy_rows`
+        """
+        put_columns(self.weight, source.weight, columns, changed)
         if source.bias is not None:
             self.bias.copy_(source.bias)
 
@@ -189,6 +197,30 @@ def share_storage(parameters: Sequence[Tensor]) -> Tensor:
 def bits(x: Tensor) -> Tensor:
     """View half-precision numbers as integers with the same bits, which a CPU gathers 1.6 times as fast."""
     return x.view(torch.int16) if x.element_size() == 2 else x
+
+
+def words(x: Tensor) -> Tensor:
+    """View rows as integers of eight bytes where they are made of whole ones, else as `bits`. [n, ...] -> [n, ...]"""
+    size = x.element_size()
+    whole = x.is_contiguous() and not (x.shape[-1] * size % 8 or x.storage_offset() * size % 8)
+    return x.view(torch.int64) if whole else bits(x)
+
+
+def put_rows(into: Tensor, source: Tensor, rows: Tensor, changed: Tensor | None) -> None:
+    """Copy rows of one tensor into another. into [n, k], source [all, k]; rows and changed as for Matrix.copy_rows"""
+    if changed is None:
+        torch.index_select(bits(source), 0, rows, out=bits(into))
+    else:
+        words(into).index_copy_(0, changed, words(source).index_select(0, rows[changed]))
+
+
+def put_columns(into: Tensor, source: Tensor, columns: Tensor, changed: Tensor | None) -> None:
+    """Copy columns of one tensor into another. into [k, n], source [k, all]; columns and changed as for `put_rows`"""
+    if changed is None:
+        torch.gather(bits(source), 1, columns.expand(len(source), -1), out=bits(into))
+    else:       # in a fraction of the time of index_copy_
+        found = bits(source).gather(1, columns[changed].expand(len(source), -1))
+        bits(into).scatter_(1, changed.expand(len(source), -1), found)
 
 
 def take_columns(h: Tensor, columns: Tensor) -> Tensor:

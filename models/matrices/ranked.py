@@ -78,9 +78,9 @@ class SummedMatrix(RankMatrix):
     def copying_pays(self, columns: int) -> bool:
         return self.part.copying_pays(columns)
 
-    def copy_columns(self, source: Matrix, columns: Tensor) -> None:
+    def copy_columns(self, source: Matrix, columns: Tensor, changed: Tensor | None = None) -> None:
         assert isinstance(source, SummedMatrix)
-        self.part.copy_columns(source.part, columns)
+        self.part.copy_columns(source.part, columns, changed)
 
     def in_form(self, make: Callable[[Matrix], Matrix]) -> Matrix:
         return SummedMatrix(make(self.part), self.ranks)

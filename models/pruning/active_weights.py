@@ -17,17 +17,23 @@ AnyMatrix = Any
 # Bytes that a step must save per byte that it still reads, or else nothing is copied. To copy a byte takes as long as
 # to read up to 9 in a step, and an answer has some 128 steps: 8 / 128 (docs/measurements/packed.md).
 LEAST_SAVED = 1 / 16
+# Largest share of the channels for which copying those that changed is faster than copying all (packed.md, too).
+FEW_CHANGED = 1 / 4
 
 
 class ActiveWeights:
     """Compact copies of the active channels' weights, in buffers allocated once and filled at every partition.
 
     Where a copy of down_proj's columns would save too little, a step multiplies with the whole down_proj.
+
+    held  int64 [R + C], the channels of the last copy since the prompt began; None: there is none, or on another device
+          than a CPU, which would have to wait to count what changed
     """
 
     gate: AnyMatrix
     up: AnyMatrix
     down: AnyMatrix
+    held: Tensor | None = None
 
     def __init__(self, ffn: FeedForward, channels: int) -> None:
         self.gate, self.up = ffn.gate_proj.empty_rows(channels), ffn.up_proj.empty_rows(channels)
@@ -36,10 +42,14 @@ class ActiveWeights:
         self.kinds = kinds_of(ffn)
 
     def fill(self, ffn: FeedForward, channels: Tensor) -> None:
-        """Copy the weights of these channels, in their order. int64 [R + C]"""
-        self.gate.copy_rows(ffn.gate_proj, channels)
-        self.up.copy_rows(ffn.up_proj, channels)
-        self.down.copy_columns(ffn.down_proj, channels)
+        """Copy the weights of these channels, in their order, or of those alone that are new. int64 [R + C]"""
+        changed = None if self.held is None else (channels != self.held).nonzero().flatten()    # [n]
+        if changed is not None and len(changed) > FEW_CHANGED * len(channels):
+            changed = None
+        self.gate.copy_rows(ffn.gate_proj, channels, changed)
+        self.up.copy_rows(ffn.up_proj, channels, changed)
+        self.down.copy_columns(ffn.down_proj, channels, changed)
+        self.held = channels if channels.device.type == "cpu" else None
 
     def fits(self, ffn: FeedForward) -> bool:
         """Return True if these buffers can hold the channels of another network: its matrices are of the same kinds."""

@@ -86,9 +86,9 @@ def partition_sizes(channels: int, ratio: float, width: float) -> PartitionSizes
 class ChannelPartition:
     """The three regions of one network (layer or expert) or of one layer's heads, fixed until the next partition.
 
-    order  int64 [..., I]: retained channels, then candidates, then pruned channels, indices ascending within each
-           region. Leading dimensions are independent groups of equal sizes (one per key/value head if the channels
-           are attention heads).
+    order  int64 [..., I]: retained channels, then candidates, then pruned channels. Indices ascend within each region
+           when a prompt is partitioned. Leading dimensions are independent groups of equal sizes (one per key/value
+           head if the channels are attention heads).
     """
 
     order: Tensor
@@ -110,6 +110,22 @@ class ChannelPartition:
     def active(self) -> Tensor:
         """Retained then candidate channels: the rows a decode step reads, in the order it reads them."""
         return self.order[..., : self.sizes.active]
+
+    def in_places_of(self, before: "ChannelPartition") -> "ChannelPartition":
+        """Return the same regions in another order: a channel that was in its region before keeps its place.
+
+        So only the weights of the other channels have to be copied. One group of channels: int64 [I]
+        """
+        region = torch.empty_like(self.order, dtype=torch.int8)                     # [I], of each channel
+        places = torch.arange(self.sizes.channels, device=region.device)
+        of_place = (places >= self.sizes.retained).to(torch.int8) + (places >= self.sizes.active)
+        region[self.order] = of_place
+        stays = region[before.order] == of_place                                    # [I], by place
+        arrives = torch.ones_like(stays)                                            # [I], by channel
+        arrives[before.order[stays]] = False
+        order = before.order.clone()
+        order[~stays] = self.order[arrives[self.order]]     # both by region, in which they ascend
+        return ChannelPartition(order, self.sizes)
 
     def pick(self, candidate_scores: Tensor) -> Tensor:
         """Choose the candidates that this decode step keeps (ties: the earlier candidate).

@@ -51,7 +51,7 @@ class PartitionedFFN:
         self.candidate_norms = ffn.down_norms()[: self.sizes.candidate].clone()     # [C]
 
     def use(self, weights: ActiveWeights) -> None:
-        self.weights = weights
+        self.weights, weights.held = weights, None
         self.gate, self.up, self.down = weights.gate, weights.up, weights.down      # [R + C, H] twice, [H, R + C]
 
     def prefill(self, x: Tensor, rows: PrefillPass) -> Tensor:
@@ -67,7 +67,9 @@ class PartitionedFFN:
         return self.down(take_columns(h, self.partition.active))                    # [B, T, R + C] -> [B, T, H]
 
     def sort_channels(self) -> None:
-        self.partition = partition_channels(self.rule.scores(self.ffn, self.evidence), self.sizes)
+        partition = partition_channels(self.rule.scores(self.ffn, self.evidence), self.sizes)
+        copied = self.weights.held is not None          # since the prompt began
+        self.partition = partition.in_places_of(self.partition) if copied else partition
         torch.index_select(self.ffn.down_norms(), 0, self.partition.candidate, out=self.candidate_norms)
 
     def copy_weights(self) -> None:
@@ -84,6 +86,7 @@ class PartitionedFFN:
 
     def restart(self) -> None:
         self.evidence.restart()
+        self.weights.held = None
 
     def count(self, tokens: int) -> None:
         self.evidence.tokens += tokens

@@ -115,6 +115,27 @@ def test_copies_are_indices_into_the_whole(kind: type[Matrix], dtype: torch.dtyp
         assert below.bias is None and beside.bias is None
 
 
+@pytest.mark.parametrize("size", [IN, IN - 1], ids=["words", "no words"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*itertools.product(KINDS, DTYPES), (Matrix, torch.float16)]
+)
+def test_a_copy_of_what_changed_writes_nothing_else(kind: type[Matrix], dtype: torch.dtype, size: int) -> None:
+    matrix = made(kind, dtype, bias=True)
+    matrix = type(matrix).of(matrix.weight[:, :size], matrix.bias)
+    before, after = torch.tensor([7, 3, 39, 0]), torch.tensor([7, 5, 39, 2])
+    changed, stays = torch.tensor([1, 3]), torch.tensor([0, 2])
+    below, beside = matrix.empty_rows(4), matrix.empty_columns(4)
+    below.copy_rows(matrix, before)
+    beside.copy_columns(matrix, before)
+    below.weight[stays], beside.weight[:, stays] = 7.0, 7.0
+    below.copy_rows(matrix, after, changed)
+    beside.copy_columns(matrix, after, changed)
+    assert torch.equal(below.weight[changed], matrix.weight[after[changed]])
+    assert torch.equal(beside.weight[:, changed], matrix.weight[:, after[changed]])
+    assert bool((below.weight[stays] == 7).all()) and bool((beside.weight[:, stays] == 7).all())
+    assert torch.equal(below.bias, matrix.bias[after]) and torch.equal(beside.bias, matrix.bias)
+
+
 @pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)

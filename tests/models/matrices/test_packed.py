@@ -118,6 +118,23 @@ def test_copies_are_indices_into_the_whole(kind: str, out: int, columns: int) ->
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("out", "columns"), SHAPES)
+def test_a_copy_of_what_changed_is_a_whole_copy(kind: str, out: int, columns: int) -> None:
+    """Four bits are copied whole; so is every scale."""
+    matrix = made(kind, out, columns)
+    places, changed = torch.randperm(min(out, columns)), torch.tensor([1, 4, 5])
+    before, after = places[:9], places[:9].index_copy(0, changed, places[9:12])
+    copies = matrix.empty_rows(9), matrix.empty_columns(9), matrix.empty_rows(9), matrix.empty_columns(9)
+    for below, beside, given in ((copies[0], copies[1], [before, after]), (copies[2], copies[3], [after])):
+        for number, chosen in enumerate(given):
+            below.copy_rows(matrix, chosen, changed if number else None)
+            beside.copy_columns(matrix, chosen, changed if number else None)
+    assert torch.equal(copies[0].values(), copies[2].values()) and torch.equal(copies[1].values(), copies[3].values())
+    assert torch.equal(copies[0].bias, copies[2].bias)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("outs", [(64, 64, 128), (80, 16, 40)], ids=["blocks", "parts"])
 def test_stacked_matrices_are_one(kind: str, outs: tuple[int, ...]) -> None:
     parts = [made(kind, out) for out in outs]

@@ -46,6 +46,29 @@ def test_widest_width_takes_as_many_candidates_as_the_sizes_allow() -> None:
     assert (sizes.retained, sizes.candidate, sizes.pruned, sizes.pick) == (400, 600, 0, 300)
 
 
+@given(
+    channels=st.integers(1, 40), ratio=st.floats(0, 0.9), width=st.floats(0, 1), groups=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_channels_that_stay_in_their_region_keep_their_places(
+    channels: int, ratio: float, width: float, groups: int, seed: int
+) -> None:
+    sizes = partition_sizes(channels, ratio, width).times(groups)
+    drawn = torch.Generator().manual_seed(seed)
+    scores = torch.rand(3, sizes.channels, generator=drawn)
+    found = partition_channels(scores[0], sizes)
+    for next_scores in scores[1:]:
+        before, wanted = found, partition_channels(next_scores, sizes)
+        found = wanted.in_places_of(before)
+        for name in ("retained", "candidate", "pruned"):
+            new, old, other = (getattr(one, name) for one in (found, before, wanted))
+            assert torch.equal(new.sort().values, other)        # ascending, as a new partition has them
+            both = torch.isin(old, new)
+            assert torch.equal(new[both], old[both]), "a channel that stays has moved"
+            of_group = new.unflatten(0, (groups, -1)) // channels if len(new) else new.view(1, 0)
+            assert bool((of_group == torch.arange(len(of_group))[:, None]).all()), "a group has another's channel"
+
+
 def test_scores_equal_a_naive_double_loop() -> None:
     torch.manual_seed(0)
     h, down = torch.randn(2, 5, 12), torch.randn(7, 12)

@@ -25,6 +25,7 @@ from tolerance import assert_same
 
 from models.cost_model import bytes_per_token
 from models.llama import LlamaForCausalLM
+from models.pruning import active_weights
 from models.pruning.evidence import channel_scores
 from models.pruning.partition import keep_best
 from popengine.studies.settings import DENSE, PruningSettings
@@ -154,6 +155,29 @@ def test_buffers_serve_the_next_prompt_as_if_they_were_new(model: LlamaForCausal
         torch.testing.assert_close(model.prefill(model.embed(tokens), state), wanted, atol=0, rtol=0)
         token = torch.tensor([4])
         torch.testing.assert_close(model.decode(token, state), model.decode(token, fresh), atol=0, rtol=0)
+
+
+@torch.inference_mode()
+def test_the_next_turn_copies_the_channels_that_changed_and_a_new_prompt_all(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(active_weights, "FEW_CHANGED", 1.0)
+    tokens, _ = left_padded([30], SIZES["vocab_size"])
+    state = model.new_state(1, 64, resolved(model, SETTINGS["ffn"]))
+    networks = [(layer.ffn, layer.ffn.weights) for layer in state.layers]
+    turns = ((tokens[:, :20], 0), (tokens[:, 20:], 20), (tokens[:, :20], 0))
+    for number, (turn, kept) in enumerate(turns):
+        before = [ffn.partition.active for ffn, _ in networks]
+        for _, weights in networks:
+            weights.up.weight.fill_(7.0)
+        model.prefill(model.embed(turn), state, kept=kept)
+        for layer, (ffn, weights), old in zip(model.model.layers, networks, before, strict=True):
+            new = ffn.partition.active
+            stays = (new == old) if number == 1 else torch.zeros_like(new, dtype=torch.bool)
+            assert number != 1 or 0 < stays.sum() < len(stays), "these turns test nothing"
+            assert bool((weights.up.weight[stays] == 7).all()), "a channel that stays was copied"
+            assert torch.equal(weights.up.weight[~stays], layer.mlp.up_proj.values()[new[~stays]])
+            assert number == 1 or torch.equal(ffn.partition.retained, ffn.partition.retained.sort().values)
 
 
 def test_padding_and_ends_are_forgotten_with_their_prompt(model: LlamaForCausalLM) -> None:
