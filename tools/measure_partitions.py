@@ -2,16 +2,19 @@
 
     python tools/measure_partitions.py --text FILE [--ckpt DIR] [--weights FORM]
 
-Prints the share that stays active, and the share that stays in its region: a slot of a copy that need not be copied
-again. Between two turns of a conversation, two unrelated prompts, and two partitions 16 steps apart.
+Prints the share that stays active, and the share that stays in its region, whose weights are not copied again. Between
+two turns of a conversation, two unrelated prompts, and two partitions 16 steps apart. Then the time of the partition of
+a second turn: all active channels copied, and only those that changed.
 """
 
 import argparse
+import statistics
 from collections.abc import Iterator
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import torch
 
+from models.pruning import active_weights
 from models.pruning.partition import ChannelPartition
 from models.state import DecodeState
 from popengine.engine.engine import Engine
@@ -25,6 +28,7 @@ TURNS = (
 )
 TOKENS = 32     # of an answer
 LETTERS = 1000  # of a prompt
+ROUNDS = 3
 
 
 def main() -> None:
@@ -46,6 +50,8 @@ def main() -> None:
             ):
                 active, same = torch.tensor([stays(*two) for two in found]).mean(dim=0).tolist()
                 print(f"prune ratio {ratio}, width {width}, {name}: {active:.3f} active, {same:.3f} in its region")
+            whole, part = copy_times(engine, settings)
+            print(f"prune ratio {ratio}, width {width}, partition of the next turn: {whole:.0f} ms, {part:.0f} ms")
 
 
 # Partitions of all layers before and after: each yields pairs.
@@ -84,6 +90,19 @@ def later(engine: Engine, settings: PruningSettings, prompt: str) -> Pairs:
         found.append(partitions(engine.idle_state))
     for before, after in pairwise(found):
         yield from zip(before, after, strict=True)
+
+
+def copy_times(engine: Engine, settings: PruningSettings) -> tuple[float, float]:
+    """Median time of the partition of a second turn, in ms: all channels copied, and those that changed."""
+    usual, found = active_weights.FEW_CHANGED, dict[float, list[float]]()
+    for _, few in product(range(ROUNDS), (0.0, usual)):
+        active_weights.FEW_CHANGED = few
+        for first, second in TURNS:
+            conversation = engine.chat(pruning=settings, max_new_tokens=TOKENS)
+            conversation.say(first)
+            found.setdefault(few, []).append(conversation.say(second).statistics.partition_ms)
+    active_weights.FEW_CHANGED = usual
+    return statistics.median(found[0.0]), statistics.median(found[usual])
 
 
 def stays(before: ChannelPartition, after: ChannelPartition) -> tuple[float, float]:
