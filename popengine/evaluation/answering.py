@@ -70,10 +70,7 @@ def generate_until(
 
     Prompts that are too long are truncated on the left. Raises InputError if no room is left for a prompt.
     """
-    room = engine.max_seq_len - new_tokens
-    if room < 1:
-        raise InputError(f"generating {new_tokens} tokens leaves no room in the context of {engine.max_seq_len}")
-    run = engine.run([ids[-room:] for ids in prompts], new_tokens, pruning, sampling)
+    run = engine.run(truncated(engine, prompts, new_tokens), new_tokens, pruning, sampling)
     token_ids: list[list[int]] = [[] for _ in prompts]
     for step in run:
         for index, token in enumerate(step):
@@ -94,10 +91,8 @@ def generate_together(
 
     A sequence that ended leaves the batch. pruning: one of popengine/studies/separate.py. Errors as `generate_until`
     """
-    room, model = engine.max_seq_len - new_tokens, engine.model
-    if room < 1:
-        raise InputError(f"generating {new_tokens} tokens leaves no room in the context of {engine.max_seq_len}")
-    tokens, real = pad_left([ids[-room:] for ids in prompts], engine.device)
+    model = engine.model
+    tokens, real = pad_left(truncated(engine, prompts, new_tokens), engine.device)
     said: list[list[int]] = [[] for _ in prompts]
     running, ended = list(range(len(prompts))), set[int]()      # the prompt of each row of the batch
     with engine.borrowed_state(len(prompts), tokens.shape[1] + new_tokens, pruning) as state:
@@ -121,6 +116,14 @@ def generate_together(
             logits = next_logits(model, chosen, state)                              # [B, V]
     texts = [engine.tokenizer.decode(ids) for ids in said]
     return [text[: first_stop(text, stops)] for text in texts]
+
+
+def truncated(engine: Engine, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
+    """Truncate prompts on the left, so that so many new tokens fit. Raises InputError if no prompt would."""
+    room = engine.max_seq_len - new_tokens
+    if room < 1:
+        raise InputError(f"generating {new_tokens} tokens leaves no room in the context of {engine.max_seq_len}")
+    return [ids[-room:] for ids in prompts]
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
