@@ -1,10 +1,11 @@
 """Measure which share of the active channels stays in its region from one partition to the next.
 
     python tools/measure_partitions.py --text FILE [--ckpt DIR] [--weights FORM]
+    python tools/measure_partitions.py --times [--ckpt DIR] [--weights FORM]
 
 Prints the share that stays active, and the share that stays in its region, whose weights are not copied again. Between
-two turns of a conversation, two unrelated prompts, and two partitions 16 steps apart. Then the time of the partition of
-a second turn: all active channels copied, and only those that changed.
+two turns of a conversation, two unrelated prompts, and two partitions 16 steps apart. With --times, the time of the
+partition of a second turn: all active channels copied, and only those that changed.
 """
 
 import argparse
@@ -33,11 +34,19 @@ ROUNDS = 3
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--text", required=True)
+    flags.add_argument("--text")
+    flags.add_argument("--times", action="store_true")
     flags.add_argument("--ckpt")
     flags.add_argument("--weights", default="auto")
     given = flags.parse_args()
     engine = load(given.ckpt, weights=given.weights, dtype="bfloat16", compile=False)
+    if given.times:
+        for ratio in (0.2, 0.4):
+            whole, part = copy_times(engine, PruningSettings.paper(prune_ratio=ratio))
+            print(f"prune ratio {ratio}, width 0.1, partition of the next turn: {whole:.0f} ms, {part:.0f} ms")
+        return
+    if given.text is None:
+        flags.error("give --text or --times")
     with open(given.text, encoding="utf-8") as file:
         prompts = [line[:LETTERS] for line in file if len(line) > LETTERS][:4]
     for ratio in (0.2, 0.4):
@@ -50,8 +59,6 @@ def main() -> None:
             ):
                 active, same = torch.tensor([stays(*two) for two in found]).mean(dim=0).tolist()
                 print(f"prune ratio {ratio}, width {width}, {name}: {active:.3f} active, {same:.3f} in its region")
-            whole, part = copy_times(engine, settings)
-            print(f"prune ratio {ratio}, width {width}, partition of the next turn: {whole:.0f} ms, {part:.0f} ms")
 
 
 # Partitions of all layers before and after: each yields pairs.
@@ -95,12 +102,14 @@ def later(engine: Engine, settings: PruningSettings, prompt: str) -> Pairs:
 def copy_times(engine: Engine, settings: PruningSettings) -> tuple[float, float]:
     """Median time of the partition of a second turn, in ms: all channels copied, and those that changed."""
     usual, found = active_weights.FEW_CHANGED, dict[float, list[float]]()
-    for _, few in product(range(ROUNDS), (0.0, usual)):
+    for round_, few in product(range(ROUNDS + 1), (0.0, usual)):
         active_weights.FEW_CHANGED = few
         for first, second in TURNS:
-            conversation = engine.chat(pruning=settings, max_new_tokens=TOKENS)
+            conversation = engine.chat(pruning=settings, max_new_tokens=8)
             conversation.say(first)
-            found.setdefault(few, []).append(conversation.say(second).statistics.partition_ms)
+            taken = conversation.say(second).statistics.partition_ms
+            if round_:                          # the first warms up
+                found.setdefault(few, []).append(taken)
     active_weights.FEW_CHANGED = usual
     return statistics.median(found[0.0]), statistics.median(found[usual])
 
