@@ -29,7 +29,7 @@ TURNS = (
 )
 TOKENS = 32     # of an answer
 LETTERS = 1000  # of a prompt
-ROUNDS = 3
+ROUNDS = 2
 
 
 def main() -> None:

@@ -124,7 +124,7 @@ class ChannelPartition:
         arrives = torch.ones_like(stays)                                            # [I], by channel
         arrives[before.order[stays]] = False
         order = before.order.clone()
-        order[~stays] = self.order[arrives[self.order]]     # both by region, in which they ascend
+        order[~stays] = self.order[arrives[self.order]]     # both in the order of the regions
         return ChannelPartition(order, self.sizes)
 
     def pick(self, candidate_scores: Tensor) -> Tensor:
