@@ -199,11 +199,10 @@ def bits(x: Tensor) -> Tensor:
     return x.view(torch.int16) if x.element_size() == 2 else x
 
 
-def words(x: Tensor) -> Tensor:
-    """View rows as integers of eight bytes where they are made of whole ones, else as `bits`. [n, ...] -> [n, ...]"""
-    size = x.element_size()
-    whole = x.is_contiguous() and not (x.shape[-1] * size % 8 or x.storage_offset() * size % 8)
-    return x.view(torch.int64) if whole else bits(x)
+def in_words(rows: Tensor) -> bool:
+    """Return True if rows [n, k] can be viewed as integers of eight bytes, which move faster."""
+    size = rows.element_size()
+    return rows.is_contiguous() and not (rows.shape[-1] * size % 8 or rows.storage_offset() * size % 8)
 
 
 def put_rows(into: Tensor, source: Tensor, rows: Tensor, changed: Tensor | None) -> None:
@@ -211,7 +210,9 @@ def put_rows(into: Tensor, source: Tensor, rows: Tensor, changed: Tensor | None)
     if changed is None:
         torch.index_select(bits(source), 0, rows, out=bits(into))
     else:
-        words(into).index_copy_(0, changed, words(source).index_select(0, rows[changed]))
+        both = into, source
+        to, of = (one.view(torch.int64) for one in both) if all(map(in_words, both)) else map(bits, both)
+        to.index_copy_(0, changed, of.index_select(0, rows[changed]))
 
 
 def put_columns(into: Tensor, source: Tensor, columns: Tensor, changed: Tensor | None) -> None:
