@@ -87,9 +87,9 @@ STEPS = {
     "inputs": Step("Input sparsity at POP's prune ratios", 8, (
         *TEXT, "--methods", "dense", "wina", "teal", "--input-sparsity", "0.2", "0.4", "--windows", "24",
     )),
-    "together": Step("Both methods at once", 10, (
+    "together": Step("Both methods at once", 12, (
         *TEXT, "--methods", "dense", "pop", "--prune-ratio", "0.2", "0.4", "--prefill-skip", "0", "{greedy}",
-        "--windows", "12",
+        "--boundary-tokens", "1", "16", "--windows", "12",
     )),
     "choices": Step("POP: tasks with answers to choose", 60, (
         *TASKS, *CHOSEN, *ONLINE, "--limit", "100", "--against", "pop",
