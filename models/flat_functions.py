@@ -22,7 +22,7 @@ MOST_SLOTS = 1 << 20
 # Attributes that no step reads: they change from prompt to prompt, belong to one layer, or only make partitions.
 UNREAD = {
     "index", "rule", "derived", "order", "stacked_at", "training",
-    "filled", "capacity", "dropped", "missing",
+    "filled", "capacity", "dropped", "missing", "held",
 }
 # Parts of a module that the walk looks into; its other private attributes belong to PyTorch.
 OF_MODULES = ("_parameters", "_buffers", "_modules")

@@ -6,11 +6,10 @@ H hidden size, R retained and C candidate channels.
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from models.feed_forward import FeedForward
 from models.matrices.forms import ChosenColumns, ChosenRows, by_columns
 from models.matrices.plain import Matrix
+from models.pruning.partition import ChannelPartition
 
 # A matrix that a step multiplies with: a compact copy, or a view that selects from the whole.
 AnyMatrix = Any
@@ -26,14 +25,14 @@ class ActiveWeights:
 
     Where a copy of down_proj's columns would save too little, a step multiplies with the whole down_proj.
 
-    held  int64 [R + C], the channels of the last copy since the prompt began; None: there is none, or on another device
-          than a CPU, which would have to wait to count what changed
+    held  the partition of the last copy since the prompt began; None: there is none, or the device is no CPU and would
+          have to wait to count what changed
     """
 
     gate: AnyMatrix
     up: AnyMatrix
     down: AnyMatrix
-    held: Tensor | None = None
+    held: ChannelPartition | None = None
 
     def __init__(self, ffn: FeedForward, channels: int) -> None:
         self.gate, self.up = ffn.gate_proj.empty_rows(channels), ffn.up_proj.empty_rows(channels)
@@ -41,15 +40,16 @@ class ActiveWeights:
         self.down = ffn.down_proj.empty_columns(channels) if pays else view_of_columns(ffn.down_proj, channels)
         self.kinds = kinds_of(ffn)
 
-    def fill(self, ffn: FeedForward, channels: Tensor) -> None:
-        """Copy the weights of these channels, in their order, or of those alone that are new. int64 [R + C]"""
-        changed = None if self.held is None else (channels != self.held).nonzero().flatten()    # [n]
+    def fill(self, ffn: FeedForward, partition: ChannelPartition) -> None:
+        """Copy the weights of the active channels, in their order, or of those alone that are new."""
+        channels = partition.active                                                 # [R + C]
+        changed = None if self.held is None else (channels != self.held.active).nonzero().flatten()     # [n]
         if changed is not None and len(changed) > FEW_CHANGED * len(channels):
             changed = None
         self.gate.copy_rows(ffn.gate_proj, channels, changed)
         self.up.copy_rows(ffn.up_proj, channels, changed)
         self.down.copy_columns(ffn.down_proj, channels, changed)
-        self.held = channels if channels.device.type == "cpu" else None
+        self.held = partition if channels.device.type == "cpu" else None
 
     def fits(self, ffn: FeedForward) -> bool:
         """Return True if these buffers can hold the channels of another network: its matrices are of the same kinds."""
@@ -74,7 +74,7 @@ class WholeWeights(ActiveWeights):
     def __init__(self, ffn: FeedForward, down: Matrix | None = None) -> None:
         self.gate, self.up, self.down = ffn.gate_proj, ffn.up_proj, ffn.down_proj if down is None else down
 
-    def fill(self, ffn: FeedForward, channels: Tensor) -> None:
+    def fill(self, ffn: FeedForward, partition: ChannelPartition) -> None:
         pass
 
     def held_bytes(self) -> int:

@@ -68,12 +68,12 @@ class PartitionedFFN:
 
     def sort_channels(self) -> None:
         partition = partition_channels(self.rule.scores(self.ffn, self.evidence), self.sizes)
-        copied = self.weights.held is not None          # since the prompt began
-        self.partition = partition.in_places_of(self.partition) if copied else partition
+        copied = self.weights.held                      # since the prompt began
+        self.partition = partition if copied is None else partition.in_places_of(copied)
         torch.index_select(self.ffn.down_norms(), 0, self.partition.candidate, out=self.candidate_norms)
 
     def copy_weights(self) -> None:
-        self.weights.fill(self.ffn, self.partition.active)
+        self.weights.fill(self.ffn, self.partition)
 
     def decode(self, x: Tensor, step: DecodePass) -> Tensor:
         h = self.act(self.gate(x)) * self.up(x)                                     # [B, T, R + C]

@@ -307,7 +307,7 @@ class StaticFFN(PartitionedFFN):
     def __init__(self, ffn: FeedForward, rule: POP, weights: ActiveWeights, chosen: StaticChannels) -> None:
         super().__init__(ffn, rule, weights)
         self.partition = chosen.partition
-        weights.fill(ffn, chosen.partition.active)
+        weights.fill(ffn, chosen.partition)
         if chosen.bias is not None:
             self.down.bias = chosen.bias if self.down.bias is None else self.down.bias + chosen.bias
 

@@ -156,6 +156,11 @@ def endless_checkpoint(folder: Path) -> Path:
     return folder
 
 
+def regions(partition: ChannelPartition) -> list[list[int]]:
+    """The channels of each region, in ascending order: those that stay in theirs keep their places in `order`."""
+    return [sorted(one.tolist()) for one in (partition.retained, partition.candidate, partition.pruned)]
+
+
 def heads_partition(layer: LayerState) -> ChannelPartition:
     """The partition of a layer's query heads; where heads are not pruned all are retained."""
     heads, attention = layer.attention, layer.attention.attention
