@@ -16,7 +16,7 @@ AnyMatrix = Any
 # Bytes that a step must save per byte that it still reads, or else nothing is copied. To copy a byte takes as long as
 # to read up to 9 in a step, and an answer has some 128 steps: 8 / 128 (docs/measurements/packed.md).
 LEAST_SAVED = 1 / 16
-# Largest share of the channels for which copying those that changed is faster than copying all (packed.md, too).
+# Largest share of changed channels at which copying them alone is faster than copying all (packed.md, as above).
 FEW_CHANGED = 1 / 4
 
 

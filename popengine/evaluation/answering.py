@@ -17,8 +17,8 @@ from popengine.studies.resolve import StudyPruning
 from popengine.studies.separate import keep_sequences
 from weights.errors import InputError
 
-# Largest share of a batch still going at which those that ended leave it: that copies the others' keys and values.
-KEPT_WHOLE = 0.9
+# Sequences that ended leave a batch once at most this share of it goes on: leaving copies the others' keys and values.
+GOING_ON = 0.9
 
 
 def encode(engine: Engine, text: str) -> list[int]:
@@ -109,7 +109,7 @@ def generate_together(
             going = [row for row, index in enumerate(running) if index not in ended]
             if not going or number == new_tokens:
                 break
-            if len(going) <= KEPT_WHOLE * len(running):
+            if len(going) <= GOING_ON * len(running):
                 rows = torch.tensor(going, device=engine.device)
                 keep_sequences(state, rows)
                 running, chosen = [running[row] for row in going], chosen[rows]

@@ -53,10 +53,10 @@ class TaskRuns:
         total = len(self.prunings) * sum(map(len, self.items.values()))
         with tqdm(total=total, desc="tasks", unit="item", disable=not self.show_progress) as bar:
             for (name, items), one in itertools.product(self.items.items(), self.prunings):
-                pruning = self.together[one]
                 for batch in self.batches(TASKS[name], items):
                     missing = [item for item in batch if one.key(f"{name} {item.key}") not in self.progress.records]
-                    records = answered(self.engines[one.weights], TASKS[name], missing, pruning) if missing else []
+                    engine, pruning = self.engines[one.weights], self.together[one]
+                    records = answered(engine, TASKS[name], missing, pruning) if missing else []
                     for item, record in zip(missing, records, strict=True):
                         self.progress.add(one.key(f"{name} {item.key}"), record)
                     give_back()

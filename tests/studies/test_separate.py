@@ -98,6 +98,7 @@ def test_the_answers_of_a_batch_are_those_of_single_prompts(tmp_path: Path) -> N
     stops = [whole[1][3:5], whole[2][6:8]]          # two answers end before the third
     for given in ([], stops):
         texts = generate_together(engine, prompts, 12, separate(alone, engine.model), given)
+        assert engine.idle_state is not None and (len(engine.idle_state.live) < 3) == bool(given)
         assert texts == [generate_until(engine, [prompt], 12, alone, Sampling(), given)[0] for prompt in prompts]
     assert len({len(text) for text in texts}) == 3, "no answer left the batch"
 
