@@ -115,7 +115,7 @@ class CompiledDecode:
         if dense:
             for layer in state.layers:
                 layer.ffn.count(state.schedule.live)
-        logits = self.head(self.model, x)[:, 0]                                     # [B, V]
+        logits = self.head(self.model, x, None if dense else state.lm_head)[:, 0]   # [B, V]
         return logits.clone() if self.in_graphs else logits     # a graph's next step overwrites this memory
 
     def kind(self, state: DecodeState) -> str:

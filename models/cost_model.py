@@ -56,7 +56,7 @@ def bytes_per_token(model: Any, pruning: Pruning, batch: int = 1, state: Any = N
 
     state  the DecodeState of a run, which knows the experts without a copy of their active weights; None: all have one
     """
-    read = model.lm_head.read_bytes()
+    read = pruning.rule.head_bytes(model.lm_head, batch)
     for index, layer in enumerate(model.model.layers):
         running = pruning.sublayers(index)
         active = None if state is None else state.layers[index].ffn

@@ -17,9 +17,10 @@ from models.clock import Clock
 from models.config import LlamaConfig
 from models.feed_forward import FeedForward
 from models.key_names import TEXT_SPELLINGS, keys_by_our_names
-from models.layers import Embedding, RMSNorm, RotaryEmbedding
+from models.layers import DerivedConstants, Embedding, RMSNorm, RotaryEmbedding
 from models.matrices.plain import Matrix
 from models.passes import DecodePass, PictureRows, PrefillPass, decode_pass, following_pass, prefill_pass
+from models.pruning.active_weights import AnyMatrix
 from models.pruning.heads import PartitionedAttention
 from models.pruning.pop import POP
 from models.pruning.pruning import Pruning
@@ -91,7 +92,7 @@ class LlamaModel(nn.Module):
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
 
 
-class LlamaForCausalLM(nn.Module):
+class LlamaForCausalLM(DerivedConstants):
     """A language model: weights, dense forward, and runs over a state: `prefill`, `decode`, `dense_step`.
 
     ignored_keys  patterns of checkpoint keys that the model does not use
@@ -133,9 +134,13 @@ class LlamaForCausalLM(nn.Module):
         """Look up the embeddings of tokens. tokens int64 [B, T] -> [B, T, H]"""
         return self.model.embed_tokens(tokens)
 
-    def head(self, x: Tensor) -> Tensor:
-        """Apply the final norm and the output projection. x [B, T, H] -> logits [B, T, V]"""
-        return self.lm_head(self.model.norm(x))
+    def head(self, x: Tensor, lm_head: AnyMatrix | None = None) -> Tensor:
+        """Apply the final norm and the output projection. x [B, T, H] -> logits [B, T, V]
+
+        lm_head  what multiplies in place of the model's own matrix (the `lm_head` of a state)
+        """
+        product = self.lm_head if lm_head is None else lm_head
+        return product(self.model.norm(x))
 
     def forward(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
         """Run the dense network without a cache.
@@ -174,7 +179,8 @@ class LlamaForCausalLM(nn.Module):
             }
             layers.append(LayerState(index, own, attention, ffn, [blocks[name] for name in sublayers]))
         live = torch.ones(batch, 1, dtype=torch.bool, device=self.device)
-        return DecodeState(cache, layers, pruning, live, Clock(self.device), pruning.new_schedule(batch))
+        lm_head = pruning.rule.new_head(self.lm_head, self.once)
+        return DecodeState(cache, layers, lm_head, pruning, live, Clock(self.device), pruning.new_schedule(batch))
 
     def check_ids(self, ids: Iterable[int]) -> None:
         """Raise InputError for a token without an embedding: some checkpoints add tokens but no embeddings for them."""
@@ -228,7 +234,7 @@ class LlamaForCausalLM(nn.Module):
         x, step = self.begin(tokens, state)                                         # [B, 1, H]
         x = decode_layers(state.layers, x, step)
         state.cache.advance()
-        return self.head(x)[:, 0]                                                   # [B, V]
+        return self.head(x, state.lm_head)[:, 0]                                                   # [B, V]
 
     def dense_step(self, tokens: Tensor, state: DecodeState, partitions: bool) -> Tensor:
         """Run one step on all channels and add to the evidence; if `partitions`, partition the channels again.

@@ -21,6 +21,7 @@ from models.compiled import MOST_LAYERS_PER_CALL
 from models.flat_functions import MOST_SLOTS, Function, NotPackable, Walk
 from models.llama import LlamaForCausalLM
 from models.passes import DecodePass, PrefillPass
+from models.pruning.active_weights import AnyMatrix
 from models.state import DecodeState
 from models.walks import decode_layers, prefill_layers
 
@@ -98,9 +99,9 @@ def step_functions(model: LlamaForCausalLM, state: DecodeState, dense: bool) -> 
         parts = (state.layers[first : first + size] for first in starts)
         return [Function("layers", through_layers, common | {"layers": part}, dynamic, unread) for part in parts]
 
-    layers = groups(1)
+    layers, product = groups(1), model.lm_head if dense else state.lm_head
     size = common_group_size([one.description for one in layers])
-    return StepFunctions(begin, layers if size == 1 else groups(size), head_function(model, x))
+    return StepFunctions(begin, layers if size == 1 else groups(size), head_function(model, x, product))
 
 
 def common_group_size(kinds: list[str]) -> int:
@@ -115,9 +116,10 @@ def common_group_size(kinds: list[str]) -> int:
     return 1
 
 
-def head_function(model: LlamaForCausalLM, x: Tensor) -> Function:
-    """Return the function of final norm and output projection. x [B, 1, H]"""
-    return Function("head", last_logits, {"x": x, "model": model}, {}, ("layers", "embed_tokens", "rotary"))
+def head_function(model: LlamaForCausalLM, x: Tensor, product: AnyMatrix) -> Function:
+    """Return the function of final norm and output projection. x [B, 1, H]; product: what the head multiplies with"""
+    objects = {"x": x, "product": product, "model": model}
+    return Function("head", last_logits, objects, {}, ("layers", "embed_tokens", "rotary", "lm_head"))
 
 
 def begin_step(model: LlamaForCausalLM, tokens: Tensor, state: Any, dense: bool) -> tuple[Tensor, Pass]:
@@ -143,9 +145,9 @@ def run_layers(layers: list[Any], x: Tensor, step: Pass) -> Tensor:
     return prefill_layers(layers, x, step) if isinstance(step, PrefillPass) else decode_layers(layers, x, step)
 
 
-def last_logits(x: Tensor, model: LlamaForCausalLM) -> list[Tensor]:
-    """Compute the logits of a step. x [B, 1, H] -> [B, V]"""
-    return [type(model).head(model, x)[:, 0]]
+def last_logits(x: Tensor, product: AnyMatrix, model: LlamaForCausalLM) -> list[Tensor]:
+    """Compute the logits of a step; `product` is its output projection. x [B, 1, H] -> [B, V]"""
+    return [type(model).head(model, x, product)[:, 0]]
 
 
 def as_lists(step: Pass) -> Pass:
@@ -160,6 +162,7 @@ class Steps:
     """The packages of one state's pruned or dense steps, with their inputs.
 
     evidence  per group of layers, the places of its evidence among its inputs, to which a dense step adds
+    product   the output projection
     """
 
     def __init__(self, functions: StepFunctions, loaders: dict[str, Loader]) -> None:
@@ -169,6 +172,7 @@ class Steps:
         self.begin, self.fixed = loaders[functions.begin.description], functions.begin.inputs[1:]
         self.layers = [(loaders[one.description], one.inputs[given:]) for one in functions.layers]
         self.head, self.weights = loaders[functions.head.description], functions.head.inputs[1:]
+        self.product = functions.head.objects["product"]
         self.evidence = [[place - given for place in one.inputs_named("squares")] for one in functions.layers]
         self.names = functions.names
 
@@ -291,7 +295,7 @@ class PackagedDecode:
             for one, was in zip(evidence, before, strict=True):
                 one.copy_(was)
             x, step = begin_step(self.model, tokens, state, steps.dense)
-            close, logits = False, self.model.head(run_layers(state.layers, x, step))[:, 0]
+            (logits,), close = last_logits(run_layers(state.layers, x, step), steps.product, self.model), False
         if close:
             self.verified.add(steps.names)
         else:
@@ -324,7 +328,7 @@ class PackagedDecode:
                 adds_the_same(copied[place], inputs[place], was, x.dtype) for place, was in before.items()
             )
             x = y
-        found_logits, logits = steps.head.run([x, *steps.weights])[0], self.model.head(x)[:, 0]
+        (found_logits,), (logits,) = steps.head.run([x, *steps.weights]), last_logits(x, steps.product, self.model)
         return close and adds_the_same(found_logits, logits, torch.zeros_like(logits), logits.dtype), logits
 
 

@@ -16,6 +16,7 @@ from models.blocks import PrunedBlock, Sublayer
 from models.cache import KVCache, LayerCache
 from models.clock import Clock
 from models.passes import DecodePass, PrefillPass
+from models.pruning.active_weights import AnyMatrix
 from models.pruning.pruning import Pruning
 from models.pruning.refresh import RefreshSchedule
 
@@ -47,6 +48,7 @@ class DecodeState:
 
     A prefill resets it, or continues after the tokens it holds.
 
+    lm_head   what a step's output projection multiplies with: the model's matrix, or what a rule puts in its place
     live      bool [B, 1], False for a sequence that has ended: it no longer counts when candidates are chosen
     clock     time of the prompt's phases
     schedule  decides when steps run dense, and when channels are partitioned again
@@ -54,6 +56,7 @@ class DecodeState:
 
     cache: KVCache
     layers: list[LayerState]
+    lm_head: AnyMatrix
     pruning: Pruning
     live: Tensor
     clock: Clock

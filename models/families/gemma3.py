@@ -24,6 +24,7 @@ from models.families.picture_model import Grid, PictureConfig, PictureModel
 from models.layers import RMSNorm, RotaryEmbedding, at_least_float32
 from models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from models.passes import PictureRows
+from models.pruning.active_weights import AnyMatrix
 from models.read_config import ConfigReader, FamilyDefaults, read_decoder_fields, read_rope, refuse_rope_outside
 from weights.errors import InputError
 from weights.json_files import JsonObject
@@ -159,9 +160,9 @@ class Gemma3ForCausalLM(LlamaForCausalLM):
         # On the host: a scalar argument of a kernel needs no copy to the device.
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
 
-    def head(self, x: Tensor) -> Tensor:
+    def head(self, x: Tensor, lm_head: AnyMatrix | None = None) -> Tensor:
         """Apply the final norm, the output projection and the soft cap. x [B, T, H] -> logits [B, T, V]"""
-        logits, cap = super().head(x), self.config.final_logit_softcapping
+        logits, cap = super().head(x, lm_head), self.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

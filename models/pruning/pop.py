@@ -8,7 +8,7 @@ holds the parameters and builds one such object per layer. Another method is ano
 B batch, T tokens, H hidden size, I FFN channels, R retained, C candidate and P pruned channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from models.passes import DecodePass, PrefillPass
 from models.pruning.active_weights import (
     LEAST_SAVED,
     ActiveWeights,
+    AnyMatrix,
     LookedUpWeights,
     WholeWeights,
     channel_bytes,
@@ -162,6 +163,10 @@ class POP:
         """Build what runs in place of an attention all of whose heads run."""
         return CachedAttention(attention)
 
+    def new_head(self, lm_head: Matrix, once: Callable[[str, Callable[[], Any]], Any]) -> AnyMatrix:
+        """Build what steps multiply with in place of the output projection. once: keeps constants of its weights"""
+        return lm_head
+
     def new_weights(self, ffn: FeedForward) -> ActiveWeights:
         """Allocate weights for the active channels of a network: copies, or views if copies save too little."""
         sizes = self.sizes(ffn)
@@ -216,6 +221,10 @@ class POP:
         keys_and_values: int = attention.k_proj.read_bytes() + attention.v_proj.read_bytes()
         outputs: int = attention.o_proj.read_bytes(columns=queries if heads.prunes else None)
         return keys_and_values + attention.q_proj.read_bytes(rows=queries) + outputs
+
+    def head_bytes(self, lm_head: Matrix, rows: int) -> int:
+        """Compute the bytes of the output projection that a step of `rows` tokens reads."""
+        return lm_head.read_bytes()
 
     def prompt_weights(self, ffn: FeedForward, finish_dense: bool) -> int:
         """Count the weights of one network that each prompt token is multiplied with."""

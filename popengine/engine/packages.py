@@ -144,7 +144,7 @@ class CachedSteps:
         """Return True if there is a package of this model's output projection for one sequence, as it is stored now."""
         x = self.model.embed(torch.zeros(1, 1, dtype=torch.int64))
         try:
-            return bool(self.packages.files(head_function(self.model, x)))
+            return bool(self.packages.files(head_function(self.model, x, self.model.lm_head)))
         except NotPackable:
             return False
 

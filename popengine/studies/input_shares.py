@@ -15,13 +15,17 @@ USUAL_INPUTS = "0.2,o=0.3,down=0.6"
 
 @dataclass(frozen=True)
 class InputShares:
-    """The share of its inputs that each kind of product leaves out. q, k and v are one product."""
+    """The share of its inputs that each kind of product leaves out. q, k and v are one product.
+
+    head  of the output projection, which belongs to no layer: only a share of its own leaves out its inputs
+    """
 
     qkv: float = 0.0
     o: float = 0.0
     gate: float = 0.0
     up: float = 0.0
     down: float = 0.0
+    head: float = 0.0
 
     def of_network(self, ffn_ratio: float) -> float:
         """Return the share of a network's weights left out, if `ffn_ratio` of its channels are off as well."""
@@ -35,11 +39,13 @@ class InputShares:
         return ", ".join(f"{left_out:g} of {', '.join(own)}" for left_out, own in kinds.items() if left_out)
 
 
-KINDS = tuple(one.name for one in fields(InputShares))
+KINDS = tuple(one.name for one in fields(InputShares))              # the head is the last
 
 
 def read_input_shares(words: str) -> InputShares | None:
-    """Parse words like "0.3", one share for all products, or "0.2,o=0.3,down=0.6": 0.2 for those that are not named.
+    """Parse words like "0.3", one share for all products of the layers, or "0.2,o=0.3,down=0.6,head=0.3".
+
+    In the second 0.2 holds for the products of the layers that are not named.
 
     Returns None if nothing is left out. Raises InputError for anything else, and for a share outside 0 <= share < 1.
     """
@@ -60,5 +66,5 @@ def read_input_shares(words: str) -> InputShares | None:
             named[kind.strip()] = left_out
         else:
             others = left_out
-    shares = InputShares(**dict.fromkeys(KINDS, others) | named)
+    shares = InputShares(**dict.fromkeys(KINDS[:-1], others) | named)
     return None if shares == InputShares() else shares

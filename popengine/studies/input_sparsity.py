@@ -193,12 +193,19 @@ class InputSparsity(StudyRule):
             return read + down.read_bytes(columns=min(sizes.computed, self.inputs.kept("down", ffn.channels)))
         return read + down.read_bytes(columns=sizes.active if copies and sizes.copied else None)
 
+    def new_head(self, lm_head: Matrix, once: Callable[[str, Callable[[], Any]], Any]) -> AnyMatrix:
+        hidden, norms = lm_head.in_features, partial(once, "head norms", lm_head.column_norms)
+        return self.inputs.of("head", lm_head, hidden, hidden, norms, once)
+
     def attention_bytes(self, attention: Any, rows: int) -> int:
         kept, o_proj = self.inputs.kept, attention.o_proj
         of_qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
         return self.read_bytes(o_proj, kept("o", o_proj.in_features), rows) + sum(
             self.read_bytes(matrix, kept("qkv", matrix.in_features), rows) for matrix in of_qkv
         )
+
+    def head_bytes(self, lm_head: Matrix, rows: int) -> int:
+        return self.read_bytes(lm_head, self.inputs.kept("head", lm_head.in_features), rows)
 
     def read_bytes(self, matrix: Matrix, columns: int, rows: int, active: int | None = None) -> int:
         """Compute the bytes that a step of `rows` tokens reads of `active` rows of a matrix (None: all)."""

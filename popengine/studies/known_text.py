@@ -48,7 +48,7 @@ def evaluate_steps(model: LlamaForCausalLM, tokens: Tensor, state: DecodeState) 
     step = decode_pass(rotary, x, state.cache, state.live, together=False)
     x = decode_layers(state.layers, x, step)
     state.cache.advance(len(tokens))
-    return model.head(x)[0]
+    return model.head(x, state.lm_head)[0]
 
 
 def evaluate_branches(model: LlamaForCausalLM, texts: Sequence[Tensor], state: DecodeState) -> list[Tensor]:
@@ -72,7 +72,7 @@ def evaluate_branches(model: LlamaForCausalLM, texts: Sequence[Tensor], state: D
     pairs = rotary_pairs(model.model.rotary, state.cache.maps, state.cache.positions(tokens), x.dtype)
     x = decode_layers(state.layers, x, DecodePass(pairs, masks, slots, state.live, together=False))
     state.cache.advance(len(offsets))
-    return list(model.head(x)[0].split(lengths))
+    return list(model.head(x, state.lm_head)[0].split(lengths))
 
 
 def branch_masks(cache: KVCache, tokens: Tensor, slots: Slots, branches: Tensor, dtype: torch.dtype) -> Masks:

@@ -105,12 +105,13 @@ class LayerSettings:
 class InputSettings:
     """Inputs that the products of decode steps leave out (popengine/studies/input_sparsity.py), beside what is pruned.
 
-    input_sparsity  "0.3", a share of the inputs of every product, or "0.2,o=0.3,down=0.6" with shares of products
+    input_sparsity  "0.3", a share of the inputs of every product of a layer, or "0.2,o=0.3,down=0.6,head=0.3" with
+                    shares of products
     input_score     "wina" scores an input by its size times the norm of its column, "teal" by its size alone
     """
 
     input_sparsity: str = setting(
-        "", "share of the inputs that every product of a step leaves out, like 0.3 or 0.2,o=0.3,down=0.6", str,
+        "", "share of the inputs that products of a step leave out, like 0.3 (in layers) or 0.2,down=0.6,head=0.3", str,
         metavar="SHARES", column="inputs off", matters="to inputs",
     )
     input_score: str = setting(

@@ -220,7 +220,7 @@ class Case:
             "min_tokens": (1, 3), "unseen_experts": ("weights", "dense"), "groups": (1, 1, 2, 4),
             "prefill_skip": (0.0, 0.0, "1/3", "2/3"), "boundary_tokens": (1, 3),
             "leave_out": ("", "", "1", "0.mlp", "2.attention", "1.attention+2.mlp"),
-            "input_sparsity": ("", "", "0.3", "0.2,o=0.3,down=0.6"), "input_score": INPUT_METHODS,
+            "input_sparsity": ("", "", "0.3", "0.2,o=0.3,down=0.6,head=0.3"), "input_score": INPUT_METHODS,
         }
         while True:
             drawn = {name: self.random.choice(values) for name, values in maybe.items()} | fixed

@@ -37,7 +37,7 @@ from weights.user_folders import cache_folder
 
 POP = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.3)
 FROZEN = PruningSettings.paper(ffn_ratio=0.4, candidate_width=0.0)
-WINA = PruningSettings.paper(prune_ratio=0.0, input_sparsity="0.5")
+WINA = PruningSettings.paper(prune_ratio=0.0, input_sparsity="0.5,head=0.5")
 SIZES = {"num_hidden_layers": 7, "hidden_size": 64, "max_position_embeddings": 1024}
 PROMPT, OTHER = list(range(5, 40)), list(range(90, 50, -1))
 

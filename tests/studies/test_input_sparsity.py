@@ -81,7 +81,8 @@ def masked(x: Tensor, norms: Tensor, count: int) -> Tensor:
 
 
 def products_of(model: LlamaForCausalLM) -> Iterator[tuple[str, list[Matrix]]]:
-    """The kind of each product of the layers, and its matrices."""
+    """The kind of each product, and its matrices."""
+    yield "head", [model.lm_head]
     for layer in model.model.layers:
         attention = layer.self_attn
         yield "qkv", [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -234,7 +235,7 @@ def test_a_share_of_0_is_the_dense_model_bit_for_bit(model: LlamaForCausalLM) ->
     state = model.new_state(1, 64, resolved(model, settings_of("wina", "o=0.3")))
     layer, network = state.layers[0], model.model.layers[0].mlp
     assert isinstance(layer.attention.step_o, ChosenInputs)  # type: ignore[attr-defined]
-    assert layer.attention.step_qkv is layer.attention.qkv  # type: ignore[attr-defined]
+    assert layer.attention.step_qkv is layer.attention.qkv and state.lm_head is model.lm_head  # type: ignore[attr-defined]
     assert layer.ffn.step_gate is network.gate_proj and layer.ffn.step_down is network.down_proj  # type: ignore[attr-defined]
 
 
@@ -256,25 +257,27 @@ def test_wina_of_down_proj_alone_is_the_rule_all_channels(model: LlamaForCausalL
 @torch.inference_mode()
 def test_the_two_scores_differ_where_norms_do(model: LlamaForCausalLM) -> None:
     tokens = left_padded([20], SIZES["vocab_size"])[0]
-    teal, wina = (steps_of(model, tokens, settings_of(method)) for method in INPUT_METHODS)
+    shares = USUAL_INPUTS + ",head=0.3"
+    teal, wina = (steps_of(model, tokens, settings_of(method, shares)) for method in INPUT_METHODS)
     assert (teal - wina)[:, 1:].abs().max() > 1e-3
     alike = deepcopy(model)
     for matrix in (one for _, together in products_of(alike) for one in together):
         matrix.weight.copy_(matrix.weight.sign() * 0.125)
+    alike.derived.clear()                       # norms of the weights before
     for layer in alike.model.layers:
-        layer.mlp.derived.clear()               # norms of the weights before
+        layer.mlp.derived.clear()
         layer.self_attn.derived.clear()
-    teal, wina = (steps_of(alike, tokens, settings_of(method)) for method in INPUT_METHODS)
+    teal, wina = (steps_of(alike, tokens, settings_of(method, shares)) for method in INPUT_METHODS)
     assert torch.equal(teal, wina)
 
 
 def test_bytes_are_those_of_the_columns_that_one_token_reads(model: LlamaForCausalLM) -> None:
     rows, columns = deepcopy(model).float(), stored_by_columns(model)
-    settings = settings_of("wina", "0.25,o=0.5,down=0.75")
+    settings = settings_of("wina", "0.25,o=0.5,down=0.75,head=0.5")
     hidden, channels, keys = SIZES["hidden_size"], SIZES["intermediate_size"], 2 * 2 * 12
     kept = hidden * 3 // 4
     of_layer = kept * (hidden + keys) + hidden // 2 * hidden + 2 * kept * channels + channels // 4 * hidden
-    head = SIZES["vocab_size"] * hidden
+    head = SIZES["vocab_size"] * hidden // 2
     pruning = resolved(columns, settings)
     assert bytes_per_token(columns, pruning) == 4 * (3 * of_layer + head)
     dense = bytes_per_token(columns, resolved(columns, DENSE))
@@ -282,7 +285,7 @@ def test_bytes_are_those_of_the_columns_that_one_token_reads(model: LlamaForCaus
     for two_rows in (columns, rows):
         assert bytes_per_token(two_rows, resolved(two_rows, settings), batch=2) == dense
     assert bytes_per_token(model, resolved(model, settings)) == bytes_per_token(model, resolved(model, DENSE))
-    both = resolved(columns, settings_of("wina", "0.25,o=0.5,down=0.75", **POPPED))
+    both = resolved(columns, settings_of("wina", "0.25,o=0.5,down=0.75,head=0.5", **POPPED))
     active = round(0.6 * channels) + round(0.15 * channels)
     of_layer += 2 * kept * (active - channels)
     assert bytes_per_token(columns, both) == 4 * (3 * of_layer + head)
@@ -293,7 +296,7 @@ def test_bytes_are_those_of_the_columns_that_one_token_reads(model: LlamaForCaus
 def test_where_eager_steps_multiply_by_rows_chosen_inputs_have_copies_by_columns(
     model: LlamaForCausalLM, ratio: float | None
 ) -> None:
-    settings = PruningSettings.paper(ffn_ratio=ratio or 0.0, candidate_width=0.3, input_sparsity="0.3")
+    settings = PruningSettings.paper(ffn_ratio=ratio or 0.0, candidate_width=0.3, input_sparsity="0.3,head=0.3")
     columns, rows = stored_by_columns(model), deepcopy(model).float()
     replace_matrices(rows, RowMatrix.from_rows)
     tokens, logits, read = torch.tensor([[5, 6, 7, 8, 9, 10]]), [], []
@@ -303,6 +306,7 @@ def test_where_eager_steps_multiply_by_rows_chosen_inputs_have_copies_by_columns
         logits.append(own.decode(torch.tensor([11]), state))
         read.append(bytes_per_token(own, pruning))
         assert type(state.layers[0].ffn.step_gate.matrix) is ColumnMatrix  # type: ignore[attr-defined]
+        assert type(state.lm_head.matrix) is ColumnMatrix
     assert_same(logits[1], logits[0])
     assert read[0] == read[1]
 
@@ -336,6 +340,7 @@ def test_the_prune_ratio_is_the_share_of_the_weights_left_out(
     ("", None), ("0", None), ("0,down=0", None), ("0.3", InputShares(0.3, 0.3, 0.3, 0.3, 0.3)),
     ("1/4", InputShares(0.25, 0.25, 0.25, 0.25, 0.25)), ("down=0.6", InputShares(down=0.6)),
     ("0.2, o=0.3, down=0.6", InputShares(0.2, 0.3, 0.2, 0.2, 0.6)),
+    ("head=1/4", InputShares(head=0.25)), ("0.2,head=0.3", InputShares(0.2, 0.2, 0.2, 0.2, 0.2, 0.3)),
 ])
 def test_shares_are_read(words: str, shares: InputShares | None) -> None:
     assert read_input_shares(words) == shares == PruningSettings(input_sparsity=words).input_shares
