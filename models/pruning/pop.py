@@ -226,6 +226,10 @@ class POP:
         """Compute the bytes of the output projection that a step of `rows` tokens reads."""
         return lm_head.read_bytes()
 
+    def form_bytes(self, model: Any) -> int:
+        """Compute the bytes of other forms of whole weights that steps need and that the model does not have yet."""
+        return 0
+
     def prompt_weights(self, ffn: FeedForward, finish_dense: bool) -> int:
         """Count the weights of one network that each prompt token is multiplied with."""
         active = self.sizes(ffn).active

@@ -20,12 +20,12 @@ def state_within(
     cache and the copies of other networks do not fit.
     """
     cached, (of_one, of_all) = cache_bytes(model, batch, capacity, pruning), expert_copies(model, pruning)
-    copies = all_copy_bytes(model, pruning) - of_all
+    copies = all_copy_bytes(model, pruning) - of_all + pruning.rule.form_bytes(model)
     if free is not None and cached + copies > free:
         raise InputError(
-            f"the cache of {batch} x {capacity} tokens takes {gigabytes(cached)} and the weights that stay active "
-            f"another {gigabytes(copies)} beside the model, and {gigabytes(free)} is free: ask for fewer "
-            "tokens, prune more, use a smaller dtype, or run dense (prune ratio 0)"
+            f"the cache of {batch} x {capacity} tokens takes {gigabytes(cached)} and copies of weights another "
+            f"{gigabytes(copies)} beside the model, and {gigabytes(free)} is free: ask for fewer tokens, "
+            " prune more, use a smaller dtype, or run dense (prune ratio 0)"
         )
     state = model.new_state(batch, capacity, pruning, dropped)
     if free is not None and of_one:

@@ -87,7 +87,7 @@ class InputChoice:
         if count >= most:
             return matrix
         if has_columns(matrix):
-            matrix = once(f"{kind} by columns", lambda: by_columns(matrix))
+            matrix = once(by_columns_name(kind), lambda: by_columns(matrix))
         return ChosenInputs(matrix, count, norms() if self.weighted else None)
 
     def of_factors(self, ffn: FeedForward, weights: ActiveWeights) -> tuple[AnyMatrix, AnyMatrix]:
@@ -207,10 +207,28 @@ class InputSparsity(StudyRule):
     def head_bytes(self, lm_head: Matrix, rows: int) -> int:
         return self.read_bytes(lm_head, self.inputs.kept("head", lm_head.in_features), rows)
 
+    def form_bytes(self, model: Any) -> int:
+        products = [(model, "head", [model.lm_head])]
+        for module in model.modules():
+            if isinstance(module, Attention):
+                products.append((module, "qkv", [module.q_proj, module.k_proj, module.v_proj]))
+                products.append((module, "o", [module.o_proj]))
+            elif isinstance(module, FeedForward) and not (self.sizes(module).copied and self.copying_saves(module)):
+                products += [(module, kind, [getattr(module, f"{kind}_proj")]) for kind in ("gate", "up", "down")]
+        return sum(
+            matrix.read_bytes() for owner, kind, matrices in products for matrix in matrices
+            if getattr(self.inputs.shares, kind) and has_columns(matrix) and by_columns_name(kind) not in owner.derived
+        )
+
     def read_bytes(self, matrix: Matrix, columns: int, rows: int, active: int | None = None) -> int:
         """Compute the bytes that a step of `rows` tokens reads of `active` rows of a matrix (None: all)."""
         read = columns if columns < matrix.in_features and reads_columns(matrix, rows) else None
         return matrix.read_bytes(rows=active, columns=read)
+
+
+def by_columns_name(kind: str) -> str:
+    """Return the name under which a module keeps the copy by columns of a product of this kind."""
+    return f"{kind} by columns"
 
 
 def reads_columns(matrix: Matrix, rows: int) -> bool:

@@ -30,7 +30,7 @@ from tolerance import assert_same
 from torch import Tensor
 from transformers import LlamaConfig
 
-from models.cost_model import bytes_per_token
+from models.cost_model import all_copy_bytes, bytes_per_token, cache_bytes
 from models.feed_forward import FeedForward
 from models.llama import LlamaForCausalLM
 from models.matrices.forms import ChosenRows, ColumnMatrix, MixedMatrix, RowMatrix
@@ -38,6 +38,7 @@ from models.matrices.packed import Int4Matrix, Int8Matrix
 from models.matrices.plain import Matrix, replace_matrices
 from popengine import compare, generate, score
 from popengine.engine.loading import load
+from popengine.engine.memory_plan import state_within
 from popengine.evaluation.comparison import configurations
 from popengine.studies.by_name import Request, pruning_for
 from popengine.studies.input_shares import KINDS, USUAL_INPUTS, InputShares, read_input_shares
@@ -289,6 +290,33 @@ def test_bytes_are_those_of_the_columns_that_one_token_reads(model: LlamaForCaus
     active = round(0.6 * channels) + round(0.15 * channels)
     of_layer += 2 * kept * (active - channels)
     assert bytes_per_token(columns, both) == 4 * (3 * of_layer + head)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("ratio", [0.0, 0.4])
+def test_copies_by_columns_are_planned_for_until_they_exist(
+    model: LlamaForCausalLM, mixture: LlamaForCausalLM, ratio: float
+) -> None:
+    settings = PruningSettings.paper(ffn_ratio=ratio, candidate_width=0.3, input_sparsity="0.3,o=0,head=0.3")
+    for one in (deepcopy(model).float(), deepcopy(mixture).float()):
+        pruning = resolved(one, settings)
+        planned = pruning.rule.form_bytes(one)
+        needed = cache_bytes(one, 1, 32, pruning) + all_copy_bytes(one, pruning) + planned
+        if one.model.layers[0].mlp.__class__ is FeedForward:
+            with pytest.raises(InputError, match="copies of weights another"):
+                state_within(needed - 1, one, 1, 32, pruning)
+        state = state_within(needed, one, 1, 32, pruning)
+        for token in range(24):                                     # an expert copies at its first token
+            one.prefill(one.embed(torch.tensor([[token, token + 1]])), state)
+            one.decode(torch.tensor([token]), state)
+        made = [
+            matrix for module in one.modules() for name, matrix in getattr(module, "derived", {}).items()
+            if name.endswith("by columns")
+        ]
+        assert planned == sum(matrix.read_bytes() for matrix in made) > 0
+        assert pruning.rule.form_bytes(one) == 0
+        assert ratio == 0 or len(made) == 1 + len(one.model.layers)                 # head, and q, k, v of every layer
+    assert resolved(model, settings).rule.form_bytes(model) == 0                    # float64 has no such copies
 
 
 @torch.inference_mode()

@@ -398,7 +398,7 @@ def test_weight_bytes_count_experts_without_a_copy_whole(model: LlamaForCausalLM
 def test_a_dense_network_whose_copies_do_not_fit_is_refused(tmp_path: Path) -> None:
     llama = saved_pair(tmp_path, LlamaConfig(**SIZES))[1]
     pruning = resolved(llama, FFN)
-    with pytest.raises(InputError, match=r"stay active another .* MB beside the model, and 0.0 MB is free"):
+    with pytest.raises(InputError, match=r"copies of weights another .* MB beside the model, and 0.0 MB is free"):
         state_within(1000, llama, 1, 64, pruning)
 
 
