@@ -5,7 +5,8 @@
 
 Every measurement is a command of popengine with a folder of its own in --out, and prints the command and its table. A
 run that was killed goes on where it was; only timings start anew. The minutes are for Qwen2.5-Coder-1.5B on two cores
-with nothing else running, most of them estimates: eight hours together.
+with nothing else running, most of them estimates: eight hours for the papers' claims, and one and a half for the
+frontier of quality, bytes and time.
 """
 
 import argparse
@@ -30,6 +31,15 @@ CALIBRATED = ("--methods", "pop", "wanda-sp", "flap", "--prune-ratio", "0.2", "0
               "{calibration}", "--against", "pop")
 BENCH = ("bench", "--paper", "--dtype", "bfloat16", "--weights")
 ANSWER = (*BENCH, "auto", "int8", "--compile-only", "--against", "llama.cpp", "--prune-ratio", "0", "0.2", "0.4")
+# Packed weights too: 8 windows. Steps are timed in turns.
+FRONTIER = ("compare", "--paper", "--dtype", "bfloat16", "--text", "{text}", "--windows", "8", "--compile", "--time",
+            "5", "--weights")
+WIDTHS = ("--prune-ratio", "0.2", "0.4", "--candidate-width", "0.1", "0.3", "0.5")
+# 1.01, 1.04 and 1.06 of the perplexity, the second with and without the inputs of the head.
+INPUTS = ("0.2,down=0.4,head=0.3", "0.25,qkv=0.2,o=0.35,down=0.6", "0.25,qkv=0.2,o=0.35,down=0.6,head=0.3",
+          "0.3,qkv=0.2,o=0.4,down=0.5,head=0.3")
+# Commands that are no commands of popengine.
+TOOLS = ("skip_greedy", "draw_frontier")
 LAYERS, LAYERS_AS_RATIO = "1/4", "0.25"
 
 
@@ -69,6 +79,27 @@ STEPS = {
         *BENCH, "auto", "plain", "--against", "transformers,llama.cpp", "--prune-ratio", "0", "--prefill-skip", LAYERS,
         "1/3", "-p", prompt, "-n", "2", "--rounds", "2",
     )) for prompt, minutes in (("512", 3), ("2048", 6), ("4096", 12))},
+    "frontier-packed": Step("What POP costs and saves, packed weights", 35, (
+        *FRONTIER, "auto", "int8", "--methods", "dense", "pop", "frozen", "all-channels", *WIDTHS,
+    )),
+    "frontier-plain": Step("The same in bfloat16, and rules that score before they read", 30, (
+        *FRONTIER, "plain", "--methods", "dense", "pop", "frozen", "all-channels", "up", "draft", *WIDTHS,
+    )),
+    "frontier-rules": Step("The same at higher ratios", 10, (
+        *FRONTIER, "plain", "--methods", "dense", "up", "draft", "--prune-ratio", "0.5", "0.6",
+    )),
+    "frontier-inputs": Step("Input sparsity alone and beside POP", 20, (
+        *FRONTIER, "plain", "--methods", "dense", "wina", "pop", "--prune-ratio", "0.2", "--candidate-width", "0.3",
+        "--input-sparsity", *INPUTS,
+    )),
+    "frontier-llama": Step("llama.cpp on the same file", 3, (
+        *BENCH, "auto", "--compile-only", "--against", "llama.cpp", "--prune-ratio", "0", "-p", "128", "-n", "24",
+        "--rounds", "5",
+    )),
+    "frontier": Step("All of these in one table and one plot", 1, (
+        "draw_frontier", *("{out}/frontier-" + part for part in ("packed", "plain", "rules", "inputs")),
+        "--bench", "{out}/frontier-llama.json",
+    )),
     "gates": Step("Prefill-Only: deep layers matter little to the prompt", 8, (
         "gates", "--text", "{text}", "--samples", "32", "--dtype", "bfloat16", "--weights", "plain",
     )),
@@ -122,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number, name in enumerate(names, 1):
         step, began = STEPS[name], time.perf_counter()
         command = [*filled(step.command, given), *written_to(step.command[0], given.out, name)]
-        command += ["--ckpt", given.ckpt] if given.ckpt else []
+        command += ["--ckpt", given.ckpt] if given.ckpt and step.command[0] != "draw_frontier" else []
         print(f"## {name} ({number} of {len(names)}): {step.claim}\n\nAbout {step.minutes} of {left} minutes.\n")
         print(f"    popengine {' '.join(command)}\n", flush=True)
         if status := status_of(command):
@@ -148,18 +179,20 @@ def filled(command: Sequence[str], given: argparse.Namespace) -> list[str]:
 
 
 def written_to(command: str, out: Path, name: str) -> list[str]:
-    """Return the words that say where a command writes: bench a file, the others a folder."""
-    return ["--json", str(out / f"{name}.json")] if command == "bench" else ["--out", str(out / name)]
+    """Return the words that say where a command writes: bench and the plot a file, the others a folder."""
+    if command == "bench":
+        return ["--json", str(out / f"{name}.json")]
+    return ["--out", str(out / (f"{name}.png" if command == "draw_frontier" else name))]
 
 
 def status_of(command: Sequence[str]) -> int:
     """Run a command in this process and return its exit status."""
-    package = "" if command[0] == "skip_greedy" else "popengine."
+    package = "" if command[0] in TOOLS else "popengine."
     try:
-        importlib.import_module(package + command[0]).main([*command[1:]])
+        status: int = importlib.import_module(package + command[0]).main([*command[1:]]) or 0
     except SystemExit as end:
         return int(end.code or 0)
-    return 0
+    return status
 
 
 if __name__ == "__main__":

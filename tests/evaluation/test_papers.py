@@ -17,7 +17,7 @@ def test_every_command_is_one(name: str, tmp_path: Path) -> None:
     """Its flags are understood, its tasks and methods are known, and so are the settings that it compares."""
     first, *words = (word.format(text="x", calibration="y", archive="z", out=tmp_path, greedy="layers:1")
                      for word in papers.STEPS[name].command)
-    module = importlib.import_module(first if first == "skip_greedy" else f"popengine.{first}")
+    module = importlib.import_module(first if first in papers.TOOLS else f"popengine.{first}")
     parsed = module.parser().parse_args([*words, *papers.written_to(first, tmp_path, name)])
     assert all(check_method(method) is None for method in getattr(parsed, "methods", []))
     assert first != "tasks" or {*parsed.tasks} <= {*TASKS}

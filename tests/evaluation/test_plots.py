@@ -38,7 +38,8 @@ def point(method: str, megabytes: float, perplexity: float | None, width: float 
 def row(method: str, megabytes: float, loss: float | None, ms: float) -> dict[str, Any]:
     over = {"bytes": megabytes / 100, "perplexity": loss and loss / 3, "error": loss and 0.01, "time": ms / 10}
     return {"method": method, "weights": "auto", "candidate_width": 0.1, "over_dense": over,
-            "weight_share": megabytes / 100,
+            "weight_share": megabytes / 100, "ratio": 0.3, "agreement": 0.9, "divergence": 0.1,
+            "decode_ms_per_token": ms,
             "tasks_text": {"right": {"sum": 3}, "asked": {"sum": 4}}}
 
 
@@ -109,14 +110,28 @@ def test_the_frontier_of_several_comparisons_is_one_plot(
         of_form = [row(method, size, loss, ms) | {"weights": form} for method, size, loss, ms in
                    (("dense", 100, 3, 10), ("pop", 90, 3.1, 8))]
         (tmp_path / form / "table.json").write_text(json.dumps({"rows": of_form}))
-    given = [str(tmp_path / "plain"), str(tmp_path / "int8"), "--out", str(tmp_path / "a.png")]
-    assert draw_frontier.main(given) == 0
+    given = [str(tmp_path / "plain"), str(tmp_path / "int8"), str(tmp_path / "int8"), "--out", str(tmp_path / "a.png")]
+    bench = tmp_path / "bench.json"
+    timed = [{"engine": name, "decode_ms_per_token": {"median": ms}} for name, ms in (("dense", 8), ("llama.cpp", 9))]
+    bench.write_text(json.dumps({"dtypes": [{"rows": timed}]}))
+    assert draw_frontier.main([*given, "--bench", str(bench)]) == 0
+    written = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:2] for line in written[2:]] == [
+        ["| bfloat16", "dense"], ["| bfloat16", "pop"], ["| int8", "dense"], ["| int8", "pop"], ["| int8", "pop"],
+        ["| the file", "llama.cpp, dense"],
+    ]                                                   # the dense model once
+    assert len({line.count("|") for line in written}) == 1
+    assert written[3].split(" | ")[5:] == ["1.033 ± 0.010", "0.900", "0.100", "0.90", "8.0", "0.80 |"]
+    assert written[-1].endswith("| 9.0 | 1.12 |")
+    bench.write_text(json.dumps({"dtypes": [{"rows": timed[:1]}]}))
+    assert draw_frontier.main([*given, "--bench", str(bench)]) == 2
+    assert capsys.readouterr().err == f"error: {bench}: it has no row of dense steps and one of llama.cpp\n"
     assert {"plain, pop", "int8, dense"} < {text.get_text() for text in drawn[-1].legends[0].get_texts()}
     sound(drawn[-1])
     untimed = row("pop", 90, 3.1, 8) | {"over_dense": None}
     (tmp_path / "int8" / "table.json").write_text(json.dumps({"rows": [untimed]}))
     for folder, said in ((tmp_path / "int8", "timed nothing"), (tmp_path, "cannot be read")):
-        assert draw_frontier.main([str(folder), *given[2:]]) == 2
+        assert draw_frontier.main([str(folder), *given[3:]]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and said in line
 
