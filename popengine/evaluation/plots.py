@@ -14,6 +14,7 @@ import torch
 
 from popengine.evaluation.comparison_table import right_answers
 from popengine.evaluation.studies import NetworkPicks, RankDrift
+from popengine.studies.settings import INPUT_METHODS
 from weights.output_file import replacing
 
 try:
@@ -35,7 +36,9 @@ STYLES = {
     "dense": ("black", "*"),
     "all-channels": ("tab:gray", "D"),
     "pop": ("tab:blue", "o"),
+    "pop, inputs off": ("tab:green", "P"),
     "frozen": ("tab:orange", "s"),
+    "frozen, inputs off": ("tab:red", "X"),
     "up": ("tab:cyan", "^"),
     "gate": ("tab:olive", "v"),
     "cats": ("tab:pink", "<"),
@@ -329,8 +332,8 @@ def plot_frontier(rows: Sequence[dict[str, Any]], path: Path) -> bool:
         (both[0], "bytes", "weights read per decoded token"), (both[1], "time", "time per decoded token"),
     ):
         shown = [(row, row["over_dense"]) for row in rows if name in row["over_dense"]]
-        for form, method in dict.fromkeys((row["weights"], row["method"]) for row, _ in shown):
-            own = [(row, found) for row, found in shown if (row["weights"], row["method"]) == (form, method)]
+        for form, method in dict.fromkeys((row["weights"], kind_of(row)) for row, _ in shown):
+            own = [(row, found) for row, found in shown if (row["weights"], kind_of(row)) == (form, method)]
             colour, marker = STYLES.get(method, ("tab:cyan", "o"))
             colour = colour if len(forms) == 1 else f"C{forms.index(form)}"
             axes.errorbar(
@@ -358,6 +361,12 @@ def plot_frontier(rows: Sequence[dict[str, Any]], path: Path) -> bool:
     legend(figure, both[1])
     save(figure, path)
     return True
+
+
+def kind_of(row: dict[str, Any]) -> str:
+    """Return the method of a row, and whether inputs are left out on top of it."""
+    on_top = row.get("input_sparsity") and row["method"] not in INPUT_METHODS
+    return f"{row['method']}, inputs off" if on_top else str(row["method"])
 
 
 def plot_tasks(labels: Sequence[str], rows: Sequence[dict[str, Any]], task_set: str, path: Path) -> bool:

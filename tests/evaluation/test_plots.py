@@ -109,6 +109,7 @@ def test_the_frontier_of_several_comparisons_is_one_plot(
         (tmp_path / form).mkdir()
         of_form = [row(method, size, loss, ms) | {"weights": form} for method, size, loss, ms in
                    (("dense", 100, 3, 10), ("pop", 90, 3.1, 8))]
+        of_form.append(of_form[1] | {"input_sparsity": "0.2"})
         (tmp_path / form / "table.json").write_text(json.dumps({"rows": of_form}))
     given = [str(tmp_path / "plain"), str(tmp_path / "int8"), str(tmp_path / "int8"), "--out", str(tmp_path / "a.png")]
     bench = tmp_path / "bench.json"
@@ -117,7 +118,7 @@ def test_the_frontier_of_several_comparisons_is_one_plot(
     assert draw_frontier.main([*given, "--bench", str(bench)]) == 0
     written = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[:2] for line in written[2:]] == [
-        ["| bfloat16", "dense"], ["| bfloat16", "pop"], ["| int8", "dense"], ["| int8", "pop"], ["| int8", "pop"],
+        ["| bfloat16", "dense"], *[["| bfloat16", "pop"]] * 2, ["| int8", "dense"], *[["| int8", "pop"]] * 4,
         ["| the file", "llama.cpp, dense"],
     ]                                                   # the dense model once
     assert len({line.count("|") for line in written}) == 1
@@ -126,7 +127,8 @@ def test_the_frontier_of_several_comparisons_is_one_plot(
     bench.write_text(json.dumps({"dtypes": [{"rows": timed[:1]}]}))
     assert draw_frontier.main([*given, "--bench", str(bench)]) == 2
     assert capsys.readouterr().err == f"error: {bench}: it has no row of dense steps and one of llama.cpp\n"
-    assert {"plain, pop", "int8, dense"} < {text.get_text() for text in drawn[-1].legends[0].get_texts()}
+    named = {text.get_text() for text in drawn[-1].legends[0].get_texts()}
+    assert {"plain, pop", "plain, pop, inputs off", "int8, dense"} < named
     sound(drawn[-1])
     untimed = row("pop", 90, 3.1, 8) | {"over_dense": None}
     (tmp_path / "int8" / "table.json").write_text(json.dumps({"rows": [untimed]}))
