@@ -234,7 +234,7 @@ class LlamaForCausalLM(DerivedConstants):
         x, step = self.begin(tokens, state)                                         # [B, 1, H]
         x = decode_layers(state.layers, x, step)
         state.cache.advance()
-        return self.head(x, state.lm_head)[:, 0]                                                   # [B, V]
+        return self.head(x, state.lm_head)[:, 0]                                    # [B, V]
 
     def dense_step(self, tokens: Tensor, state: DecodeState, partitions: bool) -> Tensor:
         """Run one step on all channels and add to the evidence; if `partitions`, partition the channels again.

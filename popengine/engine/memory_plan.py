@@ -25,7 +25,7 @@ def state_within(
         raise InputError(
             f"the cache of {batch} x {capacity} tokens takes {gigabytes(cached)} and copies of weights another "
             f"{gigabytes(copies)} beside the model, and {gigabytes(free)} is free: ask for fewer tokens, "
-            " prune more, use a smaller dtype, or run dense (prune ratio 0)"
+            "prune more, use a smaller dtype, or run dense (prune ratio 0)"
         )
     state = model.new_state(batch, capacity, pruning, dropped)
     if free is not None and of_one:
