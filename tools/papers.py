@@ -27,8 +27,8 @@ TEXT = ("compare", *PLAIN, "--text", "{text}")
 # Many answers at once, each with a partition of its own, for which no weights are copied.
 TASKS = ("tasks", *PLAIN, "--batch-size", "50", "--archive", "{archive}", "--tasks")
 ANSWERS = (*TASKS[:-1], "--run-code", "--tasks")
-CALIBRATED = ("--methods", "pop", "wanda-sp", "flap", "--prune-ratio", "0.2", "0.4", "--calibration-text",
-              "{calibration}", "--against", "pop")
+CALIBRATED = ("--methods", "dense", "pop", "frozen", "all-channels", "wanda-sp", "flap", "--prune-ratio", "0.2", "0.4",
+              "--calibration-text", "{calibration}", "--against", "pop")
 BENCH = ("bench", "--paper", "--dtype", "bfloat16", "--weights")
 ANSWER = (*BENCH, "auto", "int8", "--compile-only", "--against", "llama.cpp", "--prune-ratio", "0", "0.2", "0.4")
 # Packed weights too: 8 windows. Steps are timed in turns.
@@ -59,11 +59,12 @@ STEPS = {
     "gold": Step("POP: right answers of tasks that generate, token by token", 35, (
         *TASKS, "humaneval-gold", "mbpp-gold", *ONLINE, "--limit", "164", "--against", "pop",
     )),
-    "humaneval": Step("POP: programs that pass their tests, the longest answers", 45, (
-        *ANSWERS, "humaneval", *ONLINE, "--limit", "100", "--against", "pop",
+    "humaneval": Step("POP: programs that pass their tests, beside masks calibrated on other text", 80, (
+        *ANSWERS, "humaneval", *CALIBRATED, "--limit", "164",
     )),
-    "positions": Step("POP: a frozen mask falls behind the longer the answer is; rankings drift", 30, (
-        *TEXT, *ONLINE, "--score-tokens", "512", "--windows", "8", "--by-position",
+    "positions": Step("POP: a frozen mask falls behind the longer the answer is; rankings drift", 35, (
+        *TEXT, "--methods", "dense", "pop", "frozen", "--prune-ratio", "0.2", "0.4", "--score-tokens", "512",
+        "--windows", "40", "--by-position",
     )),
     "static": Step("POP: better than masks calibrated on other text", 20, (
         *TEXT, "--methods", "dense", "pop", *STATIC, "--prune-ratio", "0.2", "0.4", "--calibration-text",
@@ -125,15 +126,12 @@ STEPS = {
     "choices": Step("POP: tasks with answers to choose", 60, (
         *TASKS, *CHOSEN, *ONLINE, "--limit", "100", "--against", "pop",
     )),
-    "skipped-choices": Step("Prefill-Only: tasks with answers to choose", 50, (
+    "skipped-choices": Step("Prefill-Only: tasks with answers to choose", 25, (
         *TASKS, *CHOSEN, "--methods", "dense", "prefill-only", "--prefill-skip", LAYERS, "1/3",
-        "auto:" + LAYERS + ":{out}/gates/gates.json", "{greedy}", "--limit", "100",
+        "auto:" + LAYERS + ":{out}/gates/gates.json", "{greedy}", "--limit", "50",
     )),
-    "answers": Step("POP: other tasks with answers to generate", 60, (
-        *ANSWERS, "coqa", "mbpp", "gsm8k", *ONLINE, "--limit", "50", "--against", "pop",
-    )),
-    "answers-static": Step("POP: masks calibrated on other text, where answers are generated", 25, (
-        *ANSWERS, "humaneval", "coqa", *CALIBRATED, "--limit", "100",
+    "answers": Step("POP: other tasks with answers to generate", 75, (
+        *ANSWERS, "coqa", "mbpp", "gsm8k", *CALIBRATED, "--limit", "40",
     )),
 }
 
