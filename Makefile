@@ -17,7 +17,8 @@ BIN := $(VENV)/bin
 
 # Of torch's builds the one for the CPU is wanted: it is pinned and installed first, so that nothing else chooses.
 TORCH ?= torch==2.13.0
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# --no-compile: most of an install's time would go into compiling modules that nothing imports.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .PHONY: run run-vlm test test-slow test-capabilities check checkpoint real test-real tasks bench gpu-check clean
 
@@ -27,7 +28,7 @@ run: $(VENV)/run-is-installed checkpoint
 run-vlm: $(VENV)/run-is-installed
 	$(BIN)/python -m popengine.generate --ckpt weights/llava-tiny --image weights/llava-tiny/example.png --prompt "What is in the picture?"
 
-# Tests start a hundred processes, and pytest rewrites every file of tests: what Python compiles is kept.
+# What Python compiles at the first import is kept: tests start a hundred processes, and pytest rewrites their files.
 export PYTHONDONTWRITEBYTECODE :=
 
 # Two processes of one thread: on tiny models threads only wait for each other. The longest files come first.

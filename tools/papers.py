@@ -25,7 +25,7 @@ STATIC = ("wanda-sp", "flap", "cfsp", "tyr", "probe-pruning", "shortgpt")
 CHOSEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 TEXT = ("compare", *PLAIN, "--text", "{text}")
 # Many answers at once, each with a partition of its own, for which no weights are copied.
-TASKS = ("tasks", *PLAIN, "--batch-size", "50", "--archive", "{archive}", "--tasks")
+TASKS = ("tasks", *PLAIN, "--batch-size", "55", "--archive", "{archive}", "--tasks")
 ANSWERS = (*TASKS[:-1], "--run-code", "--tasks")
 CALIBRATED = ("--methods", "dense", "pop", "frozen", "all-channels", "wanda-sp", "flap", "--prune-ratio", "0.2", "0.4",
               "--calibration-text", "{calibration}", "--against", "pop")
@@ -56,8 +56,8 @@ STEPS = {
     "perplexity": Step("POP: wider candidates are better; frozen, POP, all-channels in this order", 35, (
         *TEXT, *ONLINE, "--candidate-width", "0.05", "0.1", "0.2", "0.3", "0.4", "0.5", "--windows", "24",
     )),
-    "gold": Step("POP: right answers of tasks that generate, token by token", 35, (
-        *TASKS, "humaneval-gold", "mbpp-gold", *ONLINE, "--limit", "164", "--against", "pop",
+    "gold": Step("POP: right answers of tasks that generate, token by token", 25, (
+        *TASKS, "humaneval-gold", "mbpp-gold", *ONLINE, "--limit", "100", "--against", "pop",
     )),
     "humaneval": Step("POP: programs that pass their tests, beside masks calibrated on other text", 80, (
         *ANSWERS, "humaneval", *CALIBRATED, "--limit", "164",
@@ -130,8 +130,11 @@ STEPS = {
         *TASKS, *CHOSEN, "--methods", "dense", "prefill-only", "--prefill-skip", LAYERS, "1/3",
         "auto:" + LAYERS + ":{out}/gates/gates.json", "{greedy}", "--limit", "50",
     )),
-    "answers": Step("POP: other tasks with answers to generate", 75, (
-        *ANSWERS, "coqa", "mbpp", "gsm8k", *CALIBRATED, "--limit", "40",
+    "coqa": Step("POP: answers after long prompts, beside masks calibrated on other text", 40, (
+        *ANSWERS, "coqa", *CALIBRATED, "--limit", "50", "--batch-size", "8",        # prompts of unlike length
+    )),
+    "answers": Step("POP: other tasks with answers to generate", 45, (
+        *ANSWERS, "mbpp", "gsm8k", *CALIBRATED, "--limit", "30",
     )),
 }
 
