@@ -159,10 +159,15 @@ class PruningSettings(
     """
 
     def _check_field(self, one: Field[Any]) -> None:
-        if one.name == "prefill_skip" and names_layers(self.prefill_skip):
+        if one.name != "prefill_skip":
+            super()._check_field(one)
+        elif names_layers(self.prefill_skip):
             check_skip(self.prefill_skip)
         else:
-            super()._check_field(one)
+            try:
+                super()._check_field(one)
+            except InputError as error:
+                raise InputError(f"{error}; layers are named like layers:3,7,9") from None
 
     def __post_init__(self) -> None:
         super().__post_init__()

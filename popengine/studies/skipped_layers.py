@@ -20,11 +20,8 @@ NAMED, CHOSEN = "layers:", "auto:"
 
 
 def names_layers(skip: float | str) -> bool:
-    """Return True if a value of prefill_skip names or chooses layers, and is no share of the deepest.
-
-    A list without the word `layers:` is one too, so that its error says how layers are named.
-    """
-    return str(skip).startswith((NAMED, CHOSEN)) or "," in str(skip)
+    """Return True if a value of prefill_skip names or chooses layers, and is no share of the deepest."""
+    return str(skip).startswith((NAMED, CHOSEN))
 
 
 def skips_layers(skip: float | str) -> bool:
@@ -35,10 +32,10 @@ def skips_layers(skip: float | str) -> bool:
 def check_skip(skip: float | str) -> None:
     """Raise InputError for words that are none of the three forms, and for a file that is missing."""
     words = str(skip)
-    if words.startswith(CHOSEN):
-        require_file(share_and_file(words)[1])
-    else:
+    if words.startswith(NAMED):
         named_layers(words)
+    else:
+        require_file(share_and_file(words)[1])
 
 
 def named_layers(words: str) -> tuple[int, ...]:
@@ -47,7 +44,7 @@ def named_layers(words: str) -> tuple[int, ...]:
     for word in words.removeprefix(NAMED).replace("+", ",").split(","):
         written = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", word)
         first, last = (int(written[1]), int(written[2] or written[1])) if written else (0, -1)
-        if last < first or not words.startswith(NAMED):
+        if last < first:
             raise InputError(f"prefill skip must name layers like layers:3,7,9 or layers:3-7+9, not {words!r}")
         found.update(range(first, last + 1))
     return tuple(sorted(found))

@@ -31,7 +31,7 @@ def test_the_rehearsal_checks_every_family_and_prints_the_table(
 ) -> None:
     def run(command: list[str], **_: Any) -> None:
         assert command[1:3] == ["-m", "popengine.bench"]
-        left_out = "0.2" if compiled else "--compile"       # each ratio is compiled for a third of the time
+        left_out = "0.2" if compiled else "--compile"       # to compile each of the three takes long
         with redirect_stdout(StringIO()):
             assert exit_status(bench, *(word for word in command[3:] if word != left_out)) == 0
 
